@@ -1,0 +1,1 @@
+"""Words in, words out: the mmrec command line, without logic of its own."""

@@ -1,0 +1,1 @@
+"""The feature store: schemas, atomic files, contiguous reading, SQL views, datasets, splits."""

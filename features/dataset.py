@@ -1,0 +1,112 @@
+"""A prepared dataset as flat arrays: sequences with offsets, and what the splits make of them.
+
+Legend: U users, N items, I interactions, E evaluated users.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import duckdb
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from features.errors import UserError
+from features.splits import COLD_BELOW, MIN_EVALUATED, train_counts_sql
+from features.warehouse import DatasetInfo, Warehouse
+
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Held:
+    """The evaluated users of one split: where in the flat array each one's target stands.
+
+    The input of user ``users[e]`` is ``items[starts[e]:targets[e]]``, its target
+    ``items[targets[e]]``.
+    """
+
+    users: Ints
+    """(E,) user indices, ascending."""
+    starts: Ints
+    """(E,) first flat position of the user's history."""
+    targets: Ints
+    """(E,) flat position of the held-out interaction."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Dataset:
+    """All interactions of a prepared dataset, user by user, oldest first."""
+
+    info: DatasetInfo
+    items: npt.NDArray[np.int32]
+    """(I,) item of every interaction."""
+    offsets: Ints
+    """(U + 1,) user u owns ``items[offsets[u]:offsets[u + 1]]``."""
+    train_counts: Ints
+    """(N,) training interactions of every item; the only counts that popularity may use."""
+
+    @property
+    def cold(self) -> npt.NDArray[np.bool_]:
+        """(N,) items with fewer than 10 training interactions."""
+        return self.train_counts < COLD_BELOW
+
+    def train_ends(self) -> Ints:
+        """(U,) flat position one past the last training interaction of each user."""
+        lengths = np.diff(self.offsets)
+        return self.offsets[1:] - np.where(lengths >= MIN_EVALUATED, 2, 0)
+
+    def held(self, split: str) -> Held:
+        """The evaluated users of ``validation`` or ``test``."""
+        back = {"validation": 2, "test": 1}[split]
+        users = np.flatnonzero(np.diff(self.offsets) >= MIN_EVALUATED)
+        return Held(users=users, starts=self.offsets[users], targets=self.offsets[users + 1] - back)
+
+
+def load_dataset(warehouse: Warehouse, name: str) -> Dataset:
+    """Read a prepared dataset into flat arrays, without an object per row.
+
+    Raises:
+        UserError: The dataset is not prepared, or its tables contradict each other.
+    """
+    info = warehouse.info(name)
+    folder = warehouse.dataset_dir(name)
+    interactions = parquet_sql(folder / "interactions")
+    items = parquet_sql(folder / "items")
+    with duckdb.connect() as db:
+        flat = db.sql(f"SELECT user, item FROM {interactions} ORDER BY user, position").fetchnumpy()
+        counts = db.sql(
+            f"SELECT train_count FROM ({train_counts_sql(interactions, items)}) ORDER BY item"
+        ).fetchnumpy()
+    lengths = np.bincount(flat["user"], minlength=info.users)
+    item = np.ascontiguousarray(flat["item"], dtype=np.int32)
+    if len(item) != info.interactions or len(lengths) != info.users:
+        raise UserError(
+            f"{folder}: the tables hold {len(item)} interactions of {len(lengths)} users,"
+            f" dataset.json says {info.interactions} of {info.users}; run mmrec prepare again"
+        )
+    return Dataset(
+        info=info,
+        items=item,
+        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        train_counts=np.asarray(counts["train_count"], dtype=np.int64),
+    )
+
+
+def load_items(warehouse: Warehouse, name: str, columns: list[str]) -> pa.Table:
+    """Read columns of the items table, in the order of ``item``."""
+    warehouse.info(name)
+    parts = sorted((warehouse.dataset_dir(name) / "items").glob("*.parquet"))
+    table = pa.concat_tables([pq.read_table(part, columns=["item", *columns]) for part in parts])
+    return table.sort_by("item").select(columns)
+
+
+def parquet_sql(folder: Path) -> str:
+    """SQL that reads every Parquet file of a folder; the path is quoted."""
+    return f"read_parquet({quoted(str(folder / '*.parquet'))})"
+
+
+def quoted(text: str) -> str:
+    """Quote a string for SQL."""
+    return "'" + text.replace("'", "''") + "'"

@@ -1,0 +1,82 @@
+"""Files that are whole or absent: written beside, synced, renamed."""
+
+import fcntl
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from features.errors import UserError
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Give a temporary path; on success it becomes ``path`` in one rename, else it vanishes.
+
+    The temporary name starts with a dot and ends in ``.tmp``, so no glob of ours ever sees it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        yield beside
+        with beside.open("rb+") as stream:
+            os.fsync(stream.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the rename itself must survive a power cut
+    finally:
+        os.close(folder)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` so that ``path`` holds all of it or what was there before."""
+    with whole(path) as beside:
+        beside.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, document: Any) -> None:
+    """Write one JSON document, whole or not at all."""
+    write_text(path, json.dumps(document, indent=2, sort_keys=True, allow_nan=False) + "\n")
+
+
+def write_table(path: Path, table: pa.Table, **options: Any) -> None:
+    """Write one Parquet file, whole or not at all; ``options`` go to the Parquet writer."""
+    with whole(path) as beside:
+        pq.write_table(table, beside, **options)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a killed writer left in ``folder``: temporaries of :func:`whole`."""
+    for beside in folder.glob(".*.tmp"):
+        if beside.is_dir():
+            shutil.rmtree(beside)
+        else:
+            beside.unlink(missing_ok=True)
+
+
+@contextmanager
+def lock(path: Path, what: str) -> Iterator[None]:
+    """Hold ``path`` as an advisory lock that the system frees when the process dies.
+
+    Raises:
+        UserError: Another process holds it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"another process is writing {what} ({path}); wait for it or stop it"
+            ) from None
+        yield

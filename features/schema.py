@@ -1,0 +1,101 @@
+"""The schemas of every table in the warehouse, in one place.
+
+Readers and writers share these; the prose contract is in ``warehouse/README.md``.
+"""
+
+import pyarrow as pa
+
+MODALITIES = ("image", "text", "video")
+LEVELS = ("pooled",)
+SPLITS = ("train", "validation", "test")
+
+
+def _required(name: str, kind: pa.DataType) -> pa.Field:
+    return pa.field(name, kind, nullable=False)
+
+
+ITEMS = pa.schema(
+    [
+        _required("item", pa.int32()),  # dense, 0..n-1
+        _required("item_id", pa.string()),
+        ("text", pa.string()),
+        ("image", pa.string()),  # path below the raw root, or "<file>.lmdb#<key>"
+        ("video", pa.string()),
+        ("attributes", pa.string()),  # one JSON object
+    ]
+)
+
+INTERACTIONS = pa.schema(
+    [
+        _required("user", pa.int32()),
+        _required("user_id", pa.string()),
+        _required("item", pa.int32()),
+        ("timestamp", pa.int64()),
+        _required("position", pa.int32()),  # 0.. within the user, chronological
+    ]
+)
+
+FAILURES = pa.schema(
+    [
+        _required("item", pa.int32()),
+        _required("item_id", pa.string()),
+        _required("modality", pa.string()),
+        _required("backbone", pa.string()),
+        _required("stage", pa.string()),  # read | decode | encode
+        _required("reason", pa.string()),
+        ("source", pa.string()),  # the path or the beginning of the text
+    ]
+)
+
+METRICS = pa.schema(
+    [
+        _required("phase", pa.string()),  # train: written by the loop; eval: by an evaluation
+        _required("epoch", pa.int32()),
+        _required("split", pa.string()),
+        _required("targets", pa.string()),  # all | cold: which targets the users were cut to
+        _required("ranker", pa.string()),  # the model's name, or "popularity"
+        _required("seen", pa.string()),  # masked | unmasked; "none" for a loss
+        _required("metric", pa.string()),
+        _required("value", pa.float64()),
+        ("low", pa.float64()),  # 95% bootstrap interval over users
+        ("high", pa.float64()),
+        ("users", pa.int64()),
+    ]
+)
+
+PREDICTIONS = pa.schema(
+    [
+        _required("split", pa.string()),
+        _required("user", pa.int32()),
+        _required("user_id", pa.string()),
+        _required("item", pa.int32()),  # the target
+        _required("item_id", pa.string()),
+        _required("history", pa.int32()),  # interactions that stand before the target
+        _required("cold", pa.bool_()),  # the target has fewer than 10 training interactions
+        _required("rank_unmasked", pa.int32()),
+        _required("rank_masked", pa.int32()),
+    ]
+)
+
+
+def feature_schema(dim: int, dtype: str) -> pa.Schema:
+    """The schema of one feature part.
+
+    Not-null on list and element, so that ``flatten`` can never drop a row and misalign the rest.
+
+    Args:
+        dim: Width D of the embedding.
+        dtype: ``float16`` or ``float32``: how an element is stored.
+    """
+    element = {"float16": pa.float16(), "float32": pa.float32()}[dtype]
+    embedding = pa.list_(_required("element", element), dim)
+    return pa.schema(
+        [
+            _required("item", pa.int32()),
+            _required("item_id", pa.string()),
+            _required("content_hash", pa.string()),
+            ("n_frames", pa.int32()),
+            ("n_tokens", pa.int32()),
+            _required("embedding", embedding),
+        ]
+    )

@@ -1,0 +1,1 @@
+"""Stage 1: importers, preparation, media decoding, frozen backbones and the extraction job."""

@@ -1,0 +1,1 @@
+"""Full-catalogue ranking, indexes, metrics and their confidence intervals."""

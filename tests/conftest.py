@@ -1,0 +1,31 @@
+import os
+from pathlib import Path
+
+import pytest
+
+from features.warehouse import Warehouse
+
+
+@pytest.fixture
+def warehouse(tmp_path: Path) -> Warehouse:
+    """An empty warehouse in a folder of its own."""
+    house = Warehouse(tmp_path / "warehouse")
+    house.create()
+    return house
+
+
+@pytest.fixture(autouse=True)
+def no_outer_warehouse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test never touches the warehouse of the person who runs it, nor a hub."""
+    monkeypatch.delenv("MMREC_WAREHOUSE", raising=False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real data sets, where there is one."""
+    given = os.environ.get("MMREC_TEST_DATA")
+    path = Path(given) if given else Path(__file__).parents[2] / "shared" / "data"
+    if not path.is_dir():
+        pytest.skip(f"no real data in {path}; set MMREC_TEST_DATA")
+    return path

@@ -1,0 +1,1 @@
+"""What stands behind a backbone's name: one module for each library."""

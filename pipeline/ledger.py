@@ -1,0 +1,238 @@
+"""One feature table while it is being extracted: what it holds, what is new, what is stale.
+
+Rows are matched with the dataset by ``item_id`` and with the input by its content hash, so a row
+survives a kill, another preparation of the dataset, and a second item with the same content. The
+order of steps makes every kill harmless: new rows are appended before old ones are dropped, a
+later part is the newer one, and the manifest is away for as long as anything changes.
+
+Legend: N items of the dataset, R rows of the table, D width.
+"""
+
+import math
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from features.schema import feature_schema
+from features.store import (
+    ROWS_PER_PART,
+    FeatureTable,
+    Provenance,
+    embedding_array,
+    positions,
+)
+
+SECONDS_PER_PART = 30.0
+"""A part is written after this much work even when it is small: what a kill can cost."""
+
+Ints = npt.NDArray[np.int32]
+
+
+@dataclass(kw_only=True, slots=True)
+class _Buffer:
+    """Rows that wait for their part."""
+
+    items: list[int] = field(default_factory=list)
+    hashes: list[str] = field(default_factory=list)
+    frames: list[int | None] = field(default_factory=list)
+    tokens: list[int | None] = field(default_factory=list)
+    vectors: list[npt.NDArray[Any]] = field(default_factory=list)
+    since: float = field(default_factory=time.monotonic)
+
+
+class Ledger:
+    """The rows of one table, by item and by content.
+
+    Args:
+        table: The table; the caller holds its lock.
+        provenance: What new rows are made with; rows that are there have the same identity.
+        item_ids: (N,) the dataset's item ids, in the order of ``item``.
+    """
+
+    def __init__(
+        self, table: FeatureTable, provenance: Provenance, item_ids: pa.ChunkedArray
+    ) -> None:
+        self.table = table
+        self.provenance = provenance
+        self._item_ids = item_ids
+        self._changed = False
+        self._buffer = _Buffer()
+        self._settle()
+        light = table.light()
+        item = light.column("item").to_numpy()
+        self._own: list[str | None] = [None] * len(item_ids)  # content hash of each item's row
+        for index, content in zip(item.tolist(), light["content_hash"].to_pylist(), strict=True):
+            self._own[index] = content
+        self._stored = set(self._own) - {None}
+        self._stale: set[int] = set(item.tolist())  # until the item's content is seen again
+
+    def _settle(self) -> None:
+        """Bring what earlier runs left to the present items: one row an item, new indices."""
+        light = self.table.light()
+        if not len(light):
+            return
+        now = positions(light.column("item_id"), self._item_ids)
+        order = np.arange(len(now))
+        last = np.full(len(self._item_ids) + 1, -1)
+        last[now] = order  # the last assignment stays: a later part is the newer one
+        keep = (now >= 0) & (last[now] == order)
+        moved = now != light.column("item").to_numpy()
+        part_of = light.column("part").to_numpy()
+        for number, part in enumerate(self.table.parts()):
+            mine = part_of == number
+            if (moved | ~keep)[mine].any():
+                self._change()
+                self.table.rewrite(part, keep[mine], now[mine])
+
+    def _change(self) -> None:
+        self._changed = True
+        self.table.unfinish()
+
+    # -- what is there ----------------------------------------------------------------------
+
+    def has(self, item: int, content: str) -> bool:
+        """Whether the item's own row was made from this content."""
+        return self._own[item] == content
+
+    def knows(self, content: str) -> bool:
+        """Whether some row was made from this content."""
+        return content in self._stored
+
+    def keep(self, item: int) -> bool:
+        """Say that the item's row, when it has one, is not stale; return whether it has one."""
+        self._stale.discard(item)
+        return self._own[item] is not None
+
+    # -- what is new ------------------------------------------------------------------------
+
+    def add(
+        self,
+        item: int,
+        content: str,
+        vector: npt.NDArray[Any],
+        *,
+        frames: int | None = None,
+        tokens: int | None = None,
+    ) -> None:
+        """Take one new (D,) vector, already in the dtype of the table; write when it is time."""
+        if not self._buffer.items:
+            self._buffer.since = time.monotonic()
+        self._buffer.items.append(item)
+        self._buffer.hashes.append(content)
+        self._buffer.frames.append(frames)
+        self._buffer.tokens.append(tokens)
+        self._buffer.vectors.append(vector)
+        waited = time.monotonic() - self._buffer.since
+        if len(self._buffer.items) == ROWS_PER_PART or waited >= SECONDS_PER_PART:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what waits as one part, its rows in the order of items."""
+        waiting = self._buffer
+        if not waiting.items:
+            return
+        item = np.asarray(waiting.items, dtype=np.int32)
+        columns = [
+            pa.array(item),
+            self._item_ids.take(pa.array(item)).combine_chunks(),
+            pa.array(waiting.hashes, pa.string()),
+            pa.array(waiting.frames, pa.int32()),
+            pa.array(waiting.tokens, pa.int32()),
+            embedding_array(np.stack(waiting.vectors)),
+        ]
+        self._append(pa.Table.from_arrays(columns, schema=self._schema).take(np.argsort(item)))
+        self._buffer = _Buffer()  # only now: an interrupted flush can be done again
+        self._stored.update(waiting.hashes)
+        self._stale.difference_update(waiting.items)
+
+    @property
+    def _schema(self) -> pa.Schema:
+        return feature_schema(self.provenance.dim, self.provenance.dtype)
+
+    def _append(self, rows: pa.Table) -> None:
+        self._change()
+        self.table.append(rows, self.provenance)
+
+    # -- bringing it to an end --------------------------------------------------------------
+
+    def copy(self, wanted: dict[int, str]) -> int:
+        """Give items the stored vector of the same content; return how many got one.
+
+        Args:
+            wanted: Content hash by item, for contents that :meth:`knows`.
+        """
+        self.flush()
+        light = self.table.light()
+        items = np.fromiter(wanted.keys(), np.int32, len(wanted))
+        hashes = pa.array(list(wanted.values()), pa.string())
+        source = pc.index_in(hashes, value_set=light["content_hash"].combine_chunks()).to_numpy()
+        part_of = light["part"].to_numpy()
+        first = np.searchsorted(part_of, np.arange(len(self.table.parts())))
+        for number, part in enumerate(self.table.parts()):
+            here = np.flatnonzero(part_of[source] == number)
+            if not len(here):
+                continue
+            rows = pq.read_table(part)
+            for start in range(0, len(here), ROWS_PER_PART):
+                chosen = here[start : start + ROWS_PER_PART]
+                chosen = chosen[np.argsort(items[chosen])]
+                made = rows.take(source[chosen] - first[number])
+                item = pa.array(items[chosen])
+                made = made.set_column(0, made.schema.field(0), item)
+                ids = self._item_ids.take(item).combine_chunks()
+                self._append(made.set_column(1, made.schema.field(1), ids))
+        self._stale.difference_update(wanted)
+        return len(wanted)
+
+    def finish(self, fingerprint: str) -> None:
+        """Drop what is stale, join small parts, and say that the table is complete."""
+        self.flush()
+        self._drop_stale()
+        self._join()
+        self.table.finish(fingerprint, self.provenance)
+
+    def _drop_stale(self) -> None:
+        """Remove the rows of items whose content is gone or has another row by now."""
+        light = self.table.light()
+        item = light["item"].to_numpy()
+        last = np.full(len(self._item_ids), -1)
+        last[item] = np.arange(len(item))
+        stale = np.zeros(len(self._item_ids), dtype=np.bool_)
+        stale[list(self._stale)] = True
+        drop = stale[item] | (last[item] != np.arange(len(item)))
+        part_of = light["part"].to_numpy()
+        for number, part in enumerate(self.table.parts()):
+            mine = part_of == number
+            if drop[mine].any():
+                self._change()
+                self.table.rewrite(part, ~drop[mine], item[mine])
+        self._stale.clear()
+
+    def _join(self) -> None:
+        """Write neighbouring small parts as one; a kill between leaves twins, not gaps."""
+        parts = self.table.parts()
+        sizes = [pq.read_metadata(part).num_rows for part in parts]
+        if len(parts) <= math.ceil(sum(sizes) / ROWS_PER_PART):
+            return
+        groups: list[list[int]] = []
+        room = 0
+        for number, size in enumerate(sizes):
+            if size > room:
+                groups.append([])
+                room = ROWS_PER_PART
+            groups[-1].append(number)
+            room -= size
+        for group in groups:
+            if len(group) < 2:
+                continue
+            rows = pa.concat_tables([pq.read_table(parts[number]) for number in group])
+            rows = rows.replace_schema_metadata(None).sort_by("item").combine_chunks()
+            self._append(rows)
+            for number in group:
+                parts[number].unlink()

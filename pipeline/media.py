@@ -1,0 +1,201 @@
+"""Pictures as they come in the wild, made into RGB: bounded, upright, on white.
+
+Everything that can be wrong with a file ends in one :class:`MediaError` with a short reason, the
+same for the same fault, so that failures can be counted by reason.
+"""
+
+import io
+import re
+import stat
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+from PIL.ExifTags import Base
+from PIL.Image import Transpose
+
+PREPROCESSING = "first frame, turned upright, alpha on white, 8 bits, RGB"
+MAX_BYTES = 256 << 20  # of one encoded picture
+MAX_PIXELS = 89_478_485  # of one decoded picture: a quarter of a gigabyte of RGB
+MAX_ASPECT = 500  # beyond it, scaling the short side to a model's size costs gigabytes
+
+_LMDB = re.compile(r"(?P<path>.+\.lmdb)#(?P<key>.+)", re.DOTALL)
+_UPRIGHT = {
+    2: Transpose.FLIP_LEFT_RIGHT,
+    3: Transpose.ROTATE_180,
+    4: Transpose.FLIP_TOP_BOTTOM,
+    5: Transpose.TRANSPOSE,
+    6: Transpose.ROTATE_270,
+    7: Transpose.TRANSVERSE,
+    8: Transpose.ROTATE_90,
+}
+
+
+class MediaError(Exception):
+    """An input that cannot be used: the ``stage`` that found it and a one-line ``reason``."""
+
+    def __init__(self, stage: str, reason: str) -> None:
+        super().__init__(reason)
+        self.stage = stage
+        self.reason = reason
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep Pillow's remarks on odd files off the terminal for as long as this lasts."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our limit is lower
+        yield
+
+
+class Media:
+    """The bytes behind the references of items: paths below a root, or keys of an LMDB."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._lmdbs: dict[Path, Any] = {}
+
+    def read(self, reference: str) -> bytes:
+        """Read the encoded picture that ``reference`` names.
+
+        Raises:
+            MediaError: There is nothing to read, or too much.
+        """
+        inside = _LMDB.fullmatch(reference)
+        if inside:
+            return self._read_lmdb(self.root / inside["path"], inside["key"])
+        path = self.root / reference
+        check_file(path, MAX_BYTES)
+        with reading():
+            return path.read_bytes()
+
+    def open(self, reference: str) -> io.BufferedReader:
+        """Open the clip that ``reference`` names.
+
+        Raises:
+            MediaError: There is nothing to read.
+        """
+        path = self.root / reference
+        check_file(path)
+        with reading():
+            return path.open("rb")
+
+    def _read_lmdb(self, path: Path, key: str) -> bytes:
+        raise MediaError("read", "pictures in an LMDB cannot be read yet")
+
+
+@contextmanager
+def reading() -> Iterator[None]:
+    """Turn the system's errors on reading into a :class:`MediaError`."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise MediaError("read", "file not found") from None
+    except PermissionError:
+        raise MediaError("read", "no permission to read the file") from None
+    except (OSError, ValueError) as error:  # ValueError: a name with a null character
+        raise MediaError("read", one_line(error)) from None
+
+
+def check_file(path: Path, max_bytes: int | None = None) -> None:
+    """Make sure that ``path`` is a plain file: reading a device or a pipe might never end.
+
+    Raises:
+        MediaError: It is not, or it is larger than ``max_bytes``.
+    """
+    with reading():
+        status = path.stat()
+    if stat.S_ISDIR(status.st_mode):
+        raise MediaError("read", "is a folder")
+    if not stat.S_ISREG(status.st_mode):
+        raise MediaError("read", "is no plain file")
+    if status.st_size == 0:
+        raise MediaError("read", "empty file")
+    if max_bytes is not None and status.st_size > max_bytes:
+        raise MediaError("read", f"file larger than {max_bytes >> 20} MiB")
+
+
+def decode_image(data: bytes) -> Image.Image:
+    """Decode one picture to RGB as people see it; of an animation, the first frame.
+
+    Raises:
+        MediaError: The bytes are no picture, damaged, or larger than the limits.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            _check_size(image)
+            image.load()
+            return _upright(_rgb(image), _orientation(image))
+    except MediaError:
+        raise
+    except UnidentifiedImageError:
+        raise MediaError("decode", "not a picture in a known format") from None
+    except Image.DecompressionBombError:
+        raise MediaError("decode", f"more than {MAX_PIXELS // 1_000_000} megapixels") from None
+    except Exception as error:  # a decoder's bug on a hostile file must not stop the job
+        reason = "truncated file" if "truncated" in str(error) else one_line(error)
+        raise MediaError("decode", reason) from None
+
+
+def _check_size(image: Image.Image) -> None:
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise MediaError("decode", f"more than {MAX_PIXELS // 1_000_000} megapixels")
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise MediaError("decode", f"more than {MAX_ASPECT} times as long as wide")
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(Base.Orientation, 1))
+    except Exception:  # broken EXIF is common and says nothing about the picture
+        return 1
+
+
+def _upright(image: Image.Image, orientation: int) -> Image.Image:
+    method = _UPRIGHT.get(orientation)
+    return image if method is None else image.transpose(method)
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I") or image.mode == "F":
+        image = _eight_bits(image)
+    if "A" in image.mode.upper().replace("LAB", "") or "transparency" in image.info:
+        pixels = image.convert("RGBA")
+        white = Image.new("RGBA", pixels.size, "white")
+        return Image.alpha_composite(white, pixels).convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Scale a deep greyscale picture to 8 bits; Pillow's own conversion would clip it to white."""
+    values = np.asarray(image).astype(np.float32)
+    values = np.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
+    low, high = float(values.min()), float(values.max())
+    if image.mode == "F" and low >= 0 and high <= 1:
+        full = 1.0
+    elif low < 0 or high > 65535:
+        values, full = values - low, high - low  # no convention fits: use the range there is
+    else:
+        full = 255.0 if high <= 255 and image.mode != "I;16" else float(_depth(image))
+    grey = np.clip(values * (255.0 / full if full else 0.0) + 0.5, 0, 255).astype(np.uint8)
+    return Image.fromarray(grey)
+
+
+def _depth(image: Image.Image) -> int:
+    """The largest value that a sample of this file can have, when the file says so."""
+    bits = getattr(image, "tag_v2", {}).get(258, (16,))
+    count = bits[0] if isinstance(bits, tuple) else bits
+    return (1 << int(count)) - 1 if count in (10, 12, 14, 16) else 65535
+
+
+def one_line(error: BaseException) -> str:
+    """Say an error in one line of bounded length."""
+    text = re.sub(r"\s+", " ", str(error)).strip()
+    kind = type(error).__name__
+    return f"{kind}: {text}"[:160] if text else kind

@@ -1,0 +1,244 @@
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import duckdb
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from features.errors import UserError
+from features.schema import feature_schema
+from features.store import (
+    ROWS_PER_PART,
+    FeatureStore,
+    FeatureTable,
+    Provenance,
+    embedding_array,
+    positions,
+)
+from features.warehouse import Warehouse
+
+MADE = Provenance(
+    backbone="toy",
+    checkpoint="c1",
+    preprocessing="none",
+    pooling="none",
+    modality="image",
+    level="pooled",
+    compute="float32",
+    dtype="float16",
+    dim=3,
+    libraries={"numpy": "2"},
+)
+
+
+def rows(items: Sequence[int], vectors: npt.NDArray[np.generic], *, tag: str = "") -> pa.Table:
+    n, dim = vectors.shape
+    columns = [
+        pa.array(items, pa.int32()),
+        pa.array([f"id{i}" for i in items]),
+        pa.array([f"hash{i}{tag}" for i in items]),
+        pa.array([None] * n, pa.int32()),
+        pa.array(range(n), pa.int32()),
+        embedding_array(vectors),
+    ]
+    return pa.Table.from_arrays(columns, schema=feature_schema(dim, str(vectors.dtype)))
+
+
+def numbers(n: int, dim: int = 3, seed: int = 0) -> npt.NDArray[np.float16]:
+    return np.random.RandomState(seed).standard_normal((n, dim)).astype(np.float16)
+
+
+@pytest.fixture
+def table(warehouse: Warehouse) -> FeatureTable:
+    return FeatureStore(warehouse).table("tiny", "toy", "image")
+
+
+def test_a_matrix_is_aligned_with_the_items_whatever_the_order_of_rows(
+    table: FeatureTable,
+) -> None:
+    vectors = numbers(5)
+    table.append(rows([7, 2], vectors[:2]), MADE)
+    table.append(rows([0, 5, 3], vectors[2:]), MADE)
+    table.finish("f1", MADE)
+    matrix = table.read(9, "f1")
+    assert matrix.vectors.shape == (9, 3)
+    assert matrix.vectors.dtype == np.float16
+    assert matrix.vectors.flags.c_contiguous
+    assert matrix.present.tolist() == [True, False, True, True, False, True, False, True, False]
+    assert (matrix.vectors[[7, 2, 0, 5, 3]] == vectors).all()
+    assert not matrix.vectors[~matrix.present].any()
+    assert matrix.provenance == MADE
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=25)
+@given(
+    n=st.integers(1, 40),
+    dim=st.integers(1, 9),
+    dtype=st.sampled_from(["float16", "float32"]),
+    seed=st.integers(0, 99),
+)
+def test_vectors_come_back_bit_for_bit(
+    tmp_path_factory: pytest.TempPathFactory, n: int, dim: int, dtype: str, seed: int
+) -> None:
+    house = Warehouse(tmp_path_factory.mktemp("w"))
+    made = replace(MADE, dim=dim, dtype=dtype)
+    here = FeatureStore(house).table("tiny", "toy", "image")
+    random = np.random.RandomState(seed)
+    vectors = random.standard_normal((n, dim)).astype(dtype)
+    where = random.permutation(2 * n)[:n]
+    for chunk in np.array_split(np.arange(n), min(n, 3)):
+        here.append(rows(where[chunk].tolist(), vectors[chunk]), made)
+    here.finish("f", made)
+    matrix = here.read(2 * n, "f")
+    assert matrix.vectors[where].tobytes() == vectors.tobytes()
+    assert matrix.present.sum() == n
+
+
+def test_the_file_is_laid_out_for_reading(table: FeatureTable) -> None:
+    part = table.append(rows([1, 2], numbers(2)), MADE)
+    schema = pq.read_schema(part)
+    embedding = schema.field("embedding")
+    assert not embedding.nullable
+    assert str(embedding.type) == "fixed_size_list<element: halffloat not null>[3]"
+    group = pq.read_metadata(part).row_group(0)
+    by_path = {group.column(i).path_in_schema: group.column(i) for i in range(group.num_columns)}
+    column = by_path["embedding.list.element"]
+    assert column.compression == "UNCOMPRESSED"
+    assert not column.has_dictionary_page
+    assert not column.is_stats_set
+    assert by_path["item"].is_stats_set
+    kind = duckdb.sql(f"SELECT DISTINCT typeof(embedding) FROM '{part}'").fetchall()
+    assert kind == [("FLOAT[]",)]
+
+
+def test_rows_of_another_provenance_are_refused_by_name(table: FeatureTable) -> None:
+    table.append(rows([1], numbers(1)), MADE)
+    table.append(rows([2], numbers(1)), replace(MADE, libraries={"numpy": "3"}))
+    with pytest.raises(UserError, match="checkpoint 'c1' and 'c2'"):
+        table.append(rows([3], numbers(1)), replace(MADE, checkpoint="c2"))
+    assert len(table.parts()) == 2
+
+
+def test_a_mixture_made_by_hand_is_noticed_and_named(
+    warehouse: Warehouse, table: FeatureTable
+) -> None:
+    table.append(rows([1], numbers(1)), MADE)
+    other = FeatureStore(warehouse).table("tiny", "other", "image")
+    part = other.append(rows([2], numbers(1)), replace(MADE, pooling="mean"))
+    part.rename(table.path / "part-00001.parquet")
+    with pytest.raises(UserError, match=r"mixes two extractions \(pooling 'none' and 'mean'"):
+        table.provenance()
+    table.finish("f", MADE)
+    with pytest.raises(UserError, match="mixes two extractions"):
+        table.read(3, "f")
+
+
+def test_a_part_without_provenance_is_refused(table: FeatureTable) -> None:
+    table.path.mkdir(parents=True)
+    pq.write_table(rows([1], numbers(1)), table.path / "part-00000.parquet")
+    with pytest.raises(UserError, match="does not say where it came from"):
+        table.provenance()
+
+
+def test_reading_says_what_is_missing(table: FeatureTable) -> None:
+    with pytest.raises(UserError, match="image=toy of tiny does not exist; run: mmrec extract"):
+        table.read(3, "f1")
+    table.append(rows([1], numbers(1)), MADE)
+    with pytest.raises(UserError, match="is unfinished"):
+        table.read(3, "f1")
+    table.finish("f1", MADE)
+    assert table.read(3, "f1").present.sum() == 1
+    with pytest.raises(UserError, match="earlier preparation"):
+        table.read(3, "f2")
+
+
+def test_rewriting_keeps_chosen_rows_under_new_indices(table: FeatureTable) -> None:
+    vectors = numbers(5)
+    first = table.append(rows([0, 1, 2], vectors[:3]), MADE)
+    second = table.append(rows([3, 4], vectors[3:]), MADE)
+    table.finish("f1", MADE)
+    table.rewrite(first, np.array([True, False, True]), np.array([6, -1, 5], np.int32))
+    assert table.manifest() is None  # unfinished from the first change on
+    table.rewrite(second, np.array([False, False]), np.array([0, 0], np.int32))
+    assert table.parts() == [first]
+    table.finish("f2", MADE)
+    matrix = table.read(7, "f2")
+    assert np.flatnonzero(matrix.present).tolist() == [5, 6]
+    assert (matrix.vectors[[6, 5]] == vectors[[0, 2]]).all()
+    light = table.light()
+    assert light["item_id"].to_pylist() == ["id0", "id2"]
+    assert light["n_tokens"].to_pylist() == [0, 2]
+    assert table.provenance() == MADE
+
+
+def test_numbers_go_on_after_a_removed_part(table: FeatureTable) -> None:
+    for item in range(3):
+        table.append(rows([item], numbers(1)), MADE)
+    gone = table.parts()[1]
+    table.rewrite(gone, np.array([False]), np.array([0], np.int32))
+    new = table.append(rows([9], numbers(1)), MADE)
+    assert [part.name for part in table.parts()] == [
+        "part-00000.parquet", "part-00002.parquet", "part-00003.parquet",
+    ]  # fmt: skip
+    assert table.parts()[-1] == new  # the later part is the newer one
+    assert table.light()["part"].to_pylist() == [0, 1, 2]
+
+
+def test_clear_empties_the_table(table: FeatureTable) -> None:
+    table.append(rows([1], numbers(1)), MADE)
+    table.finish("f", MADE)
+    table.clear()
+    assert table.parts() == []
+    assert table.manifest() is None
+    assert len(table.light()) == 0
+    assert table.light().schema.names == [
+        "item", "item_id", "content_hash", "n_frames", "n_tokens", "part",
+    ]  # fmt: skip
+
+
+def test_what_a_killed_writer_left_is_no_part_and_goes_at_the_end(table: FeatureTable) -> None:
+    table.append(rows([1], numbers(1)), MADE)
+    left = table.path / ".part-00001.parquet.1234abcd.tmp"
+    left.write_bytes(b"PAR1 half")
+    assert len(table.parts()) == 1
+    table.finish("f", MADE)
+    assert not left.exists()
+    assert table.manifest() == {
+        "items": "f",
+        "rows": 1,
+        "provenance": table.manifest()["provenance"],  # type: ignore[index]
+    }
+
+
+def test_a_part_has_an_upper_size(table: FeatureTable) -> None:
+    many = ROWS_PER_PART + 1
+    with pytest.raises(AssertionError):
+        table.append(rows(list(range(many)), np.zeros((many, 3), np.float16)), MADE)
+
+
+def test_tables_are_found_by_their_parts(warehouse: Warehouse) -> None:
+    store = FeatureStore(warehouse)
+    for backbone, modality in [("toy", "text"), ("hf:Org/Name", "image"), ("toy", "image")]:
+        made = replace(MADE, backbone=backbone, modality=modality)
+        store.table("tiny", backbone, modality).append(rows([1], numbers(1)), made)
+    (warehouse.dataset_dir("tiny") / "features" / "empty" / "image" / "pooled").mkdir(parents=True)
+    labels = [table.label for table in store.tables("tiny")]
+    assert labels == ["image=hf-org-name", "image=toy", "text=toy"]
+    assert store.tables("another") == []
+
+
+def test_positions_finds_ids_and_marks_the_unknown() -> None:
+    found = positions(pa.chunked_array([["b", "x"], ["a"]]), pa.chunked_array([["a"], ["b", "c"]]))
+    assert found.tolist() == [1, -1, 0]
+
+
+def test_an_embedding_column_takes_only_what_it_says(tmp_path: Path) -> None:
+    column = embedding_array(numbers(4)[::2])  # also when the rows are not contiguous
+    assert len(column) == 2
+    assert np.array_equal(column.flatten().to_numpy().reshape(2, 3), numbers(4)[::2])

@@ -1,0 +1,242 @@
+"""A small dataset made by the program, so that everything can be tried offline.
+
+Every item has a taste and a topic. The taste is only in its picture and clip (a colour and a
+shape), the topic only in its title (words of one field). Every user keeps to one taste most of the
+time, and goes from topic to topic in one fixed order most of the time. So the next item is known by
+the taste of the user and the topic of the last item: whoever sees pictures, titles and order
+predicts well, popularity does not. A tenth of the items is new: at most a few training interactions
+or none, but the target of some users, who can only be served by what the items show.
+"""
+
+import csv
+import math
+import os
+import secrets
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageDraw
+
+from features.errors import UserError
+
+TASTES = (  # colour and shape
+    ((214, 48, 49), "circle"), ((243, 156, 18), "square"), ((241, 219, 60), "triangle"),
+    ((39, 174, 96), "circle"), ((22, 190, 200), "square"), ((41, 98, 255), "triangle"),
+    ((142, 68, 173), "circle"), ((90, 90, 90), "square"),
+)  # fmt: skip
+TOPICS = {
+    "mountain": "summit ridge glacier alpine trail cliff granite snowline",
+    "kitchen": "recipe oven spice dough skillet simmer butter pantry",
+    "ocean": "wave reef harbour sailor tide lagoon driftwood coral",
+    "music": "guitar chorus rhythm melody drummer concert vinyl harmony",
+    "space": "orbit comet nebula rocket lunar gravity telescope starlight",
+    "garden": "blossom seedling orchard rose compost meadow trellis pollen",
+}
+FILLERS = ("the", "a", "new", "first", "little", "great", "last", "long", "quiet", "bright", "old")
+SIZE = 96  # pixels, a side
+NEW_SHARE = 0.1
+FOLLOWS = 0.85  # how often a user keeps to the taste, and to the order of the topics
+START = 1_700_000_000
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DemoItem:
+    """What is true of one item; the files show it, the tables do not say it."""
+
+    item_id: str
+    taste: int
+    topic: int
+    new: bool
+
+
+def make_demo(raw: Path, *, users: int = 2000, items: int = 432, seed: int = 0) -> list[DemoItem]:
+    """Write the raw files in the ``table`` layout; the same seed gives the same dataset.
+
+    Args:
+        raw: The folder to make; it appears when all is written.
+        users: How many users, 8 to 18 interactions each.
+        items: How many items.
+        seed: Of every random choice.
+
+    Returns:
+        The items with what is true of them.
+
+    Raises:
+        UserError: ``raw`` exists, or there are too few items for every taste and topic.
+    """
+    cells = len(TASTES) * len(TOPICS)
+    if items < 4 * cells:
+        raise UserError(f"--items {items} is too few for the demo; give at least {4 * cells}")
+    if raw.exists():
+        raise UserError(f"{raw} exists already; remove it to make the demo's files again")
+    random = np.random.default_rng(seed)
+    catalogue = _catalogue(items, random)
+    beside = raw.with_name(f".{raw.name}.{secrets.token_hex(4)}.tmp")
+    beside.mkdir(parents=True)
+    try:
+        _write_items(beside, catalogue, random)
+        _write_interactions(beside, catalogue, users, random)
+        os.replace(beside, raw)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return catalogue
+
+
+def _catalogue(items: int, random: np.random.Generator) -> list[DemoItem]:
+    """Spread the items evenly over the cells; the last of some cells are new."""
+    cells = len(TASTES) * len(TOPICS)
+    order = random.permutation(items)
+    catalogue: list[DemoItem] = []
+    for place in range(items):
+        cell = place % cells
+        catalogue.append(
+            DemoItem(
+                item_id=f"i{order[place] + 1:04d}",
+                taste=cell % len(TASTES),
+                topic=cell // len(TASTES),
+                new=place >= round(items * (1 - NEW_SHARE)),
+            )
+        )
+    return sorted(catalogue, key=lambda item: item.item_id)
+
+
+# -- interactions ---------------------------------------------------------------------------
+
+
+def _write_interactions(
+    raw: Path, catalogue: list[DemoItem], users: int, random: np.random.Generator
+) -> None:
+    cells: dict[tuple[int, int], list[int]] = {}
+    for index, item in enumerate(catalogue):
+        cells.setdefault((item.taste, item.topic), []).append(index)
+    # Within a cell some items are more liked than others, so that popularity is not quite blind.
+    appeal = random.gamma(1.5, 1.0, len(catalogue)) + 0.2
+    trained = np.zeros(len(catalogue), dtype=np.int64)  # of new items only
+    # Half of the new items are never trained on, the other half a few times.
+    most = np.where(np.arange(len(catalogue)) % 2 == 0, 0, 4)
+    rows: list[tuple[str, str, int]] = []
+    for user in range(users):
+        length = int(random.integers(8, 19))
+        taste = int(random.integers(len(TASTES)))
+        topic = int(random.integers(len(TOPICS)))
+        time = START + int(random.integers(30 * 86_400))
+        seen: set[int] = set()
+        for step in range(length):
+            follows = random.random(2) < FOLLOWS
+            here = taste if follows[0] else int(random.integers(len(TASTES)))
+            topic = (topic + 1) % len(TOPICS) if follows[1] else int(random.integers(len(TOPICS)))
+            held_out = step >= length - 2
+            weight = np.array(
+                [
+                    0.0
+                    if index in seen
+                    else _weight(catalogue[index].new, held_out, trained[index], most[index])
+                    * appeal[index]
+                    for index in cells[here, topic]
+                ]
+            )
+            if not weight.any():
+                continue
+            chosen = int(random.choice(cells[here, topic], p=weight / weight.sum()))
+            trained[chosen] += catalogue[chosen].new and not held_out
+            seen.add(chosen)
+            rows.append((f"u{user + 1:05d}", catalogue[chosen].item_id, time))
+            # Some interactions bear the time of the one before: the order of the file decides.
+            time += int(random.integers(0, 4)) * 3600
+    with (raw / "interactions.csv").open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["user_id", "item_id", "timestamp"])
+        writer.writerows(rows)
+
+
+def _weight(new: bool, held_out: bool, trained: int, most: int) -> float:
+    """How much likelier an item is than its appeal; new ones come almost only at the end."""
+    if not new:
+        return 1.0
+    if held_out:
+        return 2.5
+    return 0.5 if trained < most else 0.0
+
+
+# -- what items show ------------------------------------------------------------------------
+
+
+def _write_items(raw: Path, catalogue: list[DemoItem], random: np.random.Generator) -> None:
+    (raw / "images").mkdir()
+    (raw / "videos").mkdir()
+    fields = [words.split() for words in TOPICS.values()]
+    without_picture = set(random.choice(len(catalogue), len(catalogue) // 12, replace=False))
+    without_title = set(random.choice(len(catalogue), len(catalogue) // 12, replace=False))
+    with_clip = set(random.choice(len(catalogue), len(catalogue) // 10, replace=False))
+    broken = next(index for index in range(len(catalogue)) if index not in without_picture)
+    with (raw / "items.csv").open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["item_id", "title", "image", "video", "price"])
+        for index, item in enumerate(catalogue):
+            words = [
+                *random.choice(FILLERS, 2, replace=False),
+                *random.choice(fields[item.topic], 3, replace=False),
+            ]
+            title = " ".join(str(word) for word in words).capitalize()
+            picture, clip = f"images/{item.item_id}.png", f"videos/{item.item_id}.mp4"
+            frame = _picture(item.taste, random)
+            if index not in without_picture:
+                frame.save(raw / picture)
+                if index == broken:
+                    whole = (raw / picture).read_bytes()
+                    (raw / picture).write_bytes(whole[: len(whole) // 2])
+            if index in with_clip:
+                _clip(raw / clip, item.taste, random)
+            writer.writerow(
+                [
+                    item.item_id,
+                    "" if index in without_title else title,
+                    "" if index in without_picture else picture,
+                    clip if index in with_clip else "",
+                    f"{random.integers(100, 5000) / 100:.2f}",
+                ]
+            )
+
+
+def _picture(taste: int, random: np.random.Generator, turn: float = 0.0) -> Image.Image:
+    """One coloured shape on pale noise, somewhere near the middle."""
+    colour, shape = TASTES[taste]
+    ground: npt.NDArray[np.uint8] = random.integers(225, 256, (SIZE, SIZE, 3)).astype(np.uint8)
+    image = Image.fromarray(ground)
+    draw = ImageDraw.Draw(image)
+    x, y = (SIZE / 2 + offset for offset in random.uniform(-10, 10, 2))
+    radius = random.uniform(26, 36)
+    tint = tuple(int(np.clip(part + random.integers(-12, 13), 0, 255)) for part in colour)
+    if shape == "circle":
+        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=tint)
+        return image
+    sides = {"square": 4, "triangle": 3}[shape]
+    corners = [
+        (
+            x + radius * math.cos(turn + 2 * math.pi * corner / sides + math.pi / sides),
+            y + radius * math.sin(turn + 2 * math.pi * corner / sides + math.pi / sides),
+        )
+        for corner in range(sides)
+    ]
+    draw.polygon(corners, fill=tint)
+    return image
+
+
+def _clip(path: Path, taste: int, random: np.random.Generator) -> None:
+    """Two to three seconds of the shape turning, four frames a second, MPEG-4."""
+    import av
+
+    with av.open(str(path), "w", options={"fflags": "+bitexact"}) as container:
+        stream: Any = container.add_stream("mpeg4", rate=4)
+        stream.width = stream.height = SIZE
+        stream.pix_fmt = "yuv420p"
+        stream.codec_context.flags |= 1 << 23  # AV_CODEC_FLAG_BITEXACT: the same file each time
+        for step in range(int(random.integers(8, 13))):
+            picture = np.asarray(_picture(taste, random, turn=step * math.pi / 12))
+            frame = av.VideoFrame.from_ndarray(picture)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())

@@ -1,0 +1,62 @@
+"""The layout in which PMMRec, MMSR and NineRec release Bili, Kwai, HM and Amazon.
+
+Users: a TSV of ``user<TAB>item item ...``, oldest first. Items: a TSV or CSV whose first column is
+the id and whose second is the title, with or without a line of names. Covers: a folder of files
+named by item id, or an LMDB of pickled images under the item ids.
+"""
+
+import csv
+from pathlib import Path
+
+import duckdb
+
+from features.errors import UserError
+from pipeline.importers.contract import Files, Raw
+from pipeline.importers.items import IDS, create_described, create_from
+from pipeline.importers.media import list_media, with_media_sql
+from pipeline.importers.reading import delimited_sql
+from pipeline.importers.sequences import create_from_sequences
+from pipeline.importers.text import install
+
+_FORMS = {".tsv": ("\t", ""), ".csv": (",", '"')}  # delimiter and quote
+
+
+def read(db: duckdb.DuckDBPyConnection, root: Path, files: Files) -> Raw:
+    """Read users, items and covers.
+
+    Raises:
+        UserError: A file is damaged, or a user has two lines.
+    """
+    install(db)
+    create_from_sequences(db, files["interactions"][0])
+    _items(db, files["items"][0])
+    list_media(db, root, files.get("images", ()), files.get("videos", ()))
+    db.execute(f"CREATE TABLE raw_items AS {with_media_sql('described')}")
+    return Raw(timestamps=False)
+
+
+def _items(db: duckdb.DuckDBPyConnection, path: Path) -> None:
+    form = _FORMS.get(path.suffix.lower())
+    if form is None:
+        raise UserError(f"{path} is none of {', '.join(_FORMS)}; convert it to one of them")
+    delimiter, quote = form
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as stream:
+            rows = csv.reader(
+                stream,
+                delimiter=delimiter,
+                quoting=csv.QUOTE_MINIMAL if quote else csv.QUOTE_NONE,
+            )
+            first = next(rows, [])
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path}, line 1: {error}; save the file as UTF-8") from None
+    if len(first) < 2:
+        raise UserError(
+            f"{path}, line 1: one column where an id and a title are expected; correct the file"
+        )
+    if first[0].strip().lower() in {name.lower() for name in IDS}:
+        create_described(db, path)
+        return
+    names = ["item_id", "title", *(f"column_{index}" for index in range(3, len(first) + 1))]
+    source = delimited_sql(path, names, delimiter=delimiter, quote=quote)
+    create_from(db, path, source, names)

@@ -1,0 +1,226 @@
+"""Covers in an LMDB, as NineRec, MoRec and PMMRec release them: pickled objects with raw pixels.
+
+A pickle is a program, and unpickling one from a stranger runs it. Nothing is unpickled here: the
+few instructions that such an image needs are interpreted as data, on a stack that can hold numbers,
+strings, bytes, tuples and dicts and nothing else. Any other instruction is refused before it acts.
+"""
+
+import pickletools
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+import lmdb
+from PIL import Image
+
+from features.errors import UserError
+
+CLASS = "LMDB_Image"
+MAX_PIXELS = 178_956_970  # Pillow's own limit against decompression bombs
+_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+
+
+class LmdbImages:
+    """One LMDB of covers, opened once, read only; not to be carried over a fork.
+
+    Raises:
+        UserError: It is no LMDB.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._env = lmdb.open(
+                str(path),
+                subdir=path.is_dir(),
+                create=False,
+                readonly=True,
+                lock=False,
+                readahead=False,
+                meminit=False,
+            )
+        except lmdb.Error as error:
+            raise UserError(f"{path} is not a readable LMDB ({error}); copy it again") from None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Unmap the file."""
+        self._env.close()
+
+    def keys(self) -> Iterator[str]:
+        """Every key that can be an item's id, in the file's order."""
+        with self._env.begin() as transaction, transaction.cursor() as cursor:
+            for key in cursor.iternext(keys=True, values=False):
+                # Releases also keep their own lists under __keys__ and __len__.
+                if not key.startswith(b"__"):
+                    yield bytes(key).decode("utf-8", "replace")
+
+    def get(self, key: str) -> Image.Image | bytes:
+        """One cover: an image, or the bytes of an encoded one where the LMDB holds those.
+
+        Raises:
+            UserError: There is no such key, or its value is not an image and nothing else.
+        """
+        with self._env.begin() as transaction:
+            value = transaction.get(key.encode())
+        if value is None:
+            raise UserError(f"{self.path} has no key {key!r}; prepare the dataset again")
+        if not value.startswith(b"\x80"):  # every pickle since protocol 2 begins so, no image does
+            return bytes(value)
+        return read_lmdb_image(value, f"{self.path}#{key}")
+
+
+def read_lmdb_image(data: bytes, where: str) -> Image.Image:
+    """Make an image of a pickled ``LMDB_Image`` (channels, size, image), executing nothing.
+
+    Args:
+        data: The pickle.
+        where: What the message calls it.
+
+    Raises:
+        UserError: The pickle holds anything else.
+    """
+    try:
+        state = _state(data)
+    except _RefusedError as error:
+        raise UserError(
+            f"{where} is not a pickled {CLASS} ({error}); refused, not loaded"
+        ) from None
+    channels, size, pixels = (state.get(name) for name in ("channels", "size", "image"))
+    if (
+        not isinstance(pixels, bytes)
+        or type(channels) is not int
+        or not isinstance(size, tuple)
+        or [type(side) for side in size] != [int, int]
+    ):
+        raise UserError(f"{where}: a {CLASS} without channels, size or pixels; refused")
+    height, width = size
+    if (
+        channels not in _MODES
+        or min(size) < 1
+        or height * width > MAX_PIXELS
+        or height * width * channels != len(pixels)
+    ):
+        raise UserError(
+            f"{where}: {height} x {width} pixels in {channels} channels of 8 bits are not"
+            f" {len(pixels)} bytes; refused"
+        )
+    return Image.frombytes(_MODES[channels], (width, height), pixels)
+
+
+class _RefusedError(Exception):
+    """The pickle wants more than an image needs."""
+
+
+class _Class(NamedTuple):
+    """Stands for the one class on the stack; nothing is imported."""
+
+
+class _Instance:
+    """Stands for the one object: its state once it has been built."""
+
+    __slots__ = ("state",)
+
+    def __init__(self) -> None:
+        self.state: dict[str, Any] | None = None
+
+
+_MARK = object()
+_VALUES = frozenset(
+    (
+        "BININT", "BININT1", "BININT2", "BINFLOAT", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8",
+        "SHORT_BINBYTES", "BINBYTES", "BINBYTES8",
+    )
+)  # fmt: skip
+_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
+_TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+
+
+def _state(data: bytes) -> dict[str, Any]:
+    """Interpret the pickle of one object; its attributes."""
+    stack: list[Any] = []
+    memo: dict[int, Any] = {}
+    try:
+        for opcode, argument, _ in pickletools.genops(data):
+            if opcode.name == "STOP":
+                break
+            _step(opcode.name, argument, stack, memo)
+        (instance,) = stack
+    except _RefusedError:
+        raise
+    except Exception as error:  # a damaged pickle fails in as many ways as there are instructions
+        raise _RefusedError(f"damaged: {type(error).__name__}") from None
+    if not isinstance(instance, _Instance) or instance.state is None:
+        raise _RefusedError(f"it holds a {type(instance).__name__}")
+    return instance.state
+
+
+def _step(name: str, argument: Any, stack: list[Any], memo: dict[int, Any]) -> None:
+    if name in ("PROTO", "FRAME"):
+        return
+    if name in _VALUES:
+        stack.append(argument)
+    elif name in _CONSTANTS:
+        stack.append(_CONSTANTS[name])
+    elif name in _TUPLES:
+        count = _TUPLES[name]
+        items = tuple(stack[len(stack) - count :])
+        del stack[len(stack) - count :]
+        stack.append(items)
+    elif name == "MARK":
+        stack.append(_MARK)
+    elif name == "TUPLE":
+        stack.append(tuple(_to_mark(stack)))
+    elif name == "EMPTY_DICT":
+        stack.append({})
+    elif name in ("SETITEM", "SETITEMS"):
+        flat = _to_mark(stack) if name == "SETITEMS" else [stack.pop(-2), stack.pop()]
+        target = stack[-1]
+        # A key is hashed, and the hash of a tuple of tuples can be made to take for ever.
+        if not isinstance(target, dict) or not all(type(key) is str for key in flat[::2]):
+            raise _RefusedError("it sets something else than named attributes")
+        target.update(zip(flat[::2], flat[1::2], strict=True))
+    elif name == "MEMOIZE":
+        memo[len(memo)] = stack[-1]
+    elif name in ("BINPUT", "LONG_BINPUT"):
+        memo[argument] = stack[-1]
+    elif name in ("BINGET", "LONG_BINGET"):
+        stack.append(memo[argument])
+    elif name in ("GLOBAL", "STACK_GLOBAL"):
+        called = stack.pop() if name == "STACK_GLOBAL" else argument.rpartition(" ")[2]
+        module = stack.pop() if name == "STACK_GLOBAL" else argument.rpartition(" ")[0]
+        if called != CLASS:
+            raise _RefusedError(f"it names {module!s:.60}.{called!s:.60}")
+        stack.append(_Class())
+    elif name == "NEWOBJ":
+        arguments, made = stack.pop(), stack.pop()
+        if not isinstance(made, _Class) or arguments != ():
+            raise _RefusedError("it makes another object")
+        stack.append(_Instance())
+    elif name == "BUILD":
+        state = stack.pop()
+        target = stack[-1]
+        if not isinstance(target, _Instance) or not isinstance(state, dict):
+            raise _RefusedError("it builds another object")
+        target.state = state
+    else:
+        raise _RefusedError(f"it uses the instruction {name}")
+
+
+def _to_mark(stack: list[Any]) -> list[Any]:
+    """Take everything above the last mark, and the mark."""
+    place = max(index for index, value in enumerate(stack) if value is _MARK)
+    above = stack[place + 1 :]
+    del stack[place:]
+    return above

@@ -1,0 +1,191 @@
+"""Raw text and Parquet files as SQL; what is wrong with one is said with its file and line."""
+
+import csv
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import duckdb
+
+from features.dataset import quoted
+from features.errors import UserError
+
+MAX_LINE = 64 * 1024 * 1024  # bytes; one user of a sequences file is one line
+_DELIMITERS = {".csv": ",", ".tsv": "\t", ".tab": "\t"}
+TABLES = (*_DELIMITERS, ".parquet")
+
+
+def one(db: duckdb.DuckDBPyConnection, sql: str) -> tuple[Any, ...]:
+    """The only row of a query."""
+    (row,) = db.sql(sql).fetchall()
+    return tuple(row)
+
+
+def ident(name: str) -> str:
+    """Quote a column's name for SQL."""
+    return '"' + name.replace('"', '""') + '"'
+
+
+def delimited_sql(
+    path: Path,
+    columns: Sequence[str],
+    *,
+    delimiter: str,
+    header: bool = False,
+    quote: str = "",
+    encoding: str = "utf-8",
+) -> str:
+    """SQL that reads a delimited file, every column as VARCHAR; nothing is guessed."""
+    names = ", ".join(f"{quoted(name)}: 'VARCHAR'" for name in columns)
+    return (
+        f"read_csv({quoted(str(path))}, auto_detect = false, columns = {{{names}}},"
+        f" delim = {quoted(delimiter)}, header = {str(header).lower()},"
+        f" quote = {quoted(quote)}, escape = {quoted(quote)}, encoding = {quoted(encoding)},"
+        f" max_line_size = {MAX_LINE})"
+    )
+
+
+def lines_sql(path: Path) -> str:
+    """SQL that reads a text file line by line into one column, ``line``."""
+    return delimited_sql(path, ["line"], delimiter="\x1f")  # a character that no text file holds
+
+
+def table_sql(db: duckdb.DuckDBPyConnection, path: Path) -> tuple[str, list[str]]:
+    """SQL that reads a CSV, TSV or Parquet file with named columns, and the names.
+
+    Raises:
+        UserError: Another kind of file, or one without usable names.
+    """
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
+        sql = f"read_parquet({quoted(str(path))})"
+        try:
+            return sql, list(db.sql(f"SELECT * FROM {sql} LIMIT 0").columns)
+        except duckdb.Error as error:
+            raise explained(error, path) from None
+    if suffix not in _DELIMITERS:
+        raise UserError(f"{path} is none of {', '.join(TABLES)}; convert it to one of them")
+    delimiter = _DELIMITERS[suffix]
+    names = header(path, delimiter)
+    # Titles in TSV files hold single quote marks more often than quoted tabs.
+    quote = '"' if delimiter == "," else ""
+    return delimited_sql(path, names, delimiter=delimiter, header=True, quote=quote), names
+
+
+def header(path: Path, delimiter: str) -> list[str]:
+    """The first line of a delimited file, split.
+
+    Raises:
+        UserError: There is none, or two columns bear one name.
+    """
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as stream:
+            names = [name.strip() for name in next(csv.reader(stream, delimiter=delimiter), [])]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path}, line 1: {error}; save the file as UTF-8") from None
+    lowered = [name.lower() for name in names]
+    if not any(names) or len(set(lowered)) < len(names):
+        raise UserError(
+            f"{path}, line 1: {', '.join(map(repr, names)) or 'nothing'} cannot be the names of"
+            " the columns; give every column a name of its own"
+        )
+    return names
+
+
+def column(path: Path, columns: Sequence[str], *names: str) -> str:
+    """The first of ``names`` among the columns of a file, however it is capitalised.
+
+    Raises:
+        UserError: None of them is there.
+    """
+    found = optional(columns, *names)
+    if found is None:
+        raise UserError(
+            f"{path} has no column {' or '.join(map(repr, names))};"
+            f" its columns are {', '.join(columns)}; rename one"
+        )
+    return found
+
+
+def optional(columns: Sequence[str], *names: str) -> str | None:
+    """The first of ``names`` among ``columns``, or nothing."""
+    by_lower = {name.lower(): name for name in columns}
+    return next((by_lower[name.lower()] for name in names if name.lower() in by_lower), None)
+
+
+def create(db: duckdb.DuckDBPyConnection, table: str, select: str, path: Path) -> None:
+    """Make a table from SQL that reads ``path``.
+
+    Raises:
+        UserError: The file is not what it should be.
+    """
+    try:
+        db.execute(f"CREATE TABLE {table} AS {select}")
+    except duckdb.Error as error:
+        raise explained(error, path) from None
+
+
+def create_interactions(
+    db: duckdb.DuckDBPyConnection, path: Path, source: str, user: str, item: str, time: str | None
+) -> None:
+    """Make ``raw_interactions`` from one row per interaction.
+
+    Args:
+        db: Where the table goes.
+        path: The file, for messages.
+        source: SQL that reads it.
+        user: SQL of the user's id.
+        item: SQL of the item's id.
+        time: SQL of the time, NULL or a whole number of any unit; none: no column of times.
+
+    Raises:
+        UserError: The file is damaged, or a time is not a whole number.
+    """
+    create(
+        db,
+        "raw_interactions",
+        f"SELECT {user}::VARCHAR AS user_id, {item}::VARCHAR AS item_id,"
+        f" {whole_number_sql(time) if time else 'NULL::BIGINT'} AS timestamp,"
+        f" row_number() OVER () - 1 AS ordinal FROM {source}",
+        path,
+    )
+    if time is None:
+        return
+    (place,) = one(db, "SELECT min(ordinal) FROM raw_interactions WHERE timestamp IS NULL")
+    if place is not None:
+        (bad,) = one(db, f"SELECT {time}::VARCHAR FROM {source} LIMIT 1 OFFSET {place}")
+        value = repr(bad) if bad is not None else "empty"
+        raise UserError(
+            f"{path}, row {place + 1}: the timestamp is {value}, not a whole number;"
+            " write times as integers (such as Unix seconds), or leave the column out"
+        )
+
+
+def whole_number_sql(value: str) -> str:
+    """SQL that gives a BIGINT for a whole number, NULL for anything else (a cast would round)."""
+    number = f"TRY_CAST({value} AS DOUBLE)"
+    return (
+        f"CASE WHEN isfinite({number}) AND {number} = trunc({number})"
+        f" THEN TRY_CAST({value} AS BIGINT) END"
+    )
+
+
+def explained(error: duckdb.Error, path: Path) -> UserError:
+    """Turn what DuckDB says about a file into one line."""
+    text = str(error)
+    line = re.search(r"CSV Error on Line: (\d+)", text)
+    width = re.search(r"Expected Number of Columns: (\d+) Found: (\d+)", text)
+    if width:
+        reason = f"{width[2]} columns where {width[1]} are expected"
+        remedy = "correct the line"
+    elif "unicode" in text.lower() or "not utf-8" in text.lower():
+        reason, remedy = "not UTF-8", "save the file as UTF-8"
+    elif "quote" in text.splitlines()[0].lower() or "unterminated quote" in text.lower():
+        reason, remedy = "a quote is not closed", "correct the line"
+    else:
+        said = [part for part in text.splitlines() if part and "CSV Error on Line" not in part]
+        reason = said[0] if said else type(error).__name__
+        remedy = "correct the file"
+    place = f"{path}, line {line[1]}" if line else f"{path}"
+    return UserError(f"{place}: {reason}; {remedy}")

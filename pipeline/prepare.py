@@ -1,0 +1,187 @@
+"""Raw files to canonical tables: the importer, the SQL, and how the result takes its place."""
+
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import duckdb
+
+from features.errors import UserError, unknown
+from features.files import lock, remove_leftovers, write_json
+from features.warehouse import MARKER, DatasetInfo, Warehouse
+from pipeline.canonical import (
+    UNLISTED,
+    filter_core,
+    index_ids,
+    make_tables,
+    remarks,
+    settle_unlisted,
+    write_tables,
+)
+from pipeline.datasets import DATASETS, locate, plan
+from pipeline.importers import bili, movielens, sequences, table
+from pipeline.importers.contract import Importer, check
+
+IMPORTERS: dict[str, Importer] = {
+    "movielens": movielens.read,
+    "sequences": sequences.read,
+    "bili": bili.read,
+    "table": table.read,
+}
+MEMORY = "2GB"  # DuckDB's buffers; beyond it, it spills
+
+
+def _silent(message: str) -> None:
+    """Say nothing."""
+
+
+def prepare(
+    warehouse: Warehouse,
+    name: str,
+    *,
+    raw: Path | None = None,
+    k_core: int | None = None,
+    format: str | None = None,
+    files: Mapping[str, str] | None = None,
+    unlisted: str = "refuse",
+    say: Callable[[str], None] = _silent,
+) -> DatasetInfo:
+    """Write the canonical tables of a dataset, replacing those of an earlier preparation.
+
+    The same input gives the same bytes. After a failure the earlier tables stand untouched.
+
+    Args:
+        warehouse: Where they go.
+        name: A known dataset, or any name together with ``format``.
+        raw: The raw folder; by default the warehouse's own for ``name``.
+        k_core: Users and items with fewer interactions go, again and again until none is left. 1
+            leaves out items that nobody has, 0 keeps them; by default what suits the dataset.
+        format: A layout, for data of one's own.
+        files: Role to path, replacing the names that are looked for.
+        unlisted: What becomes of interactions with an item that the items' file does not list:
+            ``refuse``, ``keep`` (an item without text or picture) or ``drop``.
+        say: Takes one line of what was noticed, for the person who prepares.
+
+    Raises:
+        UserError: A file is missing or damaged, contradicts another, or nothing is left.
+    """
+    how = plan(warehouse.check_name(name), format)
+    k = how.k_core if k_core is None else k_core
+    if k < 0:
+        raise UserError(f"--k-core {k} is negative; give 0 for no filter, or 5 as most papers do")
+    if unlisted not in UNLISTED:
+        raise unknown("choice for --unlisted", unlisted, list(UNLISTED))
+    root = warehouse.raw_dir(name) if raw is None else Path(raw)
+    if name == "demo" and format is None and not root.exists():
+        from pipeline.demo import make_demo
+
+        make_demo(root)
+        say(f"made the demo's raw files in {root}")
+    found = locate(name, how, root, files or {})
+    with _staging(warehouse, name) as stage, _database(stage) as db:
+        told = IMPORTERS[how.importer](db, root, found)
+        check(db, found)
+        for note in told.notes:
+            say(note)
+        settle_unlisted(db, unlisted, found, say)
+        index_ids(db)
+        filter_core(db, k, name)
+        info = make_tables(
+            db,
+            name=name,
+            format=how.importer,
+            raw=str(root.resolve()),
+            k=k,
+            timestamps=told.timestamps,
+        )
+        write_tables(db, stage)
+        for line in remarks(db, info):
+            say(line)
+        _swap(warehouse.dataset_dir(name), stage, info)
+    return info
+
+
+def describe(warehouse: Warehouse) -> list[dict[str, Any]]:
+    """One row for each known or prepared dataset: what it is, what is there, what is prepared."""
+    prepared = set(warehouse.datasets())
+    rows = []
+    for name in [*DATASETS, *sorted(prepared - set(DATASETS))]:
+        known = DATASETS.get(name)
+        info = warehouse.info(name) if name in prepared else None
+        root = Path(info.raw) if info else warehouse.raw_dir(name)
+        row: dict[str, Any] = {
+            "dataset": name,
+            "format": known.importer if known else info.format if info else "",
+            "source": known.source if known else "your own",
+            "raw": str(root),
+            "expected": {},
+            "raw_found": root.is_dir(),
+            "prepared": info is not None,
+            "users": info.users if info else None,
+            "items": info.items if info else None,
+            "interactions": info.interactions if info else None,
+            "k_core": info.k_core if info else known.k_core if known else None,
+        }
+        if known:
+            how = plan(name, None)
+            row["expected"] = {role: list(how.files[role]) for role in how.needed}
+            try:
+                locate(name, how, root, {})
+            except UserError:
+                row["raw_found"] = False
+        rows.append(row)
+    return rows
+
+
+@contextmanager
+def _staging(warehouse: Warehouse, name: str) -> Iterator[Path]:
+    """A folder beside the tables that vanishes, and with it all traces when nothing came of it."""
+    folder = warehouse.dataset_dir(name)
+    new_root = not warehouse.root.exists()
+    new_marker = not (warehouse.root / MARKER).exists()
+    warehouse.create()
+    new_folder = not folder.exists()
+    try:
+        with lock(folder / ".prepare.lock", f"the dataset {name}"):
+            remove_leftovers(folder)
+            stage = folder / f".prepare.{secrets.token_hex(4)}.tmp"
+            stage.mkdir()
+            try:
+                yield stage
+            finally:
+                shutil.rmtree(stage)
+    except BaseException:
+        if new_folder and not warehouse.is_prepared(name):
+            shutil.rmtree(folder)
+        if new_marker and not warehouse.datasets():
+            (warehouse.root / MARKER).unlink(missing_ok=True)
+        if new_root and not any(warehouse.root.iterdir()):
+            warehouse.root.rmdir()
+        raise
+
+
+@contextmanager
+def _database(stage: Path) -> Iterator[duckdb.DuckDBPyConnection]:
+    """DuckDB in memory, bounded, that spills into the stage and loads nothing from anywhere."""
+    with duckdb.connect() as db:
+        db.execute(f"SET memory_limit = '{MEMORY}'")
+        db.execute(f"SET threads = {min(os.cpu_count() or 1, 8)}")
+        db.execute("SET preserve_insertion_order = true")
+        db.execute("SET autoinstall_known_extensions = false")
+        db.execute("SET temp_directory = $spill", {"spill": str(stage / "spill")})
+        yield db
+
+
+def _swap(folder: Path, stage: Path, info: DatasetInfo) -> None:
+    """Put the new tables in place of the old; ``dataset.json`` goes first and comes last."""
+    (folder / "dataset.json").unlink(missing_ok=True)
+    for part in ("items", "interactions"):
+        if (folder / part).exists():
+            os.replace(folder / part, stage / f"old-{part}")
+        os.replace(stage / part, folder / part)
+    write_json(folder / "dataset.json", asdict(info))

@@ -25,11 +25,6 @@ from features.warehouse import Warehouse
 VIEWS = (
     "items", "interactions", "splits", "features", "failures", "runs", "metrics", "predictions",
 )  # fmt: skip
-_READING = {
-    duckdb.StatementType.SELECT,
-    duckdb.StatementType.EXPLAIN,
-    duckdb.StatementType.RELATION,
-}
 _RUN_COLUMNS = ("run", "dataset", "model", "created", "seed", "features", "parameters")
 
 
@@ -74,10 +69,10 @@ def query(warehouse: Warehouse, sql: str) -> pa.Table:
         statements = db.extract_statements(sql)
         if len(statements) != 1:
             raise UserError(f"give one SQL statement, not {len(statements)}")
-        if statements[0].type not in _READING:
+        if statements[0].type != duckdb.StatementType.SELECT:
             kind = statements[0].type.name
             raise UserError(f"mmrec sql only reads; {kind} would change something; give a SELECT")
-        result = db.execute(sql).to_arrow_table()
+        result = db.sql(sql).to_arrow_table()
         assert isinstance(result, pa.Table)
         return result
     except duckdb.Error as error:

@@ -75,8 +75,8 @@ def load_dataset(warehouse: Warehouse, name: str) -> Dataset:
     interactions = parquet_sql(folder / "interactions")
     items = parquet_sql(folder / "items")
     with duckdb.connect() as db:
-        flat = db.sql(f"SELECT user, item FROM {interactions} ORDER BY user, position").fetchnumpy()
-        counts = db.sql(
+        flat = db.execute(f"SELECT user, item FROM {interactions} ORDER BY user, position").fetchnumpy()
+        counts = db.execute(
             f"SELECT train_count FROM ({train_counts_sql(interactions, items)}) ORDER BY item"
         ).fetchnumpy()
     lengths = np.bincount(flat["user"], minlength=info.users)
@@ -100,6 +100,16 @@ def load_items(warehouse: Warehouse, name: str, columns: list[str]) -> pa.Table:
     parts = sorted((warehouse.dataset_dir(name) / "items").glob("*.parquet"))
     table = pa.concat_tables([pq.read_table(part, columns=["item", *columns]) for part in parts])
     return table.sort_by("item").select(columns)
+
+
+def load_user_ids(warehouse: Warehouse, name: str) -> pa.ChunkedArray:
+    """Read the id of every user, in the order of ``user``."""
+    interactions = parquet_sql(warehouse.dataset_dir(name) / "interactions")
+    with duckdb.connect() as db:
+        table = db.sql(
+            f"SELECT any_value(user_id) AS user_id FROM {interactions} GROUP BY user ORDER BY user"
+        ).to_arrow_table()
+    return table.column("user_id")
 
 
 def parquet_sql(folder: Path) -> str:

@@ -1,0 +1,50 @@
+"""The ``mmrec`` command: its parts, and how every error ends."""
+
+from typing import Any
+
+import click
+import typer
+from typer.core import TyperGroup
+
+from cli import data, demo, learn, query
+from cli.show import say
+from features.errors import UserError
+
+
+class Group(TyperGroup):
+    """Turns the user's mistakes into one line and exit code 2, whichever command they are in."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            say(f"error: {error}")
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            say("interrupted")
+            raise typer.Exit(130) from None
+
+
+app = typer.Typer(
+    name="mmrec",
+    cls=Group,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Multimodal sequential recommendation: extract features once, train lightly, rank all.",
+)
+app.command("datasets")(data.datasets)
+app.command("prepare")(data.prepare)
+app.command("backbones")(data.backbones)
+app.command("extract")(data.extract)
+app.command("models")(learn.models)
+app.command("train")(learn.train)
+app.command("eval")(learn.evaluate)
+app.command("sql")(query.sql)
+app.command("demo")(demo.demo)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()

@@ -1,0 +1,207 @@
+"""``mmrec datasets``, ``prepare``, ``backbones`` and ``extract``: stage 1."""
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cli import show
+from cli.options import DatasetOption, JsonOption, WarehouseOption
+from features.errors import UserError
+from features.warehouse import DatasetInfo, Warehouse
+
+
+def datasets(json: JsonOption = False, warehouse: WarehouseOption = None) -> None:
+    """List the known datasets: where their raw files are expected, and what is prepared."""
+    from pipeline.datasets import describe
+
+    rows = describe(Warehouse(warehouse))
+    if json:
+        show.emit_json(rows)
+        return
+    show.table(
+        ["dataset", "format", "raw files", "found", "users", "items", "interactions"],
+        [
+            [
+                row["name"], row["format"], row["raw"], row["found"],
+                row["users"], row["items"], row["interactions"],
+            ]
+            for row in rows
+        ],
+    )  # fmt: skip
+    show.out.print()
+    show.table(["dataset", "files", "source"], [[r["name"], r["files"], r["source"]] for r in rows])
+
+
+def prepare(
+    dataset: Annotated[str, typer.Option("--dataset", help="A known dataset, or a new name.")],
+    raw: Annotated[Path | None, typer.Option("--raw", help="Folder of the raw files.")] = None,
+    k_core: Annotated[
+        int | None,
+        typer.Option("--k-core", help="Users and items keep at least this many; 0: all."),
+    ] = None,
+    format: Annotated[
+        str | None,
+        typer.Option("--format", help="Importer of a dataset of your own: see the README."),
+    ] = None,
+    file: Annotated[
+        list[str] | None,
+        typer.Option("--file", help="ROLE=PATH of a raw file, relative to --raw; repeatable."),
+    ] = None,
+    json: JsonOption = False,
+    warehouse: WarehouseOption = None,
+) -> None:
+    """Read raw files, apply the k-core, order by time, and write the canonical tables."""
+    house = Warehouse(warehouse)
+    info = run_prepare(house, dataset, raw, k_core, format, file or [])
+    if json:
+        show.emit_json(info.summary())
+    else:
+        show_prepared(info)
+
+
+def run_prepare(
+    house: Warehouse,
+    dataset: str,
+    raw: Path | None = None,
+    k_core: int | None = None,
+    format: str | None = None,
+    file: list[str] | None = None,
+) -> DatasetInfo:
+    """Prepare a dataset; files are ``role=path``."""
+    from pipeline.prepare import prepare as run
+
+    files = {}
+    for entry in file or []:
+        role, equals, path = entry.partition("=")
+        if not equals:
+            raise UserError(f"--file {entry!r} must look like ROLE=PATH, such as items=items.csv")
+        files[role] = path
+    return run(house, dataset, raw=raw, k_core=k_core, format=format, files=files)
+
+
+def show_prepared(info: DatasetInfo) -> None:
+    """Print what a prepared dataset holds."""
+    figures = info.summary()
+    show.table(
+        ["dataset", "users", "items", "interactions", "average length", "sparsity", "k-core"],
+        [
+            [
+                info.name, info.users, info.items, info.interactions,
+                f"{figures['average_length']:.2f}", f"{figures['sparsity']:.4%}", info.k_core,
+            ]
+        ],
+    )  # fmt: skip
+
+
+def backbones(json: JsonOption = False) -> None:
+    """List the frozen backbones by short name."""
+    from pipeline.backbones import list_backbones
+
+    rows = list_backbones()
+    if json:
+        show.emit_json(rows)
+        return
+    columns = list(rows[0])
+    show.table(columns, [[_plain(row[column]) for column in columns] for row in rows])
+    show.say("beside these: open_clip:ARCH/TAG, hf:ORG/NAME, or a local folder with a saved model")
+
+
+def _plain(value: object) -> object:
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else value
+
+
+def extract(
+    dataset: DatasetOption = None,
+    image: Annotated[
+        str | None, typer.Option("--image", help="Backbone for pictures.", show_default=False)
+    ] = None,
+    text: Annotated[
+        str | None, typer.Option("--text", help="Backbone for texts.", show_default=False)
+    ] = None,
+    video: Annotated[
+        str | None, typer.Option("--video", help="Backbone for clips, 1 frame a second.")
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="How an element is stored: float16 or float32.")
+    ] = "float16",
+    compute: Annotated[
+        str, typer.Option("--compute", help="Forward pass: float32 or bfloat16.")
+    ] = "float32",
+    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", help="Pictures to a forward pass.")
+    ] = None,
+    json: JsonOption = False,
+    warehouse: WarehouseOption = None,
+) -> None:
+    """Run frozen backbones once over every item and keep the embeddings in Parquet.
+
+    Without --image, --text or --video: CLIP ViT-B/32 for pictures and texts. What is already
+    there is not encoded again; a dataset that is not prepared yet is prepared first.
+    """
+    from pipeline.extract import extract as run
+
+    house = Warehouse(warehouse)
+    if dataset is not None and not house.is_prepared(dataset):
+        show.say(f"{dataset} is not prepared yet: preparing it from {house.raw_dir(dataset)}")
+        info = run_prepare(house, dataset)
+        if not json:
+            show_prepared(info)
+    name, why = house.choose_dataset(dataset)
+    if why != "given":
+        show.say(f"dataset: {name} ({why})")
+    watch = ExtractWatch()
+    try:
+        report = run(
+            house,
+            name,
+            image=image,
+            text=text,
+            video=video,
+            dtype=dtype,
+            compute=compute,
+            device=device,
+            batch_size=batch_size,
+            progress=watch,
+            message=show.say,
+        )
+    finally:
+        watch.line.close()
+    if json:
+        show.emit_json(asdict(report))
+        return
+    show.table(
+        ["modality", "backbone", "items", "encoded", "reused", "absent", "failed", "items/s", "MB"],
+        [
+            [
+                row.modality, row.backbone, row.items, row.encoded, row.reused, row.absent,
+                row.failed, f"{row.rate:.1f}", f"{row.bytes / 1e6:.1f}",
+            ]
+            for row in report.tables
+        ],
+    )  # fmt: skip
+    for row in report.tables:
+        for reason, count in row.reasons.items():
+            show.say(f"failed ({row.modality}): {count} x {reason}")
+
+
+class ExtractWatch:
+    """The live line of an extraction: rate, time left, failures so far."""
+
+    def __init__(self) -> None:
+        self.line = show.Line()
+        self._began: dict[str, tuple[float, int]] = {}
+
+    def __call__(self, modality: str, done: int, total: int, failed: int) -> None:
+        """Show how far one modality is; what was reused does not count for the rate."""
+        began, first = self._began.setdefault(modality, (time.monotonic(), done))
+        rate = (done - first) / max(1e-9, time.monotonic() - began)
+        left = (total - done) / rate if rate else float("inf")
+        text = (
+            f"{modality}: {done:,} of {total:,}, {rate:.1f}/s, {show.seconds(left)} left,"
+            f" {failed} failed"
+        )
+        self.line.update(text, keep=done >= total)

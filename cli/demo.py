@@ -1,0 +1,59 @@
+"""``mmrec demo``: the whole way on a small dataset of its own, offline."""
+
+from cli import data, learn, show
+from cli.options import JsonOption, WarehouseOption
+from features.warehouse import Warehouse
+
+_STATEMENT = """
+    SELECT modality, backbone, count(*) AS vectors, (SELECT count(*) FROM items) AS items
+    FROM features WHERE dataset = 'demo' GROUP BY ALL ORDER BY modality
+"""
+
+
+def demo(json: JsonOption = False, warehouse: WarehouseOption = None) -> None:
+    """Make a small dataset and run prepare, extract, train, eval and sql on it, offline."""
+    from dataclasses import asdict
+
+    from features.catalogue import query
+    from pipeline.extract import extract
+    from trainer.run import start_run, train
+
+    house = Warehouse(warehouse)
+    show.say("1. prepare: pictures, titles, clips, and users with a known taste")
+    info = data.run_prepare(house, "demo")
+    show.say("2. extract: the weightless backbone `hashed` over pictures, titles and clips")
+    watch = data.ExtractWatch()
+    extract(
+        house, "demo", image="hashed", text="hashed", video="hashed",
+        progress=watch, message=show.say,
+    )  # fmt: skip
+    watch.line.close()
+    reports = {}
+    for model, settings in _TRAININGS.items():
+        features = ["image", "text"] if model == "mmsrec" else None
+        run = start_run(house, model, "demo", features=features, settings=settings)
+        show.say(f"3. train: {model}")
+        watching = learn.TrainWatch()
+        train(run, on_tick=watching)
+        watching.line.close()
+        reports[model] = learn.run_evaluate(house, run.folder, "faiss")
+    if json:
+        evaluations = {model: asdict(report) for model, report in reports.items()}
+        show.emit_json({"dataset": info.summary(), "evaluations": evaluations})
+        return
+    data.show_prepared(info)
+    for report in reports.values():
+        show.out.print()
+        learn.show_evaluated(report)
+    show.out.print()
+    show.say("4. sql: " + " ".join(_STATEMENT.split()))
+    table = query(house, _STATEMENT)
+    show.table(table.column_names, zip(*(c.to_pylist() for c in table.columns), strict=True))
+
+
+_TRAININGS = {
+    "sasrec": ["epochs=20", "patience=4"],
+    "mmsrec": [
+        "dim=64", "heads=4", "hidden=128", "dropout=0.2", "epochs=20", "patience=4",
+    ],
+}  # fmt: skip

@@ -1,0 +1,215 @@
+"""``mmrec models``, ``train`` and ``eval``: stage 2."""
+
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cli import show
+from cli.options import DatasetOption, JsonOption, WarehouseOption
+from features.errors import UserError, unknown
+from features.warehouse import Warehouse
+
+if TYPE_CHECKING:
+    from trainer.evaluate import EvalReport
+    from trainer.loop import Tick
+    from trainer.run import TrainReport
+
+
+def models(json: JsonOption = False) -> None:
+    """List the recommenders and their settings for --set."""
+    from trainer.config import TrainConfig
+    from trainer.models import MODELS
+
+    documents = []
+    for name, model in MODELS.items():
+        settings, _ = model.load()
+        documents.append(
+            {
+                "model": name,
+                "summary": model.summary,
+                "settings": {field.name: field.default for field in fields(settings)},
+            }
+        )
+    loop = {field.name: field.default for field in fields(TrainConfig)}
+    if json:
+        show.emit_json({"models": documents, "train": loop})
+        return
+    rows = [[d["model"], d["summary"], _settings(d["settings"])] for d in documents]
+    rows.append(["(all)", "settings of the training loop", _settings(loop)])
+    show.table(["model", "what", "settings and defaults"], rows)
+
+
+def _settings(values: Any) -> str:
+    return " ".join(f"{key}={value}" for key, value in values.items())
+
+
+def train(
+    model: Annotated[str | None, typer.Option("--model", help="See mmrec models.")] = None,
+    dataset: DatasetOption = None,
+    features: Annotated[
+        list[str] | None,
+        typer.Option("--features", help="MODALITY or MODALITY=BACKBONE; repeatable. Else all."),
+    ] = None,
+    set: Annotated[
+        list[str] | None, typer.Option("--set", help="KEY=VALUE of a setting; repeatable.")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", help="TOML file with settings; --set wins.")
+    ] = None,
+    name: Annotated[str | None, typer.Option("--name", help="The new run's name.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with --run, else with the last run.")
+    ] = False,
+    run: Annotated[str | None, typer.Option("--run", help="The run to resume.")] = None,
+    json: JsonOption = False,
+    warehouse: WarehouseOption = None,
+) -> None:
+    """Train a recommender on interactions and cached features; Ctrl-C stops and keeps all."""
+    house = Warehouse(warehouse)
+    if resume:
+        opened = _resumed(house, run, model, dataset, features, set, config, name)
+    elif run is not None:
+        raise UserError("--run names a run to go on with; add --resume, or give --name")
+    elif model is None:
+        raise UserError("give --model (see mmrec models), or --resume")
+    else:
+        from trainer.run import start_run
+
+        chosen, why = house.choose_dataset(dataset)
+        if why != "given":
+            show.say(f"dataset: {chosen} ({why})")
+        split = [part for entry in features for part in entry.split(",")] if features else None
+        opened = start_run(
+            house, model, chosen, features=split, file=config, settings=set or [], name=name
+        )
+    from trainer.run import train as go
+
+    reads = f" with {', '.join(opened.tables)}" if opened.tables else ""
+    show.say(
+        f"run {opened.folder.name}: {opened.model_name} on {opened.dataset}{reads},"
+        f" {opened.parameters:,} parameters, {opened.data.device}"
+    )
+    watch = TrainWatch()
+    try:
+        report = go(opened, resume=resume, on_tick=watch)
+    finally:
+        watch.line.close()
+    if json:
+        show.emit_json(asdict(report))
+    else:
+        show_trained(report)
+
+
+def _resumed(
+    house: Warehouse, run: str | None, model: str | None, dataset: str | None, *fresh: Any
+) -> Any:
+    if any(fresh):
+        raise UserError(
+            "--resume goes on with a run as it is; leave --features, --set, --config, --name out"
+        )
+    from trainer.run import open_run
+
+    folder, why = house.choose_run(run)
+    if why != "given":
+        show.say(f"run: {folder.name} ({why})")
+    opened = open_run(house, folder)
+    for given, held in ((model, opened.model_name), (dataset, opened.dataset)):
+        if given is not None and given != held:
+            raise UserError(f"run {folder.name!r} is of {held!r}, not {given!r}; choose by --run")
+    return opened
+
+
+class TrainWatch:
+    """The live line of a training: loss, rate, time left; each validated epoch stays."""
+
+    def __init__(self) -> None:
+        self.line = show.Line()
+
+    def __call__(self, tick: "Tick") -> None:
+        """Show one report of the loop."""
+        text = f"epoch {tick.epoch}/{tick.epochs}  loss {tick.loss:.4f}  {tick.rate:,.0f} windows/s"
+        if tick.metrics:
+            figures = "  ".join(f"{name} {tick.metrics[name]:.4f}" for name in ("HR@10", "NDCG@10"))
+            text += f"  validation {figures}  best epoch {tick.best_epoch}"
+            self.line.update(text, keep=True)
+        else:
+            left = show.seconds(tick.left)
+            self.line.update(f"{text}  step {tick.step}/{tick.steps}, {left} left in this epoch")
+
+
+def show_trained(report: "TrainReport") -> None:
+    """Print how a training ended."""
+    end = "finished" if report.finished else "stopped; go on with: mmrec train --resume"
+    show.say(
+        f"{end}: {report.epochs} epochs in {show.seconds(report.seconds)}, best epoch"
+        f" {report.best_epoch} with {report.best:.4f} ({report.monitor})"
+    )
+
+
+def evaluate(
+    index: Annotated[str, typer.Option("--index", help="What ranks the catalogue.")] = "faiss",
+    run: Annotated[str | None, typer.Option("--run", help="Else the last one.")] = None,
+    json: JsonOption = False,
+    warehouse: WarehouseOption = None,
+) -> None:
+    """Rank every held-out target of a run in the full catalogue, validation and test."""
+    from retrieval.indexes import INDEXES
+
+    if index not in INDEXES:
+        raise unknown("index", index, list(INDEXES))
+    house = Warehouse(warehouse)
+    folder, why = house.choose_run(run)
+    if why != "given":
+        show.say(f"run: {folder.name} ({why})")
+    report = run_evaluate(house, folder, index)
+    if json:
+        show.emit_json(asdict(report))
+    else:
+        show_evaluated(report)
+
+
+def run_evaluate(house: Warehouse, folder: Path, index: str) -> "EvalReport":
+    """Evaluate a run, telling on one live line what is being done."""
+    from trainer.evaluate import evaluate as go
+    from trainer.run import open_run
+
+    line = show.Line(every=0.0)
+    try:
+        return go(house, open_run(house, folder), index=index, on_stage=line.update)
+    finally:
+        line.close()
+
+
+def show_evaluated(report: "EvalReport") -> None:
+    """Print the metrics with both rankings side by side, the reference, and the protocol."""
+    reads = f", {', '.join(report.features)}" if report.features else ""
+    show.out.print(
+        f"run {report.run}: {report.model} on {report.dataset}{reads}; index {report.index}",
+        markup=False,
+    )
+    cells = {
+        (r["split"], r["targets"], r["metric"], r["ranker"], r["seen"]): r for r in report.rows
+    }
+    groups = dict.fromkeys((r["split"], r["targets"], r["users"]) for r in report.rows)
+    metrics = list(dict.fromkeys(r["metric"] for r in report.rows))
+    columns = [(r, s) for r in (report.model, "popularity") for s in ("masked", "unmasked")]
+    for split, targets, users in groups:
+        kind = "" if targets == "all" else ", cold targets only"
+        show.out.print()
+        show.table(
+            [f"{split}{kind}", *(f"{ranker} {seen}" for ranker, seen in columns)],
+            [
+                [metric, *(_interval(cells[split, targets, metric, *column]) for column in columns)]
+                for metric in metrics
+            ],
+            title=f"{split}{kind}: {users:,} users",
+        )
+    show.out.print()
+    for line in report.protocol:
+        show.out.print(f"  {line}", markup=False)
+
+
+def _interval(row: dict[str, Any]) -> str:
+    return f"{row['value']:.4f} [{row['low']:.4f}, {row['high']:.4f}]"

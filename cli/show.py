@@ -1,0 +1,117 @@
+"""How results and progress look: tables on standard output, messages on standard error."""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def say(message: str) -> None:
+    """Tell the person at the terminal something, on standard error."""
+    err.print(message, markup=False)
+
+
+def emit_json(document: Any) -> None:
+    """Print the one JSON document of a command; what is no number becomes null."""
+    sys.stdout.write(json.dumps(_finite(document), ensure_ascii=False, default=str) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return value
+
+
+def table(
+    columns: Sequence[str], rows: Iterable[Sequence[Any]], *, title: str | None = None
+) -> None:
+    """Print a table; columns that hold numbers are aligned on the right."""
+    cells = [[cell(value) for value in row] for row in rows]
+    values = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    for index, column in enumerate(columns):
+        numeric = bool(cells) and all(_is_number(row[index]) for row in cells)
+        values.add_column(column, justify="right" if numeric else "left", overflow="fold")
+    for row in cells:
+        values.add_row(*(_escape(text) for text in row))
+    out.print(values)
+
+
+def cell(value: Any) -> str:
+    """How one value stands in a table."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:,.4f}" if abs(value) < 1000 else f"{value:,.1f}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, list | tuple) and len(value) > 4:
+        head = ", ".join(cell(entry) for entry in value[:3])
+        return f"[{head}, ... {len(value)}]"
+    return str(value)
+
+
+def _is_number(text: str) -> bool:
+    return text == "-" or (
+        bool(text) and text[0] in "-0123456789[" and any(c.isdigit() for c in text)
+    )
+
+
+def _escape(text: str) -> str:
+    return text.replace("[", r"\[")
+
+
+def seconds(value: float) -> str:
+    """A duration for people: ``8s``, ``3m20s``, ``2h05m``."""
+    if not math.isfinite(value):
+        return "?"
+    whole = round(value)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+
+
+class Line:
+    """One live line on standard error; without a terminal, a plain line now and then."""
+
+    def __init__(self, every: float = 30.0) -> None:
+        self._live = err.is_terminal
+        self._every = every if not self._live else 0.1
+        self._last = -math.inf
+        self._open = False
+
+    def update(self, text: str, *, keep: bool = False) -> None:
+        """Show ``text`` in place of what was there; ``keep`` leaves it and begins a new line."""
+        now = time.monotonic()
+        if not keep and now - self._last < self._every:
+            return
+        self._last = now
+        if not self._live:
+            err.print(text, markup=False)
+            return
+        width = max(20, err.width - 1)
+        sys.stderr.write("\r\x1b[2K" + text[:width] + ("\n" if keep else ""))
+        sys.stderr.flush()
+        self._open = not keep
+
+    def close(self) -> None:
+        """End the live line, so that what follows begins on a line of its own."""
+        if self._open:
+            sys.stderr.write("\r\x1b[2K")
+            sys.stderr.flush()
+            self._open = False

@@ -1,0 +1,71 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trainer import objectives
+from trainer.objectives import cross_entropy_reference, full_softmax
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    rows=st.integers(1, 40),
+    items=st.integers(1, 30),
+    dim=st.integers(1, 8),
+    scale=st.sampled_from([1.0, 20.0, 0.1]),
+    block=st.integers(1, 7),
+    seed=st.integers(0, 2**16),
+)
+def test_full_softmax_equals_the_formula_in_float64(
+    rows: int, items: int, dim: int, scale: float, block: int, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    query = torch.randn(rows, dim, generator=generator)
+    item = torch.randn(items, dim, generator=generator)
+    target = torch.randint(items, (rows,), generator=generator)
+    mine = [query.clone().requires_grad_(), item.clone().requires_grad_()]
+    theirs = [query.double().requires_grad_(), item.double().requires_grad_()]
+
+    with pytest.MonkeyPatch.context() as patch:  # many blocks, even for small inputs
+        patch.setattr(objectives, "_LOGITS_BYTES", 4 * items * block)
+        loss = full_softmax(mine[0], mine[1], target, scale)
+    (3 * loss).backward()
+    expected = cross_entropy_reference(theirs[0], theirs[1], target, scale)
+    (3 * expected).backward()
+
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
+    for one, other in zip(mine, theirs, strict=True):
+        assert one.grad is not None
+        assert other.grad is not None
+        torch.testing.assert_close(one.grad.double(), other.grad, rtol=1e-4, atol=1e-5 * scale)
+
+
+def test_full_softmax_by_hand() -> None:
+    # scores 0 and log 3: probabilities 1/4 and 3/4
+    query = torch.tensor([[1.0], [1.0]])
+    item = (
+        torch.tensor([[0.0], [3.0]]).log1p()
+        * torch.log(torch.tensor(3.0))
+        / torch.log(torch.tensor(4.0))
+    )
+    loss = full_softmax(query, item, torch.tensor([0, 1]))
+    expected = -(torch.log(torch.tensor(1 / 4)) + torch.log(torch.tensor(3 / 4))) / 2
+    torch.testing.assert_close(loss, expected)
+
+
+def test_no_gradient_is_formed_for_what_needs_none() -> None:
+    query = torch.randn(3, 2, requires_grad=True)
+    item = torch.randn(4, 2)
+    full_softmax(query, item, torch.tensor([0, 1, 2])).backward()
+    assert query.grad is not None
+    assert item.grad is None
+
+
+def test_bfloat16_products_come_near() -> None:
+    torch.manual_seed(0)
+    query, item = torch.randn(64, 16), torch.randn(50, 16)
+    target = torch.randint(50, (64,))
+    expected = cross_entropy_reference(query, item, target)
+    loss = full_softmax(query.bfloat16(), item.bfloat16(), target)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, expected, rtol=2e-2, atol=0)

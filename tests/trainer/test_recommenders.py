@@ -1,0 +1,188 @@
+"""One contract test that every recommender inherits by standing in the table."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.trainer import worlds
+from trainer.data import Batch, ItemFeatures, Sequences
+from trainer.models import MODELS
+from trainer.recommender import Catalogue, Recommender
+from trainer.transformer import initialise
+
+N = 12
+SMALL: dict[str, dict[str, Any]] = {
+    "sasrec": {"dim": 8, "heads": 2, "hidden": 16, "length": 6},
+    "mmsrec": {"dim": 8, "heads": 2, "hidden": 16, "length": 6},
+}
+
+
+def build(name: str, features: ItemFeatures, **more: Any) -> Recommender:
+    settings, recommender = MODELS[name].load()
+    torch.manual_seed(0)
+    catalogue = Catalogue(n_items=features.n_items, widths=features.widths)
+    model: Recommender = recommender(settings(**{**SMALL[name], **more}), catalogue)
+    return model.eval()
+
+
+def sequences(rows: list[list[int]], padding: int = 0, width: int = 0) -> Sequences:
+    width = max(width, *(len(row) for row in rows))
+    items = [row + [padding] * (width - len(row)) for row in rows]
+    return Sequences(
+        items_BL=torch.tensor(items), lengths_B=torch.tensor([len(row) for row in rows])
+    )
+
+
+def encode(model: Recommender, rows: Sequences, features: ItemFeatures) -> Tensor:
+    with torch.no_grad():
+        return model.encode_sequences(model.encode_items(features), rows, features)
+
+
+@pytest.fixture(params=list(MODELS))
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def test_shapes(name: str) -> None:
+    features = worlds.features(N)
+    model = build(name, features)
+    items = model.encode_items(features)
+    queries = encode(model, sequences([[1, 2], [3]]), features)
+    assert items.shape == (N, 8)
+    assert queries.shape == (2, 8)
+    assert torch.isfinite(items).all()
+    assert torch.isfinite(queries).all()
+
+
+def test_padding_changes_nothing(name: str) -> None:
+    features = worlds.features(N)
+    model = build(name, features)
+    rows = [[1, 2, 3], [4]]
+    alone = torch.cat([encode(model, sequences([row]), features) for row in rows])
+    together = encode(model, sequences(rows), features)
+    other_padding = encode(model, sequences(rows, padding=N - 1, width=model.history), features)
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(other_padding, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_order_matters(name: str) -> None:
+    features = worlds.features(N, missing=False)
+    model = build(name, features)
+    initialise(model, std=0.5)  # the usual start is so small that order hardly shows in it
+    query = encode(model, sequences([[1, 2, 3], [2, 1, 3]]), features)
+    assert not torch.allclose(query[0], query[1], atol=1e-4)
+
+
+def test_the_longest_history_and_one_item_are_read(name: str) -> None:
+    features = worlds.features(N)
+    model = build(name, features)
+    longest = list(range(model.history))
+    assert torch.isfinite(encode(model, sequences([longest, [0]]), features)).all()
+
+
+def test_the_loss_is_deterministic_and_reaches_every_parameter(name: str) -> None:
+    features = worlds.features(N)
+    model = build(name, features).train()
+    rows = sequences([[0, 1, 2, 3, 4, 11], [5, 6], [7, 8, 9, 10]])
+    values = []
+    for _ in range(2):
+        torch.manual_seed(1)
+        generator = torch.Generator().manual_seed(2)
+        batch = Batch(sequences=rows, features=features, generator=generator)
+        values.append(model.loss(batch)["loss"])
+    assert values[0].item() == values[1].item()
+    values[0].backward()
+    without = [key for key, value in model.named_parameters() if value.grad is None]
+    assert without == []
+
+
+def test_what_stands_beyond_a_sequence_never_reaches_the_loss(name: str) -> None:
+    features = worlds.features(N)
+    model = build(name, features)
+    losses = []
+    for padding in (0, 7):
+        rows = sequences([[0, 1, 2, 3], [5, 6]], padding=padding)
+        generator = torch.Generator().manual_seed(2)
+        batch = Batch(sequences=rows, features=features, generator=generator)
+        losses.append(model.loss(batch)["loss"])
+    torch.testing.assert_close(losses[0], losses[1])
+
+
+def test_a_causal_tower_never_looks_ahead() -> None:
+    features = worlds.features(N)
+    model: Any = build("sasrec", features)
+    items = model.encode_items(features)
+    one = model._hidden(items, sequences([[1, 2, 3, 4]]))
+    other = model._hidden(items, sequences([[1, 2, 3, 9]]))
+    # Positions count from the end, so both rows have the same length here.
+    torch.testing.assert_close(one[:, :3], other[:, :3])
+    assert not torch.allclose(one[:, 3], other[:, 3], atol=1e-4)
+
+
+def test_the_hidden_item_does_not_leak_into_its_prediction() -> None:
+    features = worlds.features(N, missing=False)
+    model: Any = build("mmsrec", features, mask_ratio=0.0)  # only the last item is predicted
+    seen: list[Tensor] = []
+    encode_at = model._encode
+
+    def spy(tokens: tuple[Tensor, Tensor], at: Tensor) -> Tensor:
+        found: Tensor = encode_at(tokens, at)
+        seen.append(found)
+        return found
+
+    model._encode = spy
+    for last in (4, 9):
+        generator = torch.Generator().manual_seed(2)
+        rows = sequences([[1, 2, 3, last]])
+        model.loss(Batch(sequences=rows, features=features, generator=generator))
+    torch.testing.assert_close(seen[0], seen[2])  # [1] and [3] are the item tower's
+
+
+def test_training_query_equals_evaluation_query() -> None:
+    features = worlds.features(N)
+    model: Any = build("mmsrec", features, mask_ratio=0.0)
+    seen: list[Tensor] = []
+    encode_at = model._encode
+    model._encode = lambda tokens, at: seen.append(encode_at(tokens, at)) or seen[-1]
+    generator = torch.Generator().manual_seed(2)
+    model.loss(Batch(sequences=sequences([[1, 2, 3, 4]]), features=features, generator=generator))
+    query = torch.nn.functional.normalize(seen[0], dim=-1)
+    torch.testing.assert_close(query, encode(model, sequences([[1, 2, 3]]), features))
+
+
+@pytest.mark.parametrize("missing", ["drop", "mask"])
+def test_a_missing_modality_is_not_read(missing: str) -> None:
+    features = worlds.features(N)
+    model = build("mmsrec", features, missing=missing)
+    garbage = {
+        key: torch.where(features.present[key][:, None], value, torch.full_like(value, 99.0))
+        for key, value in features.vectors.items()
+    }
+    other = replace(features, vectors=garbage)
+    torch.testing.assert_close(model.encode_items(features), model.encode_items(other))
+    rows = sequences([list(range(5)), [N - 1, 4]])
+    torch.testing.assert_close(encode(model, rows, features), encode(model, rows, other))
+
+
+def test_the_two_readings_of_a_missing_modality_differ() -> None:
+    features = worlds.features(N)
+    drop, mask = (build("mmsrec", features, missing=m) for m in ("drop", "mask"))
+    complete = features.present["image"] & features.present["text"]
+    a, b = drop.encode_items(features), mask.encode_items(features)
+    torch.testing.assert_close(a[complete], b[complete])
+    assert not torch.allclose(a[~complete], b[~complete], atol=1e-4)
+
+
+@pytest.mark.parametrize("modality", ["image", "text"])
+def test_one_modality_alone_is_enough(modality: str) -> None:
+    both = worlds.features(N)
+    alone = ItemFeatures(
+        n_items=N,
+        vectors={modality: both.vectors[modality]},
+        present={modality: both.present[modality]},
+    )
+    model = build("mmsrec", alone)
+    assert torch.isfinite(encode(model, sequences([[1, 2], [N - 1]]), alone)).all()

@@ -1,0 +1,64 @@
+"""Small planted worlds for the trainer's tests, without a file."""
+
+import numpy as np
+import torch
+
+from features.dataset import Dataset
+from features.splits import MIN_EVALUATED
+from features.warehouse import DatasetInfo
+from trainer.data import ItemFeatures, TrainingData
+
+
+def dataset(sequences: list[list[int]], n_items: int) -> Dataset:
+    """A dataset of the given sequences, oldest first."""
+    lengths = [len(sequence) for sequence in sequences]
+    train = [s[:-2] if len(s) >= MIN_EVALUATED else s for s in sequences]
+    flat = [item for sequence in sequences for item in sequence]
+    info = DatasetInfo(
+        name="world",
+        format="none",
+        raw="",
+        k_core=0,
+        users=len(sequences),
+        items=n_items,
+        interactions=len(flat),
+        fingerprint="f",
+        timestamps=False,
+        tied=0.0,
+    )
+    return Dataset(
+        info=info,
+        items=np.array(flat, np.int32),
+        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        train_counts=np.bincount([i for s in train for i in s], minlength=n_items).astype(np.int64),
+    )
+
+
+def cycles(users: int = 60, n_items: int = 12, seed: int = 0) -> Dataset:
+    """Order is everything: item i is followed by i + 1, and every item is as popular as another."""
+    rng = np.random.default_rng(seed)
+    sequences = []
+    for _ in range(users):
+        start, length = rng.integers(n_items), rng.integers(5, 11)
+        sequences.append([int((start + k) % n_items) for k in range(length)])
+    return dataset(sequences, n_items)
+
+
+def features(n_items: int, *, seed: int = 0, missing: bool = True) -> ItemFeatures:
+    """Two modalities of random vectors; some items lack one, the last one both."""
+    generator = torch.Generator().manual_seed(seed)
+    vectors, present = {}, {}
+    for number, (name, width) in enumerate((("image", 6), ("text", 5))):
+        there = torch.ones(n_items, dtype=torch.bool)
+        if missing:
+            there[number::4] = False
+            there[-1] = False
+        values = torch.randn(n_items, width, generator=generator)
+        vectors[name] = values * there[:, None]
+        present[name] = there
+    return ItemFeatures(n_items=n_items, vectors=vectors, present=present)
+
+
+def training_data(world: Dataset, held: ItemFeatures) -> TrainingData:
+    """The data on the CPU."""
+    return TrainingData(world, held, torch.device("cpu"))

@@ -1,0 +1,151 @@
+"""Configuration: one frozen dataclass for the loop, one for each recommender, TOML and --set."""
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from features.errors import UserError
+from trainer.recommender import check_positive
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """What the loop needs to know, whatever the recommender."""
+
+    seed: int = 42
+    """Fixes initial weights, windows, batches, dropout and masking."""
+    epochs: int = 200
+    """At most; early stopping usually ends before."""
+    batch_size: int = 128
+    """Windows to a step."""
+    lr: float = 1e-3
+    """Learning rate of AdamW, after the warm-up."""
+    weight_decay: float = 0.01
+    """Of AdamW, on every parameter."""
+    warmup: int = 0
+    """Steps over which the learning rate rises from 0."""
+    clip: float = 1.0
+    """Largest norm of the gradient; 0: not clipped."""
+    monitor: str = "Recall@10"
+    """Metric on the validation split that early stopping and the best checkpoint go by."""
+    monitor_seen: str = "masked"
+    """``masked``: seen items are out of that ranking; ``unmasked``: they are in it."""
+    patience: int = 10
+    """Validations without a better value before training stops."""
+    validate_every: int = 1
+    """Epochs between two validations."""
+    eval_batch: int = 512
+    """Users encoded together in an evaluation."""
+    device: str = "auto"
+    """``auto``: CUDA if there is a device, else the CPU."""
+
+    def __post_init__(self) -> None:
+        check_positive(
+            self, "epochs", "batch_size", "lr", "patience", "validate_every", "eval_batch"
+        )
+        for name in ("seed", "weight_decay", "warmup", "clip"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name}={getattr(self, name)} must not be below 0")
+        if self.monitor_seen not in ("masked", "unmasked"):
+            raise UserError(
+                f"monitor_seen={self.monitor_seen!r} is not known; known: masked, unmasked"
+            )
+
+
+def parse_settings(settings: Sequence[str]) -> dict[str, str]:
+    """Split ``key=value`` pairs.
+
+    Raises:
+        UserError: One has no ``=``, or a key stands twice.
+    """
+    pairs: dict[str, str] = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise UserError(f"--set {setting!r} must look like key=value")
+        if key in pairs:
+            raise UserError(f"--set gives {key!r} twice; give it once")
+        pairs[key] = value
+    return pairs
+
+
+def build(
+    model_config: type[Any],
+    file: Path | None,
+    settings: Sequence[str],
+    defaults: Mapping[str, Any] | None = None,
+) -> tuple[TrainConfig, Any]:
+    """Make both configurations from defaults, a TOML file and ``--set``, the last one winning.
+
+    Keys of the loop and of the recommender share one flat space, in the file (or in its tables
+    ``[train]`` and ``[model]``) and in ``--set``.
+
+    Args:
+        model_config: The recommender's configuration class.
+        file: A TOML file, such as the ``config.toml`` of a run.
+        settings: ``key=value`` pairs.
+        defaults: Values that take the place of the classes' own.
+
+    Raises:
+        UserError: An unknown key, a value of the wrong kind, or one that is refused.
+    """
+    values: dict[str, Any] = dict(defaults or {})
+    if file is not None:
+        values.update(_read(file))
+    kinds = {field.name: field.type for field in (*fields(TrainConfig), *fields(model_config))}
+    pairs = parse_settings(settings)
+    for key in (*values, *pairs):
+        if key not in kinds:
+            raise UserError(f"unknown setting {key!r}; known: {', '.join(sorted(kinds))}")
+    for key, text in pairs.items():
+        values[key] = _convert(key, text, kinds[key])
+    for key, value in values.items():
+        if kinds[key] is float and type(value) is int:
+            values[key] = float(value)
+        elif type(value) is not kinds[key]:
+            raise UserError(f"{key}={value!r} must be {_KINDS[kinds[key]]}")
+    mine = {field.name for field in fields(TrainConfig)}
+    return (
+        TrainConfig(**{key: value for key, value in values.items() if key in mine}),
+        model_config(**{key: value for key, value in values.items() if key not in mine}),
+    )
+
+
+def documents(train: TrainConfig, model: Any) -> dict[str, Any]:
+    """The tables ``[train]`` and ``[model]`` of a run's ``config.toml``."""
+    return {"train": asdict(train), "model": asdict(model)}
+
+
+_KINDS: dict[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    bool: "true or false",
+}
+
+
+def _convert(key: str, text: str, kind: Any) -> Any:
+    if kind is bool:
+        if text.lower() not in ("true", "false"):
+            raise UserError(f"{key}={text!r} must be true or false")
+        return text.lower() == "true"
+    try:
+        return kind(text)
+    except ValueError:
+        raise UserError(f"{key}={text!r} must be {_KINDS[kind]}") from None
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        document = tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror}; give a TOML file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} is not TOML: {error}") from None
+    document.pop("run", None)  # what a run says of itself is no setting
+    flat: dict[str, Any] = {}
+    for key, value in document.items():
+        flat.update(value if isinstance(value, dict) else {key: value})
+    return flat

@@ -1,0 +1,194 @@
+"""What training reads: flat sequences and feature matrices on one device, gathered, never looped.
+
+Legend: I interactions, U users, N items, W windows of an epoch, B batch, L longest sequence of
+the batch, D_m width of modality m.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from features.dataset import Dataset, Held, Ints
+
+_SORTED_TOGETHER = 64  # batches whose windows are sorted by length before they are cut
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ItemFeatures:
+    """The catalogue as the item tower sees it; no modality at all for a model of ids."""
+
+    n_items: int
+    vectors: Mapping[str, Tensor]
+    """Modality -> (N, D_m) float32; the row of an absent item is zero."""
+    present: Mapping[str, Tensor]
+    """Modality -> (N,) bool."""
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Modality -> D_m, in the order in which models stack them."""
+        return {name: vectors.shape[1] for name, vectors in self.vectors.items()}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sequences:
+    """A batch of sequences, oldest item first, padded on the right."""
+
+    items_BL: Tensor
+    """(B, L) int64; what stands beyond a sequence's length means nothing."""
+    lengths_B: Tensor
+    """(B,) int64, at least 1."""
+
+    @property
+    def mask_BL(self) -> Tensor:
+        """(B, L) bool: true where there is an item."""
+        columns_L = torch.arange(self.items_BL.shape[1], device=self.items_BL.device)
+        return columns_L < self.lengths_B[:, None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Batch:
+    """What one call of a recommender's ``loss`` sees."""
+
+    sequences: Sequences
+    features: ItemFeatures
+    generator: torch.Generator
+    """On the CPU; a function of seed, epoch and step, so that a resumed run draws the same."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WindowPlan:
+    """How a recommender wants the training histories to be cut."""
+
+    length: int
+    """Most items of one window, targets included."""
+    stride: int
+    """Interactions between the ends of two windows of one user."""
+    cover: bool
+    """Whether each epoch must hold every interaction as a target (causal towers), or each epoch
+    draws other ends (masked towers, which predict the end)."""
+
+
+def cut_windows(
+    starts: Ints, ends: Ints, plan: WindowPlan, rng: np.random.Generator
+) -> tuple[Ints, Ints]:
+    """Cut histories into windows whose ends are shifted at random in each epoch.
+
+    Args:
+        starts: (U,) first flat position of each training history.
+        ends: (U,) one past the last; users with fewer than two items give no window.
+        plan: Length and stride.
+        rng: Decides the shifts.
+
+    Returns:
+        (W,) first flat position and (W,) length of each window, user by user.
+    """
+    long_enough = ends - starts >= 2
+    starts, ends = starts[long_enough], ends[long_enough]
+    targets = ends - starts - 1
+    shifts = (rng.random(len(starts)) * np.minimum(targets, plan.stride)).astype(np.int64)
+    if plan.cover:
+        shifts[targets <= plan.stride] = 0  # one window holds them all
+    counts = (targets - 1 - shifts) // plan.stride + 1
+    user = np.repeat(np.arange(len(starts)), counts)
+    order = np.arange(len(user)) - np.repeat(np.cumsum(counts) - counts, counts)
+    window_ends = ends[user] - shifts[user] - order * plan.stride
+    if plan.cover:  # what the shift left out at the recent end
+        user = np.concatenate([user, np.flatnonzero(shifts)])
+        window_ends = np.concatenate([window_ends, ends[shifts > 0]])
+    window_starts = np.maximum(starts[user], window_ends - plan.length)
+    return window_starts, window_ends - window_starts
+
+
+def cut_batches(lengths: Ints, size: int, rng: np.random.Generator) -> list[Ints]:
+    """Shuffle windows into batches of similar lengths, so that little is padded.
+
+    Args:
+        lengths: (W,) length of each window.
+        size: Windows to a batch.
+        rng: Decides the order.
+
+    Returns:
+        Arrays of window numbers; together each window once.
+    """
+    order = rng.permutation(len(lengths))
+    together = size * _SORTED_TOGETHER
+    batches: list[Ints] = []
+    for begin in range(0, len(order), together):
+        chunk = order[begin : begin + together]
+        chunk = chunk[np.argsort(lengths[chunk], kind="stable")]
+        batches.extend(chunk[i : i + size] for i in range(0, len(chunk), size))
+    return [batches[i] for i in rng.permutation(len(batches))]
+
+
+class TrainingData:
+    """Sequences and features of one dataset on one device."""
+
+    def __init__(self, dataset: Dataset, features: ItemFeatures, device: torch.device) -> None:
+        self.dataset = dataset
+        self.features = features
+        self.device = device
+        self._flat_I = torch.from_numpy(dataset.items).to(device)
+
+    def epoch(
+        self, plan: WindowPlan, *, batch_size: int, seed: int, epoch: int, skip: int = 0
+    ) -> tuple[int, Iterator[Batch]]:
+        """The batches of one epoch, a function of (seed, epoch) alone.
+
+        Args:
+            plan: How to cut the histories; only training interactions are ever cut.
+            batch_size: Windows to a batch.
+            seed: The run's seed.
+            epoch: Number of the epoch, from 0.
+            skip: Batches at the beginning that a resumed run has had already.
+
+        Returns:
+            The number of batches, the skipped ones included, and the batches after these.
+        """
+        rng = np.random.default_rng([seed, epoch])
+        starts, lengths = cut_windows(
+            self.dataset.offsets[:-1], self.dataset.train_ends(), plan, rng
+        )
+        batches = cut_batches(lengths, batch_size, rng)
+
+        def generate() -> Iterator[Batch]:
+            for step in range(skip, len(batches)):
+                chosen = batches[step]
+                yield Batch(
+                    sequences=self.gather(starts[chosen], lengths[chosen]),
+                    features=self.features,
+                    generator=_generator(seed, epoch, step),
+                )
+
+        return len(batches), generate()
+
+    def gather(self, starts: Ints, lengths: Ints) -> Sequences:
+        """Gather the sequences at flat positions ``starts`` with ``lengths`` into one batch."""
+        starts_B = torch.from_numpy(starts).to(self.device, non_blocking=True)
+        lengths_B = torch.from_numpy(lengths).to(self.device, non_blocking=True)
+        columns_L = torch.arange(int(lengths.max()), device=self.device)
+        # Beyond a sequence's end stand the next user's items: repeat its own last item instead.
+        index_BL = starts_B[:, None] + torch.minimum(columns_L, lengths_B[:, None] - 1)
+        return Sequences(items_BL=self._flat_I[index_BL].long(), lengths_B=lengths_B)
+
+    def histories(
+        self, held: Held, *, length: int, batch_size: int
+    ) -> Iterator[tuple[npt.NDArray[np.int64], Sequences]]:
+        """The inputs of evaluated users: their last ``length`` items before the target.
+
+        Yields:
+            Which rows of ``held`` (B,), and their sequences; rows of similar length together.
+        """
+        lengths = np.minimum(held.targets - held.starts, length)
+        order = np.argsort(lengths, kind="stable")
+        for begin in range(0, len(order), batch_size):
+            rows = order[begin : begin + batch_size]
+            yield rows, self.gather(held.targets[rows] - lengths[rows], lengths[rows])
+
+
+def _generator(seed: int, epoch: int, step: int) -> torch.Generator:
+    state = np.random.SeedSequence([seed, epoch, step]).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(state >> np.uint64(1)))

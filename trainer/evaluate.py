@@ -1,0 +1,162 @@
+"""The evaluation of a run: every held-out target ranked in the full catalogue, with intervals.
+
+Both rankings of the protocol, with and without the items a user has seen, come from one scoring
+pass; the popularity of the training interactions stands beside the model as the reference.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from features.dataset import Dataset, Held, load_items, load_user_ids
+from features.files import write_table
+from features.schema import PREDICTIONS
+from features.splits import COLD_BELOW
+from features.warehouse import Warehouse
+from retrieval.indexes import rank_with
+from retrieval.metrics import per_user
+from retrieval.ranking import Ranks
+from retrieval.significance import bootstrap
+from trainer.checkpoint import load_weights
+from trainer.run import OpenRun, replace_metrics
+from trainer.scoring import encode, popularity_ranks, seen_by, targets_of
+
+SPLITS = ("validation", "test")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvalReport:
+    """What ``mmrec eval`` prints."""
+
+    run: str
+    dataset: str
+    model: str
+    features: list[str]
+    index: str
+    protocol: list[str]
+    """The protocol, a statement a line."""
+    rows: list[dict[str, Any]]
+    """Rows of the metrics table, see :data:`features.schema.METRICS`."""
+
+
+def evaluate(
+    warehouse: Warehouse,
+    run: OpenRun,
+    *,
+    index: str,
+    splits: Sequence[str] = SPLITS,
+    on_stage: Callable[[str], None] = lambda stage: None,
+) -> EvalReport:
+    """Evaluate the best checkpoint of a run and write its metrics and predictions.
+
+    Args:
+        warehouse: Holds the run's dataset.
+        run: Its weights are loaded here.
+        index: Name in ``retrieval.indexes.INDEXES``; every exact one gives the same ranks.
+        splits: Which held-out parts.
+        on_stage: Told what is being done.
+
+    Raises:
+        UserError: The checkpoint is absent or was written for something else.
+        ValueError: The index is not known.
+    """
+    load_weights(run.folder / "model.safetensors", run.model, run.identity)
+    dataset = run.data.dataset
+    rows: list[dict[str, Any]] = []
+    predictions: list[pa.Table] = []
+    for split in splits:
+        on_stage(f"encoding {split}")
+        encoded = encode(run.model, run.data, split, run.config.eval_batch)
+        held = encoded.held
+        targets, seen = targets_of(dataset, held), seen_by(dataset, held)
+        on_stage(f"ranking {split}")
+        ranks = rank_with(index, encoded.queries_ED, encoded.items_ND, targets, seen)
+        popular = popularity_ranks(dataset, held)
+        cold = dataset.cold[targets]
+        on_stage(f"intervals of {split}")
+        for name, subset in (("all", np.ones_like(cold)), ("cold", cold)):
+            if not subset.any():
+                continue
+            for ranker, found in ((run.model_name, ranks), ("popularity", popular)):
+                rows += _rows(split, name, ranker, found, subset)
+        predictions.append(_predictions(dataset, held, split, ranks, cold))
+    write_table(
+        run.folder / "predictions.parquet",
+        _with_ids(warehouse, run.dataset, pa.concat_tables(predictions)),
+        compression="zstd",
+    )
+    replace_metrics(
+        run.folder / "metrics.parquet",
+        rows,
+        lambda held: held["phase"] == "eval" and held["split"] in splits,
+    )
+    return EvalReport(
+        run=run.folder.name,
+        dataset=run.dataset,
+        model=run.model_name,
+        features=run.tables,
+        index=index,
+        protocol=_protocol(dataset),
+        rows=rows,
+    )
+
+
+def _rows(
+    split: str, targets: str, ranker: str, ranks: Ranks, subset: npt.NDArray[np.bool_]
+) -> list[dict[str, Any]]:
+    rows = []
+    for seen, found in (("masked", ranks.masked), ("unmasked", ranks.unmasked)):
+        values = per_user(found[subset])
+        matrix = np.stack(list(values.values()), axis=1)
+        low, high = bootstrap(matrix)
+        rows += [
+            {
+                "phase": "eval", "epoch": 0, "split": split, "targets": targets, "ranker": ranker,
+                "seen": seen, "metric": metric, "value": float(matrix[:, i].mean()),
+                "low": float(low[i]), "high": float(high[i]), "users": len(matrix),
+            }
+            for i, metric in enumerate(values)
+        ]  # fmt: skip
+    return rows
+
+
+def _predictions(
+    dataset: Dataset, held: Held, split: str, ranks: Ranks, cold: npt.NDArray[np.bool_]
+) -> pa.Table:
+    return pa.table(
+        {
+            "split": pa.array([split]).take(pa.array(np.zeros(len(held.users), np.int64))),
+            "user": pa.array(held.users, pa.int32()),
+            "item": pa.array(dataset.items[held.targets]),
+            "history": pa.array(held.targets - held.starts, pa.int32()),
+            "cold": pa.array(cold),
+            "rank_unmasked": pa.array(ranks.unmasked, pa.int32()),
+            "rank_masked": pa.array(ranks.masked, pa.int32()),
+        }
+    )
+
+
+def _with_ids(warehouse: Warehouse, name: str, table: pa.Table) -> pa.Table:
+    items = load_items(warehouse, name, ["item_id"]).column("item_id")
+    users = load_user_ids(warehouse, name)
+    table = table.append_column("item_id", items.take(table.column("item")))
+    table = table.append_column("user_id", users.take(table.column("user")))
+    return table.select(PREDICTIONS.names).cast(PREDICTIONS)
+
+
+def _protocol(dataset: Dataset) -> list[str]:
+    info = dataset.info
+    core = f"{info.k_core}-core" if info.k_core > 1 else "no k-core"
+    order = "by time, ties in file order" if info.timestamps else "in file order (no times)"
+    return [
+        f"{core}; interactions {order}; leave-one-out: last item test, the one before validation",
+        "full catalogue ranking, ties against the model; test input includes the validation item",
+        "masked: items the user has seen are out of the ranking; unmasked: they are in it",
+        "HR@k equals Recall@k with one target; 95% intervals: bootstrap over users",
+        f"cold: targets with fewer than {COLD_BELOW} training interactions",
+        "popularity: training interactions only; the checkpoint is the best one by validation",
+    ]

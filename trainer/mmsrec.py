@@ -1,0 +1,205 @@
+"""MMSRec (Song et al., arXiv:2304.13277): one encoder as item tower and as sequence tower.
+
+An item is one token per modality; a history is the tokens of its items. Both go through the same
+bidirectional transformer; an item's vector is the element-wise maximum over its modalities. The
+next item is predicted as the hidden last item of a Cloze task, by cosine over the whole catalogue.
+
+Where code and paper differ: a missing modality has no token (the paper puts the mask token there,
+``missing="mask"``); positions count from the end of the sequence, so that they do not depend on
+the batch's longest sequence, as the released code's do; each epoch draws windows with random ends
+instead of one sample for each prefix.
+
+Legend: B batch, L sequence length, N items, C modalities, D width, M predicted positions, T = L*C.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from features.errors import UserError
+from trainer.data import Batch, ItemFeatures, Sequences, WindowPlan
+from trainer.objectives import full_softmax
+from trainer.recommender import (
+    Catalogue,
+    Recommender,
+    check_heads,
+    check_positive,
+    check_probability,
+)
+from trainer.transformer import Transformer, dropout, initialise, positions_from_end
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MMSRecConfig:
+    """Hyper-parameters of MMSRec; the defaults are the paper's."""
+
+    dim: int = 512
+    """Width of tokens, transformer and shared space."""
+    layers: int = 2
+    """Transformer blocks."""
+    heads: int = 8
+    """Attention heads."""
+    hidden: int = 1024
+    """Width of the feed-forward networks."""
+    length: int = 20
+    """Most items of a sequence, the slot of the predicted item included."""
+    dropout: float = 0.5
+    """Probability inside the transformer (0.2 for dense data such as ML-1M)."""
+    embed_dropout: float = 0.2
+    """Probability on the embedded tokens."""
+    temperature: float = 0.05
+    """Divides the cosine in the softmax."""
+    mask_ratio: float = 0.2
+    """Share of positions that are predicted; the last one always is."""
+    stride: int = 0
+    """Interactions between two training windows of a user; 0: half of ``length``."""
+    missing: str = "drop"
+    """``drop``: a missing modality has no token; ``mask``: it is the mask token (the paper)."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "dim", "layers", "heads", "hidden", "temperature")
+        check_probability(self, "dropout", "embed_dropout", "mask_ratio")
+        check_heads(self.dim, self.heads)
+        if self.length < 2:
+            raise UserError(f"length={self.length} must be at least 2: history and predicted item")
+        if self.stride < 0:
+            raise UserError(f"stride={self.stride} must not be below 0")
+        if self.missing not in ("drop", "mask"):
+            raise UserError(f"missing={self.missing!r} is not known; known: drop, mask")
+
+
+class MMSRec(Recommender):
+    """The dual tower over whichever modalities have features: vision, text, or both.
+
+    Raises:
+        UserError: There are no features at all.
+    """
+
+    def __init__(self, config: MMSRecConfig, catalogue: Catalogue) -> None:
+        super().__init__()
+        if not catalogue.widths:
+            raise UserError(
+                "mmsrec needs features; run mmrec extract for this dataset, or train sasrec"
+            )
+        self.config = config
+        dim, names = config.dim, list(catalogue.widths)
+        self.inputs = nn.ModuleDict({name: _head(catalogue.widths[name], dim) for name in names})
+        self.outputs = nn.ModuleDict({name: _head(dim, dim) for name in names})
+        self.mask = nn.Parameter(torch.randn(dim) * 0.02)
+        self.position = nn.Embedding(config.length, dim)
+        self.modality = nn.Embedding(len(names), dim)
+        self.norm = nn.LayerNorm(dim)
+        self.transformer = Transformer(
+            layers=config.layers,
+            dim=dim,
+            heads=config.heads,
+            hidden=config.hidden,
+            dropout=config.dropout,
+            norm_first=False,
+            causal=False,
+        )
+        initialise(self)
+
+    @property
+    def plan(self) -> WindowPlan:
+        """Windows with random ends: the ends are what is always predicted."""
+        stride = self.config.stride or max(1, self.config.length // 2)
+        return WindowPlan(length=self.config.length, stride=stride, cover=False)
+
+    @property
+    def history(self) -> int:
+        """One less than ``length``: the last slot is the predicted item's."""
+        return self.config.length - 1
+
+    def encode_items(self, features: ItemFeatures) -> Tensor:
+        """Encode each item as a sequence of its own: (N, D), each of length 1."""
+        item_N = torch.arange(features.n_items, device=self.mask.device)
+        one_N = torch.ones_like(item_N)
+        tokens = self._tokens(Sequences(items_BL=item_N[:, None], lengths_B=one_N), features)
+        hidden_NLD = self._encode(tokens, torch.ones_like(item_N, dtype=torch.bool)[:, None])
+        return functional.normalize(hidden_NLD, dim=-1)
+
+    def encode_sequences(
+        self, item_vectors_ND: Tensor, sequences: Sequences, features: ItemFeatures
+    ) -> Tensor:
+        """The state of a mask token put behind each history: (B, D), each of length 1."""
+        lengths_B = sequences.lengths_B + 1
+        items_BL = functional.pad(sequences.items_BL, (0, 1))
+        longer = Sequences(items_BL=items_BL, lengths_B=lengths_B)
+        columns_L = torch.arange(items_BL.shape[1], device=items_BL.device)
+        last_BL = columns_L == lengths_B[:, None] - 1
+        tokens = self._tokens(longer, features, hidden_BL=last_BL)
+        return functional.normalize(self._encode(tokens, last_BL), dim=-1)
+
+    def loss(self, batch: Batch) -> dict[str, Tensor]:
+        """Masked item prediction: cosine / temperature, softmax over the whole catalogue.
+
+        Of the predicted positions, the last is always the mask token; of the others 80% are the
+        mask token, 10% a random item, 10% stay as they are (section 3.3 of the paper).
+        """
+        sequences = batch.sequences
+        items_BL, valid_BL = sequences.items_BL, sequences.mask_BL
+        columns_L = torch.arange(items_BL.shape[1], device=items_BL.device)
+        last_BL = columns_L == sequences.lengths_B[:, None] - 1
+        draw = batch.generator
+        chosen_BL = torch.rand(items_BL.shape, generator=draw).to(items_BL.device)
+        chosen_BL = ((chosen_BL < self.config.mask_ratio) & valid_BL) | last_BL
+        fate_BL = torch.rand(items_BL.shape, generator=draw).to(items_BL.device)
+        random_BL = torch.randint(batch.features.n_items, items_BL.shape, generator=draw)
+        hidden_BL = chosen_BL & ((fate_BL < 0.8) | last_BL)
+        swapped_BL = chosen_BL & ~hidden_BL & (fate_BL < 0.9)
+        shown_BL = torch.where(swapped_BL, random_BL.to(items_BL.device), items_BL)
+        shown = Sequences(items_BL=shown_BL, lengths_B=sequences.lengths_B)
+        tokens = self._tokens(shown, batch.features, hidden_BL=hidden_BL)
+        query_MD = functional.normalize(self._encode(tokens, chosen_BL), dim=-1)
+        item_ND = self.encode_items(batch.features)
+        loss = full_softmax(query_MD, item_ND, items_BL[chosen_BL], 1 / self.config.temperature)
+        return {"loss": loss}
+
+    def _tokens(
+        self, sequences: Sequences, features: ItemFeatures, hidden_BL: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Embed a batch: tokens (B, L, C, D), and (B, L, C) bool, which of them exist.
+
+        ``hidden_BL`` slots hold the mask token in every modality. So does an item that has no
+        modality at all: there is nothing else to know it by.
+        """
+        items_BL, valid_BL = sequences.items_BL, sequences.mask_BL
+        names = list(self.inputs)
+        present_BLC = torch.stack([features.present[name][items_BL] for name in names], dim=-1)
+        nothing_BL = ~present_BLC.any(-1)
+        hidden_BL = nothing_BL if hidden_BL is None else hidden_BL | nothing_BL
+        as_mask_BLC = hidden_BL[..., None].expand_as(present_BLC)
+        if self.config.missing == "mask":
+            as_mask_BLC = as_mask_BLC | ~present_BLC
+        # An item's first layer depends on the item alone: once for each item of the batch.
+        unique_K, inverse_BL = items_BL.unique(return_inverse=True)
+        tokens_BLCD = torch.stack(
+            [self.inputs[name](features.vectors[name][unique_K])[inverse_BL] for name in names],
+            dim=2,
+        )
+        tokens_BLCD = torch.where(as_mask_BLC[..., None], self.mask, tokens_BLCD)
+        positions_BL = positions_from_end(sequences.lengths_B, items_BL.shape[1])
+        tokens_BLCD = tokens_BLCD + self.position(positions_BL)[:, :, None] + self.modality.weight
+        tokens_BLCD = dropout(self.norm(tokens_BLCD), self.config.embed_dropout, self.training)
+        return tokens_BLCD, (present_BLC | as_mask_BLC) & valid_BL[..., None]
+
+    def _encode(self, tokens: tuple[Tensor, Tensor], at_BL: Tensor) -> Tensor:
+        """Run the encoder; give the vectors at the slots ``at_BL``, row by row: (M, D)."""
+        tokens_BLCD, exists_BLC = tokens
+        B, L, C, D = tokens_BLCD.shape
+        keys_BT = None if bool(exists_BLC.all()) else exists_BLC.view(B, L * C)
+        hidden_BTD = self.transformer(tokens_BLCD.view(B, L * C, D), keys_BT)
+        hidden_MCD = hidden_BTD.view(B, L, C, D)[at_BL]
+        exists_MC = exists_BLC[at_BL]
+        heads_MCD = torch.stack(
+            [self.outputs[name](hidden_MCD[:, c]) for c, name in enumerate(self.outputs)], dim=1
+        )
+        lowest = torch.finfo(heads_MCD.dtype).min
+        return heads_MCD.masked_fill(~exists_MC[..., None], lowest).amax(1)
+
+
+def _head(width: int, dim: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(width, dim), nn.LayerNorm(dim))

@@ -1,0 +1,54 @@
+"""The table of recommenders: a new one is one file and one line here."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from features.errors import unknown
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Model:
+    """One recommender: what it is, and how to load its classes when they are needed."""
+
+    summary: str
+    needs_features: bool
+    load: Callable[[], tuple[Any, Any]]
+    """Gives (configuration class, recommender class); imports torch."""
+
+
+def _sasrec() -> tuple[Any, Any]:
+    from trainer.sasrec import SASRec, SASRecConfig
+
+    return SASRecConfig, SASRec
+
+
+def _mmsrec() -> tuple[Any, Any]:
+    from trainer.mmsrec import MMSRec, MMSRecConfig
+
+    return MMSRecConfig, MMSRec
+
+
+MODELS: dict[str, Model] = {
+    "sasrec": Model(
+        summary="item ids, causal transformer, full softmax: the baseline",
+        needs_features=False,
+        load=_sasrec,
+    ),
+    "mmsrec": Model(
+        summary="vision and text, one encoder for items and sequences, masked item prediction",
+        needs_features=True,
+        load=_mmsrec,
+    ),
+}
+
+
+def find_model(name: str) -> Model:
+    """Look a recommender up.
+
+    Raises:
+        UserError: There is none of that name.
+    """
+    if name not in MODELS:
+        raise unknown("model", name, list(MODELS))
+    return MODELS[name]

@@ -1,0 +1,83 @@
+"""Objectives: plain functions over tensors, exact and in bounded memory.
+
+Legend: M rows (predicted positions), N items, D width.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+_LOGITS_BYTES = 64 * 2**20  # of one block of rows; more gives no speed, only memory
+
+
+def cross_entropy_reference(
+    query_MD: Tensor, item_ND: Tensor, target_M: Tensor, scale: float = 1.0
+) -> Tensor:
+    """The mean full-softmax cross-entropy, written as the formula says: for tests.
+
+    -1/M sum_m log( exp(scale q_m . i_t(m)) / sum_n exp(scale q_m . i_n) )
+    """
+    logits_MN = scale * query_MD @ item_ND.T
+    return functional.cross_entropy(logits_MN, target_M)
+
+
+def full_softmax(query_MD: Tensor, item_ND: Tensor, target_M: Tensor, scale: float = 1.0) -> Tensor:
+    """Mean cross-entropy of a softmax over all items, without ever holding all logits.
+
+    The loss of the Cloze task of MMSRec (arXiv:2304.13277) and of SASRec with cross-entropy.
+    Rows are worked off in blocks; a block's gradient is formed while its logits are at hand, so
+    the backward pass recomputes nothing. Equal to ``cross_entropy_reference`` up to rounding.
+
+    Args:
+        query_MD: (M, D) queries; float32, or bfloat16 for the matrix products.
+        item_ND: (N, D) item vectors, same dtype.
+        target_M: (M,) int64, the item that each row should score highest.
+        scale: Factor on the scores: 1 / temperature.
+
+    Returns:
+        A scalar in float32; zero rows give zero.
+    """
+    loss: Tensor = _FullSoftmax.apply(query_MD, item_ND, target_M, scale)
+    return loss
+
+
+class _FullSoftmax(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, query_MD: Tensor, item_ND: Tensor, target_M: Tensor, scale: float
+    ) -> Tensor:
+        rows, items = len(query_MD), len(item_ND)
+        total = torch.zeros((), dtype=torch.float32, device=query_MD.device)
+        need_query, need_item = ctx.needs_input_grad[:2]
+        grad_query_MD = torch.zeros_like(query_MD) if need_query else None
+        grad_item_ND = torch.zeros_like(item_ND, dtype=torch.float32) if need_item else None
+        size = max(1, min(rows, _LOGITS_BYTES // (4 * items)))
+        for begin in range(0, rows, size):
+            query_BD = query_MD[begin : begin + size]
+            target_B1 = target_M[begin : begin + size, None]
+            logits_BN = (query_BD @ item_ND.T).float().mul_(scale)
+            hit_B1 = logits_BN.gather(1, target_B1)
+            lse_B1 = logits_BN.logsumexp(1, keepdim=True)
+            total += (lse_B1 - hit_B1).sum()
+            if not (need_query or need_item):
+                continue
+            residual_BN = logits_BN.sub_(lse_B1).exp_()
+            # p - 1 in float32: in bfloat16 it would cancel where the model is sure.
+            residual_BN.scatter_add_(1, target_B1, residual_BN.new_full(target_B1.shape, -1.0))
+            residual_BN = residual_BN.mul_(scale / rows).to(query_MD.dtype)
+            if grad_query_MD is not None:
+                grad_query_MD[begin : begin + size] = residual_BN @ item_ND
+            if grad_item_ND is not None:
+                grad_item_ND += residual_BN.T @ query_BD
+        ctx.save_for_backward(
+            grad_query_MD, None if grad_item_ND is None else grad_item_ND.to(item_ND.dtype)
+        )
+        return total / max(1, rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        saved: tuple[Tensor | None, Tensor | None] = ctx.saved_tensors
+        query_MD, item_ND = (None if held is None else held * grad for held in saved)
+        return query_MD, item_ND, None, None

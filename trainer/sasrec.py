@@ -1,0 +1,111 @@
+"""SASRec (Kang and McAuley, ICDM 2018): the baseline of item ids.
+
+A causal transformer over learned item vectors. It differs from the paper where later work showed
+the paper's choice to be the weaker one: a full softmax over the catalogue instead of one sampled
+negative (Klenitskiy and Vasilev, RecSys 2023), and windows over the whole history.
+
+Legend: B batch, L sequence length, N items, D width, M predicted positions.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from trainer.data import Batch, ItemFeatures, Sequences, WindowPlan
+from trainer.objectives import full_softmax
+from trainer.recommender import (
+    Catalogue,
+    Recommender,
+    check_heads,
+    check_positive,
+    check_probability,
+)
+from trainer.transformer import Transformer, dropout, initialise, positions_from_end
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SASRecConfig:
+    """Hyper-parameters of SASRec."""
+
+    dim: int = 64
+    """Width of item vectors and of the transformer."""
+    layers: int = 2
+    """Transformer blocks."""
+    heads: int = 2
+    """Attention heads."""
+    hidden: int = 256
+    """Width of the feed-forward networks."""
+    length: int = 50
+    """Most items of a history that are read."""
+    dropout: float = 0.3
+    """Probability, in the transformer and on the embedded items."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "dim", "layers", "heads", "hidden", "length")
+        check_probability(self, "dropout")
+        check_heads(self.dim, self.heads)
+
+
+class SASRec(Recommender):
+    """Self-attentive sequential recommendation over item ids."""
+
+    def __init__(self, config: SASRecConfig, catalogue: Catalogue) -> None:
+        super().__init__()
+        self.config = config
+        self.item = nn.Embedding(catalogue.n_items, config.dim)
+        self.position = nn.Embedding(config.length, config.dim)
+        self.transformer = Transformer(
+            layers=config.layers,
+            dim=config.dim,
+            heads=config.heads,
+            hidden=config.hidden,
+            dropout=config.dropout,
+            norm_first=True,
+            causal=True,
+        )
+        initialise(self)
+
+    @property
+    def plan(self) -> WindowPlan:
+        """Every interaction is a target once an epoch, over windows of the whole history."""
+        return WindowPlan(length=self.config.length + 1, stride=self.config.length, cover=True)
+
+    @property
+    def history(self) -> int:
+        """Most items of a history that are read."""
+        return self.config.length
+
+    def encode_items(self, features: ItemFeatures) -> Tensor:
+        """The learned item vectors (N, D); features are not looked at."""
+        return self.item.weight
+
+    def encode_sequences(
+        self, item_vectors_ND: Tensor, sequences: Sequences, features: ItemFeatures
+    ) -> Tensor:
+        """The state at each history's last item: (B, D)."""
+        hidden_BLD = self._hidden(item_vectors_ND, sequences)
+        rows_B = torch.arange(len(hidden_BLD), device=hidden_BLD.device)
+        return hidden_BLD[rows_B, sequences.lengths_B - 1]
+
+    def loss(self, batch: Batch) -> dict[str, Tensor]:
+        """Cross-entropy of the next item at every position of every window."""
+        item_ND = self.encode_items(batch.features)
+        windows = batch.sequences
+        inputs = Sequences(
+            items_BL=windows.items_BL[:, :-1], lengths_B=(windows.lengths_B - 1).clamp_min(1)
+        )
+        hidden_BLD = self._hidden(item_ND, inputs)
+        valid_BL = windows.mask_BL[:, 1:]
+        target_M = windows.items_BL[:, 1:][valid_BL]
+        return {"loss": full_softmax(hidden_BLD[valid_BL], item_ND, target_M)}
+
+    def _hidden(self, item_ND: Tensor, sequences: Sequences) -> Tensor:
+        items_BL = sequences.items_BL
+        positions_BL = positions_from_end(sequences.lengths_B, items_BL.shape[1])
+        x_BLD = functional.embedding(items_BL, item_ND) * self.config.dim**0.5
+        x_BLD = x_BLD + self.position(positions_BL)
+        x_BLD = dropout(x_BLD, self.config.dropout, self.training)
+        hidden_BLD: Tensor = self.transformer(x_BLD)
+        return hidden_BLD

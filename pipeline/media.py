@@ -5,18 +5,23 @@ same for the same fault, so that failures can be counted by reason.
 """
 
 import io
+import logging
 import re
 import stat
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
+import lmdb
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 from PIL.ExifTags import Base
 from PIL.Image import Transpose
+
+from features.errors import UserError
+from pipeline.importers.lmdb_images import LmdbImages
 
 PREPROCESSING = "first frame, turned upright, alpha on white, 8 bits, RGB"
 MAX_BYTES = 256 << 20  # of one encoded picture
@@ -47,10 +52,16 @@ class MediaError(Exception):
 @contextmanager
 def quiet() -> Iterator[None]:
     """Keep Pillow's remarks on odd files off the terminal for as long as this lasts."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our limit is lower
-        yield
+    log = logging.getLogger("PIL")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our limit is lower
+            yield
+    finally:
+        log.setLevel(level)
 
 
 class Media:
@@ -58,10 +69,11 @@ class Media:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self._lmdbs: dict[Path, Any] = {}
+        self._lmdbs: dict[Path, LmdbImages] = {}
+        self._opening = threading.Lock()
 
-    def read(self, reference: str) -> bytes:
-        """Read the encoded picture that ``reference`` names.
+    def read(self, reference: str) -> bytes | Image.Image:
+        """Read the picture that ``reference`` names: encoded, or as pixels from some LMDBs.
 
         Raises:
             MediaError: There is nothing to read, or too much.
@@ -85,8 +97,26 @@ class Media:
         with reading():
             return path.open("rb")
 
-    def _read_lmdb(self, path: Path, key: str) -> bytes:
-        raise MediaError("read", "pictures in an LMDB cannot be read yet")
+    def close(self) -> None:
+        """Close what was opened."""
+        for images in self._lmdbs.values():
+            images.close()
+        self._lmdbs.clear()
+
+    def _read_lmdb(self, path: Path, key: str) -> bytes | Image.Image:
+        if not path.exists():
+            raise MediaError("read", "file not found")
+        try:
+            with self._opening:
+                if path not in self._lmdbs:
+                    self._lmdbs[path] = LmdbImages(path)
+            return self._lmdbs[path].get(key)
+        except UserError as error:
+            if "no key" in str(error):
+                raise MediaError("read", "no such key in the LMDB") from None
+            raise MediaError("decode", "not a picture of the kind that LMDBs hold") from None
+        except lmdb.Error as error:
+            raise MediaError("read", one_line(error)) from None
 
 
 @contextmanager
@@ -120,14 +150,14 @@ def check_file(path: Path, max_bytes: int | None = None) -> None:
         raise MediaError("read", f"file larger than {max_bytes >> 20} MiB")
 
 
-def decode_image(data: bytes) -> Image.Image:
+def decode_image(data: bytes | Image.Image) -> Image.Image:
     """Decode one picture to RGB as people see it; of an animation, the first frame.
 
     Raises:
         MediaError: The bytes are no picture, damaged, or larger than the limits.
     """
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data)) if isinstance(data, bytes) else data as image:
             _check_size(image)
             image.load()
             return _upright(_rgb(image), _orientation(image))

@@ -1,0 +1,231 @@
+"""CLIP and its kin through open_clip: pretrained tags, files of weights, local folders.
+
+Legend: B inputs of a batch, T tokens of a text, D width of the embedding, HWC a picture's sides
+and channels.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import open_clip
+import torch
+from huggingface_hub import try_to_load_from_cache
+from open_clip.constants import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from PIL import Image
+
+from features.errors import UserError
+from pipeline.backends import hub, torched
+from pipeline.backends.contract import Batch, Tokens, Vectors
+from pipeline.media import one_line
+
+CONFIG = "open_clip_config.json"
+_PREPROCESS = ("mean", "std", "interpolation", "resize_mode", "fill_color")
+
+
+class Clip:
+    """One open_clip model; pictures are handed over as 8-bit pixels, normalised in the batch."""
+
+    modalities: tuple[str, ...] = ("image", "text", "video")
+
+    def __init__(
+        self,
+        name: str,
+        model: torch.nn.Module,
+        config: dict[str, Any],
+        tokenizer: Any,
+        device: torch.device,
+        compute: str,
+    ) -> None:
+        self.name = name
+        self.dim = int(config["embed_dim"])
+        self.compute = compute
+        self.batch_size = torched.batch_size(device)
+        self.libraries = {"open_clip": open_clip.__version__, "torch": torch.__version__}
+        self.checkpoint = torched.fingerprint(model, config)
+        self._device = device
+        torched.ready(model, device)
+        self._model = model
+        self._tokenizer = tokenizer
+        cfg = PreprocessCfg(**model.visual.preprocess_cfg)  # type: ignore[union-attr, arg-type]
+        *self._pictures, _, normalize = image_transform_v2(cfg, is_train=False).transforms
+        self._mean = torch.tensor(normalize.mean, device=device).view(3, 1, 1)
+        self._std = torch.tensor(normalize.std, device=device).view(3, 1, 1)
+        self._cfg = cfg
+        self._text = _Text(model)
+
+    def preprocessing(self, modality: str) -> str:
+        """Say how open_clip prepares the input."""
+        if modality == "text":
+            length, kind = self._tokenizer.context_length, type(self._tokenizer).__name__
+            return f"open_clip {kind}, at most {length} tokens"
+        cfg = self._cfg
+        return (
+            f"{cfg.resize_mode} side to {cfg.size}, {cfg.interpolation}, centre crop,"
+            f" mean {_short(cfg.mean)}, std {_short(cfg.std)}"
+        )
+
+    def pooling(self, modality: str) -> str:
+        """Say which of open_clip's outputs is taken."""
+        return "encode_text" if modality == "text" else "encode_image"
+
+    def image(self, picture: Image.Image) -> npt.NDArray[np.uint8]:
+        """Resize and crop to (H, W, 3) 8-bit pixels; the rest of the transform is linear."""
+        for step in self._pictures:
+            picture = step(picture)
+        return np.array(picture)
+
+    def texts(self, texts: Sequence[str]) -> list[Tokens]:
+        """Tokenise; what follows the end token is cut off where it cannot matter."""
+        ids_BT = self._tokenizer(list(texts)).numpy()
+        return [ids[:end] for ids, end in zip(ids_BT, self._text.ends(ids_BT), strict=True)]
+
+    def embed(self, batch: Batch) -> Vectors:
+        """Encode a batch: (B, D) float32."""
+        with torched.forward(self._device, self.compute):
+            if len(batch.texts):
+                ids_BT = torched.pad(batch.texts, 0, self._device)
+                return torched.to_numpy(self._text.encode(ids_BT))
+            pixels_BHWC = torch.from_numpy(np.stack(batch.images)).to(self._device)
+            x_BCHW = pixels_BHWC.permute(0, 3, 1, 2).contiguous().float().div_(255)
+            x_BCHW.sub_(self._mean).div_(self._std)
+            return torched.to_numpy(self._model.encode_image(x_BCHW))  # type: ignore[operator]
+
+
+class _Text(torch.nn.Module):
+    """The text tower, at the length of the batch instead of the 77 tokens it was built for.
+
+    Under a causal mask nothing behind the end token can reach it, so the position table and the
+    mask may be cut; towers that look both ways keep their full length.
+    """
+
+    def __init__(self, clip: torch.nn.Module) -> None:
+        super().__init__()
+        self.clip = clip
+        tower = getattr(clip, "text", clip)
+        self._prefix = "clip.text." if tower is not clip else "clip."
+        pool = getattr(tower, "text_pool_type", getattr(tower, "pool_type", None))
+        eos = getattr(tower, "text_eos_id", getattr(tower, "eos_id", None))
+        self._end = {"argmax": None, "eos": eos}.get(str(pool), -1)
+        mask = getattr(tower, "attn_mask", None)
+        plain = getattr(tower, "cls_emb", None) is None
+        self._cut = self._end != -1 and mask is not None and plain
+        self._mask = mask
+        self._positions = getattr(tower, "positional_embedding", None)
+
+    def forward(self, ids_BT: torch.Tensor) -> torch.Tensor:
+        return self.clip.encode_text(ids_BT)  # type: ignore[operator, no-any-return]
+
+    def ends(self, ids_BT: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """One past the last token of each text that its vector depends on."""
+        if not self._cut:
+            return np.full(len(ids_BT), ids_BT.shape[1])
+        marks_BT = ids_BT if self._end is None else ids_BT == self._end
+        return np.asarray(marks_BT.argmax(axis=1) + 1)
+
+    def encode(self, ids_BT: torch.Tensor) -> torch.Tensor:
+        """Encode (B, T) ids to (B, D)."""
+        length = ids_BT.shape[1]
+        if not self._cut:
+            return self.forward(ids_BT)
+        assert self._mask is not None
+        assert self._positions is not None
+        shorter = {
+            f"{self._prefix}positional_embedding": self._positions[:length],
+            f"{self._prefix}attn_mask": self._mask[:length, :length],
+        }
+        out: torch.Tensor = torch.func.functional_call(self, shorter, (ids_BT,))
+        return out
+
+
+def from_tag(name: str, arch: str, tag: str, device: str | None, compute: str) -> Clip:
+    """Load an architecture that open_clip knows, with a pretrained tag or a file of weights.
+
+    Raises:
+        UserError: There is no such architecture, tag or file, or the weights cannot be had.
+    """
+    config = open_clip.get_model_config(arch)
+    if config is None:
+        some = ", ".join(open_clip.list_models()[:8])
+        raise UserError(
+            f"backbone {name!r}: open_clip has no architecture {arch!r} (has: {some}, ...)"
+        )
+    known = open_clip.get_pretrained_cfg(arch, tag)
+    if known:
+        weights = _download(name, arch, tag, known)
+    elif Path(tag).expanduser().is_file():
+        weights = str(Path(tag).expanduser())
+    else:
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(arch)) or "none"
+        raise UserError(
+            f"backbone {name!r}: {tag!r} is neither a file nor a tag of {arch} (tags: {tags})"
+        )
+    # OpenAI's weights were trained with another GELU than the architecture's default.
+    gelu = bool(known.get("quick_gelu")) or bool(config.get("quick_gelu"))
+    return _load(
+        name, arch, {**config, "quick_gelu": gelu}, device, compute,
+        pretrained=weights,
+        force_quick_gelu=gelu,
+        force_preprocess_cfg={key: known[key] for key in _PREPROCESS if key in known},
+    )  # fmt: skip
+
+
+def from_folder(name: str, folder: Path, device: str | None, compute: str) -> Clip:
+    """Load a folder in open_clip's own format: ``open_clip_config.json`` and weights.
+
+    Raises:
+        UserError: The configuration or the weights are missing or do not fit.
+    """
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["model_cfg"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"backbone {name!r}: {folder / CONFIG} cannot be used ({one_line(error)})"
+        ) from None
+    return _load(name, f"local-dir:{folder}", config, device, compute)
+
+
+def _load(
+    name: str, source: str, config: dict[str, Any], device: str | None, compute: str, **more: Any
+) -> Clip:
+    try:
+        model = open_clip.create_model(source, require_pretrained=True, weights_only=True, **more)
+        tokenizer = open_clip.get_tokenizer(source)
+    except Exception as error:  # whatever is wrong with a checkpoint, it is not ours
+        raise UserError(
+            f"backbone {name!r}: open_clip cannot load {source.removeprefix('local-dir:')}"
+            f" ({one_line(error)})"
+        ) from None
+    return Clip(name, model, config, tokenizer, torched.choose_device(device), compute)
+
+
+def _download(name: str, arch: str, tag: str, known: dict[str, Any]) -> str:
+    """Find the weights of a tag in the hub's cache, or fetch them."""
+    repository, _, filename = str(known["hf_hub"]).rpartition("/")
+    for candidate in _files(filename):
+        found = try_to_load_from_cache(repository, candidate)
+        if isinstance(found, str):
+            return found
+    if not hub.reachable():
+        raise hub.unavailable(name, f"open_clip {arch}/{tag}")
+    try:
+        return str(open_clip.download_pretrained(known))
+    except Exception as error:
+        raise UserError(
+            f"backbone {name!r}: no download of {repository} ({one_line(error)})"
+        ) from None
+
+
+def _files(filename: str) -> tuple[str, ...]:
+    """The files that open_clip would take, best first."""
+    if not filename:
+        return (HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME)
+    return (str(Path(filename).with_suffix(".safetensors")), filename)
+
+
+def _short(values: Any) -> str:
+    return "/".join(f"{float(value):.4g}" for value in values)

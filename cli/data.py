@@ -3,7 +3,7 @@
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,27 +12,39 @@ from cli.options import DatasetOption, JsonOption, WarehouseOption
 from features.errors import UserError
 from features.warehouse import DatasetInfo, Warehouse
 
+if TYPE_CHECKING:
+    from pipeline.extract import ExtractReport, Progress
+
 
 def datasets(json: JsonOption = False, warehouse: WarehouseOption = None) -> None:
     """List the known datasets: where their raw files are expected, and what is prepared."""
-    from pipeline.datasets import describe
+    from pipeline.prepare import describe
 
     rows = describe(Warehouse(warehouse))
     if json:
         show.emit_json(rows)
         return
     show.table(
-        ["dataset", "format", "raw files", "found", "users", "items", "interactions"],
+        ["dataset", "format", "raw files", "prepared", "users", "items", "interactions", "k-core"],
         [
             [
-                row["name"], row["format"], row["raw"], row["found"],
-                row["users"], row["items"], row["interactions"],
+                row["dataset"], row["format"], "there" if row["raw_found"] else "-",
+                row["prepared"], row["users"], row["items"], row["interactions"], row["k_core"],
             ]
             for row in rows
         ],
     )  # fmt: skip
-    show.out.print()
-    show.table(["dataset", "files", "source"], [[r["name"], r["files"], r["source"]] for r in rows])
+    show.out.print("\nwhere the raw files are looked for (another folder: --raw), and their source")
+    for row in rows:
+        files = "; ".join(map(_role, row["expected"].items()))
+        show.out.print(f"  {row['dataset']}: {row['raw']}", markup=False)
+        show.out.print(f"    {files or 'as prepared'}", markup=False)
+        show.out.print(f"    from {row['source']}", markup=False)
+
+
+def _role(entry: tuple[str, list[str]]) -> str:
+    role, names = entry
+    return f"{role}: {' or '.join(names)}"
 
 
 def prepare(
@@ -50,12 +62,16 @@ def prepare(
         list[str] | None,
         typer.Option("--file", help="ROLE=PATH of a raw file, relative to --raw; repeatable."),
     ] = None,
+    unlisted: Annotated[
+        str,
+        typer.Option(help="Interactions with items that are not listed: refuse, keep or drop."),
+    ] = "refuse",
     json: JsonOption = False,
     warehouse: WarehouseOption = None,
 ) -> None:
     """Read raw files, apply the k-core, order by time, and write the canonical tables."""
     house = Warehouse(warehouse)
-    info = run_prepare(house, dataset, raw, k_core, format, file or [])
+    info = run_prepare(house, dataset, raw, k_core, format, file, unlisted)
     if json:
         show.emit_json(info.summary())
     else:
@@ -69,6 +85,7 @@ def run_prepare(
     k_core: int | None = None,
     format: str | None = None,
     file: list[str] | None = None,
+    unlisted: str = "refuse",
 ) -> DatasetInfo:
     """Prepare a dataset; files are ``role=path``."""
     from pipeline.prepare import prepare as run
@@ -79,7 +96,16 @@ def run_prepare(
         if not equals:
             raise UserError(f"--file {entry!r} must look like ROLE=PATH, such as items=items.csv")
         files[role] = path
-    return run(house, dataset, raw=raw, k_core=k_core, format=format, files=files)
+    return run(
+        house,
+        dataset,
+        raw=raw,
+        k_core=k_core,
+        format=format,
+        files=files,
+        unlisted=unlisted,
+        say=show.say,
+    )
 
 
 def show_prepared(info: DatasetInfo) -> None:
@@ -130,10 +156,15 @@ def extract(
     compute: Annotated[
         str, typer.Option("--compute", help="Forward pass: float32 or bfloat16.")
     ] = "float32",
-    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
-    batch_size: Annotated[
-        int | None, typer.Option("--batch-size", help="Pictures to a forward pass.")
+    device: Annotated[
+        str | None, typer.Option("--device", help="cpu or cuda; else what is there.")
     ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", help="Inputs to a forward pass.")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Redo a table that was made in another way.")
+    ] = False,
     json: JsonOption = False,
     warehouse: WarehouseOption = None,
 ) -> None:
@@ -165,27 +196,36 @@ def extract(
             compute=compute,
             device=device,
             batch_size=batch_size,
+            overwrite=overwrite,
             progress=watch,
-            message=show.say,
         )
     finally:
         watch.line.close()
     if json:
         show.emit_json(asdict(report))
         return
+    show_extracted(report)
+
+
+def show_extracted(report: "ExtractReport") -> None:
+    """Print what an extraction did, and why inputs failed."""
     show.table(
-        ["modality", "backbone", "items", "encoded", "reused", "absent", "failed", "items/s", "MB"],
+        ["modality", "backbone", "dim", "items", "encoded", "shared", "reused", "absent", "failed",
+         "items/s", "MB"],
         [
             [
-                row.modality, row.backbone, row.items, row.encoded, row.reused, row.absent,
-                row.failed, f"{row.rate:.1f}", f"{row.bytes / 1e6:.1f}",
+                row.modality, row.backbone, row.dim, row.items, row.encoded, row.shared,
+                row.reused, row.absent, sum(row.failed.values()), f"{row.rate:.1f}",
+                f"{row.bytes / 1e6:.1f}",
             ]
             for row in report.tables
         ],
     )  # fmt: skip
     for row in report.tables:
-        for reason, count in row.reasons.items():
-            show.say(f"failed ({row.modality}): {count} x {reason}")
+        for reason, count in row.failed.items():
+            show.say(f"failed: {row.modality}, {count} x {reason}")
+        if row.partial:
+            show.say(f"partial: {row.partial} damaged clips were used up to the damage")
 
 
 class ExtractWatch:
@@ -194,14 +234,20 @@ class ExtractWatch:
     def __init__(self) -> None:
         self.line = show.Line()
         self._began: dict[str, tuple[float, int]] = {}
+        self._ended: set[str] = set()
 
-    def __call__(self, modality: str, done: int, total: int, failed: int) -> None:
+    def __call__(self, state: "Progress") -> None:
         """Show how far one modality is; what was reused does not count for the rate."""
-        began, first = self._began.setdefault(modality, (time.monotonic(), done))
-        rate = (done - first) / max(1e-9, time.monotonic() - began)
-        left = (total - done) / rate if rate else float("inf")
+        now = time.monotonic()
+        began, first = self._began.setdefault(state.modality, (now, state.done))
+        rate = (state.done - first) / (now - began) if now > began else 0.0
+        left = show.seconds((state.total - state.done) / rate) if rate else "?"
         text = (
-            f"{modality}: {done:,} of {total:,}, {rate:.1f}/s, {show.seconds(left)} left,"
-            f" {failed} failed"
+            f"{state.modality} by {state.backbone}: {state.done:,} of {state.total:,},"
+            f" {rate:,.1f}/s, {left} left, {state.failed} failed"
         )
-        self.line.update(text, keep=done >= total)
+        ended = state.done >= state.total
+        if not (ended and state.modality in self._ended):
+            self.line.update(text, keep=ended)
+        if ended:
+            self._ended.add(state.modality)

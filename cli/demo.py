@@ -23,10 +23,9 @@ def demo(json: JsonOption = False, warehouse: WarehouseOption = None) -> None:
     info = data.run_prepare(house, "demo")
     show.say("2. extract: the weightless backbone `hashed` over pictures, titles and clips")
     watch = data.ExtractWatch()
-    extract(
-        house, "demo", image="hashed", text="hashed", video="hashed",
-        progress=watch, message=show.say,
-    )  # fmt: skip
+    extracted = extract(
+        house, "demo", image="hashed", text="hashed", video="hashed", progress=watch
+    )
     watch.line.close()
     reports = {}
     for model, settings in _TRAININGS.items():
@@ -42,6 +41,8 @@ def demo(json: JsonOption = False, warehouse: WarehouseOption = None) -> None:
         show.emit_json({"dataset": info.summary(), "evaluations": evaluations})
         return
     data.show_prepared(info)
+    show.out.print()
+    data.show_extracted(extracted)
     for report in reports.values():
         show.out.print()
         learn.show_evaluated(report)

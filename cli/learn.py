@@ -199,7 +199,7 @@ def show_evaluated(report: "EvalReport") -> None:
         kind = "" if targets == "all" else ", cold targets only"
         show.out.print()
         show.table(
-            [f"{split}{kind}", *(f"{ranker} {seen}" for ranker, seen in columns)],
+            ["metric", *(f"{ranker} {seen}" for ranker, seen in columns)],
             [
                 [metric, *(_interval(cells[split, targets, metric, *column]) for column in columns)]
                 for metric in metrics

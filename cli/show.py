@@ -10,7 +10,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-out = Console(highlight=False, soft_wrap=True)
+# Without a terminal nothing is wrapped at 80 columns: a pipe has no width.
+_LONGEST = 80  # characters of one cell; --json and --csv give all
+_WIDTH = None if sys.stdout.isatty() else 200
+out = Console(highlight=False, soft_wrap=True, width=_WIDTH)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
@@ -61,7 +64,8 @@ def cell(value: Any) -> str:
     if isinstance(value, list | tuple) and len(value) > 4:
         head = ", ".join(cell(entry) for entry in value[:3])
         return f"[{head}, ... {len(value)}]"
-    return str(value)
+    text = " ".join(str(value).split())
+    return text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..."
 
 
 def _is_number(text: str) -> bool:

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import tomli_w
@@ -19,7 +20,7 @@ from features.files import lock, write_table, write_text
 from features.schema import METRICS
 from features.store import FeatureStore
 from features.warehouse import Warehouse
-from retrieval.metrics import metric_names
+from retrieval.metrics import per_user
 from trainer.config import TrainConfig, build, documents
 from trainer.data import TrainingData
 from trainer.inputs import choose_device, choose_tables, load_features
@@ -90,7 +91,7 @@ def start_run(
     entry = find_model(model)
     config_class, _ = entry.load()
     train, model_config = build(config_class, file, settings)
-    check_monitor(train, metric_names())
+    check_monitor(train, list(per_user(np.ones(1, np.int64))))
     if features and not entry.needs_features:
         raise UserError(f"{model} learns from item ids alone; leave --features out")
     tables = (

@@ -1,0 +1,229 @@
+"""The commands as a user types them, on the small dataset that the program makes."""
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import typer
+from typer.testing import CliRunner, Result
+
+from cli.app import app
+
+ROOT = Path(__file__).parents[2]
+runner = CliRunner()
+
+
+def run(*words: str, code: int = 0) -> Result:
+    result = runner.invoke(app, list(words))
+    assert result.exit_code == code, (words, result.output, result.exception)
+    return result
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A warehouse in which the whole way has been gone once."""
+    root = str(tmp_path_factory.mktemp("cli") / "warehouse")
+    run("prepare", "--dataset", "demo", "--warehouse", root)
+    run("extract", "--image", "hashed", "--text", "hashed", "--warehouse", root)
+    for model in ("sasrec", "mmsrec"):
+        small = ["dim=16", "heads=2", "hidden=16", "epochs=2", "length=8", "device=cpu"]
+        sets = [word for entry in small for word in ("--set", entry)]
+        run("train", "--model", model, "--name", model, *sets, "--warehouse", root)
+        run("eval", "--index", "faiss", "--run", model, "--warehouse", root)
+    return root
+
+
+def rows(house: str, statement: str) -> list[dict[str, Any]]:
+    return list(json.loads(run("sql", statement, "--json", "--warehouse", house).stdout))
+
+
+@pytest.mark.slow
+def test_every_command_has_help_and_stands_in_the_readme() -> None:
+    group = typer.main.get_command(app)
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for name, command in group.commands.items():  # type: ignore[attr-defined]
+        assert command.help, name
+        assert f"mmrec {name}" in text, name
+
+
+@pytest.mark.slow
+def test_the_indexes_agree_and_evaluation_is_repeatable(house: str) -> None:
+    found = {}
+    for index in ("faiss", "torch", "faiss"):
+        document = json.loads(
+            run("eval", "--index", index, "--run", "mmsrec", "--json", "--warehouse", house).stdout
+        )
+        ranks = pq.read_table(Path(house) / "runs" / "mmsrec" / "predictions.parquet")
+        found.setdefault(index, (document["rows"], ranks))
+        assert found[index][0] == document["rows"]
+        assert found[index][1].equals(ranks)
+    assert found["faiss"][1].equals(found["torch"][1])
+    assert found["faiss"][0] == found["torch"][0]
+
+
+@pytest.mark.slow
+def test_ranks_and_metrics_equal_a_plain_recomputation(house: str) -> None:
+    """Vectors from the run, scores and ranks in plain numpy, metrics by their definition."""
+    import torch
+
+    from features.dataset import load_dataset
+    from features.warehouse import Warehouse
+    from trainer.checkpoint import load_weights
+    from trainer.run import open_run
+    from trainer.scoring import encode
+
+    warehouse = Warehouse(house)
+    opened = open_run(warehouse, warehouse.runs_dir / "mmsrec")
+    load_weights(opened.folder / "model.safetensors", opened.model, opened.identity)
+    dataset = load_dataset(warehouse, "demo")
+    table = pq.read_table(opened.folder / "predictions.parquet").to_pylist()
+    for split, back in (("validation", 2), ("test", 1)):
+        encoded = encode(opened.model, opened.data, split, 64)
+        queries = encoded.queries_ED.numpy().astype(np.float64)
+        items = encoded.items_ND.numpy().astype(np.float64)
+        mine = {row["user"]: row for row in table if row["split"] == split}
+        masked = []
+        for user, query in zip(encoded.held.users.tolist(), queries, strict=True):
+            sequence = dataset.items[dataset.offsets[user] : dataset.offsets[user + 1]].tolist()
+            target, seen = sequence[-back], set(sequence[:-back])
+            scores = items @ query
+            ahead = np.flatnonzero(scores >= scores[target])
+            others = [item for item in ahead.tolist() if item != target]
+            unseen = [item for item in others if item not in seen]
+            assert mine[user]["item"] == target
+            assert mine[user]["rank_unmasked"] == 1 + len(others)
+            assert mine[user]["rank_masked"] == 1 + len(unseen)
+            masked.append(1 + len(unseen))
+        ranks = np.array(masked)
+        expected = {
+            "HR@10": (ranks <= 10).mean(),
+            "NDCG@10": np.where(ranks <= 10, 1 / np.log2(ranks + 1), 0).mean(),
+            "MRR": (1 / ranks).mean(),
+        }
+        for metric, value in expected.items():
+            got = rows(
+                house,
+                f"SELECT value, low, high FROM metrics WHERE run = 'mmsrec' AND phase = 'eval'"
+                f" AND split = '{split}' AND targets = 'all' AND ranker = 'mmsrec'"
+                f" AND seen = 'masked' AND metric = '{metric}'",
+            )
+            assert len(got) == 1
+            assert got[0]["value"] == pytest.approx(value, abs=1e-12)
+            assert got[0]["low"] <= got[0]["value"] <= got[0]["high"]
+    torch.manual_seed(0)
+
+
+@pytest.mark.slow
+def test_the_views_hold_what_was_done(house: str) -> None:
+    count = "SELECT count(*) AS n FROM"
+    assert rows(house, f"{count} items")[0]["n"] > 0
+    assert rows(house, f"{count} features WHERE modality = 'image'")[0]["n"] > 0
+    assert rows(house, f"{count} failures")[0]["n"] >= 1
+    assert [r["run"] for r in rows(house, "SELECT run FROM runs ORDER BY created")] == [
+        "sasrec",
+        "mmsrec",
+    ]
+    near = rows(
+        house,
+        "SELECT b.item, array_cosine_similarity(a.embedding, b.embedding) AS c"
+        " FROM features_demo_hashed_text a, features_demo_hashed_text b"
+        " WHERE a.item = (SELECT min(item) FROM features_demo_hashed_text) ORDER BY c DESC LIMIT 1",
+    )
+    assert near[0]["c"] == pytest.approx(1, abs=1e-3)
+    losses = rows(
+        house, "SELECT epoch FROM metrics WHERE run = 'sasrec' AND metric = 'loss' ORDER BY epoch"
+    )
+    assert [row["epoch"] for row in losses] == [1, 2]
+
+
+@pytest.mark.slow
+def test_sql_prints_csv_and_a_table(house: str) -> None:
+    statement = "SELECT split, count(*) AS n FROM splits GROUP BY split ORDER BY split"
+    text = run("sql", statement, "--csv", "--warehouse", house).stdout
+    assert [row["split"] for row in csv.DictReader(io.StringIO(text))] == [
+        "test",
+        "train",
+        "validation",
+    ]
+    assert "validation" in run("sql", statement, "--warehouse", house).stdout
+    lists = run("sql", "SELECT embedding FROM features LIMIT 1", "--csv", "--warehouse", house)
+    assert lists.stdout.count("\n") == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["sql", "SELEC 1"], "syntax error"),
+        (["sql", "SELECT nope FROM items"], "nope"),
+        (["sql", "SELECT * FROM nope"], "the views are items"),
+        (["sql", "DROP VIEW items"], "only reads"),
+        (["sql", "SELECT 1; SELECT 2"], "one SQL statement"),
+        (["sql", "SELECT * FROM read_text('/etc/hostname')"], "Permission"),
+        (["sql", "SELECT 1", "--csv", "--json"], "exclude each other"),
+        (["train", "--model", "nope"], "unknown model 'nope'; known: sasrec, mmsrec"),
+        (["train", "--model", "sasrec", "--set", "dimm=3"], "unknown setting 'dimm'"),
+        (["train", "--model", "mmsrec", "--features", "video"], "no feature table 'video'"),
+        (["train", "--model", "mmsrec", "--features", "smell=x"], "unknown modality 'smell'"),
+        (["train", "--model", "sasrec", "--features", "text"], "item ids alone"),
+        (["train", "--model", "sasrec", "--dataset", "nope"], "'nope' is not prepared"),
+        (["train", "--model", "sasrec", "--name", "sasrec"], "is there already"),
+        (["train", "--model", "sasrec", "--name", "../x"], "cannot be a folder"),
+        (["train"], "give --model"),
+        (["train", "--resume", "--run", "nope"], "unknown run 'nope'"),
+        (["train", "--resume", "--run", "sasrec", "--model", "mmsrec"], "is of 'sasrec'"),
+        (["train", "--resume", "--set", "dim=3"], "leave --features"),
+        (["train", "--run", "sasrec", "--model", "sasrec"], "add --resume"),
+        (["eval", "--index", "annoy"], "unknown index 'annoy'"),
+        (["eval", "--run", "nope"], "unknown run 'nope'; known: sasrec, mmsrec"),
+        (["extract", "--dataset", "nope"], "nope"),
+        (["extract", "--image", "nope"], "unknown backbone 'nope'"),
+        (["prepare", "--dataset", "nope"], "unknown dataset 'nope'"),
+        (["prepare", "--dataset", "ml-1m", "--raw", "nowhere"], "nowhere"),
+    ],
+)
+def test_a_users_mistake_is_one_line_and_exit_code_2(
+    house: str, words: list[str], message: str
+) -> None:
+    result = run(*words, "--warehouse", house, code=2)
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, result.output
+    assert message in lines[0]
+    assert "Traceback" not in result.output
+
+
+@pytest.mark.slow
+def test_a_finished_run_resumes_to_nothing(house: str) -> None:
+    before = (Path(house) / "runs" / "sasrec" / "model.safetensors").read_bytes()
+    document = json.loads(
+        run("train", "--resume", "--run", "sasrec", "--json", "--warehouse", house).stdout
+    )
+    assert document["finished"]
+    assert (Path(house) / "runs" / "sasrec" / "model.safetensors").read_bytes() == before
+
+
+def test_a_folder_that_is_no_warehouse(tmp_path: Path) -> None:
+    (tmp_path / "thesis.doc").write_text("mine")
+    for words in (["datasets"], ["sql", "SELECT 1"], ["prepare", "--dataset", "demo"], ["eval"]):
+        result = run(*words, "--warehouse", str(tmp_path), code=2)
+        assert "is no warehouse and not empty" in result.stderr
+    result = run("datasets", "--warehouse", str(tmp_path / "thesis.doc"), code=2)
+    assert "is a file" in result.stderr
+
+
+def test_an_empty_warehouse_says_what_to_do(tmp_path: Path) -> None:
+    root = str(tmp_path / "none")
+    assert "mmrec prepare" in run("train", "--model", "sasrec", "--warehouse", root, code=2).stderr
+    assert "mmrec train" in run("eval", "--warehouse", root, code=2).stderr
+    assert json.loads(run("sql", "SELECT * FROM runs", "--json", "--warehouse", root).stdout) == []
+
+
+def test_lists_take_json(tmp_path: Path) -> None:
+    for words in (["datasets", "--warehouse", str(tmp_path)], ["models"], ["backbones"]):
+        assert json.loads(run(*words, "--json").stdout)
+        assert run(*words).stdout

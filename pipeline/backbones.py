@@ -71,9 +71,10 @@ def _clip(arch: str, tag: str, dim: int, repository: str) -> Entry:
 def _hf(repository: str, modalities: tuple[str, ...], dim: int, package: str = "") -> Entry:
     def make(name: str, device: str | None, compute: str) -> Backbone:
         from pipeline.backends import hub
-        from pipeline.backends.hf import Transformer
 
         folder = _packaged(package) or hub.folder(name, repository)
+        from pipeline.backends.hf import Transformer  # seconds: only when there are weights
+
         return Transformer(name, folder, device, compute)
 
     return Entry(

@@ -1,0 +1,62 @@
+"""Backbones for tests: the weightless one, watched, slowed or spoilt."""
+
+import time
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from features.schema import MODALITIES
+from pipeline.backbones import Entry
+from pipeline.backends.contract import Backbone, Batch, Vectors
+from pipeline.backends.hashed import DIM, Hashed
+
+
+def mark(one: object) -> str:
+    """Name an input by its content, as the log of :class:`Watched` does."""
+    return f"{zlib.crc32(np.ascontiguousarray(one).tobytes()):08x}"
+
+
+class Watched(Hashed):
+    """Writes a line for every input that it encodes; may be slow, or do something after a batch."""
+
+    def __init__(
+        self,
+        name: str,
+        log: Path,
+        *,
+        seconds: float = 0.0,
+        after: Callable[[Vectors], Vectors] = lambda vectors: vectors,
+        checkpoint: str = "watched-1",
+    ) -> None:
+        super().__init__(name)
+        self.log = log
+        self.seconds = seconds
+        self.after = after
+        self.checkpoint = checkpoint
+
+    def embed(self, batch: Batch) -> Vectors:
+        time.sleep(self.seconds)
+        vectors = self.after(super().embed(batch))
+        with self.log.open("a") as stream:
+            stream.writelines(f"{mark(one)}\n" for one in (*batch.images, *batch.texts))
+        return vectors
+
+    def seen(self) -> list[str]:
+        """What was encoded since the log was last forgotten."""
+        return self.log.read_text().split() if self.log.exists() else []
+
+    def forget(self) -> None:
+        self.log.unlink(missing_ok=True)
+
+
+def entry(backbone: Backbone) -> Entry:
+    """Make a table entry of a backbone that is already there."""
+    return Entry(
+        modalities=MODALITIES,
+        dim=DIM,
+        library="tests",
+        checkpoint="none",
+        make=lambda name, device, compute: backbone,
+    )

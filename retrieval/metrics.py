@@ -1,0 +1,72 @@
+"""Ranking metrics for one target a user: per user first, the mean is the caller's.
+
+With one target, HR@k (is it among the first k?) and Recall@k (which share of the targets is?) are
+the same number, and so is precision@k up to the factor k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+PerUser = npt.NDArray[np.float64]
+
+
+def hit_rate(ranks: npt.NDArray[np.int64], k: int) -> PerUser:
+    """HR@k, equal to Recall@k with one target: (U,) 1.0 where rank <= k, else 0.0."""
+    return (_ranks(ranks) <= _cutoff(k)).astype(np.float64)
+
+
+def ndcg(ranks: npt.NDArray[np.int64], k: int) -> PerUser:
+    """NDCG@k: (U,) 1 / log2(rank + 1) where rank <= k, else 0.
+
+    The ideal list has its one relevant item first, a gain of 1 / log2(2) = 1, so this is normalised
+    (Jarvelin and Kekalainen 2002). Libraries that divide by the ideal gain of k relevant items
+    print a number 4.54 times smaller at k = 10.
+    """
+    discount = 1 / np.log2(_ranks(ranks) + 1.0)
+    return np.where(ranks <= _cutoff(k), discount, 0.0)
+
+
+def reciprocal_rank(ranks: npt.NDArray[np.int64]) -> PerUser:
+    """1 / rank, (U,), over the whole list; its mean over users is MRR."""
+    return 1.0 / _ranks(ranks)
+
+
+METRICS: dict[str, Callable[[npt.NDArray[np.int64], int], PerUser]] = {
+    "HR": hit_rate,
+    "NDCG": ndcg,
+}
+"""Metrics with a cut-off, by the name that stands before the @."""
+
+
+def per_user(
+    ranks: npt.NDArray[np.int64], cutoffs: Sequence[int] = (5, 10, 20, 50)
+) -> dict[str, PerUser]:
+    """Every metric of every user: "HR@5", ..., "NDCG@5", ..., "MRR", each (U,) float64.
+
+    Args:
+        ranks: (U,) from 1, masked or unmasked.
+        cutoffs: The k of HR@k and NDCG@k.
+
+    Raises:
+        ValueError: A rank or a cut-off below 1, or ranks that are not integers.
+    """
+    table = {f"{name}@{k}": metric(ranks, k) for name, metric in METRICS.items() for k in cutoffs}
+    return table | {"MRR": reciprocal_rank(ranks)}
+
+
+def _ranks(ranks: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    if ranks.dtype.kind not in "iu" or ranks.ndim != 1:
+        raise ValueError(f"ranks are {ranks.dtype} of shape {ranks.shape}: expected (U,) integers")
+    if len(ranks) and ranks.min() < 1:
+        raise ValueError(f"ranks start at 1, found {ranks.min()}")
+    return ranks
+
+
+def _cutoff(k: int) -> int:
+    if k < 1:
+        raise ValueError(f"cut-off {k}: it must be at least 1")
+    return k

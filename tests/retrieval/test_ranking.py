@@ -1,0 +1,276 @@
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from retrieval.ranking import Ranks, Seen, rank, rank_static
+from retrieval.scores import error_bound, exact_scores, plain_fp32, row_norms
+from tests.retrieval import brute
+from tests.retrieval.brute import Floats, Ints, make_seen
+
+
+def same(found: Ranks, expected: tuple[Ints, Ints]) -> None:
+    np.testing.assert_array_equal(found.unmasked, expected[0])
+    np.testing.assert_array_equal(found.masked, expected[1])
+    assert found.unmasked.dtype == found.masked.dtype == np.int64
+
+
+def one_dimension(scores: list[float]) -> Floats:
+    return np.array(scores, np.float32)[:, None]
+
+
+def test_ranks_by_hand() -> None:
+    # Query 1: the score of item j is its only coordinate. The target, item 2, scores 5; items 0
+    # and 3 score more, item 4 the same, item 1 less.
+    items = one_dimension([9, 1, 5, 7, 5])
+    found = rank(
+        np.ones((3, 1), np.float32),
+        items,
+        np.array([2, 2, 1]),
+        make_seen([[0, 0, 1, 4, 2], [], [0, 2, 3, 4]]),
+    )
+    # User 0 has seen 0 (twice), 1, 4 and the target: only item 3 is left above it.
+    same(found, (np.array([4, 4, 5]), np.array([2, 4, 1])))
+
+
+def test_ties_count_against_the_model() -> None:
+    items, targets = np.ones((6, 4), np.float32), np.array([0, 5])
+    found = rank(np.ones((2, 4), np.float32), items, targets, make_seen([[1, 2], [5, 5]]))
+    same(found, (np.array([6, 6]), np.array([4, 6])))
+
+
+@pytest.mark.parametrize("kind", brute.KINDS)
+@pytest.mark.parametrize("query_kind", ["gauss", "integers", "near", "zero"])
+def test_ranks_match_the_definition(kind: str, query_kind: str) -> None:
+    rng = np.random.default_rng(7)
+    for users, count, dim in [(4, 90, 33), (3, 33, 1), (2, 1, 5), (6, 65, 3)]:
+        queries = brute.vectors(query_kind, rng, users, dim)
+        items = brute.vectors(kind, rng, count, dim)
+        targets = rng.integers(0, count, users)
+        lists = brute.seen_lists(rng, users, count, 30)
+        lists[0].append(int(targets[0]))
+        expected = brute.ranks(brute.all_scores(queries, items), targets, [*map(set, lists)])
+        same(rank(queries, items, targets, make_seen(lists)), expected)
+        same(rank(queries, items, targets), (expected[0], expected[0]))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    kinds=st.tuples(st.sampled_from(brute.KINDS), st.sampled_from(brute.KINDS)),
+    users=st.integers(0, 9),
+    count=st.integers(1, 150),
+    dim=st.integers(1, 40),
+    block=st.tuples(st.integers(1, 10), st.integers(1, 160)),
+)
+def test_ranks_do_not_depend_on_the_block(
+    seed: int,
+    kinds: tuple[str, str],
+    users: int,
+    count: int,
+    dim: int,
+    block: tuple[int, int],
+) -> None:
+    rng = np.random.default_rng(seed)
+    queries = brute.vectors(kinds[0], rng, users, dim) if users else np.zeros((0, dim), np.float32)
+    items = brute.vectors(kinds[1], rng, count, dim)
+    targets = rng.integers(0, count, users)
+    seen = make_seen(brute.seen_lists(rng, users, count, 40))
+    whole = rank(queries, items, targets, seen, block=(max(1, users), count))
+    found = rank(queries, items, targets, seen, block=block)
+    same(found, (whole.unmasked, whole.masked))
+    assert (whole.masked <= whole.unmasked).all()
+    assert (whole.masked >= 1).all()
+    assert (whole.unmasked <= count).all()
+
+
+def test_close_calls_are_not_left_to_fp32() -> None:
+    rng = np.random.default_rng(3)
+    queries, items = brute.vectors("gauss", rng, 8, 256), brute.vectors("near", rng, 64, 256)
+    targets = rng.integers(0, 64, 8)
+    scores = brute.all_scores(queries, items)
+    expected = brute.ranks(scores, targets, [set()] * 8)
+    naive = brute.ranks((queries @ items.T).astype(np.float64), targets, [set()] * 8)
+    assert (naive[0] != expected[0]).any()
+    same(rank(queries, items, targets), expected)
+
+
+@pytest.mark.parametrize("kind", ["equal", "near", "duplicates", "integers"])
+def test_a_collapsed_model_is_ranked_through_float64(kind: str) -> None:
+    # Enough close calls in a tile to leave the usual way.
+    rng = np.random.default_rng(5)
+    queries, items = brute.vectors("gauss", rng, 40, 6), brute.vectors(kind, rng, 200, 6)
+    queries = queries if kind != "integers" else brute.vectors("integers", rng, 40, 6)
+    targets = rng.integers(0, 200, 40)
+    lists = brute.seen_lists(rng, 40, 200, 50)
+    expected = brute.ranks(brute.all_scores(queries, items), targets, [*map(set, lists)])
+    same(rank(queries, items, targets, make_seen(lists)), expected)
+
+
+def test_reduced_precision_decides_nothing() -> None:
+    rng = np.random.default_rng(11)
+    queries, items = (torch.from_numpy(brute.vectors("gauss", rng, n, 64)) for n in (16, 500))
+    targets = rng.integers(0, 500, 16)
+    expected = rank(queries, items, targets)
+    queries.requires_grad_()
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        inside = torch.backends.cuda.matmul.fp32_precision
+        with torch.autocast("cpu", torch.bfloat16):
+            assert (queries @ items.T).dtype == torch.bfloat16
+            found = rank(queries, items, targets)
+        assert torch.backends.cuda.matmul.fp32_precision == inside
+        with plain_fp32(torch.device("cpu")):
+            assert torch.backends.cuda.matmul.fp32_precision == "ieee"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    same(found, (expected.unmasked, expected.masked))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kind", brute.KINDS)
+def test_cuda_ranks_like_the_cpu(kind: str) -> None:
+    rng = np.random.default_rng(2)
+    queries, items = brute.vectors("gauss", rng, 64, 96), brute.vectors(kind, rng, 3000, 96)
+    targets, seen = rng.integers(0, 3000, 64), make_seen(brute.seen_lists(rng, 64, 3000, 40))
+    expected = rank(queries, items, targets, seen)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        on_device = torch.from_numpy(queries).cuda(), torch.from_numpy(items).cuda()
+        found = rank(*on_device, torch.from_numpy(targets).cuda(), seen)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    same(found, (expected.unmasked, expected.masked))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    kinds=st.tuples(st.sampled_from(brute.KINDS), st.sampled_from(brute.KINDS)),
+    dim=st.integers(1, 300),
+)
+def test_the_error_bound_holds_and_the_canonical_score_is_one(
+    seed: int, kinds: tuple[str, str], dim: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    left, right = brute.vectors(kinds[0], rng, 5, dim), brute.vectors(kinds[1], rng, 7, dim)
+    true = brute.all_scores(left, right)
+    lengths = [row_norms("rows", torch.from_numpy(side)) for side in (left, right)]
+    for roundoff, dtype in [(2.0**-24, np.float32), (2.0**-53, np.float64)]:
+        bound = error_bound(dim, lengths[0][:, None], lengths[1][None], roundoff).numpy()
+        assert (np.abs(left.astype(dtype) @ right.T.astype(dtype) - true) <= bound).all()
+        pairs = torch.cartesian_prod(torch.arange(5), torch.arange(7))
+        exact = exact_scores(torch.from_numpy(left), torch.from_numpy(right), *pairs.T)
+        assert (np.abs(exact.numpy().reshape(5, 7) - true) <= bound).all()
+    alone = [
+        exact_scores(torch.from_numpy(left), torch.from_numpy(right), *pair[:, None])
+        for pair in pairs
+    ]
+    assert torch.equal(torch.cat(alone), exact)
+
+
+def test_static_ranks_by_hand() -> None:
+    popularity = np.array([5, 9, 5, 1, 5])
+    found = rank_static(
+        popularity, np.array([0, 3, 1]), make_seen([[2, 2, 1, 0], [0, 1, 2], [1, 3]])
+    )
+    same(found, (np.array([4, 5, 1]), np.array([2, 2, 1])))
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), users=st.integers(0, 9), count=st.integers(1, 60))
+def test_static_ranks_match_the_definition(seed: int, users: int, count: int) -> None:
+    rng = np.random.default_rng(seed)
+    scores = rng.integers(0, 8, count)
+    targets = rng.integers(0, count, users)
+    lists = brute.seen_lists(rng, users, count, 20)
+    expected = brute.ranks(np.tile(scores, (users, 1)), targets, [*map(set, lists)])
+    same(
+        rank_static(torch.from_numpy(scores), torch.from_numpy(targets), make_seen(lists)), expected
+    )
+    same(
+        rank(
+            np.ones((users, 1), np.float32),
+            one_dimension(scores.tolist()),
+            targets,
+            make_seen(lists),
+        ),
+        expected,
+    )
+
+
+def test_seen_takes_rows_in_any_order() -> None:
+    seen = make_seen([[4, 1], [], [7, 7, 2], [3]])
+    taken = seen.take(np.array([2, 1, 0, 2]))
+    assert taken.items.tolist() == [7, 7, 2, 4, 1, 7, 7, 2]
+    assert taken.offsets.tolist() == [0, 3, 3, 5, 8]
+    rows, items = seen.pairs(1, 4, 10)
+    assert list(zip(rows.tolist(), items.tolist(), strict=True)) == [(1, 2), (1, 7), (2, 3)]
+
+
+def test_read_only_and_strided_vectors_are_welcome() -> None:
+    rng = np.random.default_rng(0)
+    items = brute.vectors("gauss", rng, 30, 8)
+    items.flags.writeable = False
+    queries = brute.vectors("gauss", rng, 4, 16)[:, ::2]
+    targets = np.arange(4, dtype=np.int32)
+    expected = brute.ranks(brute.all_scores(queries, items), targets.astype(np.int64), [set()] * 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        same(rank(queries, items, targets.astype(np.int64)), expected)
+    transposed = torch.from_numpy(items.T.copy()).T
+    same(rank(torch.from_numpy(queries.copy()), transposed, targets.astype(np.int64)), expected)
+
+
+E2 = np.eye(2, dtype=np.float32)
+ONE, NAN = np.array([0, 1]), np.array([[1, np.nan], [0, 1]], np.float32)
+
+
+@pytest.mark.parametrize(
+    ("queries", "items", "targets", "seen", "message"),
+    [
+        (E2.astype(np.float64), E2, ONE, None, "queries are torch.float64"),
+        (E2[0], E2, ONE, None, r"queries have shape \(2,\)"),
+        (E2[:, :1], E2, ONE, None, "1 dimensions but items have 2"),
+        (E2, E2[:0], ONE, None, "items are empty"),
+        (E2, E2, np.array([0, 2]), None, r"target 2 of row 1 is outside 0\.\.1"),
+        (E2, E2, np.array([-1, 0]), None, "target -1 of row 0"),
+        (E2, E2, np.array([0]), None, "1 targets but 2 users"),
+        (E2, E2, np.array([0.0, 1.0]), None, "targets are float64"),
+        (NAN, E2, ONE, None, "queries row 0 holds NaN"),
+        (E2, np.full_like(E2, np.inf), ONE, None, "items row 0 holds NaN or infinity"),
+        (E2 * np.float32(1e30), E2 * np.float32(1e30), ONE, None, "more than float32 holds"),
+        (E2, E2, ONE, make_seen([[0]]), "exclude covers 1 users but there are 2"),
+        (E2, E2, ONE, make_seen([[0], [2]]), r"exclude holds items 0\.\.2, outside 0\.\.1"),
+    ],
+)
+def test_what_cannot_be_ranked_is_refused(
+    queries: Floats, items: Floats, targets: Ints, seen: Seen | None, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        rank(queries, items, targets, seen)
+    assert "\n" not in str(caught.value)
+
+
+def test_malformed_settings_are_refused() -> None:
+    with pytest.raises(ValueError, match="block is"):
+        rank(E2, E2, ONE, block=(0, 4))
+    with pytest.raises(ValueError, match="NaN"):
+        rank_static(np.array([1.0, np.nan]), ONE)
+    with pytest.raises(ValueError, match="expected"):
+        rank_static(np.array(["a"]), ONE)
+    for items, offsets, message in [
+        ([0, 1], [0, 1], "run from 0 to 2"),
+        ([0, 1], [1, 2], "run from 0 to 2"),
+        ([0, 1], [0, 2, 1, 2], "decrease"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            Seen(items=np.array(items), offsets=np.array(offsets))
+    with pytest.raises(ValueError, match="int64"):
+        Seen(items=np.array([0.5]), offsets=np.array([0, 1]))

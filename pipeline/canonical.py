@@ -16,7 +16,7 @@ from features.errors import UserError
 from features.files import whole
 from features.schema import INTERACTIONS, ITEMS
 from features.warehouse import DatasetInfo
-from pipeline.importers.contract import Files, some
+from pipeline.importers.contract import Files, many, some
 from pipeline.importers.reading import one
 
 UNLISTED = ("refuse", "keep", "drop")
@@ -39,7 +39,7 @@ def settle_unlisted(
     )
     if not items:
         return
-    what = f"{items} items of {rows} interactions (such as {some(such)}) are not listed"
+    what = f"{many(items, 'item')} of {many(rows, 'interaction')} (such as {some(such)}) not listed"
     if choice == "refuse":
         listing = files["items"][0]
         raise UserError(
@@ -92,8 +92,9 @@ def filter_core(db: duckdb.DuckDBPyConnection, k: int, name: str) -> None:
     if one(db, "SELECT count(*) FROM core")[0] == 0:
         users, items, rows = before
         raise UserError(
-            f"nothing is left of {name} after the {k}-core ({users} users, {items} items and"
-            f" {rows} interactions before it); give a smaller --k-core"
+            f"nothing is left of {name} after the {k}-core ({many(users, 'user')},"
+            f" {many(items, 'item')}, {many(rows, 'interaction')} before it);"
+            " give a smaller --k-core"
         )
 
 
@@ -112,16 +113,15 @@ def make_tables(
         f" AS item FROM item_ids{only}"
     )
     db.execute(
-        "CREATE TABLE ordered AS SELECT u, i, timestamp, (row_number() OVER"
-        " (PARTITION BY u ORDER BY timestamp, ordinal) - 1)::INTEGER AS position FROM core"
+        "CREATE TABLE ordered AS SELECT u, i, timestamp,"
+        " (row_number() OVER each - 1)::INTEGER AS position,"
+        " coalesce(timestamp = lag(timestamp) OVER each, false) AS tie"
+        " FROM core WINDOW each AS (PARTITION BY u ORDER BY timestamp, ordinal)"
     )
-    users, items, interactions = (
-        one(db, f"SELECT count(*) FROM {table}")[0] for table in ("users", "items", "ordered")
-    )
-    tied = 0.0
-    if timestamps:
-        (times,) = one(db, "SELECT count(*) FROM (SELECT DISTINCT u, timestamp FROM ordered)")
-        tied = (interactions - times) / interactions
+    db.execute("DROP TABLE core")
+    (users,) = one(db, "SELECT count(*) FROM users")
+    (items,) = one(db, "SELECT count(*) FROM items")
+    interactions, ties = one(db, "SELECT count(*), count(*) FILTER (WHERE tie) FROM ordered")
     (fingerprint,) = one(
         db,
         "SELECT sha256(string_agg(strlen(item_id) || ':' || item_id, '' ORDER BY item)) FROM items",
@@ -136,7 +136,7 @@ def make_tables(
         interactions=interactions,
         fingerprint=fingerprint,
         timestamps=timestamps,
-        tied=tied,
+        tied=ties / interactions,
     )
 
 
@@ -145,21 +145,24 @@ def remarks(db: duckdb.DuckDBPyConnection, info: DatasetInfo) -> Iterator[str]:
     texts, images, videos, unseen = one(
         db,
         "SELECT count(text), count(image), count(video), count(*) FILTER (WHERE i NOT IN"
-        " (SELECT i FROM core)) FROM items JOIN raw_items USING (item_id)",
+        " (SELECT i FROM ordered)) FROM items JOIN raw_items USING (item_id)",
     )
-    yield f"of {info.items} items, {texts} have text, {images} a picture, {videos} a clip"
+    yield (
+        f"of {many(info.items, 'item')}, {texts} with text, {images} with a picture,"
+        f" {videos} with a clip"
+    )
     if unseen:
-        yield f"{unseen} items have no interaction"
+        yield f"{many(unseen, 'item')} without an interaction"
     if not info.timestamps:
         yield "no timestamps: the order of the raw file is the order of time"
         return
     (rows,) = one(
         db,
-        "SELECT coalesce(sum(n - 1), 0) FROM"
-        " (SELECT count(*) AS n FROM core GROUP BY u, i, timestamp HAVING count(*) > 1)",
+        "SELECT count(*) - count(DISTINCT (u, i, timestamp)) FROM ordered"
+        " SEMI JOIN (SELECT DISTINCT u, timestamp FROM ordered WHERE tie) USING (u, timestamp)",
     )
     if rows:
-        yield f"{rows} interactions repeat another exactly (user, item and time); kept"
+        yield f"{many(rows, 'interaction')} the same as another in user, item and time; kept"
     if info.tied:
         yield f"{info.tied:.1%} of the interactions have the time of the one before; input order"
 

@@ -142,27 +142,25 @@ def describe(warehouse: Warehouse) -> list[dict[str, Any]]:
 def _staging(warehouse: Warehouse, name: str) -> Iterator[Path]:
     """A folder beside the tables that vanishes, and with it all traces when nothing came of it."""
     folder = warehouse.dataset_dir(name)
-    new_root = not warehouse.root.exists()
+    new_root, new_folder = not warehouse.root.exists(), not folder.exists()
     new_marker = not (warehouse.root / MARKER).exists()
     warehouse.create()
-    new_folder = not folder.exists()
-    try:
-        with lock(folder / ".prepare.lock", f"the dataset {name}"):
-            remove_leftovers(folder)
-            stage = folder / f".prepare.{secrets.token_hex(4)}.tmp"
-            stage.mkdir()
-            try:
-                yield stage
-            finally:
-                shutil.rmtree(stage)
-    except BaseException:
-        if new_folder and not warehouse.is_prepared(name):
-            shutil.rmtree(folder)
-        if new_marker and not warehouse.datasets():
-            (warehouse.root / MARKER).unlink(missing_ok=True)
-        if new_root and not any(warehouse.root.iterdir()):
-            warehouse.root.rmdir()
-        raise
+    with lock(folder / ".prepare.lock", f"the dataset {name}"):
+        remove_leftovers(folder)
+        stage = folder / f".prepare.{secrets.token_hex(4)}.tmp"
+        stage.mkdir()
+        try:
+            yield stage
+        except BaseException:
+            if new_folder:
+                shutil.rmtree(folder)
+            if new_marker and [path.name for path in warehouse.root.iterdir()] == [MARKER]:
+                (warehouse.root / MARKER).unlink()
+                if new_root:
+                    warehouse.root.rmdir()
+            raise
+        finally:
+            shutil.rmtree(stage, ignore_errors=True)
 
 
 @contextmanager

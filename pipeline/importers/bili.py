@@ -5,7 +5,6 @@ the id and whose second is the title, with or without a line of names. Covers: a
 named by item id, or an LMDB of pickled images under the item ids.
 """
 
-import csv
 from pathlib import Path
 
 import duckdb
@@ -14,7 +13,7 @@ from features.errors import UserError
 from pipeline.importers.contract import Files, Raw
 from pipeline.importers.items import IDS, create_described, create_from
 from pipeline.importers.media import list_media, with_media_sql
-from pipeline.importers.reading import delimited_sql
+from pipeline.importers.reading import delimited_sql, first_row
 from pipeline.importers.sequences import create_from_sequences
 from pipeline.importers.text import install
 
@@ -40,16 +39,7 @@ def _items(db: duckdb.DuckDBPyConnection, path: Path) -> None:
     if form is None:
         raise UserError(f"{path} is none of {', '.join(_FORMS)}; convert it to one of them")
     delimiter, quote = form
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as stream:
-            rows = csv.reader(
-                stream,
-                delimiter=delimiter,
-                quoting=csv.QUOTE_MINIMAL if quote else csv.QUOTE_NONE,
-            )
-            first = next(rows, [])
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path}, line 1: {error}; save the file as UTF-8") from None
+    first = first_row(path, delimiter, quote)
     if len(first) < 2:
         raise UserError(
             f"{path}, line 1: one column where an id and a title are expected; correct the file"

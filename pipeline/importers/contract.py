@@ -56,7 +56,7 @@ def check(db: duckdb.DuckDBPyConnection, files: Files) -> None:
     items = files["items"][0] if files.get("items") else source
     (nameless,) = one(db, "SELECT count(*) FROM raw_items WHERE coalesce(item_id, '') = ''")
     if nameless:
-        raise UserError(f"{items}: {nameless} items have no id; fill or remove them")
+        raise UserError(f"{items}: {many(nameless, 'item')} without an id; fill or remove it")
     repeated, such = one(
         db,
         "SELECT count(*), list(item_id ORDER BY item_id)[:3]"
@@ -64,9 +64,14 @@ def check(db: duckdb.DuckDBPyConnection, files: Files) -> None:
     )
     if repeated:
         raise UserError(
-            f"{items} lists {repeated} items more than once (such as {some(such)});"
+            f"{items} lists {many(repeated, 'item')} more than once (such as {some(such)});"
             " keep one row for each"
         )
+
+
+def many(count: int, noun: str) -> str:
+    """``1 item``, ``2 items``."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def some(values: list[str]) -> str:

@@ -71,7 +71,8 @@ def _from_jsonl(db: duckdb.DuckDBPyConnection, path: Path) -> bool:
     create(
         db,
         "_lines",
-        f"SELECT row_number() OVER () AS place, line FROM {lines_sql(path)}",
+        "SELECT place, line FROM (SELECT row_number() OVER () AS place, line"
+        f" FROM {lines_sql(path)}) WHERE trim(line) <> ''",
         path,
     )
     (place,) = one(

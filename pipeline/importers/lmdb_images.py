@@ -198,10 +198,13 @@ def _step(name: str, argument: Any, stack: list[Any], memo: dict[int, Any]) -> N
     elif name in ("BINGET", "LONG_BINGET"):
         stack.append(memo[argument])
     elif name in ("GLOBAL", "STACK_GLOBAL"):
-        called = stack.pop() if name == "STACK_GLOBAL" else argument.rpartition(" ")[2]
-        module = stack.pop() if name == "STACK_GLOBAL" else argument.rpartition(" ")[0]
+        module, called = (
+            argument.split(" ", 1) if name == "GLOBAL" else (stack.pop(-2), stack.pop())
+        )
+        if type(module) is not str or type(called) is not str:
+            raise _RefusedError("it names something without a name")
         if called != CLASS:
-            raise _RefusedError(f"it names {module!s:.60}.{called!s:.60}")
+            raise _RefusedError(f"it names {module[:40]!r} {called[:40]!r}")
         stack.append(_Class())
     elif name == "NEWOBJ":
         arguments, made = stack.pop(), stack.pop()

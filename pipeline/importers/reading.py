@@ -35,6 +35,7 @@ def delimited_sql(
     header: bool = False,
     quote: str = "",
     encoding: str = "utf-8",
+    strict: bool = True,
 ) -> str:
     """SQL that reads a delimited file, every column as VARCHAR; nothing is guessed."""
     names = ", ".join(f"{quoted(name)}: 'VARCHAR'" for name in columns)
@@ -42,13 +43,14 @@ def delimited_sql(
         f"read_csv({quoted(str(path))}, auto_detect = false, columns = {{{names}}},"
         f" delim = {quoted(delimiter)}, header = {str(header).lower()},"
         f" quote = {quoted(quote)}, escape = {quoted(quote)}, encoding = {quoted(encoding)},"
-        f" max_line_size = {MAX_LINE})"
+        f" strict_mode = {str(strict).lower()}, max_line_size = {MAX_LINE})"
     )
 
 
 def lines_sql(path: Path) -> str:
-    """SQL that reads a text file line by line into one column, ``line``."""
-    return delimited_sql(path, ["line"], delimiter="\x1f")  # a character that no text file holds
+    """SQL that reads a text file line by line into one column, ``line``; NULL for an empty one."""
+    # The delimiter is one that no text holds; not strict, for lines that end in different ways.
+    return delimited_sql(path, ["line"], delimiter="\x1f\x1e", strict=False)
 
 
 def table_sql(db: duckdb.DuckDBPyConnection, path: Path) -> tuple[str, list[str]]:
@@ -79,11 +81,7 @@ def header(path: Path, delimiter: str) -> list[str]:
     Raises:
         UserError: There is none, or two columns bear one name.
     """
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as stream:
-            names = [name.strip() for name in next(csv.reader(stream, delimiter=delimiter), [])]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path}, line 1: {error}; save the file as UTF-8") from None
+    names = [name.strip() for name in first_row(path, delimiter, '"')]
     lowered = [name.lower() for name in names]
     if not any(names) or len(set(lowered)) < len(names):
         raise UserError(
@@ -91,6 +89,21 @@ def header(path: Path, delimiter: str) -> list[str]:
             " the columns; give every column a name of its own"
         )
     return names
+
+
+def first_row(path: Path, delimiter: str, quote: str) -> list[str]:
+    """The first line of a delimited file, split; empty when there is none.
+
+    Raises:
+        UserError: The line is not UTF-8.
+    """
+    quoting: Any = csv.QUOTE_MINIMAL if quote else csv.QUOTE_NONE
+    try:
+        with path.open("rb") as stream:
+            line = stream.readline(MAX_LINE).decode("utf-8-sig")
+        return next(csv.reader([line], delimiter=delimiter, quoting=quoting), [])
+    except (UnicodeDecodeError, csv.Error):
+        raise UserError(f"{path}, line 1: not UTF-8; save the file as UTF-8") from None
 
 
 def column(path: Path, columns: Sequence[str], *names: str) -> str:
@@ -122,6 +135,8 @@ def create(db: duckdb.DuckDBPyConnection, table: str, select: str, path: Path) -
     """
     try:
         db.execute(f"CREATE TABLE {table} AS {select}")
+    except duckdb.OutOfMemoryException:
+        raise  # nothing is wrong with the file
     except duckdb.Error as error:
         raise explained(error, path) from None
 
@@ -181,11 +196,13 @@ def explained(error: duckdb.Error, path: Path) -> UserError:
         remedy = "correct the line"
     elif "unicode" in text.lower() or "not utf-8" in text.lower():
         reason, remedy = "not UTF-8", "save the file as UTF-8"
+    elif "state machine" in text:
+        reason, remedy = "lines that end in different ways, or a stray quote", "write it again"
     elif "quote" in text.splitlines()[0].lower() or "unterminated quote" in text.lower():
         reason, remedy = "a quote is not closed", "correct the line"
     else:
         said = [part for part in text.splitlines() if part and "CSV Error on Line" not in part]
-        reason = said[0] if said else type(error).__name__
+        reason = said[0].partition(" Error: ")[2] or said[0] if said else type(error).__name__
         remedy = "correct the file"
     place = f"{path}, line {line[1]}" if line else f"{path}"
     return UserError(f"{place}: {reason}; {remedy}")

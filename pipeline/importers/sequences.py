@@ -9,7 +9,7 @@ from pathlib import Path
 import duckdb
 
 from features.errors import UserError
-from pipeline.importers.contract import Files, Raw, some
+from pipeline.importers.contract import Files, Raw, many, some
 from pipeline.importers.items import create_described
 from pipeline.importers.media import list_media, with_media_sql
 from pipeline.importers.reading import create, lines_sql, one
@@ -60,7 +60,7 @@ def create_from_sequences(db: duckdb.DuckDBPyConnection, path: Path) -> None:
     )
     if repeated:
         raise UserError(
-            f"{path}, line {place + 1}: {repeated} users have more than one line"
+            f"{path}, line {place + 1}: {many(repeated, 'user')} with more than one line"
             f" (such as {some(such)}); join the lines of each user"
         )
     # The place of the line and the place in it, in one number that grows with both.

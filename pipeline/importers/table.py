@@ -12,7 +12,7 @@ from pathlib import Path
 import duckdb
 
 from features.errors import UserError
-from pipeline.importers.contract import Files, Raw
+from pipeline.importers.contract import Files, Raw, many
 from pipeline.importers.items import create_described
 from pipeline.importers.media import list_media, with_media_sql
 from pipeline.importers.reading import column, create_interactions, ident, one, optional, table_sql
@@ -37,7 +37,7 @@ def read(db: duckdb.DuckDBPyConnection, root: Path, files: Files) -> Raw:
     (described, texts) = one(db, "SELECT count(*), count(text) FROM described")
     if words and described and not texts:
         raise UserError(
-            f"{items}: the text of all {described} items is empty;"
+            f"{items}: the column of text is empty in all of {many(described, 'item')};"
             " fill the column, or leave it out for a catalogue without text"
         )
     list_media(db, root, files.get("images", ()), files.get("videos", ()))

@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 from pipeline.backends.contract import Backbone, Batch, Tokens, Vectors
 from pipeline.ledger import Ledger
-from pipeline.media import Media, MediaError, decode_image
+from pipeline.media import Media, MediaError, decode_image, one_line
 from pipeline.stream import prefetch, token_batches
 from pipeline.video import sample
 
@@ -141,16 +142,22 @@ class Encoder:
                     loaded.content = hashlib.file_digest(stream, "sha256").hexdigest()[:32]
                     if self._claim(loaded.item, loaded.content):
                         stream.seek(0)
-                        frames, loaded.partial = sample(stream, self._backbone.image)
+                        frames, loaded.partial = sample(stream, self._prepare)
                         loaded.inputs = frames
             else:
                 data = self._media.read(loaded.source)
                 loaded.content = content_hash(data)
                 if self._claim(loaded.item, loaded.content):
-                    loaded.inputs = [self._backbone.image(decode_image(data))]
+                    loaded.inputs = [self._prepare(decode_image(data))]
         except MediaError as error:
             loaded.error = error
         return loaded
+
+    def _prepare(self, picture: Image.Image) -> Any:
+        try:
+            return self._backbone.image(picture)
+        except Exception as error:  # a transform that cannot take this size or shape
+            raise MediaError("encode", one_line(error)) from None
 
     def _claim(self, item: int, content: str) -> bool:
         """Whether this item is the one that encodes this content."""
@@ -277,6 +284,8 @@ class Encoder:
             self.tally.shared += len(wanted)
 
 
-def content_hash(data: bytes) -> str:
+def content_hash(data: bytes | Image.Image) -> str:
     """Give the 128-bit fingerprint of an input's content, as 32 hexadecimal digits."""
+    if isinstance(data, Image.Image):
+        data = f"{data.mode} {data.size}".encode() + data.tobytes()
     return hashlib.sha256(data).hexdigest()[:32]

@@ -22,12 +22,13 @@ from features.files import lock, write_table
 from features.schema import FAILURES, MODALITIES
 from features.store import FeatureStore, FeatureTable, Provenance
 from features.warehouse import DatasetInfo, Warehouse
-from pipeline import media, video
 from pipeline.backbones import DEFAULT, check_modality, load_backbone, wrong_modality
 from pipeline.backends.contract import Backbone
 from pipeline.encode import Encoder, Failure, Tally
 from pipeline.ledger import Ledger
+from pipeline.media import PREPROCESSING as OF_PICTURES
 from pipeline.media import Media, quiet
+from pipeline.video import PREPROCESSING as OF_CLIPS
 
 DTYPES = ("float16", "float32")
 COMPUTES = ("float32", "bfloat16")
@@ -196,12 +197,13 @@ class _Job:
             )
 
         ledger = Ledger(table, provenance, self.items["item_id"])
+        media = Media(Path(self.info.raw))
         encoder = Encoder(
             backbone=backbone,
             modality=modality,
             dtype=self.dtype,
             ledger=ledger,
-            media=Media(Path(self.info.raw)),
+            media=media,
             batch_size=self.batch_size or backbone.batch_size,
             threads=_cores(),
             report=report,
@@ -213,6 +215,7 @@ class _Job:
             ledger.flush()  # an interrupt or a crash loses nothing that was encoded
             raise
         finally:
+            media.close()
             self._write_failures(table, modality, backbone, encoder.tally.failures)
         seconds = time.monotonic() - started
         tally = encoder.tally
@@ -275,7 +278,7 @@ class _Job:
 
 
 def _provenance(backbone: Backbone, modality: str, dtype: str) -> Provenance:
-    first = {"image": media.PREPROCESSING, "video": video.PREPROCESSING, "text": ""}[modality]
+    first = {"image": OF_PICTURES, "video": OF_CLIPS, "text": ""}[modality]
     steps = [step for step in (first, backbone.preprocessing(modality)) if step]
     pooling = backbone.pooling(modality)
     return Provenance(

@@ -158,7 +158,7 @@ def decode_image(data: bytes | Image.Image) -> Image.Image:
     """
     try:
         with Image.open(io.BytesIO(data)) if isinstance(data, bytes) else data as image:
-            _check_size(image)
+            check_size(*image.size)
             image.load()
             return _upright(_rgb(image), _orientation(image))
     except MediaError:
@@ -172,8 +172,12 @@ def decode_image(data: bytes | Image.Image) -> Image.Image:
         raise MediaError("decode", reason) from None
 
 
-def _check_size(image: Image.Image) -> None:
-    width, height = image.size
+def check_size(width: int, height: int) -> None:
+    """Refuse what would take too much memory to decode or to scale.
+
+    Raises:
+        MediaError: More pixels than ``MAX_PIXELS``, or longer than ``MAX_ASPECT`` times its width.
+    """
     if width * height > MAX_PIXELS:
         raise MediaError("decode", f"more than {MAX_PIXELS // 1_000_000} megapixels")
     if max(width, height) > MAX_ASPECT * min(width, height):

@@ -207,7 +207,7 @@ def locate(
     """
     for role in given:
         if role not in how.files:
-            raise unknown(f"file role for {name}", role, list(how.files))
+            raise unknown("role in --file", role, list(how.files))
     if not root.is_dir():
         raise UserError(
             f"{root} is no folder; the raw files of {name} are expected there"
@@ -219,11 +219,13 @@ def locate(
         if not paths and role in how.needed:
             raise UserError(
                 f"{root} holds no {role} of {name}: expected {' or '.join(patterns)};"
-                f" give the folder by --raw or the file by --{role}"
+                f" give the folder by --raw or the file by --file {role}=PATH"
             )
         if len(paths) > 1 and role not in FOLDERS:
             names = ", ".join(path.name for path in paths)
-            raise UserError(f"{root} holds several {role}: {names}; choose one by --{role}")
+            raise UserError(
+                f"{root} holds several {role}: {names}; choose one by --file {role}=PATH"
+            )
         found[role] = paths
     return found
 
@@ -233,7 +235,9 @@ def _given(role: str, root: Path, path: str) -> Path:
     for candidate in (below, Path(path)):
         if candidate.exists():
             return candidate
-    raise UserError(f"--{role}: {below} does not exist; give a path relative to {root} or absolute")
+    raise UserError(
+        f"--file {role}={path}: {below} does not exist; give a path relative to {root} or absolute"
+    )
 
 
 def _first(root: Path, patterns: tuple[str, ...]) -> tuple[Path, ...]:

@@ -46,7 +46,7 @@ def check(db: duckdb.DuckDBPyConnection, files: Files) -> None:
     """
     source = files["interactions"][0]
     if one(db, "SELECT count(*) FROM raw_interactions")[0] == 0:
-        raise UserError(f"{source} holds no interaction; give another file by --interactions")
+        raise UserError(f"{source} holds no interaction; give another by --file interactions=PATH")
     for column in ("user_id", "item_id"):
         (empty,) = one(
             db, f"SELECT min(ordinal) FROM raw_interactions WHERE coalesce({column}, '') = ''"

@@ -35,22 +35,24 @@ def delimited_sql(
     header: bool = False,
     quote: str = "",
     encoding: str = "utf-8",
-    strict: bool = True,
+    limits: str = "",
 ) -> str:
     """SQL that reads a delimited file, every column as VARCHAR; nothing is guessed."""
     names = ", ".join(f"{quoted(name)}: 'VARCHAR'" for name in columns)
     return (
         f"read_csv({quoted(str(path))}, auto_detect = false, columns = {{{names}}},"
         f" delim = {quoted(delimiter)}, header = {str(header).lower()},"
-        f" quote = {quoted(quote)}, escape = {quoted(quote)}, encoding = {quoted(encoding)},"
-        f" strict_mode = {str(strict).lower()}, max_line_size = {MAX_LINE})"
+        f" quote = {quoted(quote)}, escape = {quoted(quote)}, encoding = {quoted(encoding)}"
+        f" {limits})"
     )
 
 
 def lines_sql(path: Path) -> str:
     """SQL that reads a text file line by line into one column, ``line``; NULL for an empty one."""
     # The delimiter is one that no text holds; not strict, for lines that end in different ways.
-    return delimited_sql(path, ["line"], delimiter="\x1f\x1e", strict=False)
+    # The buffer would be sixteen of the longest lines, for each thread.
+    limits = f", strict_mode = false, max_line_size = {MAX_LINE}, buffer_size = {2 * MAX_LINE}"
+    return delimited_sql(path, ["line"], delimiter="\x1f\x1e", limits=limits)
 
 
 def table_sql(db: duckdb.DuckDBPyConnection, path: Path) -> tuple[str, list[str]]:

@@ -307,7 +307,7 @@ def test_an_item_that_is_not_listed(tmp_path: Path) -> None:
         ({"format": "tabel"}, "unknown format 'tabel'; known: movielens, sequences, bili, table"),
         ({"format": None}, "unknown dataset 'mine'; known: ml-100k, "),
         ({"files": {"itmes": "x"}}, "'itmes'; known: interactions, items, images, videos"),
-        ({"files": {"items": "x.csv"}}, "--items: "),
+        ({"files": {"items": "x.csv"}}, "--file items=x.csv: "),
     ],
 )
 def test_options_that_cannot_be(tmp_path: Path, options: dict[str, Any], expected: str) -> None:

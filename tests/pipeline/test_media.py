@@ -1,0 +1,238 @@
+import io
+import os
+from pathlib import Path
+
+import lmdb
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from pipeline import media
+from pipeline.media import Media, MediaError, decode_image, quiet
+
+# The first letter of the alphabet that has no symmetry: every orientation is told apart.
+LETTER_F = np.array([[0, 0, 0], [0, 255, 255], [0, 0, 255], [0, 255, 255]], dtype=np.uint8)
+
+
+def encoded(image: Image.Image, kind: str, **more: object) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, kind, **more)
+    return stream.getvalue()
+
+
+def decoded(
+    image: Image.Image, kind: str, **more: object
+) -> "np.ndarray[tuple[int, ...], np.dtype[np.uint8]]":
+    found = decode_image(encoded(image, kind, **more))
+    assert found.mode == "RGB"
+    return np.asarray(found)
+
+
+def refused(data: bytes) -> str:
+    with pytest.raises(MediaError) as caught:
+        decode_image(data)
+    assert caught.value.stage == "decode"
+    assert "\n" not in caught.value.reason
+    return caught.value.reason
+
+
+def test_plain_pictures_are_not_touched() -> None:
+    pixels = np.random.RandomState(0).randint(0, 256, (5, 7, 3), dtype=np.uint8)
+    assert (decoded(Image.fromarray(pixels), "PNG") == pixels).all()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_ends_upright(orientation: int) -> None:
+    # How a camera that was held so stores the letter: the inverse of what a viewer must do.
+    stored = {
+        1: LETTER_F,
+        2: LETTER_F[:, ::-1],
+        3: LETTER_F[::-1, ::-1],
+        4: LETTER_F[::-1],
+        5: LETTER_F.T,
+        6: np.rot90(LETTER_F, 1),
+        7: LETTER_F[::-1, ::-1].T,
+        8: np.rot90(LETTER_F, -1),
+    }[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image = Image.fromarray(np.ascontiguousarray(stored))
+    assert (decoded(image, "PNG", exif=exif)[..., 0] == LETTER_F).all()
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB", "L"])
+def test_what_is_transparent_becomes_white(mode: str) -> None:
+    image = Image.new("RGBA", (2, 1), (0, 0, 0, 0))
+    image.putpixel((1, 0), (0, 0, 0, 255))
+    more: dict[str, object] = {}
+    if mode == "P":
+        image = image.convert("P")
+        image.putdata([0, 1])
+        image.putpalette([9, 9, 9, 0, 0, 0])
+        more = {"transparency": 0}
+    elif mode in ("RGB", "L"):
+        image = Image.new(mode, (2, 1), 9 if mode == "L" else (9, 9, 9))
+        image.putpixel((1, 0), 0 if mode == "L" else (0, 0, 0))
+        more = {"transparency": 9 if mode == "L" else (9, 9, 9)}
+    else:
+        image = image.convert(mode)
+    assert decoded(image, "PNG", **more).tolist() == [[[255] * 3, [0] * 3]]
+
+
+def test_half_transparent_is_half_white() -> None:
+    assert decoded(Image.new("RGBA", (1, 1), (0, 0, 0, 127)), "PNG")[0, 0, 0] == 128
+
+
+def test_sixteen_bits_keep_their_shades() -> None:
+    deep = np.array([[0, 257 * 50, 257 * 128, 65535]], dtype=np.uint16)
+    assert decoded(Image.fromarray(deep), "PNG")[0, :, 0].tolist() == [0, 50, 128, 255]
+    assert decoded(Image.fromarray(deep), "TIFF")[0, :, 0].tolist() == [0, 50, 128, 255]
+
+
+def test_floats_and_wide_integers_keep_their_shades() -> None:
+    light = np.array([[0.0, 0.5, 1.0]], dtype=np.float32)
+    assert decoded(Image.fromarray(light), "TIFF")[0, :, 0].tolist() == [0, 128, 255]
+    wide = np.array([[-100_000, 0, 100_000]], dtype=np.int32)
+    assert decoded(Image.fromarray(wide), "TIFF")[0, :, 0].tolist() == [0, 128, 255]
+    flat = np.full((2, 2), -5, dtype=np.int32)
+    assert decoded(Image.fromarray(flat), "TIFF").tolist() == [[[0] * 3] * 2] * 2
+    holes = np.array([[np.nan, 1.0, np.inf]], dtype=np.float32)
+    assert decoded(Image.fromarray(holes), "TIFF")[0, :, 0].tolist() == [0, 255, 0]
+
+
+def test_print_colours_become_screen_colours() -> None:
+    ink = Image.new("CMYK", (8, 8), (0, 255, 255, 0))  # magenta and yellow
+    red = decoded(ink, "TIFF")[0, 0]
+    assert red[0] > 200
+    assert max(red[1:]) < 60
+
+
+def test_of_an_animation_the_first_frame_counts() -> None:
+    first, second = Image.new("RGB", (3, 3), "red"), Image.new("RGB", (3, 3), "blue")
+    for kind in ("GIF", "PNG", "WEBP", "TIFF"):
+        pixels = decoded(first, kind, save_all=True, append_images=[second])
+        assert np.abs(pixels.astype(int) - [255, 0, 0]).max() < 8
+
+
+def test_bombs_and_slivers_are_refused_before_they_are_decoded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(media, "MAX_PIXELS", 3_000_000)
+
+    def never(self: Image.Image) -> None:
+        raise AssertionError("decoded")
+
+    many = encoded(Image.new("L", (2000, 2000)), "PNG")
+    thin = encoded(Image.new("L", (1, media.MAX_ASPECT + 1)), "PNG")
+    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", never)
+    assert refused(many) == "more than 3 megapixels"
+    assert refused(thin) == "more than 500 times as long as wide"
+
+
+def test_damage_has_a_reason_that_can_be_counted() -> None:
+    noise = Image.fromarray(np.random.RandomState(0).randint(0, 256, (64, 64, 3), dtype=np.uint8))
+    whole = encoded(noise, "JPEG")
+    assert refused(whole[:-600]) == "truncated file"
+    assert refused(whole[:-300]) == "truncated file"
+    assert refused(b"<html>not found</html>") == "not a picture in a known format"
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    data=st.data(),
+    kind=st.sampled_from(["PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP"]),
+)
+def test_whatever_the_damage_there_is_a_picture_or_a_reason(data: st.DataObject, kind: str) -> None:
+    whole = bytearray(encoded(Image.new("RGB", (16, 16), "teal"), kind))
+    for _ in range(data.draw(st.integers(1, 8))):
+        whole[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.integers(0, 255))
+    with quiet():
+        try:
+            outcome = decode_image(bytes(whole)).mode
+        except MediaError as error:
+            outcome = error.reason
+    assert outcome == "RGB" or 3 < len(outcome) <= 160
+
+
+def test_files_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "empty.jpg").touch()
+    (tmp_path / "folder.jpg").mkdir()
+    os.mkfifo(tmp_path / "pipe.jpg")  # reading it would wait for ever
+    (tmp_path / "big.jpg").write_bytes(b"x" * 2_000_000)
+    monkeypatch.setattr(media, "MAX_BYTES", 1 << 20)
+    shelf = Media(tmp_path)
+    for name, reason in {
+        "empty.jpg": "empty file",
+        "folder.jpg": "is a folder",
+        "pipe.jpg": "is no plain file",
+        "big.jpg": "file larger than 1 MiB",
+        "none.jpg": "file not found",
+        "none.lmdb#1": "file not found",
+        "empty.jpg/under": "NotADirectoryError: ",
+        "nu\0ll.jpg": "ValueError: embedded null byte",
+    }.items():
+        with pytest.raises(MediaError) as caught:
+            shelf.read(name)
+        assert caught.value.stage == "read"
+        assert caught.value.reason.startswith(reason)
+    for name in ("empty.jpg", "folder.jpg", "pipe.jpg", "none.jpg"):
+        with pytest.raises(MediaError):
+            shelf.open(name)
+
+
+def test_pictures_in_an_lmdb(tmp_path: Path) -> None:
+    path = tmp_path / "covers.lmdb"
+    picture = encoded(Image.new("RGB", (4, 4), "red"), "PNG")
+    with lmdb.open(str(path), subdir=False, map_size=1 << 20) as env, env.begin(write=True) as put:
+        put.put(b"v1", picture)
+        put.put(b"v2", b"\x80\x04cposix\nsystem\n.")
+    shelf = Media(tmp_path)
+    assert shelf.read("covers.lmdb#v1") == picture
+    with pytest.raises(MediaError, match="no such key in the LMDB"):
+        shelf.read("covers.lmdb#v3")
+    with pytest.raises(MediaError, match="not a picture of the kind that LMDBs hold"):
+        shelf.read("covers.lmdb#v2")
+    shelf.close()
+    assert shelf.read("covers.lmdb#v1") == picture  # opened again
+    shelf.close()
+
+
+def test_every_odd_file_gives_a_picture_or_a_reason(real_data: Path) -> None:
+    folder = real_data / "weird" / "images"
+    refusals = {}
+    with quiet():
+        for path in sorted(folder.iterdir()):
+            try:
+                found = decode_image(Media(folder).read(path.name))
+                assert found.mode == "RGB"
+                assert np.asarray(found).std() > 0 or min(found.size) <= 10
+            except MediaError as error:
+                refusals[path.name] = error.reason
+    assert refusals == {
+        "bmp_b_reallybig.bmp": "more than 89 megapixels",
+        "broken_data_stream.png": "OSError: unrecognized data stream contents when reading"
+        " image file",
+        "decompression_bomb.gif": "more than 89 megapixels",
+        "empty.jpg": "empty file",
+        "libtiff_segfault.tif": "not a picture in a known format",
+        "png_decompression_dos.png": "ValueError: Decompressed data too large for"
+        " PngImagePlugin.MAX_TEXT_CHUNK",
+        "truncated_jpeg.jpg": "truncated file",
+        "unknown_compression_method.png": "not a picture in a known format",
+    }
+
+
+def test_the_same_picture_in_every_dress_looks_the_same(real_data: Path) -> None:
+    folder = real_data / "weird" / "images"
+    plain = np.asarray(decode_image((folder / "hopper.png").read_bytes())).astype(int)
+    dresses = [
+        ".bmp",
+        ".tif",
+        ".webp",
+        *(f"_orientation_{i}" for i in ("2.jpg", "4.jpg", "6.webp")),
+    ]
+    for name in ["avif_hopper.avif", *(f"hopper{dress}" for dress in dresses)]:
+        other = np.asarray(decode_image((folder / name).read_bytes())).astype(int)
+        assert np.abs(other - plain).mean() < 8, name

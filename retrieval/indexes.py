@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from retrieval.ranking import Ranks, Seen, rank
+from retrieval.ranking import Ranks, Seen, rank, seen_pairs
 from retrieval.scores import (
     FP32_ROUNDOFF,
     Contest,
@@ -92,7 +92,7 @@ class TorchIndex:
         with plain_fp32(query_UD.device):
             for start in range(0, users, step):
                 part = slice(start, min(start + step, users))
-                seen = _seen(exclude, part, count, query_UD.device)
+                seen = seen_pairs(exclude, part, count, query_UD.device)
                 self._search_block(query_UD[part], seen, scores[part], items[part])
         return scores, items
 
@@ -245,7 +245,7 @@ def rank_with(
     with plain_fp32(contest.device):
         for start in range(0, users, 1024):
             part = slice(start, min(start + 1024, users))
-            seen = _seen(exclude, part, count, contest.device)
+            seen = seen_pairs(exclude, part, count, contest.device)
             unmasked[part], masked[part] = _read_off(contest, flat, part, seen)
     left = np.flatnonzero(unmasked == 0)
     if len(left):
@@ -283,19 +283,6 @@ def _read_off(
     unmasked_B = (1 + above_BF.sum(1)) * closed_B
     seen_above_B = (above_BF & _is_seen(item_BF, seen, count)).sum(1)
     return unmasked_B.cpu().numpy(), (unmasked_B - seen_above_B).cpu().numpy()
-
-
-def _seen(
-    exclude: Seen | None, users: slice, count: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Distinct (row in the block, item) to leave out, on the device."""
-    import torch
-
-    if exclude is None:
-        nothing = torch.zeros(0, dtype=torch.int64, device=device)
-        return nothing, nothing
-    row, item = exclude.pairs(users.start, users.stop, count)
-    return torch.from_numpy(row).to(device), torch.from_numpy(item).to(device)
 
 
 def _most_seen(row_P: torch.Tensor) -> int:

@@ -131,7 +131,7 @@ def rank(
     with plain_fp32(contest.device):
         for start in range(0, users, block[0]):
             part = slice(start, min(start + block[0], users))
-            seen = _seen_pairs(contest, exclude, part)
+            seen = seen_pairs(exclude, part, count, contest.device)
             for low in range(0, count, width):
                 tile = slice(low, min(low + width, count))
                 above_B, seen_above_B = _count_tile(contest, part, tile, seen, scratch)
@@ -141,21 +141,17 @@ def rank(
     return Ranks(unmasked=unmasked, masked=unmasked - seen_above_U.cpu().numpy())
 
 
-def _seen_pairs(
-    contest: Contest, exclude: Seen | None, users: slice
+def seen_pairs(
+    exclude: Seen | None, users: slice, items: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Distinct (row in the block, item) that the masked rank leaves out: never the target."""
+    """Distinct (row in the block of users, item) to leave out, on the device."""
     import torch
 
     if exclude is None:
-        nothing = torch.zeros(0, dtype=torch.int64, device=contest.device)
+        nothing = torch.zeros(0, dtype=torch.int64, device=device)
         return nothing, nothing
-    row, item = (
-        torch.from_numpy(part).to(contest.device)
-        for part in exclude.pairs(users.start, users.stop, len(contest.item_ND))
-    )
-    kept = item != contest.target_U[users][row]
-    return row[kept], item[kept]
+    row, item = exclude.pairs(users.start, users.stop, items)
+    return torch.from_numpy(row).to(device), torch.from_numpy(item).to(device)
 
 
 def _count_tile(
@@ -173,7 +169,7 @@ def _count_tile(
 
     dtype = scratch.dtype
     query_BD, item_CD = contest.query_UD[users].to(dtype), contest.item_ND[tile].to(dtype)
-    # How far each item is ahead of the target; the target itself is out of its own contest.
+    # How far each item is ahead of the target; the target itself neither is above nor can be seen.
     shape = len(query_BD), len(item_CD)
     ahead_BC, flag_BC = scratch[:, : shape[0] * shape[1]].unflatten(1, shape)
     torch.mm(query_BD, item_CD.T, out=ahead_BC)

@@ -24,7 +24,7 @@ FP64_ROUNDOFF = 2.0**-53
 
 
 def as_matrix(name: str, values: Matrix) -> torch.Tensor:
-    """The (rows, D) fp32 matrix as a torch tensor on its own device, without a copy.
+    """The (rows, D) fp32 matrix as a torch tensor without gradient, on its own device, not copied.
 
     Raises:
         ValueError: Not two-dimensional, not fp32, or without a dimension.
@@ -138,7 +138,7 @@ def _rows_at_once(matrix_RD: torch.Tensor) -> int:
 
 @contextmanager
 def plain_fp32(device: torch.device) -> Iterator[None]:
-    """No autograd, no autocast, no TF32 or bf16 inside fp32 matrix products; restored at the end.
+    """No autocast, and no TF32 or bf16 inside fp32 matrix products; restored at the end.
 
     The precision switches belong to the process, not to the thread.
     """
@@ -150,7 +150,7 @@ def plain_fp32(device: torch.device) -> Iterator[None]:
     try:
         for switch in switches:
             switch.fp32_precision = "ieee"
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        with torch.autocast(device.type, enabled=False):
             yield
     finally:
         for switch, precision in zip(switches, before, strict=True):

@@ -1,9 +1,10 @@
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retrieval.indexes import INDEXES, make_index, rank_with
+from retrieval.indexes import INDEXES, FaissIndex, make_index, rank_with
 from retrieval.ranking import Seen, rank
 from tests.retrieval import brute
 from tests.retrieval.brute import Floats, make_seen
@@ -115,6 +116,38 @@ def test_faiss_reads_ranks_off_its_list_where_it_may(monkeypatch: pytest.MonkeyP
     assert counted == [3]
     np.testing.assert_array_equal(found.unmasked, expected.unmasked)
     np.testing.assert_array_equal(found.masked, expected.masked)
+    rank_with("faiss", -items[:20], items[:40], np.arange(20))
+    assert counted == [3], "a list of the whole catalogue leaves nobody over"
+
+
+def test_faiss_is_not_asked_for_very_long_lists(monkeypatch: pytest.MonkeyPatch) -> None:
+    items = brute.vectors("gauss", np.random.default_rng(8), 2200, 4)
+    lengths: list[int] = []
+    fetch = FaissIndex.fetch
+
+    def watched(
+        index: FaissIndex, query_BD: torch.Tensor, length: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        lengths.append(length)
+        return fetch(index, query_BD, length)
+
+    monkeypatch.setattr(FaissIndex, "fetch", watched)
+    seen = make_seen([list(range(100, 2200))])
+    found = rank_with("faiss", items[:1], items, np.zeros(1, np.int64), seen)
+    assert found.masked[0] == rank(items[:1], items, np.zeros(1, np.int64), seen).masked[0]
+    assert make_index("faiss", items).search(items[:1], 3, seen)[1].max() < 100
+    assert lengths == [2048]
+
+
+@pytest.mark.parametrize("name", list(INDEXES))
+def test_autocast_decides_no_list(name: str) -> None:
+    rng = np.random.default_rng(6)
+    queries, items = (torch.from_numpy(brute.vectors("gauss", rng, n, 32)) for n in (200, 3000))
+    expected = make_index(name, items).search(queries, 10)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = make_index(name, items.requires_grad_()).search(queries.requires_grad_(), 10)
+    np.testing.assert_array_equal(found[1], expected[1])
+    np.testing.assert_array_equal(found[0], expected[0])
 
 
 def test_an_unknown_index_is_refused_by_name() -> None:

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retrieval.ranking import Ranks, Seen, rank, rank_static
-from retrieval.scores import error_bound, exact_scores, plain_fp32, row_norms
+from retrieval.scores import Contest, error_bound, exact_scores, plain_fp32, row_norms
 from tests.retrieval import brute
 from tests.retrieval.brute import Floats, Ints, make_seen
 
@@ -98,16 +98,37 @@ def test_close_calls_are_not_left_to_fp32() -> None:
     same(rank(queries, items, targets), expected)
 
 
-@pytest.mark.parametrize("kind", ["equal", "near", "duplicates", "integers"])
-def test_a_collapsed_model_is_ranked_through_float64(kind: str) -> None:
-    # Enough close calls in a tile to leave the usual way.
+@pytest.mark.parametrize(
+    ("query_kind", "kind", "most"),
+    [
+        ("gauss", "equal", 0),
+        ("gauss", "near", 1500),
+        ("gauss", "duplicates", 400),
+        ("zero", "gauss", 9000),
+        ("integers", "integers", 9000),
+    ],
+)
+def test_a_collapsed_model_is_ranked_through_float64(
+    query_kind: str, kind: str, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Enough close calls in a tile to leave the usual way; few of them are then settled one by one.
     rng = np.random.default_rng(5)
-    queries, items = brute.vectors("gauss", rng, 40, 6), brute.vectors(kind, rng, 200, 6)
-    queries = queries if kind != "integers" else brute.vectors("integers", rng, 40, 6)
+    queries = brute.vectors(query_kind, rng, 40, 2)
+    items = brute.vectors(kind, rng, 200, 2)
     targets = rng.integers(0, 200, 40)
     lists = brute.seen_lists(rng, 40, 200, 50)
     expected = brute.ranks(brute.all_scores(queries, items), targets, [*map(set, lists)])
+    settled = 0
+    at_least = Contest.at_least
+
+    def counting(contest: Contest, user_P: torch.Tensor, item_P: torch.Tensor) -> torch.Tensor:
+        nonlocal settled
+        settled += len(user_P)
+        return at_least(contest, user_P, item_P)
+
+    monkeypatch.setattr(Contest, "at_least", counting)
     same(rank(queries, items, targets, make_seen(lists)), expected)
+    assert settled <= most
 
 
 def test_reduced_precision_decides_nothing() -> None:

@@ -131,7 +131,7 @@ def _feature_views(db: duckdb.DuckDBPyConnection, warehouse: Warehouse, names: l
             "level": table.level,
         }
         constants = ", ".join(f"{quoted(value)} AS {key}" for key, value in literals.items())
-        source = parquet_sql(table.path).replace("*.parquet", "part-*.parquet")
+        source = parquet_sql(table.path, "part-*.parquet")
         db.execute(
             f'CREATE OR REPLACE VIEW "{view_name(table)}" AS SELECT {columns},'
             f" embedding::FLOAT[{width}] AS embedding FROM (SELECT {constants}, * FROM {source})"
@@ -172,7 +172,7 @@ def _run_views(db: duckdb.DuckDBPyConnection, warehouse: Warehouse) -> None:
             if path.exists():
                 queries.append(
                     f"SELECT {quoted(name)} AS run, {quoted(row['dataset'])} AS dataset, *"
-                    f" FROM read_parquet({quoted(str(path))})"
+                    f" FROM {parquet_sql(folder, path.name)}"
                 )
     for kind, schema in (("metrics", METRICS), ("predictions", PREDICTIONS)):
         with_dataset = pa.schema([pa.field("dataset", pa.string()), *schema])

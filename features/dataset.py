@@ -3,6 +3,7 @@
 Legend: U users, N items, I interactions, E evaluated users.
 """
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,15 +76,18 @@ def load_dataset(warehouse: Warehouse, name: str) -> Dataset:
     interactions = parquet_sql(folder / "interactions")
     items = parquet_sql(folder / "items")
     with duckdb.connect() as db:
-        flat = db.execute(f"SELECT user, item FROM {interactions} ORDER BY user, position").fetchnumpy()
+        flat = db.execute(
+            f"SELECT user, item FROM {interactions} ORDER BY user, position"
+        ).fetchnumpy()
         counts = db.execute(
             f"SELECT train_count FROM ({train_counts_sql(interactions, items)}) ORDER BY item"
         ).fetchnumpy()
     lengths = np.bincount(flat["user"], minlength=info.users)
     item = np.ascontiguousarray(flat["item"], dtype=np.int32)
-    if len(item) != info.interactions or len(lengths) != info.users:
+    if len(item) != info.interactions or len(lengths) != info.users or not lengths.all():
+        found = np.count_nonzero(lengths)
         raise UserError(
-            f"{folder}: the tables hold {len(item)} interactions of {len(lengths)} users,"
+            f"{folder}: the tables hold {len(item)} interactions of {found} users,"
             f" dataset.json says {info.interactions} of {info.users}; run mmrec prepare again"
         )
     return Dataset(
@@ -112,9 +116,10 @@ def load_user_ids(warehouse: Warehouse, name: str) -> pa.ChunkedArray:
     return table.column("user_id")
 
 
-def parquet_sql(folder: Path) -> str:
-    """SQL that reads every Parquet file of a folder; the path is quoted."""
-    return f"read_parquet({quoted(str(folder / '*.parquet'))})"
+def parquet_sql(folder: Path, pattern: str = "*.parquet") -> str:
+    """SQL that reads the Parquet files of a folder, whatever characters its path has."""
+    exact = re.sub(r"([*?\[])", r"[\1]", str(folder))  # a folder's name is no pattern
+    return f"read_parquet({quoted(f'{exact}/{pattern}')})"
 
 
 def quoted(text: str) -> str:

@@ -76,7 +76,7 @@ def prepare(
         raise UserError(f"--k-core {k} is negative; give 0 for no filter, or 5 as most papers do")
     if unlisted not in UNLISTED:
         raise unknown("choice for --unlisted", unlisted, list(UNLISTED))
-    root = warehouse.raw_dir(name) if raw is None else Path(raw)
+    root = _raw_root(warehouse, name, raw)
     if name == "demo" and format is None and not root.exists():
         from pipeline.demo import make_demo
 
@@ -136,6 +136,15 @@ def describe(warehouse: Warehouse) -> list[dict[str, Any]]:
                 row["raw_found"] = False
         rows.append(row)
     return rows
+
+
+def _raw_root(warehouse: Warehouse, name: str, raw: Path | None) -> Path:
+    """The folder given, else that of the earlier preparation, else where files are expected."""
+    if raw is not None:
+        return Path(raw)
+    return (
+        Path(warehouse.info(name).raw) if warehouse.is_prepared(name) else warehouse.raw_dir(name)
+    )
 
 
 @contextmanager

@@ -18,7 +18,7 @@ class TrainConfig:
     """Fixes initial weights, windows, batches, dropout and masking."""
     epochs: int = 200
     """At most; early stopping usually ends before."""
-    batch_size: int = 128
+    batch_size: int = 64
     """Windows to a step."""
     lr: float = 1e-3
     """Learning rate of AdamW, after the warm-up."""
@@ -26,6 +26,8 @@ class TrainConfig:
     """Of AdamW, on every parameter."""
     warmup: int = 0
     """Steps over which the learning rate rises from 0."""
+    schedule: str = "constant"
+    """What follows: ``constant``, or ``cosine`` down to 0 at the end of the last epoch."""
     clip: float = 1.0
     """Largest norm of the gradient; 0: not clipped."""
     monitor: str = "Recall@10"
@@ -48,6 +50,8 @@ class TrainConfig:
         for name in ("seed", "weight_decay", "warmup", "clip"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name}={getattr(self, name)} must not be below 0")
+        if self.schedule not in ("constant", "cosine"):
+            raise UserError(f"schedule={self.schedule!r} is not known; known: constant, cosine")
         if self.monitor_seen not in ("masked", "unmasked"):
             raise UserError(
                 f"monitor_seen={self.monitor_seen!r} is not known; known: masked, unmasked"

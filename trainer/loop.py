@@ -1,5 +1,6 @@
 """The training loop, whole on one screen."""
 
+import math
 import signal
 import threading
 import time
@@ -111,7 +112,7 @@ def fit(
             windows = done = 0
             for batch in batches:
                 for group in optimizer.param_groups:
-                    group["lr"] = _rate(config, progress.steps)
+                    group["lr"] = _rate(config, progress, total)
                 optimizer.zero_grad(set_to_none=True)
                 loss = model.loss(batch)["loss"]
                 loss.backward()
@@ -199,8 +200,15 @@ def _metric(name: str) -> str:
     return name.replace("Recall@", "HR@")  # the same thing where a user has one target
 
 
-def _rate(config: TrainConfig, steps: int) -> float:
-    return config.lr * min(1.0, (steps + 1) / config.warmup) if config.warmup else config.lr
+def _rate(config: TrainConfig, progress: Progress, steps: int) -> float:
+    """The learning rate of the next step: a function of where training is, so resuming keeps it."""
+    rate = config.lr
+    if config.warmup:
+        rate *= min(1.0, (progress.steps + 1) / config.warmup)
+    if config.schedule == "cosine":
+        share = (progress.epoch + progress.step / steps) / config.epochs
+        rate *= 0.5 * (1 + math.cos(math.pi * share))
+    return rate
 
 
 def _tick(

@@ -97,7 +97,7 @@ class MMSRec(Recommender):
             heads=config.heads,
             hidden=config.hidden,
             dropout=config.dropout,
-            norm_first=False,
+            attention_dropout=config.dropout,
             causal=False,
         )
         initialise(self)

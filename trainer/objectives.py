@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-_LOGITS_BYTES = 64 * 2**20  # of one block of rows; more gives no speed, only memory
+_BLOCK_BYTES = 2 * 2**20  # logits of one block of rows: they stay in a core's cache
+_FEWEST_ROWS = 64  # below this the matrix products lose more than the cache gives
 
 
 def cross_entropy_reference(
@@ -49,32 +50,34 @@ class _FullSoftmax(torch.autograd.Function):
         ctx: Any, query_MD: Tensor, item_ND: Tensor, target_M: Tensor, scale: float
     ) -> Tensor:
         rows, items = len(query_MD), len(item_ND)
-        total = torch.zeros((), dtype=torch.float32, device=query_MD.device)
+        loss = torch.zeros((), dtype=torch.float32, device=query_MD.device)
         need_query, need_item = ctx.needs_input_grad[:2]
         grad_query_MD = torch.zeros_like(query_MD) if need_query else None
         grad_item_ND = torch.zeros_like(item_ND, dtype=torch.float32) if need_item else None
-        size = max(1, min(rows, _LOGITS_BYTES // (4 * items)))
+        size = max(_FEWEST_ROWS, _BLOCK_BYTES // (4 * items))
         for begin in range(0, rows, size):
-            query_BD = query_MD[begin : begin + size]
+            query_BD = query_MD[begin : begin + size] * scale
             target_B1 = target_M[begin : begin + size, None]
-            logits_BN = (query_BD @ item_ND.T).float().mul_(scale)
+            logits_BN = (query_BD @ item_ND.T).float()
             hit_B1 = logits_BN.gather(1, target_B1)
-            lse_B1 = logits_BN.logsumexp(1, keepdim=True)
-            total += (lse_B1 - hit_B1).sum()
+            top_B1 = logits_BN.amax(1, keepdim=True)
+            weights_BN = logits_BN.sub_(top_B1).exp_()
+            total_B1 = weights_BN.sum(1, keepdim=True)
+            loss += (total_B1.log() + top_B1 - hit_B1).sum()
             if not (need_query or need_item):
                 continue
-            residual_BN = logits_BN.sub_(lse_B1).exp_()
+            residual_BN = weights_BN.div_(total_B1)
             # p - 1 in float32: in bfloat16 it would cancel where the model is sure.
             residual_BN.scatter_add_(1, target_B1, residual_BN.new_full(target_B1.shape, -1.0))
-            residual_BN = residual_BN.mul_(scale / rows).to(query_MD.dtype)
+            residual_BN = residual_BN.to(query_MD.dtype)
             if grad_query_MD is not None:
-                grad_query_MD[begin : begin + size] = residual_BN @ item_ND
+                grad_query_MD[begin : begin + size] = residual_BN @ item_ND * (scale / rows)
             if grad_item_ND is not None:
-                grad_item_ND += residual_BN.T @ query_BD
+                grad_item_ND.addmm_(residual_BN.T.float(), query_BD.float(), alpha=1 / rows)
         ctx.save_for_backward(
             grad_query_MD, None if grad_item_ND is None else grad_item_ND.to(item_ND.dtype)
         )
-        return total / max(1, rows)
+        return loss / max(1, rows)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:

@@ -9,23 +9,23 @@ from torch.nn import functional
 
 
 class Block(nn.Module):
-    """Self-attention and a feed-forward network, each with dropout and a residual.
+    """Self-attention and a feed-forward network, each with dropout, a residual and a LayerNorm.
 
     Args:
         dim: Width D; a multiple of ``heads``.
         heads: Attention heads H.
         hidden: Width of the feed-forward network.
-        dropout: Probability, on attention weights, the feed-forward's inside and both outputs.
-        norm_first: LayerNorm before each part (pre-LN), else after the residual (post-LN).
+        dropout: Probability, on the feed-forward's inside and both outputs.
+        attention_dropout: Probability, on attention weights.
     """
 
     def __init__(
-        self, *, dim: int, heads: int, hidden: int, dropout: float, norm_first: bool
+        self, *, dim: int, heads: int, hidden: int, dropout: float, attention_dropout: float
     ) -> None:
         super().__init__()
         self.heads = heads
         self.dropout = dropout
-        self.norm_first = norm_first
+        self.attention_dropout = attention_dropout
         self.qkv = nn.Linear(dim, 3 * dim)
         self.out = nn.Linear(dim, dim)
         self.up = nn.Linear(dim, hidden)
@@ -35,9 +35,6 @@ class Block(nn.Module):
 
     def forward(self, x_BTD: Tensor, keys_BT: Tensor | None, causal: bool) -> Tensor:
         """Apply the block; ``keys_BT`` is true where a token may be attended to."""
-        if self.norm_first:
-            x_BTD = x_BTD + self._attend(self.norm_attention(x_BTD), keys_BT, causal)
-            return x_BTD + self._feed(self.norm_feed(x_BTD))
         x_BTD = self.norm_attention(x_BTD + self._attend(x_BTD, keys_BT, causal))
         normed: Tensor = self.norm_feed(x_BTD + self._feed(x_BTD))
         return normed
@@ -52,7 +49,7 @@ class Block(nn.Module):
             k_BHTE,
             v_BHTE,
             attn_mask=None if keys_BT is None else keys_BT[:, None, None, :],
-            dropout_p=self.dropout if self.training else 0.0,
+            dropout_p=self.attention_dropout if self.training else 0.0,
             is_causal=causal,
         )
         return self._drop(self.out(mixed_BHTE.transpose(1, 2).reshape(B, T, D)))
@@ -65,7 +62,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A stack of blocks and one LayerNorm after it.
+    """A stack of post-LN blocks and one LayerNorm after it.
 
     Args:
         layers: Number of blocks.
@@ -73,7 +70,7 @@ class Transformer(nn.Module):
         heads: Attention heads.
         hidden: Width of the feed-forward networks.
         dropout: Probability.
-        norm_first: Pre-LN blocks, else post-LN.
+        attention_dropout: Probability, on attention weights.
         causal: Whether a token sees only itself and what stands before it.
     """
 
@@ -85,13 +82,19 @@ class Transformer(nn.Module):
         heads: int,
         hidden: int,
         dropout: float,
-        norm_first: bool,
+        attention_dropout: float,
         causal: bool,
     ) -> None:
         super().__init__()
         self.causal = causal
         self.blocks = nn.ModuleList(
-            Block(dim=dim, heads=heads, hidden=hidden, dropout=dropout, norm_first=norm_first)
+            Block(
+                dim=dim,
+                heads=heads,
+                hidden=hidden,
+                dropout=dropout,
+                attention_dropout=attention_dropout,
+            )
             for _ in range(layers)
         )
         self.norm = nn.LayerNorm(dim)

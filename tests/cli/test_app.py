@@ -53,7 +53,7 @@ def test_every_command_has_help_and_stands_in_the_readme() -> None:
 
 @pytest.mark.slow
 def test_the_indexes_agree_and_evaluation_is_repeatable(house: str) -> None:
-    found = {}
+    found: dict[str, tuple[Any, Any]] = {}
     for index in ("faiss", "torch", "faiss"):
         document = json.loads(
             run("eval", "--index", index, "--run", "mmsrec", "--json", "--warehouse", house).stdout

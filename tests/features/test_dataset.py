@@ -123,3 +123,13 @@ def test_a_dataset_that_is_not_prepared(warehouse: Warehouse) -> None:
 def test_quoting() -> None:
     assert quoted("it's") == "'it''s'"
     assert parquet_sql(Path("a'b")) == "read_parquet('a''b/*.parquet')"
+
+
+def test_a_description_that_claims_more_users_is_refused(warehouse: Warehouse) -> None:
+    info = _write(warehouse, HAND, 4)
+    document = asdict(replace(info, users=info.users + 1))
+    write_json(warehouse.dataset_dir("mine") / "dataset.json", document)
+    with pytest.raises(
+        UserError, match="hold 10 interactions of 4 users, dataset.json says 10 of 5"
+    ):
+        load_dataset(warehouse, "mine")

@@ -113,7 +113,7 @@ def test_the_file_is_laid_out_for_reading(table: FeatureTable) -> None:
     assert not column.has_dictionary_page
     assert not column.is_stats_set
     assert by_path["item"].is_stats_set
-    kind = duckdb.sql(f"SELECT DISTINCT typeof(embedding) FROM '{part}'").fetchall()
+    kind = duckdb.execute(f"SELECT DISTINCT typeof(embedding) FROM '{part}'").fetchall()
     assert kind == [("FLOAT[]",)]
 
 

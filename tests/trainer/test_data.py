@@ -4,17 +4,16 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from features.dataset import Ints
 from tests.trainer import worlds
 from trainer.data import WindowPlan, cut_batches, cut_windows
 
 histories = st.lists(st.integers(0, 30), min_size=1, max_size=12)
 
 
-def _cut(
-    lengths: list[int], plan: WindowPlan, seed: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:  # type: ignore[type-arg]
-    ends = np.cumsum(lengths)
-    starts = ends - lengths
+def _cut(lengths: list[int], plan: WindowPlan, seed: int) -> tuple[Ints, Ints, Ints, Ints]:
+    ends = np.cumsum(np.array(lengths, np.int64))
+    starts = ends - np.array(lengths, np.int64)
     window, size = cut_windows(starts, ends, plan, np.random.default_rng(seed))
     return starts, ends, window, size
 

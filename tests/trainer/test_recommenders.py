@@ -146,7 +146,13 @@ def test_training_query_equals_evaluation_query() -> None:
     model: Any = build("mmsrec", features, mask_ratio=0.0)
     seen: list[Tensor] = []
     encode_at = model._encode
-    model._encode = lambda tokens, at: seen.append(encode_at(tokens, at)) or seen[-1]
+
+    def spy(tokens: tuple[Tensor, Tensor], at: Tensor) -> Tensor:
+        found: Tensor = encode_at(tokens, at)
+        seen.append(found)
+        return found
+
+    model._encode = spy
     generator = torch.Generator().manual_seed(2)
     model.loss(Batch(sequences=sequences([[1, 2, 3, 4]]), features=features, generator=generator))
     query = torch.nn.functional.normalize(seen[0], dim=-1)

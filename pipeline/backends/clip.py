@@ -23,6 +23,7 @@ from pipeline.backends import hub, torched
 from pipeline.backends.contract import Batch, Tokens, Vectors
 from pipeline.media import one_line
 
+_WEIGHTS = (".safetensors", ".bin", ".pth")
 CONFIG = "open_clip_config.json"
 _PREPROCESS = ("mean", "std", "interpolation", "resize_mode", "fill_color")
 
@@ -186,6 +187,8 @@ def from_folder(name: str, folder: Path, device: str | None, compute: str) -> Cl
         raise UserError(
             f"backbone {name!r}: {folder / CONFIG} cannot be used ({one_line(error)})"
         ) from None
+    if not any(path.suffix in _WEIGHTS for path in folder.iterdir()):
+        raise UserError(f"backbone {name!r}: {folder} holds no weights ({', '.join(_WEIGHTS)})")
     return _load(name, f"local-dir:{folder}", config, device, compute)
 
 

@@ -11,8 +11,9 @@ Legend: B inputs of a batch, T tokens of a text, D width of the embedding.
 
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
+from itertools import islice
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +28,7 @@ _GRID = 4  # cells a side
 _BUCKETS = 1 << 14
 _WORD = re.compile(r"\w+")
 _N_GRAMS = (3, 4)
+_MAX_GRAMS = 4096  # of one text; some 500 words
 _VERSION = "1"  # raise it when any vector would change
 
 Floats = npt.NDArray[np.float32]
@@ -48,7 +50,10 @@ class Hashed:
     def preprocessing(self, modality: str) -> str:
         """Say what is kept of an input."""
         if modality == "text":
-            return f"lower case; words and their {_N_GRAMS}-grams, hashed into {_BUCKETS} buckets"
+            return (
+                f"lower case; words and their {_N_GRAMS}-grams, at most {_MAX_GRAMS},"
+                f" hashed into {_BUCKETS} buckets"
+            )
         return f"{_SIDE}x{_SIDE} box; colours and edges on a {_GRID}x{_GRID} grid, colour histogram"
 
     def pooling(self, modality: str) -> str:
@@ -108,11 +113,14 @@ def _describe(pixels: Floats) -> Floats:
 
 def _hash_text(text: str) -> Tokens:
     words = _WORD.findall(text.lower()) or [text]
-    grams: list[str] = []
+    hashes = [zlib.crc32(gram.encode()) % _BUCKETS for gram in islice(_grams(words), _MAX_GRAMS)]
+    return np.asarray(hashes, dtype=np.int64)
+
+
+def _grams(words: list[str]) -> Iterator[str]:
     for word in words:
         fenced = f"#{word}#"
-        grams.append(fenced)
+        yield fenced
         for n in _N_GRAMS:
-            grams.extend(fenced[i : i + n] for i in range(len(fenced) - n + 1) if n < len(fenced))
-    hashes = [zlib.crc32(gram.encode()) % _BUCKETS for gram in grams]
-    return np.asarray(hashes, dtype=np.int64)
+            if n < len(fenced):
+                yield from (fenced[i : i + n] for i in range(len(fenced) - n + 1))

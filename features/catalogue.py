@@ -15,7 +15,7 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from features.dataset import parquet_sql, quoted
+from features.dataset import exact_pattern, parquet_sql, quoted
 from features.errors import UserError
 from features.schema import FAILURES, INTERACTIONS, ITEMS, METRICS, PREDICTIONS
 from features.splits import split_sql
@@ -51,8 +51,9 @@ def connect(warehouse: Warehouse) -> duckdb.DuckDBPyConnection:
     ]
     _view(db, "failures", failed, FAILURES)
     _run_views(db, warehouse)
-    root = quoted(str(warehouse.root.resolve()))
-    db.execute(f"SET allowed_directories = [{root}, {quoted(str(warehouse.root))}]")
+    # Files are checked by the pattern that names them, hence the pattern of the root beside it.
+    roots = (str(warehouse.root), exact_pattern(warehouse.root))
+    db.execute(f"SET allowed_directories = [{', '.join(map(quoted, roots))}]")
     db.execute("SET enable_external_access = false")
     db.execute("SET lock_configuration = true")
     return db

@@ -118,8 +118,12 @@ def load_user_ids(warehouse: Warehouse, name: str) -> pa.ChunkedArray:
 
 def parquet_sql(folder: Path, pattern: str = "*.parquet") -> str:
     """SQL that reads the Parquet files of a folder, whatever characters its path has."""
-    exact = re.sub(r"([*?\[])", r"[\1]", str(folder))  # a folder's name is no pattern
-    return f"read_parquet({quoted(f'{exact}/{pattern}')})"
+    return f"read_parquet({quoted(f'{exact_pattern(folder)}/{pattern}')})"
+
+
+def exact_pattern(folder: Path) -> str:
+    """The pattern that matches this folder and no other: its name may hold ``*``, ``?``, ``[``."""
+    return re.sub(r"([*?\[])", r"[\1]", str(folder))
 
 
 def quoted(text: str) -> str:

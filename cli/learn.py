@@ -1,5 +1,6 @@
 """``mmrec models``, ``train`` and ``eval``: stage 2."""
 
+import textwrap
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,7 +23,7 @@ def models(json: JsonOption = False) -> None:
     from trainer.config import TrainConfig
     from trainer.models import MODELS
 
-    documents = []
+    documents: list[dict[str, Any]] = []
     for name, model in MODELS.items():
         settings, _ = model.load()
         documents.append(
@@ -30,13 +31,16 @@ def models(json: JsonOption = False) -> None:
                 "model": name,
                 "summary": model.summary,
                 "settings": {field.name: field.default for field in fields(settings)},
+                "train": dict(model.train),
             }
         )
     loop = {field.name: field.default for field in fields(TrainConfig)}
     if json:
         show.emit_json({"models": documents, "train": loop})
         return
-    rows = [[d["model"], d["summary"], _settings(d["settings"])] for d in documents]
+    rows = [
+        [d["model"], d["summary"], _settings({**d["settings"], **d["train"]})] for d in documents
+    ]
     rows.append(["(all)", "settings of the training loop", _settings(loop)])
     show.table(["model", "what", "settings and defaults"], rows)
 

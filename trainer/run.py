@@ -90,7 +90,7 @@ def start_run(
     """
     entry = find_model(model)
     config_class, _ = entry.load()
-    train, model_config = build(config_class, file, settings)
+    train, model_config = build(config_class, file, settings, entry.train)
     check_monitor(train, list(per_user(np.ones(1, np.int64))))
     if features and not entry.needs_features:
         raise UserError(f"{model} learns from item ids alone; leave --features out")

@@ -41,7 +41,7 @@ class SASRecConfig:
     """Width of the feed-forward networks."""
     length: int = 50
     """Most items of a history that are read."""
-    dropout: float = 0.3
+    dropout: float = 0.4
     """Probability, in the transformer and on the embedded items."""
 
     def __post_init__(self) -> None:

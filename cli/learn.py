@@ -38,15 +38,16 @@ def models(json: JsonOption = False) -> None:
     if json:
         show.emit_json({"models": documents, "train": loop})
         return
-    rows = [
-        [d["model"], d["summary"], _settings({**d["settings"], **d["train"]})] for d in documents
-    ]
-    rows.append(["(all)", "settings of the training loop", _settings(loop)])
-    show.table(["model", "what", "settings and defaults"], rows)
+    for entry in documents:
+        show.out.print(f"{entry['model']}: {entry['summary']}", markup=False)
+        show.out.print(_settings({**entry["settings"], **entry["train"]}), markup=False)
+    show.out.print("the loop, for all of them where they do not say otherwise:", markup=False)
+    show.out.print(_settings(loop), markup=False)
 
 
-def _settings(values: Any) -> str:
-    return " ".join(f"{key}={value}" for key, value in values.items())
+def _settings(values: dict[str, Any]) -> str:
+    words = [f"{key}={value}" for key, value in values.items()]
+    return textwrap.fill(" ".join(words), 96, initial_indent="  ", subsequent_indent="  ")
 
 
 def train(

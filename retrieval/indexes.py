@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from retrieval.compute import each_block, plain_fp32
 from retrieval.ranking import Ranks, Seen, rank, seen_pairs
 from retrieval.scores import (
     FP32_ROUNDOFF,
@@ -23,7 +24,6 @@ from retrieval.scores import (
     as_matrix,
     error_bound,
     exact_scores,
-    plain_fp32,
     refuse_overflow,
     row_norms,
 )
@@ -89,11 +89,13 @@ class TorchIndex:
         scores = np.full((users, k), -np.inf, np.float32)
         items = np.full((users, k), -1, np.int64)
         step = max(1, min(512, 2**22 // (k + _SPARE)))
+
+        def search_block(part: slice) -> None:
+            seen = seen_pairs(exclude, part, count, query_UD.device)
+            self._search_block(query_UD[part], seen, scores[part], items[part])
+
         with plain_fp32(query_UD.device):
-            for start in range(0, users, step):
-                part = slice(start, min(start + step, users))
-                seen = seen_pairs(exclude, part, count, query_UD.device)
-                self._search_block(query_UD[part], seen, scores[part], items[part])
+            each_block(search_block, users, step, query_UD.device)
         return scores, items
 
     def _search_block(
@@ -178,8 +180,11 @@ class FaissIndex(TorchIndex):
 
     def fetch(self, query_BD: torch.Tensor, fetch: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, F) scores in descending order and (B, F) items, F = fetch <= N, seen or not."""
+        import faiss
         import torch
 
+        # FAISS brings an OpenMP of its own: as many threads as torch may use on this thread.
+        faiss.omp_set_num_threads(torch.get_num_threads())
         score_BF, item_BF = self._flat.search(query_BD.cpu().contiguous().numpy(), fetch)
         device = query_BD.device
         return torch.from_numpy(score_BF).to(device), torch.from_numpy(item_BF).to(device)
@@ -242,11 +247,13 @@ def rank_with(
         exclude.check(users, count)
     flat = FaissIndex(contest.item_ND)
     unmasked, masked = np.zeros(users, np.int64), np.zeros(users, np.int64)
+
+    def read_block(part: slice) -> None:
+        seen = seen_pairs(exclude, part, count, contest.device)
+        unmasked[part], masked[part] = _read_off(contest, flat, part, seen)
+
     with plain_fp32(contest.device):
-        for start in range(0, users, 1024):
-            part = slice(start, min(start + 1024, users))
-            seen = seen_pairs(exclude, part, count, contest.device)
-            unmasked[part], masked[part] = _read_off(contest, flat, part, seen)
+        each_block(read_block, users, 1024, contest.device)
     left = np.flatnonzero(unmasked == 0)
     if len(left):
         counted = rank(

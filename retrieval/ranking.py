@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from retrieval.compute import each_block, plain_fp32
 from retrieval.scores import (
     FP32_ROUNDOFF,
     FP64_ROUNDOFF,
@@ -19,7 +20,6 @@ from retrieval.scores import (
     as_indices,
     as_numpy,
     check_targets,
-    plain_fp32,
 )
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def rank(
         items: (N, D) fp32, on the same device.
         targets: (U,) the item that each user really took.
         exclude: Items that the masked rank leaves out; none when None.
-        block: Users and items of one tile of scores; memory is a few such tiles of fp32.
+        block: Users and items of one tile of scores; memory is a few such tiles to a thread.
 
     Raises:
         ValueError: Shapes, dtypes, devices, targets or excluded items that do not fit, vectors
@@ -121,22 +121,27 @@ def rank(
     if exclude is not None:
         exclude.check(users, count)
     if block is None:
-        block = (512, 4096) if contest.device.type == "cpu" else (4096, 32768)
+        share = -(-users // torch.get_num_threads())
+        block = (min(512, max(64, share)), 4096)
+        if contest.device.type != "cpu":
+            block = (4096, 32768)
     if min(block) < 1:
         raise ValueError(f"block is {block}: both sides must be at least 1")
     width = min(block[1], count, 2**24)  # flags are added up in fp32, exact up to here
     above_U = torch.zeros(users, dtype=torch.int64, device=contest.device)
     seen_above_U = torch.zeros_like(above_U)
-    scratch = torch.empty(2, min(block[0], users) * width, device=contest.device)
+
+    def count_block(part: slice) -> None:
+        seen = seen_pairs(exclude, part, count, contest.device)
+        scratch = torch.empty((part.stop - part.start) * width, device=contest.device)
+        for low in range(0, count, width):
+            tile = slice(low, min(low + width, count))
+            above_B, seen_above_B = _count_tile(contest, part, tile, seen, scratch)
+            above_U[part] += above_B
+            seen_above_U[part] += seen_above_B
+
     with plain_fp32(contest.device):
-        for start in range(0, users, block[0]):
-            part = slice(start, min(start + block[0], users))
-            seen = seen_pairs(exclude, part, count, contest.device)
-            for low in range(0, count, width):
-                tile = slice(low, min(low + width, count))
-                above_B, seen_above_B = _count_tile(contest, part, tile, seen, scratch)
-                above_U[part] += above_B
-                seen_above_U[part] += seen_above_B
+        each_block(count_block, users, block[0], contest.device)
     unmasked = 1 + above_U.cpu().numpy()
     return Ranks(unmasked=unmasked, masked=unmasked - seen_above_U.cpu().numpy())
 
@@ -163,31 +168,24 @@ def _count_tile(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(B,) items of the tile at or above each target, and (B,) the seen ones among them.
 
-    `scratch` (2, >= B * C) sets the precision of the product, and saves fresh memory for each tile.
+    `scratch` (>= B * C,) sets the precision of the product, and saves fresh memory for each tile.
     """
     import torch
 
     dtype = scratch.dtype
     query_BD, item_CD = contest.query_UD[users].to(dtype), contest.item_ND[tile].to(dtype)
-    # How far each item is ahead of the target; the target itself neither is above nor can be seen.
     shape = len(query_BD), len(item_CD)
-    ahead_BC, flag_BC = scratch[:, : shape[0] * shape[1]].unflatten(1, shape)
-    torch.mm(query_BD, item_CD.T, out=ahead_BC)
-    ahead_BC.sub_(contest.score_U[users, None].to(dtype))
+    score_BC = scratch[: shape[0] * shape[1]].view(shape)
+    torch.mm(query_BD, item_CD.T, out=score_BC)
+    # The target neither is above itself nor can be seen.
     target_B = contest.target_U[users]
     own_row = ((target_B >= tile.start) & (target_B < tile.stop)).nonzero()[:, 0]
-    ahead_BC[own_row, target_B[own_row] - tile.start] = -torch.inf
+    score_BC[own_row, target_B[own_row] - tile.start] = -torch.inf
     roundoff = FP32_ROUNDOFF if dtype == torch.float32 else FP64_ROUNDOFF
     longest = contest.item_length_N[tile].max()
     margin_B = contest.margin(users, longest, roundoff).to(dtype)
-
-    # Comparing into floats and adding those up is several times faster than booleans (AVX).
-    above_B = torch.gt(ahead_BC, margin_B[:, None], out=flag_BC).sum(1).long()
-    here = (seen[1] >= tile.start) & (seen[1] < tile.stop)
-    seen_row, seen_item = seen[0][here], seen[1][here]
-    seen_ahead = ahead_BC[seen_row, seen_item - tile.start]
-    row, column = _close_calls(ahead_BC.abs_(), margin_B)
-    many = len(row) > 1024 + ahead_BC.numel() // 64
+    above_B, row, column = _compare(score_BC, contest.score_U[users].to(dtype), margin_B)
+    many = len(row) > 1024 + score_BC.numel() // 64
     if many and dtype == torch.float32:
         # Vectors that have all but collapsed onto one another: float64 settles most of it.
         return _count_tile(
@@ -195,29 +193,48 @@ def _count_tile(
         )
 
     above_B += _settled(contest, users, row, column + tile.start, many)
-    seen_above_B = torch.bincount(seen_row[seen_ahead > margin_B[seen_row]], minlength=len(above_B))
-    close = seen_ahead.abs() <= margin_B[seen_row]
+    here = (seen[1] >= tile.start) & (seen[1] < tile.stop)
+    seen_row, seen_item = seen[0][here], seen[1][here]
+    ahead = score_BC[seen_row, seen_item - tile.start]  # by now less the target's score
+    seen_above_B = torch.bincount(seen_row[ahead > margin_B[seen_row]], minlength=len(above_B))
+    close = ahead.abs() <= margin_B[seen_row]
     seen_above_B += _settled(contest, users, seen_row[close], seen_item[close], many)
     return above_B, seen_above_B
 
 
-def _close_calls(
-    distance_BC: torch.Tensor, margin_B: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows and columns where the distance is within the row's margin."""
+def _compare(
+    score_BC: torch.Tensor, target_score_B: torch.Tensor, margin_B: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Subtract the target's score in place; count what is above, list what is too close to call.
+
+    Returns:
+        (B,) number of columns beyond the margin, and the rows and columns within it.
+    """
     import torch
 
-    width = distance_BC.shape[1] // _GROUP
-    # Column g * width + k belongs to group k: the minimum over g runs along whole vectors, and one
-    # group in a few hundred is then looked at closely.
-    distance_BGK = distance_BC[:, : _GROUP * width].unflatten(1, (_GROUP, width))
-    row_Q, group_Q = (distance_BGK.amin(1) <= margin_B[:, None]).nonzero(as_tuple=True)
-    near_Q, member = (distance_BGK[row_Q, :, group_Q] <= margin_B[row_Q, None]).nonzero(
-        as_tuple=True
-    )
-    rest_row, rest = (distance_BC[:, _GROUP * width :] <= margin_B[:, None]).nonzero(as_tuple=True)
+    rows, columns = score_BC.shape
+    width = columns // _GROUP
+    above_B = torch.empty(rows, dtype=torch.int64, device=score_BC.device)
+    least_BK = score_BC.new_empty(rows, width)
+    # A few rows at a time stay in a core's own cache through all the passes.
+    step = max(1, 2**17 // columns) if score_BC.device.type == "cpu" else rows
+    work = score_BC.new_empty(min(step, rows), columns)
+    for start in range(0, rows, step):
+        part = slice(start, min(start + step, rows))
+        ahead, spare = score_BC[part], work[: part.stop - part.start]
+        ahead.sub_(target_score_B[part, None])
+        # Column g * width + k belongs to group k: one minimum for all g, along whole vectors.
+        torch.abs(ahead, out=spare)
+        least_BK[part] = spare[:, : _GROUP * width].unflatten(1, (_GROUP, width)).amin(1)
+        # Flags as floats are added up several times faster than booleans.
+        above_B[part] = torch.gt(ahead, margin_B[part, None], out=spare).sum(1)
+    row_Q, group_Q = (least_BK <= margin_B[:, None]).nonzero(as_tuple=True)
+    member_QG = score_BC[:, : _GROUP * width].unflatten(1, (_GROUP, width))[row_Q, :, group_Q]
+    near_Q, member = (member_QG.abs_() <= margin_B[row_Q, None]).nonzero(as_tuple=True)
+    rest_BC = score_BC[:, _GROUP * width :].abs()
+    rest_row, rest = (rest_BC <= margin_B[:, None]).nonzero(as_tuple=True)
     row = torch.cat([row_Q[near_Q], rest_row])
-    return row, torch.cat([member * width + group_Q[near_Q], rest + _GROUP * width])
+    return above_B, row, torch.cat([member * width + group_Q[near_Q], rest + _GROUP * width])
 
 
 def _settled(

@@ -5,13 +5,13 @@ Shape suffixes: U users, B users of one block, N items, D dimensions, P pairs of
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+
+from retrieval.compute import each_block
 
 if TYPE_CHECKING:
     import torch
@@ -75,9 +75,12 @@ def row_norms(name: str, matrix_RD: torch.Tensor) -> torch.Tensor:
     """
     import torch
 
-    rows = _rows_at_once(matrix_RD)
-    parts = matrix_RD.split(rows)
-    norms_R = torch.cat([torch.linalg.vector_norm(part.double(), dim=1) for part in parts])
+    norms_R = torch.empty(len(matrix_RD), dtype=torch.float64, device=matrix_RD.device)
+
+    def measure(rows: slice) -> None:
+        norms_R[rows] = torch.linalg.vector_norm(matrix_RD[rows].double(), dim=1)
+
+    each_block(measure, len(matrix_RD), _rows_at_once(matrix_RD), matrix_RD.device)
     # fp32 squared cannot overflow float64: a length that is not finite means an entry is not.
     bad_R = ~torch.isfinite(norms_R)
     if bad_R.any():
@@ -136,27 +139,6 @@ def _rows_at_once(matrix_RD: torch.Tensor) -> int:
     return max(1, (2**17 if matrix_RD.device.type == "cpu" else 2**25) // matrix_RD.shape[1])
 
 
-@contextmanager
-def plain_fp32(device: torch.device) -> Iterator[None]:
-    """No autocast, and no TF32 or bf16 inside fp32 matrix products; restored at the end.
-
-    The precision switches belong to the process, not to the thread.
-    """
-    import torch
-
-    mkldnn: Any = torch.backends.mkldnn  # its stub does not know matmul
-    switches = (torch.backends.cuda.matmul, mkldnn.matmul)
-    before = [switch.fp32_precision for switch in switches]
-    try:
-        for switch in switches:
-            switch.fp32_precision = "ieee"
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        for switch, precision in zip(switches, before, strict=True):
-            switch.fp32_precision = precision
-
-
 class Contest:
     """Each user's target against the catalogue: what an item must score to rank above it.
 
@@ -185,8 +167,15 @@ class Contest:
         self.query_length_U = row_norms("queries", self.query_UD)
         self.item_length_N = row_norms("items", self.item_ND)
         refuse_overflow(self.query_length_U, self.item_length_N)
+        self.score_U = torch.empty(users, dtype=torch.float64, device=self.device)
         row_U = torch.arange(users, device=self.device)
-        self.score_U = exact_scores(self.query_UD, self.item_ND, row_U, self.target_U)
+
+        def score(part: slice) -> None:
+            self.score_U[part] = exact_scores(
+                self.query_UD, self.item_ND, row_U[part], self.target_U[part]
+            )
+
+        each_block(score, users, 512 if self.device.type == "cpu" else 2**20, self.device)
 
     def margin(self, users: slice, longest: torch.Tensor, roundoff: float) -> torch.Tensor:
         """(B,) float64: beyond this a difference to the target's score has the right sign."""

@@ -28,7 +28,7 @@ MAX_BYTES = 256 << 20  # of one encoded picture
 MAX_PIXELS = 89_478_485  # of one decoded picture: a quarter of a gigabyte of RGB
 MAX_ASPECT = 500  # beyond it, scaling the short side to a model's size costs gigabytes
 
-_LMDB = re.compile(r"(?P<path>.+\.lmdb)#(?P<key>.+)", re.DOTALL)
+_LMDB = re.compile(r"(?P<path>.+?\.lmdb)#(?P<key>.+)", re.DOTALL)
 _UPRIGHT = {
     2: Transpose.FLIP_LEFT_RIGHT,
     3: Transpose.ROTATE_180,

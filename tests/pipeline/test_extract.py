@@ -267,6 +267,16 @@ def test_what_cannot_be_used_becomes_a_row_and_is_tried_again(
     assert not path.exists()
 
 
+def test_a_column_of_which_nothing_can_be_used(tiny: Warehouse, raw: Path) -> None:
+    prepare(tiny, raw, ids=["a", "b"], image=["x.png", "y.png"])
+    report = run(tiny, image="hashed")
+    assert counts(report) == (0, 0, 0, 0, 2)
+    assert (report.bytes, report.rate) == (0, 0.0)
+    assert len(failures(tiny)) == 2
+    with pytest.raises(UserError, match="image=hashed of tiny does not exist"):
+        read(tiny, "image", "hashed")
+
+
 def test_a_vector_stays_when_its_file_cannot_be_read_for_now(
     tiny: Warehouse, watched: Watched, raw: Path
 ) -> None:

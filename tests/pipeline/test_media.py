@@ -1,5 +1,6 @@
 import io
 import os
+import pickle
 from pathlib import Path
 
 import lmdb
@@ -9,8 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from features.store import FeatureStore
+from features.warehouse import Warehouse
 from pipeline import media
+from pipeline.extract import extract
 from pipeline.media import Media, MediaError, decode_image, quiet
+from tests.pipeline.tiny import prepare
 
 # The first letter of the alphabet that has no symmetry: every orientation is told apart.
 LETTER_F = np.array([[0, 0, 0], [0, 255, 255], [0, 0, 255], [0, 255, 255]], dtype=np.uint8)
@@ -182,21 +187,40 @@ def test_files_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             shelf.open(name)
 
 
-def test_pictures_in_an_lmdb(tmp_path: Path) -> None:
-    path = tmp_path / "covers.lmdb"
-    picture = encoded(Image.new("RGB", (4, 4), "red"), "PNG")
+class LMDB_Image:  # noqa: N801 - the name that released LMDBs bear
+    def __init__(self, image: Image.Image) -> None:
+        self.channels = len(image.getbands())
+        self.size = (image.height, image.width)
+        self.image = image.tobytes()
+
+
+def test_pictures_in_an_lmdb(tmp_path: Path, warehouse: Warehouse) -> None:
+    path = tmp_path / "raw" / "covers.lmdb"
+    path.parent.mkdir()
+    picture = Image.fromarray(np.random.RandomState(0).randint(0, 256, (12, 9, 3), dtype=np.uint8))
+    file = encoded(picture, "PNG")
     with lmdb.open(str(path), subdir=False, map_size=1 << 20) as env, env.begin(write=True) as put:
-        put.put(b"v1", picture)
-        put.put(b"v2", b"\x80\x04cposix\nsystem\n.")
-    shelf = Media(tmp_path)
-    assert shelf.read("covers.lmdb#v1") == picture
-    with pytest.raises(MediaError, match="no such key in the LMDB"):
-        shelf.read("covers.lmdb#v3")
-    with pytest.raises(MediaError, match="not a picture of the kind that LMDBs hold"):
-        shelf.read("covers.lmdb#v2")
+        put.put(b"v#1", file)
+        put.put(b"v2", pickle.dumps(LMDB_Image(picture), protocol=5))
+        put.put(b"bad", b"\x80\x04cposix\nsystem\n.")
+    shelf = Media(path.parent)
+    assert shelf.read("covers.lmdb#v#1") == file
     shelf.close()
-    assert shelf.read("covers.lmdb#v1") == picture  # opened again
+    assert shelf.read("covers.lmdb#v#1") == file  # opened again
     shelf.close()
+    ids = ["v#1", "v2", "v3", "bad", "again"]
+    references = [f"covers.lmdb#{key}" for key in [*ids[:4], "v2"]]
+    info = prepare(warehouse, path.parent, ids=ids, image=references)
+    report = extract(warehouse, "tiny", image="hashed").tables[0]
+    assert (report.encoded, report.shared) == (2, 1)
+    assert report.failed == {
+        "no such key in the LMDB": 1,
+        "not a picture of the kind that LMDBs hold": 1,
+    }
+    table = FeatureStore(warehouse).table("tiny", "hashed", "image")
+    vectors = table.read(info.items, info.fingerprint).vectors
+    assert (vectors[1] == vectors[4]).all()
+    assert np.abs(vectors[0] - vectors[1]).max() < 1e-3  # the same pixels in another dress
 
 
 def test_every_odd_file_gives_a_picture_or_a_reason(real_data: Path) -> None:

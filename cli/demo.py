@@ -55,6 +55,7 @@ def demo(json: JsonOption = False, warehouse: WarehouseOption = None) -> None:
 _TRAININGS = {
     "sasrec": ["epochs=20", "patience=4"],
     "mmsrec": [
-        "dim=64", "heads=4", "hidden=128", "dropout=0.2", "epochs=20", "patience=4",
+        "dim=64", "heads=4", "hidden=128", "dropout=0.2", "batch_size=64", "epochs=20",
+        "patience=4",
     ],
 }  # fmt: skip

@@ -43,7 +43,8 @@ MODELS: dict[str, Model] = {
         summary="vision and text, one encoder for items and sequences, masked item prediction",
         needs_features=True,
         load=_mmsrec,
-        train={},
+        # Each step encodes the catalogue once, whatever the batch: larger ones pay.
+        train={"batch_size": 256},
     ),
 }
 

@@ -9,12 +9,11 @@ be used becomes a row of ``failures``; it is tried again by the next run.
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from features.dataset import load_items
 from features.errors import UserError, unknown
@@ -22,12 +21,13 @@ from features.files import lock, write_table
 from features.schema import FAILURES, MODALITIES
 from features.store import FeatureStore, FeatureTable, Provenance
 from features.warehouse import DatasetInfo, Warehouse
-from pipeline.backbones import DEFAULT, check_modality, load_backbone, wrong_modality
+from pipeline.backbones import check_modality, load_backbone, wrong_modality
 from pipeline.backends.contract import Backbone
 from pipeline.encode import Encoder, Failure, Tally
 from pipeline.ledger import Ledger
 from pipeline.media import PREPROCESSING as OF_PICTURES
 from pipeline.media import Media, quiet
+from pipeline.plan import choose, count, present
 from pipeline.video import PREPROCESSING as OF_CLIPS
 
 DTYPES = ("float16", "float32")
@@ -129,7 +129,7 @@ def extract(
         raise UserError(f"batch size {batch_size} is too small; give 1 or more")
     info = warehouse.info(dataset)
     items = load_items(warehouse, dataset, ["item_id", *MODALITIES])
-    wanted = _choose(info, items, {"image": image, "text": text, "video": video})
+    wanted = choose(info.name, items, {"image": image, "text": text, "video": video})
     if set(wanted) - {"text"} and not Path(info.raw).is_dir():
         raise UserError(
             f"the raw files of {dataset} are no longer in {info.raw}; put them back or run:"
@@ -176,7 +176,7 @@ class _Job:
         self._check_provenance(table, provenance)
         started = time.monotonic()
         column = self.items[modality]
-        total = _count(column)
+        total = count(column)
         last = 0.0
 
         def report(tally: Tally) -> None:
@@ -209,7 +209,7 @@ class _Job:
             report=report,
         )
         try:
-            encoder.run(_present(column))
+            encoder.run(present(column))
             ledger.finish(self.info.fingerprint)
         except BaseException:
             ledger.flush()  # an interrupt or a crash loses nothing that was encoded
@@ -293,48 +293,6 @@ def _provenance(backbone: Backbone, modality: str, dtype: str) -> Provenance:
         dim=backbone.dim,
         libraries=backbone.libraries,
     )
-
-
-def _choose(info: DatasetInfo, items: pa.Table, given: dict[str, str | None]) -> dict[str, str]:
-    """Pick the backbone of each modality, and refuse one that no item has."""
-    wanted = {modality: name for modality, name in given.items() if name is not None}
-    counts = {modality: _count(items[modality]) for modality in MODALITIES}
-    if not wanted:
-        wanted = {name: DEFAULT for name in ("image", "text") if counts[name]}
-        if not wanted:
-            raise UserError(
-                f"no item of {info.name} has a picture or a text; prepare it again with some,"
-                " or give --video BACKBONE"
-            )
-    for modality in wanted:
-        if not counts[modality]:
-            have = ", ".join(name for name in MODALITIES if counts[name]) or "nothing"
-            raise UserError(
-                f"the column {modality} of {info.name} is empty for all {len(items)} items;"
-                f" leave out --{modality} (there is {have}) or prepare it again with one"
-            )
-    return wanted
-
-
-def _filled(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    trimmed = pc.utf8_trim_whitespace(column)
-    return pc.fill_null(pc.greater(pc.binary_length(trimmed), 0), False)
-
-
-def _count(column: pa.ChunkedArray) -> int:
-    """How many items have something in this column; blank is nothing."""
-    return int(pc.sum(_filled(column)).as_py() or 0)
-
-
-def _present(column: pa.ChunkedArray) -> Iterator[tuple[int, str]]:
-    """Give (item, value) of the items that have one, some thousand at a time in memory."""
-    filled = _filled(column)
-    for start in range(0, len(column), 4096):
-        values = column.slice(start, 4096).to_pylist()
-        there = filled.slice(start, 4096).to_pylist()
-        for offset, value in enumerate(values):
-            if there[offset]:
-                yield start + offset, value
 
 
 def _cores() -> int:

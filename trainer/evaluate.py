@@ -82,7 +82,7 @@ def evaluate(
             if not subset.any():
                 continue
             for ranker, found in ((run.model_name, ranks), ("popularity", popular)):
-                rows += _rows(split, name, ranker, found, subset)
+                rows += metric_rows(split, name, ranker, found, subset)
         predictions.append(_predictions(dataset, held, split, ranks, cold))
     write_table(
         run.folder / "predictions.parquet",
@@ -105,9 +105,18 @@ def evaluate(
     )
 
 
-def _rows(
+def metric_rows(
     split: str, targets: str, ranker: str, ranks: Ranks, subset: npt.NDArray[np.bool_]
 ) -> list[dict[str, Any]]:
+    """Rows of the metrics table for some users of one split.
+
+    Args:
+        split: ``validation`` or ``test``.
+        targets: Name of the subset.
+        ranker: Who ranked.
+        ranks: (E,) of all evaluated users.
+        subset: (E,) bool, the users to average over; at least one.
+    """
     rows = []
     for seen, found in (("masked", ranks.masked), ("unmasked", ranks.unmasked)):
         values = per_user(found[subset])

@@ -33,7 +33,7 @@ def encode(model: Recommender, data: TrainingData, split: str, batch_size: int) 
     held = data.dataset.held(split)
     was_training = model.training
     model.eval()
-    items_ND = model.encode_items(data.features).float()
+    items_ND = model.encode_items(data.features).detach().float()  # may be the weights themselves
     queries_ED = torch.empty((len(held.users), items_ND.shape[1]), device=items_ND.device)
     for rows, sequences in data.histories(held, length=model.history, batch_size=batch_size):
         queries_BD = model.encode_sequences(items_ND, sequences, data.features)

@@ -538,6 +538,37 @@ def test_a_table_of_a_real_model_equals_a_bare_loop(
         assert np.abs(matrix.vectors.astype(np.float32) - expected).max() < limit
 
 
+@pytest.mark.parametrize("library", ["open_clip", "transformers"])
+def test_every_odd_picture_gives_a_vector_or_a_reason(
+    warehouse: Warehouse, tmp_path: Path, clip: Path, real_data: Path, library: str
+) -> None:
+    raw = real_data / "weird" / "images"
+    names = sorted(path.name for path in raw.iterdir())
+    prepare(warehouse, raw, ids=names, image=names)
+    folder = clip if library == "open_clip" else vision_folder(tmp_path / "vit")
+    report = extract(warehouse, "tiny", image=str(folder), device="cpu").tables[0]
+    assert report.encoded == len(names) - 8  # those that test_media names
+    assert sum(report.failed.values()) == 8
+
+
+def test_a_transform_that_fails_is_a_failure_of_its_item(
+    warehouse: Warehouse, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def image(self: Hashed, one: Image.Image) -> Any:
+        if one.width == 13:
+            raise ValueError("13 is\nno width")
+        return plain(self, one)
+
+    plain = Hashed.image
+    monkeypatch.setattr(Hashed, "image", image)
+    for seed, width in enumerate([12, 13, 14]):
+        picture(tmp_path / f"{seed}.png", seed, size=(width, 10))
+    names = [f"{seed}.png" for seed in range(3)]
+    prepare(warehouse, tmp_path, ids=names, image=names)
+    report = extract(warehouse, "tiny", image="hashed").tables[0]
+    assert (report.encoded, report.failed) == (2, {"ValueError: 13 is no width": 1})
+
+
 def test_two_folders_of_one_name_do_not_mix(warehouse: Warehouse, tmp_path: Path) -> None:
     prepare(warehouse, tmp_path, ids=["a"], text=["a"])
     extract(warehouse, "tiny", text=str(bert_folder(tmp_path / "x" / "model")), device="cpu")

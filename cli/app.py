@@ -1,5 +1,6 @@
 """The ``mmrec`` command: its parts, and how every error ends."""
 
+import os
 from typing import Any
 
 import typer
@@ -46,4 +47,7 @@ app.command("demo")(demo.demo)
 
 def main() -> None:
     """Entry point of the console script."""
+    # On cores that are shared, threads that spin while they wait cost more than all the work; it
+    # must be said before torch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     app()

@@ -73,6 +73,9 @@ def query(warehouse: Warehouse, sql: str) -> pa.Table:
         if statements[0].type != duckdb.StatementType.SELECT:
             kind = statements[0].type.name
             raise UserError(f"mmrec sql only reads; {kind} would change something; give a SELECT")
+        # A WITH may hold a COPY or DELETE and still be called a SELECT; nested, it is refused.
+        inner = statements[0].query.strip().rstrip(";")
+        db.execute(f"EXPLAIN SELECT * FROM (\n{inner}\n)")
         result = db.sql(sql).to_arrow_table()
         assert isinstance(result, pa.Table)
         return result

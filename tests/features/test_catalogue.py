@@ -116,3 +116,14 @@ def test_a_damaged_run_is_named(warehouse: Warehouse) -> None:
     (folder / "config.toml").write_text("run = ")
     with pytest.raises(UserError, match=r"broken/config\.toml is damaged"):
         query(warehouse, "SELECT 1")
+
+
+@pytest.mark.parametrize(
+    "inside", ["COPY (SELECT 1 AS a) TO '{root}/x.parquet'", "DELETE FROM runs RETURNING run"]
+)
+def test_nothing_is_written_from_inside_a_with(warehouse: Warehouse, inside: str) -> None:
+    inside = inside.format(root=warehouse.root)
+    with pytest.raises(UserError, match="SQL: "):
+        query(warehouse, f"WITH x AS ({inside}) SELECT 1;")
+    assert not (warehouse.root / "x.parquet").exists()
+    assert value(warehouse, "WITH x AS (SELECT 1 AS a) SELECT a FROM x -- fine") == 1

@@ -3,6 +3,7 @@
 Legend: U users, N items, I interactions, E evaluated users.
 """
 
+import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +53,12 @@ class Dataset:
     def cold(self) -> npt.NDArray[np.bool_]:
         """(N,) items with fewer than 10 training interactions."""
         return self.train_counts < COLD_BELOW
+
+    def digest(self) -> str:
+        """Hash of who clicked what in which order: another split is another dataset."""
+        found = hashlib.sha256(self.items.tobytes())
+        found.update(self.offsets.tobytes())
+        return found.hexdigest()[:16]
 
     def train_ends(self) -> Ints:
         """(U,) flat position one past the last training interaction of each user."""

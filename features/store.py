@@ -7,6 +7,7 @@ last and says that the table is complete for one preparation of the dataset.
 Legend: N items of the dataset, R rows of the table, D width.
 """
 
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
@@ -127,6 +128,14 @@ class FeatureTable:
         empty = pa.schema([feature_schema(1, "float16").field(name) for name in _LIGHT])
         return empty.append(pa.field("part", pa.int32())).empty_table()
 
+    def digest(self) -> str:
+        """Hash of which content stands behind each item's vector, whatever part holds it."""
+        rows = self.light().select(["item", "content_hash"]).sort_by("item")
+        found = hashlib.sha256(rows["item"].to_numpy().tobytes())
+        for chunk in rows["content_hash"].combine_chunks().buffers():
+            found.update(chunk or b"")
+        return found.hexdigest()[:16]
+
     def read(self, n_items: int, fingerprint: str) -> FeatureMatrix:
         """Read the table into one matrix, part by part, without an object per row.
 
@@ -155,6 +164,11 @@ class FeatureTable:
                 item = rows.column("item").to_numpy()
                 vectors[item] = _vectors(rows, provenance.dim)
                 present[item] = True
+        if int(present.sum()) != manifest["rows"]:
+            raise UserError(
+                f"the feature table {self.label} of {self.dataset} has vectors of"
+                f" {int(present.sum())} items, its manifest says {manifest['rows']}; {again}"
+            )
         return FeatureMatrix(vectors=vectors, present=present, provenance=provenance)
 
     # -- writing (one writer at a time; the caller holds the lock) ---------------------------

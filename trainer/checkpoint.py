@@ -113,7 +113,10 @@ def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not path.exists():
-        raise UserError(f"{path} is not there: the run was stopped before its first checkpoint")
+        raise UserError(
+            f"{path} is not there: the run ended before it was saved;"
+            " go on with mmrec train --resume, or train again"
+        )
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118

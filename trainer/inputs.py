@@ -77,7 +77,7 @@ def load_features(
         matrix = table.read(info.items, info.fingerprint)
         vectors[table.modality] = torch.from_numpy(matrix.vectors).to(device).float()
         present[table.modality] = torch.from_numpy(matrix.present).to(device)
-        identities.append(matrix.provenance.identity())
+        identities.append({**matrix.provenance.identity(), "content": table.digest()})
     features = ItemFeatures(n_items=info.items, vectors=vectors, present=present)
     return features, identities
 

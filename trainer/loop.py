@@ -90,8 +90,6 @@ def fit(
     progress = Progress()
     if resume:
         progress = load_state(folder / "resume.safetensors", model, optimizer, identity)
-    else:
-        save_weights(folder / "model.safetensors", model, identity)
 
     def save() -> None:
         save_state(folder / "resume.safetensors", model, optimizer, progress, identity)

@@ -33,7 +33,7 @@ from trainer.transformer import Transformer, dropout, initialise, positions_from
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MMSRecConfig:
-    """Hyper-parameters of MMSRec; the defaults are the paper's."""
+    """Hyper-parameters of MMSRec; sizes, dropout, temperature and mask ratio are the paper's."""
 
     dim: int = 512
     """Width of tokens, transformer and shared space."""

@@ -198,6 +198,7 @@ def _open(
         "model": model,
         "dataset": dataset,
         "items": loaded.info.fingerprint,
+        "interactions": loaded.digest(),
         "features": identities,
         **documents(train_config, model_config),
     }

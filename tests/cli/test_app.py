@@ -227,3 +227,26 @@ def test_lists_take_json(tmp_path: Path) -> None:
     for words in (["datasets", "--warehouse", str(tmp_path)], ["models"], ["backbones"]):
         assert json.loads(run(*words, "--json").stdout)
         assert run(*words).stdout
+
+
+@pytest.mark.slow
+def test_a_run_is_not_evaluated_on_other_interactions(tmp_path: Path) -> None:
+    """The same items, each user's history cut: yesterday's training targets would be tested."""
+    raw, root = tmp_path / "raw", str(tmp_path / "w")
+    raw.mkdir()
+
+    def prepare(last: int) -> None:
+        lines = [f"u{u},i{(u + k) % 6},{k}" for u in range(12) for k in range(last)]
+        text = "\n".join(["user_id,item_id,timestamp", *lines]) + "\n"
+        (raw / "interactions.csv").write_text(text)
+        (raw / "items.csv").write_text("item_id\n" + "".join(f"i{n}\n" for n in range(6)))
+        words = ("--format", "table", "--raw", str(raw), "--k-core", "0")
+        run("prepare", "--dataset", "s", *words, "--warehouse", root)
+
+    prepare(8)
+    small = ("--set", "epochs=1", "--set", "dim=8", "--name", "old")
+    run("train", "--model", "sasrec", *small, "--warehouse", root)
+    run("eval", "--run", "old", "--warehouse", root)
+    prepare(6)
+    for words in (("eval",), ("train", "--resume")):
+        assert "interactions=" in run(*words, "--run", "old", "--warehouse", root, code=2).stderr

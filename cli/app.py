@@ -10,6 +10,8 @@ from cli import data, demo, learn, query
 from cli.show import say
 from features.errors import UserError
 
+_UsageError: Any = typer.BadParameter.__base__  # of the click that typer brings
+
 
 class Group(TyperGroup):
     """Turns the user's mistakes into one line and exit code 2, whichever command they are in."""
@@ -20,6 +22,16 @@ class Group(TyperGroup):
             return super().invoke(ctx)
         except UserError as error:
             say(f"error: {error}")
+            raise typer.Exit(2) from None
+        except _UsageError as error:
+            said = " ".join(error.format_message().split())
+            say(f"error: {said} See: {error.ctx.command_path if error.ctx else 'mmrec'} --help")
+            raise typer.Exit(2) from None
+        except BrokenPipeError:
+            raise  # whoever read the output has seen enough
+        except OSError as error:  # a full disk, a folder that may not be written
+            place = f"{error.filename}: " if error.filename else ""
+            say(f"error: {place}{error.strerror or error}; nothing that was whole before is lost")
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
             say("interrupted")

@@ -241,10 +241,13 @@ class ExtractWatch:
         now = time.monotonic()
         began, first = self._began.setdefault(state.modality, (now, state.done))
         rate = (state.done - first) / (now - began) if now > began else 0.0
-        left = show.seconds((state.total - state.done) / rate) if rate else "?"
+        pace = ""
+        if rate:
+            left = show.seconds((state.total - state.done) / rate)
+            pace = f" {rate:,.1f}/s, {left} left,"
         text = (
-            f"{state.modality} by {state.backbone}: {state.done:,} of {state.total:,},"
-            f" {rate:,.1f}/s, {left} left, {state.failed} failed"
+            f"{state.modality} by {state.backbone}: {state.done:,} of {state.total:,},{pace}"
+            f" {state.failed} failed"
         )
         ended = state.done >= state.total
         if not (ended and state.modality in self._ended):

@@ -23,18 +23,24 @@ def demo(json: JsonOption = False, warehouse: WarehouseOption = None) -> None:
     info = data.run_prepare(house, "demo")
     show.say("2. extract: the weightless backbone `hashed` over pictures, titles and clips")
     watch = data.ExtractWatch()
-    extracted = extract(
-        house, "demo", image="hashed", text="hashed", video="hashed", progress=watch
-    )
-    watch.line.close()
+    try:
+        extracted = extract(
+            house, "demo", image="hashed", text="hashed", video="hashed", progress=watch
+        )
+    finally:
+        watch.line.close()
     reports = {}
     for model, settings in _TRAININGS.items():
         features = ["image", "text"] if model == "mmsrec" else None
         run = start_run(house, model, "demo", features=features, settings=settings)
         show.say(f"3. train: {model}")
         watching = learn.TrainWatch()
-        train(run, on_tick=watching)
-        watching.line.close()
+        try:
+            ended = train(run, on_tick=watching)
+        finally:
+            watching.line.close()
+        if not ended.finished:
+            raise KeyboardInterrupt
         reports[model] = learn.run_evaluate(house, run.folder, "faiss")
     if json:
         evaluations = {model: asdict(report) for model, report in reports.items()}

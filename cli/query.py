@@ -29,7 +29,7 @@ def sql(
     from features.catalogue import query
     from features.warehouse import Warehouse
 
-    table = query(Warehouse(warehouse), statement)
+    table = query(Warehouse(warehouse), statement, say=show.say)
     if csv:
         import pyarrow.csv as pa_csv
 
@@ -44,11 +44,16 @@ def sql(
 
 
 def _flat(table: Any) -> Any:
-    """CSV has no lists: show each as text."""
+    """CSV has neither lists nor intervals: show each as JSON or text."""
+    from json import dumps
+
     import pyarrow as pa
 
     for index, field in enumerate(table.schema):
-        if pa.types.is_nested(field.type):
-            texts = [None if value is None else str(value) for value in table[index].to_pylist()]
+        if pa.types.is_nested(field.type) or pa.types.is_interval(field.type):
+            texts = [
+                None if value is None else dumps(value, ensure_ascii=False, default=str)
+                for value in table[index].to_pylist()
+            ]
             table = table.set_column(index, field.name, pa.array(texts, pa.string()))
     return table

@@ -5,6 +5,7 @@ import math
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from decimal import Decimal
 from typing import Any
 
 from rich.console import Console
@@ -30,6 +31,8 @@ def emit_json(document: Any) -> None:
 def _finite(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
+    if isinstance(value, Decimal):  # sums of integers come as these
+        return int(value) if value == value.to_integral_value() else float(value)
     if isinstance(value, Mapping):
         return {str(key): _finite(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
@@ -57,6 +60,8 @@ def cell(value: Any) -> str:
         return "-"
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if isinstance(value, Decimal):
+        value = _finite(value)
     if isinstance(value, float):
         return f"{value:,.4f}" if abs(value) < 1000 else f"{value:,.1f}"
     if isinstance(value, int):
@@ -108,8 +113,8 @@ class Line:
         if not self._live:
             err.print(text, markup=False)
             return
-        width = max(20, err.width - 1)
-        sys.stderr.write("\r\x1b[2K" + text[:width] + ("\n" if keep else ""))
+        shown = text + "\n" if keep else text[: max(20, err.width - 1)]
+        sys.stderr.write("\r\x1b[2K" + shown)
         sys.stderr.flush()
         self._open = not keep
 

@@ -3,11 +3,15 @@
 ``items``, ``interactions``, ``splits``, ``features``, ``failures``, ``runs``, ``metrics`` and
 ``predictions`` are always there, empty when nothing has been written yet. Each feature table also
 has a view of its own, ``features_<dataset>_<backbone>_<modality>``, whose embedding is always
-``FLOAT[D]``.
+``FLOAT[D]``. What cannot be shown (an unfinished table, a damaged run) is left out and said.
 """
 
+import hashlib
 import re
+import tempfile
 import tomllib
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +21,53 @@ import pyarrow.parquet as pq
 
 from features.dataset import exact_pattern, parquet_sql, quoted
 from features.errors import UserError
+from features.files import reading
 from features.schema import FAILURES, INTERACTIONS, ITEMS, METRICS, PREDICTIONS
 from features.splits import split_sql
 from features.store import FeatureStore, FeatureTable
-from features.warehouse import Warehouse
+from features.warehouse import DatasetInfo, Warehouse
 
 VIEWS = (
     "items", "interactions", "splits", "features", "failures", "runs", "metrics", "predictions",
 )  # fmt: skip
+MEMORY = "8GB"  # of DuckDB's own; beyond it, it spills
 _RUN_COLUMNS = ("run", "dataset", "model", "created", "seed", "features", "parameters")
 
 
-def connect(warehouse: Warehouse) -> duckdb.DuckDBPyConnection:
-    """Open DuckDB in memory with the views; it can read the warehouse and nothing else."""
+def _silent(message: str) -> None:
+    """Say nothing."""
+
+
+def connect(
+    warehouse: Warehouse, say: Callable[[str], None] = _silent
+) -> duckdb.DuckDBPyConnection:
+    """Open DuckDB in memory with the views; it can read the warehouse and nothing else.
+
+    Args:
+        warehouse: What is shown.
+        say: Told in one line of each thing that is left out, and why.
+
+    Raises:
+        UserError: There is no warehouse, or its tables cannot be read.
+    """
+    warehouse.require()
     db = duckdb.connect()
-    datasets = warehouse.datasets()
+    try:
+        with reading(warehouse.root, "run again the command that wrote it"):
+            _views(db, warehouse, say)
+    except BaseException:
+        db.close()
+        raise
+    return db
+
+
+def _views(db: duckdb.DuckDBPyConnection, warehouse: Warehouse, say: Callable[[str], None]) -> None:
+    datasets: dict[str, DatasetInfo] = {}
+    for name in warehouse.datasets():
+        try:
+            datasets[name] = warehouse.info(name)
+        except UserError as error:
+            say(f"left out: {error}")
     _view(db, "items", [_of(warehouse, name, "items") for name in datasets], ITEMS)
     _view(
         db,
@@ -43,48 +79,73 @@ def connect(warehouse: Warehouse) -> duckdb.DuckDBPyConnection:
     columns = "dataset, user, user_id, item, timestamp, position, split"
     empty = f"SELECT * FROM (SELECT *, '' AS split FROM {_empty(INTERACTIONS)})"
     db.execute(f"CREATE VIEW splits AS SELECT {columns} FROM ({_union(split, empty)})")
-    _feature_views(db, warehouse, datasets)
+    _feature_views(db, warehouse, datasets, say)
+    # The index of an item changes with a preparation, its id does not.
+    columns = ", ".join(f"f.{name}" for name in FAILURES.names if name != "item")
     failed = [
-        _of(warehouse, name, "failures")
+        f"SELECT i.dataset, i.item, {columns} FROM ({_of(warehouse, name, 'failures')}) f"
+        f" JOIN items i ON i.dataset = {quoted(name)} AND i.item_id = f.item_id"
         for name in datasets
         if any((warehouse.dataset_dir(name) / "failures").glob("*.parquet"))
     ]
     _view(db, "failures", failed, FAILURES)
-    _run_views(db, warehouse)
+    _run_views(db, warehouse, say)
     # Files are checked by the pattern that names them, hence the pattern of the root beside it.
     roots = (str(warehouse.root), exact_pattern(warehouse.root))
     db.execute(f"SET allowed_directories = [{', '.join(map(quoted, roots))}]")
+    db.execute(f"SET memory_limit = '{MEMORY}'")
+    spill = Path(tempfile.gettempdir()) / "mmrec-sql"
+    db.execute(f"SET temp_directory = {quoted(str(spill))}")
     db.execute("SET enable_external_access = false")
     db.execute("SET lock_configuration = true")
-    return db
 
 
-def query(warehouse: Warehouse, sql: str) -> pa.Table:
+def query(warehouse: Warehouse, sql: str, say: Callable[[str], None] = _silent) -> pa.Table:
     """Run one reading statement over the views.
+
+    Args:
+        warehouse: What is asked.
+        sql: One SELECT, DESCRIBE or SHOW.
+        say: Told of what the views leave out.
+
+    Returns:
+        The answer; a column name that came twice has a number in its later places.
 
     Raises:
         UserError: The statement cannot be parsed, would write, or fails.
     """
-    db = connect(warehouse)
+    db = connect(warehouse, say)
     try:
         statements = db.extract_statements(sql)
         if len(statements) != 1:
             raise UserError(f"give one SQL statement, not {len(statements)}")
         if statements[0].type != duckdb.StatementType.SELECT:
             kind = statements[0].type.name
-            raise UserError(f"mmrec sql only reads; {kind} would change something; give a SELECT")
+            raise UserError(f"mmrec sql runs a SELECT, DESCRIBE or SHOW, not {kind}")
         # A WITH may hold a COPY or DELETE and still be called a SELECT; nested, it is refused.
         inner = statements[0].query.strip().rstrip(";")
         db.execute(f"EXPLAIN SELECT * FROM (\n{inner}\n)")
         result = db.sql(sql).to_arrow_table()
         assert isinstance(result, pa.Table)
-        return result
+        return result.rename_columns(_distinct(result.column_names))
     except duckdb.Error as error:
         line = re.sub(r"\s+", " ", str(error).split("\n\n")[0]).strip()
         hint = f"; the views are {', '.join(VIEWS)}" if "does not exist" in line else ""
         raise UserError(f"SQL: {line}{hint}") from None
     finally:
         db.close()
+
+
+def _distinct(names: list[str]) -> list[str]:
+    taken, found = set(names), []
+    for index, name in enumerate(names):
+        fresh, number = name, 0
+        while name in names[:index] and fresh in taken:
+            number += 1
+            fresh = f"{name}_{number}"
+        taken.add(fresh)
+        found.append(fresh)
+    return found
 
 
 def _of(warehouse: Warehouse, dataset: str, table: str) -> str:
@@ -123,9 +184,26 @@ def view_name(table: FeatureTable) -> str:
     return re.sub(r"\W+", "_", "features_" + "_".join(parts)).lower()
 
 
-def _feature_views(db: duckdb.DuckDBPyConnection, warehouse: Warehouse, names: list[str]) -> None:
+def _feature_views(
+    db: duckdb.DuckDBPyConnection,
+    warehouse: Warehouse,
+    datasets: dict[str, DatasetInfo],
+    say: Callable[[str], None],
+) -> None:
     store = FeatureStore(warehouse)
-    tables = [(table, _width(table)) for name in names for table in store.tables(name)]
+    tables: list[tuple[FeatureTable, int]] = []
+    for name, info in datasets.items():
+        for table in store.tables(name):
+            try:
+                table.check(info.fingerprint)
+                tables.append((table, _width(table)))
+            except UserError as error:
+                say(f"left out: {error}")
+    plain = Counter(view_name(table) for table, _ in tables)
+    names = {
+        table.path: view_name(table) + (_tag(table) if plain[view_name(table)] > 1 else "")
+        for table, _ in tables
+    }
     columns = "dataset, backbone, modality, level, item, item_id, content_hash, n_frames, n_tokens"
     for table, width in tables:
         literals = {
@@ -137,7 +215,7 @@ def _feature_views(db: duckdb.DuckDBPyConnection, warehouse: Warehouse, names: l
         constants = ", ".join(f"{quoted(value)} AS {key}" for key, value in literals.items())
         source = parquet_sql(table.path, "part-*.parquet")
         db.execute(
-            f'CREATE OR REPLACE VIEW "{view_name(table)}" AS SELECT {columns},'
+            f'CREATE VIEW "{names[table.path]}" AS SELECT {columns},'
             f" embedding::FLOAT[{width}] AS embedding FROM (SELECT {constants}, * FROM {source})"
         )
     # One width in the whole warehouse: array functions work on the union too. Several widths
@@ -145,7 +223,7 @@ def _feature_views(db: duckdb.DuckDBPyConnection, warehouse: Warehouse, names: l
     widths = {width for _, width in tables}
     kind = f"FLOAT[{widths.pop()}]" if len(widths) == 1 else "FLOAT[]"
     union = [
-        f'SELECT {columns}, embedding::{kind} AS embedding FROM "{view_name(table)}"'
+        f'SELECT {columns}, embedding::{kind} AS embedding FROM "{names[table.path]}"'
         for table, _ in tables
     ]
     texts = ", ".join(
@@ -160,16 +238,34 @@ def _feature_views(db: duckdb.DuckDBPyConnection, warehouse: Warehouse, names: l
     db.execute(f"CREATE VIEW features AS {_union(union, empty)}")
 
 
+def _tag(table: FeatureTable) -> str:
+    """What tells my-model from my_model, and Shop from shop."""
+    exact = "/".join((table.dataset, table.backbone, table.modality, table.level))
+    return "_" + hashlib.sha256(exact.encode()).hexdigest()[:4]
+
+
 def _width(table: FeatureTable) -> int:
-    return int(pq.read_schema(table.parts()[0]).field("embedding").type.list_size)
+    part = table.parts()[0]
+    with reading(part, "remove its folder and run mmrec extract again"):
+        return int(pq.read_schema(part).field("embedding").type.list_size)
 
 
-def _run_views(db: duckdb.DuckDBPyConnection, warehouse: Warehouse) -> None:
+def _run_views(
+    db: duckdb.DuckDBPyConnection, warehouse: Warehouse, say: Callable[[str], None]
+) -> None:
     rows: list[dict[str, Any]] = []
     sources: dict[str, list[str]] = {"metrics": [], "predictions": []}
     for name in warehouse.runs():
         folder = warehouse.runs_dir / name
-        row = _run_row(folder)
+        try:
+            row = _run_row(folder)
+            for kind in sources:
+                if (folder / f"{kind}.parquet").exists():
+                    with reading(folder / f"{kind}.parquet", "evaluate the run again"):
+                        pq.read_schema(folder / f"{kind}.parquet")
+        except UserError as error:
+            say(f"left out: {error}")
+            continue
         rows.append(row)
         for kind, queries in sources.items():
             path = folder / f"{kind}.parquet"
@@ -205,7 +301,7 @@ def _run_row(folder: Path) -> dict[str, Any]:
             "created": str(run["created"]),
             "seed": str(document["train"]["seed"]),
             "features": ", ".join(run["features"]),
-            "parameters": str(run["parameters"]),
+            "parameters": str(int(run["parameters"])),
         }
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, KeyError) as error:
+    except (OSError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is damaged ({error}); remove the run's folder") from None

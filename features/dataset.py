@@ -5,6 +5,7 @@ Legend: U users, N items, I interactions, E evaluated users.
 
 import hashlib
 import re
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from features.errors import UserError
+from features.files import reading
 from features.splits import COLD_BELOW, MIN_EVALUATED, train_counts_sql
 from features.warehouse import DatasetInfo, Warehouse
 
@@ -82,7 +84,7 @@ def load_dataset(warehouse: Warehouse, name: str) -> Dataset:
     folder = warehouse.dataset_dir(name)
     interactions = parquet_sql(folder / "interactions")
     items = parquet_sql(folder / "items")
-    with duckdb.connect() as db:
+    with _tables(folder, name), duckdb.connect() as db:
         flat = db.execute(
             f"SELECT user, item FROM {interactions} ORDER BY user, position"
         ).fetchnumpy()
@@ -91,11 +93,13 @@ def load_dataset(warehouse: Warehouse, name: str) -> Dataset:
         ).fetchnumpy()
     lengths = np.bincount(flat["user"], minlength=info.users)
     item = np.ascontiguousarray(flat["item"], dtype=np.int32)
-    if len(item) != info.interactions or len(lengths) != info.users or not lengths.all():
+    counted = (len(item), len(lengths), len(counts["train_count"]))
+    if counted != (info.interactions, info.users, info.items) or not lengths.all():
         found = np.count_nonzero(lengths)
         raise UserError(
-            f"{folder}: the tables hold {len(item)} interactions of {found} users,"
-            f" dataset.json says {info.interactions} of {info.users}; run mmrec prepare again"
+            f"{folder}: the tables hold {len(item)} interactions of {found} users with"
+            f" {counted[2]} items, dataset.json says {info.interactions} of {info.users} with"
+            f" {info.items}; run mmrec prepare again"
         )
     return Dataset(
         info=info,
@@ -107,25 +111,40 @@ def load_dataset(warehouse: Warehouse, name: str) -> Dataset:
 
 def load_items(warehouse: Warehouse, name: str, columns: list[str]) -> pa.Table:
     """Read columns of the items table, in the order of ``item``."""
-    warehouse.info(name)
-    parts = sorted((warehouse.dataset_dir(name) / "items").glob("*.parquet"))
-    table = pa.concat_tables([pq.read_table(part, columns=["item", *columns]) for part in parts])
-    return table.sort_by("item").select(columns)
+    info = warehouse.info(name)
+    folder = warehouse.dataset_dir(name)
+    with _tables(folder, name):
+        parts = sorted((folder / "items").glob("*.parquet"))
+        tables = [pq.read_table(part, columns=["item", *columns]) for part in parts]
+        table = pa.concat_tables(tables).sort_by("item").select(columns)
+    if len(table) != info.items:
+        raise UserError(
+            f"{folder}: the tables hold {len(table)} items, dataset.json says {info.items};"
+            f" run mmrec prepare --dataset {name} again"
+        )
+    return table
 
 
 def load_user_ids(warehouse: Warehouse, name: str) -> pa.ChunkedArray:
     """Read the id of every user, in the order of ``user``."""
-    interactions = parquet_sql(warehouse.dataset_dir(name) / "interactions")
-    with duckdb.connect() as db:
+    folder = warehouse.dataset_dir(name)
+    interactions = parquet_sql(folder / "interactions")
+    with _tables(folder, name), duckdb.connect() as db:
         table = db.sql(
             f"SELECT any_value(user_id) AS user_id FROM {interactions} GROUP BY user ORDER BY user"
         ).to_arrow_table()
     return table.column("user_id")
 
 
+def _tables(folder: Path, name: str) -> AbstractContextManager[None]:
+    return reading(folder, f"run mmrec prepare --dataset {name} again")
+
+
 def parquet_sql(folder: Path, pattern: str = "*.parquet") -> str:
     """SQL that reads the Parquet files of a folder, whatever characters its path has."""
-    return f"read_parquet({quoted(f'{exact_pattern(folder)}/{pattern}')})"
+    # A folder called item=7 above it must not become a column.
+    files = quoted(f"{exact_pattern(folder)}/{pattern}")
+    return f"read_parquet({files}, hive_partitioning = false)"
 
 
 def exact_pattern(folder: Path) -> str:

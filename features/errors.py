@@ -1,5 +1,7 @@
 """The one exception that means: the user can mend this."""
 
+_MOST_NAMES = 24  # of runs there may be thousands; the latest are named
+
 
 class UserError(ValueError):
     """A mistake in what the user gave: one line with the value, the place and the remedy.
@@ -14,6 +16,8 @@ def unknown(kind: str, value: str, known: list[str]) -> UserError:
     Args:
         kind: What the name should have been, such as ``"backbone"``.
         value: What was given.
-        known: The names that exist.
+        known: The names that exist, the ones most likely meant at the end.
     """
-    return UserError(f"unknown {kind} {value!r}; known: {', '.join(known) or 'none yet'}")
+    shown = ", ".join(known[-_MOST_NAMES:]) or "none yet"
+    more = f", and {len(known) - _MOST_NAMES} more" if len(known) > _MOST_NAMES else ""
+    return UserError(f"unknown {kind} {value!r}; known: {shown}{more}")

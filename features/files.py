@@ -10,10 +10,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from features.errors import UserError
+
+_MOST_REASON = 200  # characters of what a library says
 
 
 @contextmanager
@@ -53,6 +56,22 @@ def write_table(path: Path, table: pa.Table, **options: Any) -> None:
     """Write one Parquet file, whole or not at all; ``options`` go to the Parquet writer."""
     with whole(path) as beside:
         pq.write_table(table, beside, **options)
+
+
+@contextmanager
+def reading(path: Path, remedy: str) -> Iterator[None]:
+    """Say in one line that ``path`` cannot be read, whichever library found out.
+
+    Raises:
+        UserError: A file is damaged, absent, of other columns, or may not be read.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (pa.ArrowException, duckdb.Error, OSError, KeyError, ValueError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} cannot be read ({reason[:_MOST_REASON]}); {remedy}") from None
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -21,12 +21,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from features.errors import UserError
-from features.files import remove_leftovers, write_json, write_table
+from features.files import reading, remove_leftovers, write_json, write_table
 from features.schema import feature_schema
 from features.warehouse import Warehouse, read_json, slug
 
 ROWS_PER_PART = 8192
 _KEY = b"mmrec"
+_AGAIN = "remove its folder and run mmrec extract again"
 _LIGHT = ["item", "item_id", "content_hash", "n_frames", "n_tokens"]  # all but the embedding
 
 
@@ -63,6 +64,11 @@ class Provenance:
         )
 
 
+_KINDS: dict[str, Any] = {entry.name: entry.type for entry in fields(Provenance)} | {
+    "libraries": dict
+}
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FeatureMatrix:
     """One table, aligned with the dataset's items."""
@@ -97,7 +103,12 @@ class FeatureTable:
     def manifest(self) -> dict[str, Any] | None:
         """What was written last, or nothing while the extraction is unfinished."""
         path = self.path / "manifest.json"
-        return dict(read_json(path)) if path.exists() else None
+        if not path.exists():
+            return None
+        document = read_json(path)
+        if not isinstance(document, dict) or not {"items", "rows"} <= document.keys():
+            raise UserError(f"{path} is damaged (items or rows is missing); {_AGAIN}")
+        return document
 
     def provenance(self) -> Provenance | None:
         """The provenance that all parts share, or nothing when there is no part.
@@ -121,12 +132,31 @@ class FeatureTable:
         """Every row without its embedding, and ``part``, the index of its part in ``parts()``."""
         tables = []
         for index, part in enumerate(self.parts()):
-            rows = pq.read_table(part, columns=_LIGHT)
+            with reading(part, _AGAIN):
+                rows = pq.read_table(part, columns=_LIGHT).select(_LIGHT)
             tables.append(rows.append_column("part", pa.array(np.full(len(rows), index, np.int32))))
         if tables:
             return pa.concat_tables(tables)
         empty = pa.schema([feature_schema(1, "float16").field(name) for name in _LIGHT])
         return empty.append(pa.field("part", pa.int32())).empty_table()
+
+    def check(self, fingerprint: str) -> dict[str, Any]:
+        """Give the manifest of a table that is complete for one preparation of the dataset.
+
+        Raises:
+            UserError: There is no table, it is unfinished, or of another preparation.
+        """
+        manifest = self.manifest()
+        again = f"run: mmrec extract --dataset {self.dataset} --{self.modality} BACKBONE"
+        if manifest is None:
+            state = "is unfinished" if self.parts() else "does not exist"
+            raise UserError(f"the feature table {self.label} of {self.dataset} {state}; {again}")
+        if manifest["items"] != fingerprint:
+            raise UserError(
+                f"the feature table {self.label} belongs to an earlier preparation of"
+                f" {self.dataset}; {again} (what is already encoded is reused)"
+            )
+        return manifest
 
     def digest(self) -> str:
         """Hash of which content stands behind each item's vector, whatever part holds it."""
@@ -146,28 +176,23 @@ class FeatureTable:
         Raises:
             UserError: There is no table, it is unfinished, mixed, or of another preparation.
         """
+        manifest = self.check(fingerprint)
         provenance = self.provenance()
-        manifest = self.manifest()
-        again = f"run: mmrec extract --dataset {self.dataset} --{self.modality} BACKBONE"
-        if provenance is None or manifest is None:
-            state = "is unfinished" if provenance else "does not exist"
-            raise UserError(f"the feature table {self.label} of {self.dataset} {state}; {again}")
-        if manifest["items"] != fingerprint:
-            raise UserError(
-                f"the feature table {self.label} belongs to an earlier preparation of"
-                f" {self.dataset}; {again} (what is already encoded is reused)"
-            )
+        if provenance is None:
+            raise UserError(f"{self.path} has a manifest and no part; {_AGAIN}")
         vectors = np.zeros((n_items, provenance.dim), dtype=provenance.dtype)
         present = np.zeros(n_items, dtype=np.bool_)
         for part in self.parts():
             for rows in _row_groups(part):
                 item = rows.column("item").to_numpy()
+                if not ((item >= 0) & (item < n_items)).all():
+                    raise UserError(f"{part} has an item that is not in 0..{n_items - 1}; {_AGAIN}")
                 vectors[item] = _vectors(rows, provenance.dim)
                 present[item] = True
         if int(present.sum()) != manifest["rows"]:
             raise UserError(
                 f"the feature table {self.label} of {self.dataset} has vectors of"
-                f" {int(present.sum())} items, its manifest says {manifest['rows']}; {again}"
+                f" {int(present.sum())} items, its manifest says {manifest['rows']}; {_AGAIN}"
             )
         return FeatureMatrix(vectors=vectors, present=present, provenance=provenance)
 
@@ -284,18 +309,19 @@ def embedding_array(vectors: npt.NDArray[Any]) -> pa.FixedSizeListArray:
 
 
 def _read_provenance(part: Path) -> Provenance:
-    metadata = pq.read_schema(part).metadata or {}
-    if _KEY not in metadata:
-        raise UserError(f"{part} does not say where it came from; remove it and extract again")
-    document = json.loads(metadata[_KEY])
-    known = {entry.name for entry in fields(Provenance)}
-    if set(document) != known:
-        raise UserError(f"{part} was written by another version; remove its folder, extract again")
-    return Provenance(**document)
+    with reading(part, _AGAIN):
+        metadata = pq.read_schema(part).metadata or {}
+        if _KEY not in metadata:
+            raise UserError(f"{part} does not say where it came from; {_AGAIN}")
+        document = json.loads(metadata[_KEY])
+        provenance = Provenance(**document)
+        if any(type(getattr(provenance, name)) is not kind for name, kind in _KINDS.items()):
+            raise UserError(f"{part} was written by another version; {_AGAIN}")
+    return provenance
 
 
 def _row_groups(part: Path) -> Iterator[pa.Table]:
-    with pq.ParquetFile(part) as file:
+    with reading(part, _AGAIN), pq.ParquetFile(part) as file:
         for group in range(file.num_row_groups):
             yield file.read_row_group(group, columns=["item", "embedding"])
 

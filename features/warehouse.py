@@ -3,8 +3,8 @@
 import json
 import os
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+import tomllib
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,8 @@ from features.errors import UserError, unknown
 
 MARKER = ".mmrec-warehouse"
 RESERVED = ("runs", "raw")  # folders beside the datasets
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_LONGEST_NAME = 100
+_NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{_LONGEST_NAME - 1}}}")
 
 
 def slug(name: str) -> str:
@@ -95,8 +96,8 @@ class Warehouse:
         """
         if not _NAME.fullmatch(name) or name in RESERVED:
             raise UserError(
-                f"dataset name {name!r} cannot be a folder here; use letters, digits, '.', '_', '-'"
-                f" (not {', '.join(RESERVED)})"
+                f"dataset name {name!r} cannot be a folder here; use letters, digits, '.', '_',"
+                f" '-', at most {_LONGEST_NAME} of them (not {', '.join(RESERVED)})"
             )
         return name
 
@@ -179,6 +180,18 @@ class Warehouse:
         found = [path.parent for path in self.runs_dir.glob("*/config.toml")]
         return [path.name for path in sorted(found, key=lambda p: (_created(p), p.name))]
 
+    def require(self) -> None:
+        """Refuse to answer questions about a root that is not there: a misspelt one is not empty.
+
+        Raises:
+            UserError: There is no such folder.
+        """
+        if not self.root.is_dir():
+            raise UserError(
+                f"there is no warehouse in {self.root}; give another by --warehouse, or run:"
+                " mmrec prepare --dataset demo"
+            )
+
     def choose_run(self, name: str | None) -> tuple[Path, str]:
         """Pick the run of a command: the one given, else the last one.
 
@@ -197,8 +210,13 @@ class Warehouse:
         return self.runs_dir / name, "given"
 
 
-def _created(run: Path) -> int:
-    return (run / "config.toml").stat().st_mtime_ns
+def _created(run: Path) -> str:
+    """When a run began, as it says itself: times of files do not survive being copied."""
+    try:
+        with (run / "config.toml").open("rb") as stream:
+            return str(tomllib.load(stream)["run"]["created"])
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError, KeyError, TypeError):
+        return ""  # a damaged one is never the last one; named, it says what is wrong
 
 
 def read_json(path: Path) -> Any:
@@ -209,16 +227,23 @@ def read_json(path: Path) -> Any:
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(
-            f"{path} is damaged ({error}); remove it and run the command again"
+            f"{path} is damaged ({error}); run again the command that wrote it"
         ) from None
 
 
-def _info(document: Mapping[str, Any], path: Path) -> DatasetInfo:
-    try:
-        return DatasetInfo(**document)
-    except TypeError as error:
+def _info(document: Any, path: Path) -> DatasetInfo:
+    known = {entry.name: entry.type for entry in fields(DatasetInfo)}
+    wrong = [
+        name
+        for name, kind in known.items()
+        if not isinstance(document, dict) or type(document.get(name)) is not kind
+    ]
+    if wrong or document.keys() != known.keys():
+        what = f"without a usable {wrong[0]}" if wrong else "with entries of another version"
         raise UserError(
-            f"{path} was written by another version ({error}); run mmrec prepare again"
-        ) from None
+            f"{path} is damaged ({what}); run: mmrec prepare --dataset {path.parent.name}"
+            " --format FORMAT --raw DIR (FORMAT only for one of your own)"
+        )
+    return DatasetInfo(**document)

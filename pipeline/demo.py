@@ -4,8 +4,9 @@ Every item has a taste and a topic. The taste is only in its picture and clip (a
 shape), the topic only in its title (words of one field). Every user keeps to one taste most of the
 time, and goes from topic to topic in one fixed order most of the time. So the next item is known by
 the taste of the user and the topic of the last item: whoever sees pictures, titles and order
-predicts well, popularity does not. A tenth of the items is new: at most a few training interactions
-or none, but the target of some users, who can only be served by what the items show.
+predicts well, popularity does not. A tenth of the items is new: combinations of a taste and a topic
+that there were not before. They have a few training interactions or none, but are the target of
+some users, who can only be served by what the items show.
 """
 
 import csv
@@ -87,9 +88,10 @@ def make_demo(raw: Path, *, users: int = 2000, items: int = 432, seed: int = 0) 
 
 
 def _catalogue(items: int, random: np.random.Generator) -> list[DemoItem]:
-    """Spread the items evenly over the cells; the last of some cells are new."""
+    """Spread the items evenly over the cells; all items of some cells are new."""
     cells = len(TASTES) * len(TOPICS)
     order = random.permutation(items)
+    new = random.choice(cells, round(cells * NEW_SHARE), replace=False)
     catalogue: list[DemoItem] = []
     for place in range(items):
         cell = place % cells
@@ -98,7 +100,7 @@ def _catalogue(items: int, random: np.random.Generator) -> list[DemoItem]:
                 item_id=f"i{order[place] + 1:04d}",
                 taste=cell % len(TASTES),
                 topic=cell // len(TASTES),
-                new=place >= round(items * (1 - NEW_SHARE)),
+                new=bool(np.isin(cell, new)),
             )
         )
     return sorted(catalogue, key=lambda item: item.item_id)
@@ -115,9 +117,10 @@ def _write_interactions(
         cells.setdefault((item.taste, item.topic), []).append(index)
     # Within a cell some items are more liked than others, so that popularity is not quite blind.
     appeal = random.gamma(1.5, 1.0, len(catalogue)) + 0.2
-    trained = np.zeros(len(catalogue), dtype=np.int64)  # of new items only
+    trained = np.zeros(len(catalogue), dtype=np.int64)
     # Half of the new items are never trained on, the other half a few times.
     most = np.where(np.arange(len(catalogue)) % 2 == 0, 0, 4)
+    most[[not item.new for item in catalogue]] = np.iinfo(np.int64).max
     rows: list[tuple[str, str, int]] = []
     for user in range(users):
         length = int(random.integers(8, 19))
@@ -130,19 +133,17 @@ def _write_interactions(
             here = taste if follows[0] else int(random.integers(len(TASTES)))
             topic = (topic + 1) % len(TOPICS) if follows[1] else int(random.integers(len(TOPICS)))
             held_out = step >= length - 2
-            weight = np.array(
-                [
-                    0.0
-                    if index in seen
-                    else _weight(catalogue[index].new, held_out, trained[index], most[index])
-                    * appeal[index]
+            while not (
+                open_ := [
+                    index
                     for index in cells[here, topic]
+                    if index not in seen and (held_out or trained[index] < most[index])
                 ]
-            )
-            if not weight.any():
-                continue
-            chosen = int(random.choice(cells[here, topic], p=weight / weight.sum()))
-            trained[chosen] += catalogue[chosen].new and not held_out
+            ):  # what is not there yet, or used up: the same topic in another taste
+                here = int(random.integers(len(TASTES)))
+            weight = appeal[open_]
+            chosen = int(random.choice(open_, p=weight / weight.sum()))
+            trained[chosen] += not held_out
             seen.add(chosen)
             rows.append((f"u{user + 1:05d}", catalogue[chosen].item_id, time))
             # Some interactions bear the time of the one before: the order of the file decides.
@@ -151,15 +152,6 @@ def _write_interactions(
         writer = csv.writer(stream)
         writer.writerow(["user_id", "item_id", "timestamp"])
         writer.writerows(rows)
-
-
-def _weight(new: bool, held_out: bool, trained: int, most: int) -> float:
-    """How much likelier an item is than its appeal; new ones come almost only at the end."""
-    if not new:
-        return 1.0
-    if held_out:
-        return 2.5
-    return 0.5 if trained < most else 0.0
 
 
 # -- what items show ------------------------------------------------------------------------

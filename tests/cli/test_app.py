@@ -250,3 +250,29 @@ def test_a_run_is_not_evaluated_on_other_interactions(tmp_path: Path) -> None:
     prepare(6)
     for words in (("eval",), ("train", "--resume")):
         assert "interactions=" in run(*words, "--run", "old", "--warehouse", root, code=2).stderr
+
+
+def test_a_mistyped_option_or_command_is_one_line(tmp_path: Path) -> None:
+    for words in (["train", "--modle", "sasrec"], ["trian"], ["sql"], ["prepare", "--k-core", "x"]):
+        said = run(*words, code=2).stderr
+        assert said.startswith("error: ")
+        assert said.count("\n") == 1
+        assert "--help" in said
+
+
+def test_a_folder_that_may_not_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    root = tmp_path / "file" / "below"
+    result = run("prepare", "--dataset", "demo", "--warehouse", str(root), code=2)
+    assert result.stderr.splitlines()[-1].startswith(f"error: {tmp_path / 'file'}")
+
+
+def test_sql_gives_numbers_and_texts_that_others_can_read(tmp_path: Path) -> None:
+    (tmp_path / "w").mkdir()
+    ask = ("--warehouse", str(tmp_path / "w"))
+    statement = "SELECT sum(range) AS s, 0.5::DECIMAL(4, 2) AS d FROM range(3)"
+    assert json.loads(run("sql", statement, "--json", *ask).stdout) == [{"s": 3, "d": 0.5}]
+    statement = "SELECT [1, NULL] AS l, INTERVAL 3 DAY AS i"
+    (row,) = csv.DictReader(io.StringIO(run("sql", statement, "--csv", *ask).stdout))
+    assert json.loads(row["l"]) == [1, None]
+    assert "3" in row["i"]

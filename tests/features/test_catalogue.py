@@ -6,7 +6,8 @@ import pytest
 
 from features.catalogue import VIEWS, query, view_name
 from features.errors import UserError
-from features.schema import feature_schema
+from features.files import write_table
+from features.schema import FAILURES, feature_schema
 from features.store import FeatureStore, Provenance, embedding_array
 from features.warehouse import Warehouse
 from tests.pipeline import tiny
@@ -36,7 +37,9 @@ def add_table(warehouse: Warehouse, backbone: str, modality: str, dim: int) -> N
         dtype="float16",
         dim=dim,
     )
-    FeatureStore(warehouse).table("tiny", backbone, modality).append(rows, provenance)
+    table = FeatureStore(warehouse).table("tiny", backbone, modality)
+    table.append(rows, provenance)
+    table.finish(warehouse.info("tiny").fingerprint, provenance)
 
 
 def value(warehouse: Warehouse, sql: str) -> object:
@@ -96,7 +99,7 @@ def test_nothing_is_written(
     warehouse: Warehouse, statement: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="only reads"):
+    with pytest.raises(UserError, match="runs a SELECT, DESCRIBE or SHOW, not "):
         query(warehouse, statement)
     assert not list(tmp_path.glob("x.*"))
 
@@ -110,12 +113,85 @@ def test_nothing_outside_is_read(warehouse: Warehouse, source: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_a_damaged_run_is_named(warehouse: Warehouse) -> None:
+def test_what_is_damaged_is_named_and_the_rest_answers(
+    warehouse: Warehouse, tmp_path: Path
+) -> None:
+    tiny.prepare(warehouse, tmp_path, ids=["a", "b", "c"])
+    add_table(warehouse, "whole", "image", 4)
+    add_table(warehouse, "cut", "image", 4)
+    part = next((warehouse.dataset_dir("tiny") / "features" / "cut").rglob("part-*"))
+    part.write_bytes(part.read_bytes()[:200])
     folder = warehouse.runs_dir / "broken"
     folder.mkdir(parents=True)
     (folder / "config.toml").write_text("run = ")
-    with pytest.raises(UserError, match=r"broken/config\.toml is damaged"):
-        query(warehouse, "SELECT 1")
+    said: list[str] = []
+    assert query(warehouse, "SELECT DISTINCT backbone FROM features", said.append).column(
+        0
+    ).to_pylist() == ["whole"]
+    assert [
+        any(f"{path}" in line and "\n" not in line for line in said)
+        for path in (part, folder / "config.toml")
+    ] == [True, True]
+    assert len(said) == 2
+
+
+def test_a_damaged_dataset_table_is_one_line(warehouse: Warehouse, tmp_path: Path) -> None:
+    tiny.prepare(warehouse, tmp_path, ids=["a", "b", "c"])
+    part = next((warehouse.dataset_dir("tiny") / "items").glob("*.parquet"))
+    part.write_bytes(b"PAR1 and nothing else")
+    with pytest.raises(UserError, match="cannot be read") as caught:
+        query(warehouse, "SELECT count(*) FROM interactions")
+    assert "\n" not in str(caught.value)
+
+
+def test_tables_of_an_earlier_preparation_are_left_out_and_failures_find_their_item(
+    warehouse: Warehouse, tmp_path: Path
+) -> None:
+    tiny.prepare(warehouse, tmp_path, ids=["a", "b", "c"])
+    add_table(warehouse, "hashed", "image", 4)
+    failed = dict.fromkeys(FAILURES.names, "x") | {"item": 1, "item_id": "b"}
+    gone = failed | {"item": 0, "item_id": "a"}
+    path = warehouse.dataset_dir("tiny") / "failures" / "hashed-image.parquet"
+    write_table(path, pa.Table.from_pylist([gone, failed], FAILURES))
+    tiny.prepare(warehouse, tmp_path / "again", ids=["b", "c"])
+    said: list[str] = []
+    assert value(warehouse, "SELECT count(*) FROM features") == 0
+    query(warehouse, "SELECT 1", said.append)
+    assert "image=hashed belongs to an earlier preparation of tiny" in said[0]
+    found = query(warehouse, "SELECT item, item_id FROM failures").to_pylist()
+    assert found == [{"item": 0, "item_id": "b"}]
+
+
+def test_names_that_differ_in_a_dash_or_a_capital_have_views_of_their_own(
+    warehouse: Warehouse, tmp_path: Path
+) -> None:
+    tiny.prepare(warehouse, tmp_path, ids=["a", "b", "c"])
+    for backbone in ("my-model", "my_model"):
+        add_table(warehouse, backbone, "image", 4)
+    views = query(warehouse, "SHOW TABLES").column("name").to_pylist()
+    own = [name for name in views if name.startswith("features_tiny_my_model_image_")]
+    assert len(own) == 2
+    assert value(warehouse, "SELECT count(*) FROM features") == 6
+    for name in own:
+        assert value(warehouse, f"SELECT count(*) FROM {name}") == 3
+
+
+def test_a_folder_that_looks_like_a_partition_is_a_folder(tmp_path: Path) -> None:
+    warehouse = Warehouse(tmp_path / "item=7" / "user_id=x")
+    warehouse.create()
+    tiny.prepare(warehouse, tmp_path, ids=["a", "b", "c"])
+    assert value(warehouse, "SELECT list(item ORDER BY item) FROM items") == [0, 1, 2]
+
+
+def test_columns_of_one_name_all_stay(warehouse: Warehouse) -> None:
+    table = query(warehouse, "SELECT 1 AS a, 2 AS a, 3 AS a_1, 4 AS a")
+    assert table.column_names == ["a", "a_2", "a_1", "a_3"]
+    assert [column[0].as_py() for column in table.columns] == [1, 2, 3, 4]
+
+
+def test_a_root_that_is_not_there_is_no_empty_warehouse(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="there is no warehouse in"):
+        query(Warehouse(tmp_path / "misspelt"), "SELECT 1")
 
 
 @pytest.mark.parametrize(

@@ -122,7 +122,7 @@ def test_a_dataset_that_is_not_prepared(warehouse: Warehouse) -> None:
 
 def test_quoting() -> None:
     assert quoted("it's") == "'it''s'"
-    assert parquet_sql(Path("a'b")) == "read_parquet('a''b/*.parquet')"
+    assert parquet_sql(Path("a'b")) == "read_parquet('a''b/*.parquet', hive_partitioning = false)"
 
 
 def test_a_description_that_claims_more_users_is_refused(warehouse: Warehouse) -> None:

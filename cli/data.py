@@ -25,10 +25,10 @@ def datasets(json: JsonOption = False, warehouse: WarehouseOption = None) -> Non
         show.emit_json(rows)
         return
     show.table(
-        ["dataset", "format", "raw files", "prepared", "users", "items", "interactions", "k-core"],
+        ["dataset", "raw files", "prepared", "users", "items", "interactions", "k-core"],
         [
             [
-                row["dataset"], row["format"], "there" if row["raw_found"] else "-",
+                row["dataset"], "there" if row["raw_found"] else "-",
                 row["prepared"], row["users"], row["items"], row["interactions"], row["k_core"],
             ]
             for row in rows
@@ -37,7 +37,7 @@ def datasets(json: JsonOption = False, warehouse: WarehouseOption = None) -> Non
     show.out.print("\nwhere the raw files are looked for (another folder: --raw), and their source")
     for row in rows:
         files = "; ".join(map(_role, row["expected"].items()))
-        show.out.print(f"  {row['dataset']}: {row['raw']}", markup=False)
+        show.out.print(f"  {row['dataset']} ({row['format']}): {row['raw']}", markup=False)
         show.out.print(f"    {files or 'as prepared'}", markup=False)
         show.out.print(f"    from {row['source']}", markup=False)
 
@@ -177,6 +177,9 @@ def extract(
 
     house = Warehouse(warehouse)
     if dataset is not None and not house.is_prepared(dataset):
+        from pipeline.datasets import plan
+
+        plan(house.check_name(dataset), None)  # a name that nobody knows is refused first
         show.say(f"{dataset} is not prepared yet: preparing it from {house.raw_dir(dataset)}")
         info = run_prepare(house, dataset)
         if not json:

@@ -2,18 +2,21 @@
 
 import json
 import math
+import re
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
+from rich.cells import cell_len, set_cell_size
 from rich.console import Console
-from rich.table import Table
 
 # Without a terminal nothing is wrapped at 80 columns: a pipe has no width.
 _LONGEST = 80  # characters of one cell; --json and --csv give all
+_NARROW = 12  # characters to which a cell of text may be cut on a narrow terminal
 _WIDTH = None if sys.stdout.isatty() else 200
+_NUMBER = re.compile(r"-|-?[\d,.]+(e[-+]?\d+)?%?( \[.*\])?|\[.*\]")  # with its interval; a vector
 out = Console(highlight=False, soft_wrap=True, width=_WIDTH)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -43,15 +46,42 @@ def _finite(value: Any) -> Any:
 def table(
     columns: Sequence[str], rows: Iterable[Sequence[Any]], *, title: str | None = None
 ) -> None:
-    """Print a table; columns that hold numbers are aligned on the right."""
+    """Print a table; numbers are aligned on the right and whole, long texts give way to them."""
     cells = [[cell(value) for value in row] for row in rows]
-    values = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
-    for index, column in enumerate(columns):
-        numeric = bool(cells) and all(_is_number(row[index]) for row in cells)
-        values.add_column(column, justify="right" if numeric else "left", overflow="fold")
+    numeric = [
+        bool(cells) and all(_is_number(row[index]) for row in cells)
+        for index in range(len(columns))
+    ]
+    widths = [
+        max(map(cell_len, (*column.split("\n"), *(row[index] for row in cells))))
+        for index, column in enumerate(columns)
+    ]
+    natural = list(widths)
+    while sum(widths) + 2 * (len(widths) - 1) > out.width:
+        wide = [i for i, width in enumerate(widths) if width > _NARROW and not numeric[i]]
+        if not wide:
+            widths = natural  # the terminal wraps these lines
+            break
+        widths[max(wide, key=widths.__getitem__)] -= 1
+    heads = [column.split("\n") for column in columns]
+    tallest = max(map(len, heads))
+    heads = [[""] * (tallest - len(head)) + head for head in heads]
+    if title:
+        out.print(title, style="bold", markup=False)
+    for head in zip(*heads, strict=True):
+        out.print(_row(head, widths, numeric), style="bold", markup=False)
     for row in cells:
-        values.add_row(*(_escape(text) for text in row))
-    out.print(values)
+        out.print(_row(row, widths, numeric), markup=False)
+
+
+def _row(texts: Sequence[str], widths: Sequence[int], numeric: Sequence[bool]) -> str:
+    """One line; widths are those of a terminal, where some characters take two columns."""
+    fitted = []
+    for text, width, right in zip(texts, widths, numeric, strict=True):
+        shown = text if cell_len(text) <= width else set_cell_size(text, width - 1) + "…"
+        space = " " * (width - cell_len(shown))
+        fitted.append(space + shown if right else shown + space)
+    return "  ".join(fitted).rstrip()
 
 
 def cell(value: Any) -> str:
@@ -74,13 +104,7 @@ def cell(value: Any) -> str:
 
 
 def _is_number(text: str) -> bool:
-    return text == "-" or (
-        bool(text) and text[0] in "-0123456789[" and any(c.isdigit() for c in text)
-    )
-
-
-def _escape(text: str) -> str:
-    return text.replace("[", r"\[")
+    return _NUMBER.fullmatch(text) is not None
 
 
 def seconds(value: float) -> str:

@@ -20,8 +20,8 @@ def sql(
 ) -> None:
     """Ask SQL of the warehouse; it only reads.
 
-    The views: items, interactions, splits, features, failures, runs, metrics, predictions. Each
-    feature table is also a view of its own, whose embedding is FLOAT[D]:
+    The views: items, interactions, splits, cold, features, failures, runs, metrics, predictions.
+    Each feature table is also a view of its own, whose embedding is FLOAT[D]:
     features_DATASET_BACKBONE_MODALITY.
     """
     if json and csv:

@@ -1,7 +1,8 @@
 """The SQL side: read-only views over everything in a warehouse.
 
-``items``, ``interactions``, ``splits``, ``features``, ``failures``, ``runs``, ``metrics`` and
-``predictions`` are always there, empty when nothing has been written yet. Each feature table also
+``items``, ``interactions``, ``splits``, ``cold`` (held-out interactions with cold items),
+``features``, ``failures``, ``runs``, ``metrics`` and ``predictions`` are always there, empty when
+nothing has been written yet. Each feature table also
 has a view of its own, ``features_<dataset>_<backbone>_<modality>``, whose embedding is always
 ``FLOAT[D]``. What cannot be shown (an unfinished table, a damaged run) is left out and said.
 """
@@ -23,12 +24,13 @@ from features.dataset import exact_pattern, parquet_sql, quoted
 from features.errors import UserError
 from features.files import reading
 from features.schema import FAILURES, INTERACTIONS, ITEMS, METRICS, PREDICTIONS
-from features.splits import split_sql
+from features.splits import cold_sql, split_sql
 from features.store import FeatureStore, FeatureTable
 from features.warehouse import DatasetInfo, Warehouse
 
 VIEWS = (
-    "items", "interactions", "splits", "features", "failures", "runs", "metrics", "predictions",
+    "items", "interactions", "splits", "cold", "features", "failures", "runs", "metrics",
+    "predictions",
 )  # fmt: skip
 MEMORY = "8GB"  # of DuckDB's own; beyond it, it spills
 _RUN_COLUMNS = ("run", "dataset", "model", "created", "seed", "features", "parameters")
@@ -79,6 +81,10 @@ def _views(db: duckdb.DuckDBPyConnection, warehouse: Warehouse, say: Callable[[s
     columns = "dataset, user, user_id, item, timestamp, position, split"
     empty = f"SELECT * FROM (SELECT *, '' AS split FROM {_empty(INTERACTIONS)})"
     db.execute(f"CREATE VIEW splits AS SELECT {columns} FROM ({_union(split, empty)})")
+    cold = [_cold_of(warehouse, name) for name in datasets]
+    columns = "dataset, user, item, position, split"
+    empty = f"SELECT {columns} FROM (SELECT *, '' AS split FROM {_empty(INTERACTIONS)})"
+    db.execute(f"CREATE VIEW cold AS SELECT {columns} FROM ({_union(cold, empty)})")
     _feature_views(db, warehouse, datasets, say)
     # The index of an item changes with a preparation, its id does not.
     columns = ", ".join(f"f.{name}" for name in FAILURES.names if name != "item")
@@ -156,6 +162,12 @@ def _of(warehouse: Warehouse, dataset: str, table: str) -> str:
 def _split_of(warehouse: Warehouse, dataset: str) -> str:
     source = parquet_sql(warehouse.dataset_dir(dataset) / "interactions")
     return f"SELECT {quoted(dataset)} AS dataset, * FROM ({split_sql(source)})"
+
+
+def _cold_of(warehouse: Warehouse, dataset: str) -> str:
+    folder = warehouse.dataset_dir(dataset)
+    interactions, items = parquet_sql(folder / "interactions"), parquet_sql(folder / "items")
+    return f"SELECT {quoted(dataset)} AS dataset, * FROM ({cold_sql(interactions, items)})"
 
 
 def _empty(schema: pa.Schema, first: str = "dataset") -> str:

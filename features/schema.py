@@ -6,8 +6,6 @@ Readers and writers share these; the prose contract is in ``warehouse/README.md`
 import pyarrow as pa
 
 MODALITIES = ("image", "text", "video")
-LEVELS = ("pooled",)
-SPLITS = ("train", "validation", "test")
 
 
 def _required(name: str, kind: pa.DataType) -> pa.Field:

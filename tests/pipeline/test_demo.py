@@ -123,7 +123,10 @@ def test_new_items_are_cold_and_targets(
     prepare(warehouse, "demo", raw=raw)
     dataset = load_dataset(warehouse, "demo")
     new = np.array([item.new for item in truth])
-    assert new.sum() == 19
+    cells = {(item.taste, item.topic) for item in truth if item.new}
+    assert len(cells) == 5  # of 48: nobody could have met such an item before
+    assert all(item.new for item in truth if (item.taste, item.topic) in cells)
+    assert new.sum() == 20
     assert dataset.cold[new].all()
     assert (dataset.train_counts[new] == 0).any()
     assert (dataset.train_counts[new] > 0).any()

@@ -5,7 +5,8 @@ needs to go on to the bit: weights, AdamW's moments, the random state, and where
 """
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.optim import AdamW
 
 from features.errors import UserError
 from features.files import whole
+
+_MOST = 3  # differences that one line names
+_NOTHING = object()
 
 
 @dataclass(kw_only=True, slots=True)
@@ -49,21 +54,24 @@ def load_weights(path: Path, model: nn.Module, identity: dict[str, Any]) -> None
     """Load weights into a model that was built for the same thing.
 
     Raises:
-        UserError: The file is absent, damaged, or was written for something else.
+        UserError: The file is absent, damaged, or was written for something else; the model is as
+            it was.
     """
-    tensors, metadata = _read(path)
-    _check(path, json.loads(metadata["mmrec"]), identity)
+    resume = f"mmrec train --resume --run {path.parent.name}"
+    tensors, document = _read(path, f"go on with {resume}, or train again")
+    _check(path, document, identity)
+    _fit(path, tensors, model.state_dict())
     model.load_state_dict(tensors)
 
 
 def save_state(
     path: Path,
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: AdamW,
     progress: Progress,
     identity: dict[str, Any],
 ) -> None:
-    """Write all that a resumed run needs."""
+    """Write all that a resumed run needs, once every parameter has had a step."""
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     for index, state in optimizer.state_dict()["state"].items():
         for key, value in state.items():
@@ -78,29 +86,34 @@ def save_state(
 
 
 def load_state(
-    path: Path,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    identity: dict[str, Any],
+    path: Path, model: nn.Module, optimizer: AdamW, identity: dict[str, Any]
 ) -> Progress:
     """Put model, optimizer and random state back where they were.
 
     Raises:
-        UserError: The file is absent, damaged, or of a run with another configuration.
+        UserError: The file is absent, damaged, or of a run with another configuration; model,
+            optimizer and random state are as they were.
     """
-    tensors, metadata = _read(path)
-    document = json.loads(metadata["mmrec"])
+    tensors, document = _read(path, "train again")
+    if document.keys() != {"identity", "progress"} or not isinstance(document["identity"], dict):
+        raise _damaged(path, "it is no state of a training")
     _check(path, document["identity"], identity)
+    progress = _progress(path, document["progress"])
+    random = {f"random.{name}": value for name, value in _under("random.", tensors).items()}
+    tensors = {name: value for name, value in tensors.items() if name not in random}
+    _fit(path, tensors, _expected(model, optimizer))
+    _check_random(path, random)
+
     model.load_state_dict(_under("model.", tensors))
     state: dict[int, dict[str, Tensor]] = {}
     for name, tensor in _under("optimizer.", tensors).items():
         index, key = name.split(".", 1)
         state.setdefault(int(index), {})[key] = tensor
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-    torch.set_rng_state(tensors["random.cpu"])
-    if "random.cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["random.cuda"])
-    return Progress(**document["progress"])
+    torch.set_rng_state(random["random.cpu"])
+    if "random.cuda" in random and torch.cuda.is_available():
+        torch.cuda.set_rng_state(random["random.cuda"])
+    return progress
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -111,23 +124,98 @@ def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _damaged(path: Path, reason: object) -> UserError:
+    return UserError(f"{path} is damaged ({' '.join(str(reason).split())}); train again")
+
+
+def _read(path: Path, remedy: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not path.exists():
-        raise UserError(
-            f"{path} is not there: the run ended before it was saved;"
-            " go on with mmrec train --resume, or train again"
-        )
+        raise UserError(f"{path} is not there: the run ended before it was saved; {remedy}")
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is damaged ({error}); train again") from None
+            document = json.loads((file.metadata() or {})["mmrec"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except KeyError:
+        raise _damaged(path, "it does not say what it is for") from None
+    except (SafetensorError, OSError, ValueError) as error:  # ValueError: not JSON
+        raise _damaged(path, error) from None
+    if not isinstance(document, dict):
+        raise _damaged(path, "it does not say what it is for")
+    return tensors, document
+
+
+def _fit(path: Path, tensors: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    """Refuse tensors that are not exactly the wanted ones, by name, shape and kind of number."""
+    for name in sorted(tensors.keys() | wanted.keys()):
+        if name not in tensors:
+            raise _damaged(path, f"{name} is missing")
+        if name not in wanted:
+            raise _damaged(path, f"{name} has no place")
+        held, place = (f"{t.dtype} {list(t.shape)}" for t in (tensors[name], wanted[name]))
+        if held != place:
+            raise _damaged(path, f"{name} is {held}, not {place}")
+
+
+def _expected(model: nn.Module, optimizer: AdamW) -> dict[str, Tensor]:
+    wanted = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    parameters = [held for group in optimizer.param_groups for held in group["params"]]
+    for index, parameter in enumerate(parameters):
+        wanted[f"optimizer.{index}.step"] = torch.zeros(())
+        wanted[f"optimizer.{index}.exp_avg"] = wanted[f"optimizer.{index}.exp_avg_sq"] = parameter
+    return wanted
+
+
+def _check_random(path: Path, random: dict[str, Tensor]) -> None:
+    if "random.cpu" not in random:
+        raise _damaged(path, "random.cpu is missing")
+    for name, state in random.items():
+        device = name.removeprefix("random.")
+        if device == "cpu" or torch.cuda.is_available():
+            try:
+                torch.Generator(device=device).set_state(state)
+            except (RuntimeError, TypeError):
+                raise _damaged(path, f"{name} is no random state") from None
+
+
+def _progress(path: Path, document: Any) -> Progress:
+    kinds = {field.name: field.type for field in fields(Progress)}
+    found = document if isinstance(document, dict) else {}
+    for key in sorted(kinds.keys() | found.keys()):
+        if type(found.get(key)) is not kinds.get(key):
+            raise _damaged(path, f"its progress has {key}={found.get(key)!r}")
+    return Progress(**found)
 
 
 def _check(path: Path, held: dict[str, Any], wanted: dict[str, Any]) -> None:
-    for key in wanted:
-        if held.get(key) != wanted[key]:
-            raise UserError(
-                f"{path} was written for {key}={held.get(key)!r}, not {wanted[key]!r};"
-                " give the run's own settings or start a new run"
+    if not wanted.keys() <= held.keys():
+        raise _damaged(path, "it does not say what it is for")
+    found = list(_differences("", held, wanted))
+    if found:
+        more = f" and {len(found) - _MOST} more" if len(found) > _MOST else ""
+        raise UserError(
+            f"{path} was written for {'; '.join(found[:_MOST])}{more};"
+            " put that back as it was, or train again"
+        )
+
+
+def _differences(name: str, held: Any, wanted: Any) -> Iterator[str]:
+    """What differs, each as ``train.lr=0.1, not 0.2``: never a whole table."""
+    held, wanted = _by_name(held), _by_name(wanted)
+    if isinstance(held, dict) and isinstance(wanted, dict):
+        for key in sorted(held.keys() | wanted.keys()):
+            yield from _differences(
+                f"{name}.{key}".lstrip("."), held.get(key, _NOTHING), wanted.get(key, _NOTHING)
             )
+    elif held != wanted:
+        yield f"{name}={_shown(held)}, not {_shown(wanted)}"
+
+
+def _by_name(value: Any) -> Any:
+    """Tables of features by their modality, so that one more does not make all of them differ."""
+    if isinstance(value, list) and all(isinstance(entry, dict) for entry in value):
+        return {str(entry.get("modality", i)): entry for i, entry in enumerate(value)}
+    return value
+
+
+def _shown(value: Any) -> str:
+    return "..." if isinstance(value, dict) else "nothing" if value is _NOTHING else repr(value)

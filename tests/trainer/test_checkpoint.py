@@ -1,0 +1,173 @@
+"""Checkpoints with valid syntax and wrong content: refused in one line, and nothing is loaded."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.optim import AdamW
+
+from features.errors import UserError
+from trainer.checkpoint import Progress, load_state, load_weights, save_state, save_weights
+
+IDENTITY = {
+    "model": "m",
+    "train": {"lr": 0.1, "seed": 1},
+    "features": [{"modality": "text", "backbone": "a", "dim": 3}],
+}
+Tensors = dict[str, Tensor]
+Document = dict[str, Any]
+
+
+def trained(seed: int) -> tuple[nn.Module, AdamW]:
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3))
+    optimizer = AdamW(model.parameters(), lr=0.1)
+    model(torch.randn(4, 2)).square().sum().backward()
+    optimizer.step()
+    return model, optimizer
+
+
+def read(path: Path) -> tuple[Tensors, Document]:
+    with safe_open(path, framework="pt") as file:
+        names = list(file.keys())
+        return {n: file.get_tensor(n) for n in names}, json.loads(file.metadata()["mmrec"])
+
+
+def write(path: Path, tensors: Tensors, document: object) -> None:
+    save_file(tensors, path, metadata={"mmrec": json.dumps(document)})
+
+
+def contents(model: nn.Module, optimizer: AdamW) -> list[Tensor]:
+    state = optimizer.state_dict()["state"]
+    moments = [value for entry in state.values() for _, value in sorted(entry.items())]
+    return [t.clone() for t in (*model.state_dict().values(), *moments, torch.get_rng_state())]
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    model, optimizer = trained(0)
+    save_weights(tmp_path / "model.safetensors", model, IDENTITY)
+    save_state(tmp_path / "resume.safetensors", model, optimizer, Progress(step=3), IDENTITY)
+    return tmp_path
+
+
+def test_what_was_saved_comes_back(files: Path) -> None:
+    saved = contents(*trained(0))
+    model, optimizer = trained(1)
+    progress = load_state(files / "resume.safetensors", model, optimizer, IDENTITY)
+    assert progress == Progress(step=3)
+    assert all(map(torch.equal, contents(model, optimizer), saved))
+    model, optimizer = trained(1)
+    load_weights(files / "model.safetensors", model, IDENTITY)
+    weights = model.state_dict().values()
+    assert all(map(torch.equal, weights, saved[: len(weights)]))
+
+
+def change(**values: Any) -> Callable[[Tensors, Document], None]:
+    def apply(tensors: Tensors, document: Document) -> None:
+        document["progress"].update(values)
+
+    return apply
+
+
+BROKEN: dict[str, tuple[Callable[[Tensors, Document], object], str]] = {
+    "a weight is missing": (lambda t, d: t.pop("model.0.weight"), "model.0.weight is missing"),
+    "a moment is missing": (lambda t, d: t.pop("optimizer.2.exp_avg"), "exp_avg is missing"),
+    "no random state": (lambda t, d: t.pop("random.cpu"), "random.cpu is missing"),
+    "a strange tensor": (lambda t, d: t.update(x=torch.ones(1)), "x has no place"),
+    "another shape": (
+        lambda t, d: t.update({"model.0.weight": torch.ones(3)}),
+        r"model.0.weight is torch.float32 \[3\], not torch.float32 \[3, 2\]",
+    ),
+    "another kind": (
+        lambda t, d: t.update({"optimizer.0.step": torch.ones((), dtype=torch.float64)}),
+        "optimizer.0.step is torch.float64",
+    ),
+    "a wrong random state": (
+        lambda t, d: t.update({"random.cpu": torch.ones(9, dtype=torch.uint8)}),
+        "random.cpu is no random state",
+    ),
+    "a random state of floats": (
+        lambda t, d: t.update({"random.cpu": torch.ones(9)}),
+        "random.cpu is no random state",
+    ),
+    "a strange key of progress": (change(pace=3), "its progress has pace=3"),
+    "a wrong value of progress": (change(epoch="2"), "its progress has epoch='2'"),
+    "a key of progress is missing": (lambda t, d: d["progress"].pop("best"), "has best=None"),
+    "progress is no table": (lambda t, d: d.update(progress=[1]), "its progress has best=None"),
+    "no progress": (lambda t, d: d.pop("progress"), "it is no state of a training"),
+    "identity is no table": (lambda t, d: d.update(identity=[1]), "it is no state of a training"),
+    "half an identity": (lambda t, d: d["identity"].pop("train"), "does not say what it is for"),
+}
+
+
+@pytest.mark.parametrize("how", list(BROKEN))
+def test_a_damaged_state_is_one_line_and_loads_nothing(files: Path, how: str) -> None:
+    path = files / "resume.safetensors"
+    tensors, document = read(path)
+    BROKEN[how][0](tensors, document)
+    write(path, tensors, document)
+    model, optimizer = trained(1)
+    before = contents(model, optimizer)
+    with pytest.raises(UserError, match=rf"is damaged \(.*{BROKEN[how][1]}") as caught:
+        load_state(path, model, optimizer, IDENTITY)
+    assert "\n" not in str(caught.value)
+    assert all(map(torch.equal, contents(model, optimizer), before))
+
+
+@pytest.mark.parametrize("metadata", [None, {"mmrec": "{"}, {"mmrec": "[1]"}, {"other": "1"}])
+@pytest.mark.parametrize("name", ["model", "resume"])
+def test_a_file_that_does_not_say_what_it_is_for(
+    files: Path, name: str, metadata: dict[str, str] | None
+) -> None:
+    path = files / f"{name}.safetensors"
+    tensors, _ = read(path)
+    save_file(tensors, path, metadata=metadata)
+    model, optimizer = trained(1)
+    loads: dict[str, Callable[[], object]] = {
+        "model": lambda: load_weights(path, model, IDENTITY),
+        "resume": lambda: load_state(path, model, optimizer, IDENTITY),
+    }
+    with pytest.raises(UserError, match="is damaged"):
+        loads[name]()
+
+
+def test_one_kind_of_checkpoint_is_not_the_other(files: Path) -> None:
+    model, optimizer = trained(1)
+    with pytest.raises(UserError, match="it is no state of a training"):
+        load_state(files / "model.safetensors", model, optimizer, IDENTITY)
+    with pytest.raises(UserError, match="it does not say what it is for"):
+        load_weights(files / "resume.safetensors", model, IDENTITY)
+
+
+def test_weights_of_another_shape_are_refused(files: Path) -> None:
+    tensors, document = read(files / "model.safetensors")
+    write(files / "model.safetensors", {**tensors, "0.bias": torch.ones(7)}, document)
+    model, _ = trained(1)
+    with pytest.raises(UserError, match=r"0.bias is torch.float32 \[7\], not torch.float32 \[3\]"):
+        load_weights(files / "model.safetensors", model, IDENTITY)
+
+
+def test_only_what_differs_is_named(files: Path) -> None:
+    model, _ = trained(1)
+    text = {"modality": "text", "backbone": "a", "dim": 3}
+    image = {"modality": "image", "backbone": "b", "dim": 5}
+    for other, message in (
+        ({"train": {"lr": 0.2, "seed": 1}}, "for train.lr=0.1, not 0.2; put"),
+        ({"model": "n"}, "for model='m', not 'n'; put"),
+        ({"features": [{**text, "dim": 4}]}, "for features.text.dim=3, not 4; put"),
+        ({"features": [image, text]}, r"for features.image=nothing, not \.\.\.; put"),
+        ({"features": []}, r"for features.text=\.\.\., not nothing; put"),
+        (
+            {"model": "n", "train": {"lr": 0.2, "seed": 2}, "features": [{**text, "dim": 4}]},
+            "features.text.dim=3, not 4; model='m', not 'n'; train.lr=0.1, not 0.2 and 1 more; put",
+        ),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_weights(files / "model.safetensors", model, {**IDENTITY, **other})

@@ -119,10 +119,10 @@ def dropout(x: Tensor, probability: float, training: bool) -> Tensor:
     """
     if not training or probability == 0 or x.device.type != "cpu":
         return functional.dropout(x, probability, training)
-    below = round(probability * 256)
+    below = min(255, round(probability * 256))
     words = torch.empty((x.numel() + 7) // 8, dtype=torch.int64).random_(-(2**63), None)
     keep = (words.view(torch.uint8)[: x.numel()] >= below).view(x.shape)
-    return x * keep * (256 / max(1, 256 - below))
+    return x * keep * (256 / (256 - below))
 
 
 def initialise(module: nn.Module, std: float = 0.02) -> None:

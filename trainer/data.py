@@ -32,6 +32,14 @@ class ItemFeatures:
         """Modality -> D_m, in the order in which models stack them."""
         return {name: vectors.shape[1] for name, vectors in self.vectors.items()}
 
+    def coverage(self) -> tuple[dict[str, int], int]:
+        """How many items have each modality, and how many have none at all."""
+        counts = {name: int(there_N.sum()) for name, there_N in self.present.items()}
+        if not counts:
+            return counts, self.n_items
+        any_N = torch.stack(list(self.present.values())).any(0)
+        return counts, self.n_items - int(any_N.sum())
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sequences:
@@ -68,8 +76,8 @@ class WindowPlan:
     stride: int
     """Interactions between the ends of two windows of one user."""
     cover: bool
-    """Whether each epoch must hold every interaction as a target (causal towers), or each epoch
-    draws other ends (masked towers, which predict the end)."""
+    """Whether each epoch must hold every interaction as a target, the newest up to twice (causal
+    towers), or each epoch draws other ends (masked towers, which predict the end)."""
 
 
 def cut_windows(
@@ -77,15 +85,24 @@ def cut_windows(
 ) -> tuple[Ints, Ints]:
     """Cut histories into windows whose ends are shifted at random in each epoch.
 
+    With ``cover`` and ``stride = length - 1``, each item of a history but the first is a target: of
+    a history with at most ``stride`` targets, all once, in one window. From a longer one a shift s,
+    0 <= s < ``stride``, cuts windows that end s items before the newest and do not share targets;
+    where s > 0, one more window ends at the newest item and, full like the others, predicts the
+    ``stride`` newest: the newest s of them once, the other ``stride`` - s for the second time. That
+    is half a window a user and epoch, (``stride`` - 1) / 2 targets in the mean, in favour of the
+    recent past. Nothing is counted three times.
+
     Args:
         starts: (U,) first flat position of each training history.
         ends: (U,) one past the last; users with fewer than two items give no window.
-        plan: Length and stride.
+        plan: Length and stride; a covering one leaves nothing between two windows.
         rng: Decides the shifts.
 
     Returns:
         (W,) first flat position and (W,) length of each window, user by user.
     """
+    assert plan.stride < plan.length or not plan.cover
     long_enough = ends - starts >= 2
     starts, ends = starts[long_enough], ends[long_enough]
     targets = ends - starts - 1

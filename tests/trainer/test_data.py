@@ -1,12 +1,14 @@
 from collections import Counter
 
 import numpy as np
+import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from features.dataset import Ints
 from tests.trainer import worlds
-from trainer.data import WindowPlan, cut_batches, cut_windows
+from trainer.data import ItemFeatures, WindowPlan, cut_batches, cut_windows
 
 histories = st.lists(st.integers(0, 30), min_size=1, max_size=12)
 
@@ -33,6 +35,33 @@ def test_covering_windows_hold_every_target_and_no_stranger(
     targets = Counter(p for w, s in zip(window, size, strict=True) for p in range(w + 1, w + s))
     expected = {p for s, e in zip(starts, ends, strict=True) for p in range(s + 1, e)}
     assert set(targets) == expected
+
+
+@settings(deadline=None)
+@given(lengths=histories, length=st.integers(2, 9), seed=st.integers(0, 99))
+def test_only_the_newest_targets_are_counted_twice(
+    lengths: list[int], length: int, seed: int
+) -> None:
+    stride = length - 1
+    plan = WindowPlan(length=length, stride=stride, cover=True)
+    _, ends, window, size = _cut(lengths, plan, seed)
+    counts = Counter(p for w, s in zip(window, size, strict=True) for p in range(w + 1, w + s))
+    for end, n in zip(ends.tolist(), lengths, strict=True):
+        mine = [counts[p] for p in range(end - max(0, n - 1), end)]
+        newest = mine[-stride:]
+        assert set(mine[:-stride]) <= {1}
+        assert set(newest) <= {1, 2}
+        assert newest == sorted(newest, reverse=True)  # twice, and the very newest s of them once
+        assert n > length or 2 not in newest
+
+
+def test_windows_count_half_a_window_twice_in_the_mean() -> None:
+    """By hand: the shifts 0, 1 and 2 of a stride of 3 repeat 0, 2 and 1 targets."""
+    plan = WindowPlan(length=4, stride=3, cover=True)
+    users = 3000
+    _, _, _, size = _cut([13] * users, plan, 0)
+    extra = (size - 1).sum() - 12 * users
+    assert extra == pytest.approx(users * (3 - 1) / 2, rel=0.05)
 
 
 @settings(deadline=None)
@@ -107,3 +136,20 @@ def test_histories_end_right_before_the_target() -> None:
             for row, items, n in zip(rows, sequences.items_BL, sequences.lengths_B, strict=True):
                 found[int(held.users[row])] = items[:n].tolist()
         assert found == expected
+
+
+def test_the_last_sequence_is_not_read_beyond_the_end_of_all_interactions() -> None:
+    data = worlds.training_data(worlds.dataset([[0, 1, 2, 3], [4, 5]], 6), worlds.features(6))
+    found = data.gather(np.array([0, 5]), np.array([4, 1]))  # the second row ends with the array
+    assert found.items_BL.tolist() == [[0, 1, 2, 3], [5, 5, 5, 5]]
+    assert found.mask_BL.tolist() == [[True] * 4, [True, False, False, False]]
+
+
+def test_coverage_counts_items() -> None:
+    present = {
+        "image": torch.tensor([True, False, True, False]),
+        "text": torch.tensor([True, True, False, False]),
+    }
+    features = ItemFeatures(n_items=4, vectors={}, present=present)
+    assert features.coverage() == ({"image": 2, "text": 2}, 1)
+    assert ItemFeatures(n_items=4, vectors={}, present={}).coverage() == ({}, 4)

@@ -1,13 +1,20 @@
 """Configuration: one frozen dataclass for the loop, one for each recommender, TOML and --set."""
 
+import math
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from features.errors import UserError
-from trainer.recommender import check_positive
+from retrieval.metrics import per_user
+from trainer.checks import check_not_negative, check_positive
+
+_DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,2})?")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,15 +54,30 @@ class TrainConfig:
         check_positive(
             self, "epochs", "batch_size", "lr", "patience", "validate_every", "eval_batch"
         )
-        for name in ("seed", "weight_decay", "warmup", "clip"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name}={getattr(self, name)} must not be below 0")
+        check_not_negative(self, "seed", "weight_decay", "warmup", "clip")
+        if self.lr > 1:
+            raise UserError(f"lr={self.lr} must be at most 1: AdamW moves each weight by about lr")
+        if self.lr * self.weight_decay > 1:
+            raise UserError(
+                f"weight_decay={self.weight_decay} times lr={self.lr} must be at most 1:"
+                " more turns the sign of every weight"
+            )
         if self.schedule not in ("constant", "cosine"):
             raise UserError(f"schedule={self.schedule!r} is not known; known: constant, cosine")
         if self.monitor_seen not in ("masked", "unmasked"):
             raise UserError(
                 f"monitor_seen={self.monitor_seen!r} is not known; known: masked, unmasked"
             )
+        known = list(per_user(np.ones(1, np.int64)))
+        if self.metric not in known:
+            raise UserError(f"monitor={self.monitor!r} is not known; known: {', '.join(known)}")
+        if not _DEVICE.fullmatch(self.device):
+            raise UserError(f"device={self.device!r} is not known; known: auto, cpu, cuda, cuda:N")
+
+    @property
+    def metric(self) -> str:
+        """The monitored metric as tables call it: with one target, Recall@k is HR@k."""
+        return self.monitor.replace("Recall@", "HR@")
 
 
 def parse_settings(settings: Sequence[str]) -> dict[str, str]:
@@ -93,11 +115,22 @@ def build(
         defaults: Values that take the place of the classes' own.
 
     Raises:
-        UserError: An unknown key, a value of the wrong kind, or one that is refused.
+        UserError: An unknown key, a value of the wrong kind, or one that is refused; the line
+            names the file, where there is one.
     """
-    values: dict[str, Any] = dict(defaults or {})
-    if file is not None:
-        values.update(_read(file))
+    values = {**(defaults or {}), **(_read(file) if file is not None else {})}
+    try:
+        return _build(model_config, values, settings)
+    except UserError as error:
+        if file is None:
+            raise
+        source = f"{file} with --set" if settings else str(file)
+        raise UserError(f"{source}: {error}") from None
+
+
+def _build(
+    model_config: type[Any], values: dict[str, Any], settings: Sequence[str]
+) -> tuple[TrainConfig, Any]:
     kinds = {field.name: field.type for field in (*fields(TrainConfig), *fields(model_config))}
     pairs = parse_settings(settings)
     for key in (*values, *pairs):
@@ -107,7 +140,7 @@ def build(
         values[key] = _convert(key, text, kinds[key])
     for key, value in values.items():
         if kinds[key] is float and type(value) is int:
-            values[key] = float(value)
+            values[key] = float(value) if abs(value) < 2**53 else math.inf  # refused by its range
         elif type(value) is not kinds[key]:
             raise UserError(f"{key}={value!r} must be {_KINDS[kinds[key]]}")
     mine = {field.name for field in fields(TrainConfig)}

@@ -4,7 +4,7 @@ Both rankings of the protocol, with and without the items a user has seen, come 
 pass; the popularity of the training interactions stands beside the model as the reference.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,8 @@ from retrieval.metrics import per_user
 from retrieval.ranking import Ranks
 from retrieval.significance import bootstrap
 from trainer.checkpoint import load_weights
-from trainer.run import OpenRun, replace_metrics
+from trainer.folder import replace_metrics, run_lock
+from trainer.run import OpenRun
 from trainer.scoring import encode, popularity_ranks, seen_by, targets_of
 
 SPLITS = ("validation", "test")
@@ -48,27 +49,37 @@ def evaluate(
     run: OpenRun,
     *,
     index: str,
-    splits: Sequence[str] = SPLITS,
     on_stage: Callable[[str], None] = lambda stage: None,
 ) -> EvalReport:
     """Evaluate the best checkpoint of a run and write its metrics and predictions.
+
+    The two files belong together, and to the weights: ``predictions.parquet`` goes before the
+    metrics change and comes back after them, so that a killed evaluation leaves none, never
+    another's; training on drops what an evaluation wrote. Both hold the run's lock.
 
     Args:
         warehouse: Holds the run's dataset.
         run: Its weights are loaded here.
         index: Name in ``retrieval.indexes.INDEXES``; every exact one gives the same ranks.
-        splits: Which held-out parts.
         on_stage: Told what is being done.
 
     Raises:
-        UserError: The checkpoint is absent or was written for something else.
+        UserError: The checkpoint is absent or was written for something else, or the run is being
+            trained or evaluated by another process.
         ValueError: The index is not known.
     """
+    with run_lock(run.folder):
+        return _evaluate(warehouse, run, index, on_stage)
+
+
+def _evaluate(
+    warehouse: Warehouse, run: OpenRun, index: str, on_stage: Callable[[str], None]
+) -> EvalReport:
     load_weights(run.folder / "model.safetensors", run.model, run.identity)
     dataset = run.data.dataset
     rows: list[dict[str, Any]] = []
     predictions: list[pa.Table] = []
-    for split in splits:
+    for split in SPLITS:
         on_stage(f"encoding {split}")
         encoded = encode(run.model, run.data, split, run.config.eval_batch)
         held = encoded.held
@@ -84,16 +95,11 @@ def evaluate(
             for ranker, found in ((run.model_name, ranks), ("popularity", popular)):
                 rows += metric_rows(split, name, ranker, found, subset)
         predictions.append(_predictions(dataset, held, split, ranks, cold))
-    write_table(
-        run.folder / "predictions.parquet",
-        _with_ids(warehouse, run.dataset, pa.concat_tables(predictions)),
-        compression="zstd",
-    )
-    replace_metrics(
-        run.folder / "metrics.parquet",
-        rows,
-        lambda held: held["phase"] == "eval" and held["split"] in splits,
-    )
+    table = _with_ids(warehouse, run.dataset, pa.concat_tables(predictions))
+    path = run.folder / "predictions.parquet"
+    path.unlink(missing_ok=True)
+    replace_metrics(run.folder / "metrics.parquet", rows, lambda held: held["phase"] == "eval")
+    write_table(path, table, compression="zstd")
     return EvalReport(
         run=run.folder.name,
         dataset=run.dataset,

@@ -94,5 +94,5 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError):
-        raise UserError(f"device={name!r} cannot be used here; known: auto, cpu, cuda") from None
+        raise UserError(f"device={name!r} cannot be used here; give auto, cpu or cuda") from None
     return device

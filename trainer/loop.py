@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 
+from features.dataset import Dataset
 from features.errors import UserError
+from features.splits import MIN_EVALUATED
 from retrieval.metrics import per_user
 from retrieval.ranking import rank
 from trainer.checkpoint import Progress, load_state, save_state, save_weights
@@ -43,7 +45,6 @@ class Tick:
     """Seconds that the rest of this epoch takes at this pace, its validation left out."""
     metrics: dict[str, float]
     """Validation metrics, at the end of an epoch that was validated."""
-    best: float
     best_epoch: int
 
 
@@ -73,16 +74,21 @@ def fit(
 
     Args:
         model: On the device of ``data``.
-        data: Training interactions and features; validation is read, test never.
+        data: Training interactions and features that :func:`check_trainable` let pass;
+            validation is read, test never.
         config: The loop's settings.
         folder: Gets ``model.safetensors`` (best by validation) and ``resume.safetensors``.
         identity: What a checkpoint is for; a resumed one must be for the same.
         resume: Go on from ``resume.safetensors``.
-        on_epoch: Called with each finished epoch, before its checkpoint.
+        on_epoch: Called with each finished epoch, before its weights are saved: whatever was
+            written of older weights can go while these still stand.
         on_tick: Called after each step.
 
     Returns:
         Where training ended; ``finished`` is false after an interrupt.
+
+    Raises:
+        UserError: The checkpoint to go on from cannot be used, or the training diverges.
     """
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.lr, weight_decay=config.weight_decay
@@ -104,8 +110,7 @@ def fit(
                 epoch=progress.epoch,
                 skip=progress.step,
             )
-            if total == 0:
-                raise UserError("no user has two training interactions; nothing can be learned")
+            assert total
             clock = saved = now = time.monotonic()
             windows = done = 0
             for batch in batches:
@@ -117,10 +122,10 @@ def fit(
                 if config.clip:
                     torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
                 value = loss.item()
-                if value != value:
+                if not math.isfinite(value):
                     raise UserError(
-                        f"the loss is not a number in epoch {progress.epoch + 1}, step"
-                        f" {progress.step + 1}; lower lr={config.lr} or set clip"
+                        f"the loss is {value} in epoch {progress.epoch + 1}, step"
+                        f" {progress.step + 1}; train again with a lower lr than {config.lr}"
                     )
                 optimizer.step()
                 progress.step += 1
@@ -138,14 +143,14 @@ def fit(
                     saved = now
 
             row = _validate(model, data, config, progress, total)
+            on_epoch(row)
             if row.metrics:
-                value = row.metrics[config.monitor_seen, _metric(config.monitor)]
+                value = row.metrics[config.monitor_seen, config.metric]
                 if value > progress.best:
                     progress.best, progress.best_epoch, progress.waited = value, row.epoch, 0
                     save_weights(folder / "model.safetensors", model, identity)
                 else:
                     progress.waited += 1
-            on_epoch(row)
             shown = {
                 metric: value
                 for (seen, metric), value in row.metrics.items()
@@ -168,8 +173,6 @@ def _validate(
         return EpochRow(epoch=epoch, loss=loss, metrics={}, users=0)
     encoded = encode(model, data, "validation", config.eval_batch)
     held = encoded.held
-    if len(held.users) == 0:
-        raise UserError("no user has three interactions; nothing can be validated")
     ranks = rank(
         encoded.queries_ED,
         encoded.items_ND,
@@ -184,18 +187,23 @@ def _validate(
     return EpochRow(epoch=epoch, loss=loss, metrics=metrics, users=len(held.users))
 
 
-def check_monitor(config: TrainConfig, known: list[str]) -> None:
-    """Refuse a metric that is not computed, before any work is done.
+def check_trainable(dataset: Dataset) -> None:
+    """Refuse interactions that are too few, before any work is done.
 
     Raises:
-        UserError: Names those that are.
+        UserError: Nothing could be learned, or nothing evaluated.
     """
-    if _metric(config.monitor) not in known:
-        raise UserError(f"monitor={config.monitor!r} is not known; known: {', '.join(known)}")
-
-
-def _metric(name: str) -> str:
-    return name.replace("Recall@", "HR@")  # the same thing where a user has one target
+    about = f"dataset {dataset.info.name!r}"
+    if not len(dataset.held("validation").users):
+        raise UserError(
+            f"{about}: no user has {MIN_EVALUATED} interactions, so nothing can be validated or"
+            " tested; prepare it with more"
+        )
+    if not (dataset.train_ends() - dataset.offsets[:-1] >= 2).any():
+        raise UserError(
+            f"{about}: no user has two training interactions, so nothing can be learned;"
+            " prepare it with more"
+        )
 
 
 def _rate(config: TrainConfig, progress: Progress, steps: int) -> float:
@@ -228,7 +236,6 @@ def _tick(
         rate=windows / seconds,
         left=(steps - progress.step) * seconds / max(1, done),
         metrics=metrics,
-        best=progress.best,
         best_epoch=progress.best_epoch,
     )
 

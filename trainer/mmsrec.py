@@ -19,16 +19,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from features.errors import UserError
+from trainer.checks import check_heads, check_not_negative, check_positive, check_probability
 from trainer.data import Batch, ItemFeatures, Sequences, WindowPlan
 from trainer.objectives import full_softmax
-from trainer.recommender import (
-    Catalogue,
-    Recommender,
-    check_heads,
-    check_positive,
-    check_probability,
-)
+from trainer.recommender import Catalogue, Recommender
 from trainer.transformer import Transformer, dropout, initialise, positions_from_end
+
+_ITEMS_AT_ONCE = 4096  # without gradients; with them all activations are kept anyway
+_LEAST_TEMPERATURE = 1e-4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,13 +57,17 @@ class MMSRecConfig:
     """``drop``: a missing modality has no token; ``mask``: it is the mask token (the paper)."""
 
     def __post_init__(self) -> None:
-        check_positive(self, "dim", "layers", "heads", "hidden", "temperature")
+        check_positive(self, "dim", "layers", "heads", "hidden", "length", "temperature")
+        check_not_negative(self, "stride")
         check_probability(self, "dropout", "embed_dropout", "mask_ratio")
         check_heads(self.dim, self.heads)
         if self.length < 2:
             raise UserError(f"length={self.length} must be at least 2: history and predicted item")
-        if self.stride < 0:
-            raise UserError(f"stride={self.stride} must not be below 0")
+        if self.temperature < _LEAST_TEMPERATURE:
+            raise UserError(
+                f"temperature={self.temperature} must be at least {_LEAST_TEMPERATURE}:"
+                " float32 scores are too coarse for less"
+            )
         if self.missing not in ("drop", "mask"):
             raise UserError(f"missing={self.missing!r} is not known; known: drop, mask")
 
@@ -116,10 +118,8 @@ class MMSRec(Recommender):
     def encode_items(self, features: ItemFeatures) -> Tensor:
         """Encode each item as a sequence of its own: (N, D), each of length 1."""
         item_N = torch.arange(features.n_items, device=self.mask.device)
-        one_N = torch.ones_like(item_N)
-        tokens = self._tokens(Sequences(items_BL=item_N[:, None], lengths_B=one_N), features)
-        hidden_NLD = self._encode(tokens, torch.ones_like(item_N, dtype=torch.bool)[:, None])
-        return functional.normalize(hidden_NLD, dim=-1)
+        size = len(item_N) if torch.is_grad_enabled() else _ITEMS_AT_ONCE
+        return torch.cat([self._encode_alone(item_B, features) for item_B in item_N.split(size)])
 
     def encode_sequences(
         self, item_vectors_ND: Tensor, sequences: Sequences, features: ItemFeatures
@@ -157,6 +157,11 @@ class MMSRec(Recommender):
         item_ND = self.encode_items(batch.features)
         loss = full_softmax(query_MD, item_ND, items_BL[chosen_BL], 1 / self.config.temperature)
         return {"loss": loss}
+
+    def _encode_alone(self, item_B: Tensor, features: ItemFeatures) -> Tensor:
+        one_B = torch.ones_like(item_B)
+        tokens = self._tokens(Sequences(items_BL=item_B[:, None], lengths_B=one_B), features)
+        return functional.normalize(self._encode(tokens, one_B.bool()[:, None]), dim=-1)
 
     def _tokens(
         self, sequences: Sequences, features: ItemFeatures, hidden_BL: Tensor | None = None

@@ -1,4 +1,6 @@
-"""The contract of a recommender: three methods; the loop and the evaluation know nothing else.
+"""The contract of a recommender: two towers, a loss, and how it reads histories.
+
+The loop and the evaluation know nothing else of it.
 
 Legend: B batch, L sequence length, N items, D width of the shared space.
 """
@@ -8,7 +10,6 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from features.errors import UserError
 from trainer.data import Batch, ItemFeatures, Sequences, WindowPlan
 
 
@@ -53,35 +54,3 @@ class Recommender(nn.Module, ABC):
     @abstractmethod
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """Named scalars of one batch; ``loss`` is the one that is minimised."""
-
-
-def check_positive(config: object, *names: str) -> None:
-    """Refuse hyper-parameters that are not above zero.
-
-    Raises:
-        UserError: Names the first one and its value.
-    """
-    for name in names:
-        if getattr(config, name) <= 0:
-            raise UserError(f"{name}={getattr(config, name)} must be above 0")
-
-
-def check_probability(config: object, *names: str) -> None:
-    """Refuse what is no probability in [0, 1).
-
-    Raises:
-        UserError: Names the first one and its value.
-    """
-    for name in names:
-        if not 0 <= getattr(config, name) < 1:
-            raise UserError(f"{name}={getattr(config, name)} must be in [0, 1)")
-
-
-def check_heads(dim: int, heads: int) -> None:
-    """Refuse a width that the heads cannot share.
-
-    Raises:
-        UserError: ``dim`` is not a multiple of ``heads``.
-    """
-    if dim % heads:
-        raise UserError(f"dim={dim} is not a multiple of heads={heads}; change one of them")

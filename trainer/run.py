@@ -1,30 +1,25 @@
-"""A run: one training of one recommender on one dataset, and the folder that keeps it."""
+"""A run: one training of one recommender on one dataset, begun, opened again and trained."""
 
 import time
-import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import tomli_w
 import torch
 
 from features.dataset import load_dataset
 from features.errors import UserError
-from features.files import lock, write_table, write_text
-from features.schema import METRICS
+from features.files import write_text
 from features.store import FeatureStore
 from features.warehouse import Warehouse
-from retrieval.metrics import per_user
 from trainer.config import TrainConfig, build, documents
 from trainer.data import TrainingData
+from trainer.folder import check_run_name, claimed, read_about, record, run_lock
 from trainer.inputs import choose_device, choose_tables, load_features
-from trainer.loop import EpochRow, Tick, check_monitor, fit
+from trainer.loop import Tick, check_trainable, fit
 from trainer.models import find_model
 from trainer.recommender import Catalogue, Recommender
 
@@ -76,6 +71,9 @@ def start_run(
 ) -> OpenRun:
     """Build a new run and its folder; nothing is trained yet.
 
+    The folder is made before the data are loaded, so that no other run can take its name, and is a
+    run for all who list them once it has its ``config.toml``.
+
     Args:
         warehouse: Where the data are and the run goes.
         model: Name in ``trainer.models.MODELS``.
@@ -89,9 +87,11 @@ def start_run(
         UserError: Anything that the user gave does not fit; no folder is left behind.
     """
     entry = find_model(model)
+    if name is not None:
+        check_run_name(name)
+    warehouse.info(dataset)
     config_class, _ = entry.load()
     train, model_config = build(config_class, file, settings, entry.train)
-    check_monitor(train, list(per_user(np.ones(1, np.int64))))
     if features and not entry.needs_features:
         raise UserError(f"{model} learns from item ids alone; leave --features out")
     tables = (
@@ -99,20 +99,20 @@ def start_run(
     )
     labels = [table.label for table in tables]
     stamp = datetime.now(UTC)
-    folder = warehouse.runs_dir / _run_name(warehouse, name, stamp, dataset, model)
-    run = _open(warehouse, folder, model, dataset, labels, train, model_config)
-    document = {
-        "run": {
-            "model": model,
-            "dataset": dataset,
-            "features": labels,
-            "created": stamp.isoformat(sep=" ", timespec="milliseconds").removesuffix("+00:00"),
-            "parameters": run.parameters,
-            "fingerprint": run.data.dataset.info.fingerprint,
-        },
-        **documents(train, model_config),
-    }
-    write_text(folder / "config.toml", tomli_w.dumps(document))
+    with claimed(warehouse.runs_dir, name, stamp, f"{dataset[:60]}-{model}") as folder:
+        run = _open(warehouse, folder, model, dataset, labels, train, model_config)
+        document = {
+            "run": {
+                "model": model,
+                "dataset": dataset,
+                "features": labels,
+                "created": stamp.isoformat(sep=" ", timespec="milliseconds").removesuffix("+00:00"),
+                "parameters": run.parameters,
+                "fingerprint": run.data.dataset.info.fingerprint,
+            },
+            **documents(train, model_config),
+        }
+        write_text(folder / "config.toml", tomli_w.dumps(document))
     return run
 
 
@@ -123,17 +123,15 @@ def open_run(warehouse: Warehouse, folder: Path) -> OpenRun:
         UserError: The folder is damaged, or the dataset has been prepared anew since.
     """
     path = folder / "config.toml"
+    about = read_about(path)
+    model, dataset, labels = about["model"], about["dataset"], about["features"]
     try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
-        about = document["run"]
-        model, dataset, labels = about["model"], about["dataset"], about["features"]
-        fingerprint = about["fingerprint"]
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError, KeyError) as error:
-        raise UserError(f"{path} is damaged ({error}); train again") from None
-    config_class, _ = find_model(model).load()
+        config_class, _ = find_model(model).load()
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     train, model_config = build(config_class, path, ())
     held = warehouse.info(dataset).fingerprint
-    if held != fingerprint:
+    if held != about["fingerprint"]:
         raise UserError(
             f"run {folder.name!r} was trained on another preparation of {dataset!r};"
             " prepare it as it was, or train again"
@@ -147,10 +145,17 @@ def train(
     resume: bool = False,
     on_tick: Callable[[Tick], None] = lambda tick: None,
 ) -> TrainReport:
-    """Train a run to its end or to an interrupt; the metrics table grows with each epoch."""
+    """Train a run to its end or to an interrupt; the metrics table grows with each epoch.
+
+    The first epoch drops what an evaluation has written: it was of weights that may now change.
+    A run that has ended is not trained, and keeps it.
+
+    Raises:
+        UserError: Another process has the run, its checkpoint cannot be used, or it diverges.
+    """
     path = run.folder / "metrics.parquet"
     began = time.monotonic()
-    with lock(run.folder / ".lock", f"run {run.folder.name}"):
+    with run_lock(run.folder):
         progress = fit(
             run.model,
             run.data,
@@ -158,7 +163,7 @@ def train(
             run.folder,
             run.identity,
             resume=resume,
-            on_epoch=lambda row: _record(path, run.model_name, row),
+            on_epoch=lambda row: record(path, run.model_name, row),
             on_tick=on_tick,
         )
     return TrainReport(
@@ -188,6 +193,7 @@ def _open(
 ) -> OpenRun:
     device = choose_device(train_config.device)
     loaded = load_dataset(warehouse, dataset)
+    check_trainable(loaded)
     tables = choose_tables(FeatureStore(warehouse), dataset, labels)
     features, identities = load_features(tables, loaded.info, device)
     _, recommender = find_model(model).load()
@@ -213,46 +219,3 @@ def _open(
         identity=identity,
         parameters=sum(parameter.numel() for parameter in module.parameters()),
     )
-
-
-def _run_name(
-    warehouse: Warehouse, name: str | None, stamp: datetime, dataset: str, model: str
-) -> str:
-    if name is None:
-        name = f"{stamp:%Y%m%d-%H%M%S}-{dataset}-{model}"
-        if (warehouse.runs_dir / name).exists():
-            name = f"{stamp:%Y%m%d-%H%M%S-%f}-{dataset}-{model}"
-    Warehouse.check_name(name)
-    if (warehouse.runs_dir / name).exists():
-        raise UserError(f"run {name!r} is there already; give another name, or --resume")
-    return name
-
-
-def _record(path: Path, model: str, row: EpochRow) -> None:
-    """Put an epoch's rows into the metrics table, in place of any it held of this epoch on."""
-    values: list[tuple[str, str, str, float, int | None]] = [
-        ("train", "none", "loss", row.loss, None)
-    ]
-    values += [
-        ("validation", seen, metric, value, row.users)
-        for (seen, metric), value in row.metrics.items()
-    ]
-    rows = [
-        {
-            "phase": "train", "epoch": row.epoch, "split": split, "targets": "all",
-            "ranker": model, "seen": seen, "metric": metric, "value": value, "users": users,
-        }
-        for split, seen, metric, value, users in values
-    ]  # fmt: skip
-    replace_metrics(
-        path, rows, lambda held: held["phase"] == "train" and held["epoch"] >= row.epoch
-    )
-
-
-def replace_metrics(
-    path: Path, rows: list[dict[str, Any]], replaced: Callable[[dict[str, Any]], bool]
-) -> None:
-    """Add rows to a run's metrics table; those already there for which ``replaced`` holds go."""
-    held = pq.read_table(path, schema=METRICS).to_pylist() if path.exists() else []
-    rows = [row for row in held if not replaced(row)] + rows
-    write_table(path, pa.Table.from_pylist(rows, schema=METRICS), compression="zstd")

@@ -15,15 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from trainer.checks import check_heads, check_positive, check_probability
 from trainer.data import Batch, ItemFeatures, Sequences, WindowPlan
 from trainer.objectives import full_softmax
-from trainer.recommender import (
-    Catalogue,
-    Recommender,
-    check_heads,
-    check_positive,
-    check_probability,
-)
+from trainer.recommender import Catalogue, Recommender
 from trainer.transformer import Transformer, dropout, initialise, positions_from_end
 
 
@@ -72,7 +67,7 @@ class SASRec(Recommender):
 
     @property
     def plan(self) -> WindowPlan:
-        """Every interaction is a target once an epoch, over windows of the whole history."""
+        """Windows over the whole history: every interaction is a target, the newest up to twice."""
         return WindowPlan(length=self.config.length + 1, stride=self.config.length, cover=True)
 
     @property

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from features.dataset import Dataset, Held, Ints
+from features.errors import UserError
 from retrieval.ranking import Ranks, Seen, rank_static
 from trainer.data import TrainingData
 from trainer.recommender import Recommender
@@ -29,6 +30,9 @@ def encode(model: Recommender, data: TrainingData, split: str, batch_size: int) 
     """Encode the catalogue once and the input of every evaluated user of a split.
 
     The model is put into evaluation mode and left as it was.
+
+    Raises:
+        UserError: A vector is not finite.
     """
     held = data.dataset.held(split)
     was_training = model.training
@@ -39,6 +43,11 @@ def encode(model: Recommender, data: TrainingData, split: str, batch_size: int) 
         queries_BD = model.encode_sequences(items_ND, sequences, data.features)
         queries_ED[torch.from_numpy(rows).to(items_ND.device)] = queries_BD.float()
     model.train(was_training)
+    if not (items_ND.isfinite().all() and queries_ED.isfinite().all()):
+        raise UserError(
+            f"the vectors for {split} are not finite: the training diverged;"
+            " train again with a lower lr"
+        )
     return Encoded(held=held, queries_ED=queries_ED, items_ND=items_ND)
 
 

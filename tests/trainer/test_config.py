@@ -29,7 +29,23 @@ def test_the_last_word_wins(tmp_path: Path) -> None:
         ("missing=guess", "missing='guess' is not known; known: drop, mask"),
         ("length=1", "length=1 must be at least 2"),
         ("monitor_seen=both", "known: masked, unmasked"),
-        ("seed=-1", "seed=-1 must not be below 0"),
+        ("seed=-1", "seed=-1 must be at least 0"),
+        ("seed=99999999999999999999", "seed=99999999999999999999 must be at least 0 and below 2"),
+        ("epochs=99999999999", "epochs=99999999999 must be above 0 and below 2"),
+        ("lr=nan", "lr=nan must be above 0 and below"),
+        ("lr=inf", "lr=inf must be above 0 and below"),
+        ("lr=1e30", r"lr=1e\+30 must be above 0 and below"),
+        ("lr=2", "lr=2.0 must be at most 1"),
+        ("clip=nan", "clip=nan must be at least 0"),
+        ("weight_decay=nan", "weight_decay=nan must be at least 0"),
+        ("weight_decay=1001", "weight_decay=1001.0 times lr=0.001 must be at most 1"),
+        ("temperature=nan", "temperature=nan must be above 0"),
+        ("temperature=1e-30", "temperature=1e-30 must be at least 0.0001"),
+        ("dropout=nan", r"dropout=nan must be in \[0, 1\)"),
+        ("stride=-1", "stride=-1 must be at least 0"),
+        ("schedule=linear", "schedule='linear' is not known; known: constant, cosine"),
+        ("monitor=Recall@3", "monitor='Recall@3' is not known; known: HR@5"),
+        ("device=meta", "device='meta' is not known; known: auto, cpu, cuda"),
     ],
 )
 def test_bad_settings_are_one_line(setting: str, message: str) -> None:
@@ -44,6 +60,27 @@ def test_bad_files(tmp_path: Path) -> None:
     (tmp_path / "bad.toml").write_text("dim =")
     with pytest.raises(UserError, match="is not TOML"):
         build(SASRecConfig, tmp_path / "bad.toml", [])
-    (tmp_path / "kind.toml").write_text('dim = "64"')
-    with pytest.raises(UserError, match="dim='64' must be a whole number"):
-        build(SASRecConfig, tmp_path / "kind.toml", [])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('dim = "64"', "dim='64' must be a whole number"),
+        ("lr = 1e30", r"lr=1e\+30 must be above 0"),
+        ("lr = 1" + "0" * 400, "lr=inf must be above 0"),
+        ("dropout = nan", "dropout=nan must be in"),
+        ("train = 3", "unknown setting 'train'"),
+    ],
+)
+def test_a_bad_value_in_a_file_names_the_file(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "kind.toml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=f"kind.toml: {message}"):
+        build(SASRecConfig, file, [])
+    with pytest.raises(UserError, match=r"kind\.toml with --set: "):
+        build(SASRecConfig, file, ["layers=1"])
+
+
+def test_recall_is_the_hit_rate_of_the_tables() -> None:
+    assert TrainConfig(monitor="Recall@10").metric == "HR@10"
+    assert TrainConfig(monitor="NDCG@5").metric == "NDCG@5"

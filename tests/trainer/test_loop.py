@@ -1,18 +1,21 @@
+import math
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from features.errors import UserError
 from tests.trainer import worlds
 from trainer.checkpoint import Progress, load_weights
 from trainer.config import TrainConfig
-from trainer.data import TrainingData
-from trainer.loop import EpochRow, Tick, fit
+from trainer.data import Batch, TrainingData
+from trainer.loop import EpochRow, Tick, _rate, check_trainable, fit
 from trainer.models import MODELS
 from trainer.recommender import Catalogue, Recommender
+from trainer.sasrec import SASRec
 
 N = 12
 SMALL: dict[str, dict[str, Any]] = {
@@ -111,18 +114,109 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:
         load_weights(tmp_path / "bad.safetensors", model, {"a": 1})
 
 
-def test_a_loss_that_is_no_number_stops_in_one_line(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="not a number in epoch 1"):
-        train("sasrec", tmp_path / "run", lr=1e30, clip=0.0, epochs=5)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_no_number_stops_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float
+) -> None:
+    def loss(self: SASRec, batch: Batch) -> dict[str, Tensor]:
+        return {"loss": self.item.weight.sum() + value}
+
+    monkeypatch.setattr(SASRec, "loss", loss)
+    with pytest.raises(UserError, match=f"the loss is {value} in epoch 1, step 1; .* lower lr"):
+        train("sasrec", tmp_path / "run")
 
 
-def test_nothing_to_learn_from(tmp_path: Path) -> None:
-    features = worlds.features(N)
-    settings, recommender = MODELS["sasrec"].load()
-    model = recommender(settings(), Catalogue(n_items=N, widths={}))
-    data = worlds.training_data(worlds.dataset([[1], [2]], N), features)
-    with pytest.raises(UserError, match="no user has two training interactions"):
-        fit(
-            model, data, TrainConfig(), tmp_path, {},
-            on_epoch=lambda row: None, on_tick=lambda tick: None,
-        )  # fmt: skip
+def test_weights_that_diverge_in_the_only_step_stop_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loss(self: SASRec, batch: Batch) -> dict[str, Tensor]:
+        return {"loss": (0 * self.item.weight).sqrt().sum()}  # 0, with a gradient of 0 * infinity
+
+    monkeypatch.setattr(SASRec, "loss", loss)
+    with pytest.raises(UserError, match=r"not finite: the training diverged; .* lower lr"):
+        train("sasrec", tmp_path / "run", batch_size=999, epochs=1)
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_the_rate_by_hand() -> None:
+    def rate(config: TrainConfig, epoch: int, step: int) -> float:
+        return _rate(config, Progress(epoch=epoch, step=step, steps=2 * epoch + step), 2)
+
+    places = [(0, 0), (0, 1), (1, 0), (1, 1)]  # two epochs of two steps
+    constant = TrainConfig(lr=0.8, epochs=2)
+    assert [rate(constant, *place) for place in places] == [0.8] * 4
+    warm = TrainConfig(lr=0.8, epochs=2, warmup=3)
+    assert [rate(warm, *p) for p in places] == pytest.approx([0.8 / 3, 1.6 / 3, 0.8, 0.8])
+    # (1 + cos(pi x)) / 2 at x = 0, 1/4, 1/2, 3/4
+    fall = [1, (2 + 2**0.5) / 4, 1 / 2, (2 - 2**0.5) / 4]
+    cosine = TrainConfig(lr=0.8, epochs=2, schedule="cosine")
+    assert [rate(cosine, *p) for p in places] == pytest.approx([0.8 * f for f in fall])
+    both = TrainConfig(lr=0.8, epochs=2, schedule="cosine", warmup=2)
+    expected = [0.4 * fall[0], 0.8 * fall[1], 0.8 * fall[2], 0.8 * fall[3]]
+    assert [rate(both, *p) for p in places] == pytest.approx(expected)
+
+
+def steps_of(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, clip: float
+) -> list[tuple[float, float]]:
+    """The learning rate and the norm of the gradient at each step of a short training."""
+    found: list[tuple[float, float]] = []
+    real = torch.optim.AdamW.step
+
+    def step(self: torch.optim.AdamW) -> None:
+        (group,) = self.param_groups
+        norms = [parameter.grad.norm() for parameter in group["params"]]
+        found.append((group["lr"], float(torch.stack(norms).norm())))
+        real(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", step)
+        train("sasrec", folder, epochs=2, clip=clip, warmup=4, lr=1e-3)
+    return found
+
+
+def test_the_optimizer_steps_at_that_rate_with_clipped_gradients(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free, clipped = (steps_of(tmp_path / str(clip), monkeypatch, clip) for clip in (0.0, 1e-3))
+    assert [lr for lr, _ in free] == [lr for lr, _ in clipped]
+    assert [lr for lr, _ in free][:4] == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3])
+    assert min(norm for _, norm in free) > 2e-3
+    assert [norm for _, norm in clipped] == pytest.approx([1e-3] * len(clipped), rel=1e-3)
+
+
+def test_every_other_epoch_and_the_last_are_validated(tmp_path: Path) -> None:
+    _, _, rows = train("sasrec", tmp_path / "run", epochs=5, validate_every=2)
+    assert [row.epoch for row in rows if row.metrics] == [2, 4, 5]
+    assert [row.users for row in rows] == [0, 60, 0, 60, 60]
+
+
+def test_patience_counts_validations(tmp_path: Path) -> None:
+    progress, _, rows = train(
+        "sasrec", tmp_path / "run", epochs=99, validate_every=3, patience=2, lr=1e-2
+    )
+    assert progress.finished
+    assert len(rows) == progress.best_epoch + 2 * 3 < 99
+
+
+@pytest.mark.parametrize("seen", ["masked", "unmasked"])
+def test_the_best_is_by_the_monitored_ranking(tmp_path: Path, seen: str) -> None:
+    progress, _, rows = train(
+        "sasrec", tmp_path / "run", monitor="NDCG@10", monitor_seen=seen, epochs=3
+    )
+    best = {s: max(row.metrics[s, "NDCG@10"] for row in rows) for s in ("masked", "unmasked")}
+    assert best["masked"] > best["unmasked"]
+    assert progress.best == best[seen]
+
+
+@pytest.mark.parametrize(
+    ("sequences", "message"),
+    [
+        ([[1], [2, 3]], "no user has 3 interactions"),
+        ([[1, 2, 3], [1]], "no user has two training interactions"),
+    ],
+)
+def test_too_few_interactions(sequences: list[list[int]], message: str) -> None:
+    with pytest.raises(UserError, match=f"dataset 'world': {message}"):
+        check_trainable(worlds.dataset(sequences, N))
+    check_trainable(worlds.dataset([[1, 2, 3, 4]], N))

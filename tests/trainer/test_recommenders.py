@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tests.trainer import worlds
+from trainer import mmsrec
 from trainer.data import Batch, ItemFeatures, Sequences
 from trainer.models import MODELS
 from trainer.recommender import Catalogue, Recommender
@@ -180,6 +181,17 @@ def test_the_two_readings_of_a_missing_modality_differ() -> None:
     a, b = drop.encode_items(features), mask.encode_items(features)
     torch.testing.assert_close(a[complete], b[complete])
     assert not torch.allclose(a[~complete], b[~complete], atol=1e-4)
+
+
+def test_the_catalogue_in_pieces_is_the_catalogue(monkeypatch: pytest.MonkeyPatch) -> None:
+    features = worlds.features(N)
+    model = build("mmsrec", features)
+    with torch.no_grad():
+        whole = model.encode_items(features)
+        monkeypatch.setattr(mmsrec, "_ITEMS_AT_ONCE", 5)
+        pieces = model.encode_items(features)
+    torch.testing.assert_close(pieces, whole, rtol=1e-6, atol=1e-6)
+    assert len(whole) == N
 
 
 @pytest.mark.parametrize("modality", ["image", "text"])

@@ -1,11 +1,17 @@
-"""Small planted worlds for the trainer's tests, without a file."""
+"""Small planted worlds for the trainer's tests, in memory or in a warehouse."""
+
+from dataclasses import asdict
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from features.dataset import Dataset
+from features.files import write_json, write_table
+from features.schema import INTERACTIONS, ITEMS, feature_schema
 from features.splits import MIN_EVALUATED
-from features.warehouse import DatasetInfo
+from features.store import FeatureStore, Provenance, embedding_array
+from features.warehouse import DatasetInfo, Warehouse
 from trainer.data import ItemFeatures, TrainingData
 
 
@@ -62,3 +68,47 @@ def features(n_items: int, *, seed: int = 0, missing: bool = True) -> ItemFeatur
 def training_data(world: Dataset, held: ItemFeatures) -> TrainingData:
     """The data on the CPU."""
     return TrainingData(world, held, torch.device("cpu"))
+
+
+def prepare(house: Warehouse, sequences: list[list[int]], n_items: int) -> None:
+    """Write :func:`dataset` as the prepared dataset ``world``, over what was there."""
+    folder = house.dataset_dir("world")
+    rows = [
+        {"user": user, "user_id": f"u{user}", "item": item, "timestamp": None, "position": position}
+        for user, sequence in enumerate(sequences)
+        for position, item in enumerate(sequence)
+    ]
+    items = [{"item": item, "item_id": f"i{item}"} for item in range(n_items)]
+    for name, table, schema in (("interactions", rows, INTERACTIONS), ("items", items, ITEMS)):
+        write_table(folder / name / "part-00000.parquet", pa.Table.from_pylist(table, schema))
+    write_json(folder / "dataset.json", asdict(dataset(sequences, n_items).info))
+
+
+def extract(house: Warehouse, held: ItemFeatures, backbone: str = "toy") -> None:
+    """Write features as tables of the prepared dataset ``world``."""
+    for modality, vectors in held.vectors.items():
+        there = held.present[modality].numpy()
+        found = vectors.numpy()[there]
+        made = Provenance(
+            backbone=backbone,
+            checkpoint="c",
+            preprocessing="none",
+            pooling="none",
+            modality=modality,
+            level="pooled",
+            compute="float32",
+            dtype="float32",
+            dim=found.shape[1],
+        )
+        columns = {
+            "item": pa.array(np.flatnonzero(there), pa.int32()),
+            "item_id": pa.array([f"i{item}" for item in np.flatnonzero(there)]),
+            "content_hash": pa.array([f"{backbone}{item}" for item in np.flatnonzero(there)]),
+            "n_frames": pa.nulls(len(found), pa.int32()),
+            "n_tokens": pa.nulls(len(found), pa.int32()),
+            "embedding": embedding_array(found),
+        }
+        table = FeatureStore(house).table("world", backbone, modality)
+        schema = feature_schema(made.dim, made.dtype)
+        table.append(pa.Table.from_arrays(list(columns.values()), schema=schema), made)
+        table.finish("f", made)

@@ -1,0 +1,48 @@
+"""What configurations refuse; without torch, so that a mistake is told before it is loaded."""
+
+from features.errors import UserError
+
+_BELOW = 2**31  # what tables and tensors count with; also keeps infinities out
+
+
+def check_positive(config: object, *names: str) -> None:
+    """Refuse hyper-parameters that are not above zero, or not finite.
+
+    Raises:
+        UserError: Names the first one and its value.
+    """
+    for name in names:
+        if not 0 < getattr(config, name) < _BELOW:  # NaN is in no range
+            raise UserError(f"{name}={getattr(config, name)} must be above 0 and below 2**31")
+
+
+def check_not_negative(config: object, *names: str) -> None:
+    """Refuse hyper-parameters that are below zero, or not finite.
+
+    Raises:
+        UserError: Names the first one and its value.
+    """
+    for name in names:
+        if not 0 <= getattr(config, name) < _BELOW:
+            raise UserError(f"{name}={getattr(config, name)} must be at least 0 and below 2**31")
+
+
+def check_probability(config: object, *names: str) -> None:
+    """Refuse what is no probability in [0, 1).
+
+    Raises:
+        UserError: Names the first one and its value.
+    """
+    for name in names:
+        if not 0 <= getattr(config, name) < 1:
+            raise UserError(f"{name}={getattr(config, name)} must be in [0, 1)")
+
+
+def check_heads(dim: int, heads: int) -> None:
+    """Refuse a width that the heads cannot share.
+
+    Raises:
+        UserError: ``dim`` is not a multiple of ``heads``.
+    """
+    if dim % heads:
+        raise UserError(f"dim={dim} is not a multiple of heads={heads}; change one of them")

@@ -1,5 +1,6 @@
 """``mmrec models``, ``train`` and ``eval``: stage 2."""
 
+import shlex
 import textwrap
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -15,7 +16,7 @@ from features.warehouse import Warehouse
 if TYPE_CHECKING:
     from trainer.evaluate import EvalReport
     from trainer.loop import Tick
-    from trainer.run import TrainReport
+    from trainer.run import OpenRun, TrainReport
 
 
 def models(json: JsonOption = False) -> None:
@@ -71,7 +72,7 @@ def train(
     json: JsonOption = False,
     warehouse: WarehouseOption = None,
 ) -> None:
-    """Train a recommender on interactions and cached features; Ctrl-C stops and keeps all."""
+    """Train a recommender on interactions and features; Ctrl-C keeps all and ends with 130."""
     house = Warehouse(warehouse)
     if resume:
         opened = _resumed(house, run, model, dataset, features, set, config, name)
@@ -80,22 +81,10 @@ def train(
     elif model is None:
         raise UserError("give --model (see mmrec models), or --resume")
     else:
-        from trainer.run import start_run
-
-        chosen, why = house.choose_dataset(dataset)
-        if why != "given":
-            show.say(f"dataset: {chosen} ({why})")
-        split = [part for entry in features for part in entry.split(",")] if features else None
-        opened = start_run(
-            house, model, chosen, features=split, file=config, settings=set or [], name=name
-        )
+        opened = _begun(house, model, dataset, features or [], set or [], config, name)
     from trainer.run import train as go
 
-    reads = f" with {', '.join(opened.tables)}" if opened.tables else ""
-    show.say(
-        f"run {opened.folder.name}: {opened.model_name} on {opened.dataset}{reads},"
-        f" {opened.parameters:,} parameters, {opened.data.device}"
-    )
+    _describe(opened)
     watch = TrainWatch()
     try:
         report = go(opened, resume=resume, on_tick=watch)
@@ -103,22 +92,57 @@ def train(
         watch.line.close()
     if json:
         show.emit_json(asdict(report))
+    if report.finished and not watch.called:
+        show.say(f"run {report.run} is finished already; nothing was trained{_best(report)}")
+    elif report.finished:
+        show.say(f"finished: {_trained(report)}")
     else:
-        show_trained(report)
+        here = f" --warehouse {shlex.quote(str(warehouse))}" if warehouse else ""
+        show.say(
+            f"stopped: {_trained(report)};"
+            f" go on with: mmrec train --resume --run {report.run}{here}"
+        )
+        raise typer.Exit(130)
+
+
+def _begun(
+    house: Warehouse,
+    model: str,
+    dataset: str | None,
+    features: list[str],
+    settings: list[str],
+    config: Path | None,
+    name: str | None,
+) -> "OpenRun":
+    from trainer.config import parse_settings
+    from trainer.models import find_model
+
+    # What can be refused without torch is refused before it is loaded.
+    find_model(model)
+    parse_settings(settings)
+    chosen, why = house.choose_dataset(dataset)
+    if why != "given":
+        show.say(f"dataset: {chosen} ({why})")
+    from trainer.run import start_run
+
+    split = [part for entry in features for part in entry.split(",")] if features else None
+    return start_run(
+        house, model, chosen, features=split, file=config, settings=settings, name=name
+    )
 
 
 def _resumed(
     house: Warehouse, run: str | None, model: str | None, dataset: str | None, *fresh: Any
-) -> Any:
+) -> "OpenRun":
     if any(fresh):
         raise UserError(
             "--resume goes on with a run as it is; leave --features, --set, --config, --name out"
         )
-    from trainer.run import open_run
-
     folder, why = house.choose_run(run)
     if why != "given":
         show.say(f"run: {folder.name} ({why})")
+    from trainer.run import open_run
+
     opened = open_run(house, folder)
     for given, held in ((model, opened.model_name), (dataset, opened.dataset)):
         if given is not None and given != held:
@@ -126,14 +150,29 @@ def _resumed(
     return opened
 
 
+def _describe(run: "OpenRun") -> None:
+    """Say what is trained on what, and how many items it knows by nothing."""
+    reads = f" with {', '.join(run.tables)}" if run.tables else ""
+    show.say(
+        f"run {run.folder.name}: {run.model_name} on {run.dataset}{reads},"
+        f" {run.parameters:,} parameters, {run.data.device}"
+    )
+    if run.tables:
+        counts, bare = run.data.features.coverage()
+        have = ", ".join(f"{modality} {count:,}" for modality, count in counts.items())
+        show.say(f"of {run.data.features.n_items:,} items: {have}, none of these {bare:,}")
+
+
 class TrainWatch:
     """The live line of a training: loss, rate, time left; each validated epoch stays."""
 
     def __init__(self) -> None:
         self.line = show.Line()
+        self.called = False
 
     def __call__(self, tick: "Tick") -> None:
         """Show one report of the loop."""
+        self.called = True
         text = f"epoch {tick.epoch}/{tick.epochs}  loss {tick.loss:.4f}  {tick.rate:,.0f} windows/s"
         if tick.metrics:
             figures = "  ".join(f"{name} {tick.metrics[name]:.4f}" for name in ("HR@10", "NDCG@10"))
@@ -144,13 +183,14 @@ class TrainWatch:
             self.line.update(f"{text}  step {tick.step}/{tick.steps}, {left} left in this epoch")
 
 
-def show_trained(report: "TrainReport") -> None:
-    """Print how a training ended."""
-    end = "finished" if report.finished else "stopped; go on with: mmrec train --resume"
-    show.say(
-        f"{end}: {report.epochs} epochs in {show.seconds(report.seconds)}, best epoch"
-        f" {report.best_epoch} with {report.best:.4f} ({report.monitor})"
-    )
+def _trained(report: "TrainReport") -> str:
+    return f"{report.epochs} epochs in {show.seconds(report.seconds)}{_best(report)}"
+
+
+def _best(report: "TrainReport") -> str:
+    if report.best_epoch < 0:
+        return ", none validated yet"
+    return f", best epoch {report.best_epoch} with {report.best:.4f} ({report.monitor})"
 
 
 def evaluate(

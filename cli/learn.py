@@ -2,6 +2,7 @@
 
 import shlex
 import textwrap
+from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -48,7 +49,7 @@ def models(json: JsonOption = False) -> None:
 
 def _settings(values: dict[str, Any]) -> str:
     words = [f"{key}={value}" for key, value in values.items()]
-    return textwrap.fill(" ".join(words), 96, initial_indent="  ", subsequent_indent="  ")
+    return textwrap.fill(" ".join(words), 79, initial_indent="  ", subsequent_indent="  ")
 
 
 def train(
@@ -240,13 +241,17 @@ def show_evaluated(report: "EvalReport") -> None:
     groups = dict.fromkeys((r["split"], r["targets"], r["users"]) for r in report.rows)
     metrics = list(dict.fromkeys(r["metric"] for r in report.rows))
     columns = [(r, s) for r in (report.model, "popularity") for s in ("masked", "unmasked")]
+    shown: dict[str, Callable[[dict[str, Any]], Any]] = {
+        report.model: _interval,
+        "popularity": lambda row: row["value"],
+    }
     for split, targets, users in groups:
         kind = "" if targets == "all" else ", cold targets only"
         show.out.print()
         show.table(
-            ["metric", *(f"{ranker} {seen}" for ranker, seen in columns)],
+            ["metric", *(f"{ranker}\n{seen}" for ranker, seen in columns)],
             [
-                [metric, *(_interval(cells[split, targets, metric, *column]) for column in columns)]
+                [metric, *(shown[c[0]](cells[split, targets, metric, *c]) for c in columns)]
                 for metric in metrics
             ],
             title=f"{split}{kind}: {users:,} users",
@@ -257,4 +262,5 @@ def show_evaluated(report: "EvalReport") -> None:
 
 
 def _interval(row: dict[str, Any]) -> str:
-    return f"{row['value']:.4f} [{row['low']:.4f}, {row['high']:.4f}]"
+    low, high = (f"{row[key]:.4f}".removeprefix("0") for key in ("low", "high"))
+    return f"{row['value']:.4f} [{low}, {high}]"

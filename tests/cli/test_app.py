@@ -162,7 +162,7 @@ def test_sql_prints_csv_and_a_table(house: str) -> None:
         (["sql", "SELEC 1"], "syntax error"),
         (["sql", "SELECT nope FROM items"], "nope"),
         (["sql", "SELECT * FROM nope"], "the views are items"),
-        (["sql", "DROP VIEW items"], "only reads"),
+        (["sql", "DROP VIEW items"], "not DROP"),
         (["sql", "SELECT 1; SELECT 2"], "one SQL statement"),
         (["sql", "SELECT * FROM read_text('/etc/hostname')"], "Permission"),
         (["sql", "SELECT 1", "--csv", "--json"], "exclude each other"),
@@ -220,6 +220,8 @@ def test_an_empty_warehouse_says_what_to_do(tmp_path: Path) -> None:
     root = str(tmp_path / "none")
     assert "mmrec prepare" in run("train", "--model", "sasrec", "--warehouse", root, code=2).stderr
     assert "mmrec train" in run("eval", "--warehouse", root, code=2).stderr
+    assert "mmrec prepare" in run("sql", "SELECT 1", "--warehouse", root, code=2).stderr
+    Path(root).mkdir()
     assert json.loads(run("sql", "SELECT * FROM runs", "--json", "--warehouse", root).stdout) == []
 
 

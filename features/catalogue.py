@@ -207,7 +207,7 @@ def _feature_views(
     for name, info in datasets.items():
         for table in store.tables(name):
             try:
-                table.check(info.fingerprint)
+                table.check(info.fingerprint, info.inputs.get(table.modality, ""))
                 tables.append((table, _width(table)))
             except UserError as error:
                 say(f"left out: {error}")

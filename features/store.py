@@ -140,8 +140,12 @@ class FeatureTable:
         empty = pa.schema([feature_schema(1, "float16").field(name) for name in _LIGHT])
         return empty.append(pa.field("part", pa.int32())).empty_table()
 
-    def check(self, fingerprint: str) -> dict[str, Any]:
+    def check(self, fingerprint: str, inputs: str = "") -> dict[str, Any]:
         """Give the manifest of a table that is complete for one preparation of the dataset.
+
+        Args:
+            fingerprint: Of the order of items, from the dataset's description.
+            inputs: Of what the items have of this modality, from there too.
 
         Raises:
             UserError: There is no table, it is unfinished, or of another preparation.
@@ -156,6 +160,11 @@ class FeatureTable:
                 f"the feature table {self.label} belongs to an earlier preparation of"
                 f" {self.dataset}; {again} (what is already encoded is reused)"
             )
+        if manifest.get("inputs", "") != inputs:
+            raise UserError(
+                f"the feature table {self.label} was made before {self.dataset} was prepared with"
+                f" other {self.modality} inputs; {again} (what is the same is reused)"
+            )
         return manifest
 
     def digest(self) -> str:
@@ -166,20 +175,24 @@ class FeatureTable:
             found.update(chunk or b"")
         return found.hexdigest()[:16]
 
-    def read(self, n_items: int, fingerprint: str) -> FeatureMatrix:
+    def read(self, n_items: int, fingerprint: str, inputs: str = "") -> FeatureMatrix:
         """Read the table into one matrix, part by part, without an object per row.
 
         Args:
             n_items: N, the dataset's items.
             fingerprint: Fingerprint of their order, from the dataset's description.
+            inputs: Fingerprint of what they have of this modality, from there too.
 
         Raises:
             UserError: There is no table, it is unfinished, mixed, or of another preparation.
         """
-        manifest = self.check(fingerprint)
+        manifest = self.check(fingerprint, inputs)
         provenance = self.provenance()
         if provenance is None:
-            raise UserError(f"{self.path} has a manifest and no part; {_AGAIN}")
+            raise UserError(
+                f"the feature table {self.label} of {self.dataset} holds no vector: no input could"
+                " be used; see the view failures, mend the files, and extract again"
+            )
         vectors = np.zeros((n_items, provenance.dim), dtype=provenance.dtype)
         present = np.zeros(n_items, dtype=np.bool_)
         for part in self.parts():

@@ -37,6 +37,8 @@ class DatasetInfo:
     interactions: int
     fingerprint: str
     """Hash of the ordered item ids: feature tables remember it, since ``item`` depends on it."""
+    inputs: dict[str, str]
+    """Modality to a hash of what every item has of it (the text, or the reference of a file)."""
     timestamps: bool
     """Whether every interaction bears a time (else the order of the raw file is the order)."""
     tied: float
@@ -234,7 +236,8 @@ def read_json(path: Path) -> Any:
 
 
 def _info(document: Any, path: Path) -> DatasetInfo:
-    known = {entry.name: entry.type for entry in fields(DatasetInfo)}
+    known: dict[str, Any] = {entry.name: entry.type for entry in fields(DatasetInfo)}
+    known["inputs"] = dict
     wrong = [
         name
         for name, kind in known.items()

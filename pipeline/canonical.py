@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from features.errors import UserError
 from features.files import whole
-from features.schema import INTERACTIONS, ITEMS
+from features.schema import INTERACTIONS, ITEMS, MODALITIES
 from features.warehouse import DatasetInfo
 from pipeline.importers.contract import Files, many, some
 from pipeline.importers.reading import one
@@ -126,6 +126,16 @@ def make_tables(
         db,
         "SELECT sha256(string_agg(strlen(item_id) || ':' || item_id, '' ORDER BY item)) FROM items",
     )
+    # Of each row a number, of all numbers one: in bounded memory, and the same in any order.
+    hashes = one(
+        db,
+        "SELECT "
+        + ", ".join(
+            f"md5(bit_xor(md5_number(concat_ws(':', item, {modality})))::VARCHAR)"
+            for modality in MODALITIES
+        )
+        + " FROM items JOIN raw_items USING (item_id)",
+    )
     return DatasetInfo(
         name=name,
         format=format,
@@ -135,6 +145,7 @@ def make_tables(
         items=items,
         interactions=interactions,
         fingerprint=fingerprint,
+        inputs=dict(zip(MODALITIES, hashes, strict=True)),
         timestamps=timestamps,
         tied=ties / interactions,
     )

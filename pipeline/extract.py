@@ -210,13 +210,13 @@ class _Job:
         )
         try:
             encoder.run(present(column))
-            ledger.finish(self.info.fingerprint)
+            ledger.finish(self.info.fingerprint, self.info.inputs[modality])
+            self._write_failures(table, modality, backbone, encoder.tally.failures)
         except BaseException:
             ledger.flush()  # an interrupt or a crash loses nothing that was encoded
-            raise
+            raise  # the failures of the last whole run stay; all are tried again by the next
         finally:
             media.close()
-            self._write_failures(table, modality, backbone, encoder.tally.failures)
         seconds = time.monotonic() - started
         tally = encoder.tally
         return ModalityReport(

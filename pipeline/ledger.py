@@ -104,10 +104,9 @@ class Ledger:
         """Whether some row was made from this content."""
         return content in self._stored
 
-    def keep(self, item: int) -> bool:
-        """Say that the item's row, when it has one, is not stale; return whether it has one."""
+    def keep(self, item: int) -> None:
+        """Say that the item's row, when it has one, is not stale."""
         self._stale.discard(item)
-        return self._own[item] is not None
 
     # -- what is new ------------------------------------------------------------------------
 
@@ -190,12 +189,12 @@ class Ledger:
         self._stale.difference_update(wanted)
         return len(wanted)
 
-    def finish(self, fingerprint: str) -> None:
+    def finish(self, fingerprint: str, inputs: str) -> None:
         """Drop what is stale, join small parts, and say that the table is complete."""
         self.flush()
         self._drop_stale()
         self._join()
-        self.table.finish(fingerprint, self.provenance)
+        self.table.finish(fingerprint, self.provenance, inputs=inputs)
 
     def _drop_stale(self) -> None:
         """Remove the rows of items whose content is gone or has another row by now."""

@@ -53,7 +53,8 @@ def prepare(
 ) -> DatasetInfo:
     """Write the canonical tables of a dataset, replacing those of an earlier preparation.
 
-    The same input gives the same bytes. After a failure the earlier tables stand untouched.
+    The same input gives the same bytes. After a failure the earlier tables stand untouched; only
+    who kills it within the two renames at its end must prepare again.
 
     Args:
         warehouse: Where they go.
@@ -61,7 +62,7 @@ def prepare(
         raw: The raw folder; by default the warehouse's own for ``name``.
         k_core: Users and items with fewer interactions go, again and again until none is left. 1
             leaves out items that nobody has, 0 keeps them; by default what suits the dataset.
-        format: A layout, for data of one's own.
+        format: A layout, for data of one's own; prepared again, it keeps its own.
         files: Role to path, replacing the names that are looked for.
         unlisted: What becomes of interactions with an item that the items' file does not list:
             ``refuse``, ``keep`` (an item without text or picture) or ``drop``.
@@ -70,13 +71,16 @@ def prepare(
     Raises:
         UserError: A file is missing or damaged, contradicts another, or nothing is left.
     """
-    how = plan(warehouse.check_name(name), format)
+    earlier = _earlier(warehouse, warehouse.check_name(name))
+    if earlier and name not in DATASETS:
+        format = format or earlier.format
+    how = plan(name, format)
     k = how.k_core if k_core is None else k_core
     if k < 0:
         raise UserError(f"--k-core {k} is negative; give 0 for no filter, or 5 as most papers do")
     if unlisted not in UNLISTED:
         raise unknown("choice for --unlisted", unlisted, list(UNLISTED))
-    root = _raw_root(warehouse, name, raw)
+    root = raw or (Path(earlier.raw) if earlier else warehouse.raw_dir(name))
     if name == "demo" and format is None and not root.exists():
         from pipeline.demo import make_demo
 
@@ -112,7 +116,7 @@ def describe(warehouse: Warehouse) -> list[dict[str, Any]]:
     rows = []
     for name in [*DATASETS, *sorted(prepared - set(DATASETS))]:
         known = DATASETS.get(name)
-        info = warehouse.info(name) if name in prepared else None
+        info = _earlier(warehouse, name)
         root = Path(info.raw) if info else warehouse.raw_dir(name)
         row: dict[str, Any] = {
             "dataset": name,
@@ -138,13 +142,12 @@ def describe(warehouse: Warehouse) -> list[dict[str, Any]]:
     return rows
 
 
-def _raw_root(warehouse: Warehouse, name: str, raw: Path | None) -> Path:
-    """The folder given, else that of the earlier preparation, else where files are expected."""
-    if raw is not None:
-        return Path(raw)
-    return (
-        Path(warehouse.info(name).raw) if warehouse.is_prepared(name) else warehouse.raw_dir(name)
-    )
+def _earlier(warehouse: Warehouse, name: str) -> DatasetInfo | None:
+    """What an earlier preparation says; a damaged one says nothing and will be replaced."""
+    try:
+        return warehouse.info(name) if warehouse.is_prepared(name) else None
+    except UserError:
+        return None
 
 
 @contextmanager

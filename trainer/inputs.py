@@ -74,7 +74,7 @@ def load_features(
     """
     vectors, present, identities = {}, {}, []
     for table in tables:
-        matrix = table.read(info.items, info.fingerprint)
+        matrix = table.read(info.items, info.fingerprint, info.inputs.get(table.modality, ""))
         vectors[table.modality] = torch.from_numpy(matrix.vectors).to(device).float()
         present[table.modality] = torch.from_numpy(matrix.present).to(device)
         identities.append({**matrix.provenance.identity(), "content": table.digest()})

@@ -39,7 +39,8 @@ def add_table(warehouse: Warehouse, backbone: str, modality: str, dim: int) -> N
     )
     table = FeatureStore(warehouse).table("tiny", backbone, modality)
     table.append(rows, provenance)
-    table.finish(warehouse.info("tiny").fingerprint, provenance)
+    info = warehouse.info("tiny")
+    table.finish(info.fingerprint, provenance, inputs=info.inputs[modality])
 
 
 def value(warehouse: Warehouse, sql: str) -> object:

@@ -43,6 +43,7 @@ def _write(warehouse: Warehouse, sequences: Sequence[Sequence[int]], items: int)
         items=items,
         interactions=len(rows),
         fingerprint="f",
+        inputs={},
         timestamps=False,
         tied=0.0,
     )

@@ -242,3 +242,32 @@ def test_an_embedding_column_takes_only_what_it_says(tmp_path: Path) -> None:
     column = embedding_array(numbers(4)[::2])  # also when the rows are not contiguous
     assert len(column) == 2
     assert np.array_equal(column.flatten().to_numpy().reshape(2, 3), numbers(4)[::2])
+
+
+def test_a_table_of_other_texts_is_refused(table: FeatureTable) -> None:
+    table.append(rows([0], numbers(1)), MADE)
+    table.finish("f", MADE, inputs="texts of yesterday")
+    assert table.read(1, "f", "texts of yesterday").present.all()
+    with pytest.raises(UserError, match="prepared with other image inputs; run: mmrec extract"):
+        table.read(1, "f", "texts of today")
+
+
+def test_what_cannot_be_read_is_one_line(table: FeatureTable) -> None:
+    table.append(rows([0, 1], numbers(2)), MADE)
+    part = table.append(rows([2], numbers(1)), MADE)
+    table.finish("f", MADE)
+    with pytest.raises(UserError, match=r"an item that is not in 0\.\.1"):
+        table.read(2, "f")
+    whole = part.read_bytes()
+    for damaged in (whole[:100], whole[: len(whole) // 2], b"", b"PAR1" * 9):
+        part.write_bytes(damaged)
+        for use in (table.provenance, table.light, lambda: table.read(3, "f")):
+            with pytest.raises(UserError, match="cannot be read") as caught:
+                use()
+            assert "\n" not in str(caught.value)
+    part.unlink()
+    with pytest.raises(UserError, match="vectors of 2 items, its manifest says 3"):
+        table.read(3, "f")
+    (table.path / "manifest.json").write_text("{}")
+    with pytest.raises(UserError, match=r"manifest\.json is damaged"):
+        table.read(3, "f")

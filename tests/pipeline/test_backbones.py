@@ -533,7 +533,7 @@ def test_a_table_of_a_real_model_equals_a_bare_loop(
     for modality, expected in theirs.items():
         table = FeatureStore(warehouse).table("tiny", "My CLIP", modality)
         assert table.path.parts[-3] == "my-clip"
-        matrix = table.read(info.items, info.fingerprint)
+        matrix = table.read(info.items, info.fingerprint, info.inputs[modality])
         limit = 1e-5 if dtype == "float32" else 1e-3
         assert np.abs(matrix.vectors.astype(np.float32) - expected).max() < limit
 

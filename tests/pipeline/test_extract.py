@@ -63,7 +63,9 @@ def table(house: Warehouse, modality: str, backbone: str = "watched") -> Feature
 
 def read(house: Warehouse, modality: str, backbone: str = "watched") -> FeatureMatrix:
     info = house.info("tiny")
-    return table(house, modality, backbone).read(info.items, info.fingerprint)
+    return table(house, modality, backbone).read(
+        info.items, info.fingerprint, info.inputs[modality]
+    )
 
 
 def counts(report: ModalityReport) -> tuple[int, int, int, int, int]:
@@ -273,7 +275,7 @@ def test_a_column_of_which_nothing_can_be_used(tiny: Warehouse, raw: Path) -> No
     assert counts(report) == (0, 0, 0, 0, 2)
     assert (report.bytes, report.rate) == (0, 0.0)
     assert len(failures(tiny)) == 2
-    with pytest.raises(UserError, match="image=hashed of tiny does not exist"):
+    with pytest.raises(UserError, match="image=hashed of tiny holds no vector"):
         read(tiny, "image", "hashed")
 
 

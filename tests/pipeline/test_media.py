@@ -218,7 +218,7 @@ def test_pictures_in_an_lmdb(tmp_path: Path, warehouse: Warehouse) -> None:
         "not a picture of the kind that LMDBs hold": 1,
     }
     table = FeatureStore(warehouse).table("tiny", "hashed", "image")
-    vectors = table.read(info.items, info.fingerprint).vectors
+    vectors = table.read(info.items, info.fingerprint, info.inputs["image"]).vectors
     assert (vectors[1] == vectors[4]).all()
     assert np.abs(vectors[0] - vectors[1]).max() < 1e-3  # the same pixels in another dress
 

@@ -359,3 +359,30 @@ def test_the_demo_makes_its_raw_files_once(
     assert isinstance(first, DatasetInfo)
     assert prepare(warehouse, "demo") == first
     assert made == [warehouse.raw_dir("demo")]
+
+
+def test_a_dataset_of_ones_own_is_prepared_again_as_it_was(
+    warehouse: Warehouse, tmp_path: Path
+) -> None:
+    raw = {"items.csv": ITEMS, "interactions.csv": INTERACTIONS}
+    first = prepared(warehouse, tmp_path / "raw", raw)
+    assert prepare(warehouse, "mine", k_core=first.k_core) == first
+    (tmp_path / "raw" / "items.csv").write_text(ITEMS.replace("Apple", "Apricot"))
+    again = prepare(warehouse, "mine", k_core=first.k_core)
+    assert again.fingerprint == first.fingerprint
+    assert again.inputs["text"] != first.inputs["text"]
+    assert again.inputs["image"] == first.inputs["image"]
+
+
+def test_a_damaged_description_is_replaced(warehouse: Warehouse, tmp_path: Path) -> None:
+    raw = {"items.csv": ITEMS, "interactions.csv": INTERACTIONS}
+    first = prepared(warehouse, tmp_path / "raw", raw)
+    path = warehouse.dataset_dir("mine") / "dataset.json"
+    for damaged in ("{", "[]", "{}", json.dumps({**json.loads(path.read_text()), "items": "3"})):
+        path.write_text(damaged)
+        with pytest.raises(UserError, match="is damaged"):
+            warehouse.info("mine")
+        assert [row["prepared"] for row in describe(warehouse) if row["dataset"] == "mine"] == [
+            False
+        ]
+        assert prepared(warehouse, tmp_path / "raw", raw) == first

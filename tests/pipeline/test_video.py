@@ -159,7 +159,7 @@ def test_a_clip_is_the_mean_of_its_frames(warehouse: Warehouse, tmp_path: Path) 
     assert (report.encoded, report.shared, report.absent) == (2, 1, 1)
     assert report.failed == {"no frame can be decoded": 1}
     table = FeatureStore(warehouse).table("tiny", "hashed", "video")
-    matrix = table.read(info.items, info.fingerprint)
+    matrix = table.read(info.items, info.fingerprint, info.inputs["video"])
     assert matrix.present.tolist() == [True, True, False, False, True]
     assert table.light().sort_by("item")["n_frames"].to_pylist() == [6, 2, 6]
     assert (matrix.vectors[0] == matrix.vectors[4]).all()

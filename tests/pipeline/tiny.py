@@ -55,6 +55,10 @@ def prepare(
         items=n,
         interactions=n,
         fingerprint=hashlib.sha256("\n".join(ids).encode()).hexdigest(),
+        inputs={
+            modality: hashlib.sha256(repr(list(values or none)).encode()).hexdigest()
+            for modality, values in (("image", image), ("text", text), ("video", video))
+        },
         timestamps=False,
         tied=0.0,
     )

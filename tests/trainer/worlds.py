@@ -29,6 +29,7 @@ def dataset(sequences: list[list[int]], n_items: int) -> Dataset:
         items=n_items,
         interactions=len(flat),
         fingerprint="f",
+        inputs={},
         timestamps=False,
         tied=0.0,
     )

@@ -37,7 +37,9 @@ class KnownDataset:
     k_core: int = 5
 
 
-_PICTURES = ("images", "covers", "posters*")
+_PICTURES = (
+    "images", "covers", "posters*", "images.tar", "covers.tar", "images.lmdb", "covers.lmdb",
+)  # fmt: skip
 _CLIPS = ("videos", "clips")
 
 LAYOUTS: dict[str, Layout] = {

@@ -197,7 +197,7 @@ class _Job:
             )
 
         ledger = Ledger(table, provenance, self.items["item_id"])
-        media = Media(Path(self.info.raw))
+        media = Media(Path(self.info.raw), self.warehouse.dataset_dir(self.info.name))
         encoder = Encoder(
             backbone=backbone,
             modality=modality,

@@ -6,11 +6,12 @@ same for the same fault, so that failures can be counted by reason.
 
 import io
 import logging
+import os
 import re
 import stat
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,14 +22,15 @@ from PIL.ExifTags import Base
 from PIL.Image import Transpose
 
 from features.errors import UserError
-from pipeline.importers.lmdb_images import LmdbImages
+from pipeline.importers.lmdb_images import LmdbImages, MissingKeyError
+from pipeline.importers.places import OUTSIDE, PREPARED, container, inside
+from pipeline.importers.tar_images import MissingMemberError, TarImages
 
 PREPROCESSING = "first frame, turned upright, alpha on white, 8 bits, RGB"
 MAX_BYTES = 256 << 20  # of one encoded picture
 MAX_PIXELS = 89_478_485  # of one decoded picture: a quarter of a gigabyte of RGB
 MAX_ASPECT = 500  # beyond it, scaling the short side to a model's size costs gigabytes
 
-_LMDB = re.compile(r"(?P<path>.+?\.lmdb)#(?P<key>.+)", re.DOTALL)
 _UPRIGHT = {
     2: Transpose.FLIP_LEFT_RIGHT,
     3: Transpose.ROTATE_180,
@@ -65,11 +67,17 @@ def quiet() -> Iterator[None]:
 
 
 class Media:
-    """The bytes behind the references of items: paths below a root, or keys of an LMDB."""
+    """The bytes behind the references of items (see :mod:`pipeline.importers.places`).
 
-    def __init__(self, root: Path) -> None:
+    Args:
+        root: The raw root; what leads outside it is never read.
+        prepared: The dataset's own folder, where preparing copied pictures from a table.
+    """
+
+    def __init__(self, root: Path, prepared: Path | None = None) -> None:
         self.root = root
-        self._lmdbs: dict[Path, LmdbImages] = {}
+        self._prepared = prepared
+        self._containers: dict[Path, LmdbImages | TarImages | MediaError] = {}
         self._opening = threading.Lock()
 
     def read(self, reference: str) -> bytes | Image.Image:
@@ -78,10 +86,16 @@ class Media:
         Raises:
             MediaError: There is nothing to read, or too much.
         """
-        inside = _LMDB.fullmatch(reference)
-        if inside:
-            return self._read_lmdb(self.root / inside["path"], inside["key"])
-        path = self.root / reference
+        path = self._path(reference)
+        # A plain file may have any name, also one that looks like a part of a container.
+        if "#" in reference and (path is None or not os.path.isfile(path)):
+            end = reference.find("#")
+            while end != -1:
+                whole = self._path(reference[:end])
+                if whole is not None and (images := self._container(whole)) is not None:
+                    return _member(images, reference[end + 1 :])
+                end = reference.find("#", end + 1)
+        path = _allowed(path)
         check_file(path, MAX_BYTES)
         with reading():
             return path.read_bytes()
@@ -92,31 +106,68 @@ class Media:
         Raises:
             MediaError: There is nothing to read.
         """
-        path = self.root / reference
+        path = _allowed(self._path(reference))
         check_file(path)
         with reading():
             return path.open("rb")
 
     def close(self) -> None:
         """Close what was opened."""
-        for images in self._lmdbs.values():
-            images.close()
-        self._lmdbs.clear()
+        for images in self._containers.values():
+            if not isinstance(images, MediaError):
+                images.close()
+        self._containers.clear()
 
-    def _read_lmdb(self, path: Path, key: str) -> bytes | Image.Image:
-        if not path.exists():
-            raise MediaError("read", "file not found")
-        try:
-            with self._opening:
-                if path not in self._lmdbs:
-                    self._lmdbs[path] = LmdbImages(path)
-            return self._lmdbs[path].get(key)
-        except UserError as error:
-            if "no key" in str(error):
-                raise MediaError("read", "no such key in the LMDB") from None
-            raise MediaError("decode", "not a picture of the kind that LMDBs hold") from None
-        except lmdb.Error as error:
-            raise MediaError("read", one_line(error)) from None
+    def _path(self, reference: str) -> Path | None:
+        """The file that ``reference`` names, there or not; nothing when it may not be read."""
+        if reference.startswith(OUTSIDE):
+            return Path(reference.removeprefix(OUTSIDE))
+        base: Path | None = self.root
+        if reference.startswith(PREPARED):
+            base, reference = self._prepared, reference.removeprefix(PREPARED)
+        tail = inside(base, reference) if base is not None else None
+        return base / tail if base is not None and tail is not None else None
+
+    def _container(self, path: Path) -> LmdbImages | TarImages | None:
+        with self._opening:
+            if path not in self._containers:
+                kind = container(path)
+                if kind is None:
+                    return None
+                try:
+                    self._containers[path] = _OPEN[kind](path)
+                except (UserError, OSError):
+                    self._containers[path] = MediaError("read", f"not a readable {kind}")
+            found = self._containers[path]
+        if isinstance(found, MediaError):
+            raise found
+        return found
+
+
+_OPEN: dict[str, Callable[[Path], LmdbImages | TarImages]] = {"lmdb": LmdbImages, "tar": TarImages}
+
+
+def _allowed(path: Path | None) -> Path:
+    if path is None:
+        raise MediaError("read", "leads outside the raw folder")
+    return path
+
+
+def _member(images: LmdbImages | TarImages, name: str) -> bytes | Image.Image:
+    try:
+        if isinstance(images, TarImages):
+            _check_bytes(images.size(name), MAX_BYTES)
+        return images.get(name)
+    except MissingKeyError:
+        raise MediaError("read", "no such key in the LMDB") from None
+    except MissingMemberError:
+        raise MediaError("read", "no such member in the tar") from None
+    except UserError:
+        if isinstance(images, TarImages):
+            raise MediaError("read", "truncated tar") from None
+        raise MediaError("decode", "not a picture of the kind that LMDBs hold") from None
+    except (lmdb.Error, OSError) as error:
+        raise MediaError("read", one_line(error)) from None
 
 
 @contextmanager
@@ -144,9 +195,13 @@ def check_file(path: Path, max_bytes: int | None = None) -> None:
         raise MediaError("read", "is a folder")
     if not stat.S_ISREG(status.st_mode):
         raise MediaError("read", "is no plain file")
-    if status.st_size == 0:
+    _check_bytes(status.st_size, max_bytes)
+
+
+def _check_bytes(size: int, max_bytes: int | None) -> None:
+    if size == 0:
         raise MediaError("read", "empty file")
-    if max_bytes is not None and status.st_size > max_bytes:
+    if max_bytes is not None and size > max_bytes:
         raise MediaError("read", f"file larger than {max_bytes >> 20} MiB")
 
 

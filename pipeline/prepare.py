@@ -25,6 +25,7 @@ from pipeline.canonical import (
 )
 from pipeline.datasets import DATASETS, locate, plan
 from pipeline.importers import bili, movielens, sequences, table
+from pipeline.importers.blobs import MEDIA, store_blobs
 from pipeline.importers.contract import Importer, check
 
 IMPORTERS: dict[str, Importer] = {
@@ -95,6 +96,8 @@ def prepare(
         settle_unlisted(db, unlisted, found, say)
         index_ids(db)
         filter_core(db, k, name)
+        if told.blobs:
+            store_blobs(db, told.blobs, root, stage / MEDIA, all_items=k == 0)
         info = make_tables(
             db,
             name=name,
@@ -190,8 +193,9 @@ def _database(stage: Path) -> Iterator[duckdb.DuckDBPyConnection]:
 def _swap(folder: Path, stage: Path, info: DatasetInfo) -> None:
     """Put the new tables in place of the old; ``dataset.json`` goes first and comes last."""
     (folder / "dataset.json").unlink(missing_ok=True)
-    for part in ("items", "interactions"):
+    for part in ("items", "interactions", MEDIA):
         if (folder / part).exists():
             os.replace(folder / part, stage / f"old-{part}")
-        os.replace(stage / part, folder / part)
+        if (stage / part).exists():
+            os.replace(stage / part, folder / part)
     write_json(folder / "dataset.json", asdict(info))

@@ -10,9 +10,9 @@ from pathlib import Path
 import duckdb
 
 from features.errors import UserError
-from pipeline.importers.contract import Files, Raw
+from pipeline.importers.contract import Blobs, Files, Raw
 from pipeline.importers.items import IDS, create_described, create_from
-from pipeline.importers.media import list_media, with_media_sql
+from pipeline.importers.media import create_items
 from pipeline.importers.reading import delimited_sql, first_row
 from pipeline.importers.sequences import create_from_sequences
 from pipeline.importers.text import install
@@ -28,13 +28,12 @@ def read(db: duckdb.DuckDBPyConnection, root: Path, files: Files) -> Raw:
     """
     install(db)
     create_from_sequences(db, files["interactions"][0])
-    _items(db, files["items"][0])
-    list_media(db, root, files.get("images", ()), files.get("videos", ()))
-    db.execute(f"CREATE TABLE raw_items AS {with_media_sql('described')}")
-    return Raw(timestamps=False)
+    blobs = _items(db, files["items"][0])
+    notes = create_items(db, root, files)
+    return Raw(timestamps=False, notes=notes, blobs=blobs)
 
 
-def _items(db: duckdb.DuckDBPyConnection, path: Path) -> None:
+def _items(db: duckdb.DuckDBPyConnection, path: Path) -> Blobs | None:
     form = _FORMS.get(path.suffix.lower())
     if form is None:
         raise UserError(f"{path} is none of {', '.join(_FORMS)}; convert it to one of them")
@@ -45,8 +44,7 @@ def _items(db: duckdb.DuckDBPyConnection, path: Path) -> None:
             f"{path}, line 1: one column where an id and a title are expected; correct the file"
         )
     if first[0].strip().lower() in {name.lower() for name in IDS}:
-        create_described(db, path)
-        return
+        return create_described(db, path).blobs
     names = ["item_id", "title", *(f"column_{index}" for index in range(3, len(first) + 1))]
     source = delimited_sql(path, names, delimiter=delimiter, quote=quote)
-    create_from(db, path, source, names)
+    return create_from(db, path, source, names).blobs

@@ -8,8 +8,8 @@ two DuckDB tables behind; what is between is SQL over the raw files, never an ob
     file, which decides between equal times and is the whole order where there are none.
 
 ``raw_items(item_id VARCHAR, text VARCHAR, image VARCHAR, video VARCHAR, attributes VARCHAR)``
-    Anything but the id may be NULL. ``image`` and ``video`` are paths relative to the raw root, or
-    ``<path>.lmdb#<key>``; ``attributes`` is one JSON object.
+    Anything but the id may be NULL. ``image`` and ``video`` are references
+    (:mod:`pipeline.importers.places`); ``attributes`` is one JSON object.
 """
 
 from collections.abc import Callable, Mapping
@@ -33,6 +33,19 @@ class Raw:
     """Whether interactions bear a time."""
     notes: tuple[str, ...] = ()
     """One line each, for the person who prepares."""
+    blobs: "Blobs | None" = None
+    """Pictures that stand in the items' file itself; ``raw_items.image`` does not have them."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Blobs:
+    """A column of encoded pictures in a Parquet file."""
+
+    path: Path
+    item: str
+    """The column of item ids."""
+    column: str
+    """Binary, or the struct (bytes, path) that Hugging Face's ``datasets`` writes."""
 
 
 Importer = Callable[[duckdb.DuckDBPyConnection, Path, Files], Raw]

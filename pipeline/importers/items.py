@@ -4,13 +4,16 @@
 ``WORDS`` that are there; everything but the id and the paths also stands in the attributes.
 """
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import duckdb
 
 from features.dataset import quoted
 from features.errors import UserError
+from pipeline.importers.contract import Blobs
 from pipeline.importers.reading import (
     TABLES,
     column,
@@ -26,16 +29,25 @@ from pipeline.importers.text import sentence_sql
 IDS = ("item_id", "item", "id", "itemId", "movieId", "asin")
 WORDS = ("title", "text", "name", "brand", "categories", "category", "genres", "description")
 """Columns that become the text of an item, in this order."""
+_STRUCTS = ("STRUCT(bytes BLOB, path VARCHAR)", "STRUCT(path VARCHAR, bytes BLOB)")
 
 
-def create_described(db: duckdb.DuckDBPyConnection, path: Path) -> bool:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Described:
+    """What a file of items turned out to have."""
+
+    words: bool
+    """Whether there is a column of words."""
+    blobs: Blobs | None = None
+    """Its pictures, if it has them as bytes; ``described.image`` is NULL then."""
+
+
+def create_described(db: duckdb.DuckDBPyConnection, path: Path) -> Described:
     """Make ``described`` from a JSONL, CSV, TSV or Parquet file with named columns.
 
-    Returns:
-        Whether there is a column of words.
-
     Raises:
-        UserError: The file is damaged, or has no column of ids.
+        UserError: The file is damaged, has no column of ids, or has pictures in a column of a type
+            that we cannot read.
     """
     if path.suffix.lower() in (".jsonl", ".ndjson"):
         return _from_jsonl(db, path)
@@ -47,14 +59,18 @@ def create_described(db: duckdb.DuckDBPyConnection, path: Path) -> bool:
 
 def create_from(
     db: duckdb.DuckDBPyConnection, path: Path, source: str, names: Sequence[str]
-) -> bool:
+) -> Described:
     """Make ``described`` from SQL that reads the columns ``names`` of ``path``."""
     item = column(path, names, *IDS)
-    words, select = _select(names, lambda name: f"{ident(name)}::VARCHAR")
+    types = {name: str(kind) for name, kind, *_ in db.sql(f"DESCRIBE FROM {source}").fetchall()}
+    blobs = _blobs(path, item, types)
+    binary = {name for name, kind in types.items() if "BLOB" in kind}
+    plain = [name for name in names if name not in binary]  # bytes are no words and no attributes
+    words, select = _select(plain, lambda name: f"{ident(name)}::VARCHAR")
     paths = {name.lower() for name in ("image", "video")}
     pairs = ", ".join(
         f"{quoted(name)}, {ident(name)}"
-        for name in names
+        for name in plain
         if name != item and name.lower() not in paths
     )
     create(
@@ -64,10 +80,28 @@ def create_from(
         f" json_merge_patch('{{}}', json_object({pairs}))::VARCHAR AS attributes FROM {source}",
         path,
     )
-    return words
+    return Described(words=words, blobs=blobs)
 
 
-def _from_jsonl(db: duckdb.DuckDBPyConnection, path: Path) -> bool:
+def _blobs(path: Path, item: str, types: Mapping[str, str]) -> Blobs | None:
+    """Say where the pictures are, if they are bytes.
+
+    Raises:
+        UserError: A column that should hold references or bytes holds something else.
+    """
+    image, video = (optional(list(types), name) for name in ("image", "video"))
+    if image is not None and types[image] in ("BLOB", *_STRUCTS):
+        return Blobs(path=path, item=item, column=image)
+    for name in (image, video):
+        if name is not None and re.search(r"BLOB|STRUCT|MAP|\[", types[name]):
+            raise UserError(
+                f"{path}: the column {name!r} is of type {types[name][:80]}; give paths"
+                + (", bytes, or structs of bytes and path" if name == image else "")
+            )
+    return None
+
+
+def _from_jsonl(db: duckdb.DuckDBPyConnection, path: Path) -> Described:
     create(
         db,
         "_lines",
@@ -94,7 +128,7 @@ def _from_jsonl(db: duckdb.DuckDBPyConnection, path: Path) -> bool:
         " FROM _lines ORDER BY place"
     )
     db.execute("DROP TABLE _lines")
-    return words
+    return Described(words=words)
 
 
 def _select(names: Sequence[str], value: Callable[[str], str]) -> tuple[bool, str]:

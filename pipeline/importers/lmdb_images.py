@@ -21,6 +21,10 @@ MAX_PIXELS = 178_956_970  # Pillow's own limit against decompression bombs
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
+class MissingKeyError(UserError):
+    """The LMDB has no such key."""
+
+
 class LmdbImages:
     """One LMDB of covers, opened once, read only; not to be carried over a fork.
 
@@ -70,12 +74,13 @@ class LmdbImages:
         """One cover: an image, or the bytes of an encoded one where the LMDB holds those.
 
         Raises:
-            UserError: There is no such key, or its value is not an image and nothing else.
+            MissingKeyError: There is no such key.
+            UserError: Its value is not an image and nothing else.
         """
         with self._env.begin() as transaction:
             value = transaction.get(key.encode())
         if value is None:
-            raise UserError(f"{self.path} has no key {key!r}; prepare the dataset again")
+            raise MissingKeyError(f"{self.path} has no key {key!r}; prepare the dataset again")
         if not value.startswith(b"\x80"):  # every pickle since protocol 2 begins so, no image does
             return bytes(value)
         return read_lmdb_image(value, f"{self.path}#{key}")

@@ -12,7 +12,7 @@ import duckdb
 from features.dataset import quoted
 from features.errors import UserError
 from pipeline.importers.contract import Files, Raw
-from pipeline.importers.media import list_media, with_media_sql
+from pipeline.importers.media import create_items
 from pipeline.importers.reading import (
     column,
     create,
@@ -49,18 +49,17 @@ def read(db: duckdb.DuckDBPyConnection, root: Path, files: Files) -> Raw:
     _movies(db, files["items"][0])
     plots = files.get("plots", ())
     _plots(db, plots[0] if plots else None)
-    list_media(db, root, files.get("images", ()), files.get("videos", ()))
     genres = "array_to_string(m.genres, ', ')"
-    described = (
-        f"SELECT m.item_id, {sentence_sql('m.title', genres, 'e.plot')} AS text,"
+    db.execute(
+        "CREATE TABLE described AS SELECT m.item_id,"
+        f" {sentence_sql('m.title', genres, 'e.plot')} AS text,"
         " NULL::VARCHAR AS image, NULL::VARCHAR AS video,"
         " json_merge_patch('{}', json_object('title', m.title, 'genres', m.genres,"
         " 'released', e.released, 'rated', e.rated, 'director', e.director,"
         " 'actors', e.actors))::VARCHAR AS attributes"
         " FROM movies m LEFT JOIN plots e ON e.id = m.item_id"
     )
-    db.execute(f"CREATE TABLE raw_items AS {with_media_sql(f'({described})')}")
-    return Raw(timestamps=timestamps)
+    return Raw(timestamps=timestamps, notes=create_items(db, root, files))
 
 
 def _interactions(db: duckdb.DuckDBPyConnection, path: Path) -> bool:

@@ -179,6 +179,27 @@ def create_interactions(
         )
 
 
+_UNITS = {
+    "DATE": ("days", "{} - DATE '1970-01-01'"),
+    "TIMESTAMP": ("microseconds", "epoch_us({})"),
+    "TIMESTAMP WITH TIME ZONE": ("microseconds", "epoch_us({})"),
+    "TIMESTAMP_S": ("microseconds", "epoch_us({})"),
+    "TIMESTAMP_MS": ("microseconds", "epoch_us({})"),
+    "TIMESTAMP_NS": ("nanoseconds", "epoch_ns({})"),
+}
+
+
+def whole_time(db: duckdb.DuckDBPyConnection, source: str, name: str) -> tuple[str, str | None]:
+    """SQL of a column of times as whole numbers, and their unit where the column has a type."""
+    ((_, kind, *_),) = db.sql(f"DESCRIBE SELECT {ident(name)} FROM {source}").fetchall()
+    if kind not in _UNITS:
+        return ident(name), None
+    unit, sql = _UNITS[kind]
+    # Infinity is a time to DuckDB, and no number of units.
+    whole = sql.format(ident(name))
+    return f"CASE WHEN isfinite({ident(name)}) THEN {whole} END", unit
+
+
 def whole_number_sql(value: str) -> str:
     """SQL that gives a BIGINT for a whole number, NULL for anything else (a cast would round)."""
     number = f"TRY_CAST({value} AS DOUBLE)"

@@ -11,7 +11,7 @@ import duckdb
 from features.errors import UserError
 from pipeline.importers.contract import Files, Raw, many, some
 from pipeline.importers.items import create_described
-from pipeline.importers.media import list_media, with_media_sql
+from pipeline.importers.media import create_items
 from pipeline.importers.reading import create, lines_sql, one
 from pipeline.importers.text import install
 
@@ -25,17 +25,17 @@ def read(db: duckdb.DuckDBPyConnection, root: Path, files: Files) -> Raw:
     install(db)
     create_from_sequences(db, files["interactions"][0])
     items = files.get("items", ())
+    blobs = None
     if items:
-        create_described(db, items[0])
+        blobs = create_described(db, items[0]).blobs
     else:
         db.execute(
             "CREATE TABLE described AS SELECT DISTINCT item_id, NULL::VARCHAR AS text,"
             " NULL::VARCHAR AS image, NULL::VARCHAR AS video, NULL::VARCHAR AS attributes"
             " FROM raw_interactions"
         )
-    list_media(db, root, files.get("images", ()), files.get("videos", ()))
-    db.execute(f"CREATE TABLE raw_items AS {with_media_sql('described')}")
-    return Raw(timestamps=False)
+    notes = create_items(db, root, files)
+    return Raw(timestamps=False, notes=notes, blobs=blobs)
 
 
 def create_from_sequences(db: duckdb.DuckDBPyConnection, path: Path) -> None:

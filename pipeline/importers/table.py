@@ -1,10 +1,12 @@
 """One's own tables: ``interactions.(csv|tsv|parquet)`` and ``items.(csv|tsv|parquet|jsonl)``.
 
 ``interactions`` has the columns ``user_id``, ``item_id`` and, optionally, ``timestamp`` (a whole
-number of any unit); without it the order of the rows is the order of time. ``items`` has
-``item_id`` and, optionally, words (see :data:`pipeline.importers.items.WORDS`), ``image`` and
-``video`` (paths relative to the raw folder); every other column is kept as an attribute. Pictures
-and clips may also lie in folders ``images`` and ``videos``, named by item id.
+number of any unit, or a date or time of a Parquet file); without it the order of the rows is the
+order of time. ``items`` has ``item_id`` and, optionally, words (see
+:data:`pipeline.importers.items.WORDS`), ``image`` and ``video`` (references as in
+:mod:`pipeline.importers.places`; in a Parquet file, pictures may also be bytes); every other column
+is kept as an attribute. Pictures and clips may also lie in folders ``images`` and ``videos``, named
+by item id, pictures in ``images.tar`` or ``images.lmdb`` as well.
 """
 
 from pathlib import Path
@@ -14,8 +16,16 @@ import duckdb
 from features.errors import UserError
 from pipeline.importers.contract import Files, Raw, many
 from pipeline.importers.items import create_described
-from pipeline.importers.media import list_media, with_media_sql
-from pipeline.importers.reading import column, create_interactions, ident, one, optional, table_sql
+from pipeline.importers.media import create_items
+from pipeline.importers.reading import (
+    column,
+    create_interactions,
+    ident,
+    one,
+    optional,
+    table_sql,
+    whole_time,
+)
 from pipeline.importers.text import install
 
 
@@ -31,15 +41,17 @@ def read(db: duckdb.DuckDBPyConnection, root: Path, files: Files) -> Raw:
     source, names = table_sql(db, path)
     user, item = (ident(column(path, names, name)) for name in ("user_id", "item_id"))
     time = optional(names, "timestamp")
-    create_interactions(db, path, source, user, item, ident(time) if time else None)
+    whole, unit = whole_time(db, source, time) if time else (None, None)
+    create_interactions(db, path, source, user, item, whole)
     items = files["items"][0]
-    words = create_described(db, items)
+    found = create_described(db, items)
     (described, texts) = one(db, "SELECT count(*), count(text) FROM described")
-    if words and described and not texts:
+    if found.words and described and not texts:
         raise UserError(
             f"{items}: the column of text is empty in all of {many(described, 'item')};"
             " fill the column, or leave it out for a catalogue without text"
         )
-    list_media(db, root, files.get("images", ()), files.get("videos", ()))
-    db.execute(f"CREATE TABLE raw_items AS {with_media_sql('described')}")
-    return Raw(timestamps=time is not None)
+    notes = create_items(db, root, files)
+    if unit:
+        notes = (f"times are kept as {unit} since 1970", *notes)
+    return Raw(timestamps=time is not None, notes=notes, blobs=found.blobs)

@@ -6,6 +6,7 @@ import pytest
 
 from features.errors import UserError
 from features.warehouse import Warehouse
+from pipeline.media import Media
 from tests.pipeline.raws import INTERACTIONS, ITEMS, folder, items_of, prepared, sequences_of
 
 
@@ -162,5 +163,48 @@ def test_files_and_folders_by_option(warehouse: Warehouse, tmp_path: Path) -> No
         },
     )
     (item,) = items_of(warehouse)
-    assert (item["text"], item["image"]) == ("A", "../elsewhere/art/a.png")
-    assert (tmp_path / "raw" / item["image"]).read_text() == "x"
+    art = tmp_path / "elsewhere" / "art" / "a.png"
+    assert (item["text"], item["image"]) == ("A", f"outside:{art}")
+    assert Media(tmp_path / "raw").read(item["image"]) == b"x"
+
+
+SECOND = 1_577_836_800  # 2020-01-01
+
+
+@pytest.mark.parametrize(
+    ("kind", "first", "unit"),
+    [
+        (pa.timestamp("s"), SECOND * 1_000_000, "microseconds"),
+        (pa.timestamp("ms"), SECOND * 1_000_000, "microseconds"),
+        (pa.timestamp("us", tz="Europe/Berlin"), SECOND * 1_000_000, "microseconds"),
+        (pa.timestamp("ns"), SECOND * 1_000_000_000, "nanoseconds"),
+        (pa.date32(), 18_262, "days"),
+    ],
+)
+def test_dates_and_times_of_parquet(
+    warehouse: Warehouse, tmp_path: Path, kind: pa.DataType, first: int, unit: str
+) -> None:
+    days = 18_262 if pa.types.is_date(kind) else SECOND
+    steps = 1 if pa.types.is_date(kind) else 86_400
+    scale = {"s": 1, "ms": 1000, "us": 10**6, "ns": 10**9}[getattr(kind, "unit", "s")]
+    times = pa.array([days * scale, (days - steps) * scale], pa.int64())
+    if pa.types.is_date(kind):
+        times = times.cast(pa.int32())
+    raw = folder(tmp_path / "raw", {"items.csv": ITEMS})
+    rows = {"user_id": ["u", "u"], "item_id": ["a", "b"], "timestamp": times.cast(kind)}
+    pq.write_table(pa.table(rows), raw / "interactions.parquet")
+    said: list[str] = []
+    info = prepared(warehouse, raw, {}, say=said.append)
+    assert info.timestamps
+    assert sequences_of(warehouse) == {"u": ["b", "a"]}
+    table = pq.read_table(warehouse.dataset_dir("mine") / "interactions")
+    assert table["timestamp"].to_pylist()[1] == first
+    assert f"times are kept as {unit} since 1970" in said
+
+
+def test_a_time_that_is_missing_in_parquet(tmp_path: Path) -> None:
+    raw = folder(tmp_path / "raw", {"items.csv": ITEMS})
+    times = pa.array([SECOND, None], pa.timestamp("us"))
+    rows = {"user_id": ["u", "u"], "item_id": ["a", "b"], "timestamp": times}
+    pq.write_table(pa.table(rows), raw / "interactions.parquet")
+    assert _refused(tmp_path, {}).startswith("interactions.parquet, row 2: the timestamp is empty")

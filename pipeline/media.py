@@ -14,9 +14,11 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import lmdb
 import numpy as np
+import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 from PIL.ExifTags import Base
 from PIL.Image import Transpose
@@ -27,6 +29,7 @@ from pipeline.importers.places import OUTSIDE, PREPARED, container, inside
 from pipeline.importers.tar_images import MissingMemberError, TarImages
 
 PREPROCESSING = "first frame, turned upright, alpha on white, 8 bits, RGB"
+DRAFT = "JPEGs of twice the size or more scaled down in decoding (DCT), by 2, 4 or 8"
 MAX_BYTES = 256 << 20  # of one encoded picture
 MAX_PIXELS = 89_478_485  # of one decoded picture: a quarter of a gigabyte of RGB
 MAX_ASPECT = 500  # beyond it, scaling the short side to a model's size costs gigabytes
@@ -205,8 +208,13 @@ def _check_bytes(size: int, max_bytes: int | None) -> None:
         raise MediaError("read", f"file larger than {max_bytes >> 20} MiB")
 
 
-def decode_image(data: bytes | Image.Image) -> Image.Image:
+def decode_image(data: bytes | Image.Image, draft: int | None = None) -> Image.Image:
     """Decode one picture to RGB as people see it; of an animation, the first frame.
+
+    Args:
+        data: The encoded picture.
+        draft: Decode a JPEG at a half, a quarter or an eighth of its sides, of which the smaller
+            keeps at least so many pixels (:data:`DRAFT` says so in provenance).
 
     Raises:
         MediaError: The bytes are no picture, damaged, or larger than the limits.
@@ -214,8 +222,11 @@ def decode_image(data: bytes | Image.Image) -> Image.Image:
     try:
         with Image.open(io.BytesIO(data)) if isinstance(data, bytes) else data as image:
             check_size(*image.size)
-            image.load()
-            return _upright(_rgb(image), _orientation(image))
+            if draft is not None:
+                image.draft(None, (draft, draft))
+            with _decoding.take(image.width * image.height):
+                image.load()
+                return _upright(_rgb(image), _orientation(image))
     except MediaError:
         raise
     except UnidentifiedImageError:
@@ -227,14 +238,41 @@ def decode_image(data: bytes | Image.Image) -> Image.Image:
         raise MediaError("decode", reason) from None
 
 
-def check_size(width: int, height: int) -> None:
+class _Budget:
+    """As many pixels as may be decoded at once, in all threads; decoding takes 12 bytes for one."""
+
+    def __init__(self, most: int) -> None:
+        self._most = self._free = most
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def take(self, pixels: int) -> Iterator[None]:
+        """Wait until there is room, which a picture of more than all has when it is alone."""
+        pixels = min(pixels, self._most)
+        with self._changed:
+            self._changed.wait_for(lambda: self._free >= pixels)
+            self._free -= pixels
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free += pixels
+                self._changed.notify_all()
+
+
+_decoding = _Budget(MAX_PIXELS)
+
+
+def check_size(width: int, height: int, most: int | None = None) -> None:
     """Refuse what would take too much memory to decode or to scale.
 
     Raises:
-        MediaError: More pixels than ``MAX_PIXELS``, or longer than ``MAX_ASPECT`` times its width.
+        MediaError: More pixels than ``most`` (by default ``MAX_PIXELS``), or longer than
+            ``MAX_ASPECT`` times its width.
     """
-    if width * height > MAX_PIXELS:
-        raise MediaError("decode", f"more than {MAX_PIXELS // 1_000_000} megapixels")
+    most = MAX_PIXELS if most is None else most
+    if width * height > most:
+        raise MediaError("decode", f"more than {most // 1_000_000} megapixels")
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise MediaError("decode", f"more than {MAX_ASPECT} times as long as wide")
 
@@ -256,24 +294,40 @@ def _rgb(image: Image.Image) -> Image.Image:
         image = _eight_bits(image)
     if "A" in image.mode.upper().replace("LAB", "") or "transparency" in image.info:
         pixels = image.convert("RGBA")
-        white = Image.new("RGBA", pixels.size, "white")
-        return Image.alpha_composite(white, pixels).convert("RGB")
+        white = Image.new("RGB", pixels.size, "white")
+        white.paste(pixels, mask=pixels)
+        return white
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
     """Scale a deep greyscale picture to 8 bits; Pillow's own conversion would clip it to white."""
-    values = np.asarray(image).astype(np.float32)
-    values = np.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
-    low, high = float(values.min()), float(values.max())
+    values = np.asarray(image)
+    low, high = _range(values)
     if image.mode == "F" and low >= 0 and high <= 1:
-        full = 1.0
+        low, full = 0.0, 1.0
     elif low < 0 or high > 65535:
-        values, full = values - low, high - low  # no convention fits: use the range there is
+        full = high - low  # no convention fits: use the range there is
     else:
-        full = 255.0 if high <= 255 and image.mode != "I;16" else float(_depth(image))
-    grey = np.clip(values * (255.0 / full if full else 0.0) + 0.5, 0, 255).astype(np.uint8)
+        low, full = 0.0, 255.0 if high <= 255 and image.mode != "I;16" else float(_depth(image))
+    scale = 255.0 / full if full else 0.0
+    grey = np.empty(values.shape, dtype=np.uint8)
+    for rows in _strips(values):  # in strips, for floats of the whole would take four times as much
+        grey[rows] = np.clip((_finite(values[rows]) - low) * scale + 0.5, 0, 255)
     return Image.fromarray(grey)
+
+
+def _range(values: npt.NDArray[Any]) -> tuple[float, float]:
+    ends = [(part.min(), part.max()) for part in (_finite(values[r]) for r in _strips(values))]
+    return float(min(low for low, _ in ends)), float(max(high for _, high in ends))
+
+
+def _strips(values: npt.NDArray[Any]) -> list[slice]:
+    return [slice(start, start + 256) for start in range(0, len(values), 256)]
+
+
+def _finite(values: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    return np.nan_to_num(values.astype(np.float32), nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def _depth(image: Image.Image) -> int:

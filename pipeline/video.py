@@ -2,6 +2,7 @@
 
 import bisect
 import math
+import re
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
@@ -14,8 +15,10 @@ from PIL.Image import Transpose
 from pipeline.media import MediaError, check_size, one_line
 
 MAX_FRAMES = 128
+MAX_PIXELS = 36_000_000  # of one frame: 8K has 33 million, and a decoder holds up to 17 of them
 PREPROCESSING = f"1 frame a second, at most {MAX_FRAMES} and then evenly spread, upright, RGB"
 
+_SLACK = 2.0  # seconds that a last frame is shown, or that a header errs
 _TICK = 1e-6  # seconds; rounding of timestamps
 _TURNS = {90: Transpose.ROTATE_90, 180: Transpose.ROTATE_180, 270: Transpose.ROTATE_270}
 
@@ -58,16 +61,20 @@ def sample(stream: BinaryIO, prepare: Callable[[Image.Image], Any]) -> tuple[lis
 
 
 class _DamagedError(Exception):
-    """From here on, frames are guesses of the decoder."""
+    """From here on, frames are guesses of the decoder, or the file ends too early."""
 
 
 def _frames(container: InputContainer) -> Iterator[av.VideoFrame]:
     """Give the sampled frames in order, seeking only when a keyframe lies ahead."""
     stream = _stream(container)
     stream.codec_context.thread_count = 1  # clips are decoded side by side instead
+    # The size in the header may not be the one that frames turn out to have.
+    stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
     step = max(1.0, (container.duration or 0) / 1_000_000 / MAX_FRAMES)
     keys = _keys(stream)
+    length = _length(container, stream)
     start: float | None = None
+    time = 0.0
     wanted, taken, position, sought = 0.0, 0, 0, False
     frames = container.decode(stream)
     while (frame := next(frames, None)) is not None:
@@ -96,6 +103,19 @@ def _frames(container: InputContainer) -> Iterator[av.VideoFrame]:
         if sought:
             _seek(container, stream, keys[best - 1] + delay)
             frames = container.decode(stream)
+    if start is not None and time - start + _SLACK < length:
+        raise _DamagedError
+
+
+def _length(container: InputContainer, stream: av.VideoStream) -> float:
+    """Seconds of pictures that the file promises, 0 when it promises nothing."""
+    if stream.duration is not None and stream.time_base is not None:
+        return float(stream.duration * stream.time_base)
+    told = re.fullmatch(r"(\d+):(\d+):(\d+\.\d+)", stream.metadata.get("DURATION", ""))
+    if told:
+        return int(told[1]) * 3600 + int(told[2]) * 60 + float(told[3])
+    # The file's is that of its longest stream, which may be sound.
+    return 0.0 if container.streams.audio else (container.duration or 0) / 1_000_000
 
 
 def _seek(container: InputContainer, stream: av.VideoStream, seconds: float) -> None:
@@ -106,7 +126,7 @@ def _seek(container: InputContainer, stream: av.VideoStream, seconds: float) -> 
 def _stream(container: InputContainer) -> av.VideoStream:
     for stream in container.streams.video:
         if not stream.disposition & Disposition.attached_pic:
-            check_size(stream.codec_context.width, stream.codec_context.height)
+            check_size(stream.codec_context.width, stream.codec_context.height, MAX_PIXELS)
             return stream
     raise MediaError("decode", "no video stream")
 
@@ -120,7 +140,7 @@ def _keys(stream: av.VideoStream) -> list[float]:
 
 
 def _picture(frame: av.VideoFrame) -> Image.Image:
-    check_size(frame.width, frame.height)
+    check_size(frame.width, frame.height, MAX_PIXELS)
     picture: Image.Image = frame.to_image()  # type: ignore[no-untyped-call]
     turn = _TURNS.get(round(frame.rotation) % 360)  # counter-clockwise, as Pillow's are
     return picture if turn is None else picture.transpose(turn)

@@ -1,6 +1,12 @@
 import io
+import math
 import os
 import pickle
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import lmdb
@@ -41,6 +47,58 @@ def refused(data: bytes) -> str:
     assert caught.value.stage == "decode"
     assert "\n" not in caught.value.reason
     return caught.value.reason
+
+
+def photo(size: tuple[int, int], **more: object) -> bytes:
+    """A JPEG of smooth colours, from which every eighth pixel could be foretold."""
+    coarse = np.random.RandomState(0).randint(0, 256, (5, 6, 3), dtype=np.uint8)
+    picture = Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
+    return encoded(picture, "JPEG", quality=95, **more)
+
+
+@pytest.mark.parametrize(
+    ("size", "draft", "expected"),
+    [
+        ((640, 480), 224, (320, 240)),
+        ((640, 447), 224, (640, 447)),  # a half would be smaller than the model's input
+        ((640, 448), 224, (320, 224)),
+        ((645, 1801), 160, (162, 451)),
+        ((2000, 1800), 32, (250, 225)),
+        ((640, 480), 481, (640, 480)),
+        ((640, 480), None, (640, 480)),
+    ],
+)
+def test_a_draft_keeps_what_the_model_needs(
+    size: tuple[int, int], draft: int | None, expected: tuple[int, int]
+) -> None:
+    data = photo(size)
+    found = decode_image(data, draft)
+    assert (found.mode, found.size) == ("RGB", expected)
+    full = decode_image(data).resize(expected, Image.Resampling.BOX)
+    assert np.abs(np.asarray(found).astype(int) - np.asarray(full)).mean() < 3
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_draft_is_turned_upright_too(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = photo((128, 96), exif=exif)
+    full, half = decode_image(data), decode_image(data, 48)
+    assert half.size == (full.width // 2, full.height // 2)
+    assert half.size == ((64, 48) if orientation < 5 else (48, 64))
+    small = np.asarray(full.resize(half.size, Image.Resampling.BOX)).astype(int)
+    assert np.abs(np.asarray(half) - small).mean() < 3
+
+
+def test_a_draft_of_anything_else_is_the_whole() -> None:
+    picture = Image.fromarray(np.random.RandomState(0).randint(0, 256, (64, 64, 3), dtype=np.uint8))
+    for kind in ("PNG", "WEBP", "GIF", "TIFF"):
+        data = encoded(picture, kind)
+        assert decode_image(data, 8).tobytes() == decode_image(data).tobytes()
+    assert decode_image(picture.copy(), 8).size == (64, 64)  # pixels of an LMDB
+    for mode in ("L", "CMYK"):
+        data = encoded(picture.convert(mode), "JPEG")
+        assert (decode_image(data, 16).mode, decode_image(data, 16).size) == ("RGB", (16, 16))
 
 
 def test_plain_pictures_are_not_touched() -> None:
@@ -134,6 +192,90 @@ def test_bombs_and_slivers_are_refused_before_they_are_decoded(
     monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", never)
     assert refused(many) == "more than 3 megapixels"
     assert refused(thin) == "more than 500 times as long as wide"
+
+
+def test_threads_share_the_memory_for_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(media, "_decoding", media._Budget(100))
+    at_once = most = 0
+    counting = threading.Lock()
+
+    def rgb(image: Image.Image) -> Image.Image:
+        nonlocal at_once, most
+        with counting:
+            at_once += image.width * image.height
+            most = max(most, at_once)
+        time.sleep(0.002)
+        with counting:
+            at_once -= image.width * image.height
+        return image
+
+    monkeypatch.setattr(media, "_rgb", rgb)
+    pictures = [encoded(Image.new("RGB", (side, side)), "PNG") for side in (4, 5, 6, 7, 9, 10) * 3]
+    with ThreadPoolExecutor(8) as pool:
+        assert len(list(pool.map(decode_image, pictures))) == 18
+    assert 50 < most <= 100
+    monkeypatch.setattr(media, "_decoding", media._Budget(10))
+    assert decode_image(pictures[-1]).size == (10, 10)  # more than all there is: alone
+
+
+_PEAK = """
+import resource, sys
+from pathlib import Path
+from pipeline.media import Media, MediaError, decode_image, quiet
+from pipeline.video import sample
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+
+folder, before = Path(sys.argv[1]), peak()
+shelf = Media(folder)
+with quiet():
+    for path in sorted(folder.rglob("*.*")):
+        name = str(path.relative_to(folder))
+        try:
+            if path.suffix in (".mp4", ".mkv", ".mov", ".avi"):
+                with shelf.open(name) as stream:
+                    sample(stream, lambda picture: picture.resize((224, 224)))
+            else:
+                decode_image(shelf.read(name))
+        except MediaError:
+            pass
+print(peak() - before)
+"""
+
+
+def peak(folder: Path) -> int:
+    """MiB that a process of its own needs beyond its start to decode all of a folder."""
+    command = [sys.executable, "-c", _PEAK, str(folder)]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+@pytest.mark.slow
+def test_the_largest_pictures_stay_within_bounds(tmp_path: Path) -> None:
+    side = math.isqrt(media.MAX_PIXELS)
+    Image.new("RGBA", (side, side), (9, 9, 9, 9)).save(tmp_path / "a.png", compress_level=1)
+    Image.new("1", (50_000, 50_000)).save(tmp_path / "c.png", compress_level=1)
+    with (tmp_path / "d.png").open("wb") as stream:
+        stream.write(encoded(Image.new("L", (9, 9)), "PNG"))
+        stream.truncate(1 << 33)
+    for name, refusal in (("c.png", "more than 89 megapixels"), ("d.png", "file larger")):
+        with pytest.raises(MediaError, match=refusal):
+            decode_image(Media(tmp_path).read(name))
+    assert peak(tmp_path) < 12.5 * side * side / (1 << 20)
+
+
+@pytest.mark.slow
+def test_odd_files_stay_within_bounds(real_data: Path) -> None:
+    assert peak(real_data / "weird") < 200
+
+
+def test_every_odd_file_is_a_vector_or_a_failure(warehouse: Warehouse, real_data: Path) -> None:
+    raw = real_data / "weird"
+    names = [f"images/{path.name}" for path in sorted((raw / "images").iterdir())]
+    prepare(warehouse, raw, ids=names, image=names)
+    report = extract(warehouse, "tiny", image="hashed").tables[0]
+    assert sum(report.failed.values()) == 8
+    assert report.encoded + report.shared == len(names) - 8
 
 
 def test_damage_has_a_reason_that_can_be_counted() -> None:

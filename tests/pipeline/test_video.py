@@ -23,9 +23,10 @@ Pixels = npt.NDArray[np.uint8]
 
 def clip(
     path: Path, *, frames: int, fps: int = 25, gop: int = 250, b_frames: int = 2, jumps: int = 0,
-    size: tuple[int, int] = (64, 48),
+    size: tuple[int, int] = (64, 48), noise: int = 1,
 ) -> Path:  # fmt: skip
-    """Write a clip whose frame i is grey of shade 2 + 2 i (up to 250, then again)."""
+    """Write a clip whose frame i is grey of shade 2 + 2 i (up to 250, then again), and noise."""
+    random = np.random.RandomState(0)
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=fps)
@@ -38,6 +39,7 @@ def clip(
         }  # fmt: skip
         for index in range(frames):
             picture = np.full((size[1], size[0], 3), shade(index), np.uint8)
+            picture += random.randint(0, noise, picture.shape, dtype=np.uint8)
             frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
             frame.pts = index + jumps * (index // 10)
             container.mux(stream.encode(frame))
@@ -104,11 +106,40 @@ def test_a_long_clip_is_sampled_evenly(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_clip_is_used_up_to_the_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = bytearray(clip(tmp_path / "a.mkv", frames=100, fps=10, gop=10).read_bytes())
     del data[int(len(data) * 0.55) :]
-    found, _ = sample(io.BytesIO(data), lambda picture: round(float(np.asarray(picture).mean())))
+    found, partial = sample(
+        io.BytesIO(data), lambda picture: round(float(np.asarray(picture).mean()))
+    )
     assert 3 <= len(found) <= 8
+    assert partial
     assert near(found, [shade(10 * second) for second in range(len(found))])
     with pytest.raises(MediaError, match="no frame can be decoded"):
         sample(io.BytesIO(bytes(data[:300])), lambda picture: None)
+
+
+def cut(data: bytes, share: float) -> tuple[int, bool]:
+    found, partial = sample(io.BytesIO(data[: int(len(data) * share)]), lambda picture: 0)
+    return len(found), partial
+
+
+@pytest.mark.parametrize("kind", ["mp4", "mkv", "avi"])
+def test_a_file_that_ends_too_early_is_partial(tmp_path: Path, kind: str) -> None:
+    plain = clip(tmp_path / f"a.{kind}", frames=100, fps=10, gop=10, noise=50)
+    if kind == "mp4":  # its index stands at the end, unless it is put first
+        with av.open(str(plain)) as old, av.open(
+            str(tmp_path / "b.mp4"), "w", options={"movflags": "faststart"}
+        ) as new:  # fmt: skip
+            to = new.add_stream_from_template(old.streams.video[0])
+            for packet in old.demux(video=0):
+                if packet.dts is not None:
+                    packet.stream = to
+                    new.mux(packet)
+        plain = tmp_path / "b.mp4"
+    data = plain.read_bytes()
+    assert cut(data, 1.0) == (10, False)
+    count, partial = cut(data, 0.6)
+    # An AVI without its end is taken for a shorter one: nothing at its beginning tells.
+    assert partial == (kind != "avi")
+    assert 3 <= count <= 8
 
 
 def test_what_is_no_clip_has_a_reason(tmp_path: Path) -> None:
@@ -140,7 +171,7 @@ def test_a_playlist_cannot_name_other_files(
 
 
 def test_frames_too_large_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.media.MAX_PIXELS", 3000)
+    monkeypatch.setattr(video, "MAX_PIXELS", 3000)
     path = clip(tmp_path / "a.mp4", frames=2)
     with path.open("rb") as stream, pytest.raises(MediaError, match="megapixels"):
         sample(stream, lambda picture: None)

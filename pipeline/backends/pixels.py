@@ -68,14 +68,20 @@ class Pixels:
 
     def batch(self, pictures: Sequence[Pixels8]) -> torch.Tensor:
         """Stack and normalise prepared pictures: (B, 3, H, W) float32 on the device."""
-        shape = (len(pictures), *pictures[0].shape)
-        cuda = self._device.type == "cuda"
+        high, wide, channels = pictures[0].shape
+        if self._device.type == "cpu":
+            # One after another, as each fits the cache; in planes, as models take them.
+            x_BCHW = torch.empty((len(pictures), channels, high, wide))
+            for x_CHW, pixels_HWC in zip(x_BCHW, pictures, strict=True):
+                x_CHW.copy_(torch.from_numpy(pixels_HWC).permute(2, 0, 1))
+                x_CHW.mul_(self._scale).add_(self._shift)
+            return x_BCHW
         # Pinned memory is copied while the device still works on the batch before.
-        pixels_BHWC = torch.empty(shape, dtype=torch.uint8, pin_memory=cuda)
+        pinned = self._device.type == "cuda"
+        shape = (len(pictures), high, wide, channels)
+        pixels_BHWC = torch.empty(shape, dtype=torch.uint8, pin_memory=pinned)
         np.stack(pictures, out=pixels_BHWC.numpy())
-        x_BCHW = pixels_BHWC.to(self._device, non_blocking=cuda).permute(0, 3, 1, 2)
-        # Models that take planes copy once; on CUDA, convolutions like the channels last.
-        x_BCHW = x_BCHW.float() if cuda else x_BCHW.contiguous().float()
+        x_BCHW = pixels_BHWC.to(self._device, non_blocking=pinned).permute(0, 3, 1, 2).float()
         return x_BCHW.mul_(self._scale).add_(self._shift)
 
     def _sides(self, height: int, width: int) -> tuple[int, int]:

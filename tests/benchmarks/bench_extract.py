@@ -1,76 +1,91 @@
-"""What extraction costs beside the model: items a second, over the bare forward loop.
+"""What extraction costs beside the model, as ratios; each section by its name.
 
-    python -m tests.benchmarks.bench_extract --image FOLDER --text all-minilm-l6-v2 --items 256
+    python -m tests.benchmarks.bench_extract [images texts clips ceiling startup video memory gpu]
 
-The bare loop runs the same backbone with the same batches over inputs that are already decoded, or
-tokenised and sorted by length: 1.00 means that everything else hides behind the model. The
-weightless backbone shows the pipeline's own ceiling. Pictures are 640x480 JPEGs, texts have about
-20 tokens; both are made here. Time is CPU seconds of all threads, which other work on the machine
-disturbs least, and beside it the clock's; the better of two alternating repetitions counts.
+``images``, ``texts``, ``clips``
+    Items a second of ``extract`` over the bare forward loop with the same backbone, batches and
+    threads, on inputs that are decoded, or tokenised and sorted, beforehand.
+``ceiling``
+    Pictures a second on one core with a model of no cost, and of a plain loop of PIL and the
+    library's own transform.
+``startup``
+    CPU seconds of ``mmrec extract`` on one picture, beyond those of a process that imports the
+    libraries and loads the weights.
+``video``
+    Clips a second of sampling one frame a second, over PyAV decoding all frames in order.
+``memory``
+    Peak memory and time for ten times the items.
+``gpu``
+    Pictures a second on a CUDA device, and where the time goes.
+
+Architectures are the true ones, weights random. Figures are CPU seconds of all threads where other
+work on the machine would disturb the clock, and the better of rounds that take turns.
 """
 
 import argparse
+import io
+import os
+import platform
+import resource
 import shutil
+import subprocess
+import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import av
 import numpy as np
+import torch
+import transformers
+from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 
 from features.warehouse import Warehouse
+from pipeline import encode
 from pipeline.backbones import BACKBONES, load_backbone
 from pipeline.backends.contract import Backbone, Batch
-from pipeline.encode import TOKENS_EACH
-from pipeline.extract import extract
+from pipeline.backends.pixels import Pixels, of_open_clip, of_processor
+from pipeline.extract import ExtractReport, extract
 from pipeline.media import decode_image
 from pipeline.stream import token_batches
+from pipeline.video import sample
+from tests.benchmarks import inputs
 from tests.pipeline.fakes import entry
-from tests.pipeline.tiny import prepare
+
+CPU = torch.device("cpu")
+ROUNDS = 2
+_AGAIN = """
+import resource, sys, time
+from features.warehouse import Warehouse
+from pipeline.extract import extract
+from pathlib import Path
+start = time.process_time()
+extract(Warehouse(Path(sys.argv[1])), "tiny", **{sys.argv[2]: "hashed"})
+took = time.process_time() - start
+print(took, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+"""
+_LOAD = """
+import sys
+import torch, open_clip
+open_clip.create_model(f"local-dir:{sys.argv[1]}", require_pretrained=True, weights_only=True)
+open_clip.get_tokenizer(f"local-dir:{sys.argv[1]}")
+"""
 
 
-def make(raw: Path, n: int) -> tuple[list[str], list[str]]:
-    """Draw n pictures and write n titles."""
-    random = np.random.RandomState(0)
-    raw.mkdir()
-    words = ["".join(random.choice(list("abcdeilmnorstu"), 5)) for _ in range(999)]
-    names, texts = [], []
-    for i in range(n):
-        coarse = random.randint(0, 256, (30, 40, 3), dtype=np.uint8)
-        names.append(f"{i}.jpg")
-        Image.fromarray(coarse).resize((640, 480)).save(raw / names[-1], quality=90)
-        texts.append(" ".join(random.choice(words, random.randint(2, 12))))
-    return names, texts
+def say(section: str, what: str, figure: str, goal: str = "") -> None:
+    """Print one row."""
+    print(f"{section:8} {what:52} {figure:>32}  {goal}", flush=True)
 
 
-def bare_images(backbone: Backbone, raw: Path, names: list[str]) -> Callable[[], None]:
-    inputs = [backbone.image(decode_image((raw / name).read_bytes())) for name in names]
-
-    def loop() -> None:
-        for start in range(0, len(inputs), backbone.batch_size):
-            backbone.embed(Batch(images=inputs[start : start + backbone.batch_size]))
-
-    return loop
-
-
-def bare_texts(backbone: Backbone, texts: list[str]) -> Callable[[], None]:
-    tokens = backbone.texts(texts)
-    lengths = np.asarray([len(ids) for ids in tokens])
-    size = backbone.batch_size
-    batches = list(token_batches(lengths, budget=size * TOKENS_EACH, most=4 * size))
-
-    def loop() -> None:
-        for chosen in batches:
-            backbone.embed(Batch(texts=[tokens[i] for i in chosen]))
-
-    return loop
-
-
-def best(*loops: Callable[[], None]) -> list[tuple[float, float]]:
-    """CPU and wall seconds of each loop: the better of two rounds, in turns."""
+def best(*loops: Callable[[], object], rounds: int = ROUNDS) -> list[tuple[float, float]]:
+    """CPU and wall seconds of each loop: the better of some rounds, in turns."""
     found = [(np.inf, np.inf)] * len(loops)
-    for _ in range(2):
+    for _ in range(rounds):
         for i, loop in enumerate(loops):
             cpu, wall = time.process_time(), time.perf_counter()
             loop()
@@ -79,48 +94,306 @@ def best(*loops: Callable[[], None]) -> list[tuple[float, float]]:
     return found
 
 
-def job(house: Warehouse, modality: str) -> Callable[[], None]:
+def job(house: Warehouse, modality: str) -> Callable[[], ExtractReport]:
     """Give the whole extraction from nothing, with the backbone that is already loaded."""
+    given: dict[str, Any] = {modality: "loaded"}
 
-    def run() -> None:
-        for part in (house.dataset_dir("tiny") / "features").rglob("part-*.parquet"):
-            part.unlink()
-        if modality == "image":
-            extract(house, "tiny", image="loaded")
-        else:
-            extract(house, "tiny", text="loaded")
+    def run() -> ExtractReport:
+        shutil.rmtree(house.dataset_dir("tiny") / "features", ignore_errors=True)
+        return extract(house, "tiny", **given)
 
     return run
 
 
-def main() -> None:
-    """Measure the given backbones, and the weightless one."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--image", default="hashed", help="backbone for pictures")
-    parser.add_argument("--text", default="all-minilm-l6-v2", help="backbone for texts")
-    parser.add_argument("--items", type=int, default=256)
-    parser.add_argument("--device")
-    parser.add_argument("--compute", default="float32")
-    given = parser.parse_args()
-    runs = [("image", given.image), ("text", given.text), ("image", "hashed"), ("text", "hashed")]
-    print(f"{'CPU seconds, then the clock':34}{'bare/s':>9}{'extract/s':>10}{'ratio':>6}")
-    with tempfile.TemporaryDirectory() as folder:
-        raw = Path(folder) / "raw"
-        names, texts = make(raw, given.items)
-        house = Warehouse(Path(folder) / "warehouse")
-        prepare(house, raw, ids=names, image=names, text=texts)
-        for modality, name in dict.fromkeys(runs):
-            backbone = load_backbone(name, device=given.device, compute=given.compute)
-            BACKBONES["loaded"] = entry(backbone)
-            image = modality == "image"
-            bare = bare_images(backbone, raw, names) if image else bare_texts(backbone, texts)
-            bare()  # warm
+def loaded(backbone: Backbone) -> Backbone:
+    BACKBONES["loaded"] = entry(backbone)
+    return backbone
+
+
+def bare_images(backbone: Backbone, prepared: list[Any]) -> Callable[[], None]:
+    def loop() -> None:
+        for start in range(0, len(prepared), backbone.batch_size):
+            backbone.embed(Batch(images=prepared[start : start + backbone.batch_size]))
+
+    return loop
+
+
+def bare_texts(backbone: Backbone, texts: list[str]) -> Callable[[], None]:
+    tokens = backbone.texts(texts)
+    lengths = np.asarray([len(ids) for ids in tokens])
+    size = backbone.batch_size
+    batches = list(token_batches(lengths, budget=size * encode.TOKENS_EACH, most=4 * size))
+
+    def loop() -> None:
+        for chosen in batches:
+            backbone.embed(Batch(texts=[tokens[i] for i in chosen]))
+
+    return loop
+
+
+@contextmanager
+def draft() -> Iterator[None]:
+    """Decode as ``--decode draft`` does."""
+    plain = vars(encode)["decode_image"]
+    vars(encode)["decode_image"] = lambda data, *rest: decode_image(data, 224)
+    try:
+        yield
+    finally:
+        vars(encode)["decode_image"] = plain
+
+
+def compare(section: str, what: str, n: int, bare: Callable[[], None], run: Any, goal: str) -> None:
+    bare()  # warm
+    # Ratios near 1 need more rounds than the machine's other work spoils.
+    (cpu_bare, wall_bare), (cpu, wall) = best(bare, run, rounds=3 * ROUNDS)
+    say(section, f"{what}: bare forward", f"{n / cpu_bare:.1f}/s CPU, {n / wall_bare:.1f}/s clock")
+    say(section, f"{what}: extract", f"{n / cpu:.1f}/s CPU, {n / wall:.1f}/s clock")
+    say(section, f"{what}: ratio", f"{cpu_bare / cpu:.3f} CPU, {wall_bare / wall:.3f} clock", goal)
+
+
+# -- the sections ---------------------------------------------------------------------------
+
+
+def images(root: Path, n: int = 64) -> None:
+    """Pictures through ViT-B/32 of both libraries."""
+    house = inputs.house(root, pictures=n)
+    raw = root / "raw"
+    for what, folder in (
+        ("CLIP ViT-B/32, open_clip", inputs.clip_b32(root / "clip")),
+        ("ViT-B/32, transformers", inputs.vit_b32(root / "vit")),
+    ):
+        backbone = loaded(load_backbone(str(folder)))
+        data = [(raw / f"{i}.jpg").read_bytes() for i in range(n)]
+        bare = bare_images(backbone, [backbone.image(decode_image(one)) for one in data])
+        compare("images", what, n, bare, job(house, "image"), ">= 0.95")
+        with draft():
+            compare("images", f"{what}, draft", n, bare, job(house, "image"), ">= 0.95")
+
+
+def texts(root: Path, n: int = 256) -> None:
+    """Titles through CLIP's text tower and BERT-base."""
+    house = inputs.house(root, texts=n)
+    for what, folder in (
+        ("CLIP text tower", inputs.clip_b32(root / "clip")),
+        ("BERT-base", inputs.bert_base(root / "bert")),
+    ):
+        backbone = loaded(load_backbone(str(folder)))
+        bare = bare_texts(backbone, inputs.titles(n))
+        compare("texts", what, n, bare, job(house, "text"), ">= 0.9")
+
+
+def clips(root: Path, n: int = 6) -> None:
+    """Clips at one frame a second through CLIP ViT-B/32."""
+    house = inputs.house(root, clips=n)
+    backbone = loaded(load_backbone(str(inputs.clip_b32(root / "clip"))))
+    frames: list[Any] = []
+    for i in range(n):
+        with (root / "raw" / f"{i}.mp4").open("rb") as stream:
+            frames.extend(sample(stream, backbone.image)[0])
+    run = job(house, "video")
+    compare("clips", "CLIP ViT-B/32, 11 frames each", n, bare_images(backbone, frames), run, "")
+
+
+def ceiling(root: Path, n: int = 400) -> None:
+    """Pictures a second on one core when the model is free."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    torch.set_num_threads(1)
+    house = inputs.house(root, pictures=n)
+    size = np.mean([path.stat().st_size for path in (root / "raw").iterdir()]) / 1000
+    say("ceiling", f"JPEG 640x480, {size:.0f} kB, one core", "")
+    data = [path.read_bytes() for path in sorted((root / "raw").iterdir())]
+    transform = image_transform_v2(PreprocessCfg(), is_train=False)
+    processor = transformers.ViTImageProcessor()
+    ways: dict[str, tuple[Pixels | None, Any]] = {
+        "open_clip": (of_open_clip(PreprocessCfg(), CPU), transform),
+        "transformers": (
+            of_processor(processor, CPU),
+            lambda picture: processor(images=picture, return_tensors="pt")["pixel_values"],
+        ),
+    }
+    for library, (pixels, theirs) in ways.items():
+        assert pixels is not None
+        loaded(inputs.Free(pixels))  # type: ignore[arg-type]
+
+        def plain(theirs: Any = theirs) -> None:
+            for one in data:
+                theirs(Image.open(io.BytesIO(one)).convert("RGB"))
+
+        def drafted() -> None:
+            with draft():
+                job(house, "image")()
+
+        (base, _), (exact, exact_wall), (fast, fast_wall) = best(
+            plain, job(house, "image"), drafted
+        )
+        say("ceiling", f"{library}: plain loop of PIL and its transform", f"{n / base:.0f}/s CPU")
+        for what, cpu, wall, goal in (
+            ("exact", exact, exact_wall, ">= 250/s where plain is 210/s: 1.19"),
+            ("draft", fast, fast_wall, ">= 375/s where plain is 210/s: 1.79"),
+        ):
+            figure = f"{n / cpu:.0f}/s CPU, {n / wall:.0f}/s clock, {base / cpu:.2f}"
+            say("ceiling", f"{library}: extract, {what}, and over plain", figure, goal)
+
+
+def startup(root: Path) -> None:
+    """CPU seconds before the first item, beyond importing and loading."""
+    house = inputs.house(root, pictures=1)
+    folder = inputs.clip_b32(root / "clip")
+    command = [sys.executable, "-c", "from cli.app import main; main()"]
+    flags = ["extract", "--dataset", "tiny", "--image", str(folder)]
+    environment = {**os.environ, "MMREC_WAREHOUSE": str(house.root)}
+    loading = [sys.executable, "-c", _LOAD, str(folder)]
+    took = {}
+    for what, line in (("load", loading), ("extract", command + flags)):
+        took[what] = np.inf
+        for _ in range(ROUNDS):
             shutil.rmtree(house.dataset_dir("tiny") / "features", ignore_errors=True)
-            line = f"{modality} {backbone.name:28}"
-            for one, all_of_it in zip(*best(bare, job(house, modality)), strict=True):
-                n = given.items
-                line += f"{n / one:9.1f}{n / all_of_it:10.1f}{one / all_of_it:6.2f}"
-            print(line)
+            before = resource.getrusage(resource.RUSAGE_CHILDREN)
+            subprocess.run(line, check=True, capture_output=True, env=environment)
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+            took[what] = min(took[what], cpu)
+    say("startup", "importing the libraries, loading the weights", f"{took['load']:.2f} CPU s")
+    more = took["extract"] - took["load"]
+    say("startup", "mmrec extract of one picture, beyond that", f"{more:.2f} CPU s", "<= 5 s")
+
+
+def video(root: Path, seconds: int = 60) -> None:
+    """Sampling over decoding everything in order, at two distances of keyframes."""
+
+    def small(picture: Image.Image) -> Image.Image:
+        return picture.resize((224, 224))
+
+    for gop in (25, 250):
+        path = inputs.clip(root / f"{gop}.mp4", seconds=seconds, gop=gop)
+
+        def ours(path: Path = path) -> None:
+            with path.open("rb") as stream:
+                assert len(sample(stream, small)[0]) == seconds
+
+        def plain(path: Path = path) -> None:
+            kept = 0
+            with av.open(str(path)) as container:
+                container.streams.video[0].codec_context.thread_count = 1
+                for frame in container.decode(video=0):
+                    if frame.time is not None and frame.time + 1e-6 >= kept:
+                        small(frame.to_image())  # type: ignore[no-untyped-call]
+                        kept += 1
+            assert kept == seconds
+
+        (base, _), (cpu, _) = best(plain, ours)
+        what = f"{seconds} s of 640x360, a keyframe each {gop} frames"
+        figure = f"{1 / base:.2f} and {1 / cpu:.2f} clips/s, {base / cpu:.2f}"
+        say("video", f"{what}: PyAV, sampling", figure)
+
+
+def memory(root: Path, few: int = 10_000, many: int = 100_000) -> None:
+    """Peak memory and CPU seconds for ten times the items, each in a process of its own."""
+    found: dict[tuple[str, int], tuple[float, float]] = {}
+    for n in (few, many):
+        house = inputs.small_pictures(root / str(n), n)
+        for modality in ("image", "text"):
+            line = [sys.executable, "-c", _AGAIN, str(house.root), modality]
+            out = subprocess.run(line, check=True, capture_output=True, text=True).stdout.split()
+            found[modality, n] = float(out[0]), float(out[1])
+    for modality in ("image", "text"):
+        (less, low), (more, high) = found[modality, few], found[modality, many]
+        figure = f"{low:.0f} and {high:.0f} MiB, {high / low:.3f}"
+        say("memory", f"{modality}: peak at {few} and {many} items", figure, "<= 1.10")
+        figure = f"{less:.1f} and {more:.1f} CPU s, {more / less / (many / few):.3f}"
+        say("memory", f"{modality}: time, and each item's over linear", figure, "about 1")
+
+
+class _Clock:
+    """Adds up the seconds of some functions, by name."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._lock = threading.Lock()
+
+    def watch(self, name: str, work: Any, now: Callable[[], float], sync: bool = False) -> Any:
+        def watched(*args: Any, **options: Any) -> Any:
+            if sync:
+                torch.cuda.synchronize()
+            start = now()
+            result = work(*args, **options)
+            if sync:
+                torch.cuda.synchronize()
+            with self._lock:
+                self.seconds[name] = self.seconds.get(name, 0.0) + now() - start
+            return result
+
+        return watched
+
+
+def gpu(root: Path, n: int = 6000) -> None:
+    """Pictures a second on a CUDA device, and where the time goes."""
+    if not torch.cuda.is_available():
+        say("gpu", "no CUDA device here", "")
+        return
+    house = inputs.house(root, pictures=500)
+    from tests.pipeline.tiny import prepare
+
+    # The same files many times, each with some bytes of its own behind the picture's end.
+    for i in range(500, n):
+        same = (root / "raw" / f"{i % 500}.jpg").read_bytes()
+        (root / "raw" / f"{i}.jpg").write_bytes(same + i.to_bytes(4))
+    names = [str(i) for i in range(n)]
+    prepare(house, root / "raw", ids=names, image=[f"{name}.jpg" for name in names])
+    for compute in ("float32", "bfloat16"):
+        backbone: Any = load_backbone(str(inputs.clip_b32(root / compute)), compute=compute)
+        data = [(root / "raw" / f"{i}.jpg").read_bytes() for i in range(512)]
+        bare = bare_images(backbone, [backbone.image(decode_image(one)) for one in data])
+        bare()
+        ((_, wall),) = best(bare)
+        say("gpu", f"CLIP ViT-B/32 {compute}: bare forward and copies", f"{512 / wall:.0f}/s")
+        loaded(backbone)
+        for what, way in (("exact", None), ("draft", draft)):
+            run = job(house, "image")
+            if way is not None:
+                with way():
+                    ((cpu, wall),) = best(run)
+            else:
+                ((cpu, wall),) = best(run)
+            figure = f"{n / wall:.0f}/s clock, {n / cpu:.0f}/s a CPU second"
+            say("gpu", f"CLIP ViT-B/32 {compute}: extract, {what}", figure)
+    clock = _Clock()
+    plain = vars(encode)["decode_image"], backbone.image, backbone.embed
+    vars(encode)["decode_image"] = clock.watch("decode", plain[0], time.thread_time)
+    backbone.image = clock.watch("resize", plain[1], time.thread_time)
+    backbone.embed = clock.watch("copy, forward, copy back", plain[2], time.perf_counter, sync=True)
+    try:
+        start = time.perf_counter()
+        job(house, "image")()
+        wall = time.perf_counter() - start
+    finally:
+        vars(encode)["decode_image"], backbone.image, backbone.embed = plain
+    cores = len(os.sched_getaffinity(0))
+    for what, seconds in clock.seconds.items():
+        if what in ("decode", "resize"):
+            say("gpu", f"of {wall:.2f} s: {what}, of {cores} cores", f"{seconds / cores:.2f} s")
+        else:
+            say("gpu", f"of {wall:.2f} s: {what}", f"{seconds:.2f} s")
+            say("gpu", "waiting for pictures, books and writing", f"{wall - seconds:.2f} s")
+
+
+SECTIONS: dict[str, Callable[..., None]] = {
+    one.__name__: one for one in (images, texts, clips, ceiling, startup, video, memory, gpu)
+}  # fmt: skip
+
+
+def main() -> None:
+    """Run the sections that are named, or all."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("sections", nargs="*", help=", ".join(SECTIONS))
+    parser.add_argument("--items", type=int, help="instead of the section's own number")
+    given = parser.parse_args()
+    say("machine", f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}", "")
+    for name in given.sections or SECTIONS:
+        more = {"n": given.items} if given.items else {}
+        with tempfile.TemporaryDirectory() as folder:
+            SECTIONS[name](Path(folder), **more)
 
 
 if __name__ == "__main__":

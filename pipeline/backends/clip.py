@@ -15,12 +15,13 @@ import open_clip
 import torch
 from huggingface_hub import try_to_load_from_cache
 from open_clip.constants import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
-from open_clip.transform import PreprocessCfg, image_transform_v2
+from open_clip.transform import PreprocessCfg
 from PIL import Image
 
 from features.errors import UserError
 from pipeline.backends import hub, torched
 from pipeline.backends.contract import Batch, Tokens, Vectors
+from pipeline.backends.pixels import of_open_clip
 from pipeline.media import one_line
 
 _WEIGHTS = (".safetensors", ".bin", ".pth")
@@ -53,9 +54,7 @@ class Clip:
         self._model = model
         self._tokenizer = tokenizer
         cfg = PreprocessCfg(**model.visual.preprocess_cfg)  # type: ignore[union-attr, arg-type]
-        *self._pictures, _, normalize = image_transform_v2(cfg, is_train=False).transforms
-        self._mean = torch.tensor(normalize.mean, device=device).view(3, 1, 1)
-        self._std = torch.tensor(normalize.std, device=device).view(3, 1, 1)
+        self._pixels = of_open_clip(cfg, device)
         self._cfg = cfg
         self._text = _Text(model)
 
@@ -76,9 +75,7 @@ class Clip:
 
     def image(self, picture: Image.Image) -> npt.NDArray[np.uint8]:
         """Resize and crop to (H, W, 3) 8-bit pixels; the rest of the transform is linear."""
-        for step in self._pictures:
-            picture = step(picture)
-        return np.array(picture)
+        return self._pixels.prepare(picture)
 
     def texts(self, texts: Sequence[str]) -> list[Tokens]:
         """Tokenise; what follows the end token is cut off where it cannot matter."""
@@ -91,9 +88,7 @@ class Clip:
             if len(batch.texts):
                 ids_BT = torched.pad(batch.texts, 0, self._device)
                 return torched.to_numpy(self._text.encode(ids_BT))
-            pixels_BHWC = torch.from_numpy(np.stack(batch.images)).to(self._device)
-            x_BCHW = pixels_BHWC.permute(0, 3, 1, 2).contiguous().float().div_(255)
-            x_BCHW.sub_(self._mean).div_(self._std)
+            x_BCHW = self._pixels.batch(batch.images)
             return torched.to_numpy(self._model.encode_image(x_BCHW))  # type: ignore[operator]
 
 

@@ -23,6 +23,7 @@ from PIL import Image
 from features.errors import UserError
 from pipeline.backends import torched
 from pipeline.backends.contract import Batch, Tokens, Vectors
+from pipeline.backends.pixels import of_processor
 from pipeline.backends.sentence import recipe
 from pipeline.media import one_line
 
@@ -70,6 +71,7 @@ class Transformer:
         if self._both or model.main_input_name == "pixel_values":
             self.modalities += ("image", "video")
             self._processor: Any = _image_processor(folder)
+            self._pixels = of_processor(self._processor, self._device)
             self._vision_pooling = self._choose_vision_pooling()
             grey = self.image(Image.new("RGB", (64, 64), "grey"))
             dims.add(self.embed(Batch(images=[grey])).shape[1])
@@ -111,8 +113,8 @@ class Transformer:
         pooler = getattr(self._model, "pooler", None)
         learned = pooler is not None and any(True for _ in pooler.parameters())
         with torch.inference_mode():
-            pixels = self.image(Image.new("RGB", (64, 64)))
-            output = self._model(pixel_values=pixels.unsqueeze(0).to(self._device))
+            pixels_1CHW = self._stack([self.image(Image.new("RGB", (64, 64)))])
+            output = self._model(pixel_values=pixels_1CHW)
         if not learned and getattr(output, "pooler_output", None) is not None:
             return "the model's own pooling"
         names = (key for key, _ in self._model.named_parameters())
@@ -136,8 +138,10 @@ class Transformer:
             return self._vision_pooling
         return "text features" if self._both else self._recipe.describe()
 
-    def image(self, picture: Image.Image) -> torch.Tensor:
-        """Run the checkpoint's image processor: (C, H, W) float32."""
+    def image(self, picture: Image.Image) -> Any:
+        """Do what the checkpoint's image processor does: 8-bit pixels, or (C, H, W) float32."""
+        if self._pixels is not None:
+            return self._pixels.prepare(picture)
         pixels_1CHW = self._processor(images=picture, return_tensors="pt")["pixel_values"]
         assert len(pixels_1CHW) == 1
         return torch.as_tensor(pixels_1CHW[0])
@@ -157,8 +161,12 @@ class Transformer:
         with torched.forward(self._device, self.compute):
             if len(batch.texts):
                 return torched.to_numpy(self._read(batch.texts))
-            pixels_BCHW = torch.stack(list(batch.images)).to(self._device)
-            return torched.to_numpy(self._see(pixels_BCHW))
+            return torched.to_numpy(self._see(self._stack(batch.images)))
+
+    def _stack(self, images: Sequence[Any]) -> torch.Tensor:
+        if self._pixels is not None:
+            return self._pixels.batch(images)
+        return torch.stack(list(images)).to(self._device)
 
     def _read(self, texts: Sequence[Tokens]) -> torch.Tensor:
         ids_BT = torched.pad(texts, self._pad, self._device)

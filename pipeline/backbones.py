@@ -52,8 +52,8 @@ def _clip(arch: str, tag: str, dim: int, repository: str) -> Entry:
         from pipeline.backends import hub
 
         # Before open_clip is imported, which takes seconds: the answer should not.
-        if repository and not hub.cached(repository) and not hub.reachable():
-            raise hub.unavailable(name, f"open_clip {arch}/{tag}")
+        if repository and not hub.cached(repository):
+            hub.require(name, repository, f"open_clip {arch}/{tag}")
         from pipeline.backends import clip
 
         return clip.from_tag(name, arch, tag, device, compute)
@@ -101,6 +101,10 @@ BACKBONES: dict[str, Entry] = {
     "vit-b-16": _hf("google/vit-base-patch16-224-in21k", _PICTURES, 768),
 }
 
+_KNOWN = (
+    f"known: {', '.join(BACKBONES)}; or give open_clip:ARCH/TAG, hf:ORG/NAME, or a local folder"
+)
+
 
 def load_backbone(name: str, *, device: str | None = None, compute: str = "float32") -> Backbone:
     """Make the backbone that ``name`` stands for, with its weights on the device.
@@ -111,8 +115,11 @@ def load_backbone(name: str, *, device: str | None = None, compute: str = "float
         compute: Arithmetic of the forward pass: ``float32`` or ``bfloat16``.
 
     Raises:
-        UserError: The name is unknown, or its weights cannot be had.
+        UserError: The name is unknown, or its weights cannot be used.
+        UnavailableError: Its weights cannot be had.
     """
+    if not name.strip():
+        raise UserError(f"the name of a backbone is empty; {_KNOWN}")
     if name in BACKBONES:
         return BACKBONES[name].make(name, device, compute)
     kind, _, rest = name.partition(":")
@@ -131,10 +138,7 @@ def load_backbone(name: str, *, device: str | None = None, compute: str = "float
     folder = Path(name).expanduser()
     if folder.is_dir():
         return _from_folder(folder.resolve(), device, compute)
-    raise UserError(
-        f"unknown backbone {name!r}; known: {', '.join(BACKBONES)};"
-        " or give open_clip:ARCH/TAG, hf:ORG/NAME, or a local folder"
-    )
+    raise UserError(f"unknown backbone {name!r}; {_KNOWN}")
 
 
 def _from_folder(folder: Path, device: str | None, compute: str) -> Backbone:

@@ -22,7 +22,7 @@ from features.schema import FAILURES, MODALITIES
 from features.store import FeatureStore, FeatureTable, Provenance
 from features.warehouse import DatasetInfo, Warehouse
 from pipeline.backbones import check_modality, load_backbone, wrong_modality
-from pipeline.backends.contract import Backbone
+from pipeline.backends.contract import Backbone, UnavailableError
 from pipeline.encode import Encoder, Failure, Tally
 from pipeline.ledger import Ledger
 from pipeline.media import PREPROCESSING as OF_PICTURES
@@ -140,7 +140,11 @@ def extract(
     for modality, name in wanted.items():
         check_modality(name, modality)
         if name not in models:
-            models[name] = load_backbone(name, device=device, compute=compute)
+            try:
+                models[name] = load_backbone(name, device=device, compute=compute)
+            except UnavailableError as error:
+                same = " ".join(f"--{key} hashed" for key in wanted if wanted[key] == name)
+                raise UserError(f"{error}, or {same}, which has no weights") from None
         if modality not in models[name].modalities:
             raise wrong_modality(name, models[name].modalities, modality)
     job = _Job(

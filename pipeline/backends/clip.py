@@ -5,6 +5,7 @@ and channels.
 """
 
 import json
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -190,15 +191,25 @@ def from_folder(name: str, folder: Path, device: str | None, compute: str) -> Cl
 def _load(
     name: str, source: str, config: dict[str, Any], device: str | None, compute: str, **more: Any
 ) -> Clip:
+    chosen = torched.choose_device(device)
+    text = config.get("text_cfg") if isinstance(config, dict) else None
+    names = ["hf_model_name"]
+    if not source.startswith("local-dir:"):  # a folder has its tokenizer
+        names.append("hf_tokenizer_name")
+    elsewhere = [text[key] for key in names if text.get(key)] if isinstance(text, dict) else []
     try:
-        model = open_clip.create_model(source, require_pretrained=True, weights_only=True, **more)
-        tokenizer = open_clip.get_tokenizer(source)
+        with hub.at_once(elsewhere), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = open_clip.create_model(
+                source, require_pretrained=True, weights_only=True, **more
+            )
+            tokenizer = open_clip.get_tokenizer(source)
+            return Clip(name, model, config, tokenizer, chosen, compute)
     except Exception as error:  # whatever is wrong with a checkpoint, it is not ours
         raise UserError(
             f"backbone {name!r}: open_clip cannot load {source.removeprefix('local-dir:')}"
             f" ({one_line(error)})"
         ) from None
-    return Clip(name, model, config, tokenizer, torched.choose_device(device), compute)
 
 
 def _download(name: str, arch: str, tag: str, known: dict[str, Any]) -> str:
@@ -208,8 +219,7 @@ def _download(name: str, arch: str, tag: str, known: dict[str, Any]) -> str:
         found = try_to_load_from_cache(repository, candidate)
         if isinstance(found, str):
             return found
-    if not hub.reachable():
-        raise hub.unavailable(name, f"open_clip {arch}/{tag}")
+    hub.require(name, repository, f"open_clip {arch}/{tag}")
     try:
         return str(open_clip.download_pretrained(known))
     except Exception as error:

@@ -11,9 +11,15 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from features.errors import UserError
+
 Tokens = npt.NDArray[np.int64]
 """(T,) ids of one text, special tokens included, no padding; its length is its cost."""
 Vectors = npt.NDArray[np.float32]
+
+
+class UnavailableError(UserError):
+    """The weights of a backbone are neither here nor to be had; another one may be."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -10,6 +10,7 @@ Legend: B inputs of a batch, T tokens, D width of the embedding, CHW a picture's
 import hashlib
 import json
 import logging
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +31,7 @@ from pipeline.media import one_line
 _VOLATILE = ("_name_or_path", "transformers_version", "torch_dtype", "dtype")
 _HEADS = ("pooler", "mask_token", "position_ids")  # may be missing: they are not used
 _SIZES = ("size", "crop_size", "resample", "do_center_crop", "image_mean", "image_std")
+_OWN_CODE: dict[str, Any] = {"trust_remote_code": False}  # left out, the user would be asked
 _MAX_TOKENS = 512  # where neither tokenizer nor model knows a limit
 
 
@@ -51,11 +53,11 @@ class Transformer:
             self._load(folder / self._recipe.folder)
 
     def _load(self, folder: Path) -> None:
-        config = transformers.AutoConfig.from_pretrained(folder)
+        config = transformers.AutoConfig.from_pretrained(folder, **_OWN_CODE)
         if config.is_encoder_decoder:
             raise ValueError("an encoder-decoder gives no single vector")
         model, found = transformers.AutoModel.from_pretrained(
-            folder, config=config, dtype=torch.float32, output_loading_info=True
+            folder, config=config, dtype=torch.float32, output_loading_info=True, **_OWN_CODE
         )
         lost = [key for key in found["missing_keys"] if not any(head in key for head in _HEADS)]
         if lost:
@@ -77,7 +79,9 @@ class Transformer:
             dims.add(self.embed(Batch(images=[grey])).shape[1])
         if self._both or model.main_input_name == "input_ids":
             self.modalities += ("text",)
-            self._tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+            self._tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **_OWN_CODE)
+            if len(self._tokenizer) <= len(self._tokenizer.all_special_ids):
+                raise ValueError("its tokenizer has no vocabulary")
             text_config = getattr(config, "text_config", config)
             self._pad = self._tokenizer.pad_token_id or 0
             self._max_tokens = self._limit(text_config)
@@ -192,7 +196,9 @@ class Transformer:
 
 
 def _image_processor(folder: Path) -> Any:
-    return transformers.AutoImageProcessor.from_pretrained(folder)  # type: ignore[no-untyped-call]
+    return transformers.AutoImageProcessor.from_pretrained(  # type: ignore[no-untyped-call]
+        folder, **_OWN_CODE
+    )
 
 
 def _vector(output: Any) -> torch.Tensor:
@@ -209,7 +215,9 @@ def _loading(name: str, folder: Path) -> Iterator[None]:
     progress = transformers.logging.is_progress_bar_enabled()
     transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     except UserError:
         raise
     except Exception as error:  # whatever is wrong with a checkpoint, it is not ours

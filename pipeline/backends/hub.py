@@ -1,14 +1,18 @@
 """Whether weights can be had: in the hub's cache, over the network, or not at all.
 
-Left alone, the hub's client tries five times and prints each failure, so the network is asked
-once, with a bound, before anything is downloaded.
+Left alone, the hub's client tries each file for half a minute and prints each failure, so the hub
+is asked for the repository once, with a bound, before anything is downloaded.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from huggingface_hub import constants, get_session, snapshot_download
+from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
 from features.errors import UserError
+from pipeline.backends.contract import UnavailableError
 
 PATIENCE = 5.0
 """Seconds for the hub to answer."""
@@ -18,15 +22,32 @@ _SAFE = ["model.safetensors", "model-*.safetensors"]
 _PICKLED = ["pytorch_model.bin", "pytorch_model-*.bin"]
 
 
-def reachable() -> bool:
-    """Whether the hub answers within some seconds; never in offline mode (``HF_HUB_OFFLINE``)."""
+def trouble(repository: str) -> str:
+    """Why a repository cannot be downloaded here and now; empty when the hub offers it."""
     if constants.is_offline_mode():
-        return False
+        return "HF_HUB_OFFLINE is set"
     try:
-        get_session().head(constants.ENDPOINT, timeout=PATIENCE)
+        HfApi(endpoint=constants.ENDPOINT).model_info(repository, timeout=PATIENCE)
+    except RepositoryNotFoundError:
+        return f"{constants.ENDPOINT} has no such repository that is open to you"
+    except HfHubHTTPError as error:
+        return f"{constants.ENDPOINT} answers with the status {error.response.status_code}"
+    except ValueError:
+        return f"{constants.ENDPOINT} answers, but not as a hub does"
     except Exception:  # the client's classes of errors change with its HTTP library
-        return False
-    return True
+        return f"{constants.ENDPOINT} does not answer"
+    return ""
+
+
+@contextmanager
+def at_once(repositories: list[str]) -> Iterator[None]:
+    """Let a library find small files in the cache, or not, without waiting for a silent hub."""
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = before or any(map(trouble, repositories))
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def cached(repository: str) -> bool:
@@ -48,8 +69,7 @@ def folder(name: str, repository: str) -> Path:
     """
     if cached(repository):
         return Path(snapshot_download(repository, local_files_only=True))
-    if not reachable():
-        raise unavailable(name, f"hub repository {repository}")
+    require(name, repository, f"hub repository {repository}")
     try:
         fetched = Path(snapshot_download(repository, allow_patterns=[*_SMALL, *_SAFE]))
         if not cached(repository):
@@ -60,12 +80,15 @@ def folder(name: str, repository: str) -> Path:
     return fetched
 
 
-def unavailable(name: str, what: str) -> UserError:
-    """Build the error for weights that are neither here nor reachable."""
-    offline = constants.is_offline_mode()
-    why = "HF_HUB_OFFLINE is set" if offline else f"{constants.ENDPOINT} does not answer"
-    return UserError(
-        f"backbone {name!r}: its weights ({what}) are not in the cache"
-        f" ({constants.HF_HUB_CACHE}) and {why}; offline works: --image hashed --text hashed,"
-        " or the folder of a local checkpoint as backbone"
-    )
+def require(name: str, repository: str, what: str) -> None:
+    """Make sure that the hub offers what the cache does not hold.
+
+    Raises:
+        UnavailableError: It does not.
+    """
+    why = trouble(repository)
+    if why:
+        raise UnavailableError(
+            f"backbone {name!r}: its weights ({what}) are not in the cache"
+            f" ({constants.HF_HUB_CACHE}) and {why}; give a local folder"
+        )

@@ -1,10 +1,14 @@
 import json
 import os
+import pickle
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -420,7 +424,7 @@ def test_weights_that_cannot_be_had_are_one_line_and_quick(
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
         monkeypatch.setattr(hub, "PATIENCE", 0.3)
         started = time.monotonic()
-        with pytest.raises(UserError, match="does not answer; offline works: --image hashed") as no:
+        with pytest.raises(UserError, match=r"does not answer; give a local folder$") as no:
             load_backbone(name)
         assert time.monotonic() - started < 5
     assert name in str(no.value)
@@ -428,6 +432,74 @@ def test_weights_that_cannot_be_had_are_one_line_and_quick(
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="HF_HUB_OFFLINE is set"):
         load_backbone(name)
+
+
+@pytest.fixture
+def odd_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type]:
+    """A server in the hub's place, with an empty cache; it answers everything alike."""
+
+    class Odd(BaseHTTPRequestHandler):
+        status = 200
+        asked = 0
+
+        def answer(self) -> None:
+            type(self).asked += 1
+            body = b"" if self.command == "HEAD" else b"<html>Please log in"
+            self.send_response(self.status)
+            self.send_header("Location", self.path)  # a redirect to itself
+            if self.status == 404:
+                self.send_header("X-Error-Code", "RepoNotFound")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        do_GET = do_HEAD = answer
+
+        def log_message(self, *_: object) -> None:
+            """Be quiet."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Odd) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        yield Odd
+        server.shutdown()
+
+
+@pytest.mark.parametrize("name", ["clip-vit-b-32", "bert", "open_clip:ViT-B-32/openai"])
+@pytest.mark.parametrize(
+    ("status", "message"),
+    [
+        (200, "answers, but not as a hub does"),
+        (302, "does not answer"),
+        (404, "has no such repository that is open to you"),
+        (500, "answers with the status 500"),
+    ],
+)
+def test_a_hub_that_answers_wrongly_is_one_line_and_quick(
+    odd_hub: Any, name: str, status: int, message: str
+) -> None:
+    odd_hub.status = status
+    started = time.monotonic()
+    with pytest.raises(UserError, match=f"{message}; give a local folder") as no:
+        load_backbone(name)
+    assert time.monotonic() - started < 5
+    assert "\n" not in str(no.value)
+
+
+def test_a_text_tower_of_the_hub_is_not_waited_for(odd_hub: Any, tmp_path: Path) -> None:
+    odd_hub.status = 500
+    folder = open_clip_folder(tmp_path / "clip")
+    config = json.loads((folder / "open_clip_config.json").read_text())
+    config["model_cfg"]["text_cfg"] = {"hf_model_name": "org/bert"}
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    started = time.monotonic()
+    with pytest.raises(UserError, match="open_clip cannot load"):
+        load_backbone(str(folder), device="cpu")
+    assert time.monotonic() - started < 5
+    assert odd_hub.asked == 1
+    assert not constants.is_offline_mode()
 
 
 @pytest.mark.parametrize(
@@ -438,6 +510,7 @@ def test_weights_that_cannot_be_had_are_one_line_and_quick(
         ("open_clip:Zip/openai", "open_clip has no architecture 'Zip'"),
         ("open_clip:ViT-B-32/zip", r"'zip' is neither a file nor a tag of ViT-B-32 \(tags: openai"),
         ("hf:", "unknown backbone 'hf:'"),
+        ("", "the name of a backbone is empty; known: hashed, clip"),
     ],
 )
 def test_names_that_are_wrong(name: str, message: str) -> None:
@@ -461,6 +534,11 @@ def test_folders_that_are_wrong(tmp_path: Path, clip: Path) -> None:
     assert "open_clip cannot load" in refused(bare)
     (bare / "open_clip_config.json").write_text("{}")
     assert "open_clip_config.json cannot be used (KeyError" in refused(bare)
+    odd = open_clip_folder(tmp_path / "odd")
+    config = json.loads((odd / "open_clip_config.json").read_text())
+    for wrong in ({"model_cfg": []}, {"preprocess_cfg": {"mean": "x"}}):
+        (odd / "open_clip_config.json").write_text(json.dumps({**config, **wrong}))
+        assert f"open_clip cannot load {odd}" in refused(odd)
     encoder = tmp_path / "t5"
     config = transformers.T5Config(
         vocab_size=57, d_model=16, d_kv=8, num_layers=1, num_heads=2, d_ff=16
@@ -469,12 +547,60 @@ def test_folders_that_are_wrong(tmp_path: Path, clip: Path) -> None:
     assert "an encoder-decoder gives no single vector" in refused(encoder)
 
 
+def _cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda folder: _cut(folder / "config.json"), "not a valid JSON file"),
+        (lambda folder: (folder / "config.json").write_text("[]"), "Unrecognized model"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "no file named model.safetensors"),
+        (lambda folder: _cut(folder / "model.safetensors"), "SafetensorError"),
+        (lambda folder: _cut(folder / "tokenizer.json"), "JSONDecodeError"),
+        (lambda folder: (folder / "modules.json").write_text("[1]"), "TypeError"),
+        (lambda folder: [path.unlink() for path in folder.glob("*[vt]o*")], "has no vocabulary"),
+    ],
+)
+def test_damaged_folders_of_transformers(
+    tmp_path: Path, spoil: Callable[[Path], object], message: str
+) -> None:
+    folder = bert_folder(tmp_path / "bert")
+    spoil(folder)
+    with pytest.raises(UserError, match=f"transformers cannot load {folder} .*{message}") as no:
+        load_backbone(str(folder), device="cpu")
+    assert "\n" not in str(no.value)
+
+
+def test_code_beside_the_weights_is_neither_run_nor_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def asked(*_: object) -> str:
+        pytest.fail("the user was asked whether to run it")
+
+    monkeypatch.setattr("builtins.input", asked)
+    folder = bert_folder(tmp_path / "bert")
+    target = tmp_path / "must-not-appear"
+    (folder / "mine.py").write_text(f"import os\nos.mkdir({str(target)!r})\nclass C: ...\n")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.C", "AutoModel": "mine.C"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="contains custom code"):
+        load_backbone(str(folder), device="cpu")
+    assert not target.exists()
+
+
 class Attack:
     def __init__(self, target: Path) -> None:
         self.target = target
 
     def __reduce__(self) -> Any:
         return (os.mkdir, (str(self.target),))
+
+
+def _pickle(what: object, path: Path) -> None:
+    path.write_bytes(pickle.dumps(what))
 
 
 def test_a_pickle_among_the_weights_is_not_executed(clip: Path, tmp_path: Path) -> None:
@@ -486,6 +612,13 @@ def test_a_pickle_among_the_weights_is_not_executed(clip: Path, tmp_path: Path) 
     with pytest.raises(UserError, match="open_clip cannot load"):
         load_backbone(str(folder), device="cpu")
     assert not target.exists()
+    bert = bert_folder(tmp_path / "bert")
+    (bert / "model.safetensors").unlink()
+    for write in (torch.save, _pickle):
+        write(Attack(target), bert / "pytorch_model.bin")
+        with pytest.raises(UserError, match=r"transformers cannot load .*UnpicklingError"):
+            load_backbone(str(bert), device="cpu")
+        assert not target.exists()
     torch.load(folder / "open_clip_pytorch_model.bin", weights_only=False)
     assert target.exists()  # it would have worked
 

@@ -389,11 +389,17 @@ def test_raw_files_that_moved_are_one_error_and_not_a_failure_each(
 
 
 def test_the_default_is_clip_and_says_what_works_without_it(
-    tiny: Warehouse, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    tiny: Warehouse, raw: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    with pytest.raises(UserError, match=r"'clip-vit-b-32'.*--image hashed --text hashed"):
+    advice = "give a local folder, or {}, which has no weights"
+    with pytest.raises(UserError, match=advice.format("--image hashed --text hashed")):
+        run(tiny)
+    with pytest.raises(UserError, match=advice.format("--text hashed")):
+        run(tiny, text="bert", image="hashed")
+    prepare(tiny, raw, ids=IDS, text=TEXT)
+    with pytest.raises(UserError, match=advice.format("--text hashed")):
         run(tiny)
 
 

@@ -4,7 +4,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,10 @@ IMPORTERS: dict[str, Importer] = {
     "table": table.read,
 }
 MEMORY = "2GB"  # DuckDB's buffers; beyond it, it spills
+_PARTS = ("items", "interactions", MEDIA)
+_LOCK = ".prepare.lock"
+_READY = ".prepared"
+"""A folder of new tables, whole, on their way to their places."""
 
 
 def _silent(message: str) -> None:
@@ -54,8 +58,8 @@ def prepare(
 ) -> DatasetInfo:
     """Write the canonical tables of a dataset, replacing those of an earlier preparation.
 
-    The same input gives the same bytes. After a failure the earlier tables stand untouched; only
-    who kills it within the two renames at its end must prepare again.
+    The same input gives the same bytes. After a failure the earlier tables stand untouched; what
+    a kill among the renames at its end has left undone, the next call completes.
 
     Args:
         warehouse: Where they go.
@@ -72,8 +76,12 @@ def prepare(
     Raises:
         UserError: A file is missing or damaged, contradicts another, or nothing is left.
     """
-    earlier = _earlier(warehouse, warehouse.check_name(name))
-    if earlier and name not in DATASETS:
+    home = warehouse.dataset_dir(name)
+    if (home / _READY).exists():
+        with lock(home / _LOCK, f"the dataset {name}"):
+            _complete(home)
+    earlier = _earlier(warehouse, name)
+    if earlier and (name not in DATASETS or earlier.format != DATASETS[name].importer):
         format = format or earlier.format
     how = plan(name, format)
     k = how.k_core if k_core is None else k_core
@@ -88,28 +96,29 @@ def prepare(
         make_demo(root)
         say(f"made the demo's raw files in {root}")
     found = locate(name, how, root, files or {})
-    with _staging(warehouse, name) as stage, _database(stage) as db:
-        told = IMPORTERS[how.importer](db, root, found)
-        check(db, found)
-        for note in told.notes:
-            say(note)
-        settle_unlisted(db, unlisted, found, say)
-        index_ids(db)
-        filter_core(db, k, name)
-        if told.blobs:
-            store_blobs(db, told.blobs, root, stage / MEDIA, all_items=k == 0)
-        info = make_tables(
-            db,
-            name=name,
-            format=how.importer,
-            raw=str(root.resolve()),
-            k=k,
-            timestamps=told.timestamps,
-        )
-        write_tables(db, stage)
-        for line in remarks(db, info):
-            say(line)
-        _swap(warehouse.dataset_dir(name), stage, info)
+    with _staging(warehouse, name) as stage:
+        with _database(stage) as db:
+            told = IMPORTERS[how.importer](db, root, found)
+            check(db, found)
+            for note in told.notes:
+                say(note)
+            settle_unlisted(db, unlisted, found, say)
+            index_ids(db)
+            filter_core(db, k, name)
+            if told.blobs:
+                store_blobs(db, told.blobs, root, stage / MEDIA, all_items=k == 0)
+            info = make_tables(
+                db,
+                name=name,
+                format=how.importer,
+                raw=str(root.resolve()),
+                k=k,
+                timestamps=told.timestamps,
+            )
+            write_tables(db, stage)
+            for line in remarks(db, info):
+                say(line)
+        _swap(home, stage, info)
     return info
 
 
@@ -160,7 +169,7 @@ def _staging(warehouse: Warehouse, name: str) -> Iterator[Path]:
     new_root, new_folder = not warehouse.root.exists(), not folder.exists()
     new_marker = not (warehouse.root / MARKER).exists()
     warehouse.create()
-    with lock(folder / ".prepare.lock", f"the dataset {name}"):
+    with lock(folder / _LOCK, f"the dataset {name}"):
         remove_leftovers(folder)
         stage = folder / f".prepare.{secrets.token_hex(4)}.tmp"
         stage.mkdir()
@@ -191,11 +200,27 @@ def _database(stage: Path) -> Iterator[duckdb.DuckDBPyConnection]:
 
 
 def _swap(folder: Path, stage: Path, info: DatasetInfo) -> None:
-    """Put the new tables in place of the old; ``dataset.json`` goes first and comes last."""
-    (folder / "dataset.json").unlink(missing_ok=True)
-    for part in ("items", "interactions", MEDIA):
-        if (folder / part).exists():
-            os.replace(folder / part, stage / f"old-{part}")
-        if (stage / part).exists():
-            os.replace(stage / part, folder / part)
-    write_json(folder / "dataset.json", asdict(info))
+    """Put the new tables in place of the old; up to one rename these stand, from it on those."""
+    for part in _PARTS:
+        (stage / part).mkdir(exist_ok=True)  # an empty one takes the old one's place as well
+    write_json(stage / "dataset.json", asdict(info))
+    os.replace(stage, folder / _READY)
+    _complete(folder)
+
+
+def _complete(folder: Path) -> None:
+    """Move what is ready to its place, from wherever a kill has stopped it."""
+    ready = folder / _READY
+    if not ready.exists():
+        return
+    if (ready / "dataset.json").exists():
+        (folder / "dataset.json").unlink(missing_ok=True)  # while anything moves, nothing is whole
+        for part in _PARTS:
+            if (ready / part).exists():
+                if (folder / part).exists():
+                    os.replace(folder / part, ready / f"old-{part}")
+                os.replace(ready / part, folder / part)
+        with suppress(OSError):  # it holds something, or a kill came after this
+            (folder / MEDIA).rmdir()
+        os.replace(ready / "dataset.json", folder / "dataset.json")
+    shutil.rmtree(ready)

@@ -2,7 +2,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -248,6 +248,60 @@ def test_what_a_killed_preparation_left_goes(warehouse: Warehouse, tmp_path: Pat
     assert not left.parent.exists()
 
 
+@pytest.mark.slow
+def test_a_kill_among_the_last_steps_leaves_the_old_tables_or_the_new(
+    warehouse: Warehouse, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class KilledError(BaseException):
+        """Nothing of ours handles it."""
+
+    home = warehouse.dataset_dir("mine")
+    old_raw = {"interactions.csv": INTERACTIONS, "items.csv": ITEMS}
+    new_raw = {**old_raw, "interactions.csv": INTERACTIONS + "w,a,9\n"}
+    steps = [(os, "replace"), (shutil, "rmtree"), (Path, "unlink"), (Path, "rmdir")]
+    swap = pipeline.prepare._swap
+    found = []
+    for last in range(100):
+        shutil.rmtree(home, ignore_errors=True)
+        old = prepared(warehouse, tmp_path / "raw", old_raw)
+        (home / "media").mkdir()
+        (home / "media" / "images.tar").touch()  # which the new tables have no more
+        left = iter(range(last))
+
+        def counted(step: Callable[..., Any], left: Iterator[int] = left) -> Callable[..., Any]:
+            def do(*given: Any, **more: Any) -> Any:
+                if next(left, None) is None:
+                    raise KilledError
+                return step(*given, **more)
+
+            return do
+
+        def swap_counted(*given: Any) -> None:
+            with monkeypatch.context() as patch:
+                for owner, name in steps:
+                    patch.setattr(owner, name, counted(getattr(owner, name)))
+                swap(*given)
+
+        monkeypatch.setattr(pipeline.prepare, "_swap", swap_counted)
+        try:
+            prepared(warehouse, tmp_path / "raw", new_raw)
+            break
+        except KilledError:
+            monkeypatch.setattr(pipeline.prepare, "_swap", swap)
+        with pytest.raises(UserError, match="is no folder"):
+            prepare(warehouse, "mine", raw=tmp_path / "none")
+        info = warehouse.info("mine")
+        assert info.users == 2 + (info != old)
+        assert list(sequences_of(warehouse)) == ["u", "v", "w"][: info.users]
+        assert (home / "media").exists() == (info == old)
+        assert not (home / ".prepared").exists()
+        found.append(info == old)
+    # Two steps write dataset.json, the third is the one that counts.
+    assert found == sorted(found, reverse=True)
+    assert 0 < found.count(True) < 4
+    assert len(found) > 8
+
+
 def test_two_preparations_of_one_dataset_do_not_mix(warehouse: Warehouse, tmp_path: Path) -> None:
     files = {"interactions.csv": INTERACTIONS, "items.csv": ITEMS}
     home = warehouse.dataset_dir("mine")
@@ -367,6 +421,8 @@ def test_a_dataset_of_ones_own_is_prepared_again_as_it_was(
     raw = {"items.csv": ITEMS, "interactions.csv": INTERACTIONS}
     first = prepared(warehouse, tmp_path / "raw", raw)
     assert prepare(warehouse, "mine", k_core=first.k_core) == first
+    known = prepare(warehouse, "hm", raw=tmp_path / "raw", format="table")
+    assert prepare(warehouse, "hm") == known  # not in the layout that its name stands for
     (tmp_path / "raw" / "items.csv").write_text(ITEMS.replace("Apple", "Apricot"))
     again = prepare(warehouse, "mine", k_core=first.k_core)
     assert again.fingerprint == first.fingerprint

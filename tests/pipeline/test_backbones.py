@@ -536,7 +536,8 @@ def test_folders_that_are_wrong(tmp_path: Path, clip: Path) -> None:
     assert "open_clip_config.json cannot be used (KeyError" in refused(bare)
     odd = open_clip_folder(tmp_path / "odd")
     config = json.loads((odd / "open_clip_config.json").read_text())
-    for wrong in ({"model_cfg": []}, {"preprocess_cfg": {"mean": "x"}}):
+    odd_configs: list[dict[str, Any]] = [{"model_cfg": []}, {"preprocess_cfg": {"mean": "x"}}]
+    for wrong in odd_configs:
         (odd / "open_clip_config.json").write_text(json.dumps({**config, **wrong}))
         assert f"open_clip cannot load {odd}" in refused(odd)
     encoder = tmp_path / "t5"

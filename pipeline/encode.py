@@ -101,7 +101,8 @@ class Encoder:
         self._batch = batch_size
         self._threads = threads
         self._report = report
-        self._claimed: set[str] = set()  # contents that this run encodes, or could not
+        # Contents that this run encodes, or could not; 150 bytes for each.
+        self._claimed: set[str] = set()
         self._claiming = threading.Lock()
         self._twins: dict[int, tuple[str, str]] = {}  # item: (content, source) met before
         self._bad: dict[str, tuple[str, str]] = {}  # content: (stage, reason)

@@ -214,8 +214,9 @@ class _Job:
         )
         try:
             encoder.run(present(column))
-            ledger.finish(self.info.fingerprint, self.info.inputs[modality])
+            # Before the table is complete: then both are of the same run.
             self._write_failures(table, modality, backbone, encoder.tally.failures)
+            ledger.finish(self.info.fingerprint, self.info.inputs[modality])
         except BaseException:
             ledger.flush()  # an interrupt or a crash loses nothing that was encoded
             raise  # the failures of the last whole run stay; all are tried again by the next

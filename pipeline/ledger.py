@@ -30,8 +30,7 @@ from features.store import (
 
 SECONDS_PER_PART = 30.0
 """A part is written after this much work even when it is small: what a kill can cost."""
-
-Ints = npt.NDArray[np.int32]
+_DIGITS = 32  # of a content hash
 
 
 @dataclass(kw_only=True, slots=True)
@@ -66,11 +65,13 @@ class Ledger:
         self._settle()
         light = table.light()
         item = light.column("item").to_numpy()
-        self._own: list[str | None] = [None] * len(item_ids)  # content hash of each item's row
-        for index, content in zip(item.tolist(), light["content_hash"].to_pylist(), strict=True):
-            self._own[index] = content
-        self._stored = set(self._own) - {None}
-        self._stale: set[int] = set(item.tolist())  # until the item's content is seen again
+        hashes = _hashes(light["content_hash"])
+        # 65 bytes for each item, and no object.
+        self._own = np.zeros(len(item_ids), hashes.dtype)  # content of each item's row
+        self._own[item] = hashes
+        self._stored = np.sort(hashes)
+        self._stale = np.zeros(len(item_ids), np.bool_)  # until the item's content is seen again
+        self._stale[item] = True
 
     def _settle(self) -> None:
         """Bring what earlier runs left to the present items: one row an item, new indices."""
@@ -98,15 +99,17 @@ class Ledger:
 
     def has(self, item: int, content: str) -> bool:
         """Whether the item's own row was made from this content."""
-        return self._own[item] == content
+        return bool(self._own[item] == content.encode())
 
     def knows(self, content: str) -> bool:
-        """Whether some row was made from this content."""
-        return content in self._stored
+        """Whether some row was made from this content before this run."""
+        sought = content.encode()
+        place = self._stored.searchsorted(sought)
+        return place < len(self._stored) and bool(self._stored[place] == sought)
 
     def keep(self, item: int) -> None:
         """Say that the item's row, when it has one, is not stale."""
-        self._stale.discard(item)
+        self._stale[item] = False
 
     # -- what is new ------------------------------------------------------------------------
 
@@ -147,8 +150,7 @@ class Ledger:
         ]
         self._append(pa.Table.from_arrays(columns, schema=self._schema).take(np.argsort(item)))
         self._buffer = _Buffer()  # only now: an interrupted flush can be done again
-        self._stored.update(waiting.hashes)
-        self._stale.difference_update(waiting.items)
+        self._stale[item] = False
 
     @property
     def _schema(self) -> pa.Schema:
@@ -164,7 +166,7 @@ class Ledger:
         """Give items the stored vector of the same content; return how many got one.
 
         Args:
-            wanted: Content hash by item, for contents that :meth:`knows`.
+            wanted: Content hash by item, for contents that stand in the table by now.
         """
         self.flush()
         light = self.table.light()
@@ -186,7 +188,7 @@ class Ledger:
                 made = made.set_column(0, made.schema.field(0), item)
                 ids = self._item_ids.take(item).combine_chunks()
                 self._append(made.set_column(1, made.schema.field(1), ids))
-        self._stale.difference_update(wanted)
+        self._stale[items] = False
         return len(wanted)
 
     def finish(self, fingerprint: str, inputs: str) -> None:
@@ -202,16 +204,14 @@ class Ledger:
         item = light["item"].to_numpy()
         last = np.full(len(self._item_ids), -1)
         last[item] = np.arange(len(item))
-        stale = np.zeros(len(self._item_ids), dtype=np.bool_)
-        stale[list(self._stale)] = True
-        drop = stale[item] | (last[item] != np.arange(len(item)))
+        drop = self._stale[item] | (last[item] != np.arange(len(item)))
         part_of = light["part"].to_numpy()
         for number, part in enumerate(self.table.parts()):
             mine = part_of == number
             if drop[mine].any():
                 self._change()
                 self.table.rewrite(part, ~drop[mine], item[mine])
-        self._stale.clear()
+        self._stale[:] = False
 
     def _join(self) -> None:
         """Write neighbouring small parts as one; a kill between leaves twins, not gaps."""
@@ -235,3 +235,10 @@ class Ledger:
             self._append(rows)
             for number in group:
                 parts[number].unlink()
+
+
+def _hashes(column: pa.ChunkedArray) -> npt.NDArray[np.bytes_]:
+    """Content hashes as (R,) fixed bytes; what another program wrote there is no content's."""
+    digits = pc.if_else(pc.equal(pc.binary_length(column), _DIGITS), column, "0" * _DIGITS)
+    fixed = digits.cast(pa.binary()).cast(pa.binary(_DIGITS)).combine_chunks()
+    return np.frombuffer(fixed.buffers()[1], f"S{_DIGITS}", len(fixed), fixed.offset * _DIGITS)

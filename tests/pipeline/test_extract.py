@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from huggingface_hub import constants
@@ -226,6 +227,14 @@ def test_a_kill_between_new_and_stale_rows_leaves_one_row_an_item(
     assert np.abs(read(tiny, "image").vectors[1] - expected[0]).max() < 1e-3
 
 
+def test_hashes_are_found_among_chunks_and_none_are_made_up() -> None:
+    known = [f"{number:032x}" for number in (7, 1, 255)]
+    chunks = [pa.array(["?", *known[:2]]).slice(1), pa.array([known[2], "short"])]
+    found = ledger._hashes(pa.chunked_array(chunks))
+    assert found.tolist() == [*(one.encode() for one in known), b"0" * 32]
+    assert ledger._hashes(pa.chunked_array([], pa.string())).tolist() == []
+
+
 def test_twin_rows_of_a_kill_while_joining_go(tiny: Warehouse, watched: Watched) -> None:
     run(tiny, image="watched")
     part = table(tiny, "image").parts()[0]
@@ -267,6 +276,28 @@ def test_what_cannot_be_used_becomes_a_row_and_is_tried_again(
     prepare(tiny, raw, ids=IDS, image=[*image[:4], "0.png", "1.png"])
     assert counts(run(tiny, image="watched")) == (0, 1, 5, 0, 0)
     assert not path.exists()
+
+
+def test_an_interrupted_run_keeps_the_failures_of_the_one_before(
+    tiny: Warehouse, watched: Watched, raw: Path
+) -> None:
+    prepare(tiny, raw, ids=IDS, image=["missing.png", *IMAGE[1:]])
+    run(tiny, image="watched")
+    before = failures(tiny)
+    assert [row["item_id"] for row in before] == ["a"]
+    picture(raw / "1.png", 7)
+    picture(raw / "missing.png", 8)
+
+    def interrupt(vectors: Vectors) -> Vectors:
+        raise KeyboardInterrupt
+
+    watched.after = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny, image="watched")
+    assert failures(tiny) == before
+    watched.after = lambda vectors: vectors
+    assert counts(run(tiny, image="watched")) == (2, 0, 3, 1, 0)
+    assert failures(tiny) == []
 
 
 def test_a_column_of_which_nothing_can_be_used(tiny: Warehouse, raw: Path) -> None:

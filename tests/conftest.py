@@ -1,6 +1,8 @@
 import os
 from pathlib import Path
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # the hub's client looks once, when it is imported
+
 import pytest
 
 from features.warehouse import Warehouse
@@ -16,9 +18,8 @@ def warehouse(tmp_path: Path) -> Warehouse:
 
 @pytest.fixture(autouse=True)
 def no_outer_warehouse(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A test never touches the warehouse of the person who runs it, nor a hub."""
+    """A test never touches the warehouse of the person who runs it."""
     monkeypatch.delenv("MMREC_WAREHOUSE", raising=False)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
 @pytest.fixture(scope="session")

@@ -105,7 +105,7 @@ class Ledger:
         """Whether some row was made from this content before this run."""
         sought = content.encode()
         place = self._stored.searchsorted(sought)
-        return place < len(self._stored) and bool(self._stored[place] == sought)
+        return bool(place < len(self._stored) and self._stored[place] == sought)
 
     def keep(self, item: int) -> None:
         """Say that the item's row, when it has one, is not stale."""

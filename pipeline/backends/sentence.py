@@ -29,21 +29,24 @@ class Recipe:
     """How one vector is made of a text's tokens."""
 
     mode: str = "mean"
-    """``cls``, ``mean``, ``max`` or ``lasttoken``."""
+    """``cls``, ``mean``, ``max`` or ``lasttoken``; ``own``: the model's own pooler."""
     normalize: bool = False
     """Whether the encoder's own last step scales the vector to unit length."""
     max_tokens: int | None = None
     lower: bool = False
     folder: str = ""
     """Where below the checkpoint's folder the transformer itself is."""
-    said: bool = False
-    """Whether the checkpoint says so, or this is our default."""
+    by: str = "the default"
+    """Who says so."""
 
     def describe(self) -> str:
         """Name it for the table's provenance."""
-        by = "as the checkpoint says" if self.said else "the default"
-        length = ", unit length" if self.normalize else ""
-        return f"{self.mode} of the last layer's tokens{length} ({by})"
+        what = (
+            "the model's own pooler"
+            if self.mode == "own"
+            else f"{self.mode} of the last layer's tokens"
+        )
+        return f"{what}{', unit length' if self.normalize else ''} ({self.by})"
 
     def pool(self, hidden_BTD: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
         """Make (B, D) of the last layer's states and the mask of what is no padding."""
@@ -61,15 +64,21 @@ class Recipe:
         return torch.nn.functional.normalize(pooled_BD, dim=-1) if self.normalize else pooled_BD
 
 
-def recipe(name: str, folder: Path) -> Recipe:
+def recipe(name: str, folder: Path, pooling: str | None = None) -> Recipe:
     """Read the recipe of a checkpoint's folder; the mean, unless the folder says otherwise.
+
+    Args:
+        name: Of the backbone, for messages.
+        folder: Of the checkpoint.
+        pooling: ``cls`` or ``mean`` in place of what the folder says; ``own``: what the folder
+            says, or else the model's pooler.
 
     Raises:
         UserError: It asks for something that is not done here, such as a dense layer on top.
     """
     modules = _json(folder / "modules.json")
     if not modules:
-        return Recipe()
+        return Recipe(mode=pooling, by="as asked for") if pooling else Recipe()
     kinds = {str(module["type"]).rpartition(".")[2]: str(module["path"]) for module in modules}
     for kind in kinds:
         if kind not in _MODULES:
@@ -80,13 +89,15 @@ def recipe(name: str, folder: Path) -> Recipe:
     base = folder / kinds.get("Transformer", "")
     sizes = _json(base / "sentence_bert_config.json") or {}
     limit = sizes.get("max_seq_length")
+    asked = pooling if pooling != "own" else None
+    config = _json(folder / kinds.get("Pooling", "1_Pooling") / "config.json") or {}
     return Recipe(
-        mode=_mode(name, _json(folder / kinds.get("Pooling", "1_Pooling") / "config.json") or {}),
+        mode=asked or _mode(name, config),
         normalize="Normalize" in kinds,
         max_tokens=int(limit) if limit else None,
         lower=bool(sizes.get("do_lower_case")),
         folder=kinds.get("Transformer", ""),
-        said=True,
+        by="as asked for" if asked else "as the checkpoint says",
     )
 
 

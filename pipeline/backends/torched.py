@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,10 +30,19 @@ def choose_device(device: str | None) -> torch.device:
     return chosen
 
 
-def fingerprint(model: torch.nn.Module, config: dict[str, Any]) -> str:
-    """Hash weights and configuration: the same in whatever file or folder they were stored."""
+def fingerprint(model: torch.nn.Module, config: dict[str, Any], without: Sequence[str] = ()) -> str:
+    """Hash weights and configuration: the same in whatever file or folder they were stored.
+
+    Args:
+        model: Whose weights.
+        config: What gives them their meaning.
+        without: Names of weights that the checkpoint lacks: they are random, and not used.
+    """
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    unset = set(without)
     for name, tensor in sorted(model.state_dict().items()):
+        if name in unset:
+            continue
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         digest.update(flat.view(torch.uint8).numpy())
@@ -64,6 +73,61 @@ def pad(texts: Sequence[Tokens], value: int, device: torch.device) -> torch.Tens
     for row, ids in zip(ids_BT, texts, strict=True):
         row[: len(ids)] = ids
     return torch.from_numpy(ids_BT).to(device)
+
+
+class _ReachedError(Exception):
+    """Carries what a block has made out of a forward pass that is not wanted any further."""
+
+    def __init__(self, output: torch.Tensor) -> None:
+        super().__init__()
+        self.output = output
+
+
+def stop_after(block: torch.nn.Module, run: Callable[[], Any]) -> torch.Tensor:
+    """Run a forward pass up to the end of one of its modules; give that module's output."""
+
+    def leave(module: torch.nn.Module, given: Any, output: Any) -> None:
+        raise _ReachedError(output[0] if isinstance(output, tuple) else output)
+
+    hook = block.register_forward_hook(leave)
+    try:
+        run()
+    except _ReachedError as reached:
+        return reached.output
+    finally:
+        hook.remove()
+    raise AssertionError("the forward pass does not reach this module")
+
+
+def split(tokens_BTD: torch.Tensor, lengths: Sequence[int] | None = None) -> list[Vectors]:
+    """Bring tokens home: (T, D) float32 for each input, its padding cut off; grids row by row."""
+    if tokens_BTD.ndim == 4:  # planes of a convolution: (B, D, rows, columns)
+        tokens_BTD = tokens_BTD.flatten(2).transpose(1, 2)
+    home_BTD = to_numpy(tokens_BTD)
+    ends = lengths or [home_BTD.shape[1]] * len(home_BTD)
+    return [tokens_TD[:end] for tokens_TD, end in zip(home_BTD, ends, strict=True)]
+
+
+def without_padding(ids: Tokens, pad: int, *, ends: bool) -> int:
+    """Count the tokens of a padded text.
+
+    Args:
+        ids: Of the text, then of its padding.
+        pad: What it is padded with.
+        ends: Whether that is the end mark too, as in SigLIP: then one of them is the text's.
+    """
+    real = np.flatnonzero(ids != pad)
+    last = int(real[-1]) + 1 if len(real) else 0
+    return max(1, min(last + ends, len(ids)))
+
+
+def unit_mean(images_BD: torch.Tensor, texts_BD: torch.Tensor) -> torch.Tensor:
+    """One vector of a picture and a text in one space: the mean of both at unit length."""
+    normalize = torch.nn.functional.normalize
+    return (normalize(images_BD.float(), dim=-1) + normalize(texts_BD.float(), dim=-1)) / 2
+
+
+UNIT_MEAN = "mean of the picture's and the text's features, each of unit length"
 
 
 def to_numpy(vectors_BD: torch.Tensor) -> Vectors:

@@ -16,14 +16,22 @@ CLIP_CONFIG: dict[str, Any] = {
     "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2},
 }
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
-_VISION = {
+_VISION: dict[str, Any] = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64,
     "image_size": 32, "patch_size": 8,
 }  # fmt: skip
-_TEXT = {
+_TEXT: dict[str, Any] = {
     "vocab_size": 57, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
     "intermediate_size": 64, "max_position_embeddings": 40, "pad_token_id": 0,
 }  # fmt: skip
+
+
+SWIN: dict[str, Any] = {
+    "image_size": 32, "patch_size": 4, "embed_dim": 16, "depths": [1, 1], "num_heads": [1, 2],
+    "window_size": 4,
+}  # fmt: skip
+RESNET: dict[str, Any] = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}
+SIDE = {"height": 32, "width": 32}
 
 
 def open_clip_folder(folder: Path, *, seed: int = 0, **changed: Any) -> Path:
@@ -31,7 +39,11 @@ def open_clip_folder(folder: Path, *, seed: int = 0, **changed: Any) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     config = {**CLIP_CONFIG, **changed}
     torch.manual_seed(seed)
-    save_file(CLIP(**copy.deepcopy(config)).state_dict(), folder / "open_clip_model.safetensors")
+    weights = CLIP(**copy.deepcopy(config)).state_dict()
+    for name, tensor in weights.items():
+        if ".bn" in name and tensor.is_floating_point():  # a new ResNet gives nearly nothing
+            tensor.add_(torch.rand_like(tensor))
+    save_file(weights, folder / "open_clip_model.safetensors")
     look = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4], "interpolation": "bicubic"}
     document = {"model_cfg": config, "preprocess_cfg": look}
     (folder / "open_clip_config.json").write_text(json.dumps(document))
@@ -47,12 +59,18 @@ def bert_folder(folder: Path, *, seed: int = 0, kind: str = "Bert") -> Path:
     return folder
 
 
-def vision_folder(folder: Path, *, kind: str = "ViT", seed: int = 0, **changed: Any) -> Path:
+def vision_folder(
+    folder: Path, *, kind: str = "ViT", seed: int = 0, processor: Any = None, **changed: Any
+) -> Path:
     """A vision encoder of ``kind``."""
     torch.manual_seed(seed)
     config = getattr(transformers, f"{kind}Config")(**(changed or _VISION))
-    getattr(transformers, f"{kind}Model")(config).save_pretrained(folder)
-    transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+    model = getattr(transformers, f"{kind}Model")(config)
+    for tensor in model.state_dict().values():  # running statistics that are not 0 and 1
+        if tensor.is_floating_point() and "ResNet" in kind:
+            tensor.add_(torch.rand_like(tensor) * 0.1)
+    model.save_pretrained(folder)
+    (processor or transformers.ViTImageProcessor(size=SIDE)).save_pretrained(folder)
     return folder
 
 
@@ -60,15 +78,55 @@ def clip_folder(folder: Path, *, kind: str = "CLIP", seed: int = 0) -> Path:
     """A two-tower model in the format of transformers."""
     torch.manual_seed(seed)
     text = {**_TEXT, "eos_token_id": 3, "bos_token_id": 2}
-    more = {"projection_dim": 24} if kind == "CLIP" else {}
+    vision = dict(_VISION)
+    more: dict[str, Any] = {} if kind == "Siglip" else {"projection_dim": 24}
     if kind == "Siglip":
         text["projection_size"] = 32
-    config = getattr(transformers, f"{kind}Config")(text_config=text, vision_config=_VISION, **more)
+    if kind == "GroupViT":
+        vision |= {"depths": [1, 1, 1], "num_group_tokens": [8, 4, 0],
+                   "num_output_groups": [8, 4, 4], "num_hidden_layers": 12}  # fmt: skip
+        more |= {"projection_intermediate_dim": 40}
+    config = getattr(transformers, f"{kind}Config")(text_config=text, vision_config=vision, **more)
     getattr(transformers, f"{kind}Model")(config).save_pretrained(folder)
-    size = {"shortest_edge": 32} if kind == "CLIP" else {"height": 32, "width": 32}
-    processor = getattr(transformers, f"{kind}ImageProcessor")
-    crop = {"crop_size": {"height": 32, "width": 32}} if kind == "CLIP" else {}
-    processor(size=size, **crop).save_pretrained(folder)
+    if kind == "Siglip":
+        transformers.SiglipImageProcessor(size=SIDE).save_pretrained(folder)
+    else:
+        transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=SIDE).save_pretrained(
+            folder
+        )
+    _tokenizer(folder)
+    return folder
+
+
+def flava_folder(folder: Path, *, seed: int = 0) -> Path:
+    """FLAVA: three encoders."""
+    torch.manual_seed(seed)
+    over = {key: value for key, value in _VISION.items() if key not in ("image_size", "patch_size")}
+    config = transformers.FlavaConfig(
+        text_config=_TEXT, image_config=_VISION, multimodal_config=over, hidden_size=32,
+        projection_dim=24,
+    )  # fmt: skip
+    transformers.FlavaModel(config).save_pretrained(folder)
+    transformers.FlavaImageProcessor(size=SIDE, crop_size=SIDE).save_pretrained(folder)
+    _tokenizer(folder)
+    return folder
+
+
+def vilt_folder(folder: Path, *, seed: int = 0) -> Path:
+    """ViLT: one encoder, pictures of any shape."""
+    torch.manual_seed(seed)
+    transformers.ViltModel(transformers.ViltConfig(**{**_TEXT, **_VISION})).save_pretrained(folder)
+    steps: dict[str, Any] = {"size": {"shortest_edge": 32}, "size_divisor": 8}
+    transformers.ViltImageProcessor(**steps).save_pretrained(folder)
+    _tokenizer(folder)
+    return folder
+
+
+def visualbert_folder(folder: Path, *, seed: int = 0, width: int = 16) -> Path:
+    """VisualBERT with its tokenizer; whoever looks at its pictures is not in it."""
+    torch.manual_seed(seed)
+    config = transformers.VisualBertConfig(**_TEXT, visual_embedding_dim=width)
+    transformers.VisualBertModel(config).save_pretrained(folder)
     _tokenizer(folder)
     return folder
 

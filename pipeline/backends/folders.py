@@ -12,7 +12,8 @@ def open_folder(
 ) -> Backbone:
     """Load a checkpoint of whatever kind; see the classes for what they raise.
 
-    A folder of VisualBERT holds the encoder of its pictures in a folder ``vision``.
+    A folder of VisualBERT holds what shows the parts of its pictures: the folder ``vision`` of a
+    vision encoder, or ``detector.pth``, the weights of torchvision's Faster R-CNN.
 
     Raises:
         UserError: It cannot be loaded.
@@ -27,12 +28,14 @@ def open_folder(
     if kind == "vilt":
         return Vilt(name, folder, device, compute)
     if kind == "visual_bert":
-        if not (folder / "vision" / "config.json").is_file():
+        eyes = [folder / "vision", folder / "detector.pth"]
+        there = [path for path in eyes if path.exists()]
+        if not there:
             raise UserError(
-                f"backbone {name!r}: {folder} holds no folder 'vision' with the encoder of its"
-                " pictures, such as microsoft/resnet-50; put it there"
+                f"backbone {name!r}: {folder} holds no folder 'vision' with a vision encoder, such"
+                " as microsoft/resnet-50, and no 'detector.pth'; put one there"
             )
-        return VisualBert(name, folder, device, compute, vision=folder / "vision")
+        return VisualBert(name, folder, device, compute, vision=there[0])
     return Transformer(name, folder, device, compute, mask=mask)
 
 

@@ -4,6 +4,7 @@ Left alone, the hub's client tries each file for half a minute and prints each f
 is asked for the repository once, with a bound, before anything is downloaded.
 """
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,6 +60,13 @@ def cached(repository: str) -> bool:
         for kind in kinds
         for path in folder.glob(f"snapshots/*/{kind}")
     )
+
+
+def torch_file(name: str) -> Path:
+    """Where torch keeps a file of weights that torchvision downloads; torch is not imported."""
+    caches = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
+    home = Path(os.environ.get("TORCH_HOME", caches / "torch")).expanduser()
+    return home / "hub" / "checkpoints" / name
 
 
 def folder(name: str, repository: str) -> Path:

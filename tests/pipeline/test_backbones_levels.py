@@ -1,6 +1,7 @@
 """Tokens, hidden states and poolings of every family, against bare forward passes."""
 
 import json
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,15 @@ import torch
 import transformers
 from huggingface_hub import constants
 from PIL import Image
+from torchvision.models.detection import fasterrcnn_resnet50_fpn
 
 from features.errors import UserError
 from pipeline.backbones import BACKBONES, check_modality, load_backbone
-from pipeline.backends import masking
+from pipeline.backends import masking, regions
 from pipeline.backends.contract import Backbone, Batch, block_of, level_names, split_pooling
 from pipeline.backends.folders import open_folder
 from pipeline.backends.hashed import DIM, Hashed
+from pipeline.backends.regions import MOST, Regions
 from tests.pipeline.checkpoints import (
     CLIP_CONFIG,
     RESNET,
@@ -554,7 +557,7 @@ def test_vilt(tmp_path: Path) -> None:
 def test_visualbert(tmp_path: Path, eyes: str) -> None:
     grid_of = eyes == "ResNet"
     folder = visualbert_folder(tmp_path / "visualbert", width=16 if grid_of else 32)
-    with pytest.raises(UserError, match="holds no folder 'vision' with the encoder of its pict"):
+    with pytest.raises(UserError, match=r"no folder 'vision' with .* and no 'detector\.pth'"):
         load_backbone(str(folder), device="cpu")
     looks = vision_folder(folder / "vision", kind=eyes, **(RESNET if grid_of else {}))
     ours = load_backbone(str(folder), device="cpu")
@@ -579,6 +582,76 @@ def test_visualbert(tmp_path: Path, eyes: str) -> None:
     width = 16 if grid_of else 32
     with pytest.raises(UserError, match=rf"parts of width 48, and those of its .* have {width}"):
         load_backbone(str(folder), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def detector(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The state of torchvision's detector, with random weights that find something."""
+    torch.manual_seed(0)
+    model: Any = fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None)
+    path = tmp_path_factory.mktemp("detector") / "detector.pth"
+    torch.save(model.state_dict(), path)
+    return path
+
+
+@pytest.mark.slow
+def test_regions_are_what_the_detector_makes_of_its_boxes(
+    detector: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sides = (96, 160)
+    monkeypatch.setattr(regions, "SIDES", sides)
+    ours = Regions(detector, torch.device("cpu"))
+    bare: Any = fasterrcnn_resnet50_fpn(
+        weights=None, weights_backbone=None, min_size=sides[0], max_size=sides[1],
+        box_detections_per_img=MOST,
+    )  # fmt: skip
+    bare.load_state_dict(torch.load(detector, weights_only=True))
+    bare.eval()
+    shots = [one.convert("RGB") for one in pictures()[:2]]
+    parts_BVD, mask_BV = ours.parts([ours.image(one) for one in shots])
+    assert parts_BVD.shape[2] == ours.width
+    for parts_VD, mask_V, shot in zip(parts_BVD, mask_BV, shots, strict=True):
+        plane = torch.from_numpy(np.asarray(shot).copy()).permute(2, 0, 1).float() / 255
+        with torch.inference_mode():
+            boxes = bare([plane])[0]["boxes"]
+            resized, _ = bare.transform([plane])
+            high, wide = resized.image_sizes[0]
+            boxes = (
+                boxes
+                * torch.tensor([wide, high, wide, high])
+                / torch.tensor([shot.width, shot.height, shot.width, shot.height])
+            )
+            maps = bare.backbone(resized.tensors)
+            wanted = bare.roi_heads.box_head(
+                bare.roi_heads.box_roi_pool(maps, [boxes], [(high, wide)])
+            )
+        kept = parts_VD[mask_V.bool()]
+        assert 1 <= len(kept) <= MOST
+        assert not parts_VD[~mask_V.bool()].any()
+        torch.testing.assert_close(kept, wanted, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_visualbert_over_regions(
+    tmp_path: Path, detector: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(regions, "SIDES", (96, 160))
+    folder = visualbert_folder(tmp_path / "visualbert", width=Regions.width)
+    (folder / "detector.pth").symlink_to(detector)
+    ours = load_backbone(str(folder), device="cpu")
+    assert (ours.modalities, ours.input_size) == (("joint",), 96)
+    assert "36 regions of Faster R-CNN" in ours.preprocessing("joint")
+    one = one_by_one(pairs(ours))[0]
+    vectors, tokens = ours.embed(one), ours.tokens(one, "tokens")[0]
+    assert vectors.shape == (1, 32)
+    words = len(one.texts[0])
+    assert words + 1 <= len(tokens) <= words + MOST
+    assert near(vectors[0], tokens[0])
+    (folder / "detector.pth").unlink()
+    for spoilt in (b"", b"not a state", pickle.dumps(print)):
+        (folder / "detector.pth").write_bytes(spoilt)
+        with pytest.raises(UserError, match=r"cannot load .*detector\.pth|detector\.pth"):
+            load_backbone(str(folder), device="cpu")
 
 
 # -- without weights, and names -------------------------------------------------------------

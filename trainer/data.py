@@ -5,7 +5,7 @@ an epoch, B batch, L longest sequence of the batch, D_m width of modality m.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from features.dataset import Dataset, Held, Ints
+from trainer.tokens import TokenFeatures
 
 _SORTED_TOGETHER = 64  # batches whose windows are sorted by length before they are cut
 
@@ -25,12 +26,17 @@ class ItemFeatures:
     vectors: Mapping[str, Tensor]
     """Modality -> (N, D_m) float32; the row of an absent item is zero."""
     present: Mapping[str, Tensor]
-    """Modality -> (N,) bool."""
+    """Modality -> (N,) bool; its keys are all modalities, in the order in which models stack them.
+    """
+    tokens: Mapping[str, TokenFeatures] = field(default_factory=dict)
+    """Modality -> its token table, in place of vectors; of these only some models can learn."""
 
     @property
     def widths(self) -> dict[str, int]:
-        """Modality -> D_m, in the order in which models stack them."""
-        return {name: vectors.shape[1] for name, vectors in self.vectors.items()}
+        """Modality -> D_m, of a vector or of a token."""
+        vectors = {name: vectors.shape[1] for name, vectors in self.vectors.items()}
+        widths = vectors | {name: tokens.width for name, tokens in self.tokens.items()}
+        return {name: widths[name] for name in self.present}
 
     def coverage(self) -> tuple[dict[str, int], int]:
         """How many items have each modality, and how many have none at all."""

@@ -13,7 +13,9 @@ from features.errors import UserError
 from features.warehouse import DatasetInfo, Warehouse
 
 if TYPE_CHECKING:
+    from pipeline.dry import Estimate
     from pipeline.extract import ExtractReport, Progress
+    from pipeline.options import Options
 
 
 def datasets(json: JsonOption = False, warehouse: WarehouseOption = None) -> None:
@@ -150,6 +152,18 @@ def extract(
     video: Annotated[
         str | None, typer.Option("--video", help="Backbone for clips, 1 frame a second.")
     ] = None,
+    joint: Annotated[
+        str | None, typer.Option("--joint", help="Backbone for picture and text together.")
+    ] = None,
+    level: Annotated[
+        str, typer.Option("--level", help="pooled, tokens, or layer-K: after block K.")
+    ] = "pooled",
+    frames: Annotated[
+        int | None, typer.Option("--frames", help="Of a clip, evenly spread; else 1 a second.")
+    ] = None,
+    decode: Annotated[
+        str, typer.Option("--decode", help="exact, or draft: scale large JPEGs in decoding.")
+    ] = "exact",
     dtype: Annotated[
         str, typer.Option("--dtype", help="How an element is stored: float16 or float32.")
     ] = "float16",
@@ -165,16 +179,37 @@ def extract(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Redo a table that was made in another way.")
     ] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Stop at the first input that cannot be used.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what it would cost, after a short probe.")
+    ] = False,
     json: JsonOption = False,
     warehouse: WarehouseOption = None,
 ) -> None:
     """Run frozen backbones once over every item and keep the embeddings in Parquet.
 
-    Without --image, --text or --video: CLIP ViT-B/32 for pictures and texts. What is already
-    there is not encoded again; a dataset that is not prepared yet is prepared first.
+    Without a backbone: CLIP ViT-B/32 for pictures and texts. What is already there is not encoded
+    again; a dataset that is not prepared yet is prepared first.
     """
-    from pipeline.extract import extract as run
+    from pipeline.options import Options
 
+    options = Options(
+        image=image,
+        text=text,
+        video=video,
+        joint=joint,
+        level=level,
+        frames=frames,
+        decode=decode,
+        dtype=dtype,
+        compute=compute,
+        device=device,
+        batch_size=batch_size,
+        overwrite=overwrite,
+        strict=strict,
+    )
     house = Warehouse(warehouse)
     if dataset is not None and not house.is_prepared(dataset):
         from pipeline.datasets import plan
@@ -187,39 +222,62 @@ def extract(
     name, why = house.choose_dataset(dataset)
     if why != "given":
         show.say(f"dataset: {name} ({why})")
-    watch = ExtractWatch()
-    try:
-        report = run(
-            house,
-            name,
-            image=image,
-            text=text,
-            video=video,
-            dtype=dtype,
-            compute=compute,
-            device=device,
-            batch_size=batch_size,
-            overwrite=overwrite,
-            progress=watch,
-        )
-    finally:
-        watch.line.close()
+    if dry_run:
+        from pipeline.dry import estimate
+
+        estimates = estimate(house, name, options, say=show.say)
+        if json:
+            show.emit_json({"dataset": name, "tables": [asdict(one) for one in estimates]})
+        else:
+            show_estimates(estimates)
+        return
+    report = run_extract(house, name, options)
     if json:
         show.emit_json(asdict(report))
         return
     show_extracted(report)
 
 
-def show_extracted(report: "ExtractReport") -> None:
-    """Print what an extraction did, and why inputs failed."""
+def run_extract(house: Warehouse, dataset: str, options: "Options") -> "ExtractReport":
+    """Extract with a live line for each modality."""
+    from pipeline.extract import extract as run
+
+    watch = ExtractWatch()
+    try:
+        return run(house, dataset, options, progress=watch, say=show.say)
+    finally:
+        watch.line.close()
+
+
+def show_estimates(estimates: "list[Estimate]") -> None:
+    """Print what an extraction would cost."""
     show.table(
-        ["modality", "backbone", "dim", "items", "encoded", "shared", "reused", "absent", "failed",
-         "items/s", "MB"],
+        ["modality", "backbone", "level", "dim", "items", "absent", "rows", "tokens", "MB", "time"],
         [
             [
-                row.modality, row.backbone, row.dim, row.items, row.encoded, row.shared,
-                row.reused, row.absent, sum(row.failed.values()), f"{row.rate:.1f}",
-                f"{row.bytes / 1e6:.1f}",
+                one.modality, one.backbone, one.level, one.dim, one.items, one.absent, one.rows,
+                None if one.tokens is None else f"{one.tokens:.1f}", f"{one.bytes / 1e6:.1f}",
+                show.seconds(one.seconds),
+            ]
+            for one in estimates
+        ],
+    )  # fmt: skip
+    for one in estimates:
+        failed = f", of which {one.failed} could not be used" if one.failed else ""
+        show.say(f"{one.modality}: from {one.probed} inputs{failed}; nothing was written")
+
+
+def show_extracted(report: "ExtractReport") -> None:
+    """Print what an extraction did, and why inputs failed."""
+    levels = ["level"] if any(row.level != "pooled" for row in report.tables) else []
+    show.table(
+        ["modality", "backbone", *levels, "dim", "items", "encoded", "shared", "reused", "absent",
+         "failed", "items/s", "MB"],
+        [
+            [
+                row.modality, row.backbone, *[row.level for _ in levels], row.dim, row.items,
+                row.encoded, row.shared, row.reused, row.absent, sum(row.failed.values()),
+                f"{row.rate:.1f}", f"{row.bytes / 1e6:.1f}",
             ]
             for row in report.tables
         ],
@@ -248,8 +306,9 @@ class ExtractWatch:
         if rate:
             left = show.seconds((state.total - state.done) / rate)
             pace = f" {rate:,.1f}/s, {left} left,"
+        bar = show.bar(state.done, state.total)
         text = (
-            f"{state.modality} by {state.backbone}: {state.done:,} of {state.total:,},{pace}"
+            f"{state.modality} by {state.backbone}: {bar}{state.done:,} of {state.total:,},{pace}"
             f" {state.failed} failed"
         )
         ended = state.done >= state.total

@@ -15,20 +15,15 @@ def demo(json: JsonOption = False, warehouse: WarehouseOption = None) -> None:
     from dataclasses import asdict
 
     from features.catalogue import query
-    from pipeline.extract import extract
+    from pipeline.options import Options
     from trainer.run import start_run, train
 
     house = Warehouse(warehouse)
     show.say("1. prepare: pictures, titles, clips, and users with a known taste")
     info = data.run_prepare(house, "demo")
     show.say("2. extract: the weightless backbone `hashed` over pictures, titles and clips")
-    watch = data.ExtractWatch()
-    try:
-        extracted = extract(
-            house, "demo", image="hashed", text="hashed", video="hashed", progress=watch
-        )
-    finally:
-        watch.line.close()
+    choices = Options(image="hashed", text="hashed", video="hashed")
+    extracted = data.run_extract(house, "demo", choices)
     reports = {}
     for model, settings in _TRAININGS.items():
         features = ["image", "text"] if model == "mmsrec" else None

@@ -119,6 +119,14 @@ def seconds(value: float) -> str:
     return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
 
 
+def bar(done: int, total: int, width: int = 16) -> str:
+    """A bar for a live line, with a space behind it; nothing where there is no terminal."""
+    if not err.is_terminal or not total:
+        return ""
+    filled = width * min(done, total) // total
+    return "━" * filled + "╌" * (width - filled) + " "
+
+
 class Line:
     """One live line on standard error; without a terminal, a plain line now and then."""
 

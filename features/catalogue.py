@@ -29,7 +29,7 @@ from features.store import FeatureStore, FeatureTable
 from features.warehouse import DatasetInfo, Warehouse
 
 VIEWS = (
-    "items", "interactions", "splits", "cold", "features", "failures", "runs", "metrics",
+    "items", "interactions", "splits", "cold", "features", "tokens", "failures", "runs", "metrics",
     "predictions",
 )  # fmt: skip
 MEMORY = "8GB"  # of DuckDB's own; beyond it, it spills
@@ -207,7 +207,7 @@ def _feature_views(
     for name, info in datasets.items():
         for table in store.tables(name):
             try:
-                table.check(info.fingerprint, info.inputs.get(table.modality, ""))
+                table.check(info.fingerprint, info.inputs_of(table.modality))
                 tables.append((table, _width(table)))
             except UserError as error:
                 say(f"left out: {error}")
@@ -217,6 +217,8 @@ def _feature_views(
         for table, _ in tables
     }
     columns = "dataset, backbone, modality, level, item, item_id, content_hash, n_frames, n_tokens"
+    kinds = {table.path: f"FLOAT[{width}]" for table, width in tables}
+    kinds |= {table.path: "FLOAT[]" for table, _ in tables if table.level != "pooled"}
     for table, width in tables:
         literals = {
             "dataset": table.dataset,
@@ -225,18 +227,27 @@ def _feature_views(
             "level": table.level,
         }
         constants = ", ".join(f"{quoted(value)} AS {key}" for key, value in literals.items())
+        if table.level != "pooled":
+            constants += f", {width} AS dim"
         source = parquet_sql(table.path, "part-*.parquet")
         db.execute(
             f'CREATE VIEW "{names[table.path]}" AS SELECT {columns},'
-            f" embedding::FLOAT[{width}] AS embedding FROM (SELECT {constants}, * FROM {source})"
+            f" {'' if table.level == 'pooled' else 'dim, '}embedding::{kinds[table.path]} AS"
+            f" embedding FROM (SELECT {constants}, * FROM {source})"
         )
+    pooled = [(table, width) for table, width in tables if table.level == "pooled"]
     # One width in the whole warehouse: array functions work on the union too. Several widths
     # share only the list type; list_cosine_similarity works on either.
-    widths = {width for _, width in tables}
+    widths = {width for _, width in pooled}
     kind = f"FLOAT[{widths.pop()}]" if len(widths) == 1 else "FLOAT[]"
     union = [
         f'SELECT {columns}, embedding::{kind} AS embedding FROM "{names[table.path]}"'
+        for table, _ in pooled
+    ]
+    tokens = [
+        f'SELECT {columns}, dim FROM "{names[table.path]}"'
         for table, _ in tables
+        if table.level != "pooled"
     ]
     texts = ", ".join(
         f"NULL::VARCHAR AS {c}"
@@ -248,6 +259,8 @@ def _feature_views(
         " WHERE false)"
     )
     db.execute(f"CREATE VIEW features AS {_union(union, empty)}")
+    empty = f"SELECT {columns}, n_tokens AS dim FROM ({empty})"
+    db.execute(f"CREATE VIEW tokens AS {_union(tokens, empty)}")
 
 
 def _tag(table: FeatureTable) -> str:
@@ -259,7 +272,12 @@ def _tag(table: FeatureTable) -> str:
 def _width(table: FeatureTable) -> int:
     part = table.parts()[0]
     with reading(part, "remove its folder and run mmrec extract again"):
-        return int(pq.read_schema(part).field("embedding").type.list_size)
+        kind = pq.read_schema(part).field("embedding").type
+        if table.level == "pooled":
+            return int(kind.list_size)
+    provenance = table.provenance()
+    assert provenance is not None  # there is a part
+    return provenance.dim
 
 
 def _run_views(

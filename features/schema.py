@@ -6,6 +6,9 @@ Readers and writers share these; the prose contract is in ``warehouse/README.md`
 import pyarrow as pa
 
 MODALITIES = ("image", "text", "video")
+"""What an item may have; each is a column of the items table."""
+FEATURE_MODALITIES = (*MODALITIES, "joint")
+"""What a feature table may be of; joint: picture and text together."""
 
 
 def _required(name: str, kind: pa.DataType) -> pa.Field:
@@ -76,7 +79,7 @@ PREDICTIONS = pa.schema(
 )
 
 
-def feature_schema(dim: int, dtype: str) -> pa.Schema:
+def feature_schema(dim: int, dtype: str, level: str = "pooled") -> pa.Schema:
     """The schema of one feature part.
 
     Not-null on list and element, so that ``flatten`` can never drop a row and misalign the rest.
@@ -84,16 +87,19 @@ def feature_schema(dim: int, dtype: str) -> pa.Schema:
     Args:
         dim: Width D of the embedding.
         dtype: ``float16`` or ``float32``: how an element is stored.
+        level: ``pooled``: one vector an item; any other: ``n_tokens`` vectors, one behind another
+            in a list of n_tokens * D elements.
     """
     element = {"float16": pa.float16(), "float32": pa.float32()}[dtype]
-    embedding = pa.list_(_required("element", element), dim)
+    pooled = level == "pooled"
+    embedding = pa.list_(_required("element", element), dim if pooled else -1)
     return pa.schema(
         [
             _required("item", pa.int32()),
             _required("item_id", pa.string()),
             _required("content_hash", pa.string()),
             ("n_frames", pa.int32()),
-            ("n_tokens", pa.int32()),
+            ("n_tokens", pa.int32()),  # of a text; of any input where the level is not pooled
             _required("embedding", embedding),
         ]
     )

@@ -4,12 +4,12 @@ A table is the folder ``<dataset>/features/<backbone>/<modality>/<level>``. Its 
 8,192 rows each. Every part's footer carries the table's provenance; ``manifest.json`` is written
 last and says that the table is complete for one preparation of the dataset.
 
-Legend: N items of the dataset, R rows of the table, D width.
+Legend: N items of the dataset, R rows of the table, K tokens of all of them, D width.
 """
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from features.errors import UserError
-from features.files import reading, remove_leftovers, write_json, write_table
+from features.files import reading, remove_leftovers, whole, write_json, write_table
 from features.schema import feature_schema
 from features.warehouse import Warehouse, read_json, slug
 
 ROWS_PER_PART = 8192
+BYTES_PER_PART = 64 << 20
+"""Of token tables, whose rows are long."""
 _KEY = b"mmrec"
 _AGAIN = "remove its folder and run mmrec extract again"
 _LIGHT = ["item", "item_id", "content_hash", "n_frames", "n_tokens"]  # all but the embedding
@@ -81,6 +83,17 @@ class FeatureMatrix:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class TokenMatrix:
+    """The tokens of one table, aligned with the dataset's items, on disk until they are read."""
+
+    values: npt.NDArray[Any]
+    """(K, D) memory-mapped, float16 or float32 as stored."""
+    offsets: npt.NDArray[np.int64]
+    """(N + 1,) item i owns ``values[offsets[i]:offsets[i + 1]]``; absent items own nothing."""
+    provenance: Provenance
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class FeatureTable:
     """One feature table of one dataset, there or not."""
 
@@ -93,8 +106,9 @@ class FeatureTable:
 
     @property
     def label(self) -> str:
-        """The short form in messages and options: ``modality=backbone``."""
-        return f"{self.modality}={self.backbone}"
+        """The short form in messages and options: ``modality=backbone``, ``:level`` behind it."""
+        level = "" if self.level == "pooled" else f":{self.level}"
+        return f"{self.modality}={self.backbone}{level}"
 
     def parts(self) -> list[Path]:
         """The parts that are whole, in order."""
@@ -151,7 +165,8 @@ class FeatureTable:
             UserError: There is no table, it is unfinished, or of another preparation.
         """
         manifest = self.manifest()
-        again = f"run: mmrec extract --dataset {self.dataset} --{self.modality} BACKBONE"
+        level = "" if self.level == "pooled" else f" --level {self.level}"
+        again = f"run: mmrec extract --dataset {self.dataset} --{self.modality} BACKBONE{level}"
         if manifest is None:
             state = "is unfinished" if self.parts() else "does not exist"
             raise UserError(f"the feature table {self.label} of {self.dataset} {state}; {again}")
@@ -186,6 +201,61 @@ class FeatureTable:
         Raises:
             UserError: There is no table, it is unfinished, mixed, or of another preparation.
         """
+        assert self.level == "pooled"
+        manifest, provenance = self._complete(fingerprint, inputs)
+        vectors = np.zeros((n_items, provenance.dim), dtype=provenance.dtype)
+        present = np.zeros(n_items, dtype=np.bool_)
+        for part in self.parts():
+            for rows in _row_groups(part):
+                item = _items(rows, n_items, part)
+                vectors[item] = _vectors(rows, provenance.dim)
+                present[item] = True
+        self._check_rows(int(present.sum()), manifest)
+        return FeatureMatrix(vectors=vectors, present=present, provenance=provenance)
+
+    def read_tokens(self, n_items: int, fingerprint: str, inputs: str = "") -> TokenMatrix:
+        """Map a table of tokens into memory; the first reader writes the file that is mapped.
+
+        That file stands beside the parts and is named by their content. Memory stays flat: one
+        part at a time is copied into it, and what is mapped is read when it is looked at.
+
+        Args:
+            n_items: N, the dataset's items.
+            fingerprint: Fingerprint of their order, from the dataset's description.
+            inputs: Fingerprint of what they have of this modality, from there too.
+
+        Raises:
+            UserError: There is no table, it is unfinished, mixed, or of another preparation.
+        """
+        assert self.level != "pooled"
+        manifest, provenance = self._complete(fingerprint, inputs)
+        light = self.light()
+        item = _items(light, n_items, self.path)
+        lengths = np.zeros(n_items, np.int64)
+        lengths[item] = pc.fill_null(light["n_tokens"], 0).to_numpy()
+        self._check_rows(len(np.unique(item)), manifest)
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        shape = (int(offsets[-1]), provenance.dim)
+        identity = json.dumps([self.digest(), provenance.identity()], sort_keys=True)
+        path = self.path / f"tokens-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.npy"
+        if not path.exists():
+            with whole(path) as beside:
+                values = np.lib.format.open_memmap(beside, "w+", provenance.dtype, shape)
+                for part in self.parts():
+                    for rows in _row_groups(part):
+                        _copy_tokens(rows, offsets, values, part)
+                values.flush()
+                del values
+            for older in self.path.glob("tokens-*.npy"):
+                if older != path:
+                    older.unlink()
+        with reading(path, "remove it; it is made again"):
+            mapped = np.load(path, mmap_mode="r")
+            if mapped.shape != shape or mapped.dtype != provenance.dtype:
+                raise UserError(f"{path} is damaged; remove it; it is made again")
+        return TokenMatrix(values=mapped, offsets=offsets, provenance=provenance)
+
+    def _complete(self, fingerprint: str, inputs: str) -> tuple[dict[str, Any], Provenance]:
         manifest = self.check(fingerprint, inputs)
         provenance = self.provenance()
         if provenance is None:
@@ -193,21 +263,14 @@ class FeatureTable:
                 f"the feature table {self.label} of {self.dataset} holds no vector: no input could"
                 " be used; see the view failures, mend the files, and extract again"
             )
-        vectors = np.zeros((n_items, provenance.dim), dtype=provenance.dtype)
-        present = np.zeros(n_items, dtype=np.bool_)
-        for part in self.parts():
-            for rows in _row_groups(part):
-                item = rows.column("item").to_numpy()
-                if not ((item >= 0) & (item < n_items)).all():
-                    raise UserError(f"{part} has an item that is not in 0..{n_items - 1}; {_AGAIN}")
-                vectors[item] = _vectors(rows, provenance.dim)
-                present[item] = True
-        if int(present.sum()) != manifest["rows"]:
+        return manifest, provenance
+
+    def _check_rows(self, found: int, manifest: dict[str, Any]) -> None:
+        if found != manifest["rows"]:
             raise UserError(
                 f"the feature table {self.label} of {self.dataset} has vectors of"
-                f" {int(present.sum())} items, its manifest says {manifest['rows']}; {_AGAIN}"
+                f" {found} items, its manifest says {manifest['rows']}; {_AGAIN}"
             )
-        return FeatureMatrix(vectors=vectors, present=present, provenance=provenance)
 
     # -- writing (one writer at a time; the caller holds the lock) ---------------------------
 
@@ -265,7 +328,7 @@ class FeatureTable:
         write_json(self.path / "manifest.json", document)
 
     def _write(self, path: Path, rows: pa.Table, provenance: Provenance) -> None:
-        schema = feature_schema(provenance.dim, provenance.dtype)
+        schema = feature_schema(provenance.dim, provenance.dtype, provenance.level)
         assert rows.schema.equals(schema), (rows.schema, schema)
         metadata = {_KEY: json.dumps(asdict(provenance), sort_keys=True).encode()}
         # Plain, uncompressed, no dictionary, no statistics on the embedding: nine times faster
@@ -321,6 +384,14 @@ def embedding_array(vectors: npt.NDArray[Any]) -> pa.FixedSizeListArray:
     return pa.FixedSizeListArray.from_arrays(flat, type=kind)
 
 
+def token_array(tokens: Sequence[npt.NDArray[Any]]) -> pa.ListArray:
+    """Make the embedding column of one (T, D) matrix for each row; they share D and dtype."""
+    kind = feature_schema(1, str(tokens[0].dtype), "tokens").field("embedding").type
+    ends = np.cumsum([0, *(one.size for one in tokens)], dtype=np.int32)
+    flat = pa.array(np.concatenate([one.reshape(-1) for one in tokens]))
+    return pa.ListArray.from_arrays(pa.array(ends), flat, type=kind)
+
+
 def _read_provenance(part: Path) -> Provenance:
     with reading(part, _AGAIN):
         metadata = pq.read_schema(part).metadata or {}
@@ -347,6 +418,28 @@ def _vectors(rows: pa.Table, dim: int) -> npt.NDArray[Any]:
     assert len(flat) == len(rows) * dim
     vectors: npt.NDArray[Any] = flat.reshape(-1, dim)
     return vectors
+
+
+def _items(rows: pa.Table, n_items: int, where: Path) -> npt.NDArray[np.int32]:
+    item: npt.NDArray[np.int32] = rows.column("item").to_numpy()
+    if not ((item >= 0) & (item < n_items)).all():
+        raise UserError(f"{where} has an item that is not in 0..{n_items - 1}; {_AGAIN}")
+    return item
+
+
+def _copy_tokens(
+    rows: pa.Table, offsets: npt.NDArray[np.int64], values: npt.NDArray[Any], part: Path
+) -> None:
+    column = rows.column("embedding").combine_chunks()
+    flat = column.flatten().to_numpy(zero_copy_only=True).reshape(-1, values.shape[1])
+    ends = column.offsets.to_numpy().astype(np.int64) // values.shape[1]
+    ends -= ends[0]
+    items = rows.column("item").to_numpy()
+    starts = offsets[items]
+    if not (offsets[items + 1] - starts == np.diff(ends)).all():
+        raise UserError(f"{part} has rows of other lengths than it says; {_AGAIN}")
+    for start, begin, end in zip(starts, ends[:-1], ends[1:], strict=True):
+        values[start : start + end - begin] = flat[begin:end]
 
 
 def positions(ids: pa.ChunkedArray, item_ids: pa.ChunkedArray) -> npt.NDArray[np.int32]:

@@ -44,6 +44,11 @@ class DatasetInfo:
     tied: float
     """Share of interactions whose time equals that of the one before, same user."""
 
+    def inputs_of(self, modality: str) -> str:
+        """The hash of what a feature table of ``modality`` is made of; joint: two of them."""
+        sources = ("image", "text") if modality == "joint" else (modality,)
+        return "+".join(self.inputs.get(source, "") for source in sources)
+
     def summary(self) -> dict[str, Any]:
         """Give the figures that ``mmrec prepare`` prints."""
         cells = self.users * self.items

@@ -16,22 +16,22 @@ from pathlib import Path
 import pyarrow as pa
 
 from features.dataset import load_items
-from features.errors import UserError, unknown
+from features.errors import UserError
 from features.files import lock, write_table
 from features.schema import FAILURES, MODALITIES
 from features.store import FeatureStore, FeatureTable, Provenance
 from features.warehouse import DatasetInfo, Warehouse
 from pipeline.backbones import check_modality, load_backbone, wrong_modality
-from pipeline.backends.contract import Backbone, UnavailableError
-from pipeline.encode import Encoder, Failure, Tally
+from pipeline.backends.contract import POOLED, Backbone, UnavailableError
+from pipeline.book import Book, Failure, Tally
+from pipeline.encode import Choices, Encoder
 from pipeline.ledger import Ledger
+from pipeline.media import DRAFT, Media, quiet
 from pipeline.media import PREPROCESSING as OF_PICTURES
-from pipeline.media import Media, quiet
+from pipeline.options import Options
 from pipeline.plan import choose, count, present
-from pipeline.video import PREPROCESSING as OF_CLIPS
+from pipeline.video import preprocessing as of_clips
 
-DTYPES = ("float16", "float32")
-COMPUTES = ("float32", "bfloat16")
 SECONDS_A_TICK = 0.1
 
 
@@ -41,6 +41,7 @@ class ModalityReport:
 
     modality: str
     backbone: str
+    level: str
     dim: int
     items: int
     """Items of the dataset = encoded + shared + reused + absent + failed."""
@@ -90,97 +91,115 @@ class Progress:
 def extract(
     warehouse: Warehouse,
     dataset: str,
+    options: Options,
     *,
-    image: str | None = None,
-    text: str | None = None,
-    video: str | None = None,
-    dtype: str = "float16",
-    batch_size: int | None = None,
-    device: str | None = None,
-    compute: str = "float32",
-    overwrite: bool = False,
     progress: Callable[[Progress], None] | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> ExtractReport:
     """Encode a prepared dataset; run again, it does only what is missing or has changed.
 
     Args:
         warehouse: Where the dataset is and its tables go.
         dataset: Name of a prepared dataset.
-        image: Backbone for pictures (see :mod:`pipeline.backbones`).
-        text: Backbone for texts.
-        video: Backbone for clips; it sees their frames, and their vectors are averaged. When none
-            of the three is given: CLIP ViT-B/32 for pictures and texts, as far as there are any.
-        dtype: How the vectors are stored: ``float16`` or ``float32``.
-        batch_size: Pictures, frames or texts of a forward pass; 32 on a CPU, 256 on a GPU.
-        device: Where the model runs; a CUDA device when there is one, else the CPU.
-        compute: Arithmetic of the forward pass: ``float32`` or ``bfloat16`` (autocast).
-        overwrite: Redo a table whose vectors were made otherwise (another checkpoint, dtype, ...)
-            instead of refusing.
+        options: What is extracted, and how.
         progress: Called with the state of the job.
+        say: Told what the person at the terminal should know.
 
     Raises:
         UserError: The dataset is not prepared, has nothing of a modality, its raw files are gone,
             a backbone is unknown, unreachable or of the wrong kind, or a table holds vectors of
-            another provenance.
+            another provenance; with ``strict``, an input cannot be used.
     """
-    _one_of("dtype", dtype, DTYPES)
-    _one_of("compute", compute, COMPUTES)
-    if batch_size is not None and batch_size < 1:
-        raise UserError(f"batch size {batch_size} is too small; give 1 or more")
+    job, models = open_job(warehouse, dataset, options, progress=progress, say=say)
+    with quiet():
+        reports = [job.run(modality, backbone) for modality, backbone in models.items()]
+    return ExtractReport(dataset=dataset, tables=tuple(reports))
+
+
+def open_job(
+    warehouse: Warehouse,
+    dataset: str,
+    options: Options,
+    *,
+    progress: Callable[[Progress], None] | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> tuple["Job", dict[str, Backbone]]:
+    """Load all that an extraction needs: the job, and the backbone of each modality.
+
+    Raises:
+        UserError: As :func:`extract`.
+    """
     info = warehouse.info(dataset)
     items = load_items(warehouse, dataset, ["item_id", *MODALITIES])
-    wanted = choose(info.name, items, {"image": image, "text": text, "video": video})
+    wanted = choose(info.name, items, options.backbones())
     if set(wanted) - {"text"} and not Path(info.raw).is_dir():
         raise UserError(
             f"the raw files of {dataset} are no longer in {info.raw}; put them back or run:"
             f" mmrec prepare --dataset {dataset} --raw DIR"
         )
+    if options.frames is not None and "video" not in wanted:
+        raise UserError("--frames is of clips; give --video BACKBONE as well, or leave it out")
     # All models first: a missing one should not show after hours of work with another.
-    models: dict[str, Backbone] = {}
+    loaded: dict[str, Backbone] = {}
     for modality, name in wanted.items():
         check_modality(name, modality)
-        if name not in models:
+        if name not in loaded:
             try:
-                models[name] = load_backbone(name, device=device, compute=compute)
+                loaded[name] = load_backbone(name, device=options.device, compute=options.compute)
             except UnavailableError as error:
                 same = " ".join(f"--{key} hashed" for key in wanted if wanted[key] == name)
                 raise UserError(f"{error}, or {same}, which has no weights") from None
-        if modality not in models[name].modalities:
-            raise wrong_modality(name, models[name].modalities, modality)
-    job = _Job(
-        warehouse=warehouse, info=info, items=items, dtype=dtype, batch_size=batch_size,
-        overwrite=overwrite, progress=progress,
-    )  # fmt: skip
-    with quiet():
-        reports = [job.run(modality, models[name]) for modality, name in wanted.items()]
-    return ExtractReport(dataset=dataset, tables=tuple(reports))
+        _check_level(loaded[name], modality, options.level)
+    job = Job(
+        warehouse=warehouse, info=info, items=items, options=options, progress=progress, say=say
+    )
+    return job, {modality: loaded[name] for modality, name in wanted.items()}
+
+
+def _check_level(backbone: Backbone, modality: str, level: str) -> None:
+    if modality not in backbone.modalities:
+        raise wrong_modality(backbone.name, backbone.modalities, modality)
+    known = backbone.levels(modality)
+    if level in known:
+        return
+    if modality == "video":
+        raise UserError(
+            f"--level {level} is not offered for clips, whose frames are averaged; leave --video"
+            " or --level out"
+        )
+    deep = [name for name in known if name.startswith("layer-")]
+    short = [name for name in known if name not in deep]
+    names = ", ".join([*short, *([f"{deep[0]} to {deep[-1]}"] if deep else [])])
+    raise UserError(
+        f"backbone {backbone.name!r} has no level {level!r} of {modality}; give one of {names}"
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Job:
+class Job:
     """What the extractions of one command have in common."""
 
     warehouse: Warehouse
     info: DatasetInfo
     items: pa.Table
-    dtype: str
-    batch_size: int | None
-    overwrite: bool
+    """``item_id`` and the columns of modalities."""
+    options: Options
     progress: Callable[[Progress], None] | None
+    say: Callable[[str], None]
 
     def run(self, modality: str, backbone: Backbone) -> ModalityReport:
         """Extract one modality into its table."""
         dataset = self.info.name
-        table = FeatureStore(self.warehouse).table(dataset, backbone.name, modality)
+        store = FeatureStore(self.warehouse)
+        table = store.table(dataset, backbone.name, modality, self.options.level)
         with lock(table.path / ".lock", f"the feature table {table.label} of {dataset}"):
             return self._run(modality, backbone, table)
 
     def _run(self, modality: str, backbone: Backbone, table: FeatureTable) -> ModalityReport:
-        provenance = _provenance(backbone, modality, self.dtype)
+        provenance = provenance_of(backbone, modality, self.options)
         self._check_provenance(table, provenance)
         started = time.monotonic()
-        column = self.items[modality]
-        total = count(column)
+        total = count(self.items, modality)
         last = 0.0
 
         def report(tally: Tally) -> None:
@@ -201,38 +220,38 @@ class _Job:
             )
 
         ledger = Ledger(table, provenance, self.items["item_id"])
-        media = Media(Path(self.info.raw), self.warehouse.dataset_dir(self.info.name))
+        book = Book(ledger, self.options.dtype, self.name if self.options.strict else None)
+        media = self.media()
         encoder = Encoder(
             backbone=backbone,
-            modality=modality,
-            dtype=self.dtype,
-            ledger=ledger,
+            choices=self.choices(backbone, modality),
+            book=book,
             media=media,
-            batch_size=self.batch_size or backbone.batch_size,
-            threads=_cores(),
             report=report,
+            say=self.say,
         )
         try:
-            encoder.run(present(column))
+            encoder.run(present(self.items, modality))
             # Before the table is complete: then both are of the same run.
-            self._write_failures(table, modality, backbone, encoder.tally.failures)
-            ledger.finish(self.info.fingerprint, self.info.inputs[modality])
+            self._write_failures(table, modality, backbone, book.tally.failures)
+            ledger.finish(self.info.fingerprint, self.info.inputs_of(modality))
         except BaseException:
             ledger.flush()  # an interrupt or a crash loses nothing that was encoded
             raise  # the failures of the last whole run stay; all are tried again by the next
         finally:
             media.close()
         seconds = time.monotonic() - started
-        tally = encoder.tally
+        tally = book.tally
         return ModalityReport(
             modality=modality,
             backbone=backbone.name,
-            dim=backbone.dim,
-            items=len(column),
+            level=provenance.level,
+            dim=provenance.dim,
+            items=len(self.items),
             encoded=tally.encoded,
             shared=tally.shared,
             reused=tally.reused,
-            absent=len(column) - total,
+            absent=len(self.items) - total,
             failed=dict(Counter(failure.reason for failure in tally.failures).most_common()),
             partial=tally.partial,
             seconds=seconds,
@@ -241,18 +260,37 @@ class _Job:
             path=str(table.path),
         )
 
+    def media(self) -> Media:
+        """Open what pictures and clips are read from; the caller closes it."""
+        return Media(Path(self.info.raw), self.warehouse.dataset_dir(self.info.name))
+
+    def choices(self, backbone: Backbone, modality: str) -> Choices:
+        """How this backbone encodes this modality."""
+        return Choices(
+            modality=modality,
+            level=self.options.level,
+            batch_size=self.options.batch_size or backbone.batch_size,
+            threads=_cores(),
+            draft=backbone.input_size if self.options.decode == "draft" else None,
+            frames=self.options.frames,
+        )
+
+    def name(self, item: int) -> str:
+        """The id of an item."""
+        return str(self.items["item_id"][item].as_py())
+
     def _check_provenance(self, table: FeatureTable, provenance: Provenance) -> None:
         """Refuse to mix, and to throw hours of work away because of one option."""
         try:
             there = table.provenance()
         except UserError:  # damaged or mixed: nothing in it can be trusted
-            if not self.overwrite:
+            if not self.options.overwrite:
                 raise
             table.clear()
             return
         if there is None or there.identity() == provenance.identity():
             return
-        if not self.overwrite:
+        if not self.options.overwrite:
             raise UserError(
                 f"the feature table {table.label} of {table.dataset} holds other vectors"
                 f" ({there.difference(provenance)}); redo it by --overwrite, or remove {table.path}"
@@ -263,7 +301,8 @@ class _Job:
         self, table: FeatureTable, modality: str, backbone: Backbone, failures: list[Failure]
     ) -> None:
         folder = self.warehouse.dataset_dir(self.info.name) / "failures"
-        path = folder / f"{table.backbone}-{modality}.parquet"
+        level = "" if table.level == POOLED else f"-{table.level}"
+        path = folder / f"{table.backbone}-{modality}{level}.parquet"
         if not failures:
             path.unlink(missing_ok=True)
             return
@@ -282,28 +321,26 @@ class _Job:
         write_table(path, pa.Table.from_arrays(columns, schema=FAILURES))
 
 
-def _provenance(backbone: Backbone, modality: str, dtype: str) -> Provenance:
-    first = {"image": OF_PICTURES, "video": OF_CLIPS, "text": ""}[modality]
+def provenance_of(backbone: Backbone, modality: str, options: Options) -> Provenance:
+    """What a table of this modality by this backbone is made with."""
+    pictures = OF_PICTURES + (f"; {DRAFT}" if options.decode == "draft" else "")
+    first = {"text": "", "video": of_clips(options.frames)}.get(modality, pictures)
     steps = [step for step in (first, backbone.preprocessing(modality)) if step]
-    pooling = backbone.pooling(modality)
+    pooling = backbone.pooling(modality, options.level)
+    pooled = options.level == POOLED
     return Provenance(
         backbone=backbone.name,
         checkpoint=backbone.checkpoint,
         preprocessing="; ".join(steps),
         pooling=f"{pooling}; mean over frames" if modality == "video" else pooling,
         modality=modality,
-        level="pooled",
+        level=options.level,
         compute=backbone.compute,
-        dtype=dtype,
-        dim=backbone.dim,
+        dtype=options.dtype,
+        dim=backbone.dim if pooled else backbone.token_dim(options.level, modality),
         libraries=backbone.libraries,
     )
 
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _one_of(what: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise unknown(what, value, list(known))

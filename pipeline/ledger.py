@@ -5,10 +5,9 @@ survives a kill, another preparation of the dataset, and a second item with the 
 order of steps makes every kill harmless: new rows are appended before old ones are dropped, a
 later part is the newer one, and the manifest is away for as long as anything changes.
 
-Legend: N items of the dataset, R rows of the table, D width.
+Legend: N items of the dataset, R rows of the table, T tokens of an item, D width.
 """
 
-import math
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,11 +20,13 @@ import pyarrow.parquet as pq
 
 from features.schema import feature_schema
 from features.store import (
+    BYTES_PER_PART,
     ROWS_PER_PART,
     FeatureTable,
     Provenance,
     embedding_array,
     positions,
+    token_array,
 )
 
 SECONDS_PER_PART = 30.0
@@ -42,6 +43,7 @@ class _Buffer:
     frames: list[int | None] = field(default_factory=list)
     tokens: list[int | None] = field(default_factory=list)
     vectors: list[npt.NDArray[Any]] = field(default_factory=list)
+    bytes: int = 0
     since: float = field(default_factory=time.monotonic)
 
 
@@ -122,7 +124,10 @@ class Ledger:
         frames: int | None = None,
         tokens: int | None = None,
     ) -> None:
-        """Take one new (D,) vector, already in the dtype of the table; write when it is time."""
+        """Take one new vector (D,), or its tokens (T, D), already in the dtype of the table.
+
+        Parts are written when they are full, and when it is time.
+        """
         if not self._buffer.items:
             self._buffer.since = time.monotonic()
         self._buffer.items.append(item)
@@ -130,8 +135,10 @@ class Ledger:
         self._buffer.frames.append(frames)
         self._buffer.tokens.append(tokens)
         self._buffer.vectors.append(vector)
+        self._buffer.bytes += vector.nbytes
         waited = time.monotonic() - self._buffer.since
-        if len(self._buffer.items) == ROWS_PER_PART or waited >= SECONDS_PER_PART:
+        full = len(self._buffer.items) == ROWS_PER_PART
+        if full or self._buffer.bytes >= BYTES_PER_PART or waited >= SECONDS_PER_PART:
             self.flush()
 
     def flush(self) -> None:
@@ -146,7 +153,9 @@ class Ledger:
             pa.array(waiting.hashes, pa.string()),
             pa.array(waiting.frames, pa.int32()),
             pa.array(waiting.tokens, pa.int32()),
-            embedding_array(np.stack(waiting.vectors)),
+            embedding_array(np.stack(waiting.vectors))
+            if self.provenance.level == "pooled"
+            else token_array(waiting.vectors),
         ]
         self._append(pa.Table.from_arrays(columns, schema=self._schema).take(np.argsort(item)))
         self._buffer = _Buffer()  # only now: an interrupted flush can be done again
@@ -154,7 +163,8 @@ class Ledger:
 
     @property
     def _schema(self) -> pa.Schema:
-        return feature_schema(self.provenance.dim, self.provenance.dtype)
+        made = self.provenance
+        return feature_schema(made.dim, made.dtype, made.level)
 
     def _append(self, rows: pa.Table) -> None:
         self._change()
@@ -180,8 +190,9 @@ class Ledger:
             if not len(here):
                 continue
             rows = pq.read_table(part)
-            for start in range(0, len(here), ROWS_PER_PART):
-                chosen = here[start : start + ROWS_PER_PART]
+            most = max(1, min(ROWS_PER_PART, BYTES_PER_PART * len(rows) // rows.nbytes))
+            for start in range(0, len(here), most):
+                chosen = here[start : start + most]
                 chosen = chosen[np.argsort(items[chosen])]
                 made = rows.take(source[chosen] - first[number])
                 item = pa.array(items[chosen])
@@ -216,23 +227,21 @@ class Ledger:
     def _join(self) -> None:
         """Write neighbouring small parts as one; a kill between leaves twins, not gaps."""
         parts = self.table.parts()
-        sizes = [pq.read_metadata(part).num_rows for part in parts]
-        if len(parts) <= math.ceil(sum(sizes) / ROWS_PER_PART):
-            return
+        pooled = self.provenance.level == "pooled"
         groups: list[list[int]] = []
-        room = 0
-        for number, size in enumerate(sizes):
-            if size > room:
+        rows_left = bytes_left = 0
+        for number, part in enumerate(parts):
+            rows, size = pq.read_metadata(part).num_rows, 0 if pooled else part.stat().st_size
+            if rows > rows_left or size > bytes_left:
                 groups.append([])
-                room = ROWS_PER_PART
+                rows_left, bytes_left = ROWS_PER_PART, BYTES_PER_PART
             groups[-1].append(number)
-            room -= size
+            rows_left, bytes_left = rows_left - rows, bytes_left - size
         for group in groups:
             if len(group) < 2:
                 continue
-            rows = pa.concat_tables([pq.read_table(parts[number]) for number in group])
-            rows = rows.replace_schema_metadata(None).sort_by("item").combine_chunks()
-            self._append(rows)
+            whole = pa.concat_tables([pq.read_table(parts[number]) for number in group])
+            self._append(whole.replace_schema_metadata(None).sort_by("item").combine_chunks())
             for number in group:
                 parts[number].unlink()
 

@@ -1,4 +1,7 @@
-"""Clips as frames: one a second by timestamp, upright, up to where the file is damaged."""
+"""Clips as frames: one a second by timestamp, or so many evenly spread, upright.
+
+A damaged file is used up to where it is damaged.
+"""
 
 import bisect
 import math
@@ -16,14 +19,23 @@ from pipeline.media import MediaError, check_size, one_line
 
 MAX_FRAMES = 128
 MAX_PIXELS = 36_000_000  # of one frame: 8K has 33 million, and a decoder holds up to 17 of them
-PREPROCESSING = f"1 frame a second, at most {MAX_FRAMES} and then evenly spread, upright, RGB"
+
+
+def preprocessing(frames: int | None) -> str:
+    """Say how :func:`sample` chooses, for a table's provenance."""
+    if frames is None:
+        return f"1 frame a second, at most {MAX_FRAMES} and then evenly spread, upright, RGB"
+    return f"{frames} evenly spread frames, upright, RGB"
+
 
 _SLACK = 2.0  # seconds that a last frame is shown, or that a header errs
 _TICK = 1e-6  # seconds; rounding of timestamps
 _TURNS = {90: Transpose.ROTATE_90, 180: Transpose.ROTATE_180, 270: Transpose.ROTATE_270}
 
 
-def sample(stream: BinaryIO, prepare: Callable[[Image.Image], Any]) -> tuple[list[Any], bool]:
+def sample(
+    stream: BinaryIO, prepare: Callable[[Image.Image], Any], count: int | None = None
+) -> tuple[list[Any], bool]:
     """Decode the sampled frames of a clip, and prepare each at once, so that none is kept whole.
 
     The frame for second t is the first one shown at t or later, counted from the clip's first
@@ -32,6 +44,8 @@ def sample(stream: BinaryIO, prepare: Callable[[Image.Image], Any]) -> tuple[lis
     Args:
         stream: The file, at its beginning.
         prepare: What becomes of a frame.
+        count: Take so many frames instead, the first one shown at the middle or later of each of
+            ``count`` equal stretches of the clip; a clip of fewer frames gives each once.
 
     Returns:
         The prepared frames, at least one, and whether the file is damaged: then they are those
@@ -45,7 +59,7 @@ def sample(stream: BinaryIO, prepare: Callable[[Image.Image], Any]) -> tuple[lis
         # A playlist is a clip to FFmpeg too, and would have it open other files and addresses.
         with av.open(stream, options={"protocol_whitelist": "none"}) as container:
             assert isinstance(container, InputContainer)
-            for frame in _frames(container):
+            for frame in _frames(container, count):
                 prepared.append(prepare(_picture(frame)))
     except MediaError:
         raise
@@ -64,18 +78,22 @@ class _DamagedError(Exception):
     """From here on, frames are guesses of the decoder, or the file ends too early."""
 
 
-def _frames(container: InputContainer) -> Iterator[av.VideoFrame]:
+def _frames(container: InputContainer, count: int | None) -> Iterator[av.VideoFrame]:
     """Give the sampled frames in order, seeking only when a keyframe lies ahead."""
     stream = _stream(container)
     stream.codec_context.thread_count = 1  # clips are decoded side by side instead
     # The size in the header may not be the one that frames turn out to have.
     stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
-    step = max(1.0, (container.duration or 0) / 1_000_000 / MAX_FRAMES)
     keys = _keys(stream)
     length = _length(container, stream)
+    span = length or (container.duration or 0) / 1_000_000
+    if count is not None and not span:
+        raise MediaError("decode", "the file does not say how long it is")
+    step = max(1.0, (container.duration or 0) / 1_000_000 / MAX_FRAMES)
+    step, first = (step, 0.0) if count is None else (span / count, span / count / 2)
     start: float | None = None
     time = 0.0
-    wanted, taken, position, sought = 0.0, 0, 0, False
+    wanted, taken, position, sought = first, 0, 0, False
     frames = container.decode(stream)
     while (frame := next(frames, None)) is not None:
         position += 1
@@ -93,9 +111,9 @@ def _frames(container: InputContainer) -> Iterator[av.VideoFrame]:
             raise _DamagedError
         yield frame
         taken += 1
-        if taken == MAX_FRAMES:
+        if taken == (count or MAX_FRAMES):
             return
-        wanted = (math.floor((time - start) / step + _TICK) + 1) * step
+        wanted = first + (math.floor((time - start - first) / step + _TICK) + 1) * step
         # The index knows when keyframes are decoded; shown they are later, by as much as the first.
         delay = start - keys[0] if keys else 0.0
         best = bisect.bisect_right(keys, start + wanted - delay + _TICK)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from features.errors import UserError
-from features.schema import MODALITIES
+from features.schema import FEATURE_MODALITIES
 from features.store import FeatureStore, FeatureTable
 from features.warehouse import DatasetInfo, slug
 from trainer.data import ItemFeatures
@@ -19,7 +19,8 @@ def choose_tables(
     Args:
         store: The feature store.
         dataset: A prepared dataset.
-        wanted: ``modality=backbone``, or a modality alone where one table has it; ``None``: all.
+        wanted: ``modality=backbone``, or a modality alone where one table has it; ``None``: all,
+            joint ones only where there are no others.
 
     Returns:
         At most one table for each modality, in the fixed order of modalities.
@@ -32,10 +33,12 @@ def choose_tables(
     known = ", ".join(labels) or "none"
     if wanted is None:
         wanted = list(dict.fromkeys(table.modality for table in there))
+        # What a joint vector holds of picture and text, tables of these hold as well.
+        wanted = [name for name in wanted if name != "joint"] or wanted
     chosen: dict[str, FeatureTable] = {}
     for entry in wanted:
         modality, _, backbone = entry.partition("=")
-        if modality not in MODALITIES:
+        if modality not in FEATURE_MODALITIES:
             raise UserError(
                 f"--features {entry!r}: unknown modality {modality!r};"
                 f" give modality=backbone; there are: {known}"
@@ -58,7 +61,7 @@ def choose_tables(
         if modality in chosen:
             raise UserError(f"--features names two tables for {modality}; name one")
         chosen[modality] = found[0]
-    return [chosen[modality] for modality in MODALITIES if modality in chosen]
+    return [chosen[modality] for modality in FEATURE_MODALITIES if modality in chosen]
 
 
 def load_features(
@@ -74,7 +77,7 @@ def load_features(
     """
     vectors, present, identities = {}, {}, []
     for table in tables:
-        matrix = table.read(info.items, info.fingerprint, info.inputs.get(table.modality, ""))
+        matrix = table.read(info.items, info.fingerprint, info.inputs_of(table.modality))
         vectors[table.modality] = torch.from_numpy(matrix.vectors).to(device).float()
         present[table.modality] = torch.from_numpy(matrix.present).to(device)
         identities.append({**matrix.provenance.identity(), "content": table.digest()})

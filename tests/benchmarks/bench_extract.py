@@ -52,6 +52,7 @@ from pipeline.backends.contract import Backbone, Batch
 from pipeline.backends.pixels import Pixels, of_open_clip, of_processor
 from pipeline.extract import ExtractReport, extract
 from pipeline.media import decode_image
+from pipeline.options import Options
 from pipeline.stream import token_batches
 from pipeline.video import sample
 from tests.benchmarks import inputs
@@ -64,9 +65,10 @@ _AGAIN = """
 import re, sys, time
 from features.warehouse import Warehouse
 from pipeline.extract import extract
+from pipeline.options import Options
 from pathlib import Path
 start = time.process_time()
-extract(Warehouse(Path(sys.argv[1])), "tiny", **{sys.argv[2]: "hashed"})
+extract(Warehouse(Path(sys.argv[1])), "tiny", Options(**{sys.argv[2]: "hashed"}))
 took = time.process_time() - start
 status = Path("/proc/self/status").read_text()
 print(took, int(re.search(r"VmHWM:\\s+(\\d+)", status)[1]) / 1024)
@@ -102,7 +104,7 @@ def job(house: Warehouse, modality: str) -> Callable[[], ExtractReport]:
 
     def run() -> ExtractReport:
         shutil.rmtree(house.dataset_dir("tiny") / "features", ignore_errors=True)
-        return extract(house, "tiny", **given)
+        return extract(house, "tiny", Options(**given))
 
     return run
 

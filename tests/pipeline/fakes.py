@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from features.schema import MODALITIES
+from features.schema import FEATURE_MODALITIES
 from pipeline.backbones import Entry
 from pipeline.backends.contract import Backbone, Batch, Vectors
 from pipeline.backends.hashed import DIM, Hashed
@@ -54,7 +54,7 @@ class Watched(Hashed):
 def entry(backbone: Backbone) -> Entry:
     """Make a table entry of a backbone that is already there."""
     return Entry(
-        modalities=MODALITIES,
+        modalities=FEATURE_MODALITIES,
         dim=DIM,
         library="tests",
         checkpoint="none",

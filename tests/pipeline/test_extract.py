@@ -5,6 +5,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,9 +23,11 @@ from pipeline import ledger
 from pipeline.backbones import BACKBONES
 from pipeline.backends.contract import Batch, Vectors
 from pipeline.backends.hashed import Hashed
-from pipeline.encode import content_hash
-from pipeline.extract import ModalityReport, Progress, extract
+from pipeline.book import content_hash
+from pipeline.extract import ExtractReport, ModalityReport, Progress
+from pipeline.extract import extract as run_job
 from pipeline.media import decode_image
+from pipeline.options import Options
 from tests.pipeline.fakes import Watched, entry, mark
 from tests.pipeline.tiny import picture, prepare
 
@@ -54,8 +57,12 @@ def watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Watched:
     return backbone
 
 
-def run(house: Warehouse, **given: object) -> ModalityReport:
-    return extract(house, "tiny", **given).tables[0]  # type: ignore[arg-type]
+def extract(house: Warehouse, dataset: str, progress: Any = None, **given: Any) -> ExtractReport:
+    return run_job(house, dataset, Options(**given), progress=progress)
+
+
+def run(house: Warehouse, **given: Any) -> ModalityReport:
+    return extract(house, "tiny", **given).tables[0]
 
 
 def table(house: Warehouse, modality: str, backbone: str = "watched") -> FeatureTable:
@@ -505,12 +512,13 @@ from features.warehouse import Warehouse
 from pipeline import ledger
 from pipeline.backbones import BACKBONES
 from pipeline.extract import extract
+from pipeline.options import Options
 from tests.pipeline.fakes import Watched, entry
 
 root, log, modality = sys.argv[1:]
 ledger.SECONDS_PER_PART = 0.05
 BACKBONES["watched"] = entry(Watched("watched", Path(log), seconds=0.02))
-extract(Warehouse(root), "tiny", batch_size=4, **{modality: "watched"})
+extract(Warehouse(root), "tiny", Options(batch_size=4, **{modality: "watched"}))
 """
 
 

@@ -20,6 +20,7 @@ from pipeline.extract import extract
 from pipeline.importers import blobs
 from pipeline.importers.tar_images import MissingMemberError, TarImages
 from pipeline.media import Media, MediaError
+from pipeline.options import Options
 from tests.pipeline import tiny
 from tests.pipeline.raws import INTERACTIONS, ITEMS, folder, items_of, prepared
 
@@ -255,14 +256,14 @@ def test_pictures_in_a_tar_from_raw_to_vectors(warehouse: Warehouse, tmp_path: P
     assert images_of(warehouse) == [
         "images.tar#z/a.png", "more.tar#deep/file.png", "images.tar#/abs/c.png",
     ]  # fmt: skip
-    report = extract(warehouse, "mine", image="hashed").tables[0]
+    report = extract(warehouse, "mine", Options(image="hashed")).tables[0]
     assert (report.encoded, report.failed) == (3, {})
     vectors = vectors_of(warehouse, info.inputs)
     plain = folder(tmp_path / "plain", {f"{i}.png": picture(i) for i in (9, 2, 3)})
     same = tiny.prepare(
         warehouse, plain, ids=list("abc"), image=["9.png", "2.png", "3.png"], name="plain"
     )
-    extract(warehouse, "plain", image="hashed")
+    extract(warehouse, "plain", Options(image="hashed"))
     assert (vectors == vectors_of(warehouse, same.inputs, "plain")).all()
 
 
@@ -272,7 +273,7 @@ def test_a_tar_elsewhere_by_option(warehouse: Warehouse, tmp_path: Path) -> None
     place = str(tmp_path / "disk" / "covers.tar")
     prepared(warehouse, tmp_path / "raw", content, files={"images": place})
     assert images_of(warehouse) == [f"outside:{place}#a.png", None, None]
-    assert extract(warehouse, "mine", image="hashed").tables[0].encoded == 1
+    assert extract(warehouse, "mine", Options(image="hashed")).tables[0].encoded == 1
 
 
 def vectors_of(
@@ -291,7 +292,7 @@ def test_an_lmdb_folder_by_option(warehouse: Warehouse, tmp_path: Path) -> None:
     content: dict[str, str | bytes] = {"interactions.csv": INTERACTIONS, "items.csv": ITEMS}
     prepared(warehouse, tmp_path / "raw", content, files={"images": "store"})
     assert images_of(warehouse) == ["store#a", None, None]
-    assert extract(warehouse, "mine", image="hashed").tables[0].encoded == 1
+    assert extract(warehouse, "mine", Options(image="hashed")).tables[0].encoded == 1
 
 
 # -- bytes in the table of items ------------------------------------------------------------
@@ -337,7 +338,7 @@ def test_bytes_in_the_table_from_raw_to_vectors(
     media.close()
     with tarfile.open(warehouse.dataset_dir("mine") / "media" / "images.tar") as written:
         assert len(written.getnames()) == 4  # not the one that was filtered out
-    report = extract(warehouse, "mine", image="hashed").tables[0]
+    report = extract(warehouse, "mine", Options(image="hashed")).tables[0]
     assert (report.encoded, report.shared) == ((3, 1) if kind != "bytes" else (2, 1))
     assert report.failed == {"empty file": 1}
     tables = {path.name: path.read_bytes() for path in warehouse.root.rglob("*/media/*")}

@@ -21,6 +21,7 @@ from features.warehouse import Warehouse
 from pipeline import media
 from pipeline.extract import extract
 from pipeline.media import Media, MediaError, decode_image, quiet
+from pipeline.options import Options
 from tests.pipeline.tiny import prepare
 
 # The first letter of the alphabet that has no symmetry: every orientation is told apart.
@@ -276,7 +277,7 @@ def test_every_odd_file_is_a_vector_or_a_failure(warehouse: Warehouse, real_data
     raw = real_data / "weird"
     names = [f"images/{path.name}" for path in sorted((raw / "images").iterdir())]
     prepare(warehouse, raw, ids=names, image=names)
-    report = extract(warehouse, "tiny", image="hashed").tables[0]
+    report = extract(warehouse, "tiny", Options(image="hashed")).tables[0]
     assert sum(report.failed.values()) == 8
     assert report.encoded + report.shared == len(names) - 8
 
@@ -356,7 +357,7 @@ def test_pictures_in_an_lmdb(tmp_path: Path, warehouse: Warehouse) -> None:
     ids = ["v#1", "v2", "v3", "bad", "again"]
     references = [f"covers.lmdb#{key}" for key in [*ids[:4], "v2"]]
     info = prepare(warehouse, path.parent, ids=ids, image=references)
-    report = extract(warehouse, "tiny", image="hashed").tables[0]
+    report = extract(warehouse, "tiny", Options(image="hashed")).tables[0]
     assert (report.encoded, report.shared) == (2, 1)
     assert report.failed == {
         "no such key in the LMDB": 1,

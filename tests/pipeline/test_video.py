@@ -15,6 +15,7 @@ from pipeline.backends.contract import Batch
 from pipeline.backends.hashed import Hashed
 from pipeline.extract import extract
 from pipeline.media import MediaError
+from pipeline.options import Options
 from pipeline.video import sample
 from tests.pipeline.tiny import prepare
 
@@ -186,7 +187,7 @@ def test_a_clip_is_the_mean_of_its_frames(warehouse: Warehouse, tmp_path: Path) 
         warehouse, raw, ids=list("abcde"), video=["a.mp4", "b.mp4", "c.mp4", None, "a.mp4"]
     )
     # Batches of 4 frames: clip a spans two of them, and its end shares one with clip b.
-    report = extract(warehouse, "tiny", video="hashed", batch_size=4).tables[0]
+    report = extract(warehouse, "tiny", Options(video="hashed", batch_size=4)).tables[0]
     assert (report.encoded, report.shared, report.absent) == (2, 1, 1)
     assert report.failed == {"no frame can be decoded": 1}
     table = FeatureStore(warehouse).table("tiny", "hashed", "video")
@@ -224,3 +225,21 @@ def test_every_odd_clip_gives_frames_or_a_reason(real_data: Path) -> None:
     assert lengths["mmaction_test.avi"] == (7, False)
     assert sizes["decord_video_0.mov"] == sizes["decord_video_180.mov"] == (568, 320)
     assert sizes["decord_video_270.mov"] == (320, 568)
+
+
+@pytest.mark.parametrize("gop", [5, 250])
+@pytest.mark.parametrize("count", [1, 3, 8])
+def test_so_many_frames_evenly_spread(tmp_path: Path, count: int, gop: int) -> None:
+    path = clip(tmp_path / "a.mp4", frames=120, fps=10, gop=gop)
+    with path.open("rb") as stream:
+        found, _ = sample(stream, lambda one: round(float(np.asarray(one).mean())), count)
+    step = 120 / count  # the middle of each stretch, and the frame shown then or next
+    assert near(found, [shade(int(np.ceil(step * (i + 0.5)))) for i in range(count)])
+
+
+def test_a_short_clip_gives_each_frame_once(tmp_path: Path) -> None:
+    path = clip(tmp_path / "a.mp4", frames=5, fps=10)
+    with path.open("rb") as stream:
+        found, _ = sample(stream, lambda one: round(float(np.asarray(one).mean())), 12)
+    assert len(found) == len(set(found)) <= 5
+    assert len(found) >= 4

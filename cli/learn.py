@@ -66,6 +66,13 @@ def train(
         Path | None, typer.Option("--config", help="TOML file with settings; --set wins.")
     ] = None,
     name: Annotated[str | None, typer.Option("--name", help="The new run's name.")] = None,
+    init: Annotated[
+        str | None, typer.Option("--init", help="Start from the best weights of this run.")
+    ] = None,
+    transfer: Annotated[
+        str | None,
+        typer.Option("--transfer", help="With --init: full (all), items, users, text or image."),
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with --run, else with the last run.")
     ] = False,
@@ -76,13 +83,18 @@ def train(
     """Train a recommender on interactions and features; Ctrl-C keeps all and ends with 130."""
     house = Warehouse(warehouse)
     if resume:
-        opened = _resumed(house, run, model, dataset, features, set, config, name)
+        fresh = (features, set, config, name, init, transfer)
+        opened = _resumed(house, run, model, dataset, *fresh)
     elif run is not None:
         raise UserError("--run names a run to go on with; add --resume, or give --name")
     elif model is None:
         raise UserError("give --model (see mmrec models), or --resume")
+    elif transfer is not None and init is None:
+        raise UserError(f"--transfer {transfer} takes weights of a run; name it by --init")
     else:
-        opened = _begun(house, model, dataset, features or [], set or [], config, name)
+        opened = _begun(
+            house, model, dataset, features or [], set or [], config, name, init, transfer
+        )
     from trainer.run import train as go
 
     _describe(opened)
@@ -114,6 +126,8 @@ def _begun(
     settings: list[str],
     config: Path | None,
     name: str | None,
+    init: str | None,
+    transfer: str | None,
 ) -> "OpenRun":
     from trainer.config import parse_settings
     from trainer.models import find_model
@@ -128,7 +142,15 @@ def _begun(
 
     split = [part for entry in features for part in entry.split(",")] if features else None
     return start_run(
-        house, model, chosen, features=split, file=config, settings=settings, name=name
+        house,
+        model,
+        chosen,
+        features=split,
+        file=config,
+        settings=settings,
+        name=name,
+        init=init,
+        transfer=transfer or "full",
     )
 
 
@@ -137,7 +159,8 @@ def _resumed(
 ) -> "OpenRun":
     if any(fresh):
         raise UserError(
-            "--resume goes on with a run as it is; leave --features, --set, --config, --name out"
+            "--resume goes on with a run as it is;"
+            " leave --features, --set, --config, --name, --init, --transfer out"
         )
     folder, why = house.choose_run(run)
     if why != "given":
@@ -162,6 +185,9 @@ def _describe(run: "OpenRun") -> None:
         counts, bare = run.data.features.coverage()
         have = ", ".join(f"{modality} {count:,}" for modality, count in counts.items())
         show.say(f"of {run.data.features.n_items:,} items: {have}, none of these {bare:,}")
+    if run.taken:
+        for line in run.taken.lines():
+            show.say(line)
 
 
 class TrainWatch:

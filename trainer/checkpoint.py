@@ -58,7 +58,7 @@ def load_weights(path: Path, model: nn.Module, identity: dict[str, Any]) -> None
             it was.
     """
     resume = f"mmrec train --resume --run {path.parent.name}"
-    tensors, document = _read(path, f"go on with {resume}, or train again")
+    tensors, document = read_tensors(path, f"go on with {resume}, or train again")
     _check(path, document, identity)
     _fit(path, tensors, model.state_dict())
     model.load_state_dict(tensors)
@@ -94,7 +94,7 @@ def load_state(
         UserError: The file is absent, damaged, or of a run with another configuration; model,
             optimizer and random state are as they were.
     """
-    tensors, document = _read(path, "train again")
+    tensors, document = read_tensors(path, "train again")
     if document.keys() != {"identity", "progress"} or not isinstance(document["identity"], dict):
         raise _damaged(path, "it is no state of a training")
     _check(path, document["identity"], identity)
@@ -128,7 +128,12 @@ def _damaged(path: Path, reason: object) -> UserError:
     return UserError(f"{path} is damaged ({' '.join(str(reason).split())}); train again")
 
 
-def _read(path: Path, remedy: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_tensors(path: Path, remedy: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read a file of tensors and the document that it carries.
+
+    Raises:
+        UserError: It is absent (``remedy`` says what to do), or damaged.
+    """
     if not path.exists():
         raise UserError(f"{path} is not there: the run ended before it was saved; {remedy}")
     try:

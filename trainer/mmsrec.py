@@ -12,7 +12,9 @@ instead of one sample for each prefix.
 Legend: B batch, L sequence length, N items, C modalities, D width, M predicted positions, T = L*C.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +29,7 @@ from trainer.transformer import Transformer, dropout, initialise, positions_from
 
 _ITEMS_AT_ONCE = 4096  # without gradients; with them all activations are kept anyway
 _LEAST_TEMPERATURE = 1e-4
+_SHARED = ("norm.", "transformer.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,6 +81,16 @@ class MMSRec(Recommender):
     Raises:
         UserError: There are no features at all.
     """
+
+    # One encoder serves as both towers, so each part takes it.
+    parts: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "items": ("inputs.", "outputs.", "modality.", *_SHARED),
+        "users": ("position.", "mask", *_SHARED),
+        "text": ("inputs.text.", "outputs.text.", "modality.", "position.", "mask", *_SHARED),
+        "image": ("inputs.image.", "outputs.image.", "modality.", "position.", "mask", *_SHARED),
+    }
+    by_modality = ("modality.weight",)
+    from_end = ("position.weight",)
 
     def __init__(self, config: MMSRecConfig, catalogue: Catalogue) -> None:
         super().__init__()

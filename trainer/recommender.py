@@ -6,7 +6,9 @@ Legend: B batch, L sequence length, N items, D width of the shared space.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -24,6 +26,15 @@ class Catalogue:
 
 class Recommender(nn.Module, ABC):
     """An item tower and a sequence tower that meet in one space; a score is an inner product."""
+
+    parts: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    """What ``--transfer`` takes, as prefixes of parameter names; ``full`` takes everything."""
+    of_catalogue: ClassVar[tuple[str, ...]] = ()
+    """Prefixes of tables with a row for each item: they mean nothing in another catalogue."""
+    by_modality: ClassVar[tuple[str, ...]] = ()
+    """Parameters with a row for each modality, in the order of ``Catalogue.widths``."""
+    from_end: ClassVar[tuple[str, ...]] = ()
+    """Tables of positions whose row 0 is the newest slot: of any length, they mean the same."""
 
     @property
     @abstractmethod
@@ -54,3 +65,13 @@ class Recommender(nn.Module, ABC):
     @abstractmethod
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """Named scalars of one batch; ``loss`` is the one that is minimised."""
+
+    def parameter_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+        """The groups that AdamW gets: ``params``, and their own ``lr`` and ``weight_decay``.
+
+        Args:
+            lr: Learning rate of the configuration, which the schedule scales.
+            weight_decay: Weight decay of the configuration.
+        """
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        return [{"params": trained, "lr": lr, "weight_decay": weight_decay}]

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from trainer.inputs import choose_device, choose_tables, load_features
 from trainer.loop import Tick, check_trainable, fit
 from trainer.models import find_model
 from trainer.recommender import Catalogue, Recommender
+from trainer.transfer import FULL, Taken, check_transfer, take_weights
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,6 +40,8 @@ class OpenRun:
     identity: dict[str, Any]
     """What a checkpoint of this run is for."""
     parameters: int
+    taken: Taken | None = None
+    """What a run that begins got from another one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,6 +71,8 @@ def start_run(
     file: Path | None = None,
     settings: Sequence[str] = (),
     name: str | None = None,
+    init: str | None = None,
+    transfer: str = FULL,
 ) -> OpenRun:
     """Build a new run and its folder; nothing is trained yet.
 
@@ -82,6 +87,8 @@ def start_run(
         file: TOML file with settings.
         settings: ``key=value`` pairs.
         name: The run's name; by default made of time, dataset and model.
+        init: The run whose best weights it starts from.
+        transfer: Which of them, see :func:`trainer.transfer.take_weights`.
 
     Raises:
         UserError: Anything that the user gave does not fit; no folder is left behind.
@@ -90,7 +97,9 @@ def start_run(
     if name is not None:
         check_run_name(name)
     warehouse.info(dataset)
-    config_class, _ = entry.load()
+    config_class, recommender = entry.load()
+    source = None if init is None else warehouse.choose_run(init)[0]
+    check_transfer(transfer, recommender)
     train, model_config = build(config_class, file, settings, entry.train)
     if features and not entry.needs_features:
         raise UserError(f"{model} learns from item ids alone; leave --features out")
@@ -101,6 +110,10 @@ def start_run(
     stamp = datetime.now(UTC)
     with claimed(warehouse.runs_dir, name, stamp, f"{dataset[:60]}-{model}") as folder:
         run = _open(warehouse, folder, model, dataset, labels, train, model_config)
+        if source is not None:
+            taken = take_weights(source, model, run.model, run.identity, transfer)
+            identity = {**run.identity, "init": taken.remembered()}
+            run = replace(run, identity=identity, taken=taken)
         document = {
             "run": {
                 "model": model,
@@ -109,6 +122,7 @@ def start_run(
                 "created": stamp.isoformat(sep=" ", timespec="milliseconds").removesuffix("+00:00"),
                 "parameters": run.parameters,
                 "fingerprint": run.data.dataset.info.fingerprint,
+                **({"init": run.taken.remembered()} if run.taken else {}),
             },
             **documents(train, model_config),
         }
@@ -136,7 +150,10 @@ def open_run(warehouse: Warehouse, folder: Path) -> OpenRun:
             f"run {folder.name!r} was trained on another preparation of {dataset!r};"
             " prepare it as it was, or train again"
         )
-    return _open(warehouse, folder, model, dataset, labels, train, model_config)
+    run = _open(warehouse, folder, model, dataset, labels, train, model_config)
+    if "init" in about:  # a checkpoint is for where its training came from, too
+        run = replace(run, identity={**run.identity, "init": about["init"]})
+    return run
 
 
 def train(

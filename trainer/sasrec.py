@@ -9,7 +9,9 @@ weights: on ml-100k it gave nothing on validation, and without it attention need
 Legend: B batch, L sequence length, N items, D width, M predicted positions.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +49,13 @@ class SASRecConfig:
 
 class SASRec(Recommender):
     """Self-attentive sequential recommendation over item ids."""
+
+    parts: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "items": ("item.",),
+        "users": ("position.", "norm.", "transformer."),
+    }
+    of_catalogue = ("item.",)
+    from_end = ("position.weight",)
 
     def __init__(self, config: SASRecConfig, catalogue: Catalogue) -> None:
         super().__init__()

@@ -1,5 +1,6 @@
 """Which feature tables a run reads, and how they reach the device."""
 
+import re
 from collections.abc import Sequence
 
 import torch
@@ -9,6 +10,11 @@ from features.schema import FEATURE_MODALITIES
 from features.store import FeatureStore, FeatureTable
 from features.warehouse import DatasetInfo, slug
 from trainer.data import ItemFeatures
+from trainer.tokens import TokenFeatures
+
+_WANTED = re.compile(
+    r"(?P<modality>[^=:]*)(=(?P<backbone>.*?))?(:(?P<level>pooled|tokens|layer-\d+))?"
+)
 
 
 def choose_tables(
@@ -19,8 +25,8 @@ def choose_tables(
     Args:
         store: The feature store.
         dataset: A prepared dataset.
-        wanted: ``modality=backbone``, or a modality alone where one table has it; ``None``: all,
-            joint ones only where there are no others.
+        wanted: ``MODALITY[=BACKBONE][:LEVEL]``: a modality alone where one table has it, pooled
+            where no level is named; ``None``: all pooled ones.
 
     Returns:
         At most one table for each modality, in the fixed order of modalities.
@@ -28,30 +34,31 @@ def choose_tables(
     Raises:
         UserError: A table is not there, or a modality has several and none is named.
     """
-    there = [table for table in store.tables(dataset) if table.level == "pooled"]
-    labels = [table.label for table in there]
-    known = ", ".join(labels) or "none"
+    there = store.tables(dataset)
+    known = ", ".join(table.label for table in there) or "none"
     if wanted is None:
-        wanted = list(dict.fromkeys(table.modality for table in there))
-        # What a joint vector holds of picture and text, tables of these hold as well.
-        wanted = [name for name in wanted if name != "joint"] or wanted
+        wanted = list(dict.fromkeys(t.modality for t in there if t.level == "pooled"))
     chosen: dict[str, FeatureTable] = {}
     for entry in wanted:
-        modality, _, backbone = entry.partition("=")
-        if modality not in FEATURE_MODALITIES:
+        match = _WANTED.fullmatch(entry)
+        modality = match["modality"] if match else entry
+        if match is None or modality not in FEATURE_MODALITIES:
             raise UserError(
                 f"--features {entry!r}: unknown modality {modality!r};"
-                f" give modality=backbone; there are: {known}"
+                f" give modality=backbone or modality=backbone:level; there are: {known}"
             )
+        backbone, level = match["backbone"] or "", match["level"] or "pooled"
         found = [
             table
             for table in there
-            if table.modality == modality and (not backbone or table.backbone == slug(backbone))
+            if (table.modality, table.level) == (modality, level)
+            and (not backbone or table.backbone == slug(backbone))
         ]
         if not found:
+            at = "" if level == "pooled" else f" --level {level}"
             raise UserError(
                 f"dataset {dataset!r} has no feature table {entry!r} (there are: {known});"
-                f" run: mmrec extract --dataset {dataset} --{modality} {backbone or 'BACKBONE'}"
+                f" run: mmrec extract --dataset {dataset} --{modality} {backbone or 'BACKBONE'}{at}"
             )
         if len(found) > 1:
             names = ", ".join(table.label for table in found)
@@ -67,7 +74,7 @@ def choose_tables(
 def load_features(
     tables: Sequence[FeatureTable], info: DatasetInfo, device: torch.device
 ) -> tuple[ItemFeatures, list[dict[str, object]]]:
-    """Read tables into matrices on the device.
+    """Read pooled tables into matrices on the device; tables of tokens stay on the disk.
 
     Returns:
         The features, and each table's identity, which a checkpoint remembers.
@@ -75,13 +82,23 @@ def load_features(
     Raises:
         UserError: A table is unfinished, mixed, or of another preparation.
     """
-    vectors, present, identities = {}, {}, []
+    vectors, present, tokens, identities = {}, {}, {}, []
     for table in tables:
-        matrix = table.read(info.items, info.fingerprint, info.inputs_of(table.modality))
-        vectors[table.modality] = torch.from_numpy(matrix.vectors).to(device).float()
-        present[table.modality] = torch.from_numpy(matrix.present).to(device)
-        identities.append({**matrix.provenance.identity(), "content": table.digest()})
-    features = ItemFeatures(n_items=info.items, vectors=vectors, present=present)
+        name, about = table.modality, (info.items, info.fingerprint, info.inputs_of(table.modality))
+        if table.level == "pooled":
+            matrix = table.read(*about)
+            vectors[name] = torch.from_numpy(matrix.vectors).to(device).float()
+            present[name] = torch.from_numpy(matrix.present).to(device)
+            made = matrix.provenance
+        else:
+            mapped = table.read_tokens(*about)
+            tokens[name] = TokenFeatures(
+                values=mapped.values, offsets=mapped.offsets, device=device
+            )
+            present[name] = tokens[name].present_N
+            made = mapped.provenance
+        identities.append({**made.identity(), "content": table.digest()})
+    features = ItemFeatures(n_items=info.items, vectors=vectors, present=present, tokens=tokens)
     return features, identities
 
 

@@ -17,6 +17,8 @@ class Model:
     """Gives (configuration class, recommender class); imports torch."""
     train: Mapping[str, Any]
     """Settings of the loop whose defaults differ for this recommender."""
+    reads_tokens: bool = False
+    """Whether it can learn from tables of tokens, not only from pooled vectors."""
 
 
 def _sasrec() -> tuple[Any, Any]:

@@ -106,6 +106,12 @@ def start_run(
     tables = (
         choose_tables(FeatureStore(warehouse), dataset, features) if entry.needs_features else []
     )
+    for table in tables:
+        if table.level != "pooled" and not entry.reads_tokens:
+            raise UserError(
+                f"{model} reads pooled vectors, not {table.label};"
+                " name a pooled table by --features"
+            )
     labels = [table.label for table in tables]
     stamp = datetime.now(UTC)
     with claimed(warehouse.runs_dir, name, stamp, f"{dataset[:60]}-{model}") as folder:

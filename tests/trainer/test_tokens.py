@@ -1,11 +1,18 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from features.errors import UserError
+from features.store import FeatureStore
+from features.warehouse import Warehouse
+from tests.trainer import worlds
 from trainer.data import ItemFeatures
+from trainer.inputs import choose_tables, load_features
+from trainer.run import start_run
 from trainer.tokens import TokenFeatures
 
 CPU = torch.device("cpu")
@@ -64,3 +71,62 @@ def test_widths_follow_the_order_of_modalities() -> None:
     )
     assert list(features.widths.items()) == [("image", 4), ("text", 3)]
     assert features.coverage() == ({"image": 1, "text": 2}, 0)
+
+
+@pytest.fixture
+def world(warehouse: Warehouse) -> Warehouse:
+    """Pooled pictures and texts, and tokens of the texts of items 0 and 3."""
+    worlds.prepare(warehouse, [[0, 1, 2, 3, 4, 5]] * 3, 6)
+    worlds.extract(warehouse, worlds.features(6))
+    tokens = {3: np.full((2, 4), 3.0, np.float32), 0: np.ones((1, 4), np.float32)}
+    worlds.extract_tokens(warehouse, "text", tokens)
+    return warehouse
+
+
+@pytest.mark.parametrize(
+    ("wanted", "labels"),
+    [
+        (None, ["image=toy", "text=toy"]),
+        (["text"], ["text=toy"]),
+        (["text:pooled"], ["text=toy"]),
+        (["text:tokens"], ["text=toy:tokens"]),
+        (["text=toy:tokens", "image=toy"], ["image=toy", "text=toy:tokens"]),
+    ],
+)
+def test_features_are_named_by_modality_backbone_and_level(
+    world: Warehouse, wanted: list[str] | None, labels: list[str]
+) -> None:
+    chosen = choose_tables(FeatureStore(world), "world", wanted)
+    assert [table.label for table in chosen] == labels
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("image:tokens", "no feature table 'image:tokens'.*--image BACKBONE --level tokens"),
+        ("text=toy:layer-3", "no feature table 'text=toy:layer-3'.*--text toy --level layer-3"),
+        ("text=other:tokens", r"there are: image=toy, text=toy, text=toy:tokens\)"),
+        ("text:token", "unknown modality"),
+        ("sound:tokens", "unknown modality 'sound'"),
+    ],
+)
+def test_a_table_that_is_not_there_is_named(world: Warehouse, entry: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        choose_tables(FeatureStore(world), "world", [entry])
+
+
+def test_tokens_and_vectors_are_loaded_side_by_side(world: Warehouse) -> None:
+    tables = choose_tables(FeatureStore(world), "world", ["text:tokens", "image"])
+    features, identities = load_features(tables, world.info("world"), CPU)
+    assert features.widths == {"image": 6, "text": 4}
+    assert features.present["text"].tolist() == [True, False, False, True, False, False]
+    assert isinstance(features.tokens["text"].values, np.memmap)
+    x, mask = features.tokens["text"].gather(torch.tensor([3, 0]))
+    assert x[mask].tolist() == [[3.0] * 4, [3.0] * 4, [1.0] * 4]
+    assert [identity["level"] for identity in identities] == ["pooled", "tokens"]
+
+
+def test_a_model_of_pooled_vectors_refuses_tokens(world: Warehouse) -> None:
+    with pytest.raises(UserError, match="mmsrec reads pooled vectors, not text=toy:tokens"):
+        start_run(world, "mmsrec", "world", features=["text:tokens"])
+    assert world.runs() == []

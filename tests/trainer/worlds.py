@@ -1,6 +1,7 @@
 """Small planted worlds for the trainer's tests, in memory or in a warehouse."""
 
 from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -10,7 +11,7 @@ from features.dataset import Dataset
 from features.files import write_json, write_table
 from features.schema import INTERACTIONS, ITEMS, feature_schema
 from features.splits import MIN_EVALUATED
-from features.store import FeatureStore, Provenance, embedding_array
+from features.store import FeatureStore, Provenance, embedding_array, token_array
 from features.warehouse import DatasetInfo, Warehouse
 from trainer.data import Batch, ItemFeatures, Sequences, TrainingData, TrainSet
 
@@ -97,28 +98,51 @@ def prepare(house: Warehouse, sequences: list[list[int]], n_items: int) -> None:
 def extract(house: Warehouse, held: ItemFeatures, backbone: str = "toy") -> None:
     """Write features as tables of the prepared dataset ``world``."""
     for modality, vectors in held.vectors.items():
-        there = held.present[modality].numpy()
+        there = np.flatnonzero(held.present[modality].numpy())
         found = vectors.numpy()[there]
-        made = Provenance(
-            backbone=backbone,
-            checkpoint="c",
-            preprocessing="none",
-            pooling="none",
-            modality=modality,
-            level="pooled",
-            compute="float32",
-            dtype="float32",
-            dim=found.shape[1],
-        )
-        columns = {
-            "item": pa.array(np.flatnonzero(there), pa.int32()),
-            "item_id": pa.array([f"i{item}" for item in np.flatnonzero(there)]),
-            "content_hash": pa.array([f"{backbone}{item}" for item in np.flatnonzero(there)]),
-            "n_frames": pa.nulls(len(found), pa.int32()),
-            "n_tokens": pa.nulls(len(found), pa.int32()),
-            "embedding": embedding_array(found),
-        }
-        table = FeatureStore(house).table("world", backbone, modality)
-        schema = feature_schema(made.dim, made.dtype)
-        table.append(pa.Table.from_arrays(list(columns.values()), schema=schema), made)
-        table.finish("f", made)
+        embedding = embedding_array(found)
+        _write(house, (backbone, modality, "pooled"), there, embedding, found.shape[1])
+
+
+def extract_tokens(
+    house: Warehouse, modality: str, tokens: dict[int, np.ndarray[Any, Any]], backbone: str = "toy"
+) -> None:
+    """Write each item's tokens (T, D) float32 as a table of the prepared dataset ``world``."""
+    there, found = np.array(list(tokens)), list(tokens.values())
+    counts = pa.array([len(one) for one in found], pa.int32())
+    where = (backbone, modality, "tokens")
+    _write(house, where, there, token_array(found), found[0].shape[1], counts)
+
+
+def _write(
+    house: Warehouse,
+    where: tuple[str, str, str],
+    there: np.ndarray[Any, Any],
+    embedding: pa.Array,
+    dim: int,
+    n_tokens: pa.Array | None = None,
+) -> None:
+    backbone, modality, level = where
+    made = Provenance(
+        backbone=backbone,
+        checkpoint="c",
+        preprocessing="none",
+        pooling="none",
+        modality=modality,
+        level=level,
+        compute="float32",
+        dtype="float32",
+        dim=dim,
+    )
+    columns = [
+        pa.array(there, pa.int32()),
+        pa.array([f"i{item}" for item in there]),
+        pa.array([f"{backbone}{item}" for item in there]),
+        pa.nulls(len(there), pa.int32()),
+        pa.nulls(len(there), pa.int32()) if n_tokens is None else n_tokens,
+        embedding,
+    ]
+    table = FeatureStore(house).table("world", backbone, modality, level)
+    schema = feature_schema(dim, "float32", level)
+    table.append(pa.Table.from_arrays(columns, schema=schema), made)
+    table.finish("f", made)

@@ -6,7 +6,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from cli import data, demo, learn, query
+from cli import data, demo, doctor, learn, query
 from cli.show import say
 from features.errors import UserError
 
@@ -55,6 +55,7 @@ app.command("train")(learn.train)
 app.command("eval")(learn.evaluate)
 app.command("sql")(query.sql)
 app.command("demo")(demo.demo)
+app.command("doctor")(doctor.doctor)
 
 
 def main() -> None:

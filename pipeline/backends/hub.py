@@ -18,6 +18,7 @@ from pipeline.backends.contract import UnavailableError
 PATIENCE = 5.0
 """Seconds for the hub to answer."""
 
+_PREFIX = "models--"  # of a repository's folder in the cache
 _SMALL = ["*.json", "*.txt", "*.model"]  # configurations and vocabularies
 _SAFE = ["model.safetensors", "model-*.safetensors"]
 _PICKLED = ["pytorch_model.bin", "pytorch_model-*.bin"]
@@ -53,7 +54,18 @@ def at_once(repositories: list[str]) -> Iterator[None]:
 
 def cached(repository: str) -> bool:
     """Whether the cache holds weights of a repository; looks at file names only."""
-    folder = Path(constants.HF_HUB_CACHE) / f"models--{repository.strip('/').replace('/', '--')}"
+    flat = repository.strip("/").replace("/", "--")
+    return _holds(Path(constants.HF_HUB_CACHE) / f"{_PREFIX}{flat}")
+
+
+def held() -> list[str]:
+    """Name the repositories of which the cache holds weights."""
+    folders = Path(constants.HF_HUB_CACHE).glob(f"{_PREFIX}*")
+    names = (path.name.removeprefix(_PREFIX) for path in folders if _holds(path))
+    return sorted(name.replace("--", "/", 1) for name in names)
+
+
+def _holds(folder: Path) -> bool:
     kinds = ("*.safetensors", "*.bin", "*.pt", "*.pth")
     return any(
         path.exists()  # a snapshot is a link; a broken download leaves one without its target

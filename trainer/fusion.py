@@ -25,6 +25,7 @@ from trainer.transformer import Block, dropout
 
 Tokens = tuple[Tensor, Tensor]
 """(K, T, D) float and (K, T) bool, which of them exist."""
+_SHARED = "shared"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,12 +73,16 @@ class _Coarse(nn.Module):
 
     def __init__(self, config: FusionConfig, names: Sequence[str]) -> None:
         super().__init__()
-        count = 1 if config.shared_norm else len(names)
-        self.norms = nn.ModuleList(nn.LayerNorm(config.dim) for _ in range(count))
+        self.names = tuple(names)
+        kept = [_SHARED] if config.shared_norm else self.names
+        self.norms = nn.ModuleDict({name: nn.LayerNorm(config.dim) for name in kept})
 
     def _vectors(self, modalities: Sequence[Tokens]) -> list[Tensor]:
-        norms = list(self.norms) * (len(modalities) if len(self.norms) == 1 else 1)
-        return [norm(masked_mean(*one)) for norm, one in zip(norms, modalities, strict=True)]
+        found = []
+        for name, tokens in zip(self.names, modalities, strict=True):
+            norm = self.norms[_SHARED if _SHARED in self.norms else name]
+            found.append(norm(masked_mean(*tokens)))
+        return found
 
 
 class Sum(_Coarse):
@@ -85,11 +90,12 @@ class Sum(_Coarse):
 
     def __init__(self, config: FusionConfig, names: Sequence[str]) -> None:
         super().__init__(config, names)
-        self.maps = nn.ModuleList(nn.Linear(config.dim, config.dim) for _ in names)
+        self.maps = nn.ModuleDict({name: nn.Linear(config.dim, config.dim) for name in names})
 
     def forward(self, modalities: Sequence[Tokens]) -> Tensor:
         """(K, D)."""
-        mapped = [m(x_KD) for m, x_KD in zip(self.maps, self._vectors(modalities), strict=True)]
+        vectors = self._vectors(modalities)
+        mapped = [self.maps[name](x_KD) for name, x_KD in zip(self.names, vectors, strict=True)]
         return torch.stack(mapped).sum(0)
 
 
@@ -160,7 +166,7 @@ class MergeAttention(nn.Module):
     def __init__(self, config: FusionConfig, names: Sequence[str]) -> None:
         super().__init__()
         self.types = _types(config, names)
-        self.cls = _cls(config)
+        self.cls = _learned(config.dim) if config.pool == "cls" else None
         self.blocks = nn.ModuleList(_block(config) for _ in range(config.layers))
 
     def forward(self, modalities: Sequence[Tokens]) -> Tensor:
@@ -186,8 +192,9 @@ class CoAttention(nn.Module):
         super().__init__()
         _two(names)
         self.types = _types(config, names)
-        found = [_cls(config) for _ in names]
-        self.cls = nn.ParameterList(cls for cls in found if cls is not None)
+        self.cls = nn.ParameterDict()
+        if config.pool == "cls":
+            self.cls = nn.ParameterDict({name: _learned(config.dim) for name in names})
         self.cross = nn.ModuleList(_Cross(config) for _ in range(config.layers))
         self.own = nn.ModuleList(_block(config) for _ in range(2 * config.layers))
         self.map = nn.Linear(2 * config.dim, config.dim)
@@ -196,7 +203,7 @@ class CoAttention(nn.Module):
         """(K, D)."""
         typed = _typed(modalities, self.types)
         if len(self.cls):
-            typed = [_with_cls(*one, cls) for one, cls in zip(typed, self.cls, strict=True)]
+            typed = [_with_cls(*typed[i], cls) for i, cls in enumerate(self.cls.values())]
         x = [one[0] for one in typed]
         masks = [one[1] for one in typed]
         for layer, cross in enumerate(self.cross):
@@ -287,7 +294,7 @@ class ItemTower(nn.Module):
         super().__init__()
         names = list(widths)
         self.inputs = nn.ModuleDict({name: nn.Linear(widths[name], config.dim) for name in names})
-        self.absent = nn.Parameter(torch.randn(len(names), config.dim) * 0.02)
+        self.absent = _learned(len(names), config.dim)
         if len(names) > 2 and fusion not in ANY_NUMBER:
             raise UserError(
                 f"fusion={fusion!r} fuses two modalities, and there are {', '.join(names)};"
@@ -341,19 +348,17 @@ def _block(config: FusionConfig) -> Block:
 
 
 def _types(config: FusionConfig, names: Sequence[str]) -> nn.Parameter | None:
-    if not config.token_types:
-        return None
-    return nn.Parameter(torch.randn(len(names), config.dim) * 0.02)
+    return _learned(len(names), config.dim) if config.token_types else None
+
+
+def _learned(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.randn(*shape) * 0.02)
 
 
 def _typed(modalities: Sequence[Tokens], types_MD: Tensor | None) -> list[Tokens]:
     if types_MD is None:
         return list(modalities)
     return [(x_KTD + types_MD[m], mask_KT) for m, (x_KTD, mask_KT) in enumerate(modalities)]
-
-
-def _cls(config: FusionConfig) -> nn.Parameter | None:
-    return nn.Parameter(torch.randn(config.dim) * 0.02) if config.pool == "cls" else None
 
 
 def _with_cls(x_KTD: Tensor, mask_KT: Tensor, cls_D: Tensor | None) -> Tokens:

@@ -69,13 +69,13 @@ def block(part: Any, x: Tensor) -> Tensor:
 
 
 def vectors(fusion: Any, item: Item) -> Item:
-    norms = list(fusion.norms)
+    norms = list(fusion.norms.values())
     return [norms[m % len(norms)](tokens.mean(0)) for m, tokens in enumerate(item)]
 
 
 def by_sum(fusion: Any, item: Item) -> Tensor:
     image, text = vectors(fusion, item)
-    return Tensor(fusion.maps[0](image) + fusion.maps[1](text))
+    return Tensor(fusion.maps["image"](image) + fusion.maps["text"](text))
 
 
 def by_concat(fusion: Any, item: Item) -> Tensor:
@@ -111,8 +111,8 @@ def by_merge(fusion: Any, item: Item) -> Tensor:
 def by_co(fusion: Any, item: Item) -> Tensor:
     image, text = typed(fusion, item)
     if len(fusion.cls):
-        image = torch.cat([fusion.cls[0][None], image])
-        text = torch.cat([fusion.cls[1][None], text])
+        image = torch.cat([fusion.cls["image"][None], image])
+        text = torch.cat([fusion.cls["text"][None], text])
     for layer, cross in enumerate(fusion.cross):
 
         def look(x: Tensor, other: Tensor, part: Any = cross) -> Tensor:

@@ -41,13 +41,15 @@ class Entry:
     checkpoint: str
     """What one would ask that library for."""
     licence: str = ""
-    """Of the weights, as their authors say."""
+    """Of the weights, as their page on the hub says; of two, both."""
     blocks: int = 0
     """Blocks of the deepest encoder that can be cut; 0: none."""
     hub: str = ""
     """The repository that holds its weights."""
     beside: tuple[str, ...] = ()
     """Other repositories whose weights it needs as well, and files of torch's cache."""
+    words: str = ""
+    """The repository of its tokenizer, where that is another one."""
     package: str = ""
     """An installable package that holds them too, in its folder ``model``."""
     make: Maker
@@ -139,10 +141,11 @@ def _visualbert(repository: str, vision: str) -> Entry:
         dim=768,
         library="transformers",
         checkpoint=f"{repository} + {vision or _DETECTOR}",
-        licence="Apache-2.0",
+        licence="Apache-2.0" if vision else "Apache-2.0, BSD-3",
         blocks=12,
         hub=repository,
         beside=(vision or _DETECTOR_FILE,),
+        words=_BERT,
         make=make,
     )
 
@@ -168,7 +171,7 @@ BACKBONES: dict[str, Entry] = {
     ),
     "siglip-b-16": _clip("ViT-B-16-SigLIP", "webli", 768, "timm/ViT-B-16-SigLIP", "Apache-2.0"),
     "siglip2-b-16": _clip("ViT-B-16-SigLIP2", "webli", 768, "timm/ViT-B-16-SigLIP2", "Apache-2.0"),
-    "groupvit": _hf("nvidia/groupvit-gcc-yfcc", _ALL, 256, "NVIDIA Source Code License"),
+    "groupvit": _hf("nvidia/groupvit-gcc-yfcc", _ALL, 256, "NVIDIA Source Code"),
     # Texts.
     "all-minilm-l6-v2": _hf(
         "sentence-transformers/all-MiniLM-L6-v2", _TEXT, 384, "Apache-2.0", 6, package=_MINILM
@@ -289,6 +292,8 @@ def list_backbones() -> list[dict[str, Any]]:
     from pipeline.backends import hub
 
     def here(entry: Entry) -> bool:
+        if entry.words and not hub.has_vocabulary(entry.words):
+            return False
         return bool(_packaged(entry.package)) or all(
             hub.torch_file(one).is_file() if one.endswith(".pth") else hub.cached(one)
             for one in (entry.hub, *entry.beside)

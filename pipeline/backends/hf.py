@@ -123,9 +123,11 @@ class Transformer:
         with torch.inference_mode():
             output = self._model(**self._pixels([self.image(_GREY)]))
         pools = getattr(output, "pooler_output", None) is not None
-        classed = any("cls_token" in key for key, _ in self._model.named_parameters())
+        names = [key.rpartition(".")[2] for key, _ in self._model.named_parameters()]
+        classed = "cls_token" in names
         registers = int(getattr(self._model.config, "num_register_tokens", 0) or 0)
-        self._prefix = classed + registers
+        # DeiT has a second token beside the class token.
+        self._prefix = classed + ("distillation_token" in names) + registers
         if self._asked == "own" and not pools:
             self._refuse("its model has no pooling of its own", "cls or mean")
         if self._asked == "own" and learned:
@@ -234,7 +236,8 @@ class Transformer:
         inputs: dict[str, Any] = {"pixel_values": self._pictures.batch(images)}
         if hasattr(self._model.config, "mask_ratio"):
             patches = self._model.embeddings.patch_embeddings.num_patches
-            inputs["noise"] = masking.noise(images, patches, self._mask).to(self._device)
+            noise_BL = masking.noise(images, patches, self._mask)
+            inputs["noise"] = torched.send(noise_BL, self._device)
         return inputs
 
     def _ids(self, texts: Sequence[Tokens]) -> dict[str, Any]:

@@ -105,15 +105,27 @@ def vocabulary(name: str, repository: str) -> Path:
     Raises:
         UserError: It is neither in the cache nor to be had.
     """
-    for known in ("tokenizer.json", "vocab.txt"):
-        found = try_to_load_from_cache(repository, known)
-        if isinstance(found, str):
-            return Path(found).parent
+    found = _vocabulary(repository)
+    if found is not None:
+        return found
     require(name, repository, f"the tokenizer of {repository}")
     try:
         return Path(snapshot_download(repository, allow_patterns=_SMALL))
     except Exception as error:
         raise _broken(name, repository, error) from None
+
+
+def has_vocabulary(repository: str) -> bool:
+    """Whether the cache holds a repository's tokenizer."""
+    return _vocabulary(repository) is not None
+
+
+def _vocabulary(repository: str) -> Path | None:
+    for known in ("tokenizer.json", "vocab.txt"):
+        found = try_to_load_from_cache(repository, known)
+        if isinstance(found, str):
+            return Path(found).parent
+    return None
 
 
 def _broken(name: str, repository: str, error: Exception) -> UserError:

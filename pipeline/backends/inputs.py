@@ -64,7 +64,7 @@ class PictureInput:
         """Stack prepared pictures of one size: (B, C, H, W) float32 on the device."""
         if self._pixels is not None:
             return self._pixels.batch(images)
-        return torch.stack(list(images)).to(self._device)
+        return torched.send(torch.stack(list(images)), self._device)
 
     def ragged(self, images: Sequence[Any]) -> tuple[torch.Tensor, torch.Tensor]:
         """Stack prepared pictures of any sizes, with the mask (B, H, W) of what is no padding."""
@@ -152,8 +152,9 @@ class TextInput:
         ids_BT = torched.pad(texts, self._pad, self._device)
         if self._full:
             return ids_BT, None
-        lengths_B1 = torch.tensor([[len(ids)] for ids in texts], device=self._device)
-        return ids_BT, (torch.arange(ids_BT.shape[1], device=self._device) < lengths_B1).long()
+        lengths_B1 = torch.tensor([[len(ids)] for ids in texts])
+        mask_BT = (torch.arange(ids_BT.shape[1]) < lengths_B1).long()
+        return ids_BT, torched.send(mask_BT, self._device)
 
     def lengths(self, texts: Sequence[Tokens]) -> list[int]:
         """Count each text's own tokens, special ones included."""

@@ -56,7 +56,8 @@ class Pixels:
                 x_CHW.copy_(torch.from_numpy(pixels_HWC).permute(2, 0, 1))
                 x_CHW.mul_(self._scale).add_(self._shift)
             return x_BCHW
-        # Pinned memory is copied while the device still works on the batch before.
+        # Copied as bytes out of pinned memory, the forward pass being queued meanwhile; what
+        # comes out has its channels last, as convolutions there want it.
         pinned = self._device.type == "cuda"
         shape = (len(pictures), high, wide, channels)
         pixels_BHWC = torch.empty(shape, dtype=torch.uint8, pin_memory=pinned)

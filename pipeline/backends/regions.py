@@ -69,11 +69,12 @@ class Regions:
     width = 1024
 
     def __init__(self, weights: Path, device: torch.device) -> None:
+        state = torch.load(weights, map_location="cpu", weights_only=True)
         sides = SIDES
         model: Any = fasterrcnn_resnet50_fpn(
             weights=None, weights_backbone=None, min_size=sides[0], max_size=sides[1]
         )
-        model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+        model.load_state_dict(state)
         kind = {"detector": type(model).__name__, "regions": MOST, "sides": sides}
         self.checkpoint = torched.fingerprint(model, kind)
         torched.ready(model, device)
@@ -81,6 +82,7 @@ class Regions:
         self._device = device
         self._sides = sides
         self.input_size = sides[0]
+        self.batch_size = 4 if device.type == "cpu" else 16
         self.libraries = {"torchvision": torchvision.__version__}
 
     def describe(self) -> str:

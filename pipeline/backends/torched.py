@@ -50,8 +50,11 @@ def fingerprint(model: torch.nn.Module, config: dict[str, Any], without: Sequenc
 
 
 def ready(model: torch.nn.Module, device: torch.device) -> None:
-    """Freeze a model and move it to its device."""
-    model.eval().requires_grad_(False).to(device)
+    """Freeze a model and move it to its device, its convolutions with the channels last.
+
+    So a ResNet-50 takes a tenth less time on a CPU; a GPU's tensor cores want them so as well.
+    """
+    model.eval().requires_grad_(False).to(device).to(memory_format=torch.channels_last)
 
 
 def batch_size(device: torch.device) -> int:
@@ -67,12 +70,19 @@ def forward(device: torch.device, compute: str) -> Iterator[None]:
         yield
 
 
+def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Bring a batch to the device; to a GPU out of pinned memory, without waiting for it."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 def pad(texts: Sequence[Tokens], value: int, device: torch.device) -> torch.Tensor:
     """Stack token ids to (B, longest), filled up with ``value``."""
     ids_BT = np.full((len(texts), max(len(ids) for ids in texts)), value, dtype=np.int64)
     for row, ids in zip(ids_BT, texts, strict=True):
         row[: len(ids)] = ids
-    return torch.from_numpy(ids_BT).to(device)
+    return send(torch.from_numpy(ids_BT), device)
 
 
 class _ReachedError(Exception):

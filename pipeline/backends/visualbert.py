@@ -28,6 +28,8 @@ class Eyes(Protocol):
     """What shows the parts of pictures."""
 
     width: int
+    batch_size: int
+    """Pictures together: a resized one may have 13 MB, and some batches wait in memory."""
     checkpoint: str
     libraries: dict[str, str]
 
@@ -64,6 +66,7 @@ class Parts:
                 " encoder such as microsoft/resnet-50"
             )
         self.width = self._model.token_dim(TOKENS, "image")
+        self.batch_size = self._model.batch_size
         self.checkpoint = self._model.checkpoint
         self.libraries = self._model.libraries
         self.input_size = self._model.input_size
@@ -116,6 +119,7 @@ class VisualBert(Joint):
                 self._eyes = Regions(vision, torched.choose_device(device))
         super().__init__(name, folder, device, compute)
         self.libraries = {**self._eyes.libraries, **self.libraries}
+        self.batch_size = self._eyes.batch_size
 
     def _load(self, folder: Path) -> None:
         config = read_config(folder)

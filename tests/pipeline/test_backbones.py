@@ -458,7 +458,7 @@ def odd_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type]:
             """Be quiet."""
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Odd) as server:
-        Thread(target=server.serve_forever, daemon=True).start()
+        Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")

@@ -33,6 +33,18 @@ def _mmsrec() -> tuple[Any, Any]:
     return MMSRecConfig, MMSRec
 
 
+def _idsr() -> tuple[Any, Any]:
+    from trainer.mmsr import IDSR, IDSRConfig
+
+    return IDSRConfig, IDSR
+
+
+def _mmsr() -> tuple[Any, Any]:
+    from trainer.mmsr import MMSR, MMSRConfig
+
+    return MMSRConfig, MMSR
+
+
 MODELS: dict[str, Model] = {
     "sasrec": Model(
         summary="item ids, causal transformer, full softmax: the baseline",
@@ -47,6 +59,19 @@ MODELS: dict[str, Model] = {
         load=_mmsrec,
         # Each step encodes the catalogue once, whatever the batch: larger ones pay.
         train={"batch_size": 256},
+    ),
+    "idsr": Model(
+        summary="item ids; sequence tower and loss as in mmsr, to compare with",
+        needs_features=False,
+        load=_idsr,
+        train={},
+    ),
+    "mmsr": Model(
+        summary="any modalities or tokens; fusion, sequence tower and loss are settings",
+        needs_features=True,
+        load=_mmsr,
+        train={},
+        reads_tokens=True,
     ),
 }
 

@@ -18,6 +18,8 @@ N = 12
 SMALL: dict[str, dict[str, Any]] = {
     "sasrec": {"dim": 8, "heads": 2, "hidden": 16, "length": 6},
     "mmsrec": {"dim": 8, "heads": 2, "hidden": 16, "length": 6},
+    "idsr": {"dim": 8, "heads": 2, "hidden": 16, "length": 6},
+    "mmsr": {"dim": 8, "heads": 2, "hidden": 16, "length": 6, "fusion_heads": 2},
 }
 
 

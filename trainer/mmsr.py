@@ -1,0 +1,280 @@
+"""MMSR: any item encoder, any fusion, any sequence tower, and the same three from item ids.
+
+Li et al., "An Empirical Study of Training ID-Agnostic Multi-modal Sequential Recommenders": an
+item's modalities are fused into one vector (``trainer.fusion``), a causal tower reads the vectors
+of a history (``trainer.sequence_towers``), a score is an inner product. ``IDSR`` is the paper's
+counterpart, a learned vector for each item in place of its modalities.
+
+Where it goes beyond the paper: besides the binary cross-entropy with one sampled negative, the
+in-batch softmax and the softmax over the catalogue. Backbones are frozen; what the item tower reads
+are their pooled vectors or token tables. Every item of a batch is encoded once.
+
+Legend: B batch, L sequence length, N items, K distinct items, T tokens, D width, M predicted
+positions.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from features.errors import UserError, unknown
+from trainer.checks import check_heads, check_positive, check_probability
+from trainer.contrastive import in_batch, log_popularity, own_items
+from trainer.data import Batch, ItemFeatures, Sequences, WindowPlan
+from trainer.fusion import FUSIONS, FusionConfig, ItemTower, Tokens
+from trainer.negatives import sample_unseen, sampled_bce
+from trainer.objectives import full_softmax
+from trainer.recommender import Catalogue, Recommender
+from trainer.sequence_towers import TOWERS, TowerConfig, last_state
+from trainer.transformer import initialise
+
+LOSSES = ("bce", "in-batch", "softmax")
+_TOKENS_AT_ONCE = 2**15  # without gradients; with them all activations are kept anyway
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class IDSRConfig:
+    """Hyper-parameters of a sequence tower over one vector an item."""
+
+    dim: int = 256
+    """Width of item vectors and states (the paper: 768)."""
+    tower: str = "sasrec"
+    """``sasrec``, ``gru`` or ``nextitnet``."""
+    layers: int = 2
+    """Blocks of the sequence tower (the paper: 2, 4 and 2 for the three)."""
+    heads: int = 2
+    """Attention heads of the sequence tower."""
+    hidden: int = 1024
+    """Width of the feed-forward networks, in the fusion too."""
+    length: int = 20
+    """Most items of a history that are read."""
+    dropout: float = 0.1
+    """Probability, in both towers."""
+    loss: str = "in-batch"
+    """``bce``: one sampled negative for each position (the paper); ``in-batch``: softmax over the
+    items of the batch, without those of the user; ``softmax``: over the catalogue."""
+    debias: bool = True
+    """In-batch: subtract the log popularity from scores, since popular items are drawn oftener."""
+    cosine: bool = False
+    """Whether a score is the cosine; else the inner product (the paper)."""
+    temperature: float = 1.0
+    """Divides the scores in the loss."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "dim", "layers", "heads", "hidden", "length", "temperature")
+        check_probability(self, "dropout")
+        check_heads(self.dim, self.heads)
+        if self.tower not in TOWERS:
+            raise unknown("tower", self.tower, list(TOWERS))
+        if self.loss not in LOSSES:
+            raise unknown("loss", self.loss, list(LOSSES))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MMSRConfig(IDSRConfig):
+    """Hyper-parameters of MMSR; options say where the released code or the paper differ."""
+
+    fusion: str = "merge-attention"
+    """``sum``, ``concat``, ``gate``, ``film``, ``co-attention`` or ``merge-attention``; without a
+    meaning where there is one modality."""
+    dnn: bool = False
+    """Whether a three-layer DNN stands behind the fusion."""
+    fusion_layers: int = 1
+    """Blocks of the attention fusions (the paper tries 1, 2 and 4)."""
+    fusion_heads: int = 4
+    """Attention heads of the attention fusions."""
+    pool: str = "mean"
+    """Attention fusions: ``mean`` of the tokens (the released code), or a learned ``cls`` token."""
+    token_types: bool = True
+    """Attention fusions: tokens say of which modality they are; as published: false."""
+    shared_norm: bool = False
+    """Coarse fusions: one LayerNorm for all modalities; as published: true."""
+    dnn_relu: bool = False
+    """The DNN ends in a ReLU; as published: true."""
+
+    def __post_init__(self) -> None:
+        IDSRConfig.__post_init__(self)  # `super()` does not know a class with slots
+        check_positive(self, "fusion_layers", "fusion_heads")
+        if self.fusion not in FUSIONS:
+            raise unknown("fusion", self.fusion, list(FUSIONS))
+        if self.pool not in ("mean", "cls"):
+            raise unknown("pool", self.pool, ["mean", "cls"])
+        if self.dim % self.fusion_heads:
+            raise UserError(
+                f"dim={self.dim} is not a multiple of fusion_heads={self.fusion_heads};"
+                " change one of them"
+            )
+
+
+class IDSR(Recommender):
+    """A learned vector for each item, and a causal sequence tower over them."""
+
+    parts: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "items": ("item_tower.",),
+        "users": ("sequence_tower.",),
+    }
+    of_catalogue: ClassVar[tuple[str, ...]] = ("item_tower.",)
+    from_end = ("sequence_tower.position.weight",)
+
+    def __init__(self, config: IDSRConfig, catalogue: Catalogue) -> None:
+        super().__init__()
+        self.config = config
+        self.item_tower = self._item_tower(catalogue)
+        self.sequence_tower = TOWERS[config.tower](
+            TowerConfig(
+                dim=config.dim,
+                layers=config.layers,
+                heads=config.heads,
+                hidden=config.hidden,
+                length=config.length,
+                dropout=config.dropout,
+            )
+        )
+        initialise(self)
+
+    def _item_tower(self, catalogue: Catalogue) -> nn.Module:
+        return nn.Embedding(catalogue.n_items, self.config.dim)
+
+    def _encode_some(self, items_K: Tensor, features: ItemFeatures) -> Tensor:
+        vectors_KD: Tensor = self.item_tower(items_K)
+        return vectors_KD
+
+    @property
+    def plan(self) -> WindowPlan:
+        """Windows over the whole history: every interaction is a target, the newest up to twice."""
+        return WindowPlan(length=self.config.length + 1, stride=self.config.length, cover=True)
+
+    @property
+    def history(self) -> int:
+        """Most items of a history that are read."""
+        return self.config.length
+
+    def encode_items(self, features: ItemFeatures) -> Tensor:
+        """Encode the whole catalogue: (N, D), with ``cosine`` each of length 1."""
+        longest = max([1, *(tokens.longest for tokens in features.tokens.values())])
+        device = next(self.parameters()).device
+        items_N = torch.arange(features.n_items, device=device)
+        size = max(1, _TOKENS_AT_ONCE // longest)
+        return torch.cat([self._items(items_K, features) for items_K in items_N.split(size)])
+
+    def encode_sequences(
+        self, item_vectors_ND: Tensor, sequences: Sequences, features: ItemFeatures
+    ) -> Tensor:
+        """The state at each history's last item: (B, D)."""
+        return last_state(self._states(item_vectors_ND, sequences), sequences)
+
+    def loss(self, batch: Batch) -> dict[str, Tensor]:
+        """The configured loss of the next item at every position of every window."""
+        windows = batch.sequences
+        # What stands beyond a sequence's end becomes one of the batch's items: it is not encoded.
+        items_BL = torch.where(windows.mask_BL, windows.items_BL, windows.items_BL[0, 0])
+        inputs = Sequences(
+            items_BL=items_BL[:, :-1], lengths_B=(windows.lengths_B - 1).clamp_min(1)
+        )
+        targets_BL, predicted_BL = items_BL[:, 1:], windows.mask_BL[:, 1:]
+        scale = 1 / self.config.temperature
+        if self.config.loss == "softmax":
+            item_ND = self.encode_items(batch.features)
+            query_MD = self._states(item_ND, inputs)[predicted_BL]
+            return {"loss": full_softmax(query_MD, item_ND, targets_BL[predicted_BL], scale)}
+        row_M = predicted_BL.nonzero()[:, 0]
+        if self.config.loss == "bce":
+            drawn_M, exists_M = sample_unseen(batch.train, batch.users_B[row_M], batch.generator)
+        else:
+            drawn_M, exists_M = items_BL.new_zeros(0), predicted_BL.new_zeros(0)
+        items_K, place = torch.cat([items_BL.flatten(), drawn_M]).unique(return_inverse=True)
+        item_KD = self._items(items_K, batch.features)
+        place_BL = place[: items_BL.numel()].view_as(items_BL)
+        inputs = Sequences(items_BL=place_BL[:, :-1], lengths_B=inputs.lengths_B)
+        query_MD = self._states(item_KD, inputs)[predicted_BL]
+        target_M = place_BL[:, 1:][predicted_BL]
+        if self.config.loss == "bce":
+            negative_M = place[items_BL.numel() :]
+            positive_MD, negative_MD = (
+                functional.embedding(at_M, item_KD) for at_M in (target_M, negative_M)
+            )
+            return {"loss": sampled_bce(query_MD, positive_MD, negative_MD, exists_M, scale)}
+        counts_K = torch.bincount(place_BL[windows.mask_BL], minlength=len(items_K))
+        popularity_N = log_popularity(batch.train.counts_N) if self.config.debias else None
+        loss = in_batch(
+            query_MD,
+            item_KD,
+            target_M,
+            scale=scale,
+            label_C=items_K,
+            own_UJ=own_items(batch),
+            owner_M=row_M,
+            correction_C=None if popularity_N is None else popularity_N[items_K],
+            count_C=counts_K,
+        )
+        return {"loss": loss}
+
+    def _items(self, items_K: Tensor, features: ItemFeatures) -> Tensor:
+        vectors_KD = self._encode_some(items_K, features)
+        return functional.normalize(vectors_KD, dim=-1) if self.config.cosine else vectors_KD
+
+    def _states(self, item_KD: Tensor, sequences: Sequences) -> Tensor:
+        # Not `item_KD[...]`: the order in which its backward pass adds is left to the threads.
+        x_BLD = functional.embedding(sequences.items_BL, item_KD)
+        states_BLD: Tensor = self.sequence_tower(x_BLD, sequences.lengths_B)
+        return functional.normalize(states_BLD, dim=-1) if self.config.cosine else states_BLD
+
+
+class MMSR(IDSR):
+    """Items by whichever modalities have features: text, pictures, both, a joint vector.
+
+    Raises:
+        UserError: There are no features, or the fusion cannot fuse as many modalities.
+    """
+
+    config: MMSRConfig
+    parts: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        **IDSR.parts,
+        **{
+            name: (
+                f"item_tower.inputs.{name}.",
+                "item_tower.absent",
+                "item_tower.fusion.",
+                "item_tower.dnn.",
+                "sequence_tower.",
+            )
+            for name in ("text", "image")
+        },
+    }
+    of_catalogue: ClassVar[tuple[str, ...]] = ()
+    by_modality = ("item_tower.absent", "item_tower.fusion.types")
+
+    def _item_tower(self, catalogue: Catalogue) -> nn.Module:
+        if not catalogue.widths:
+            raise UserError(
+                "mmsr needs features; run mmrec extract for this dataset, or train idsr"
+            )
+        config = self.config
+        fusion = FusionConfig(
+            dim=config.dim,
+            heads=config.fusion_heads,
+            hidden=config.hidden,
+            layers=config.fusion_layers,
+            dropout=config.dropout,
+            dnn=config.dnn,
+            dnn_relu=config.dnn_relu,
+            shared_norm=config.shared_norm,
+            pool=config.pool,
+            token_types=config.token_types,
+        )
+        return ItemTower(config.fusion, fusion, catalogue.widths)
+
+    def _encode_some(self, items_K: Tensor, features: ItemFeatures) -> Tensor:
+        found: dict[str, Tokens] = {}
+        for name in features.widths:
+            if name in features.tokens:
+                found[name] = features.tokens[name].gather(items_K)
+            else:  # a pooled vector is a modality of one token
+                vectors_K1D = features.vectors[name][items_K][:, None]
+                found[name] = vectors_K1D, features.present[name][items_K][:, None]
+        vectors_KD: Tensor = self.item_tower(found)
+        return vectors_KD

@@ -182,6 +182,12 @@ def extract(
     strict: Annotated[
         bool, typer.Option("--strict", help="Stop at the first input that cannot be used.")
     ] = False,
+    engine: Annotated[
+        str, typer.Option("--engine", help="local, or ray: actors, here or on a cluster.")
+    ] = "local",
+    workers: Annotated[
+        int | None, typer.Option("--workers", help="Actors of --engine ray.")
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only say what it would cost, after a short probe.")
     ] = False,
@@ -209,6 +215,8 @@ def extract(
         batch_size=batch_size,
         overwrite=overwrite,
         strict=strict,
+        engine=engine,
+        workers=workers,
     )
     house = Warehouse(warehouse)
     if dataset is not None and not house.is_prepared(dataset):

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from features.errors import UserError
+from pipeline.digests import Digests, digest
 from pipeline.media import MediaError
 
 _SOURCE = 120  # characters of a text that a failure remembers
@@ -88,11 +89,11 @@ class Book:
         self, ledger: Rows, dtype: str, strict: Callable[[int], str] | None = None
     ) -> None:
         self.tally = Tally()
+        self.partial: set[int] = set()
         self._ledger = ledger
         self._dtype = np.dtype(dtype)
         self._strict = strict
-        # Contents that this run encodes, or could not; 150 bytes for each.
-        self._claimed: set[str] = set()
+        self._claimed = Digests()  # contents that this run encodes, or could not
         self._claiming = threading.Lock()
         self._twins: dict[int, tuple[str, str]] = {}  # item: (content, source) met before
         self._bad: dict[str, tuple[str, str]] = {}  # content: (stage, reason)
@@ -102,10 +103,7 @@ class Book:
         if self._ledger.has(item, content) or self._ledger.knows(content):
             return False
         with self._claiming:
-            if content in self._claimed:
-                return False
-            self._claimed.add(content)
-            return True
+            return self._claimed.add(digest(content))
 
     def known(self, item: int, content: str, source: str) -> None:
         """Book an input that needs no encoding: it has its row, or another item's will do."""
@@ -124,8 +122,9 @@ class Book:
         *,
         frames: int | None = None,
         tokens: int | None = None,
+        partial: bool = False,
     ) -> None:
-        """Book one new vector (D,), or its tokens (T, D)."""
+        """Book one new vector (D,), or its tokens (T, D); partial: of a damaged clip."""
         with np.errstate(over="ignore"):
             stored = vector.astype(self._dtype)
         if not np.isfinite(stored).all():
@@ -135,6 +134,9 @@ class Book:
             return
         self._ledger.add(item, content, stored, frames=frames, tokens=tokens)
         self.tally.encoded += 1
+        if partial:
+            self.partial.add(item)
+            self.tally.partial += 1
 
     def unread(self, item: int, error: MediaError, source: str) -> None:
         """Book an input that could not be read: what the table has of it may well be right."""

@@ -8,7 +8,7 @@ import hashlib
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -125,17 +125,14 @@ class Encoder:
         try:
             if self._choices.modality == "video":
                 with self._media.open(source) as stream:
-                    loaded.content = hashlib.file_digest(stream, "sha256").hexdigest()[:32]
+                    loaded.content = _clip_hash(stream)
                     if self._book.claim(item, loaded.content):
                         stream.seek(0)
                         loaded.inputs, loaded.partial = sample(
                             stream, self._prepare, self._choices.frames
                         )
                 return loaded
-            data = self._media.read(source)
-            loaded.content = content_hash(data)
-            if text is not None:
-                loaded.content = content_hash(f"{loaded.content} {text}".encode())
+            loaded.content, data = read_picture(self._media, given)
             if self._book.claim(item, loaded.content):
                 loaded.inputs = [self._prepare(decode_image(data, self._choices.draft))]
                 if text is not None:
@@ -177,10 +174,14 @@ class Encoder:
             loaded.total = loaded.total + vector
             loaded.seen += 1
             if loaded.seen == len(loaded.inputs):
-                frames = loaded.seen if self._choices.modality == "video" else None
-                mean = (loaded.total / loaded.seen).astype(np.float32)
-                self._book.take(loaded.item, loaded.content, mean, loaded.source, frames=frames)
-                self._book.tally.partial += loaded.partial
+                self._book.take(
+                    loaded.item,
+                    loaded.content,
+                    (loaded.total / loaded.seen).astype(np.float32),
+                    loaded.source,
+                    frames=loaded.seen if self._choices.modality == "video" else None,
+                    partial=loaded.partial,
+                )
         self._report(self._book.tally)
 
     # -- texts ------------------------------------------------------------------------------
@@ -254,6 +255,34 @@ class Encoder:
             for start, end in ((0, half), (half, size))
         ]
         return [vector for part in parts for vector in self._embed(part)]
+
+
+def read_picture(media: Media, given: Input) -> tuple[str, bytes | Image.Image]:
+    """Read a picture, or that of a pair: the fingerprint of the content, and what was read.
+
+    Raises:
+        MediaError: There is nothing to read.
+    """
+    source, text = given if isinstance(given, tuple) else (given, None)
+    data = media.read(source)
+    content = content_hash(data)
+    if text is not None:
+        content = content_hash(f"{content} {text}".encode())
+    return content, data
+
+
+def hash_clip(media: Media, source: str) -> str:
+    """Read a clip for the fingerprint of its content.
+
+    Raises:
+        MediaError: There is nothing to read.
+    """
+    with media.open(source) as stream:
+        return _clip_hash(stream)
+
+
+def _clip_hash(stream: BinaryIO) -> str:
+    return hashlib.file_digest(stream, "sha256").hexdigest()[:32]  # type: ignore[arg-type]
 
 
 def _free() -> None:

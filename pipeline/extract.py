@@ -10,18 +10,18 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
 
-from features.dataset import load_items
 from features.errors import UserError
 from features.files import lock, write_table
-from features.schema import FAILURES, MODALITIES
+from features.schema import FAILURES
 from features.store import FeatureStore, FeatureTable, Provenance
 from features.warehouse import DatasetInfo, Warehouse
-from pipeline.backbones import check_modality, load_backbone, wrong_modality
+from pipeline.backbones import DEFAULT, check_modality, load_backbone, wrong_modality
 from pipeline.backends.contract import POOLED, Backbone, UnavailableError
 from pipeline.book import Book, Failure, Tally
 from pipeline.encode import Choices, Encoder
@@ -29,7 +29,7 @@ from pipeline.ledger import Ledger
 from pipeline.media import DRAFT, Media, quiet
 from pipeline.media import PREPROCESSING as OF_PICTURES
 from pipeline.options import Options
-from pipeline.plan import choose, count, present
+from pipeline.plan import Items, choose
 from pipeline.video import preprocessing as of_clips
 
 SECONDS_A_TICK = 0.1
@@ -111,9 +111,17 @@ def extract(
             another provenance; with ``strict``, an input cannot be used.
     """
     job, models = open_job(warehouse, dataset, options, progress=progress, say=say)
-    with quiet():
+    with quiet(), _engine(options):
         reports = [job.run(modality, backbone) for modality, backbone in models.items()]
     return ExtractReport(dataset=dataset, tables=tuple(reports))
+
+
+def _engine(options: Options) -> AbstractContextManager[None]:
+    if options.engine == "local":
+        return nullcontext()
+    from pipeline.engines import ray as engine
+
+    return engine.session()
 
 
 def open_job(
@@ -130,7 +138,7 @@ def open_job(
         UserError: As :func:`extract`.
     """
     info = warehouse.info(dataset)
-    items = load_items(warehouse, dataset, ["item_id", *MODALITIES])
+    items = Items(warehouse, dataset)
     wanted = choose(info.name, items, options.backbones())
     if set(wanted) - {"text"} and not Path(info.raw).is_dir():
         raise UserError(
@@ -181,8 +189,7 @@ class Job:
 
     warehouse: Warehouse
     info: DatasetInfo
-    items: pa.Table
-    """``item_id`` and the columns of modalities."""
+    items: Items
     options: Options
     progress: Callable[[Progress], None] | None
     say: Callable[[str], None]
@@ -199,7 +206,7 @@ class Job:
         provenance = provenance_of(backbone, modality, self.options)
         self._check_provenance(table, provenance)
         started = time.monotonic()
-        total = count(self.items, modality)
+        total = self.items.counts[modality]
         last = 0.0
 
         def report(tally: Tally) -> None:
@@ -219,27 +226,16 @@ class Job:
                 )
             )
 
-        ledger = Ledger(table, provenance, self.items["item_id"])
+        ledger = Ledger(table, provenance, self.items.ids)
         book = Book(ledger, self.options.dtype, self.name if self.options.strict else None)
-        media = self.media()
-        encoder = Encoder(
-            backbone=backbone,
-            choices=self.choices(backbone, modality),
-            book=book,
-            media=media,
-            report=report,
-            say=self.say,
-        )
         try:
-            encoder.run(present(self.items, modality))
+            self._encode(backbone, modality, book, report)
             # Before the table is complete: then both are of the same run.
             self._write_failures(table, modality, backbone, book.tally.failures)
             ledger.finish(self.info.fingerprint, self.info.inputs_of(modality))
         except BaseException:
             ledger.flush()  # an interrupt or a crash loses nothing that was encoded
             raise  # the failures of the last whole run stay; all are tried again by the next
-        finally:
-            media.close()
         seconds = time.monotonic() - started
         tally = book.tally
         return ModalityReport(
@@ -260,6 +256,46 @@ class Job:
             path=str(table.path),
         )
 
+    def _encode(
+        self, backbone: Backbone, modality: str, book: Book, report: Callable[[Tally], None]
+    ) -> None:
+        inputs, choices = self.items.present(modality), self.choices(backbone, modality)
+        if self.options.engine == "ray":
+            from pipeline.engines import ray as engine
+
+            wanted = self.options.backbones()[modality] or DEFAULT
+            work = engine.Work(
+                backbone=wanted,
+                device=self.options.device,
+                compute=self.options.compute,
+                choices=choices,
+                raw=Path(self.info.raw).resolve(),
+                prepared=self.warehouse.dataset_dir(self.info.name).resolve(),
+            )
+            pooled = choices.level == POOLED
+            engine.run(
+                work,
+                inputs,
+                book=book,
+                workers=self.options.workers or engine.default_workers(self.options.device),
+                width=None if pooled else backbone.token_dim(choices.level, modality),
+                report=report,
+            )
+            return
+        media = self.media()
+        try:
+            encoder = Encoder(
+                backbone=backbone,
+                choices=choices,
+                book=book,
+                media=media,
+                report=report,
+                say=self.say,
+            )
+            encoder.run(inputs)
+        finally:
+            media.close()
+
     def media(self) -> Media:
         """Open what pictures and clips are read from; the caller closes it."""
         return Media(Path(self.info.raw), self.warehouse.dataset_dir(self.info.name))
@@ -277,7 +313,7 @@ class Job:
 
     def name(self, item: int) -> str:
         """The id of an item."""
-        return str(self.items["item_id"][item].as_py())
+        return str(self.items.ids[item].as_py())
 
     def _check_provenance(self, table: FeatureTable, provenance: Provenance) -> None:
         """Refuse to mix, and to throw hours of work away because of one option."""
@@ -311,7 +347,7 @@ class Job:
         constant = len(failures)
         columns = [
             item,
-            self.items["item_id"].take(item).combine_chunks(),
+            self.items.ids.take(item).combine_chunks(),
             pa.array([modality] * constant),
             pa.array([backbone.name] * constant),
             pa.array([failure.stage for failure in failures]),

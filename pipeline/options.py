@@ -8,6 +8,7 @@ from pipeline.backends.contract import POOLED
 DTYPES = ("float16", "float32")
 COMPUTES = ("float32", "bfloat16")
 DECODES = ("exact", "draft")
+ENGINES = ("local", "ray")
 MOST_FRAMES = 1024
 
 
@@ -44,17 +45,24 @@ class Options:
     refusing."""
     strict: bool = False
     """Stop at the first input that cannot be used."""
+    engine: str = "local"
+    """``local``: this process; ``ray``: actors of Ray Data, here or on a cluster."""
+    workers: int | None = None
+    """Actors of Ray; else one for each GPU here, or for every four cores."""
 
     def __post_init__(self) -> None:
         for what, value, known in (
             ("dtype", self.dtype, DTYPES),
             ("compute", self.compute, COMPUTES),
             ("decode", self.decode, DECODES),
+            ("engine", self.engine, ENGINES),
         ):
             if value not in known:
                 raise unknown(what, value, list(known))
         if self.batch_size is not None and self.batch_size < 1:
             raise UserError(f"batch size {self.batch_size} is too small; give 1 or more")
+        if self.workers is not None and (self.engine == "local" or self.workers < 1):
+            raise UserError(f"--workers {self.workers} needs --engine ray, and 1 or more")
         if self.frames is not None and not 1 <= self.frames <= MOST_FRAMES:
             raise UserError(f"--frames {self.frames} is not possible; give 1 to {MOST_FRAMES}")
 

@@ -1,0 +1,1 @@
+"""Other machinery than this process that an extraction may run on."""

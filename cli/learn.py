@@ -200,9 +200,13 @@ class TrainWatch:
     def __call__(self, tick: "Tick") -> None:
         """Show one report of the loop."""
         self.called = True
-        text = f"epoch {tick.epoch}/{tick.epochs}  loss {tick.loss:.4f}  {tick.rate:,.0f} windows/s"
+        losses = "".join(f"  {name} {value:.4f}" for name, value in tick.parts.items())
+        text = (
+            f"epoch {tick.epoch}/{tick.epochs}  loss {tick.loss:.4f}{losses}"
+            f"  {tick.rate:,.0f} {tick.unit}/s"
+        )
         if tick.metrics:
-            figures = "  ".join(f"{name} {tick.metrics[name]:.4f}" for name in ("HR@10", "NDCG@10"))
+            figures = "  ".join(f"{name} {value:.4f}" for name, value in tick.metrics.items())
             text += f"  validation {figures}  best epoch {tick.best_epoch}"
             self.line.update(text, keep=True)
         else:

@@ -6,7 +6,7 @@ needs to go on to the bit: weights, AdamW's moments, the random state, and where
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,8 @@ class Progress:
     """Batches of that epoch that are done."""
     steps: int = 0
     """Optimizer steps in all."""
-    loss_sum: float = 0.0
-    """Of the epoch under way."""
+    losses: dict[str, float] = field(default_factory=dict)
+    """Sums of the named losses over the epoch under way."""
     best: float = -1.0
     """Best value of the monitored metric."""
     best_epoch: int = -1
@@ -183,11 +183,13 @@ def _check_random(path: Path, random: dict[str, Tensor]) -> None:
 
 
 def _progress(path: Path, document: Any) -> Progress:
-    kinds = {field.name: field.type for field in fields(Progress)}
+    kinds = {entry.name: entry.type for entry in fields(Progress)} | {"losses": dict}
     found = document if isinstance(document, dict) else {}
     for key in sorted(kinds.keys() | found.keys()):
         if type(found.get(key)) is not kinds.get(key):
             raise _damaged(path, f"its progress has {key}={found.get(key)!r}")
+    if any(type(value) is not float for value in found["losses"].values()):
+        raise _damaged(path, f"its progress has losses={found['losses']!r}")
     return Progress(**found)
 
 

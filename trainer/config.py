@@ -14,6 +14,11 @@ from features.errors import UserError
 from retrieval.metrics import per_user
 from trainer.checks import check_not_negative, check_positive
 
+_WORDS = {
+    "schedule": ("constant", "cosine", "linear", "exponential"),
+    "monitor_seen": ("masked", "unmasked"),
+    "precision": ("float32", "bf16"),
+}
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,2})?")
 
 
@@ -34,7 +39,10 @@ class TrainConfig:
     warmup: int = 0
     """Steps over which the learning rate rises from 0."""
     schedule: str = "constant"
-    """What follows: ``constant``, or ``cosine`` down to 0 at the end of the last epoch."""
+    """What follows: ``constant``, ``cosine`` or ``linear`` down to 0 at the end of the last epoch,
+    or ``exponential``: times ``decay`` after each epoch."""
+    decay: float = 0.9
+    """Of the exponential schedule."""
     clip: float = 1.0
     """Largest norm of the gradient; 0: not clipped."""
     monitor: str = "Recall@10"
@@ -49,10 +57,14 @@ class TrainConfig:
     """Users encoded together in an evaluation."""
     device: str = "auto"
     """``auto``: CUDA if there is a device, else the CPU."""
+    precision: str = "float32"
+    """``bf16``: matrix products of training in bfloat16; weights and ranking stay float32."""
+    compile: bool = False
+    """Compile the transformers of the model; pays where the GPU waits for Python."""
 
     def __post_init__(self) -> None:
         check_positive(
-            self, "epochs", "batch_size", "lr", "patience", "validate_every", "eval_batch"
+            self, "epochs", "batch_size", "lr", "decay", "patience", "validate_every", "eval_batch"
         )
         check_not_negative(self, "seed", "weight_decay", "warmup", "clip")
         if self.lr > 1:
@@ -62,15 +74,15 @@ class TrainConfig:
                 f"weight_decay={self.weight_decay} times lr={self.lr} must be at most 1:"
                 " more turns the sign of every weight"
             )
-        if self.schedule not in ("constant", "cosine"):
-            raise UserError(f"schedule={self.schedule!r} is not known; known: constant, cosine")
-        if self.monitor_seen not in ("masked", "unmasked"):
-            raise UserError(
-                f"monitor_seen={self.monitor_seen!r} is not known; known: masked, unmasked"
-            )
-        known = list(per_user(np.ones(1, np.int64)))
-        if self.metric not in known:
-            raise UserError(f"monitor={self.monitor!r} is not known; known: {', '.join(known)}")
+        for key, known in _WORDS.items():
+            if getattr(self, key) not in known:
+                value = getattr(self, key)
+                raise UserError(f"{key}={value!r} is not known; known: {', '.join(known)}")
+        if self.decay > 1:
+            raise UserError(f"decay={self.decay} must be at most 1: the rate falls by it")
+        metrics = list(per_user(np.ones(1, np.int64)))
+        if self.metric not in metrics:
+            raise UserError(f"monitor={self.monitor!r} is not known; known: {', '.join(metrics)}")
         if not _DEVICE.fullmatch(self.device):
             raise UserError(f"device={self.device!r} is not known; known: auto, cpu, cuda, cuda:N")
 

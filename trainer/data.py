@@ -145,13 +145,22 @@ def cut_windows(
     return window_starts, window_ends - window_starts
 
 
-def cut_batches(lengths: Ints, size: int, rng: np.random.Generator) -> list[Ints]:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Share:
+    """Which rows of each batch a process takes: every ``ranks``-th, from ``rank`` on."""
+
+    rank: int = 0
+    ranks: int = 1
+
+
+def cut_batches(lengths: Ints, size: int, rng: np.random.Generator, least: int = 1) -> list[Ints]:
     """Shuffle windows into batches of similar lengths, so that little is padded.
 
     Args:
         lengths: (W,) length of each window.
         size: Windows to a batch.
         rng: Decides the order.
+        least: What remains at an end and is less than this joins the batch before it.
 
     Returns:
         Arrays of window numbers; together each window once.
@@ -162,7 +171,10 @@ def cut_batches(lengths: Ints, size: int, rng: np.random.Generator) -> list[Ints
     for begin in range(0, len(order), together):
         chunk = order[begin : begin + together]
         chunk = chunk[np.argsort(lengths[chunk], kind="stable")]
-        batches.extend(chunk[i : i + size] for i in range(0, len(chunk), size))
+        starts = range(0, len(chunk), size)
+        if len(chunk) % size in range(1, least) and len(starts) > 1:
+            starts = starts[:-1]
+        batches.extend(np.split(chunk, starts[1:]))
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
@@ -180,7 +192,14 @@ class TrainingData:
         self._flat_I = torch.from_numpy(dataset.items).to(device)
 
     def epoch(
-        self, plan: WindowPlan, *, batch_size: int, seed: int, epoch: int, skip: int = 0
+        self,
+        plan: WindowPlan,
+        *,
+        batch_size: int,
+        seed: int,
+        epoch: int,
+        skip: int = 0,
+        share: Share = Share(),
     ) -> tuple[int, Iterator[Batch]]:
         """The batches of one epoch, a function of (seed, epoch) alone.
 
@@ -190,6 +209,7 @@ class TrainingData:
             seed: The run's seed.
             epoch: Number of the epoch, from 0.
             skip: Batches at the beginning that a resumed run has had already.
+            share: Which rows of each batch; every process draws the same batches.
 
         Returns:
             The number of batches, the skipped ones included, and the batches after these.
@@ -198,11 +218,11 @@ class TrainingData:
         starts, lengths = cut_windows(
             self.dataset.offsets[:-1], self.dataset.train_ends(), plan, rng
         )
-        batches = cut_batches(lengths, batch_size, rng)
+        batches = cut_batches(lengths, batch_size, rng, least=share.ranks)
 
         def generate() -> Iterator[Batch]:
             for step in range(skip, len(batches)):
-                chosen = batches[step]
+                chosen = batches[step][share.rank :: share.ranks]
                 users = np.searchsorted(self.dataset.offsets, starts[chosen], side="right") - 1
                 yield Batch(
                     users_B=torch.from_numpy(users).to(self.device, non_blocking=True),

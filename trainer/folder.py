@@ -111,19 +111,19 @@ def record(path: Path, model: str, row: EpochRow) -> None:
     What an evaluation has written goes, and its predictions with it: training is about to write
     other weights.
     """
-    values: list[tuple[str, str, str, float, int | None]] = [
-        ("train", "none", "loss", row.loss, None)
+    values: list[tuple[str, str, str, str, float, int | None]] = [
+        ("train", "all", "none", name, value, None) for name, value in row.losses.items()
     ]
-    values += [
-        ("validation", seen, metric, value, row.users)
-        for (seen, metric), value in row.metrics.items()
-    ]
+    for (kind, metric), value in row.metrics.items():
+        # A direction of retrieval says what is looked for, and nothing has been seen there.
+        targets, seen = ("all", kind) if kind in ("masked", "unmasked") else (kind, "none")
+        values.append(("validation", targets, seen, metric, value, row.users))
     rows = [
         {
-            "phase": "train", "epoch": row.epoch, "split": split, "targets": "all",
+            "phase": "train", "epoch": row.epoch, "split": split, "targets": targets,
             "ranker": model, "seen": seen, "metric": metric, "value": value, "users": users,
         }
-        for split, seen, metric, value, users in values
+        for split, targets, seen, metric, value, users in values
     ]  # fmt: skip
     path.with_name("predictions.parquet").unlink(missing_ok=True)
     replace_metrics(path, rows, lambda held: held["phase"] == "eval" or held["epoch"] >= row.epoch)

@@ -12,17 +12,17 @@ from types import FrameType
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from features.dataset import Dataset
 from features.errors import UserError
-from features.splits import MIN_EVALUATED
-from retrieval.metrics import per_user
-from retrieval.ranking import rank
 from trainer.checkpoint import Progress, load_state, save_state, save_weights
 from trainer.config import TrainConfig
-from trainer.data import TrainingData
-from trainer.recommender import Recommender
-from trainer.scoring import encode, seen_by, targets_of
+from trainer.data import Share
+from trainer.distributed import agree, from_first, rank, ranks
+from trainer.optimizer import Optimizer
+from trainer.tasks import Task, Validation
+from trainer.transformer import Transformer
 
 _SAVE_SECONDS = 300.0  # a killed run loses at most this, whatever an epoch takes
 
@@ -39,8 +39,12 @@ class Tick:
     """Steps of this epoch in all."""
     loss: float
     """Mean over the epoch so far."""
+    parts: dict[str, float]
+    """The same of what the loss is made of, by name; empty where it is one thing."""
+    unit: str
+    """What the task counts: windows, items."""
     rate: float
-    """Windows a second in this epoch."""
+    """Units a second in this epoch, of all processes."""
     left: float
     """Seconds that the rest of this epoch takes at this pace, its validation left out."""
     metrics: dict[str, float]
@@ -53,15 +57,15 @@ class EpochRow:
     """What the run's metrics table keeps of an epoch."""
 
     epoch: int
-    loss: float
+    losses: dict[str, float]
+    """Means over the epoch, by name; ``loss`` is what was minimised."""
     metrics: dict[tuple[str, str], float]
-    """(``masked`` | ``unmasked``, metric) -> value on validation; empty if not validated."""
+    """As in :class:`trainer.tasks.Validation`; empty if not validated."""
     users: int
 
 
 def fit(
-    model: Recommender,
-    data: TrainingData,
+    task: Task[Any],
     config: TrainConfig,
     folder: Path,
     identity: dict[str, Any],
@@ -73,9 +77,7 @@ def fit(
     """Train until early stopping, the last epoch, or an interrupt.
 
     Args:
-        model: On the device of ``data``.
-        data: Training interactions and features that :func:`check_trainable` let pass;
-            validation is read, test never.
+        task: A recommender with what it learns from.
         config: The loop's settings.
         folder: Gets ``model.safetensors`` (best by validation) and ``resume.safetensors``.
         identity: What a checkpoint is for; a resumed one must be for the same.
@@ -90,152 +92,138 @@ def fit(
     Raises:
         UserError: The checkpoint to go on from cannot be used, or the training diverges.
     """
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=config.lr, weight_decay=config.weight_decay
-    )
+    model, first = task.model, rank() == 0
+    device = next(model.parameters()).device
+    optimizer = Optimizer(model, config)
     progress = Progress()
     if resume:
-        progress = load_state(folder / "resume.safetensors", model, optimizer, identity)
+        progress = load_state(folder / "resume.safetensors", model, optimizer.adamw, identity)
+    forward = _forward(task, config)
+    share = Share(rank=rank(), ranks=ranks())
+    if not first:  # dropout of its own; the first one's is what a single process draws
+        torch.manual_seed((config.seed << 32) + (share.rank << 24) + progress.steps)
 
     def save() -> None:
-        save_state(folder / "resume.safetensors", model, optimizer, progress, identity)
+        if first:
+            save_state(folder / "resume.safetensors", model, optimizer.adamw, progress, identity)
 
     model.train()
     with _interrupted() as stop:
         while progress.epoch < config.epochs and not progress.finished:
-            total, batches = data.epoch(
-                model.plan,
-                batch_size=config.batch_size,
-                seed=config.seed,
-                epoch=progress.epoch,
-                skip=progress.step,
-            )
+            total, batches = task.epoch(config, progress.epoch, skip=progress.step, share=share)
             assert total
             clock = saved = now = time.monotonic()
-            windows = done = 0
+            units = done = 0
             for batch in batches:
-                for group in optimizer.param_groups:
-                    group["lr"] = _rate(config, progress, total)
-                optimizer.zero_grad(set_to_none=True)
-                loss = model.loss(batch)["loss"]
-                loss.backward()
+                optimizer.prepare(progress, total)
+                with torch.autocast(device.type, torch.bfloat16, config.precision == "bf16"):
+                    losses = forward(batch)
+                losses["loss"].backward()
                 if config.clip:
                     torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-                value = loss.item()
+                values = torch.stack([value.detach().float() for value in losses.values()])
+                means, stopped = agree(values.tolist(), stop.is_set(), device)
+                named = dict(zip(losses, means, strict=True))
+                value = named["loss"]
                 if not math.isfinite(value):
                     raise UserError(
                         f"the loss is {value} in epoch {progress.epoch + 1}, step"
                         f" {progress.step + 1}; train again with a lower lr than {config.lr}"
                     )
-                optimizer.step()
+                optimizer.adamw.step()
                 progress.step += 1
                 progress.steps += 1
-                progress.loss_sum += value
+                for name, value in named.items():
+                    progress.losses[name] = progress.losses.get(name, 0.0) + value
                 done += 1
-                windows += len(batch.sequences.lengths_B)
+                units += task.size(batch) * share.ranks
                 now = time.monotonic()
-                on_tick(_tick(progress, config, total, windows, done, now - clock, {}))
-                if stop.is_set():
+                if first:
+                    on_tick(_tick(progress, task, config, total, units, done, now - clock, None))
+                if stopped or (share.ranks == 1 and stop.is_set()):
                     save()
                     return progress
                 if now - saved > _SAVE_SECONDS:
                     save()
                     saved = now
 
-            row = _validate(model, data, config, progress, total)
-            on_epoch(row)
-            if row.metrics:
-                value = row.metrics[config.monitor_seen, config.metric]
-                if value > progress.best:
-                    progress.best, progress.best_epoch, progress.waited = value, row.epoch, 0
-                    save_weights(folder / "model.safetensors", model, identity)
+            row, found = _validate(task, config, progress, total)
+            if first:
+                on_epoch(row)
+            if found is not None:
+                if found.monitored > progress.best:
+                    progress.best, progress.best_epoch = found.monitored, row.epoch
+                    progress.waited = 0
+                    if first:
+                        save_weights(folder / "model.safetensors", model, identity)
                 else:
                     progress.waited += 1
-            shown = {
-                metric: value
-                for (seen, metric), value in row.metrics.items()
-                if seen == config.monitor_seen
-            }
-            on_tick(_tick(progress, config, total, windows, done, now - clock, shown))
+            if first:
+                on_tick(_tick(progress, task, config, total, units, done, now - clock, found))
             progress.finished = progress.waited >= config.patience or row.epoch == config.epochs
-            progress.epoch, progress.step, progress.loss_sum = progress.epoch + 1, 0, 0.0
+            progress.epoch, progress.step, progress.losses = progress.epoch + 1, 0, {}
             save()
-            if stop.is_set():
+            if agree([], stop.is_set(), device)[1]:
                 break
     return progress
 
 
 def _validate(
-    model: Recommender, data: TrainingData, config: TrainConfig, progress: Progress, steps: int
-) -> EpochRow:
-    epoch, loss = progress.epoch + 1, progress.loss_sum / steps
+    task: Task[Any], config: TrainConfig, progress: Progress, steps: int
+) -> tuple[EpochRow, Validation | None]:
+    epoch = progress.epoch + 1
+    losses = {name: total / steps for name, total in progress.losses.items()}
     if epoch % config.validate_every and epoch != config.epochs:
-        return EpochRow(epoch=epoch, loss=loss, metrics={}, users=0)
-    encoded = encode(model, data, "validation", config.eval_batch)
-    held = encoded.held
-    ranks = rank(
-        encoded.queries_ED,
-        encoded.items_ND,
-        targets_of(data.dataset, held),
-        seen_by(data.dataset, held),
-    )
-    metrics = {
-        (seen, name): float(values.mean())
-        for seen, found in (("unmasked", ranks.unmasked), ("masked", ranks.masked))
-        for name, values in per_user(found).items()
-    }
-    return EpochRow(epoch=epoch, loss=loss, metrics=metrics, users=len(held.users))
+        return EpochRow(epoch=epoch, losses=losses, metrics={}, users=0), None
+    found = from_first(lambda: task.validate(config))
+    row = EpochRow(epoch=epoch, losses=losses, metrics=found.metrics, users=found.users)
+    return row, found
 
 
-def check_trainable(dataset: Dataset) -> None:
-    """Refuse interactions that are too few, before any work is done.
+class _Forward(nn.Module):
+    """A task's loss as a module: what DistributedDataParallel wraps."""
 
-    Raises:
-        UserError: Nothing could be learned, or nothing evaluated.
-    """
-    about = f"dataset {dataset.info.name!r}"
-    if not len(dataset.held("validation").users):
-        raise UserError(
-            f"{about}: no user has {MIN_EVALUATED} interactions, so nothing can be validated or"
-            " tested; prepare it with more"
-        )
-    if not (dataset.train_ends() - dataset.offsets[:-1] >= 2).any():
-        raise UserError(
-            f"{about}: no user has two training interactions, so nothing can be learned;"
-            " prepare it with more"
-        )
+    def __init__(self, task: Task[Any]) -> None:
+        super().__init__()
+        self.model = task.model
+        self._task = task
+
+    def forward(self, batch: Any) -> dict[str, Tensor]:
+        return self._task.loss(batch)
 
 
-def _rate(config: TrainConfig, progress: Progress, steps: int) -> float:
-    """The learning rate of the next step: a function of where training is, so resuming keeps it."""
-    rate = config.lr
-    if config.warmup:
-        rate *= min(1.0, (progress.steps + 1) / config.warmup)
-    if config.schedule == "cosine":
-        share = (progress.epoch + progress.step / steps) / config.epochs
-        rate *= 0.5 * (1 + math.cos(math.pi * share))
-    return rate
+def _forward(task: Task[Any], config: TrainConfig) -> nn.Module:
+    if config.compile:
+        for module in task.model.modules():
+            if isinstance(module, Transformer):
+                module.compile()
+    whole = _Forward(task)
+    return DistributedDataParallel(whole) if ranks() > 1 else whole
 
 
 def _tick(
     progress: Progress,
+    task: Task[Any],
     config: TrainConfig,
     steps: int,
-    windows: int,
+    units: int,
     done: int,
     seconds: float,
-    metrics: dict[str, float],
+    found: Validation | None,
 ) -> Tick:
     seconds = max(seconds, 1e-9)
+    step = max(1, progress.step)
     return Tick(
         epoch=progress.epoch + 1,
         epochs=config.epochs,
         step=progress.step,
         steps=steps,
-        loss=progress.loss_sum / max(1, progress.step),
-        rate=windows / seconds,
+        loss=progress.losses.get("loss", 0.0) / step,
+        parts={name: v / step for name, v in progress.losses.items() if name != "loss"},
+        unit=task.unit,
+        rate=units / seconds,
         left=(steps - progress.step) * seconds / max(1, done),
-        metrics=metrics,
+        metrics=found.shown if found else {},
         best_epoch=progress.best_epoch,
     )
 

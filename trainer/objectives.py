@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from trainer.distributed import mean_rows
+
 _BLOCK_BYTES = 2 * 2**20  # logits of one block of rows: they stay in a core's cache
 _FEWEST_ROWS = 64  # below this the matrix products lose more than the cache gives
 
@@ -38,16 +40,18 @@ def full_softmax(query_MD: Tensor, item_ND: Tensor, target_M: Tensor, scale: flo
         scale: Factor on the scores: 1 / temperature.
 
     Returns:
-        A scalar in float32; zero rows give zero.
+        A scalar in float32; zero rows give zero. In one of several processes it is the share of
+        the mean over all of their rows, see :mod:`trainer.distributed`.
     """
-    loss: Tensor = _FullSoftmax.apply(query_MD, item_ND, target_M, scale)
+    rows = mean_rows(len(query_MD), query_MD.device)
+    loss: Tensor = _FullSoftmax.apply(query_MD, item_ND, target_M, scale, rows or 1.0)
     return loss
 
 
 class _FullSoftmax(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, query_MD: Tensor, item_ND: Tensor, target_M: Tensor, scale: float
+        ctx: Any, query_MD: Tensor, item_ND: Tensor, target_M: Tensor, scale: float, mean: float
     ) -> Tensor:
         rows, items = len(query_MD), len(item_ND)
         loss = torch.zeros((), dtype=torch.float32, device=query_MD.device)
@@ -71,16 +75,16 @@ class _FullSoftmax(torch.autograd.Function):
             residual_BN.scatter_add_(1, target_B1, residual_BN.new_full(target_B1.shape, -1.0))
             residual_BN = residual_BN.to(query_MD.dtype)
             if grad_query_MD is not None:
-                grad_query_MD[begin : begin + size] = residual_BN @ item_ND * (scale / rows)
+                grad_query_MD[begin : begin + size] = residual_BN @ item_ND * (scale / mean)
             if grad_item_ND is not None:
-                grad_item_ND.addmm_(residual_BN.T.float(), query_BD.float(), alpha=1 / rows)
+                grad_item_ND.addmm_(residual_BN.T.float(), query_BD.float(), alpha=1 / mean)
         ctx.save_for_backward(
             grad_query_MD, None if grad_item_ND is None else grad_item_ND.to(item_ND.dtype)
         )
-        return loss / max(1, rows)
+        return loss / mean
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         saved: tuple[Tensor | None, Tensor | None] = ctx.saved_tensors
         query_MD, item_ND = (None if held is None else held * grad for held in saved)
-        return query_MD, item_ND, None, None
+        return query_MD, item_ND, None, None, None

@@ -19,9 +19,10 @@ from trainer.config import TrainConfig, build, documents
 from trainer.data import TrainingData
 from trainer.folder import check_run_name, claimed, read_about, record, run_lock
 from trainer.inputs import choose_device, choose_tables, load_features
-from trainer.loop import Tick, check_trainable, fit
+from trainer.loop import Tick, fit
 from trainer.models import find_model
 from trainer.recommender import Catalogue, Recommender
+from trainer.tasks import NextItem, check_trainable
 from trainer.transfer import FULL, Taken, check_transfer, take_weights
 
 
@@ -180,8 +181,7 @@ def train(
     began = time.monotonic()
     with run_lock(run.folder):
         progress = fit(
-            run.model,
-            run.data,
+            NextItem(run.model, run.data),
             run.config,
             run.folder,
             run.identity,

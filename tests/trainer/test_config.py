@@ -43,7 +43,10 @@ def test_the_last_word_wins(tmp_path: Path) -> None:
         ("temperature=1e-30", "temperature=1e-30 must be at least 0.0001"),
         ("dropout=nan", r"dropout=nan must be in \[0, 1\)"),
         ("stride=-1", "stride=-1 must be at least 0"),
-        ("schedule=linear", "schedule='linear' is not known; known: constant, cosine"),
+        (
+            "schedule=step",
+            "schedule='step' is not known; known: constant, cosine, linear, exponential",
+        ),
         ("monitor=Recall@3", "monitor='Recall@3' is not known; known: HR@5"),
         ("device=meta", "device='meta' is not known; known: auto, cpu, cuda"),
     ],

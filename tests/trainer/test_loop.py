@@ -1,8 +1,11 @@
 import math
 import signal
+from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from torch import Tensor
@@ -12,23 +15,25 @@ from tests.trainer import worlds
 from trainer.checkpoint import Progress, load_weights
 from trainer.config import TrainConfig
 from trainer.data import Batch, TrainingData
-from trainer.loop import EpochRow, Tick, _rate, check_trainable, fit
+from trainer.folder import record
+from trainer.loop import EpochRow, Tick, fit
 from trainer.models import MODELS
+from trainer.optimizer import scheduled
 from trainer.recommender import Catalogue, Recommender
 from trainer.sasrec import SASRec
+from trainer.tasks import NextItem, check_trainable
 
 N = 12
-SMALL: dict[str, dict[str, Any]] = {
-    "sasrec": {"dim": 8, "hidden": 16, "length": 5},
-    "mmsrec": {"dim": 8, "heads": 2, "hidden": 16, "length": 5, "dropout": 0.1},
-}
+SMALL: dict[str, Any] = {"dim": 8, "heads": 2, "hidden": 16, "length": 5, "dropout": 0.1}
 
 
 def world(name: str) -> tuple[Recommender, TrainingData]:
     features = worlds.features(N)
     settings, recommender = MODELS[name].load()
+    known = {field.name for field in fields(settings)}
+    small = settings(**{key: value for key, value in SMALL.items() if key in known})
     torch.manual_seed(0)
-    model = recommender(settings(**SMALL[name]), Catalogue(n_items=N, widths=features.widths))
+    model = recommender(small, Catalogue(n_items=N, widths=features.widths))
     return model, worlds.training_data(worlds.cycles(n_items=N), features)
 
 
@@ -38,6 +43,7 @@ def train(
     *,
     resume: bool = False,
     interrupt_at: int | None = None,
+    watch: Callable[[Tick], None] = lambda tick: None,
     **settings: Any,
 ) -> tuple[Progress, Recommender, list[EpochRow]]:
     model, data = world(name)
@@ -48,12 +54,19 @@ def train(
     def on_tick(tick: Tick) -> None:
         nonlocal ticks
         ticks += 1
+        watch(tick)
         if ticks == interrupt_at:
             signal.raise_signal(signal.SIGINT)
 
     config = TrainConfig(**{"epochs": 4, "batch_size": 16, "device": "cpu", **settings})
     progress = fit(
-        model, data, config, folder, {"a": 1}, resume=resume, on_epoch=rows.append, on_tick=on_tick
+        NextItem(model, data),
+        config,
+        folder,
+        {"a": 1},
+        resume=resume,
+        on_epoch=rows.append,
+        on_tick=on_tick,
     )
     return progress, model, rows
 
@@ -89,7 +102,7 @@ def test_order_is_learned(tmp_path: Path) -> None:
     """In a world where i is followed by i + 1, the id model finds it; popularity cannot."""
     progress, _, rows = train("sasrec", tmp_path / "run", epochs=60, lr=1e-2)
     assert progress.best > 0.95
-    assert rows[-1].loss < rows[0].loss / 2
+    assert rows[-1].losses["loss"] < rows[0].losses["loss"] / 2
 
 
 def test_early_stopping_keeps_the_best(tmp_path: Path) -> None:
@@ -140,7 +153,8 @@ def test_weights_that_diverge_in_the_only_step_stop_in_one_line(
 
 def test_the_rate_by_hand() -> None:
     def rate(config: TrainConfig, epoch: int, step: int) -> float:
-        return _rate(config, Progress(epoch=epoch, step=step, steps=2 * epoch + step), 2)
+        progress = Progress(epoch=epoch, step=step, steps=2 * epoch + step)
+        return scheduled(config.lr, config, progress, 2)
 
     places = [(0, 0), (0, 1), (1, 0), (1, 1)]  # two epochs of two steps
     constant = TrainConfig(lr=0.8, epochs=2)
@@ -154,6 +168,10 @@ def test_the_rate_by_hand() -> None:
     both = TrainConfig(lr=0.8, epochs=2, schedule="cosine", warmup=2)
     expected = [0.4 * fall[0], 0.8 * fall[1], 0.8 * fall[2], 0.8 * fall[3]]
     assert [rate(both, *p) for p in places] == pytest.approx(expected)
+    linear = TrainConfig(lr=0.8, epochs=2, schedule="linear")
+    assert [rate(linear, *p) for p in places] == pytest.approx([0.8, 0.6, 0.4, 0.2])
+    fading = TrainConfig(lr=0.8, epochs=2, schedule="exponential", decay=0.5)
+    assert [rate(fading, *p) for p in places] == pytest.approx([0.8, 0.8, 0.4, 0.4])
 
 
 def steps_of(
@@ -183,6 +201,77 @@ def test_the_optimizer_steps_at_that_rate_with_clipped_gradients(
     assert [lr for lr, _ in free][:4] == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3])
     assert min(norm for _, norm in free) > 2e-3
     assert [norm for _, norm in clipped] == pytest.approx([1e-3] * len(clipped), rel=1e-3)
+
+
+def test_groups_have_rates_and_decays_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def groups(self: SASRec, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+        self.position.weight.requires_grad_(False)
+        rest = [
+            p for name, p in self.named_parameters() if not name.startswith(("item", "position"))
+        ]
+        return [
+            {"params": [self.item.weight], "lr": lr / 4, "weight_decay": 0.0},
+            {"params": rest, "lr": lr, "weight_decay": weight_decay},
+        ]
+
+    found: list[list[tuple[float, float]]] = []
+    real = torch.optim.AdamW.step
+
+    def step(self: torch.optim.AdamW) -> None:
+        found.append([(group["lr"], group["weight_decay"]) for group in self.param_groups])
+        real(self)
+
+    monkeypatch.setattr(SASRec, "parameter_groups", groups)
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    _, before, _ = train("sasrec", tmp_path / "whole", epochs=2, warmup=2, lr=1e-3)
+    assert found[0] == [(1.25e-4, 0.0), (5e-4, 0.01)]
+    assert found[-1] == [(2.5e-4, 0.0), (1e-3, 0.01)]
+    drawn = world("sasrec")[0].state_dict()["position.weight"]
+    assert torch.equal(before.state_dict()["position.weight"], drawn)
+    train("sasrec", tmp_path / "torn", epochs=2, warmup=2, lr=1e-3, interrupt_at=3)
+    _, after, _ = train("sasrec", tmp_path / "torn", epochs=2, warmup=2, lr=1e-3, resume=True)
+    for key, value in before.state_dict().items():
+        assert torch.equal(value, after.state_dict()[key]), key
+
+
+def test_every_named_loss_is_kept_and_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = SASRec.loss
+
+    def loss(self: SASRec, batch: Batch) -> dict[str, Tensor]:
+        found = real(self, batch)["loss"]
+        return {"loss": found, "twice": 2 * found}
+
+    monkeypatch.setattr(SASRec, "loss", loss)
+    ticks: list[Tick] = []
+    _, _, rows = train("sasrec", tmp_path / "run", epochs=2, watch=ticks.append)
+    assert rows[1].losses["twice"] == pytest.approx(2 * rows[1].losses["loss"])
+    assert ticks[-1].parts == {"twice": pytest.approx(2 * ticks[-1].loss)}
+    record(tmp_path / "metrics.parquet", "sasrec", rows[0])
+    held = pq.read_table(tmp_path / "metrics.parquet").to_pylist()
+    named = {row["metric"]: row["value"] for row in held if row["split"] == "train"}
+    assert named == rows[0].losses
+
+
+@pytest.mark.parametrize("name", ["sasrec", "mmsrec"])
+def test_bfloat16_learns_the_same(name: str, tmp_path: Path) -> None:
+    wide, narrow = (
+        train(name, tmp_path / precision, precision=precision, epochs=2)
+        for precision in ("float32", "bf16")
+    )
+    assert narrow[2][-1].losses["loss"] == pytest.approx(wide[2][-1].losses["loss"], rel=0.02)
+    assert narrow[2][-1].losses != wide[2][-1].losses
+    assert {value.dtype for value in narrow[1].state_dict().values()} == {torch.float32}
+
+
+def test_compiling_is_asked_of_the_transformer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[torch.nn.Module] = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: asked.append(self))
+    _, model, _ = train("sasrec", tmp_path / "run", epochs=1, compile=True)
+    assert asked == [model.transformer]
 
 
 def test_every_other_epoch_and_the_last_are_validated(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from trainer.loop import fit
 from trainer.models import MODELS
 from trainer.recommender import Catalogue
 from trainer.scoring import encode, popularity_ranks, seen_by, targets_of
+from trainer.tasks import NextItem
 
 TASTES, EACH = 6, 8
 N = TASTES * EACH  # item n belongs to taste n % TASTES; items below TASTES are never trained on
@@ -47,7 +48,8 @@ def cold_ranks(name: str, folder: Path) -> tuple[float, float]:
     model = recommender(small, Catalogue(n_items=N, widths=features.widths))
     data = worlds.training_data(dataset, features)
     config = TrainConfig(epochs=15, batch_size=16, lr=3e-3, patience=15)
-    fit(model, data, config, folder, {}, on_epoch=lambda row: None, on_tick=lambda tick: None)
+    task = NextItem(model, data)
+    fit(task, config, folder, {}, on_epoch=lambda row: None, on_tick=lambda tick: None)
     load_weights(folder / "model.safetensors", model, {})
     encoded = encode(model, data, "test", 64)
     held = encoded.held

@@ -235,8 +235,8 @@ def test_a_replayed_epoch_takes_the_place_of_what_it_wrote(tmp_path: Path) -> No
     path = tmp_path / "metrics.parquet"
     values = {("masked", "HR@10"): 0.5, ("unmasked", "HR@10"): 0.25}
     for epoch, loss in ((1, 3.0), (2, 2.0), (3, 1.0)):
-        record(path, "m", EpochRow(epoch=epoch, loss=loss, metrics=values, users=7))
-    record(path, "m", EpochRow(epoch=2, loss=2.5, metrics={}, users=0))
+        record(path, "m", EpochRow(epoch=epoch, losses={"loss": loss}, metrics=values, users=7))
+    record(path, "m", EpochRow(epoch=2, losses={"loss": 2.5}, metrics={}, users=0))
     rows = pq.read_table(path).to_pylist()
     assert [(r["epoch"], r["split"], r["seen"], r["value"], r["users"]) for r in rows] == [
         (1, "train", "none", 3.0, None),

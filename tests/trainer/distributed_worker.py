@@ -1,0 +1,91 @@
+"""What each process of test_distributed does; run by ``python -m``, and by the test itself."""
+
+import sys
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tests.trainer import worlds
+from trainer.config import TrainConfig
+from trainer.distributed import first_row, gather_rows, joined, mean_rows, rank, ranks
+from trainer.loop import fit
+from trainer.models import MODELS
+from trainer.recommender import Catalogue
+from trainer.tasks import NextItem
+
+N = 12
+SMALL: dict[str, Any] = {"dim": 8, "heads": 2, "hidden": 16, "length": 5, "dropout": 0.0}
+# Without masks and dropout nothing is drawn: what is left depends on the rows alone.
+MORE: dict[str, dict[str, Any]] = {"sasrec": {}, "mmsrec": {"mask_ratio": 0, "embed_dropout": 0}}
+LOOP: dict[str, Any] = {"epochs": 2, "batch_size": 15, "device": "cpu"}
+
+
+def port(folder: Path) -> str:
+    """A port for this folder: two tests at one time have two folders."""
+    return str(20_000 + zlib.crc32(str(folder).encode()) % 20_000)
+
+
+def next_item(name: str) -> Callable[[Path], dict[str, Tensor]]:
+    """Train a recommender; one process takes all rows of a batch, two take half each."""
+
+    def train(folder: Path) -> dict[str, Tensor]:
+        features = worlds.features(N)
+        settings, recommender = MODELS[name].load()
+        torch.manual_seed(rank())  # the first one's weights are everybody's
+        catalogue = Catalogue(n_items=N, widths=features.widths)
+        model = recommender(settings(**SMALL, **MORE[name]), catalogue)
+        task = NextItem(model, worlds.training_data(worlds.cycles(n_items=N), features))
+        mine = folder / (name if rank() == 0 else f"{name}-of-{rank()}")
+        if rank() == 0:
+            mine.mkdir()
+        ended = fit(
+            task,
+            TrainConfig(**LOOP),
+            mine,
+            {},
+            on_epoch=lambda row: None,
+            on_tick=lambda tick: None,
+        )
+        figures = torch.tensor([ended.best, float(ended.best_epoch), float(ended.steps)])
+        return {**model.state_dict(), "progress": figures}
+
+    return train
+
+
+def gathered(folder: Path) -> dict[str, Tensor]:
+    """A loss over all rows of both processes: its value and the gradient of a shared weight."""
+    x_MD = torch.arange(10.0).view(5, 2).div(10)
+    mine = x_MD if ranks() == 1 else (x_MD[:2], x_MD[2:])[rank()]
+    weight = torch.eye(2).add(0.1).requires_grad_()
+    local = mine @ weight
+    everyone = gather_rows(local)
+    begin = first_row(len(mine), mine.device)
+    assert torch.equal(everyone[begin : begin + len(mine)], local)
+    scores = local @ everyone.T
+    loss = scores.logsumexp(1).sum() / mean_rows(len(mine), mine.device)
+    loss.backward()
+    assert weight.grad is not None
+    found = torch.cat([loss.detach()[None], weight.grad.flatten()])
+    if ranks() > 1:
+        torch.distributed.all_reduce(found)
+    return {"found": found / ranks()}
+
+
+CASES: dict[str, Callable[[Path], dict[str, Tensor]]] = {
+    "sasrec": next_item("sasrec"),
+    "mmsrec": next_item("mmsrec"),
+    "gathered": gathered,
+}
+
+
+if __name__ == "__main__":
+    where = Path(sys.argv[1])
+    with joined():
+        for case, run in CASES.items():
+            found = {key: value.detach().contiguous() for key, value in run(where).items()}
+            save_file(found, where / f"{case}-{rank()}.safetensors")

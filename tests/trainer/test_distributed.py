@@ -1,0 +1,66 @@
+"""Two processes that share each batch train what one process trains."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.trainer import distributed_worker as worker
+from trainer.distributed import agree, first_row, from_first, gather_ids, gather_rows, mean_rows
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which two processes have left what they found."""
+    folder = tmp_path_factory.mktemp("two")
+    processes = []
+    for rank in range(2):
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": worker.port(folder)}
+        of = {"WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, "-m", worker.__name__, str(folder)],
+                cwd=ROOT,
+                env={**os.environ, **where, **of, "OMP_NUM_THREADS": "1"},
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    for process in processes:
+        _, said = process.communicate(timeout=120)
+        assert process.returncode == 0, said
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", list(worker.CASES))
+def test_two_processes_are_one_with_the_joined_batch(two: Path, case: str, tmp_path: Path) -> None:
+    alone = worker.CASES[case](tmp_path)
+    together = load_file(two / f"{case}-0.safetensors")
+    other = load_file(two / f"{case}-1.safetensors")
+    assert alone.keys() == together.keys()
+    for name, value in alone.items():
+        assert torch.equal(together[name], other[name]), name
+        torch.testing.assert_close(together[name], value, rtol=1e-3, atol=2e-5, msg=name)
+
+
+@pytest.mark.slow
+def test_only_the_first_writes(two: Path) -> None:
+    assert (two / "sasrec" / "model.safetensors").exists()
+    assert not (two / "sasrec-of-1").exists()
+
+
+def test_in_one_process_nothing_is_changed() -> None:
+    x = torch.randn(3, 2)
+    assert gather_rows(x) is x
+    assert gather_ids(x) is x
+    device = torch.device("cpu")
+    assert (mean_rows(3, device), first_row(3, device)) == (3.0, 0)
+    assert agree([1.5], True, device) == ([1.5], True)
+    assert from_first(lambda: 4) == 4

@@ -55,7 +55,7 @@ def in_batch(
             are fewer. Without it a row's own are the labels of its positives.
         owner_M: (M,) int64, the row of ``own_UJ`` that each query goes by; ``None``: its number.
         correction_C: (C,) what is subtracted from scores: the log of a column's chance to be there.
-        count_C: (C,) above 0, as how many negatives a column counts: that of duplicates held once.
+        count_C: (C,) as how many negatives a column counts: duplicates held once; 0: it is none.
         counted: How many of the listed positives, from the first, stand in the denominator;
             ``None``: all. With fewer the loss can be negative.
 

@@ -45,6 +45,12 @@ def _mmsr() -> tuple[Any, Any]:
     return MMSRConfig, MMSR
 
 
+def _pmmrec() -> tuple[Any, Any]:
+    from trainer.pmmrec import PMMRec, PMMRecConfig
+
+    return PMMRecConfig, PMMRec
+
+
 MODELS: dict[str, Model] = {
     "sasrec": Model(
         summary="item ids, causal transformer, full softmax: the baseline",
@@ -70,6 +76,13 @@ MODELS: dict[str, Model] = {
         summary="any modalities or tokens; fusion, sequence tower and loss are settings",
         needs_features=True,
         load=_mmsr,
+        train={},
+        reads_tokens=True,
+    ),
+    "pmmrec": Model(
+        summary="any modalities or tokens, merge-attention, causal tower; made to be transferred",
+        needs_features=True,
+        load=_pmmrec,
         train={},
         reads_tokens=True,
     ),

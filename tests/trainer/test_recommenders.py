@@ -20,6 +20,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "mmsrec": {"dim": 8, "heads": 2, "hidden": 16, "length": 6},
     "idsr": {"dim": 8, "heads": 2, "hidden": 16, "length": 6},
     "mmsr": {"dim": 8, "heads": 2, "hidden": 16, "length": 6, "fusion_heads": 2},
+    "pmmrec": {"dim": 8, "heads": 2, "hidden": 16, "length": 6, "fusion_heads": 2},
 }
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from cli import data, demo, doctor, learn, query
+from cli import data, demo, doctor, grid, learn, query
 from cli.show import say
 from features.errors import UserError
 
@@ -53,6 +53,7 @@ app.command("extract")(data.extract)
 app.command("models")(learn.models)
 app.command("train")(learn.train)
 app.command("eval")(learn.evaluate)
+app.command("grid")(grid.grid)
 app.command("sql")(query.sql)
 app.command("demo")(demo.demo)
 app.command("doctor")(doctor.doctor)

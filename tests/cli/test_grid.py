@@ -1,0 +1,167 @@
+"""``mmrec grid`` on a world of a few rows: what it prints, reuses, and how it ends."""
+
+import json
+import shlex
+import signal
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from typer.testing import CliRunner, Result
+
+from cli import grid, show
+from cli.app import app
+from features.errors import UserError
+from features.warehouse import Warehouse
+from tests.trainer import worlds
+from trainer import grid_runs
+from trainer.grid import pivot, read_grid
+
+GRID = """
+rows = ["fusion"]
+columns = ["tower"]
+[runs]
+model = "mmsr"
+dim = 8
+fusion_heads = 2
+hidden = 8
+epochs = 1
+length = 5
+device = "cpu"
+fusion = ["sum", "merge-attention"]
+tower = ["sasrec", "gru"]
+"""
+
+
+def run(*words: str, code: int = 0) -> Result:
+    result = CliRunner().invoke(app, list(words))
+    assert result.exit_code == code, (words, result.output, result.exception)
+    return result
+
+
+@pytest.fixture
+def house(warehouse: Warehouse) -> str:
+    world = worlds.cycles(n_items=12)
+    bounds = zip(world.offsets, world.offsets[1:], strict=False)
+    worlds.prepare(warehouse, [world.items[a:b].tolist() for a, b in bounds], 12)
+    worlds.extract(warehouse, worlds.features(12))
+    return str(warehouse.root)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> str:
+    path = tmp_path / "table.toml"
+    path.write_text(GRID)
+    return str(path)
+
+
+@pytest.mark.slow
+def test_a_stopped_grid_goes_on_and_prints_the_table(
+    house: str, file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("grid", file, "--warehouse", house)
+    listed = json.loads(run(*words, "--dry-run", "--json").stdout)["runs"]
+    assert [one["state"] for one in listed] == ["new"] * 4
+    assert len({one["run"] for one in listed}) == 4
+    assert Warehouse(house).runs() == []
+
+    tell = grid._Watch.tick
+
+    def interrupt(self: Any, number: int, tick: Any) -> None:
+        tell(self, number, tick)
+        if number == 2 and not isinstance(tick, str):
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(grid._Watch, "tick", interrupt)
+        stopped = run(*words, code=130)
+    command = stopped.stderr.splitlines()[-1]
+    assert command.startswith("stopped: 2 of 4 ended, all is kept; go on with: mmrec grid ")
+    again = shlex.split(command.partition("go on with: mmrec ")[2])
+    assert again == list(words)
+    body = [line.split() for line in stopped.stdout.splitlines()]
+    assert body[1:3] == [["sasrec", "gru"], ["fusion", *["HR@10", "NDCG@10"] * 2]]
+    assert body[4] == ["merge-attention", "-", "-", "-", "-"]
+    states = [one["state"] for one in json.loads(run(*words, "--dry-run", "--json").stdout)["runs"]]
+    assert states == ["finished", "finished", "begun", "new"]
+
+    done = run(*again)
+    lines = done.stderr.splitlines()
+    assert ["reused" in line for line in lines if "NDCG@10" in line] == [True, True, False, False]
+    table = [line.split() for line in done.stdout.splitlines()]
+    assert done.stdout.startswith("test split, masked: seen items are out of the ranking\n")
+    for column in range(1, 5):
+        cells = [row[column] for row in table[3:5]]
+        values = [float(cell.removeprefix("*")) for cell in cells]
+        assert [cell[0] == "*" for cell in cells] == [value == max(values) for value in values]
+
+    document = json.loads(run(*words, "--json").stdout)
+    assert [one["state"] for one in document["runs"]] == ["reused"] * 4
+    shown = float(table[3][1].removeprefix("*"))
+    assert document["runs"][0]["metrics"]["HR@10"] == pytest.approx(shown, abs=1e-4)
+    result = pq.read_table(document["result"])
+    assert result.column_names[:6] == ["model", "dataset", "features", "fusion", "tower", "run"]
+    assert set(result["split"].to_pylist()) == {"validation", "test"}
+    assert len(set(result["run"].to_pylist())) == 4
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_does_not_stop_the_others(
+    house: str, file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = grid_runs._train
+
+    def break_one(warehouse: Any, one: Any, *more: Any) -> None:
+        if one.combination.keys == {"fusion": "sum", "tower": "gru"}:
+            raise UserError("the loss is nan")
+        train(warehouse, one, *more)
+
+    monkeypatch.setattr(grid_runs, "_train", break_one)
+    failed = run("grid", file, "--warehouse", house, code=2)
+    assert "2/4 fusion=sum, tower=gru: failed: the loss is nan" in failed.stderr
+    assert failed.stderr.splitlines()[-1].startswith("error: 1 of 4 runs failed")
+    assert failed.stdout.splitlines()[3].split()[-2:] == ["-", "-"]
+
+
+def test_another_setting_or_other_features_are_another_run(house: str, file: str) -> None:
+    words = ("grid", file, "--warehouse", house, "--dry-run", "--json")
+
+    def names() -> set[str]:
+        return {one["run"] for one in json.loads(run(*words).stdout)["runs"]}
+
+    first = names()
+    assert names() == first
+    Path(file).write_text(GRID.replace("epochs = 1", "epochs = 2"))
+    assert not names() & first
+    Path(file).write_text(GRID + 'features = "text"\n')
+    assert not names() & first
+
+
+def test_what_a_run_cannot_be_is_refused_before_the_first_one(house: str, file: str) -> None:
+    for line, message in (
+        ("colour = 3", "table.toml, fusion=sum, tower=sasrec: unknown setting 'colour'"),
+        ("loss = ['bce', 'mse']", "the axis 'loss' stands in neither rows nor columns"),
+        ("dataset = 'none'", "dataset 'none' is not prepared"),
+        ("features = 'video'", "has no feature table 'video'"),
+    ):
+        Path(file).write_text(f"{GRID}{line}\n")
+        assert message in run("grid", file, "--warehouse", house, code=2).stderr
+    assert Warehouse(house).runs() == []
+
+
+def test_columns_that_are_too_wide_stand_below_each_other(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "wide.toml"
+    path.write_text("columns = ['lr']\n[runs]\nmodel = 'x'\nlr = [1, 2, 3, 4]\ndim = [8, 16]")
+    asked = read_grid(path)
+    monkeypatch.setattr(type(show.out), "width", 50)
+    values: list[Any] = [{"HR@10": number / 10, "NDCG@10": 0.5} for number in range(8)]
+    grid.show_pivot(asked, pivot(asked, values))
+    printed = capsys.readouterr().out.splitlines()
+    assert max(map(len, printed[1:])) <= 50
+    assert [line.split() for line in printed if line.startswith("dim")] == [
+        ["dim", "HR@10", "NDCG@10", "HR@10", "NDCG@10"]
+    ] * 2
+    assert [line.split()[0] for line in printed if "*" in line] == ["8", "16", "8", "16"]

@@ -1,0 +1,257 @@
+"""A grid: a TOML file whose lists are crossed into combinations, each of them one run.
+
+``[runs]`` holds ``model``, ``dataset``, ``features`` and settings. A list is an axis; a table is an
+axis of named variants, each of which sets some of these. No torch here: a bad file is refused
+before it is loaded.
+"""
+
+import itertools
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from features.errors import UserError, unknown
+from retrieval.metrics import per_user
+
+SEED = "seed"
+"""The one axis that needs no place in the table: cells are means over it."""
+SPLITS = ("validation", "test")
+SEEN = ("masked", "unmasked")
+METRICS = tuple(per_user(np.ones(1, np.int64)))
+_LISTS = ("rows", "columns", "metrics")
+_TOP = (*_LISTS, "split", "seen", "runs")
+_RESULT = ("run", "split", "targets", "seen", "metric", "value", "low", "high", "users")
+"""Columns of the result; an axis cannot be called so."""
+_MOST = 10_000
+
+Scalar = str | int | float | bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Combination:
+    """One run of a grid, as the file asks for it."""
+
+    keys: dict[str, str]
+    """Axis -> its value here, as text; the variants' axis has the variant's name."""
+    model: str
+    dataset: str | None
+    features: str | None
+    settings: dict[str, Scalar]
+
+    @property
+    def label(self) -> str:
+        """All keys in one line."""
+        return ", ".join(f"{key}={value}" for key, value in self.keys.items()) or self.model
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Grid:
+    """What a file asks for: the combinations, and how the table of results looks."""
+
+    path: Path
+    rows: list[str]
+    columns: list[str]
+    metrics: list[str]
+    split: str
+    seen: str
+    combinations: list[Combination]
+
+
+def read_grid(path: Path) -> Grid:
+    """Read and cross a grid.
+
+    Raises:
+        UserError: One line that names the file, what is wrong in it, and what could stand there.
+    """
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; give a TOML file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not TOML: {error}") from None
+    try:
+        return _grid(path, document)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def _grid(path: Path, document: dict[str, Any]) -> Grid:
+    for key in document:
+        if key not in _TOP:
+            raise unknown("key", key, [*_TOP, "... in [runs]"])
+    runs = document.get("runs")
+    if not isinstance(runs, dict) or not runs:
+        raise UserError("there is no table [runs]; it holds model, dataset, features and settings")
+    for key in _LISTS:
+        entries = document.get(key, [])
+        if not isinstance(entries, list) or not all(isinstance(entry, str) for entry in entries):
+            raise UserError(f"{key}={entries!r} must be a list of names")
+    axes = _axes(runs)
+    fixed = {key: value for key, value in runs.items() if key not in axes}
+    columns = document.get("columns", ["dataset"] if "dataset" in axes else [])
+    rows = document.get("rows", [key for key in axes if key not in (*columns, SEED)])
+    for name, chosen in (("rows", rows), ("columns", columns)):
+        for key in chosen:
+            if key not in axes:
+                raise UserError(
+                    f"{name} names {key!r}, which is no list or table in [runs];"
+                    f" there are: {', '.join(axes) or 'none'}"
+                )
+    placed = [*rows, *columns]
+    for key in axes:
+        if placed.count(key) != 1 and (key != SEED or key in placed):
+            many = "in neither rows nor columns" if key not in placed else "twice in the table"
+            raise UserError(f"the axis {key!r} stands {many}; name it once")
+    metrics = document.get("metrics", ["HR@10", "NDCG@10"])
+    for metric in metrics:
+        if metric not in METRICS:
+            raise unknown("metric", metric, list(METRICS))
+    split, seen = document.get("split", "test"), document.get("seen", "masked")
+    for name, value, known in (("split", split, SPLITS), ("seen", seen, SEEN)):
+        if value not in known:
+            raise UserError(f"{name}={value!r} is not known; known: {', '.join(known)}")
+    return Grid(
+        path=path,
+        rows=rows,
+        columns=columns,
+        metrics=metrics,
+        split=split,
+        seen=seen,
+        combinations=_cross(fixed, axes),
+    )
+
+
+def _axes(runs: dict[str, Any]) -> dict[str, dict[str, dict[str, Scalar]]]:
+    """Axis -> value as text -> what it sets, in the file's order."""
+    axes: dict[str, dict[str, dict[str, Scalar]]] = {}
+    setters: dict[str, str] = {}
+    for key, value in runs.items():
+        if isinstance(value, list):
+            found = {text(entry): {key: _scalar(key, entry)} for entry in value}
+            if len(found) < len(value):
+                raise UserError(f"{key} has one value twice")
+        elif isinstance(value, dict):
+            found = {name: _variant(key, name, sets) for name, sets in value.items()}
+        else:
+            _scalar(key, value)
+            continue
+        if not found:
+            raise UserError(f"{key} is empty; give it a value, or leave it out")
+        if key in _RESULT:
+            raise UserError(f"an axis cannot be called {key!r}: so is a column of the result")
+        axes[key] = found
+        for name in {name for sets in found.values() for name in sets}:
+            if name in setters:
+                raise UserError(f"{name} is set by {setters[name]} and by {key}; set it by one")
+            setters[name] = key
+    return axes
+
+
+def _variant(key: str, name: str, sets: Any) -> dict[str, Scalar]:
+    if not isinstance(sets, dict):
+        raise UserError(f"{key}.{name}={sets!r} must be a table of what this variant sets")
+    return {inner: _scalar(f"{key}.{name}.{inner}", value) for inner, value in sets.items()}
+
+
+def _scalar(key: str, value: Any) -> Scalar:
+    if not isinstance(value, str | int | float | bool):
+        raise UserError(f"{key}={value!r} must be text, a number, true or false")
+    return value
+
+
+def text(value: Scalar) -> str:
+    """A value as it stands in ``--set`` and in tables."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _cross(
+    fixed: Mapping[str, Scalar], axes: Mapping[str, Mapping[str, Mapping[str, Scalar]]]
+) -> list[Combination]:
+    count = int(np.prod([len(values) for values in axes.values()], dtype=object))
+    if count > _MOST:
+        raise UserError(f"these are {count} combinations; at most {_MOST} are taken")
+    combinations = []
+    for names in itertools.product(*axes.values()):
+        keys = dict(zip(axes, names, strict=True))
+        values = dict(fixed)
+        for key, name in keys.items():
+            values.update(axes[key][name])
+        about = {name: values.pop(name, None) for name in ("model", "dataset", "features")}
+        for name, value in about.items():
+            if value is not None and not isinstance(value, str):
+                raise UserError(f"{name}={value!r} must be text")
+        if about["model"] is None:
+            raise UserError("[runs] sets no model; give one, see mmrec models")
+        combinations.append(
+            Combination(
+                keys=keys,
+                model=str(about["model"]),
+                dataset=None if about["dataset"] is None else str(about["dataset"]),
+                features=None if about["features"] is None else str(about["features"]),
+                settings=values,
+            )
+        )
+    return combinations
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cell:
+    """One figure of the table: the mean over seeds."""
+
+    value: float
+    spread: float | None
+    """Standard deviation over seeds; nothing where there is one."""
+    best: bool
+    """Whether no other row has more in this column."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pivot:
+    """The table of a grid: rows x (columns x metrics)."""
+
+    row_keys: list[tuple[str, ...]]
+    column_keys: list[tuple[str, ...]]
+    cells: dict[tuple[tuple[str, ...], tuple[str, ...], str], Cell]
+    """(row, column, metric) -> the figure; absent where no run has ended."""
+
+
+def pivot(grid: Grid, values: Sequence[Mapping[str, float] | None]) -> Pivot:
+    """Arrange what the runs gave.
+
+    Args:
+        grid: The grid.
+        values: For each combination metric -> value; ``None``: it has none.
+    """
+    places = [
+        (
+            tuple(one.keys[key] for key in grid.rows),
+            tuple(one.keys[key] for key in grid.columns),
+        )
+        for one in grid.combinations
+    ]
+    found: dict[tuple[tuple[str, ...], tuple[str, ...], str], list[float]] = {}
+    for (row, column), held in zip(places, values, strict=True):
+        for metric in grid.metrics if held is not None else ():
+            assert held is not None
+            found.setdefault((row, column, metric), []).append(held[metric])
+    means = {place: float(np.mean(some)) for place, some in found.items()}
+    top: dict[tuple[tuple[str, ...], str], float] = {}
+    for (_, column, metric), value in means.items():
+        top[column, metric] = max(value, top.get((column, metric), value))
+    cells = {
+        (row, column, metric): Cell(
+            value=means[row, column, metric],
+            spread=float(np.std(some, ddof=1)) if len(some) > 1 else None,
+            best=means[row, column, metric] == top[column, metric],
+        )
+        for (row, column, metric), some in found.items()
+    }
+    return Pivot(
+        row_keys=list(dict.fromkeys(row for row, _ in places)),
+        column_keys=list(dict.fromkeys(column for _, column in places)),
+        cells=cells,
+    )

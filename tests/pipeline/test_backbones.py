@@ -32,8 +32,6 @@ from pipeline.extract import extract
 from pipeline.options import Options
 from tests.pipeline.checkpoints import (
     CLIP_CONFIG,
-    RESNET,
-    SWIN,
     bert_folder,
     clip_folder,
     open_clip_folder,
@@ -267,32 +265,6 @@ def test_sentence_encoders_are_followed_in_what_they_say(tmp_path: Path) -> None
     (folder / "modules.json").write_text(json.dumps(modules))
     with pytest.raises(UserError, match="asks for a Dense layer"):
         pooled({})
-
-
-@pytest.mark.parametrize(
-    ("kind", "config", "pooling"),
-    [
-        ("ViT", {}, "class token"),
-        ("Swin", SWIN, "the model's own pooling"),
-        ("ResNet", RESNET, "the model's own pooling"),
-        ("Dinov2", {}, "the model's own pooling"),
-    ],
-)
-def test_vision_encoders(tmp_path: Path, kind: str, config: dict[str, Any], pooling: str) -> None:
-    folder = vision_folder(tmp_path / kind, kind=kind, **config)
-    ours = load_backbone(str(folder), device="cpu")
-    assert ours.modalities == ("image", "video")
-    assert ours.pooling("image") == pooling
-    model = transformers.AutoModel.from_pretrained(folder).eval()
-    processor = image_processor(folder)
-    with torch.inference_mode():
-        outputs = [model(**processor(images=one, return_tensors="pt")) for one in pictures()]
-    if pooling == "class token":
-        theirs = torch.cat([output.last_hidden_state[:, 0] for output in outputs])
-    else:
-        theirs = torch.cat([output.pooler_output.flatten(1) for output in outputs])
-    assert close(images_of(ours), theirs)
-    assert ours.dim == theirs.shape[1]
 
 
 @pytest.mark.parametrize("kind", ["CLIP", "Siglip"])

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from pipeline.extract import ExtractReport, Progress
     from pipeline.options import Options
 
+_WIDE = 144  # columns that a list of backbones takes with all there is to say of each
+
 
 def datasets(json: JsonOption = False, warehouse: WarehouseOption = None) -> None:
     """List the known datasets: where their raw files are expected, and what is prepared."""
@@ -132,13 +134,32 @@ def backbones(json: JsonOption = False) -> None:
     if json:
         show.emit_json(rows)
         return
-    columns = list(rows[0])
-    show.table(columns, [[_plain(row[column]) for column in columns] for row in rows])
+    heads = ["name", "takes", "dim", "layers", "library", "offline"]
+    facts = [
+        [row["name"], " ".join(row["modalities"]), row["dim"], _layers(row["blocks"]),
+         row["library"], row["offline"]]
+        for row in rows
+    ]  # fmt: skip
+    origins = [_origin(row["checkpoint"], row["licence"]) for row in rows]
+    if show.out.width < _WIDE:
+        show.table(heads, facts)
+        heads, facts = ["name"], [[row["name"]] for row in rows]
+    lines = []
+    for fact, (first, *more) in zip(facts, origins, strict=True):
+        lines += [[*fact, *first], *([""] * len(heads) + origin for origin in more)]
+    show.table([*heads, "checkpoint", "licence"], lines)
+    show.say("levels: pooled, tokens, layer-K; of clips, and of pairs by two towers, pooled alone")
     show.say("beside these: open_clip:ARCH/TAG, hf:ORG/NAME, or a local folder with a saved model")
 
 
-def _plain(value: object) -> object:
-    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else value
+def _layers(blocks: int) -> str | None:
+    return f"1-{blocks - 1}" if blocks else None
+
+
+def _origin(checkpoint: str, licence: str) -> list[list[str]]:
+    """One line for each checkpoint that a backbone is made of."""
+    first, *more = checkpoint.split(" + ")
+    return [[first, licence], *([f"+ {one}", ""] for one in more)]
 
 
 def extract(

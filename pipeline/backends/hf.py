@@ -90,7 +90,7 @@ class Transformer:
             text_config = getattr(config, "text_config", config)
             self._words = TextInput(
                 folder, model, text_config, self._device,
-                most=self._recipe.max_tokens, lower=self._recipe.lower,
+                most=self._recipe.max_tokens, lower=self._recipe.lower, prompt=self._recipe.prompt,
             )  # fmt: skip
             self._text = self._tower("text", self._ids(self.texts(["a"])))
             if self._recipe.mode == "own" and not self._both:

@@ -88,6 +88,7 @@ class TextInput:
         device: Where batches go.
         most: The most tokens, where the checkpoint says so; else tokenizer and positions decide.
         lower: Whether texts are lower-cased first.
+        prompt: What is put before each text.
 
     Raises:
         ValueError: The folder holds no vocabulary.
@@ -102,6 +103,7 @@ class TextInput:
         *,
         most: int | None = None,
         lower: bool = False,
+        prompt: str = "",
     ) -> None:
         self._tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **OWN_CODE)
         if len(self._tokenizer) <= len(self._tokenizer.all_special_ids):
@@ -110,6 +112,7 @@ class TextInput:
         self._vocabulary = hashlib.sha256(vocabulary).hexdigest()[:8]
         self._device = device
         self._lower = lower
+        self._prompt = prompt
         self._pad = self._tokenizer.pad_token_id or 0
         self._full = any(kind in config.model_type for kind in _PADDED)
         self._most = self._limit(tower, config, most)
@@ -134,12 +137,14 @@ class TextInput:
     def describe(self) -> str:
         """Name the steps for a table's provenance."""
         lower = "lower case, " if self._lower else ""
+        lower += f"behind {self._prompt!r}, " if self._prompt else ""
         kind = type(self._tokenizer).__name__
         return f"{lower}{kind} {self._vocabulary}, at most {self._most} tokens"
 
     def prepare(self, texts: Sequence[str]) -> list[Tokens]:
         """Run the tokenizer, without padding unless the model was trained on it."""
-        given = [text.lower() for text in texts] if self._lower else list(texts)
+        given = [f"{self._prompt}{text}" for text in texts]
+        given = [text.lower() for text in given] if self._lower else given
         ids = self._tokenizer(
             given, truncation=True, max_length=self._most, return_attention_mask=False
         )["input_ids"]

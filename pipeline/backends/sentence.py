@@ -34,6 +34,8 @@ class Recipe:
     """Whether the encoder's own last step scales the vector to unit length."""
     max_tokens: int | None = None
     lower: bool = False
+    prompt: str = ""
+    """What the checkpoint puts before every text."""
     folder: str = ""
     """Where below the checkpoint's folder the transformer itself is."""
     by: str = "the default"
@@ -91,11 +93,19 @@ def recipe(name: str, folder: Path, pooling: str | None = None) -> Recipe:
     limit = sizes.get("max_seq_length")
     asked = pooling if pooling != "own" else None
     config = _json(folder / kinds.get("Pooling", "1_Pooling") / "config.json") or {}
+    about = _json(folder / "config_sentence_transformers.json") or {}
+    prompt = (about.get("prompts") or {}).get(about.get("default_prompt_name")) or ""
+    if prompt and not config.get("include_prompt", True):
+        raise UserError(
+            f"backbone {name!r}: it leaves its prompt {prompt!r} out of the pooling, which is not"
+            " done here; take an encoder that does not"
+        )
     return Recipe(
         mode=asked or _mode(name, config),
         normalize="Normalize" in kinds,
         max_tokens=int(limit) if limit else None,
         lower=bool(sizes.get("do_lower_case")),
+        prompt=prompt,
         folder=kinds.get("Transformer", ""),
         by="as asked for" if asked else "as the checkpoint says",
     )

@@ -259,6 +259,17 @@ def test_sentence_encoders_are_followed_in_what_they_say(tmp_path: Path) -> None
     (folder / "modules.json").write_text(json.dumps(modules))
     mean = states_TD.mean(0)
     assert close(pooled({"pooling_mode": "mean"})[0], mean / mean.norm())
+    prompts = {"prompts": {"query": "ab ", "document": ""}, "default_prompt_name": "query"}
+    about = folder / "config_sentence_transformers.json"
+    about.write_text(json.dumps(prompts))
+    pooling.write_text(json.dumps({"pooling_mode": "mean"}))
+    ours = load_backbone(str(folder), device="cpu")
+    mean = hidden(folder, ["ab c"])[0][0].mean(0)
+    assert close(ours.embed(Batch(texts=ours.texts(["C"])))[0], mean / mean.norm())
+    assert "lower case, behind 'ab '" in ours.preprocessing("text")
+    with pytest.raises(UserError, match=r"leaves its prompt 'ab ' out of the pooling"):
+        pooled({"pooling_mode": "mean", "include_prompt": False})
+    about.unlink()
     with pytest.raises(UserError, match=r"pooling is cls and mean; only one of"):
         pooled({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True})
     modules.append({"idx": 3, "path": "3_D", "type": "sentence_transformers.models.Dense"})

@@ -5,7 +5,8 @@ Legend: U users, N items, I interactions, E evaluated users.
 
 import hashlib
 import re
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -123,6 +124,40 @@ def load_items(warehouse: Warehouse, name: str, columns: list[str]) -> pa.Table:
             f" run mmrec prepare --dataset {name} again"
         )
     return table
+
+
+def stream_items(
+    warehouse: Warehouse, name: str, columns: Sequence[str], rows: int = 4096
+) -> Iterator[pa.RecordBatch]:
+    """Read columns of the items table in the order of ``item``, some rows at a time.
+
+    Memory is flat in the number of items where the parts are in order, as ours are.
+
+    Raises:
+        UserError: The dataset is not prepared, or its tables contradict each other.
+    """
+    info = warehouse.info(name)
+    folder = warehouse.dataset_dir(name)
+    with _tables(folder, name), ExitStack() as stack:
+        parts = [
+            stack.enter_context(pq.ParquetFile(part, buffer_size=1 << 20))
+            for part in sorted((folder / "items").glob("*.parquet"))
+        ]
+        if _in_order(parts, info.items, rows):
+            for part in parts:
+                yield from part.iter_batches(rows, columns=list(columns))
+            return
+    yield from load_items(warehouse, name, list(columns)).to_batches(rows)
+
+
+def _in_order(parts: Sequence[pq.ParquetFile], n_items: int, rows: int) -> bool:
+    start = 0
+    for part in parts:
+        for batch in part.iter_batches(rows, columns=["item"]):
+            if not np.array_equal(batch["item"], np.arange(start, start + len(batch))):
+                return False
+            start += len(batch)
+    return start == n_items
 
 
 def load_user_ids(warehouse: Warehouse, name: str) -> pa.ChunkedArray:

@@ -142,16 +142,21 @@ class FeatureTable:
                 )
         return found
 
-    def light(self) -> pa.Table:
-        """Every row without its embedding, and ``part``, the index of its part in ``parts()``."""
+    def light(self, columns: Sequence[str] = _LIGHT) -> pa.Table:
+        """Every row without its embedding, and ``part``, the index of its part in ``parts()``.
+
+        Args:
+            columns: Only these; each has up to 40 bytes a row.
+        """
+        columns = list(columns)
         tables = []
         for index, part in enumerate(self.parts()):
             with reading(part, _AGAIN):
-                rows = pq.read_table(part, columns=_LIGHT).select(_LIGHT)
+                rows = pq.read_table(part, columns=columns).select(columns)
             tables.append(rows.append_column("part", pa.array(np.full(len(rows), index, np.int32))))
         if tables:
             return pa.concat_tables(tables)
-        empty = pa.schema([feature_schema(1, "float16").field(name) for name in _LIGHT])
+        empty = pa.schema([feature_schema(1, "float16").field(name) for name in columns])
         return empty.append(pa.field("part", pa.int32())).empty_table()
 
     def check(self, fingerprint: str, inputs: str = "") -> dict[str, Any]:
@@ -184,7 +189,7 @@ class FeatureTable:
 
     def digest(self) -> str:
         """Hash of which content stands behind each item's vector, whatever part holds it."""
-        rows = self.light().select(["item", "content_hash"]).sort_by("item")
+        rows = self.light(["item", "content_hash"]).sort_by("item")
         found = hashlib.sha256(rows["item"].to_numpy().tobytes())
         for chunk in rows["content_hash"].combine_chunks().buffers():
             found.update(chunk or b"")
@@ -229,7 +234,7 @@ class FeatureTable:
         """
         assert self.level != "pooled"
         manifest, provenance = self._complete(fingerprint, inputs)
-        light = self.light()
+        light = self.light(["item", "n_tokens"])
         item = _items(light, n_items, self.path)
         lengths = np.zeros(n_items, np.int64)
         lengths[item] = pc.fill_null(light["n_tokens"], 0).to_numpy()

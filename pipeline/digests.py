@@ -1,4 +1,4 @@
-"""Fingerprints of contents, 16 bytes for each and no object: how many items there are must not show.
+"""Fingerprints of contents, 16 bytes for each and no object: the number of items must not show.
 
 numpy's fixed bytes end where only null bytes follow; so do all that are compared here.
 """

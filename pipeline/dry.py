@@ -15,7 +15,6 @@ from pipeline.encode import Encoder
 from pipeline.extract import Job, open_job
 from pipeline.media import quiet
 from pipeline.options import Options
-from pipeline.plan import count, present
 
 _PROBED = {"image": 2, "joint": 2, "text": 8, "video": 0}  # batches; of clips a few
 _CLIPS = 4
@@ -97,10 +96,10 @@ def estimate(
 
 
 def _estimate(job: Job, modality: str, backbone: Backbone) -> Estimate:
-    rows = count(job.items, modality)
+    rows = job.items.counts[modality]
     choices = job.choices(backbone, modality)
     most = min(rows, _PROBED[modality] * choices.batch_size or _CLIPS)
-    chosen = list(islice(present(job.items, modality), 0, None, max(1, rows // most)))[:most]
+    chosen = list(islice(job.items.present(modality), 0, None, max(1, rows // most)))[:most]
     media = job.media()
     try:
         for part in (chosen[:1], chosen):  # the first pass warms up

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from features.schema import feature_schema
@@ -28,10 +27,10 @@ from features.store import (
     positions,
     token_array,
 )
+from pipeline.digests import DTYPE, digest, digests, place
 
 SECONDS_PER_PART = 30.0
 """A part is written after this much work even when it is small: what a kill can cost."""
-_DIGITS = 32  # of a content hash
 
 
 @dataclass(kw_only=True, slots=True)
@@ -65,11 +64,11 @@ class Ledger:
         self._changed = False
         self._buffer = _Buffer()
         self._settle()
-        light = table.light()
-        item = light.column("item").to_numpy()
-        hashes = _hashes(light["content_hash"])
-        # 65 bytes for each item, and no object.
-        self._own = np.zeros(len(item_ids), hashes.dtype)  # content of each item's row
+        light = table.light(["item", "content_hash"])
+        item = light["item"].to_numpy()
+        hashes = digests(light["content_hash"])
+        # 33 bytes for each item, and no object.
+        self._own = np.zeros(len(item_ids), DTYPE)  # content of each item's row
         self._own[item] = hashes
         self._stored = np.sort(hashes)
         self._stale = np.zeros(len(item_ids), np.bool_)  # until the item's content is seen again
@@ -77,7 +76,7 @@ class Ledger:
 
     def _settle(self) -> None:
         """Bring what earlier runs left to the present items: one row an item, new indices."""
-        light = self.table.light()
+        light = self.table.light(["item", "item_id"])
         if not len(light):
             return
         now = positions(light.column("item_id"), self._item_ids)
@@ -101,13 +100,11 @@ class Ledger:
 
     def has(self, item: int, content: str) -> bool:
         """Whether the item's own row was made from this content."""
-        return bool(self._own[item] == content.encode())
+        return bool(self._own[item] == digest(content))
 
     def knows(self, content: str) -> bool:
         """Whether some row was made from this content before this run."""
-        sought = content.encode()
-        place = self._stored.searchsorted(sought)
-        return bool(place < len(self._stored) and self._stored[place] == sought)
+        return place(digest(content), self._stored) >= 0
 
     def keep(self, item: int) -> None:
         """Say that the item's row, when it has one, is not stale."""
@@ -179,26 +176,28 @@ class Ledger:
             wanted: Content hash by item, for contents that stand in the table by now.
         """
         self.flush()
-        light = self.table.light()
         items = np.fromiter(wanted.keys(), np.int32, len(wanted))
-        hashes = pa.array(list(wanted.values()), pa.string())
-        source = pc.index_in(hashes, value_set=light["content_hash"].combine_chunks()).to_numpy()
-        part_of = light["part"].to_numpy()
-        first = np.searchsorted(part_of, np.arange(len(self.table.parts())))
-        for number, part in enumerate(self.table.parts()):
-            here = np.flatnonzero(part_of[source] == number)
+        sought = np.fromiter(map(digest, wanted.values()), DTYPE, len(wanted))
+        missing = np.ones(len(wanted), np.bool_)
+        for part in self.table.parts():
+            there = digests(pq.read_table(part, columns=["content_hash"])["content_hash"])
+            order = np.argsort(there)
+            source = np.searchsorted(there, sought, sorter=order).clip(max=len(there) - 1)
+            here = np.flatnonzero(missing & (there[order[source]] == sought))
             if not len(here):
                 continue
+            missing[here] = False
             rows = pq.read_table(part)
             most = max(1, min(ROWS_PER_PART, BYTES_PER_PART * len(rows) // rows.nbytes))
             for start in range(0, len(here), most):
                 chosen = here[start : start + most]
                 chosen = chosen[np.argsort(items[chosen])]
-                made = rows.take(source[chosen] - first[number])
+                made = rows.take(order[source[chosen]])
                 item = pa.array(items[chosen])
                 made = made.set_column(0, made.schema.field(0), item)
                 ids = self._item_ids.take(item).combine_chunks()
                 self._append(made.set_column(1, made.schema.field(1), ids))
+        assert not missing.any()
         self._stale[items] = False
         return len(wanted)
 
@@ -211,7 +210,7 @@ class Ledger:
 
     def _drop_stale(self) -> None:
         """Remove the rows of items whose content is gone or has another row by now."""
-        light = self.table.light()
+        light = self.table.light(["item"])
         item = light["item"].to_numpy()
         last = np.full(len(self._item_ids), -1)
         last[item] = np.arange(len(item))
@@ -244,10 +243,3 @@ class Ledger:
             self._append(whole.replace_schema_metadata(None).sort_by("item").combine_chunks())
             for number in group:
                 parts[number].unlink()
-
-
-def _hashes(column: pa.ChunkedArray) -> npt.NDArray[np.bytes_]:
-    """Content hashes as (R,) fixed bytes; what another program wrote there is no content's."""
-    digits = pc.if_else(pc.equal(pc.binary_length(column), _DIGITS), column, "0" * _DIGITS)
-    fixed = digits.cast(pa.binary()).cast(pa.binary(_DIGITS)).combine_chunks()
-    return np.frombuffer(fixed.buffers()[1], f"S{_DIGITS}", len(fixed), fixed.offset * _DIGITS)

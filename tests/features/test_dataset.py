@@ -5,11 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from features.dataset import load_dataset, load_items, parquet_sql, quoted
+from features import dataset
+from features.dataset import load_dataset, load_items, parquet_sql, quoted, stream_items
 from features.errors import UserError
 from features.files import write_json, write_table
 from features.schema import INTERACTIONS, ITEMS
@@ -101,6 +103,31 @@ def test_items_come_in_their_order(warehouse: Warehouse) -> None:
     table = load_items(warehouse, "mine", ["item_id", "text"])
     assert table.column_names == ["item_id", "text"]
     assert table["text"].to_pylist() == ["text 0", "text 1", "text 2", "text 3"]
+
+
+@pytest.mark.parametrize("sizes", [(7,), (3, 4), (0, 7)])
+@pytest.mark.parametrize("order", ["in order", "parts swapped", "rows swapped"])
+def test_items_pass_by_in_their_order(
+    warehouse: Warehouse, monkeypatch: pytest.MonkeyPatch, sizes: tuple[int, ...], order: str
+) -> None:
+    info = _write(warehouse, [[0, 1, 2, 3, 4, 5, 6]], 7)
+    folder = warehouse.dataset_dir(info.name) / "items"
+    (old,) = folder.glob("*.parquet")
+    whole = pq.read_table(old).sort_by("item")
+    old.unlink()
+    starts = np.cumsum([0, *sizes])
+    parts = [whole.slice(start, size) for start, size in zip(starts, sizes, strict=False)]
+    if order == "rows swapped":
+        parts[-1] = parts[-1].take([1, 0, *range(2, sizes[-1])])
+    names = range(len(parts))[:: -1 if order == "parts swapped" else 1]
+    for name, part in zip(names, parts, strict=True):
+        write_table(folder / f"part-{name}.parquet", part)
+    if order == "in order":
+        monkeypatch.delattr(dataset, "load_items")  # no need to hold them all
+    batches = list(stream_items(warehouse, info.name, ["item_id"], rows=2))
+    assert max(map(len, batches)) == 2
+    found = [one for batch in batches for one in batch["item_id"].to_pylist()]
+    assert found == whole["item_id"].to_pylist()
 
 
 @pytest.mark.parametrize("change", [{"interactions": 11}, {"users": 3}])

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from huggingface_hub import constants
@@ -232,14 +231,6 @@ def test_a_kill_between_new_and_stale_rows_leaves_one_row_an_item(
         Batch(images=[watched.image(decode_image((raw / "1.png").read_bytes()))])
     )
     assert np.abs(read(tiny, "image").vectors[1] - expected[0]).max() < 1e-3
-
-
-def test_hashes_are_found_among_chunks_and_none_are_made_up() -> None:
-    known = [f"{number:032x}" for number in (7, 1, 255)]
-    chunks = [pa.array(["?", *known[:2]]).slice(1), pa.array([known[2], "short"])]
-    found = ledger._hashes(pa.chunked_array(chunks))
-    assert found.tolist() == [*(one.encode() for one in known), b"0" * 32]
-    assert ledger._hashes(pa.chunked_array([], pa.string())).tolist() == []
 
 
 def test_twin_rows_of_a_kill_while_joining_go(tiny: Warehouse, watched: Watched) -> None:

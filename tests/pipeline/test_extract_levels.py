@@ -190,8 +190,10 @@ def test_rows_of_another_length_than_they_say_are_refused(
     run(tiny, text="watched", level="tokens")
     plain = FeatureTable.light
 
-    def wrong(self: FeatureTable) -> Any:
-        light = plain(self)
+    def wrong(self: FeatureTable, columns: list[str]) -> Any:
+        light = plain(self, columns)
+        if "n_tokens" not in columns:
+            return light
         column = light.schema.get_field_index("n_tokens")
         longer = pa.array([n + 1 for n in light["n_tokens"].to_pylist()], pa.int32())
         return light.set_column(column, light.schema.field(column), longer)

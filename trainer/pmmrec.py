@@ -25,6 +25,7 @@ from features.errors import UserError, unknown
 from trainer.checks import check_heads, check_positive, check_probability
 from trainer.contrastive import log_popularity, own_items
 from trainer.data import Batch, ItemFeatures, Sequences, WindowPlan
+from trainer.distributed import first_row, gather_ids, gather_rows
 from trainer.fusion import FusionConfig, MergeAttention, Tokens, fill, masked_mean
 from trainer.pmmrec_losses import (
     ALIGNMENTS,
@@ -211,11 +212,12 @@ class PMMRec(Recommender):
         vector_KD, modalities = self.item_tower(_tokens(item_K, batch.features))
         vector_KD = self._scored(vector_KD)
         predicts_BL = valid_BL[:, 1:]
+        begin = first_row(len(item_K), item_K.device)
         at = Positions(
-            item_K=item_K,
-            count_K=torch.bincount(place_BL[valid_BL], minlength=len(item_K)),
-            anchor_M=place_BL[:, :-1][predicts_BL],
-            next_M=place_BL[:, 1:][predicts_BL],
+            item_C=gather_ids(item_K),
+            count_C=gather_ids(torch.bincount(place_BL[valid_BL], minlength=len(item_K))),
+            anchor_M=begin + place_BL[:, :-1][predicts_BL],
+            next_M=begin + place_BL[:, 1:][predicts_BL],
             own_UJ=own_items(batch),
             owner_M=predicts_BL.nonzero()[:, 0],
         )
@@ -227,15 +229,15 @@ class PMMRec(Recommender):
             popularity_N = log_popularity(batch.train.counts_N) if config.debias else None
             losses["dap"] = dap(
                 self._scored(state_BLD[predicts_BL]),
-                vector_KD,
+                gather_rows(vector_KD),
                 at,
                 scale=1 / config.temperature,
-                log_popularity_K=None if popularity_N is None else popularity_N[item_K],
+                log_popularity_C=None if popularity_N is None else popularity_N[at.item_C],
             )
         if config.align != "none":
             losses[config.align] = align(
                 config.align,
-                modalities,
+                [(gather_rows(x_KD), gather_ids(there_K)) for x_KD, there_K in modalities],
                 at,
                 scale=1 / config.align_temperature,
                 literal=config.align_literal,

@@ -5,8 +5,11 @@ counts that often, as in a softmax over slots, which the equations write. What i
 a position is what its user has interacted with (the paper: "all the items in the batch except the
 interacted items of the current user").
 
-Legend: B sequences, L slots, K distinct items of the batch, M positions that have a next item,
-U users, J items of a user, D width.
+Where several processes train together, columns are those of all of them, and every mean is the
+share of the mean over all rows, see :mod:`trainer.distributed`.
+
+Legend: B sequences, L slots, K distinct items of the batch, C those of all processes' batches,
+M positions that have a next item, U users, J items of a user, D width.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from trainer.contrastive import in_batch
+from trainer.distributed import first_row, gather_ids, gather_rows, mean_rows
 
 ALIGNMENTS = ("vcl", "icl", "ncl", "nicl")
 UNCHANGED, SHUFFLED, REPLACED = range(3)
@@ -26,14 +30,14 @@ UNCHANGED, SHUFFLED, REPLACED = range(3)
 class Positions:
     """The positions of a batch that predict, and what may be a negative of each."""
 
-    item_K: Tensor
-    """(K,) int64, the ids of the batch's items."""
-    count_K: Tensor
-    """(K,) in how many slots each stands."""
+    item_C: Tensor
+    """(C,) int64, the ids of the items."""
+    count_C: Tensor
+    """(C,) in how many slots each stands."""
     anchor_M: Tensor
-    """(M,) int64 in [0, K), the item at each position."""
+    """(M,) int64 in [0, C), the item at each position."""
     next_M: Tensor
-    """(M,) int64 in [0, K), the item after it."""
+    """(M,) int64 in [0, C), the item after it."""
     own_UJ: Tensor
     """(U, J) int64, ids of the items of each user, padded with -1."""
     owner_M: Tensor
@@ -42,33 +46,34 @@ class Positions:
 
 def dap(
     query_MD: Tensor,
-    item_KD: Tensor,
+    item_CD: Tensor,
     at: Positions,
     *,
     scale: float = 1.0,
-    log_popularity_K: Tensor | None = None,
+    log_popularity_C: Tensor | None = None,
 ) -> Tensor:
     """Dense auto-regressive prediction, Eq. 5: the next item of each position among the batch's.
 
     Args:
         query_MD: (M, D) states of the user encoder.
-        item_KD: (K, D) item vectors.
+        item_CD: (C, D) item vectors.
         at: Which positions these are.
         scale: Factor on inner products; the equation has none.
-        log_popularity_K: (K,) subtracted from scores, because popular items are drawn oftener: in
+        log_popularity_C: (C,) subtracted from scores, because popular items are drawn oftener: in
             the released code, not in the equation.
     """
-    return in_batch(
+    loss = in_batch(
         query_MD,
-        item_KD,
+        item_CD,
         at.next_M,
         scale=scale,
-        label_C=at.item_K,
+        label_C=at.item_C,
         own_UJ=at.own_UJ,
         owner_M=at.owner_M,
-        correction_C=log_popularity_K,
-        count_C=at.count_K,
+        correction_C=log_popularity_C,
+        count_C=at.count_C,
     )
+    return joint(loss, query_MD)
 
 
 def align(
@@ -96,7 +101,7 @@ def align(
 
     Args:
         kind: One of ``ALIGNMENTS``.
-        modalities: For each, (K, D) vectors of the batch's items, and (K,) bool which have it.
+        modalities: For each, (C, D) vectors of the batch's items, and (C,) bool which have it.
         at: The positions that are anchors.
         scale: 1 / temperature; the equations have 1.
         literal: The denominator of Eq. 8 to the letter, which lacks the positives of the next
@@ -107,31 +112,31 @@ def align(
     """
     assert kind in ALIGNMENTS
     intra, following = kind in ("icl", "nicl"), kind in ("ncl", "nicl")
-    units = [functional.normalize(x_KD, dim=-1) for x_KD, _ in modalities]
-    held = [there_K for _, there_K in modalities]
-    K, losses = len(at.item_K), []
+    units = [functional.normalize(x_CD, dim=-1) for x_CD, _ in modalities]
+    held = [there_C for _, there_C in modalities]
+    C, losses = len(at.item_C), []
     for a, b in ((a, b) for a in range(len(units)) for b in range(len(units)) if a != b):
         chosen_M = (held[a] & held[b])[at.anchor_M]
         anchor_M, next_M = at.anchor_M[chosen_M], at.next_M[chosen_M]
-        positives, keys, counts = [anchor_M], [units[b]], [at.count_K * held[b]]
+        positives, keys, counts = [anchor_M], [units[b]], [at.count_C * held[b]]
         if following:
             positives.append(torch.where(held[b][next_M], next_M, -1))
-            positives.append(torch.where(held[a][next_M], K + next_M, -1))
+            positives.append(torch.where(held[a][next_M], C + next_M, -1))
         if intra or following:
             keys.append(units[a])
-            counts.append(at.count_K * held[a] * intra)
+            counts.append(at.count_C * held[a] * intra)
         loss = in_batch(
             functional.embedding(anchor_M, units[a]),
             torch.cat(keys),
             torch.stack(positives, dim=1),
             scale=scale,
-            label_C=at.item_K.repeat(len(keys)),
+            label_C=at.item_C.repeat(len(keys)),
             own_UJ=at.own_UJ,
             owner_M=at.owner_M[chosen_M],
             count_C=torch.cat(counts),
             counted=1 if literal else None,
         )
-        losses.append(loss)
+        losses.append(joint(loss, anchor_M))
     return torch.stack(losses).mean()
 
 
@@ -196,7 +201,8 @@ def nid(logits_M3: Tensor, fate_M: Tensor, *, relu: bool = False) -> Tensor:
         fate_M: (M,) int64, what :func:`corrupt` did to it.
         relu: Clip the logits before the softmax: as near to the equation as can be trained.
     """
-    return functional.cross_entropy(logits_M3.relu() if relu else logits_M3, fate_M)
+    loss = functional.cross_entropy(logits_M3.relu() if relu else logits_M3, fate_M)
+    return joint(loss, logits_M3)
 
 
 def rcl(clean_BD: Tensor, noisy_BD: Tensor, user_B: Tensor, *, scale: float) -> Tensor:
@@ -208,8 +214,15 @@ def rcl(clean_BD: Tensor, noisy_BD: Tensor, user_B: Tensor, *, scale: float) -> 
         user_B: (B,) int64, at least 0: sequences of the same user are no negatives of each other.
         scale: Factor on inner products; the equation has 1.
     """
-    rows_B = torch.arange(len(user_B), device=user_B.device)
-    return in_batch(clean_BD, noisy_BD, rows_B, scale=scale, label_C=user_B)
+    begin = first_row(len(user_B), user_B.device)
+    loss = in_batch(
+        clean_BD,
+        gather_rows(noisy_BD),
+        torch.arange(begin, begin + len(user_B), device=user_B.device),
+        scale=scale,
+        label_C=gather_ids(user_B),
+    )
+    return joint(loss, user_B)
 
 
 def pool(state_BLD: Tensor, lengths_B: Tensor, how: str) -> Tensor:
@@ -226,6 +239,12 @@ def pool(state_BLD: Tensor, lengths_B: Tensor, how: str) -> Tensor:
     else:
         weight_BL = (column_L < lengths_B[:, None]) / lengths_B[:, None]
     return (state_BLD * weight_BL[..., None]).sum(1)
+
+
+def joint(loss: Tensor, rows: Tensor) -> Tensor:
+    """Turn a mean over this process's rows into its share of the mean over all processes'."""
+    mean = mean_rows(len(rows), rows.device)
+    return loss if len(rows) == mean else loss * (len(rows) / mean)
 
 
 def total(losses: Mapping[str, Tensor]) -> dict[str, Tensor]:

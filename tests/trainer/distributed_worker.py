@@ -6,14 +6,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from tests.trainer import worlds
+from trainer.alignment import AlignConfig, Alignment
 from trainer.config import TrainConfig
 from trainer.distributed import first_row, gather_rows, joined, mean_rows, rank, ranks
 from trainer.loop import fit
+from trainer.mmsrec import MMSRec, MMSRecConfig
 from trainer.models import MODELS
 from trainer.recommender import Catalogue
 from trainer.tasks import NextItem
@@ -21,7 +24,13 @@ from trainer.tasks import NextItem
 N = 12
 SMALL: dict[str, Any] = {"dim": 8, "heads": 2, "hidden": 16, "length": 5, "dropout": 0.0}
 # Without masks and dropout nothing is drawn: what is left depends on the rows alone.
-MORE: dict[str, dict[str, Any]] = {"sasrec": {}, "mmsrec": {"mask_ratio": 0, "embed_dropout": 0}}
+MORE: dict[str, dict[str, Any]] = {
+    "sasrec": {},
+    "mmsrec": {"mask_ratio": 0, "embed_dropout": 0},
+    "pmmrec": {
+        "fusion_heads": 2, "align": "nicl", "nid": True, "rcl": True, "shuffle": 0, "replace": 0,
+    },
+}  # fmt: skip
 LOOP: dict[str, Any] = {"epochs": 2, "batch_size": 15, "device": "cpu"}
 
 
@@ -57,6 +66,22 @@ def next_item(name: str) -> Callable[[Path], dict[str, Tensor]]:
     return train
 
 
+def aligned(folder: Path) -> dict[str, Tensor]:
+    """Align modalities: every process's items are negatives of every other's."""
+    features = worlds.features(40)
+    torch.manual_seed(rank())
+    catalogue = Catalogue(n_items=40, widths=features.widths)
+    model = MMSRec(MMSRecConfig(**SMALL, **MORE["mmsrec"]), catalogue)
+    place = np.arange(40) % 5
+    splits = {"validation": place == 0, "test": place == 1}
+    task = Alignment(model, features, splits, AlignConfig())
+    config = TrainConfig(**{**LOOP, "monitor": "MRR"})
+    mine = folder / f"aligned-{rank()}"
+    mine.mkdir()
+    fit(task, config, mine, {}, on_epoch=lambda row: None, on_tick=lambda tick: None)
+    return model.state_dict()
+
+
 def gathered(folder: Path) -> dict[str, Tensor]:
     """A loss over all rows of both processes: its value and the gradient of a shared weight."""
     x_MD = torch.arange(10.0).view(5, 2).div(10)
@@ -79,6 +104,8 @@ def gathered(folder: Path) -> dict[str, Tensor]:
 CASES: dict[str, Callable[[Path], dict[str, Tensor]]] = {
     "sasrec": next_item("sasrec"),
     "mmsrec": next_item("mmsrec"),
+    "pmmrec": next_item("pmmrec"),
+    "aligned": aligned,
     "gathered": gathered,
 }
 

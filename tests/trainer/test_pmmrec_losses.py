@@ -40,8 +40,8 @@ def positions(rows: list[list[int]], more: list[set[int]]) -> Positions:
     width = max(map(len, own))
     flat = [item for row in rows for item in row]
     return Positions(
-        item_K=item_K,
-        count_K=torch.tensor([flat.count(item) for item in item_K.tolist()]),
+        item_C=item_K,
+        count_C=torch.tensor([flat.count(item) for item in item_K.tolist()]),
         anchor_M=torch.tensor([place[item] for row in rows for item in row[:-1]]),
         next_M=torch.tensor([place[item] for row in rows for item in row[1:]]),
         own_UJ=torch.tensor([row + [-1] * (width - len(row)) for row in own]),
@@ -78,19 +78,19 @@ def test_dap_is_equation_5(
     e_ND = torch.randn(N, D, generator=generator, dtype=torch.float64)
     h_MD = torch.randn(len(at.next_M), D, generator=generator, dtype=torch.float64)
     log_p = torch.rand(N, generator=generator, dtype=torch.float64).log()
-    theirs = [h_MD.requires_grad_(), e_ND[at.item_K].requires_grad_()]
-    place = {item: k for k, item in enumerate(at.item_K.tolist())}
+    theirs = [h_MD.requires_grad_(), e_ND[at.item_C].requires_grad_()]
+    place = {item: k for k, item in enumerate(at.item_C.tolist())}
     expected, m = torch.zeros((), dtype=torch.float64), 0
     for u, row in enumerate(rows):
         for following in row[1:]:
-            scores = theirs[1] @ h_MD[m] - (log_p[at.item_K] if corrected else 0)
+            scores = theirs[1] @ h_MD[m] - (log_p[at.item_C] if corrected else 0)
             others = scores[[place[item] for item in negatives(rows, more, u)]].exp().sum()
             positive = scores[place[following]].exp()
             expected = expected - (positive / (positive + others)).log()
             m += 1
     (expected / m).backward()
     mine = [x.detach().to(dtype).requires_grad_() for x in theirs]
-    loss = dap(mine[0], mine[1], at, log_popularity_K=log_p[at.item_K] if corrected else None)
+    loss = dap(mine[0], mine[1], at, log_popularity_C=log_p[at.item_C] if corrected else None)
     loss.backward()
     close(loss, expected / m, dtype)
     gradients_close(mine, theirs, dtype)
@@ -139,8 +139,8 @@ def test_alignments_are_equations_6_to_9(
         return torch.stack(found).mean() if found else torch.zeros((), dtype=torch.float64)
 
     expected = (one_way(0, 1) + one_way(1, 0)) / 2
-    mine = [x.detach()[at.item_K].to(dtype).requires_grad_() for x in (t_ND, v_ND)]
-    modalities = [(x, has[at.item_K]) for x, has in zip(mine, there, strict=True)]
+    mine = [x.detach()[at.item_C].to(dtype).requires_grad_() for x in (t_ND, v_ND)]
+    modalities = [(x, has[at.item_C]) for x, has in zip(mine, there, strict=True)]
     loss = align(kind, modalities, at, scale=scale, literal=literal)
     close(loss, expected, dtype)
     if expected.requires_grad:
@@ -151,7 +151,7 @@ def test_alignments_are_equations_6_to_9(
             assert other.grad is not None
             # Normalising divides by the length, which may be small.
             short = float(one.detach().norm(dim=1).min().clamp_max(1))
-            close(one.grad * short, other.grad[at.item_K] * short, dtype)
+            close(one.grad * short, other.grad[at.item_C] * short, dtype)
 
 
 def test_the_literal_denominator_lets_the_loss_go_below_zero() -> None:

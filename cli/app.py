@@ -6,7 +6,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from cli import data, demo, doctor, grid, learn, query
+from cli import data, demo, doctor, grid, learn, pretrain, query
 from cli.show import say
 from features.errors import UserError
 
@@ -52,6 +52,7 @@ app.command("backbones")(data.backbones)
 app.command("extract")(data.extract)
 app.command("models")(learn.models)
 app.command("train")(learn.train)
+app.command("pretrain")(pretrain.pretrain)
 app.command("eval")(learn.evaluate)
 app.command("grid")(grid.grid)
 app.command("sql")(query.sql)
@@ -65,3 +66,7 @@ def main() -> None:
     # must be said before torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     app()
+
+
+if __name__ == "__main__":  # torchrun --nproc-per-node 2 -m cli.app train ...
+    main()

@@ -1,6 +1,6 @@
 """``mmrec demo``: the whole way on a small dataset of its own, offline."""
 
-from cli import data, learn, show
+from cli import data, learn, show, training
 from cli.options import JsonOption, WarehouseOption
 from features.warehouse import Warehouse
 
@@ -29,7 +29,7 @@ def demo(json: JsonOption = False, warehouse: WarehouseOption = None) -> None:
         features = ["image", "text"] if model == "mmsrec" else None
         run = start_run(house, model, "demo", features=features, settings=settings)
         show.say(f"3. train: {model}")
-        watching = learn.TrainWatch()
+        watching = training.TrainWatch()
         try:
             ended = train(run, on_tick=watching)
         finally:

@@ -115,13 +115,23 @@ def build(
     settings: Sequence[str],
     defaults: Mapping[str, Any] | None = None,
 ) -> tuple[TrainConfig, Any]:
-    """Make both configurations from defaults, a TOML file and ``--set``, the last one winning.
+    """Make the configurations of the loop and of a recommender, see :func:`build_all`."""
+    train, model = build_all([TrainConfig, model_config], file, settings, defaults)
+    return train, model
 
-    Keys of the loop and of the recommender share one flat space, in the file (or in its tables
-    ``[train]`` and ``[model]``) and in ``--set``.
+
+def build_all(
+    classes: Sequence[type[Any]],
+    file: Path | None,
+    settings: Sequence[str],
+    defaults: Mapping[str, Any] | None = None,
+) -> list[Any]:
+    """Make configurations from defaults, a TOML file and ``--set``, the last one winning.
+
+    Their keys share one flat space, in the file (whatever its tables) and in ``--set``.
 
     Args:
-        model_config: The recommender's configuration class.
+        classes: The configuration classes; no two have a key in common.
         file: A TOML file, such as the ``config.toml`` of a run.
         settings: ``key=value`` pairs.
         defaults: Values that take the place of the classes' own.
@@ -132,7 +142,7 @@ def build(
     """
     values = {**(defaults or {}), **(_read(file) if file is not None else {})}
     try:
-        return _build(model_config, values, settings)
+        return _build(classes, values, settings)
     except UserError as error:
         if file is None:
             raise
@@ -141,9 +151,9 @@ def build(
 
 
 def _build(
-    model_config: type[Any], values: dict[str, Any], settings: Sequence[str]
-) -> tuple[TrainConfig, Any]:
-    kinds = {field.name: field.type for field in (*fields(TrainConfig), *fields(model_config))}
+    classes: Sequence[type[Any]], values: dict[str, Any], settings: Sequence[str]
+) -> list[Any]:
+    kinds: dict[str, Any] = {field.name: field.type for one in classes for field in fields(one)}
     pairs = parse_settings(settings)
     for key in (*values, *pairs):
         if key not in kinds:
@@ -155,16 +165,17 @@ def _build(
             values[key] = float(value) if abs(value) < 2**53 else math.inf  # refused by its range
         elif type(value) is not kinds[key]:
             raise UserError(f"{key}={value!r} must be {_KINDS[kinds[key]]}")
-    mine = {field.name for field in fields(TrainConfig)}
-    return (
-        TrainConfig(**{key: value for key, value in values.items() if key in mine}),
-        model_config(**{key: value for key, value in values.items() if key not in mine}),
-    )
+    found = []
+    for one in classes:
+        known = {field.name for field in fields(one)}
+        found.append(one(**{key: value for key, value in values.items() if key in known}))
+    return found
 
 
-def documents(train: TrainConfig, model: Any) -> dict[str, Any]:
-    """The tables ``[train]`` and ``[model]`` of a run's ``config.toml``."""
-    return {"train": asdict(train), "model": asdict(model)}
+def documents(train: TrainConfig, model: Any, *more: Any) -> dict[str, Any]:
+    """The tables ``[train]``, ``[model]`` and ``[pretrain]`` of a run's ``config.toml``."""
+    found = {"train": asdict(train), "model": asdict(model)}
+    return found | ({"pretrain": asdict(more[0])} if more else {})
 
 
 _KINDS: dict[Any, str] = {

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from features.dataset import Dataset, Held, load_items, load_user_ids
+from features.errors import UserError
 from features.files import write_table
 from features.schema import PREDICTIONS
 from features.splits import COLD_BELOW
@@ -21,8 +22,10 @@ from retrieval.indexes import rank_with
 from retrieval.metrics import per_user
 from retrieval.ranking import Ranks
 from retrieval.significance import bootstrap
+from trainer.alignment import Alignment
 from trainer.checkpoint import load_weights
 from trainer.folder import replace_metrics, run_lock
+from trainer.pretrain import STAGE
 from trainer.run import OpenRun
 from trainer.scoring import encode, popularity_ranks, seen_by, targets_of
 
@@ -65,9 +68,16 @@ def evaluate(
 
     Raises:
         UserError: The checkpoint is absent or was written for something else, or the run is being
-            trained or evaluated by another process.
+            trained or evaluated by another process, or it is a pre-training.
         ValueError: The index is not known.
     """
+    if run.stage == STAGE:
+        aligned = isinstance(run.task, Alignment)
+        also = ", or see mmrec eval --protocol retrieval" if aligned else ""
+        raise UserError(
+            f"run {run.folder.name!r} is a pre-training and recommends nothing; start one from it:"
+            f" mmrec train --model {run.model_name} --init {run.folder.name}{also}"
+        )
     with run_lock(run.folder):
         return _evaluate(warehouse, run, index, on_stage)
 

@@ -12,7 +12,7 @@ instead of one sample for each prefix.
 Legend: B batch, L sequence length, N items, C modalities, D width, M predicted positions, T = L*C.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -171,6 +171,69 @@ class MMSRec(Recommender):
         loss = full_softmax(query_MD, item_ND, items_BL[chosen_BL], 1 / self.config.temperature)
         return {"loss": loss}
 
+    @property
+    def temperature(self) -> float:
+        """Divides cosines, in both stages."""
+        return self.config.temperature
+
+    @property
+    def unaligned(self) -> tuple[str, ...]:
+        """Parameters that encoding items by some of their modalities never reads."""
+        return ("mask",) if self.config.missing == "drop" else ()
+
+    def encode_views(
+        self, items_K: Tensor, views: Sequence[tuple[Sequence[str], Tensor]], features: ItemFeatures
+    ) -> list[Tensor]:
+        """Encode items, each as a sequence of its own, from some of their modalities.
+
+        What depends on an item alone is computed once for all views; views with the same number of
+        tokens go through the transformer together.
+
+        Args:
+            items_K: (K,) int64.
+            views: Of each, the modalities it may look at, and (M,) which of the K items it encodes:
+                each must have one of these modalities.
+            features: Of the whole catalogue.
+
+        Returns:
+            For each view (M, D), of length 1.
+        """
+        names = list(self.inputs)
+        here = self.position.weight[0]
+        embedded, hidden = {}, self.norm(self.mask + here + self.modality.weight)
+        for c, name in enumerate(names):
+            x_KD = self.inputs[name](features.vectors[name][items_K])
+            embedded[name] = self.norm(x_KD + here + self.modality.weight[c])
+        as_mask = self.config.missing == "mask"
+        found: dict[int, Tensor] = {}
+        for count in sorted({len(names) if as_mask else len(view) for view, _ in views}):
+            of_count = [
+                number
+                for number, (view, _) in enumerate(views)
+                if (len(names) if as_mask else len(view)) == count
+            ]
+            tokens, exists, heads = [], [], []
+            for number in of_count:
+                view, rows_M = views[number]
+                taken = names if as_mask else [name for name in names if name in view]
+                there_MC = torch.stack(
+                    [features.present[n][items_K[rows_M]] & (n in view) for n in taken], dim=1
+                )
+                x_MCD = torch.stack([embedded[name][rows_M] for name in taken], dim=1)
+                if as_mask:
+                    x_MCD = torch.where(there_MC[..., None], x_MCD, hidden)
+                    there_MC = torch.ones_like(there_MC)
+                tokens.append(x_MCD)
+                exists.append(there_MC)
+                heads.append(taken)
+            x_MCD, exists_MC = torch.cat(tokens), torch.cat(exists)
+            x_MCD = dropout(x_MCD, self.config.embed_dropout, self.training)
+            keys_MC = None if bool(exists_MC.all()) else exists_MC
+            states = self.transformer(x_MCD, keys_MC).split([len(part) for part in tokens])
+            for number, state, there, taken in zip(of_count, states, exists, heads, strict=True):
+                found[number] = functional.normalize(self._pool(state, there, taken), dim=-1)
+        return [found[number] for number in range(len(views))]
+
     def _encode_alone(self, item_B: Tensor, features: ItemFeatures) -> Tensor:
         one_B = torch.ones_like(item_B)
         tokens = self._tokens(Sequences(items_BL=item_B[:, None], lengths_B=one_B), features)
@@ -210,9 +273,12 @@ class MMSRec(Recommender):
         keys_BT = None if bool(exists_BLC.all()) else exists_BLC.view(B, L * C)
         hidden_BTD = self.transformer(tokens_BLCD.view(B, L * C, D), keys_BT)
         hidden_MCD = hidden_BTD.view(B, L, C, D)[at_BL]
-        exists_MC = exists_BLC[at_BL]
+        return self._pool(hidden_MCD, exists_BLC[at_BL], list(self.outputs))
+
+    def _pool(self, hidden_MCD: Tensor, exists_MC: Tensor, names: list[str]) -> Tensor:
+        """Each modality's own head, then the largest over those that exist: (M, D)."""
         heads_MCD = torch.stack(
-            [self.outputs[name](hidden_MCD[:, c]) for c, name in enumerate(self.outputs)], dim=1
+            [self.outputs[name](hidden_MCD[:, c]) for c, name in enumerate(names)], dim=1
         )
         lowest = torch.finfo(heads_MCD.dtype).min
         return heads_MCD.masked_fill(~exists_MC[..., None], lowest).amax(1)

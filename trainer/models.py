@@ -8,6 +8,16 @@ from features.errors import unknown
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Pretrain:
+    """How a recommender is pre-trained by ``mmrec pretrain``."""
+
+    kind: str
+    """``items``: the modalities of items, one by one; ``windows``: training histories."""
+    settings: Mapping[str, Any]
+    """Settings of the loop and the recommender whose defaults differ there."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Model:
     """One recommender: what it is, and how to load its classes when they are needed."""
 
@@ -19,6 +29,8 @@ class Model:
     """Settings of the loop whose defaults differ for this recommender."""
     reads_tokens: bool = False
     """Whether it can learn from tables of tokens, not only from pooled vectors."""
+    pretrain: Pretrain | None = None
+    """``None``: it has no pre-training."""
 
 
 def _sasrec() -> tuple[Any, Any]:
@@ -65,6 +77,17 @@ MODELS: dict[str, Model] = {
         load=_mmsrec,
         # Each step encodes the catalogue once, whatever the batch: larger ones pay.
         train={"batch_size": 256},
+        # As published: lr=5e-5 batch_size=48000 epochs=15, for 10 million items.
+        pretrain=Pretrain(
+            kind="items",
+            settings={
+                "lr": 5e-4,
+                "batch_size": 1024,
+                "epochs": 50,
+                "schedule": "exponential",
+                "monitor": "MRR",
+            },
+        ),
     ),
     "idsr": Model(
         summary="item ids; sequence tower and loss as in mmsr, to compare with",
@@ -85,6 +108,7 @@ MODELS: dict[str, Model] = {
         load=_pmmrec,
         train={},
         reads_tokens=True,
+        pretrain=Pretrain(kind="windows", settings={"align": "nicl", "nid": True, "rcl": True}),
     ),
 }
 

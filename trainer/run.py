@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,16 +14,18 @@ import torch
 from features.dataset import load_dataset
 from features.errors import UserError
 from features.files import write_text
-from features.store import FeatureStore
 from features.warehouse import Warehouse
-from trainer.config import TrainConfig, build, documents
+from trainer.config import TrainConfig, build_all, documents
 from trainer.data import TrainingData
+from trainer.distributed import rank
 from trainer.folder import check_run_name, claimed, read_about, record, run_lock
-from trainer.inputs import choose_device, choose_tables, load_features
+from trainer.inputs import choose_device
 from trainer.loop import Tick, fit
 from trainer.models import find_model
+from trainer.pretrain import STAGE, check_pretrains, pretrain_config, pretrain_task
 from trainer.recommender import Catalogue, Recommender
-from trainer.tasks import NextItem, check_trainable
+from trainer.sources import choose_labels, fingerprint_of, load_source
+from trainer.tasks import NextItem, Task, check_trainable
 from trainer.transfer import FULL, Taken, check_transfer, take_weights
 
 
@@ -35,9 +38,13 @@ class OpenRun:
     model_name: str
     tables: list[str]
     """``modality=backbone`` of each feature table."""
+    stage: str
+    """``pretrain``, or empty: the run recommends."""
     config: TrainConfig
     model: Recommender
     data: TrainingData
+    task: Task[Any]
+    """What it does in an epoch."""
     identity: dict[str, Any]
     """What a checkpoint of this run is for."""
     parameters: int
@@ -66,8 +73,9 @@ class TrainReport:
 def start_run(
     warehouse: Warehouse,
     model: str,
-    dataset: str,
+    dataset: str | Sequence[str],
     *,
+    stage: str = "",
     features: Sequence[str] | None = None,
     file: Path | None = None,
     settings: Sequence[str] = (),
@@ -83,7 +91,8 @@ def start_run(
     Args:
         warehouse: Where the data are and the run goes.
         model: Name in ``trainer.models.MODELS``.
-        dataset: A prepared dataset.
+        dataset: A prepared dataset; for a pre-training also several.
+        stage: ``pretrain``, or empty.
         features: Feature tables, see :func:`trainer.inputs.choose_tables`.
         file: TOML file with settings.
         settings: ``key=value`` pairs.
@@ -97,16 +106,20 @@ def start_run(
     entry = find_model(model)
     if name is not None:
         check_run_name(name)
-    warehouse.info(dataset)
-    config_class, recommender = entry.load()
+    names = [dataset] if isinstance(dataset, str) else list(dataset)
+    for one in names:
+        warehouse.info(one)
+        if names.count(one) > 1:
+            raise UserError(f"--dataset names {one!r} twice; name it once")
+    if stage == STAGE:
+        check_pretrains(model, entry)
+    _, recommender = entry.load()
     source = None if init is None else warehouse.choose_run(init)[0]
     check_transfer(transfer, recommender)
-    train, model_config = build(config_class, file, settings, entry.train)
+    configs = _configs(model, stage, file, settings)
     if features and not entry.needs_features:
         raise UserError(f"{model} learns from item ids alone; leave --features out")
-    tables = (
-        choose_tables(FeatureStore(warehouse), dataset, features) if entry.needs_features else []
-    )
+    tables = choose_labels(warehouse, names, features) if entry.needs_features else []
     for table in tables:
         if table.level != "pooled" and not entry.reads_tokens:
             raise UserError(
@@ -115,8 +128,9 @@ def start_run(
             )
     labels = [table.label for table in tables]
     stamp = datetime.now(UTC)
-    with claimed(warehouse.runs_dir, name, stamp, f"{dataset[:60]}-{model}") as folder:
-        run = _open(warehouse, folder, model, dataset, labels, train, model_config)
+    what = f"{'+'.join(names)[:60]}-{model}" + (f"-{STAGE}" if stage == STAGE else "")
+    with claimed(warehouse.runs_dir, name, stamp, what) as folder:
+        run = _open(warehouse, folder, model, names, labels, stage, configs)
         if source is not None:
             taken = take_weights(source, model, run.model, run.identity, transfer)
             identity = {**run.identity, "init": taken.remembered()}
@@ -124,14 +138,16 @@ def start_run(
         document = {
             "run": {
                 "model": model,
-                "dataset": dataset,
+                "dataset": run.dataset,
                 "features": labels,
                 "created": stamp.isoformat(sep=" ", timespec="milliseconds").removesuffix("+00:00"),
                 "parameters": run.parameters,
                 "fingerprint": run.data.dataset.info.fingerprint,
+                **({"stage": stage} if stage else {}),
+                **({"sources": names} if len(names) > 1 else {}),
                 **({"init": run.taken.remembered()} if run.taken else {}),
             },
-            **documents(train, model_config),
+            **documents(*configs),
         }
         write_text(folder / "config.toml", tomli_w.dumps(document))
     return run
@@ -146,18 +162,19 @@ def open_run(warehouse: Warehouse, folder: Path) -> OpenRun:
     path = folder / "config.toml"
     about = read_about(path)
     model, dataset, labels = about["model"], about["dataset"], about["features"]
+    stage = about.get("stage", "")
     try:
-        config_class, _ = find_model(model).load()
+        find_model(model)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    train, model_config = build(config_class, path, ())
-    held = warehouse.info(dataset).fingerprint
-    if held != about["fingerprint"]:
+    configs = _configs(model, stage, path, ())
+    names = about.get("sources", [dataset])
+    if fingerprint_of(warehouse, names) != about["fingerprint"]:
         raise UserError(
             f"run {folder.name!r} was trained on another preparation of {dataset!r};"
             " prepare it as it was, or train again"
         )
-    run = _open(warehouse, folder, model, dataset, labels, train, model_config)
+    run = _open(warehouse, folder, model, names, labels, stage, configs)
     if "init" in about:  # a checkpoint is for where its training came from, too
         run = replace(run, identity={**run.identity, "init": about["init"]})
     return run
@@ -179,9 +196,9 @@ def train(
     """
     path = run.folder / "metrics.parquet"
     began = time.monotonic()
-    with run_lock(run.folder):
+    with run_lock(run.folder) if rank() == 0 else nullcontext():
         progress = fit(
-            NextItem(run.model, run.data),
+            run.task,
             run.config,
             run.folder,
             run.identity,
@@ -198,47 +215,58 @@ def train(
         device=str(run.data.device),
         epochs=progress.epoch,
         best_epoch=progress.best_epoch,
-        monitor=f"{run.config.monitor} on validation, {run.config.monitor_seen}",
+        monitor=f"{run.config.monitor} on {run.task.split(run.config)}",
         best=progress.best,
         seconds=time.monotonic() - began,
         finished=progress.finished,
     )
 
 
+def _configs(model: str, stage: str, file: Path | None, settings: Sequence[str]) -> tuple[Any, ...]:
+    """The settings of the loop, of the recommender, and of the alignment where there is one."""
+    entry = find_model(model)
+    config_class, _ = entry.load()
+    defaults, more = dict(entry.train), []
+    if stage == STAGE:
+        assert entry.pretrain is not None
+        defaults |= entry.pretrain.settings
+        more = pretrain_config(entry)
+    return tuple(build_all([TrainConfig, config_class, *more], file, settings, defaults))
+
+
 def _open(
     warehouse: Warehouse,
     folder: Path,
     model: str,
-    dataset: str,
+    datasets: list[str],
     labels: list[str],
-    train_config: TrainConfig,
-    model_config: Any,
+    stage: str,
+    configs: tuple[Any, ...],
 ) -> OpenRun:
+    train_config, model_config, *more = configs
     device = choose_device(train_config.device)
-    loaded = load_dataset(warehouse, dataset)
-    check_trainable(loaded)
-    tables = choose_tables(FeatureStore(warehouse), dataset, labels)
-    features, identities = load_features(tables, loaded.info, device)
+    if stage != STAGE:
+        check_trainable(load_dataset(warehouse, datasets[0]))
+    source = load_source(warehouse, datasets, labels, device)
     _, recommender = find_model(model).load()
     torch.manual_seed(train_config.seed)  # weights are drawn on the CPU: the same on any device
-    catalogue = Catalogue(n_items=loaded.info.items, widths=features.widths)
+    catalogue = Catalogue(n_items=source.dataset.info.items, widths=source.features.widths)
     module: Recommender = recommender(model_config, catalogue)
-    identity = {
-        "model": model,
-        "dataset": dataset,
-        "items": loaded.info.fingerprint,
-        "interactions": loaded.digest(),
-        "features": identities,
-        **documents(train_config, model_config),
-    }
+    module = module.to(device)
+    data = TrainingData(source.dataset, source.features, device)
+    task: Task[Any] = NextItem(module, data)
+    if stage == STAGE:
+        task = pretrain_task(warehouse, datasets, module, data, more)
     return OpenRun(
         folder=folder,
-        dataset=dataset,
+        dataset="+".join(datasets),
         model_name=model,
         tables=labels,
+        stage=stage,
         config=train_config,
-        model=module.to(device),
-        data=TrainingData(loaded, features, device),
-        identity=identity,
+        model=module,
+        data=data,
+        task=task,
+        identity={"model": model, **source.identity, **documents(*configs)},
         parameters=sum(parameter.numel() for parameter in module.parameters()),
     )

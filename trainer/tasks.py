@@ -72,6 +72,10 @@ class Task(ABC, Generic[B]):
         """Named scalars; ``loss`` is minimised."""
 
     @abstractmethod
+    def split(self, config: TrainConfig) -> str:
+        """What :meth:`validate` looks at, for reports."""
+
+    @abstractmethod
     def validate(self, config: TrainConfig) -> Validation:
         """Measure the model on what training never sees; test is not looked at.
 
@@ -109,6 +113,10 @@ class NextItem(Task[Batch]):
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """The recommender's own."""
         return self.model.loss(batch)
+
+    def split(self, config: TrainConfig) -> str:
+        """The validation split, and whether seen items are out of the ranking."""
+        return f"validation, {config.monitor_seen}"
 
     def validate(self, config: TrainConfig) -> Validation:
         """Full catalogue ranking of the validation targets, with and without seen items."""

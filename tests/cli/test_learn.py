@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from cli import learn
+from cli import training
 from cli.app import app
 from features.warehouse import Warehouse
 from tests.trainer import worlds
@@ -40,14 +40,14 @@ def house(warehouse: Warehouse) -> str:
 def test_an_interrupted_training_says_how_to_go_on(
     house: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    show = learn.TrainWatch.__call__
+    show = training.TrainWatch.__call__
 
-    def interrupt(self: learn.TrainWatch, tick: Any) -> None:
+    def interrupt(self: training.TrainWatch, tick: Any) -> None:
         show(self, tick)
         signal.raise_signal(signal.SIGINT)
 
     with monkeypatch.context() as patch:
-        patch.setattr(learn.TrainWatch, "__call__", interrupt)
+        patch.setattr(training.TrainWatch, "__call__", interrupt)
         train = ("train", "--model", "sasrec", "--name", "r", *SETS, "--warehouse", house, "--json")
         stopped = run(*train, code=130)
     assert not json.loads(stopped.stdout)["finished"]

@@ -1,0 +1,85 @@
+"""``mmrec pretrain`` and what follows: retrieval, and a training that starts from it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from typer.testing import CliRunner, Result
+
+from cli.app import app
+from features.warehouse import Warehouse
+from tests.trainer import worlds
+
+SMALL = ["dim=8", "heads=2", "hidden=8", "length=5", "epochs=2", "batch_size=16", "device=cpu"]
+SETS = [word for setting in SMALL for word in ("--set", setting)]
+
+
+def run(*words: str, code: int = 0) -> Result:
+    result = CliRunner().invoke(app, list(words))
+    assert result.exit_code == code, (words, result.output, result.exception)
+    return result
+
+
+def prepare(house: Warehouse, n_items: int) -> None:
+    world = worlds.cycles(n_items=n_items)
+    bounds = zip(world.offsets, world.offsets[1:], strict=False)
+    worlds.prepare(house, [world.items[a:b].tolist() for a, b in bounds], n_items)
+    worlds.extract(house, worlds.features(n_items))
+
+
+@pytest.mark.slow
+def test_from_items_to_recommendations(warehouse: Warehouse) -> None:
+    prepare(warehouse, 40)
+    here = ["--warehouse", str(warehouse.root)]
+    words = ["pretrain", "--model", "mmsrec", "--name", "p", *SETS, "--set", "holdout=0.2"]
+    said = run(*words, *here).stderr
+    assert "validated on validation: " in said
+    assert "start from it: mmrec train --model mmsrec --init p" in said
+
+    line = run("eval", "--run", "p", *here, code=2).stderr.splitlines()[-1]
+    assert line.startswith("error: run 'p' is a pre-training and recommends nothing; start one")
+    line = run("train", "--resume", "--run", "p", *here, code=2).stderr.splitlines()[-1]
+    assert line.endswith("go on with it: mmrec pretrain --resume --run p")
+    assert "is finished already" in run("pretrain", "--resume", "--run", "p", *here).stderr
+
+    found = run("eval", "--protocol", "retrieval", "--run", "p", "--json", *here)
+    rows: list[dict[str, Any]] = json.loads(found.stdout)["rows"]
+    assert {row["split"] for row in rows} == {"validation", "test"}
+    assert {row["ranker"] for row in rows} == {"mmsrec", "untrained"}  # widths 6 and 5
+    assert {row["metric"] for row in rows} == {"Recall@1", "Recall@5", "Recall@10", "MRR"}
+    path = warehouse.runs_dir / "p" / "metrics.parquet"
+    held = pq.read_table(path).to_pylist()
+    assert sum(row["phase"] == "eval" for row in held) == len(rows)
+    trained = {row["metric"] for row in held if row["split"] == "train"}
+    assert trained == {"loss", "v-v", "t-t", "v-t", "vt-vt"}
+    shown = run("eval", "--protocol", "retrieval", "--run", "p", *here).stdout
+    assert "test, text-to-vision:" in shown
+
+    words = ["train", "--model", "mmsrec", "--init", "p", "--name", "t", *SETS]
+    assert "from run p (full): " in run(*words, *here).stderr
+    found = run(
+        "eval", "--protocol", "retrieval", "--run", "t", "--dataset", "world", "--json", *here
+    )
+    assert {row["split"] for row in json.loads(found.stdout)["rows"]} == {"all items"}
+
+
+def test_what_is_refused(warehouse: Warehouse) -> None:
+    prepare(warehouse, 12)
+    here = ["--warehouse", str(warehouse.root)]
+
+    def refused(*words: str) -> str:
+        return run(*words, *here, code=2).stderr.splitlines()[-1]
+
+    assert "sasrec has no pre-training; known: mmsrec" in refused("pretrain", "--model", "sasrec")
+    twice = refused("pretrain", "--model", "mmsrec", "--dataset", "world", "--dataset", "world")
+    assert "--dataset names 'world' twice" in twice
+    alone = refused("train", "--model", "mmsrec", "--transfer", "items")
+    assert "--transfer items takes weights of a run; name it by --init" in alone
+    assert "unknown protocol 'x'" in refused("eval", "--protocol", "x")
+    assert "goes with --protocol retrieval" in refused("eval", "--dataset", "world")
+    run("train", "--model", "sasrec", "--name", "s", *SETS, *here)
+    line = refused("eval", "--protocol", "retrieval", "--run", "s")
+    assert "sasrec does not encode one modality alone" in line
+    assert Path(warehouse.runs_dir / "s").exists()

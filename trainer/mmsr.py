@@ -13,6 +13,7 @@ Legend: B batch, L sequence length, N items, K distinct items, T tokens, D width
 positions.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -30,9 +31,9 @@ from trainer.negatives import sample_unseen, sampled_bce
 from trainer.objectives import full_softmax
 from trainer.recommender import Catalogue, Recommender
 from trainer.sequence_towers import TOWERS, TowerConfig, last_state
-from trainer.transformer import initialise
 
 LOSSES = ("bce", "in-batch", "softmax")
+SCORES = ("scaled", "dot", "cosine")
 _TOKENS_AT_ONCE = 2**15  # without gradients; with them all activations are kept anyway
 
 
@@ -59,10 +60,11 @@ class IDSRConfig:
     items of the batch, without those of the user; ``softmax``: over the catalogue."""
     debias: bool = True
     """In-batch: subtract the log popularity from scores, since popular items are drawn oftener."""
-    cosine: bool = False
-    """Whether a score is the cosine; else the inner product (the paper)."""
+    score: str = "scaled"
+    """What the loss takes for a score: ``scaled``, the inner product over the root of ``dim``, so
+    that training begins alike at any width; ``dot``, the inner product (the paper); ``cosine``."""
     temperature: float = 1.0
-    """Divides the scores in the loss."""
+    """Divides the scores in the loss; a cosine needs one of about 0.07."""
 
     def __post_init__(self) -> None:
         check_positive(self, "dim", "layers", "heads", "hidden", "length", "temperature")
@@ -72,6 +74,14 @@ class IDSRConfig:
             raise unknown("tower", self.tower, list(TOWERS))
         if self.loss not in LOSSES:
             raise unknown("loss", self.loss, list(LOSSES))
+        if self.score not in SCORES:
+            raise unknown("score", self.score, list(SCORES))
+
+    @property
+    def scale(self) -> float:
+        """Factor on inner products in the loss."""
+        root = math.sqrt(self.dim) if self.score == "scaled" else 1.0
+        return 1 / (self.temperature * root)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,7 +144,7 @@ class IDSR(Recommender):
                 dropout=config.dropout,
             )
         )
-        initialise(self)
+        _initialise(self)
 
     def _item_tower(self, catalogue: Catalogue) -> nn.Module:
         return nn.Embedding(catalogue.n_items, self.config.dim)
@@ -154,7 +164,7 @@ class IDSR(Recommender):
         return self.config.length
 
     def encode_items(self, features: ItemFeatures) -> Tensor:
-        """Encode the whole catalogue: (N, D), with ``cosine`` each of length 1."""
+        """Encode the whole catalogue: (N, D), with ``score=cosine`` each of length 1."""
         longest = max([1, *(tokens.longest for tokens in features.tokens.values())])
         device = next(self.parameters()).device
         items_N = torch.arange(features.n_items, device=device)
@@ -176,7 +186,7 @@ class IDSR(Recommender):
             items_BL=items_BL[:, :-1], lengths_B=(windows.lengths_B - 1).clamp_min(1)
         )
         targets_BL, predicted_BL = items_BL[:, 1:], windows.mask_BL[:, 1:]
-        scale = 1 / self.config.temperature
+        scale = self.config.scale
         if self.config.loss == "softmax":
             item_ND = self.encode_items(batch.features)
             query_MD = self._states(item_ND, inputs)[predicted_BL]
@@ -214,14 +224,27 @@ class IDSR(Recommender):
         return {"loss": loss}
 
     def _items(self, items_K: Tensor, features: ItemFeatures) -> Tensor:
-        vectors_KD = self._encode_some(items_K, features)
-        return functional.normalize(vectors_KD, dim=-1) if self.config.cosine else vectors_KD
+        return self._vectors(self._encode_some(items_K, features))
 
     def _states(self, item_KD: Tensor, sequences: Sequences) -> Tensor:
         # Not `item_KD[...]`: the order in which its backward pass adds is left to the threads.
         x_BLD = functional.embedding(sequences.items_BL, item_KD)
-        states_BLD: Tensor = self.sequence_tower(x_BLD, sequences.lengths_B)
-        return functional.normalize(states_BLD, dim=-1) if self.config.cosine else states_BLD
+        return self._vectors(self.sequence_tower(x_BLD, sequences.lengths_B))
+
+    def _vectors(self, x: Tensor) -> Tensor:
+        return functional.normalize(x, dim=-1) if self.config.score == "cosine" else x
+
+
+def _initialise(module: nn.Module) -> None:
+    """Draw linear and embedding weights as Glorot and Bengio do (the released code); biases 0.
+
+    Smaller ones, such as BERT's of 0.02, starve the DNN of three layers at small widths.
+    """
+    for part in module.modules():
+        if isinstance(part, nn.Linear | nn.Embedding):
+            nn.init.xavier_normal_(part.weight)
+        if isinstance(part, nn.Linear):
+            nn.init.zeros_(part.bias)
 
 
 class MMSR(IDSR):

@@ -96,11 +96,13 @@ def test_all_parts_together(over: str, fusion: str, tower: str, loss: str) -> No
     assert without == []
 
 
-@pytest.mark.parametrize("cosine", [False, True])
-@pytest.mark.parametrize("debias", [False, True])
-def test_the_in_batch_loss_by_its_formula(cosine: bool, debias: bool) -> None:
+@pytest.mark.parametrize(
+    ("score", "debias", "divisor"),
+    [("scaled", True, 0.5 * 8**0.5), ("dot", False, 0.5), ("cosine", True, 0.5)],
+)
+def test_the_in_batch_loss_by_its_formula(score: str, debias: bool, divisor: float) -> None:
     features = worlds.features(N)
-    model = build(features, loss="in-batch", cosine=cosine, debias=debias, temperature=0.5)
+    model = build(features, loss="in-batch", score=score, debias=debias, temperature=0.5)
     found = batch(features)
     items = model.encode_items(features)
     shown = [item for row in ROWS for item in row]
@@ -110,7 +112,7 @@ def test_the_in_batch_loss_by_its_formula(cosine: bool, debias: bool) -> None:
         for end in range(1, len(row)):
             # Positions count from the window's end, so the window is encoded as a whole.
             query = model._states(items, rows([row[:-1]]))[0, end - 1]
-            scores = items @ query / 0.5
+            scores = items @ query / divisor
             if debias:
                 scores = scores - popularity.clamp_min(1e-9).log()
             negatives = [scores[item] for item in shown if item not in row]
@@ -122,7 +124,7 @@ def test_the_in_batch_loss_by_its_formula(cosine: bool, debias: bool) -> None:
 
 def test_the_binary_loss_by_its_formula(monkeypatch: pytest.MonkeyPatch) -> None:
     features = worlds.features(N)
-    model = build(features, loss="bce")
+    model = build(features, loss="bce", score="dot")
     drawn = torch.tensor([6, 7, 8, 9, 10, 0, 1, 2, 3])
     monkeypatch.setattr(mmsr, "sample_unseen", lambda *_: (drawn, torch.ones(9).bool()))
     items = model.encode_items(features)
@@ -141,7 +143,7 @@ def test_the_binary_loss_by_its_formula(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_the_softmax_loss_by_its_formula() -> None:
     features = tokens()
-    model = build(features, loss="softmax", temperature=2.0)
+    model = build(features, loss="softmax", score="cosine", temperature=2.0)
     items = model.encode_items(features)
     terms: list[Tensor] = []
     for row in ROWS:
@@ -212,6 +214,7 @@ def test_the_catalogue_in_pieces_is_the_catalogue(monkeypatch: pytest.MonkeyPatc
         ({"fusion": "add"}, "unknown fusion 'add'; known: sum,"),
         ({"tower": "lstm"}, "unknown tower 'lstm'; known: sasrec, gru, nextitnet"),
         ({"loss": "ce"}, "unknown loss 'ce'; known: bce, in-batch, softmax"),
+        ({"score": "sine"}, "unknown score 'sine'; known: scaled, dot, cosine"),
         ({"pool": "max"}, "unknown pool 'max'"),
         ({"fusion_heads": 3}, "not a multiple of fusion_heads=3"),
         ({"temperature": 0.0}, "temperature=0.0 must be above 0"),

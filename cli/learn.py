@@ -36,16 +36,21 @@ def models(json: JsonOption = False) -> None:
     """List the recommenders and their settings for --set."""
     from trainer.config import TrainConfig
     from trainer.models import MODELS
+    from trainer.pretrain import pretrain_defaults
 
     documents: list[dict[str, Any]] = []
     for name, model in MODELS.items():
-        settings, _ = model.load()
+        settings, recommender = model.load()
+        own = {field.name: field.default for field in fields(settings)}
         documents.append(
             {
                 "model": name,
                 "summary": model.summary,
-                "settings": {field.name: field.default for field in fields(settings)},
+                "settings": own,
                 "train": dict(model.train),
+                "pretrain": pretrain_defaults(model),
+                "transfers": ["full", *recommender.parts],
+                "variants": dict(model.variants),
             }
         )
     loop = {field.name: field.default for field in fields(TrainConfig)}
@@ -55,13 +60,19 @@ def models(json: JsonOption = False) -> None:
     for entry in documents:
         show.out.print(f"{entry['model']}: {entry['summary']}", markup=False)
         show.out.print(_settings({**entry["settings"], **entry["train"]}), markup=False)
+        if entry["pretrain"]:
+            show.out.print("  mmrec pretrain:", markup=False)
+            show.out.print(_settings(entry["pretrain"], "    "), markup=False)
+        show.out.print(f"  --transfer: {', '.join(entry['transfers'])}", markup=False)
+        for what, words in entry["variants"].items():
+            show.out.print(f"  {what}: {words}", markup=False)
     show.out.print("the loop, for all of them where they do not say otherwise:", markup=False)
     show.out.print(_settings(loop), markup=False)
 
 
-def _settings(values: dict[str, Any]) -> str:
+def _settings(values: dict[str, Any], indent: str = "  ") -> str:
     words = [f"{key}={value}" for key, value in values.items()]
-    return textwrap.fill(" ".join(words), 79, initial_indent="  ", subsequent_indent="  ")
+    return textwrap.fill(" ".join(words), 79, initial_indent=indent, subsequent_indent=indent)
 
 
 def train(

@@ -29,6 +29,8 @@ from trainer.transformer import Transformer, dropout, initialise, positions_from
 
 _ITEMS_AT_ONCE = 4096  # without gradients; with them all activations are kept anyway
 _LEAST_TEMPERATURE = 1e-4
+# Below the first number an item is masked, below the second swapped; how many are never swapped in.
+_CORRUPTIONS = {"80-10-10": (0.8, 0.9, 0), "81-9-10": (0.81, 0.9, 1)}
 _SHARED = ("norm.", "transformer.")
 
 
@@ -56,6 +58,9 @@ class MMSRecConfig:
     """Share of positions that are predicted; the last one always is."""
     stride: int = 0
     """Interactions between two training windows of a user; 0: half of ``length``."""
+    corruption: str = "80-10-10"
+    """Shares of predicted items that are masked, swapped and kept (the paper); ``81-9-10`` is what
+    the released code does, which also never swaps the catalogue's last item in."""
     missing: str = "drop"
     """``drop``: a missing modality has no token; ``mask``: it is the mask token (the paper)."""
 
@@ -71,8 +76,10 @@ class MMSRecConfig:
                 f"temperature={self.temperature} must be at least {_LEAST_TEMPERATURE}:"
                 " float32 scores are too coarse for less"
             )
-        if self.missing not in ("drop", "mask"):
-            raise UserError(f"missing={self.missing!r} is not known; known: drop, mask")
+        for key, known in (("missing", ("drop", "mask")), ("corruption", tuple(_CORRUPTIONS))):
+            if getattr(self, key) not in known:
+                value = getattr(self, key)
+                raise UserError(f"{key}={value!r} is not known; known: {', '.join(known)}")
 
 
 class MMSRec(Recommender):
@@ -87,7 +94,10 @@ class MMSRec(Recommender):
         "items": ("inputs.", "outputs.", "modality.", *_SHARED),
         "users": ("position.", "mask", *_SHARED),
         "text": ("inputs.text.", "outputs.text.", "modality.", "position.", "mask", *_SHARED),
-        "image": ("inputs.image.", "outputs.image.", "modality.", "position.", "mask", *_SHARED),
+        "image": (  # pictures or clips: what is seen
+            *("inputs.image.", "outputs.image.", "inputs.video.", "outputs.video."),
+            *("modality.", "position.", "mask", *_SHARED),
+        ),
     }
     by_modality = ("modality.weight",)
     from_end = ("position.weight",)
@@ -150,7 +160,8 @@ class MMSRec(Recommender):
         """Masked item prediction: cosine / temperature, softmax over the whole catalogue.
 
         Of the predicted positions, the last is always the mask token; of the others 80% are the
-        mask token, 10% a random item, 10% stay as they are (section 3.3 of the paper).
+        mask token, 10% a random item, 10% stay as they are (section 3.3 of the paper), or as
+        ``corruption`` says.
         """
         sequences = batch.sequences
         items_BL, valid_BL = sequences.items_BL, sequences.mask_BL
@@ -160,9 +171,11 @@ class MMSRec(Recommender):
         chosen_BL = torch.rand(items_BL.shape, generator=draw).to(items_BL.device)
         chosen_BL = ((chosen_BL < self.config.mask_ratio) & valid_BL) | last_BL
         fate_BL = torch.rand(items_BL.shape, generator=draw).to(items_BL.device)
-        random_BL = torch.randint(batch.features.n_items, items_BL.shape, generator=draw)
-        hidden_BL = chosen_BL & ((fate_BL < 0.8) | last_BL)
-        swapped_BL = chosen_BL & ~hidden_BL & (fate_BL < 0.9)
+        masked, swapped, left_out = _CORRUPTIONS[self.config.corruption]
+        items = max(1, batch.features.n_items - left_out)
+        random_BL = torch.randint(items, items_BL.shape, generator=draw)
+        hidden_BL = chosen_BL & ((fate_BL < masked) | last_BL)
+        swapped_BL = chosen_BL & ~hidden_BL & (fate_BL < swapped)
         shown_BL = torch.where(swapped_BL, random_BL.to(items_BL.device), items_BL)
         shown = Sequences(items_BL=shown_BL, lengths_B=sequences.lengths_B)
         tokens = self._tokens(shown, batch.features, hidden_BL=hidden_BL)

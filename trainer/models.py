@@ -1,7 +1,7 @@
 """The table of recommenders: a new one is one file and one line here."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from features.errors import unknown
@@ -31,6 +31,8 @@ class Model:
     """Whether it can learn from tables of tokens, not only from pooled vectors."""
     pretrain: Pretrain | None = None
     """``None``: it has no pre-training."""
+    variants: Mapping[str, str] = field(default_factory=dict)
+    """What the paper compares it with, and published forms, to the words that ask for them."""
 
 
 def _sasrec() -> tuple[Any, Any]:
@@ -77,7 +79,17 @@ MODELS: dict[str, Model] = {
         load=_mmsrec,
         # Each step encodes the catalogue once, whatever the batch: larger ones pay.
         train={"batch_size": 256},
-        # As published: lr=5e-5 batch_size=48000 epochs=15, for 10 million items.
+        variants={
+            "without vision": "--features text",
+            "without text": "--features image",
+            "without pre-training": "no --init",
+            "sparser or denser data": "mmrec prepare --k-core 4..7",
+            "as the paper's missing modality": "--set missing=mask",
+            "as the released code masks": "--set corruption=81-9-10",
+            "pre-training as published": (
+                "--set lr=5e-5 --set batch_size=48000 --set epochs=15 --set duplicates=keep"
+            ),
+        },
         pretrain=Pretrain(
             kind="items",
             settings={

@@ -6,6 +6,7 @@ items one by one (MMSRec), ``windows`` learns from training histories with objec
 """
 
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 from features.errors import UserError
@@ -34,6 +35,14 @@ def check_pretrains(name: str, entry: Model) -> None:
 def pretrain_config(entry: Model) -> list[type[Any]]:
     """The classes of settings beside the loop's and the recommender's."""
     return [AlignConfig] if entry.pretrain and entry.pretrain.kind == "items" else []
+
+
+def pretrain_defaults(entry: Model) -> dict[str, Any]:
+    """What ``mmrec pretrain`` sets, and what only it knows; nothing where there is none."""
+    if entry.pretrain is None:
+        return {}
+    own = {field.name: field.default for one in pretrain_config(entry) for field in fields(one)}
+    return {**entry.pretrain.settings, **own}
 
 
 def pretrain_task(

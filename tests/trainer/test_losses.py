@@ -122,10 +122,16 @@ def mmsrec_vector(
     return vector
 
 
-@pytest.mark.parametrize("missing", ["drop", "mask"])
-def test_mmsrec_is_the_cloze_task_over_the_catalogue(missing: str) -> None:
+@pytest.mark.parametrize(
+    ("missing", "corruption", "below", "others"),
+    [("drop", "80-10-10", 0.8, N), ("mask", "80-10-10", 0.8, N), ("drop", "81-9-10", 0.81, N - 1)],
+)
+def test_mmsrec_is_the_cloze_task_over_the_catalogue(
+    missing: str, corruption: str, below: float, others: int
+) -> None:
     features = worlds.features(N)
-    model: Any = build("mmsrec", features, missing=missing, mask_ratio=0.7, temperature=0.5)
+    more = {"missing": missing, "corruption": corruption}
+    model: Any = build("mmsrec", features, mask_ratio=0.7, temperature=0.5, **more)
     initialise(model, std=0.3)
     batch = worlds.batch(sequences(ROWS), features, torch.Generator().manual_seed(1))
     mine = model.loss(batch)["loss"]
@@ -133,7 +139,7 @@ def test_mmsrec_is_the_cloze_task_over_the_catalogue(missing: str) -> None:
     draw = torch.Generator().manual_seed(1)  # the same three draws, in the same order
     shape = (len(ROWS), max(map(len, ROWS)))
     chosen, fate = torch.rand(shape, generator=draw), torch.rand(shape, generator=draw)
-    other = torch.randint(N, shape, generator=draw)
+    other = torch.randint(others, shape, generator=draw)
     model.double()
     features = replace(
         features, vectors={name: value.double() for name, value in features.vectors.items()}
@@ -147,7 +153,8 @@ def test_mmsrec_is_the_cloze_task_over_the_catalogue(missing: str) -> None:
         for slot in range(last):
             if chosen[b, slot] < 0.7:
                 predicted.append(slot)
-                kind = "mask" if fate[b, slot] < 0.8 else "swap" if fate[b, slot] < 0.9 else "keep"
+                where = fate[b, slot]
+                kind = "mask" if where < below else "swap" if where < 0.9 else "keep"
                 fates.add(kind)
                 if kind == "mask":
                     shown[slot] = None

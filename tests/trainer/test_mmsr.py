@@ -10,12 +10,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from features.errors import UserError
+from retrieval.ranking import rank
+from tests.trainer import test_planted as planted
 from tests.trainer import worlds
 from trainer import mmsr
 from trainer.data import Batch, ItemFeatures, Sequences
 from trainer.fusion import FUSIONS
 from trainer.mmsr import IDSR, LOSSES, MMSR, IDSRConfig, MMSRConfig
 from trainer.recommender import Catalogue
+from trainer.scoring import encode, seen_by, targets_of
 from trainer.sequence_towers import TOWERS
 from trainer.tokens import TokenFeatures
 from trainer.transformer import initialise
@@ -238,3 +241,46 @@ def test_ids_in_place_of_modalities(tower: str) -> None:
     assert model.encode_items(features).shape == (N, 8)
     model.loss(batch(features))["loss"].backward()
     assert all(held.grad is not None for held in model.parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fusion", "tower", "loss"),
+    [
+        ("sum", "sasrec", "bce"),
+        ("merge-attention", "gru", "in-batch"),
+        ("film", "nextitnet", "softmax"),
+    ],
+)
+def test_taste_in_the_texts_is_learned_from_the_texts_alone(
+    fusion: str, tower: str, loss: str
+) -> None:
+    """The targets are items that nobody has clicked; pictures are noise."""
+    dataset, texts = planted.world()
+    noise = torch.randn(planted.N, 6, generator=torch.Generator().manual_seed(3))
+    there = texts.present["text"]
+    both = ItemFeatures(
+        n_items=planted.N,
+        vectors={"image": noise, **texts.vectors},
+        present={"image": there, "text": there},
+    )
+    pictures = replace(both, vectors={"image": noise}, present={"image": there})
+    small = {**SMALL, "dim": 16, "hidden": 32, "length": 8}
+    means = []
+    for features in (both, pictures):
+        torch.manual_seed(0)
+        config = MMSRConfig(**small, fusion=fusion, tower=tower, loss=loss)
+        model = MMSR(config, Catalogue(n_items=planted.N, widths=features.widths))
+        data = worlds.training_data(dataset, features)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+        for epoch in range(12):
+            for found in data.epoch(model.plan, batch_size=16, seed=1, epoch=epoch)[1]:
+                optimizer.zero_grad()
+                model.loss(found)["loss"].backward()
+                optimizer.step()
+        encoded = encode(model, data, "test", 64)
+        targets, seen = targets_of(dataset, encoded.held), seen_by(dataset, encoded.held)
+        means.append(rank(encoded.queries_ED, encoded.items_ND, targets, seen).masked.mean())
+    by_text, by_picture = means
+    assert by_text < 10  # chance is 21: half of the 42 items that are left
+    assert by_picture > 14  # six unseen items: luck is not far from chance

@@ -15,7 +15,7 @@ Legend: B batch, L sequence length, N items, K distinct items, T tokens, D width
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -42,8 +42,6 @@ from trainer.recommender import Catalogue, Recommender
 from trainer.sequence_towers import SASRecTower, TowerConfig, last_state
 from trainer.transformer import initialise
 
-PRETRAIN: Mapping[str, Any] = {"align": "nicl", "nid": True, "rcl": True}
-"""What pre-training learns beside DAP (Eq. 12)."""
 _TOKENS_AT_ONCE = 2**15  # without gradients; with them all activations are kept anyway
 
 

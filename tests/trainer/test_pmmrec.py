@@ -12,7 +12,8 @@ from features.errors import UserError
 from tests.trainer import worlds
 from trainer import pmmrec
 from trainer.data import Batch, ItemFeatures, Sequences
-from trainer.pmmrec import PRETRAIN, PMMRec, PMMRecConfig
+from trainer.models import MODELS
+from trainer.pmmrec import PMMRec, PMMRecConfig
 from trainer.pmmrec_losses import ALIGNMENTS
 from trainer.recommender import Catalogue
 from trainer.tokens import TokenFeatures
@@ -20,6 +21,7 @@ from trainer.transformer import initialise
 
 N = 12
 SMALL: dict[str, Any] = {"dim": 8, "heads": 2, "hidden": 16, "length": 6, "fusion_heads": 2}
+PRETRAIN: dict[str, Any] = {"align": "nicl", "nid": True, "rcl": True}  # Eq. 12
 ROWS = [[0, 1, 2, 3, 4, 11], [5, 6], [7, 8, 9, 10]]
 
 
@@ -81,6 +83,12 @@ def test_every_objective_reaches_its_parameters(made: Any, settings: dict[str, A
     assert {name: value.item() for name, value in others.items()} == {
         name: value.item() for name, value in losses.items()
     }
+
+
+def test_pretraining_is_equation_12() -> None:
+    pretrain = MODELS["pmmrec"].pretrain
+    assert pretrain is not None
+    assert dict(pretrain.settings) == PRETRAIN
 
 
 def test_fine_tuning_is_the_next_item_alone() -> None:

@@ -1,10 +1,10 @@
 """PMMRec (Li et al., arXiv:2312.09602): items by their modalities alone, made to be transferred.
 
-An item's tokens of all modalities go through a merge-attention block behind a learned token whose
-state is the item; where a run has one modality, the item is the mean of its projected tokens and
-there is nothing to fuse. A causal transformer reads the items of a history. Fine-tuning predicts
-the next item among those of the batch (DAP); pre-training adds the alignment of modalities (NICL)
-and two objectives on disturbed sequences (NID, RCL), see :mod:`trainer.pmmrec_losses`.
+An item's tokens of all modalities go through a merge-attention block, and their mean is the item;
+where a run has one modality, that is the mean of its projected tokens and there is nothing to fuse.
+A causal transformer reads the items of a history. Fine-tuning predicts the next item among those of
+the batch (DAP); pre-training adds the alignment of modalities (NICL) and two objectives on
+disturbed sequences (NID, RCL), see :mod:`trainer.pmmrec_losses`.
 
 Where code and paper differ, or the paper's form cannot be trained, the sound form is the default:
 ``pool``, ``token_types``, ``debias``, ``align_temperature``, ``align_literal``, ``nid_relu`` and
@@ -65,9 +65,10 @@ class PMMRecConfig:
     """Merge-attention blocks."""
     fusion_heads: int = 4
     """Attention heads of the merge-attention."""
-    pool: str = "cls"
-    """An item is the state of a learned ``cls`` token (the paper), or the ``mean`` of its tokens'
-    states (the released code)."""
+    pool: str = "mean"
+    """An item is the ``mean`` of its tokens' states (the released code), or the state of a learned
+    ``cls`` token (the paper), which at the start hardly depends on the item and is slow to learn.
+    """
     token_types: bool = True
     """Tokens say of which modality they are; the released code computes that and drops it."""
     dap: bool = True

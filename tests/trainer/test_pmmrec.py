@@ -105,7 +105,7 @@ def test_an_objective_alone(settings: dict[str, Any]) -> None:
     losses["loss"].backward()
 
 
-@pytest.mark.parametrize("settings", [{}, {"cosine": True}, {"pool": "mean"}])
+@pytest.mark.parametrize("settings", [{}, {"cosine": True}, {"pool": "cls"}])
 def test_a_later_item_never_changes_an_earlier_prediction(settings: dict[str, Any]) -> None:
     features = worlds.features(N)
     model = build(features, **settings)
@@ -155,7 +155,7 @@ def test_each_item_of_a_batch_is_encoded_once(monkeypatch: pytest.MonkeyPatch) -
     assert asked == [[3, 5, 7]]
 
 
-@pytest.mark.parametrize("settings", [{}, PRETRAIN, {"pool": "mean"}])
+@pytest.mark.parametrize("settings", [{}, PRETRAIN, {"pool": "cls"}])
 def test_a_missing_modality_is_not_read(settings: dict[str, Any]) -> None:
     features = worlds.features(N)
     model = build(features, **settings)
@@ -207,7 +207,7 @@ def test_popular_items_are_corrected_for() -> None:
     made = batch(features)
     made = replace(made, train=replace(made.train, counts_N=torch.arange(1, N + 1)))
     corrected, plain = (build(features, debias=on).loss(made)["dap"] for on in (True, False))
-    assert not torch.isclose(corrected, plain, rtol=1e-2)
+    assert not torch.isclose(corrected, plain, rtol=1e-4)
 
 
 def test_all_of_pretraining_gives_the_same_gradients_every_time() -> None:

@@ -65,6 +65,34 @@ def test_from_items_to_recommendations(warehouse: Warehouse) -> None:
     assert {row["split"] for row in json.loads(found.stdout)["rows"]} == {"all items"}
 
 
+@pytest.mark.slow
+def test_from_two_datasets_to_a_third(warehouse: Warehouse) -> None:
+    for name, n_items in (("a", 12), ("b", 9), ("c", 14)):
+        prepare(warehouse, n_items)
+        path = warehouse.dataset_dir("world") / "dataset.json"
+        text = path.read_text().replace('"world"', f'"{name}"')
+        path.write_text(text.replace('"fingerprint": "f"', f'"fingerprint": "{name}"'))
+        for manifest in warehouse.dataset_dir("world").glob("features/*/*/*/manifest.json"):
+            manifest.write_text(manifest.read_text().replace('"items": "f"', f'"items": "{name}"'))
+        warehouse.dataset_dir("world").rename(warehouse.dataset_dir(name))
+    here = ["--warehouse", str(warehouse.root)]
+    both = ["--dataset", "a", "--dataset", "b"]
+    sets = [*SETS, "--set", "fusion_heads=2"]
+    said = run("pretrain", "--model", "pmmrec", *both, "--name", "p", *sets, *here).stderr
+    assert "pmmrec on a+b with image=toy, text=toy" in said
+    assert "of 21 items" in said
+    losses = pq.read_table(warehouse.runs_dir / "p" / "metrics.parquet").to_pylist()
+    named = {row["metric"] for row in losses if row["split"] == "train"}
+    assert named == {"loss", "dap", "nicl", "nid", "rcl"}
+    assert "is finished already" in run("pretrain", "--resume", "--run", "p", *here).stderr
+
+    start = ["train", "--model", "pmmrec", "--dataset", "c", "--init", "p", "--transfer", "text"]
+    said = run(*start, "--name", "t", *sets, *here).stderr
+    assert "from run p (text): item_tower.text, user_encoder" in said
+    assert "not from there: item_tower.image (not part of the transfer 'text')" in said
+    assert "left behind: nid (no place here)" in said
+
+
 def test_what_is_refused(warehouse: Warehouse) -> None:
     prepare(warehouse, 12)
     here = ["--warehouse", str(warehouse.root)]

@@ -1,6 +1,7 @@
 """``mmrec grid``: a table of combinations, run one by one and printed as papers print them."""
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -58,7 +59,8 @@ def grid(
     if json:
         show.emit_json(_document(asked, planned, outcomes, path))
     else:
-        show_pivot(asked, pivot(asked, values))
+        names = dict.fromkeys(one.dataset for one in planned)
+        show_pivot(asked, pivot(asked, values), list(names))
     failed = sum(one.state == "failed" for one in outcomes)
     if stopped:
         here = f" --warehouse {shlex.quote(str(warehouse))}" if warehouse else ""
@@ -107,11 +109,12 @@ class _Watch:
         return f"{number + 1}/{len(self.planned)} {self.planned[number].combination.label}"
 
 
-def show_pivot(asked: Grid, table: Pivot) -> None:
+def show_pivot(asked: Grid, table: Pivot, datasets: Sequence[str]) -> None:
     """Print the table; where it is wider than the terminal, its columns in several pieces."""
     seen = "out of" if asked.seen == "masked" else "left in"
     seeds = ", mean ± deviation over seeds" if any(c.spread for c in table.cells.values()) else ""
-    title = f"{asked.split} split, {asked.seen}: seen items are {seen} the ranking{seeds}"
+    where = "" if "dataset" in (*asked.rows, *asked.columns) else f"{', '.join(datasets)}, "
+    title = f"{where}{asked.split} split, {asked.seen}: seen items are {seen} the ranking{seeds}"
     show.out.print(title, style="bold", markup=False)
     labels = _labels(asked, table)
     pieces: list[list[list[Text]]] = [list(labels)]

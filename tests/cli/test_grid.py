@@ -90,7 +90,7 @@ def test_a_stopped_grid_goes_on_and_prints_the_table(
     lines = done.stderr.splitlines()
     assert ["reused" in line for line in lines if "NDCG@10" in line] == [True, True, False, False]
     table = [line.split() for line in done.stdout.splitlines()]
-    assert done.stdout.startswith("test split, masked: seen items are out of the ranking\n")
+    assert done.stdout.startswith("world, test split, masked: seen items are out of the ranking\n")
     for column in range(1, 5):
         cells = [row[column] for row in table[3:5]]
         values = [float(cell.removeprefix("*")) for cell in cells]
@@ -158,7 +158,7 @@ def test_columns_that_are_too_wide_stand_below_each_other(
     asked = read_grid(path)
     monkeypatch.setattr(type(show.out), "width", 50)
     values: list[Any] = [{"HR@10": number / 10, "NDCG@10": 0.5} for number in range(8)]
-    grid.show_pivot(asked, pivot(asked, values))
+    grid.show_pivot(asked, pivot(asked, values), ["a"])
     printed = capsys.readouterr().out.splitlines()
     assert max(map(len, printed[1:])) <= 50
     assert [line.split() for line in printed if line.startswith("dim")] == [

@@ -36,6 +36,11 @@ class Group(TyperGroup):
         except KeyboardInterrupt:
             say("interrupted")
             raise typer.Exit(130) from None
+        except RuntimeError as error:
+            if str(error) != "Query interrupted":  # what DuckDB makes of Ctrl-C
+                raise
+            say("interrupted")
+            raise typer.Exit(130) from None
 
 
 app = typer.Typer(

@@ -11,8 +11,10 @@ import hashlib
 import re
 import tempfile
 import tomllib
+import warnings
 from collections import Counter
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,7 @@ def connect(
     warehouse.require()
     db = duckdb.connect()
     try:
+        db.execute("SET enable_progress_bar = false")  # it goes among the results
         with reading(warehouse.root, "run again the command that wrote it"):
             _views(db, warehouse, say)
     except BaseException:
@@ -67,7 +70,10 @@ def _views(db: duckdb.DuckDBPyConnection, warehouse: Warehouse, say: Callable[[s
     datasets: dict[str, DatasetInfo] = {}
     for name in warehouse.datasets():
         try:
-            datasets[name] = warehouse.info(name)
+            info = warehouse.info(name)
+            for table in ("items", "interactions"):
+                _check_files(warehouse.dataset_dir(name) / table, f"mmrec prepare --dataset {name}")
+            datasets[name] = info
         except UserError as error:
             say(f"left out: {error}")
     _view(db, "items", [_of(warehouse, name, "items") for name in datasets], ITEMS)
@@ -88,14 +94,15 @@ def _views(db: duckdb.DuckDBPyConnection, warehouse: Warehouse, say: Callable[[s
     _feature_views(db, warehouse, datasets, say)
     # The index of an item changes with a preparation, its id does not.
     columns = ", ".join(f"f.{name}" for name in FAILURES.names if name != "item")
+    broken = [name for name in datasets if not _has_failures(warehouse, name, say)]
     failed = [
         f"SELECT i.dataset, i.item, {columns} FROM ({_of(warehouse, name, 'failures')}) f"
         f" JOIN items i ON i.dataset = {quoted(name)} AND i.item_id = f.item_id"
         for name in datasets
-        if any((warehouse.dataset_dir(name) / "failures").glob("*.parquet"))
+        if name not in broken
     ]
     _view(db, "failures", failed, FAILURES)
-    _run_views(db, warehouse, say)
+    _run_views(db, warehouse, datasets, say)
     # Files are checked by the pattern that names them, hence the pattern of the root beside it.
     roots = (str(warehouse.root), exact_pattern(warehouse.root))
     db.execute(f"SET allowed_directories = [{', '.join(map(quoted, roots))}]")
@@ -131,7 +138,9 @@ def query(warehouse: Warehouse, sql: str, say: Callable[[str], None] = _silent) 
         # A WITH may hold a COPY or DELETE and still be called a SELECT; nested, it is refused.
         inner = statements[0].query.strip().rstrip(";")
         db.execute(f"EXPLAIN SELECT * FROM (\n{inner}\n)")
-        result = db.sql(sql).to_arrow_table()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # one more copy, but db.sql() cannot be interrupted
+            result = db.execute(sql).to_arrow_table()
         assert isinstance(result, pa.Table)
         return result.rename_columns(_distinct(result.column_names))
     except duckdb.Error as error:
@@ -281,9 +290,13 @@ def _width(table: FeatureTable) -> int:
 
 
 def _run_views(
-    db: duckdb.DuckDBPyConnection, warehouse: Warehouse, say: Callable[[str], None]
+    db: duckdb.DuckDBPyConnection,
+    warehouse: Warehouse,
+    datasets: dict[str, DatasetInfo],
+    say: Callable[[str], None],
 ) -> None:
     rows: list[dict[str, Any]] = []
+    order = {name: info.fingerprint for name, info in datasets.items()}
     sources: dict[str, list[str]] = {"metrics": [], "predictions": []}
     for name in warehouse.runs():
         folder = warehouse.runs_dir / name
@@ -299,6 +312,13 @@ def _run_views(
         rows.append(row)
         for kind, queries in sources.items():
             path = folder / f"{kind}.parquet"
+            if kind == "predictions" and order.get(row["dataset"], "") != row["fingerprint"]:
+                if path.exists():
+                    say(
+                        f"left out: the predictions of {name}, whose items are those of another"
+                        f" preparation of {row['dataset']}; train again"
+                    )
+                continue
             if path.exists():
                 queries.append(
                     f"SELECT {quoted(name)} AS run, {quoted(row['dataset'])} AS dataset, *"
@@ -314,9 +334,35 @@ def _run_views(
     db.register("_runs", index)
     db.execute(
         "CREATE TABLE runs AS SELECT run, dataset, model, created::TIMESTAMP AS created,"
-        " seed::INTEGER AS seed, features, parameters::BIGINT AS parameters FROM _runs"
+        " seed::BIGINT AS seed, features, parameters::BIGINT AS parameters FROM _runs"
     )
     db.unregister("_runs")
+
+
+def _check_files(folder: Path, remedy: str) -> None:
+    """Look at the footer of every file of a table.
+
+    Raises:
+        UserError: One is damaged, or there is none.
+    """
+    paths = sorted(folder.glob("*.parquet"))
+    if not paths:
+        raise UserError(f"{folder} holds no table; run: {remedy}")
+    for path in paths:
+        with reading(path, f"run: {remedy}"):
+            pq.read_schema(path)
+
+
+def _has_failures(warehouse: Warehouse, name: str, say: Callable[[str], None]) -> bool:
+    folder = warehouse.dataset_dir(name) / "failures"
+    if not any(folder.glob("*.parquet")):
+        return False
+    try:
+        _check_files(folder, f"mmrec extract --dataset {name}")
+    except UserError as error:
+        say(f"left out: {error}")
+        return False
+    return True
 
 
 def _run_row(folder: Path) -> dict[str, Any]:
@@ -328,8 +374,9 @@ def _run_row(folder: Path) -> dict[str, Any]:
             "run": folder.name,
             "dataset": str(run["dataset"]),
             "model": str(run["model"]),
-            "created": str(run["created"]),
-            "seed": str(document["train"]["seed"]),
+            "created": datetime.fromisoformat(run["created"]).isoformat(" "),
+            "seed": str(int(document["train"]["seed"])),
+            "fingerprint": str(run["fingerprint"]),
             "features": ", ".join(run["features"]),
             "parameters": str(int(run["parameters"])),
         }

@@ -10,14 +10,13 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-import duckdb
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from features.errors import UserError
-from features.files import reading
+from features.files import database, reading
 from features.splits import COLD_BELOW, MIN_EVALUATED, train_counts_sql
 from features.warehouse import DatasetInfo, Warehouse
 
@@ -85,7 +84,7 @@ def load_dataset(warehouse: Warehouse, name: str) -> Dataset:
     folder = warehouse.dataset_dir(name)
     interactions = parquet_sql(folder / "interactions")
     items = parquet_sql(folder / "items")
-    with _tables(folder, name), duckdb.connect() as db:
+    with _tables(folder, name), database() as db:
         flat = db.execute(
             f"SELECT user, item FROM {interactions} ORDER BY user, position"
         ).fetchnumpy()
@@ -164,7 +163,7 @@ def load_user_ids(warehouse: Warehouse, name: str) -> pa.ChunkedArray:
     """Read the id of every user, in the order of ``user``."""
     folder = warehouse.dataset_dir(name)
     interactions = parquet_sql(folder / "interactions")
-    with _tables(folder, name), duckdb.connect() as db:
+    with _tables(folder, name), database() as db:
         table = db.sql(
             f"SELECT any_value(user_id) AS user_id FROM {interactions} GROUP BY user ORDER BY user"
         ).to_arrow_table()

@@ -17,6 +17,8 @@ import pyarrow.parquet as pq
 from features.errors import UserError
 
 _MOST_REASON = 200  # characters of what a library says
+_UMASK = os.umask(0)  # the only way to learn it
+os.umask(_UMASK)
 
 
 @contextmanager
@@ -31,6 +33,7 @@ def whole(path: Path) -> Iterator[Path]:
         yield beside
         with beside.open("rb+") as stream:
             os.fsync(stream.fileno())
+        beside.chmod(0o666 & ~_UMASK)  # some libraries write for the owner alone
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
@@ -81,6 +84,14 @@ def remove_leftovers(folder: Path) -> None:
             shutil.rmtree(beside)
         else:
             beside.unlink(missing_ok=True)
+
+
+@contextmanager
+def database() -> Iterator[duckdb.DuckDBPyConnection]:
+    """Open DuckDB in memory; its progress bar would be written among a command's results."""
+    with duckdb.connect() as db:
+        db.execute("SET enable_progress_bar = false")
+        yield db
 
 
 @contextmanager

@@ -213,7 +213,7 @@ def locate(
     if not root.is_dir():
         raise UserError(
             f"{root} is no folder; the raw files of {name} are expected there"
-            f" ({_wanted(how)}); give the folder by --raw"
+            f" ({_wanted(how)}); run: mmrec prepare --dataset {name} --raw DIR"
         )
     found = {}
     for role, patterns in how.files.items():

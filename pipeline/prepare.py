@@ -12,7 +12,7 @@ from typing import Any
 import duckdb
 
 from features.errors import UserError, unknown
-from features.files import lock, remove_leftovers, write_json
+from features.files import database, lock, remove_leftovers, write_json
 from features.warehouse import MARKER, DatasetInfo, Warehouse
 from pipeline.canonical import (
     UNLISTED,
@@ -190,7 +190,7 @@ def _staging(warehouse: Warehouse, name: str) -> Iterator[Path]:
 @contextmanager
 def _database(stage: Path) -> Iterator[duckdb.DuckDBPyConnection]:
     """DuckDB in memory, bounded, that spills into the stage and loads nothing from anywhere."""
-    with duckdb.connect() as db:
+    with database() as db:
         db.execute(f"SET memory_limit = '{MEMORY}'")
         db.execute(f"SET threads = {min(os.cpu_count() or 1, 8)}")
         db.execute("SET preserve_insertion_order = true")

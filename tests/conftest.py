@@ -3,6 +3,7 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # the hub's client looks once, when it is imported
 
+import hypothesis
 import pytest
 
 from features.warehouse import Warehouse
@@ -30,3 +31,8 @@ def real_data() -> Path:
     if not path.is_dir():
         pytest.skip(f"no real data in {path}; set MMREC_TEST_DATA")
     return path
+
+
+# On a machine that others use too, how long one example takes says nothing.
+hypothesis.settings.register_profile("shared", deadline=None)
+hypothesis.settings.load_profile("shared")

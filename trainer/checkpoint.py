@@ -4,6 +4,7 @@
 needs to go on to the bit: weights, AdamW's moments, the random state, and where it was.
 """
 
+import errno
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
@@ -46,8 +47,20 @@ class Progress:
 def save_weights(path: Path, model: nn.Module, identity: dict[str, Any]) -> None:
     """Write the weights and what they are for."""
     tensors = {name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items()}
+    _save(path, tensors, identity)
+
+
+def _save(path: Path, tensors: dict[str, Tensor], document: dict[str, Any]) -> None:
+    """Write a file whole or not at all.
+
+    Raises:
+        OSError: There is no room, or the folder may not be written.
+    """
     with whole(path) as beside:
-        save_file(tensors, beside, metadata={"mmrec": json.dumps(identity, sort_keys=True)})
+        try:
+            save_file(tensors, beside, metadata={"mmrec": json.dumps(document, sort_keys=True)})
+        except SafetensorError as error:  # not an OSError, though it tells of one
+            raise OSError(errno.EIO, " ".join(str(error).split())[:200], str(path)) from None
 
 
 def load_weights(path: Path, model: nn.Module, identity: dict[str, Any]) -> None:
@@ -80,9 +93,7 @@ def save_state(
     if torch.cuda.is_available():
         tensors["random.cuda"] = torch.cuda.get_rng_state()
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
-    document = json.dumps({"identity": identity, "progress": asdict(progress)}, sort_keys=True)
-    with whole(path) as beside:
-        save_file(tensors, beside, metadata={"mmrec": document})
+    _save(path, tensors, {"identity": identity, "progress": asdict(progress)})
 
 
 def load_state(

@@ -3,6 +3,7 @@
 from features.errors import UserError
 
 _BELOW = 2**31  # what tables and tensors count with; also keeps infinities out
+_MOST_LAYERS = 1000  # each is a module: to build more takes hours before memory ends
 
 
 def check_positive(config: object, *names: str) -> None:
@@ -12,6 +13,8 @@ def check_positive(config: object, *names: str) -> None:
         UserError: Names the first one and its value.
     """
     for name in names:
+        if name == "layers" and getattr(config, name) > _MOST_LAYERS:
+            raise UserError(f"layers={getattr(config, name)} must be at most {_MOST_LAYERS}")
         if not 0 < getattr(config, name) < _BELOW:  # NaN is in no range
             raise UserError(f"{name}={getattr(config, name)} must be above 0 and below 2**31")
 

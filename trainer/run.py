@@ -251,7 +251,15 @@ def _open(
     _, recommender = find_model(model).load()
     torch.manual_seed(train_config.seed)  # weights are drawn on the CPU: the same on any device
     catalogue = Catalogue(n_items=source.dataset.info.items, widths=source.features.widths)
-    module: Recommender = recommender(model_config, catalogue)
+    try:
+        module: Recommender = recommender(model_config, catalogue)
+    except (RuntimeError, MemoryError) as error:
+        if "memory" not in str(error) and not isinstance(error, MemoryError):
+            raise
+        raise UserError(
+            f"{model} with these settings does not fit into memory; give smaller ones"
+            " (see the sizes in mmrec models)"
+        ) from None
     module = module.to(device)
     data = TrainingData(source.dataset, source.features, device)
     task: Task[Any] = NextItem(module, data)

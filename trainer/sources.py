@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import duckdb
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from features.dataset import Dataset, load_dataset, load_items
 from features.errors import UserError
+from features.files import database
 from features.store import FeatureStore, FeatureTable
 from features.warehouse import Warehouse
 from trainer.data import ItemFeatures
@@ -120,7 +120,7 @@ def item_splits(
     found = []
     for name in datasets:
         items = load_items(warehouse, name, ["item_id"])
-        with duckdb.connect() as db:
+        with database() as db:
             db.register("items", items)
             hashes = db.sql("SELECT md5_number_lower(item_id) AS h FROM items").fetchnumpy()["h"]
         found.append(hashes.astype(np.float64) / 2.0**64)

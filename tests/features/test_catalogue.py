@@ -1,3 +1,5 @@
+import signal
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 from features.catalogue import VIEWS, query, view_name
 from features.errors import UserError
 from features.files import write_table
-from features.schema import FAILURES, feature_schema
+from features.schema import FAILURES, PREDICTIONS, feature_schema
 from features.store import FeatureStore, Provenance, embedding_array
 from features.warehouse import Warehouse
 from tests.pipeline import tiny
@@ -136,15 +138,6 @@ def test_what_is_damaged_is_named_and_the_rest_answers(
     assert len(said) == 2
 
 
-def test_a_damaged_dataset_table_is_one_line(warehouse: Warehouse, tmp_path: Path) -> None:
-    tiny.prepare(warehouse, tmp_path, ids=["a", "b", "c"])
-    part = next((warehouse.dataset_dir("tiny") / "items").glob("*.parquet"))
-    part.write_bytes(b"PAR1 and nothing else")
-    with pytest.raises(UserError, match="cannot be read") as caught:
-        query(warehouse, "SELECT count(*) FROM interactions")
-    assert "\n" not in str(caught.value)
-
-
 def test_tables_of_an_earlier_preparation_are_left_out_and_failures_find_their_item(
     warehouse: Warehouse, tmp_path: Path
 ) -> None:
@@ -204,3 +197,62 @@ def test_nothing_is_written_from_inside_a_with(warehouse: Warehouse, inside: str
         query(warehouse, f"WITH x AS ({inside}) SELECT 1;")
     assert not (warehouse.root / "x.parquet").exists()
     assert value(warehouse, "WITH x AS (SELECT 1 AS a) SELECT a FROM x -- fine") == 1
+
+
+def test_a_damaged_dataset_is_left_out_and_the_others_answer(
+    warehouse: Warehouse, tmp_path: Path
+) -> None:
+    for name in ("good", "empty", "cut", "gone"):
+        tiny.prepare(warehouse, tmp_path, ids=["a", "b"], name=name)
+    (warehouse.dataset_dir("empty") / "items" / "part-0.parquet").write_bytes(b"")
+    cut = warehouse.dataset_dir("cut") / "interactions" / "part-0.parquet"
+    cut.write_bytes(cut.read_bytes()[:-9])
+    (warehouse.dataset_dir("gone") / "items" / "part-0.parquet").unlink()
+    spoilt = warehouse.dataset_dir("good") / "failures" / "x-image.parquet"
+    spoilt.parent.mkdir()
+    spoilt.write_bytes(b"PAR1")
+    said: list[str] = []
+    found = query(warehouse, "SELECT DISTINCT dataset FROM items", said.append)
+    assert found.column(0).to_pylist() == ["good"]
+    assert len(said) == 4
+    assert sum("run: mmrec prepare --dataset" in line for line in said) == 3
+    assert sum("run: mmrec extract --dataset good" in line for line in said) == 1
+
+
+def test_predictions_of_another_preparation_and_odd_runs_are_left_out(
+    warehouse: Warehouse, tmp_path: Path
+) -> None:
+    info = tiny.prepare(warehouse, tmp_path, ids=["a", "b"])
+    row = {
+        "split": "test", "user": 0, "user_id": "u", "item": 1, "item_id": "b", "history": 1,
+        "cold": True, "rank_unmasked": 1, "rank_masked": 1,
+    }  # fmt: skip
+    made = {
+        "now": (info.fingerprint, "2026-01-01", 1),
+        "then": ("other", "2026-01-01", 1),
+        "late": (info.fingerprint, "garbage", 1),
+        "seed": (info.fingerprint, "2026-01-01", "x"),
+    }
+    for name, (fingerprint, created, seed) in made.items():
+        folder = warehouse.runs_dir / name
+        folder.mkdir(parents=True)
+        (folder / "config.toml").write_text(
+            f'[run]\ndataset = "tiny"\nmodel = "m"\ncreated = "{created}"\nfeatures = []\n'
+            f'parameters = 1\nfingerprint = "{fingerprint}"\n[train]\nseed = "{seed}"\n'
+        )
+        write_table(folder / "predictions.parquet", pa.Table.from_pylist([row], schema=PREDICTIONS))
+    said: list[str] = []
+    runs = query(warehouse, "SELECT run FROM runs ORDER BY run", said.append)
+    assert runs.column(0).to_pylist() == ["now", "then"]
+    assert value(warehouse, "SELECT string_agg(run) FROM predictions") == "now"
+    assert len(said) == 3
+    assert "another preparation of tiny" in "".join(said)
+
+
+def test_a_query_can_be_interrupted(warehouse: Warehouse) -> None:
+    endless = "SELECT count(*) FROM range(10000000) a, range(10000000) b WHERE a.range < b.range"
+    timer = threading.Timer(0.5, signal.raise_signal, (signal.SIGINT,))
+    timer.start()
+    with pytest.raises((KeyboardInterrupt, RuntimeError)):
+        query(warehouse, endless)
+    timer.cancel()

@@ -9,7 +9,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from features.errors import UserError
-from features.files import lock, remove_leftovers, whole, write_json, write_table, write_text
+from features.files import (
+    database,
+    lock,
+    remove_leftovers,
+    whole,
+    write_json,
+    write_table,
+    write_text,
+)
 
 
 def names(folder: Path) -> list[str]:
@@ -90,3 +98,13 @@ def test_a_second_holder_is_refused_until_the_first_is_gone(tmp_path: Path) -> N
         other.wait()
     with lock(path, "it"):  # the system frees it, whatever the holder died of
         pass
+
+
+def test_files_have_the_usual_mode_and_databases_no_progress_bar(tmp_path: Path) -> None:
+    with whole(tmp_path / "a") as beside:
+        beside.touch(mode=0o600)
+    (tmp_path / "b").touch()
+    assert (tmp_path / "a").stat().st_mode == (tmp_path / "b").stat().st_mode
+    with database() as db:
+        setting = db.execute("SELECT current_setting('enable_progress_bar')").fetchone()
+    assert setting == (False,)

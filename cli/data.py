@@ -244,6 +244,11 @@ def extract(
         from pipeline.datasets import plan
 
         plan(house.check_name(dataset), None)  # a name that nobody knows is refused first
+        if dry_run:
+            raise UserError(
+                f"{dataset} is not prepared, and a dry run writes nothing; run: mmrec prepare"
+                f" --dataset {dataset}"
+            )
         show.say(f"{dataset} is not prepared yet: preparing it from {house.raw_dir(dataset)}")
         info = run_prepare(house, dataset)
         if not json:

@@ -9,6 +9,7 @@ Legend: N items of the dataset, R rows of the table, K tokens of all of them, D 
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -246,6 +247,10 @@ class FeatureTable:
         if not path.exists():
             with whole(path) as beside:
                 values = np.lib.format.open_memmap(beside, "w+", provenance.dtype, shape)
+                with beside.open(
+                    "rb+"
+                ) as stream:  # a full disk is an error now, not a signal later
+                    os.posix_fallocate(stream.fileno(), 0, beside.stat().st_size)
                 for part in self.parts():
                     for rows in _row_groups(part):
                         _copy_tokens(rows, offsets, values, part)

@@ -5,6 +5,7 @@ Legend: B inputs of a batch, T tokens of an input, D width of the embedding.
 
 import gc
 import hashlib
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -86,6 +87,7 @@ class Encoder:
         self._book = book
         self._media = media
         self._batch = choices.batch_size
+        self._room = math.inf  # inputs, times tokens of the longest text, that memory has room for
         self._report = report
         self._say = say
 
@@ -111,9 +113,8 @@ class Encoder:
             assert loaded.inputs is not None
             waiting.extend((loaded, one) for one in loaded.inputs)
             while len(waiting) >= self._batch:
-                size = self._batch
-                self._embed_visuals(waiting[:size])
-                del waiting[:size]
+                self._embed_visuals(waiting[: self._batch])
+                del waiting[: self._batch]
         if waiting:
             self._embed_visuals(waiting)
 
@@ -230,31 +231,35 @@ class Encoder:
         Gives one vector (D,) for each input, or its tokens (T, D).
         """
         size = max(len(batch.images), len(batch.texts))
-        try:
-            if self._choices.level == POOLED:
-                vectors_BD = self._backbone.embed(batch)
-                assert vectors_BD.shape == (size, self._backbone.dim)
-                return list(vectors_BD)
-            return self._backbone.tokens(batch, self._choices.level)
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            reason = one_line(error)
-        if size < 2:
-            raise UserError(
-                f"out of memory with a single input ({reason}); give --device cpu, --compute"
-                " bfloat16 or a smaller backbone (what is encoded is kept)"
-            )
         half = size // 2
-        if half < self._batch:
-            self._batch = half
+        cost = size * max(map(len, batch.texts), default=1)
+        if size < 2 or cost <= self._room:
+            try:
+                return self._forward(batch, size)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                reason = one_line(error)
+            if size < 2:
+                raise UserError(
+                    f"out of memory with a single input ({reason}); give --device cpu, --compute"
+                    " bfloat16 or a smaller backbone (what is encoded is kept)"
+                )
+            self._room = cost // 2
             self._say(f"out of memory with {size} inputs ({reason}); going on with {half}")
-        _free()
+            _free()
         parts = [
             Batch(images=batch.images[start:end], texts=batch.texts[start:end])
             for start, end in ((0, half), (half, size))
         ]
         return [vector for part in parts for vector in self._embed(part)]
+
+    def _forward(self, batch: Batch, size: int) -> Sequence[Vectors]:
+        if self._choices.level != POOLED:
+            return self._backbone.tokens(batch, self._choices.level)
+        vectors_BD = self._backbone.embed(batch)
+        assert vectors_BD.shape == (size, self._backbone.dim)
+        return list(vectors_BD)
 
 
 def read_picture(media: Media, given: Input) -> tuple[str, bytes | Image.Image]:

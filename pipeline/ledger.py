@@ -157,6 +157,7 @@ class Ledger:
         self._append(pa.Table.from_arrays(columns, schema=self._schema).take(np.argsort(item)))
         self._buffer = _Buffer()  # only now: an interrupted flush can be done again
         self._stale[item] = False
+        pa.default_memory_pool().release_unused()  # Arrow keeps some 30 MB of each
 
     @property
     def _schema(self) -> pa.Schema:

@@ -39,9 +39,18 @@ class Watched(Hashed):
     def embed(self, batch: Batch) -> Vectors:
         time.sleep(self.seconds)
         vectors = self.after(super().embed(batch))
+        self._note(batch)
+        return vectors
+
+    def tokens(self, batch: Batch, level: str) -> list[Vectors]:
+        time.sleep(self.seconds)
+        tokens = super().tokens(batch, level)
+        self._note(batch)
+        return tokens
+
+    def _note(self, batch: Batch) -> None:
         with self.log.open("a") as stream:
             stream.writelines(f"{mark(one)}\n" for one in (*batch.images, *batch.texts))
-        return vectors
 
     def seen(self) -> list[str]:
         """What was encoded since the log was last forgotten."""

@@ -506,17 +506,17 @@ from pipeline.extract import extract
 from pipeline.options import Options
 from tests.pipeline.fakes import Watched, entry
 
-root, log, modality = sys.argv[1:]
+root, log, modality, level = sys.argv[1:]
 ledger.SECONDS_PER_PART = 0.05
 BACKBONES["watched"] = entry(Watched("watched", Path(log), seconds=0.02))
-extract(Warehouse(root), "tiny", Options(batch_size=4, **{modality: "watched"}))
+extract(Warehouse(root), "tiny", Options(batch_size=4, level=level, **{modality: "watched"}))
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("modality", ["text", "image"])
+@pytest.mark.parametrize(("modality", "level"), [("text", "tokens"), ("image", "pooled")])
 def test_kill_and_run_again_loses_nothing_and_encodes_nothing_twice(
-    warehouse: Warehouse, tmp_path: Path, raw: Path, modality: str
+    warehouse: Warehouse, tmp_path: Path, raw: Path, modality: str, level: str
 ) -> None:
     n = 240
     texts = many(warehouse, raw, n)
@@ -525,8 +525,8 @@ def test_kill_and_run_again_loses_nothing_and_encodes_nothing_twice(
         files[n // 2] = "missing.png"
         prepare(warehouse, raw, ids=[f"id{i}" for i in range(n)], image=files)
     log = tmp_path / "log.txt"
-    command = [sys.executable, "-c", SCRIPT, str(warehouse.root), str(log), modality]
-    here = table(warehouse, modality)
+    command = [sys.executable, "-c", SCRIPT, str(warehouse.root), str(log), modality, level]
+    here = FeatureStore(warehouse).table("tiny", "watched", modality, level)
     root = Path(__file__).parents[2]
     written = 0
     for at_least in (2, 5):  # killed twice, at different points
@@ -551,12 +551,15 @@ def test_kill_and_run_again_loses_nothing_and_encodes_nothing_twice(
     ]
     assert len(log.read_text().split()) == whole - written
     assert before <= set(here.light()["content_hash"].to_pylist())
-    matrix = read(warehouse, modality)
-    assert matrix.present.sum() == whole
-    if modality == "text":
-        bare = Hashed()
-        expected = bare.embed(Batch(texts=bare.texts(texts)))
-        assert np.abs(matrix.vectors - expected).max() < 1e-3
+    if level == "pooled":
+        assert read(warehouse, modality).present.sum() == whole
+        return
+    info = warehouse.info("tiny")
+    matrix = here.read_tokens(info.items, info.fingerprint, info.inputs_of(modality))
+    bare = Hashed()
+    expected = bare.tokens(Batch(texts=bare.texts(texts)), level)
+    assert np.diff(matrix.offsets).tolist() == list(map(len, expected))
+    assert np.abs(matrix.values - np.concatenate(expected)).max() < 1e-3
 
 
 def test_a_table_of_several_parts(warehouse: Warehouse, raw: Path) -> None:

@@ -1,10 +1,13 @@
 """Token tables, joint inputs, and the options that change what is read or how."""
 
+import errno
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import transformers
@@ -151,12 +154,12 @@ def test_long_rows_make_small_parts(
     warehouse: Warehouse, raw: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ledger, "BYTES_PER_PART", 3000)
-    texts = [f"word{i} again {i % 7}" for i in range(40)] + ["word0 again 0"] * 9
-    prepare(warehouse, raw, ids=[f"i{n}" for n in range(49)], text=texts)
+    texts = [f"word{i} again {i % 7}" for i in range(20)] + ["word0 again 0"] * 9
+    prepare(warehouse, raw, ids=[f"i{n}" for n in range(29)], text=texts)
     report = run(warehouse, text="hashed", level="tokens")
-    assert counts(report) == (40, 9, 0, 0, 0)
+    assert counts(report) == (20, 9, 0, 0, 0)
     parts = table(warehouse, "text", name="hashed").parts()
-    assert len(parts) > 9
+    assert len(parts) > 5
     assert all(part.stat().st_size < 9000 for part in parts)  # with the footer
     found = rows_of(read(warehouse, "text", name="hashed"))
     for text, mine in zip(texts, found, strict=True):
@@ -296,31 +299,108 @@ class Tight(Watched):
     """Has room for so many inputs at once."""
 
     room = 3
+    refused = 0
 
     def embed(self, batch: Batch) -> Vectors:
         if max(len(batch.images), len(batch.texts)) > self.room:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+            self.refused += 1
+            raise self.error
         return super().embed(batch)
 
+    error: Exception = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
-@pytest.mark.parametrize("modality", ["image", "text"])
-def test_out_of_memory_halves_the_batch_and_says_so(
-    tiny: Warehouse, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, modality: str
+
+@pytest.mark.parametrize(
+    ("modality", "error"),
+    [
+        ("image", Tight.error),
+        ("text", RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")),
+        ("joint", MemoryError()),
+    ],
+)
+def test_out_of_memory_halves_the_batch_goes_on_and_says_so(
+    warehouse: Warehouse,
+    raw: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    modality: str,
+    error: Exception,
 ) -> None:
+    n = 16
+    names = [picture(raw / f"{i}.png", i, size=(8, 8)).name for i in range(n)]
+    texts = [f"title {i}" for i in range(n)]
+    prepare(warehouse, raw, ids=names, text=texts, image=names)
     backbone = Tight("tight", tmp_path / "log.txt")
+    backbone.error = error
     monkeypatch.setitem(BACKBONES, "tight", entry(backbone))
     said: list[str] = []
-    given = {modality: "tight"}
-    options = Options(batch_size=16, **given)  # type: ignore[arg-type]
-    report = extract(tiny, "tiny", options, say=said.append).tables[0]
-    assert report.encoded == {"image": 4, "text": 3}[modality]
-    assert len(said) == {"image": 1, "text": 0}[modality]
-    assert all("out of memory with 4 inputs" in line and "on with 2" in line for line in said)
+    given: dict[str, Any] = {modality: "tight", "batch_size": 2 if modality == "text" else 8}
+    report = extract(warehouse, "tiny", Options(**given), say=said.append).tables[0]
+    assert report.encoded == n
+    assert backbone.refused == len(said) == 2  # it is remembered: 8, 4, and from then on 2
+    assert "out of memory with 8 inputs" in said[0]
+    assert "going on with 2" in said[1]
     backbone.room = 0
-    prepare(tiny, tmp_path / "raw", ids=["z"], text=["new"], image=["3.png"])
     backbone.checkpoint = "watched-2"
-    with pytest.raises(UserError, match="out of memory with a single input"):
-        run(tiny, overwrite=True, **given)
+    with pytest.raises(UserError, match=r"out of memory with a single input .* is kept"):
+        extract(warehouse, "tiny", Options(**given, overwrite=True))
+
+
+def test_another_error_of_the_model_is_ours(tiny: Warehouse, watched: Watched) -> None:
+    def fail(vectors: Vectors) -> Vectors:
+        raise RuntimeError("shapes do not match")
+
+    watched.after = fail
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        run(tiny, text="watched")
+
+
+@pytest.mark.parametrize("level", ["pooled", "tokens"])
+def test_a_full_disk_loses_nothing_that_was_written(
+    warehouse: Warehouse, raw: Path, watched: Watched, monkeypatch: pytest.MonkeyPatch, level: str
+) -> None:
+    texts = [f"title {i}" for i in range(40)]
+    prepare(warehouse, raw, ids=texts, text=texts)
+    monkeypatch.setattr(ledger, "SECONDS_PER_PART", 0.0)
+    plain = pq.write_table
+    room = 3
+
+    def write(rows: pa.Table, path: Path, **options: Any) -> None:
+        nonlocal room
+        if "features" in path.parts:
+            room -= 1
+            if room < 0:
+                path.write_bytes(b"half of it")
+                raise OSError(errno.ENOSPC, "No space left on device")
+        plain(rows, path, **options)
+
+    with monkeypatch.context() as full:
+        full.setattr(pq, "write_table", write)
+        with pytest.raises(OSError, match="No space left"):
+            run(warehouse, text="watched", level=level, batch_size=2)
+    here = table(warehouse, "text", level)
+    kept = len(here.light())
+    assert 0 < kept < 40
+    assert not list(here.path.glob(".*.tmp"))
+    assert here.manifest() is None
+    report = run(warehouse, text="watched", level=level, batch_size=2)
+    assert counts(report) == (40 - kept, 0, kept, 0, 0)
+
+
+def test_no_room_for_the_mapped_file_is_an_error_and_leaves_nothing(
+    tiny: Warehouse, watched: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(tiny, text="watched", level="tokens")
+
+    def full(descriptor: int, offset: int, size: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", full)
+        with pytest.raises(OSError, match="No space left"):
+            read(tiny, "text")
+    assert not list(table(tiny, "text").path.glob("*tokens-*"))
+    assert len(read(tiny, "text").values)
 
 
 def test_a_dry_run_writes_nothing_and_estimates_what_is_written(

@@ -285,7 +285,7 @@ def run_extract(house: Warehouse, dataset: str, options: "Options") -> "ExtractR
 
 def show_estimates(estimates: "list[Estimate]") -> None:
     """Print what an extraction would cost."""
-    show.table(
+    show.sheet(
         ["modality", "backbone", "level", "dim", "items", "absent", "rows", "tokens", "MB", "time"],
         [
             [
@@ -304,7 +304,7 @@ def show_estimates(estimates: "list[Estimate]") -> None:
 def show_extracted(report: "ExtractReport") -> None:
     """Print what an extraction did, and why inputs failed."""
     levels = ["level"] if any(row.level != "pooled" for row in report.tables) else []
-    show.table(
+    show.sheet(
         ["modality", "backbone", *levels, "dim", "items", "encoded", "shared", "reused", "absent",
          "failed", "items/s", "MB"],
         [
@@ -341,10 +341,8 @@ class ExtractWatch:
             left = show.seconds((state.total - state.done) / rate)
             pace = f" {rate:,.1f}/s, {left} left,"
         bar = show.bar(state.done, state.total)
-        text = (
-            f"{state.modality} by {state.backbone}: {bar}{state.done:,} of {state.total:,},{pace}"
-            f" {state.failed} failed"
-        )
+        tail = f"{state.done:,} of {state.total:,},{pace} {state.failed} failed"
+        text = show.fit(f"{state.modality} by ", state.backbone, bar, tail)
         ended = state.done >= state.total
         if not (ended and state.modality in self._ended):
             self.line.update(text, keep=ended)

@@ -74,6 +74,15 @@ def table(
         out.print(_row(row, widths, numeric), markup=False)
 
 
+def sheet(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Print a table of few rows, on its side where the terminal is too narrow for it."""
+    lines = [columns, *([cell(value) for value in row] for row in rows)]
+    widths = [max(map(cell_len, column)) for column in zip(*lines, strict=True)]
+    if sum(widths) + 2 * (len(widths) - 1) > out.width:
+        columns, *rows = list(zip(columns, *rows, strict=True))
+    table(columns, rows)
+
+
 def _row(texts: Sequence[str], widths: Sequence[int], numeric: Sequence[bool]) -> str:
     """One line; widths are those of a terminal, where some characters take two columns."""
     fitted = []
@@ -125,6 +134,18 @@ def bar(done: int, total: int, width: int = 16) -> str:
         return ""
     filled = width * min(done, total) // total
     return "━" * filled + "╌" * (width - filled) + " "
+
+
+def fit(head: str, name: str, bar: str, tail: str) -> str:
+    """Make a live line that the terminal has room for: the bar goes, then some of the name."""
+    if not err.is_terminal:
+        return f"{head}{name}: {tail}"
+    room = err.width - 3 - len(head) - len(tail)
+    if len(name) + len(bar) > room:
+        bar = ""
+    if len(name) > room:
+        name = name[: max(3, room - 1)] + "…"
+    return f"{head}{name}: {bar}{tail}"
 
 
 class Line:

@@ -1,0 +1,56 @@
+"""What ``mmrec extract`` shows: on a narrow terminal, before it works, and when it must stop."""
+
+import io
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from cli import show
+from cli.app import app
+from cli.data import show_extracted
+from pipeline.extract import ExtractReport, ModalityReport
+
+runner = CliRunner()
+
+
+def test_a_dry_run_does_not_prepare(tmp_path: Path) -> None:
+    root = tmp_path / "warehouse"
+    words = ["extract", "--dataset", "demo", "--dry-run", "--warehouse", str(root)]
+    result = runner.invoke(app, words)
+    assert result.exit_code == 2
+    assert "a dry run writes nothing; run: mmrec prepare --dataset demo" in result.stderr
+    assert not root.exists()
+
+
+@pytest.mark.parametrize("width", [80, 200])
+def test_the_closing_table_fits_the_terminal(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    shown = io.StringIO()
+    monkeypatch.setattr(show, "out", Console(file=shown, width=width, soft_wrap=True))
+    row = ModalityReport(
+        modality="image", backbone="clip-vit-b-32", level="tokens", dim=768, items=1_000_000,
+        encoded=900_000, shared=50_000, reused=25_000, absent=15_000, failed={"truncated": 10_000},
+        partial=0, seconds=1000.0, rate=900.0, bytes=69_120_000_000, path="",
+    )  # fmt: skip
+    show_extracted(ExtractReport(dataset="large", tables=(row,)))
+    lines = shown.getvalue().splitlines()
+    assert max(map(len, lines)) <= width
+    assert len(lines) == (2 if width == 200 else 12)
+    for word in ("1,000,000", "900,000", "25,000", "15,000", "10,000", "900.0", "69120.0"):
+        assert any(word in line for line in lines)
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_a_live_line_keeps_its_figures(monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
+    err = Console(file=io.StringIO(), force_terminal=True, width=columns)
+    monkeypatch.setattr(show, "err", err)
+    tail = "456,789 of 1,000,000, 1,234.5/s, 3h20m left, 1234 failed"
+    name = "open_clip:ViT-B-32/laion2b_s34b_b79k"
+    line = show.fit("image by ", name, show.bar(1, 2), tail)
+    assert len(line) < columns
+    assert line.endswith(tail)
+    assert line.startswith("image by open_clip")
+    assert name in line or columns == 80
+    short = show.fit("text by ", "bert", show.bar(1, 2), "1 of 2, 0 failed")
+    assert short == "text by bert: ━━━━━━━━╌╌╌╌╌╌╌╌ 1 of 2, 0 failed"

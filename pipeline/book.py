@@ -83,17 +83,18 @@ class Book:
         ledger: The table's rows, old and new.
         dtype: How vectors are stored.
         strict: Gives an item's name; with it the first failure ends the job.
+        room: How many contents to foresee.
     """
 
     def __init__(
-        self, ledger: Rows, dtype: str, strict: Callable[[int], str] | None = None
+        self, ledger: Rows, dtype: str, strict: Callable[[int], str] | None = None, room: int = 0
     ) -> None:
         self.tally = Tally()
         self.partial: set[int] = set()
         self._ledger = ledger
         self._dtype = np.dtype(dtype)
         self._strict = strict
-        self._claimed = Digests()  # contents that this run encodes, or could not
+        self._claimed = Digests(room)  # contents that this run encodes, or could not
         self._claiming = threading.Lock()
         self._twins: dict[int, tuple[str, str]] = {}  # item: (content, source) met before
         self._bad: dict[str, tuple[str, str]] = {}  # content: (stage, reason)

@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 
 DTYPE = "S16"
 _DIGITS = 32  # of a content hash, hexadecimal
-_FRESH = 4096
+_FEW = 64
 _VALUE = np.full(256, 255, np.uint8)
 _VALUE[np.frombuffer(b"0123456789abcdef", np.uint8)] = np.arange(16)
 
@@ -39,21 +39,33 @@ def place(sought: bytes, among: npt.NDArray[np.bytes_]) -> int:
 
 
 class Digests:
-    """A set that only grows: a few that are new, and sorted runs, each longer than the next."""
+    """A set that only grows, by open addressing; it moves when there are more than foreseen.
 
-    def __init__(self) -> None:
-        self._fresh: set[bytes] = set()
-        self._runs: list[npt.NDArray[np.bytes_]] = []
+    Args:
+        room: How many to foresee, 24 bytes for each.
+    """
+
+    def __init__(self, room: int = 0) -> None:
+        self._slots = np.zeros(room + room // 2 + _FEW, DTYPE)
+        self._count = 0
 
     def add(self, one: bytes) -> bool:
         """Add a fingerprint; whether it was new."""
-        if one in self._fresh or any(place(one, run) >= 0 for run in self._runs):
+        slot = self._slot(one)
+        if self._slots[slot]:
             return False
-        self._fresh.add(one)
-        if len(self._fresh) == _FRESH:
-            run = np.sort(np.array(list(self._fresh), DTYPE))
-            while self._runs and len(self._runs[-1]) <= len(run):
-                run = np.sort(np.concatenate([self._runs.pop(), run]))
-            self._runs.append(run)
-            self._fresh = set()
+        self._slots[slot] = one
+        self._count += 1
+        if 4 * self._count > 3 * len(self._slots):
+            held = self._slots[self._slots != b""].tolist()
+            self._slots = np.zeros(2 * len(self._slots), DTYPE)
+            for moved in held:
+                self._slots[self._slot(moved)] = moved
         return True
+
+    def _slot(self, one: bytes) -> int:
+        """Where it is, or belongs."""
+        slot = int.from_bytes(one[:8]) % len(self._slots)
+        while (there := self._slots[slot]) and there != one:
+            slot = (slot + 1) % len(self._slots)
+        return slot

@@ -147,6 +147,8 @@ def open_job(
         )
     if options.frames is not None and "video" not in wanted:
         raise UserError("--frames is of clips; give --video BACKBONE as well, or leave it out")
+    if options.decode == "draft" and not {"image", "joint"} & set(wanted):
+        raise UserError("--decode draft is of pictures; give --image BACKBONE, or leave it out")
     # All models first: a missing one should not show after hours of work with another.
     loaded: dict[str, Backbone] = {}
     for modality, name in wanted.items():
@@ -227,7 +229,8 @@ class Job:
             )
 
         ledger = Ledger(table, provenance, self.items.ids)
-        book = Book(ledger, self.options.dtype, self.name if self.options.strict else None)
+        strict = self.name if self.options.strict else None
+        book = Book(ledger, self.options.dtype, strict, total)
         try:
             self._encode(backbone, modality, book, report)
             # Before the table is complete: then both are of the same run.

@@ -232,6 +232,7 @@ def test_sql_shows_tokens_beside_the_features(tiny: Warehouse, watched: Watched)
         ),
         ({"video": "hashed", "level": "tokens"}, "--level tokens is not offered for clips"),
         ({"text": "hashed", "frames": 3}, "--frames is of clips; give --video BACKBONE"),
+        ({"text": "hashed", "decode": "draft"}, "--decode draft is of pictures; give --image"),
         ({"joint": "hashed", "decode": "fast"}, "unknown decode 'fast'"),
         ({"text": "hashed", "frames": 0}, "--frames 0 is not possible; give 1 to 1024"),
     ],

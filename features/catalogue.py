@@ -280,7 +280,7 @@ def _tag(table: FeatureTable) -> str:
 
 def _width(table: FeatureTable) -> int:
     part = table.parts()[0]
-    with reading(part, "remove its folder and run mmrec extract again"):
+    with reading(part, "remove this file and run mmrec extract again"):
         kind = pq.read_schema(part).field("embedding").type
         if table.level == "pooled":
             return int(kind.list_size)

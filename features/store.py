@@ -30,7 +30,8 @@ ROWS_PER_PART = 8192
 BYTES_PER_PART = 64 << 20
 """Of token tables, whose rows are long."""
 _KEY = b"mmrec"
-_AGAIN = "remove its folder and run mmrec extract again"
+_AGAIN = "run mmrec extract again; what is whole is reused"
+_WITHOUT = f"remove this file and {_AGAIN}"
 _LIGHT = ["item", "item_id", "content_hash", "n_frames", "n_tokens"]  # all but the embedding
 
 
@@ -152,7 +153,7 @@ class FeatureTable:
         columns = list(columns)
         tables = []
         for index, part in enumerate(self.parts()):
-            with reading(part, _AGAIN):
+            with reading(part, _WITHOUT):
                 rows = pq.read_table(part, columns=columns).select(columns)
             tables.append(rows.append_column("part", pa.array(np.full(len(rows), index, np.int32))))
         if tables:
@@ -403,19 +404,19 @@ def token_array(tokens: Sequence[npt.NDArray[Any]]) -> pa.ListArray:
 
 
 def _read_provenance(part: Path) -> Provenance:
-    with reading(part, _AGAIN):
+    with reading(part, _WITHOUT):
         metadata = pq.read_schema(part).metadata or {}
         if _KEY not in metadata:
-            raise UserError(f"{part} does not say where it came from; {_AGAIN}")
+            raise UserError(f"{part} does not say where it came from; {_WITHOUT}")
         document = json.loads(metadata[_KEY])
         provenance = Provenance(**document)
         if any(type(getattr(provenance, name)) is not kind for name, kind in _KINDS.items()):
-            raise UserError(f"{part} was written by another version; {_AGAIN}")
+            raise UserError(f"{part} was written by another version; {_WITHOUT}")
     return provenance
 
 
 def _row_groups(part: Path) -> Iterator[pa.Table]:
-    with reading(part, _AGAIN), pq.ParquetFile(part) as file:
+    with reading(part, _WITHOUT), pq.ParquetFile(part) as file:
         for group in range(file.num_row_groups):
             yield file.read_row_group(group, columns=["item", "embedding"])
 
@@ -433,7 +434,7 @@ def _vectors(rows: pa.Table, dim: int) -> npt.NDArray[Any]:
 def _items(rows: pa.Table, n_items: int, where: Path) -> npt.NDArray[np.int32]:
     item: npt.NDArray[np.int32] = rows.column("item").to_numpy()
     if not ((item >= 0) & (item < n_items)).all():
-        raise UserError(f"{where} has an item that is not in 0..{n_items - 1}; {_AGAIN}")
+        raise UserError(f"{where} has an item that is not in 0..{n_items - 1}; {_WITHOUT}")
     return item
 
 
@@ -447,7 +448,7 @@ def _copy_tokens(
     items = rows.column("item").to_numpy()
     starts = offsets[items]
     if not (offsets[items + 1] - starts == np.diff(ends)).all():
-        raise UserError(f"{part} has rows of other lengths than it says; {_AGAIN}")
+        raise UserError(f"{part} has rows of other lengths than it says; {_WITHOUT}")
     for start, begin, end in zip(starts, ends[:-1], ends[1:], strict=True):
         values[start : start + end - begin] = flat[begin:end]
 

@@ -105,7 +105,7 @@ def load_state(
         UserError: The file is absent, damaged, or of a run with another configuration; model,
             optimizer and random state are as they were.
     """
-    tensors, document = read_tensors(path, "train again")
+    tensors, document = read_tensors(path, f"remove {path.parent} and train again")
     if document.keys() != {"identity", "progress"} or not isinstance(document["identity"], dict):
         raise _damaged(path, "it is no state of a training")
     _check(path, document["identity"], identity)

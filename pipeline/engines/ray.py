@@ -124,27 +124,22 @@ class Worker:
         return pa.Table.from_pylist(rows, schema=_FOUND)
 
 
-class Reader:
-    """An actor that reads inputs and gives the fingerprints of their content."""
-
-    def __init__(self, work: Work) -> None:
-        self._clips = work.choices.modality == "video"
-        self._media = Media(work.raw, work.prepared)
-
-    def __call__(self, shard: pa.Table) -> pa.Table:
-        """Read a shard of (item, source, text)."""
-        rows = []
-        for item, given in _pairs(shard):
-            row: dict[str, Any] = {"item": item}
-            try:
-                if self._clips:
-                    row["content"] = hash_clip(self._media, str(given))
-                else:
-                    row["content"] = read_picture(self._media, given)[0]
-            except MediaError as error:
-                row |= {"stage": error.stage, "reason": error.reason}
-            rows.append(row)
-        return pa.Table.from_pylist(rows, schema=_FOUND)
+def read_shard(shard: pa.Table, work: Work) -> pa.Table:
+    """A task: read a shard of (item, source, text) for the fingerprints of its content."""
+    media = Media(work.raw, work.prepared)
+    rows = []
+    for item, given in _pairs(shard):
+        row: dict[str, Any] = {"item": item}
+        try:
+            if work.choices.modality == "video":
+                row["content"] = hash_clip(media, str(given))
+            else:
+                row["content"] = read_picture(media, given)[0]
+        except MediaError as error:
+            row |= {"stage": error.stage, "reason": error.reason}
+        rows.append(row)
+    media.close()
+    return pa.Table.from_pylist(rows, schema=_FOUND)
 
 
 def run(
@@ -174,7 +169,7 @@ def run(
     if work.choices.modality == "text":
         contents = ((item, content_hash(str(text).encode()), None) for item, text in pairs)
     else:
-        contents = _contents(data, work, pairs, workers)
+        contents = _contents(data, work, pairs)
     for item, content, error in contents:
         source = _source(of_item[item])
         if error is not None:
@@ -185,9 +180,8 @@ def run(
             book.known(item, str(content), source)
         report(book.tally)
     if todo:
-        each = 4 * work.choices.batch_size
         chosen = [(item, of_item[item]) for item in todo]
-        for row in _map(data, Worker, work, chosen, each=each, workers=workers):
+        for row in _encoded(data, work, chosen, workers):
             item = row["item"]
             _book(book, row, todo[item], _source(of_item[item]), width)
             report(book.tally)
@@ -196,36 +190,41 @@ def run(
 
 
 def _contents(
-    data: Any, work: Work, pairs: list[tuple[int, Input]], workers: int
+    data: Any, work: Work, pairs: list[tuple[int, Input]]
 ) -> Iterator[tuple[int, str | None, MediaError | None]]:
-    for row in _map(data, Reader, work, pairs, each=HASHED_EACH, workers=workers):
+    shards = data.from_arrow(_shards(pairs, HASHED_EACH))
+    mapped = shards.map_batches(
+        read_shard, batch_size=None, batch_format="pyarrow", fn_kwargs={"work": work}
+    )
+    for row in _rows(mapped):
         error = MediaError(row["stage"], row["reason"]) if row["stage"] else None
         yield row["item"], row["content"], error
 
 
-def _map(
-    data: Any,
-    actor: type[Worker] | type[Reader],
-    work: Work,
-    pairs: list[tuple[int, Input]],
-    *,
-    each: int,
-    workers: int,
+def _encoded(
+    data: Any, work: Work, pairs: list[tuple[int, Input]], workers: int
 ) -> Iterator[dict[str, Any]]:
     """Send shards of pairs through actors; give their rows in the order of the pairs."""
-    rows = iter(pairs)
-    shards = [_shard(part) for part in iter(lambda: list(islice(rows, each)), [])]
-    graphics = actor is Worker and (work.device or "").startswith("cuda")
+    shards = _shards(pairs, 4 * work.choices.batch_size)
     mapped = data.from_arrow(shards).map_batches(
-        actor,
+        Worker,
         batch_size=None,  # a whole shard
         batch_format="pyarrow",
         fn_constructor_kwargs={"work": work},
         compute=data.ActorPoolStrategy(size=max(1, min(workers, len(shards)))),
-        num_gpus=1 if graphics else 0,
+        num_gpus=1 if (work.device or "").startswith("cuda") else 0,
     )
+    yield from _rows(mapped)
+
+
+def _rows(mapped: Any) -> Iterator[dict[str, Any]]:
     for batch in mapped.iter_batches(batch_size=None, batch_format="pyarrow"):
         yield from batch.to_pylist()
+
+
+def _shards(pairs: list[tuple[int, Input]], each: int) -> list[pa.Table]:
+    rows = iter(pairs)
+    return [_shard(part) for part in iter(lambda: list(islice(rows, each)), [])]
 
 
 def _book(book: Book, row: dict[str, Any], content: str, source: str, width: int | None) -> None:

@@ -10,7 +10,8 @@ READY := $(VENV)/.installed
 demo: $(READY)
 	$(BIN)/mmrec demo
 
-test: lint check
+test: $(READY)
+	$(MAKE) --no-print-directory --jobs=2 lint check  # mypy has one thread
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -27,7 +28,7 @@ $(READY): pyproject.toml constraints.txt
 		|| { echo "this Python cannot make virtual environments; run: apt-get install python3-venv"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group dev --editable .
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --group dev --editable .
 	touch $@
 
 clean:

@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
-.PHONY: demo test lint check clean
+.PHONY: demo test lint check heavy clean
 .DEFAULT_GOAL := demo
 
 demo: $(READY)
@@ -19,7 +19,10 @@ lint: $(READY)
 	$(BIN)/mypy
 
 check: $(READY)
-	$(BIN)/pytest -q -n auto --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest -q -m 'not heavy' -n auto --dist loadfile --no-loadscope-reorder
+
+heavy: $(READY)
+	$(BIN)/pytest -q -m heavy
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \

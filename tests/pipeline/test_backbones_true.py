@@ -27,6 +27,8 @@ from pipeline.backends import masking
 from pipeline.backends.contract import Batch
 from tests.pipeline.test_backbones import pictures
 
+pytestmark = pytest.mark.heavy
+
 IMAGENET: dict[str, Any] = {
     "image_mean": [0.485, 0.456, 0.406],
     "image_std": [0.229, 0.224, 0.225],

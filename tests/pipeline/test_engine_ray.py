@@ -20,6 +20,8 @@ from pipeline.options import Options
 from tests.pipeline.test_video import clip
 from tests.pipeline.tiny import picture, prepare
 
+pytestmark = pytest.mark.heavy
+
 ray = pytest.importorskip("ray")
 N = 60
 

@@ -19,10 +19,10 @@ lint: $(READY)
 	$(BIN)/mypy
 
 check: $(READY)
-	$(BIN)/pytest -q -m 'not heavy and not slow' -n auto --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest -q -m 'not heavy' -n auto --dist loadfile --no-loadscope-reorder
 
 heavy: $(READY)
-	$(BIN)/pytest -q -m 'heavy or slow' -n auto --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest -q -m heavy -n auto --dist loadfile --no-loadscope-reorder
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \

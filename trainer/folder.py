@@ -17,6 +17,8 @@ from features.schema import METRICS
 from features.warehouse import Warehouse
 from trainer.loop import EpochRow
 
+SECONDS = "seconds"
+"""What a metrics table calls the time that an epoch took."""
 _ABOUT: dict[str, type] = {"model": str, "dataset": str, "features": list, "fingerprint": str}
 
 
@@ -114,6 +116,8 @@ def record(path: Path, model: str, row: EpochRow) -> None:
     values: list[tuple[str, str, str, str, float, int | None]] = [
         ("train", "all", "none", name, value, None) for name, value in row.losses.items()
     ]
+    if row.seconds:
+        values.append(("train", "all", "none", SECONDS, row.seconds, None))
     for (kind, metric), value in row.metrics.items():
         # A direction of retrieval says what is looked for, and nothing has been seen there.
         targets, seen = ("all", kind) if kind in ("masked", "unmasked") else (kind, "none")

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -62,6 +62,9 @@ class EpochRow:
     metrics: dict[tuple[str, str], float]
     """As in :class:`trainer.tasks.Validation`; empty if not validated."""
     users: int
+    seconds: float = field(default=0.0, compare=False)
+    """Training and validation; of an epoch that was interrupted, at the pace of its last part, and
+    0 where that part had no step. Two equal trainings take different times."""
 
 
 def fit(
@@ -147,7 +150,7 @@ def fit(
                     save()
                     saved = now
 
-            row, found = _validate(task, config, progress, total)
+            row, found = _validate(task, config, progress, total, done, now - clock)
             if first:
                 on_epoch(row)
             if found is not None:
@@ -169,14 +172,18 @@ def fit(
 
 
 def _validate(
-    task: Task[Any], config: TrainConfig, progress: Progress, steps: int
+    task: Task[Any], config: TrainConfig, progress: Progress, steps: int, done: int, seconds: float
 ) -> tuple[EpochRow, Validation | None]:
+    """Validate when it is time; ``done`` steps of this epoch took ``seconds`` in this process."""
+    began = time.monotonic()
     epoch = progress.epoch + 1
     losses = {name: total / steps for name, total in progress.losses.items()}
-    if epoch % config.validate_every and epoch != config.epochs:
-        return EpochRow(epoch=epoch, losses=losses, metrics={}, users=0), None
-    found = from_first(lambda: task.validate(config))
-    row = EpochRow(epoch=epoch, losses=losses, metrics=found.metrics, users=found.users)
+    found, metrics, users = None, {}, 0
+    if epoch % config.validate_every == 0 or epoch == config.epochs:
+        found = from_first(lambda: task.validate(config))
+        metrics, users = found.metrics, found.users
+    took = seconds * steps / done + time.monotonic() - began if done else 0.0
+    row = EpochRow(epoch=epoch, losses=losses, metrics=metrics, users=users, seconds=took)
     return row, found
 
 

@@ -53,7 +53,7 @@ def test_from_items_to_recommendations(warehouse: Warehouse) -> None:
     held = pq.read_table(path).to_pylist()
     assert sum(row["phase"] == "eval" for row in held) == len(rows)
     trained = {row["metric"] for row in held if row["split"] == "train"}
-    assert trained == {"loss", "v-v", "t-t", "v-t", "vt-vt"}
+    assert trained == {"loss", "v-v", "t-t", "v-t", "vt-vt", "seconds"}
     shown = run("eval", "--protocol", "retrieval", "--run", "p", *here).stdout
     assert "test, text-to-vision:" in shown
 
@@ -83,7 +83,7 @@ def test_from_two_datasets_to_a_third(warehouse: Warehouse) -> None:
     assert "of 21 items" in said
     losses = pq.read_table(warehouse.runs_dir / "p" / "metrics.parquet").to_pylist()
     named = {row["metric"] for row in losses if row["split"] == "train"}
-    assert named == {"loss", "dap", "nicl", "nid", "rcl"}
+    assert named == {"loss", "dap", "nicl", "nid", "rcl", "seconds"}
     assert "is finished already" in run("pretrain", "--resume", "--run", "p", *here).stderr
 
     start = ["train", "--model", "pmmrec", "--dataset", "c", "--init", "p", "--transfer", "text"]

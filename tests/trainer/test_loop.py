@@ -251,6 +251,7 @@ def test_every_named_loss_is_kept_and_told(tmp_path: Path, monkeypatch: pytest.M
     record(tmp_path / "metrics.parquet", "sasrec", rows[0])
     held = pq.read_table(tmp_path / "metrics.parquet").to_pylist()
     named = {row["metric"]: row["value"] for row in held if row["split"] == "train"}
+    assert named.pop("seconds") == rows[0].seconds > 0
     assert named == rows[0].losses
 
 

@@ -16,7 +16,9 @@ from rich.console import Console
 _LONGEST = 80  # characters of one cell; --json and --csv give all
 _NARROW = 12  # characters to which a cell of text may be cut on a narrow terminal
 _WIDTH = None if sys.stdout.isatty() else 200
-_NUMBER = re.compile(r"-|-?[\d,.]+(e[-+]?\d+)?%?( \[.*\])?|\[.*\]")  # with its interval; a vector
+_NUMBER = re.compile(
+    r"-|[-+]?[\d,.]+(e[-+]?\d+)?%?( \[.*\])?|\[.*\]"
+)  # with its interval; a vector
 out = Console(highlight=False, soft_wrap=True, width=_WIDTH)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 

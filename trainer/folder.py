@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,7 +15,9 @@ from features.errors import UserError
 from features.files import lock, reading, write_table
 from features.schema import METRICS
 from features.warehouse import Warehouse
-from trainer.loop import EpochRow
+
+if TYPE_CHECKING:
+    from trainer.loop import EpochRow
 
 SECONDS = "seconds"
 """What a metrics table calls the time that an epoch took."""
@@ -107,7 +109,7 @@ def read_about(path: Path) -> dict[str, Any]:
     return about
 
 
-def record(path: Path, model: str, row: EpochRow) -> None:
+def record(path: Path, model: str, row: "EpochRow") -> None:
     """Put an epoch's rows into a run's metrics table, in place of any of this epoch or later.
 
     What an evaluation has written goes, and its predictions with it: training is about to write

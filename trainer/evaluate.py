@@ -71,13 +71,7 @@ def evaluate(
             trained or evaluated by another process, or it is a pre-training.
         ValueError: The index is not known.
     """
-    if run.stage == STAGE:
-        aligned = isinstance(run.task, Alignment)
-        also = ", or see mmrec eval --protocol retrieval" if aligned else ""
-        raise UserError(
-            f"run {run.folder.name!r} is a pre-training and recommends nothing; start one from it:"
-            f" mmrec train --model {run.model_name} --init {run.folder.name}{also}"
-        )
+    check_recommends(run)
     with run_lock(run.folder):
         return _evaluate(warehouse, run, index, on_stage)
 
@@ -119,6 +113,21 @@ def _evaluate(
         protocol=_protocol(dataset),
         rows=rows,
     )
+
+
+def check_recommends(run: OpenRun) -> None:
+    """Refuse a pre-training.
+
+    Raises:
+        UserError: Says what can be done with one.
+    """
+    if run.stage == STAGE:
+        aligned = isinstance(run.task, Alignment)
+        also = ", or see mmrec eval --protocol retrieval" if aligned else ""
+        raise UserError(
+            f"run {run.folder.name!r} is a pre-training and recommends nothing; start one from it:"
+            f" mmrec train --model {run.model_name} --init {run.folder.name}{also}"
+        )
 
 
 def metric_rows(

@@ -25,7 +25,6 @@ class Encoded:
     items_ND: Tensor
 
 
-@torch.no_grad()
 def encode(model: Recommender, data: TrainingData, split: str, batch_size: int) -> Encoded:
     """Encode the catalogue once and the input of every evaluated user of a split.
 
@@ -35,20 +34,58 @@ def encode(model: Recommender, data: TrainingData, split: str, batch_size: int) 
         UserError: A vector is not finite.
     """
     held = data.dataset.held(split)
+    items_ND = encode_catalogue(model, data)
+    queries_ED = encode_histories(model, data, items_ND, held, batch_size)
+    return Encoded(held=held, queries_ED=queries_ED, items_ND=items_ND)
+
+
+@torch.no_grad()
+def encode_catalogue(model: Recommender, data: TrainingData) -> Tensor:
+    """Encode every item: (N, D) float32, by the model in evaluation mode.
+
+    Raises:
+        UserError: A vector is not finite.
+    """
     was_training = model.training
     model.eval()
     items_ND = model.encode_items(data.features).detach().float()  # may be the weights themselves
+    model.train(was_training)
+    return _finite(items_ND, "items")
+
+
+@torch.no_grad()
+def encode_histories(
+    model: Recommender, data: TrainingData, items_ND: Tensor, held: Held, batch_size: int
+) -> Tensor:
+    """Encode histories into queries: (E, D) float32, by the model in evaluation mode.
+
+    Args:
+        model: The recommender.
+        data: Holds the histories.
+        items_ND: What :func:`encode_catalogue` gave.
+        held: Whose, and up to where; the target itself is never read, and need not be there.
+        batch_size: Histories encoded together.
+
+    Raises:
+        UserError: A vector is not finite.
+    """
+    was_training = model.training
+    model.eval()
     queries_ED = torch.empty((len(held.users), items_ND.shape[1]), device=items_ND.device)
     for rows, sequences in data.histories(held, length=model.history, batch_size=batch_size):
         queries_BD = model.encode_sequences(items_ND, sequences, data.features)
         queries_ED[torch.from_numpy(rows).to(items_ND.device)] = queries_BD.float()
     model.train(was_training)
-    if not (items_ND.isfinite().all() and queries_ED.isfinite().all()):
+    return _finite(queries_ED, "histories")
+
+
+def _finite(vectors: Tensor, what: str) -> Tensor:
+    if not vectors.isfinite().all():
         raise UserError(
-            f"the vectors for {split} are not finite: the training diverged;"
+            f"the vectors of {what} are not finite: the training diverged;"
             " train again with a lower lr"
         )
-    return Encoded(held=held, queries_ED=queries_ED, items_ND=items_ND)
+    return vectors
 
 
 def targets_of(dataset: Dataset, held: Held) -> Ints:

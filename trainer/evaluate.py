@@ -16,7 +16,6 @@ from features.dataset import Dataset, Held, load_items, load_user_ids
 from features.errors import UserError
 from features.files import write_table
 from features.schema import PREDICTIONS
-from features.splits import COLD_BELOW
 from features.warehouse import Warehouse
 from retrieval.indexes import rank_with
 from retrieval.metrics import per_user
@@ -26,6 +25,7 @@ from trainer.alignment import Alignment
 from trainer.checkpoint import load_weights
 from trainer.folder import replace_metrics, run_lock
 from trainer.pretrain import STAGE
+from trainer.protocol import protocol_lines
 from trainer.run import OpenRun
 from trainer.scoring import encode, popularity_ranks, seen_by, targets_of
 
@@ -110,7 +110,7 @@ def _evaluate(
         model=run.model_name,
         features=run.tables,
         index=index,
-        protocol=_protocol(dataset),
+        protocol=protocol_lines(dataset.info),
         rows=rows,
     )
 
@@ -180,17 +180,3 @@ def _with_ids(warehouse: Warehouse, name: str, table: pa.Table) -> pa.Table:
     table = table.append_column("item_id", items.take(table.column("item")))
     table = table.append_column("user_id", users.take(table.column("user")))
     return table.select(PREDICTIONS.names).cast(PREDICTIONS)
-
-
-def _protocol(dataset: Dataset) -> list[str]:
-    info = dataset.info
-    core = f"{info.k_core}-core" if info.k_core > 1 else "no k-core"
-    order = "by time, ties in file order" if info.timestamps else "in file order (no times)"
-    return [
-        f"{core}; interactions {order}; leave-one-out: last item test, the one before validation",
-        "full catalogue ranking, ties against the model; test input includes the validation item",
-        "masked: items the user has seen are out of the ranking; unmasked: they are in it",
-        "HR@k equals Recall@k with one target; 95% intervals: bootstrap over users",
-        f"cold: targets with fewer than {COLD_BELOW} training interactions",
-        "popularity: training interactions only; the checkpoint is the best one by validation",
-    ]

@@ -1,0 +1,18 @@
+"""The protocol of an evaluation in words, as it stands below every table."""
+
+from features.splits import COLD_BELOW
+from features.warehouse import DatasetInfo
+
+
+def protocol_lines(info: DatasetInfo) -> list[str]:
+    """The protocol of a dataset, a statement a line."""
+    core = f"{info.k_core}-core" if info.k_core > 1 else "no k-core"
+    order = "by time, ties in file order" if info.timestamps else "in file order (no times)"
+    return [
+        f"{core}; interactions {order}; leave-one-out: last item test, the one before validation",
+        "full catalogue ranking, ties against the model; test input includes the validation item",
+        "masked: items the user has seen are out of the ranking; unmasked: they are in it",
+        "HR@k equals Recall@k with one target; 95% intervals: bootstrap over users",
+        f"cold: targets with fewer than {COLD_BELOW} training interactions",
+        "popularity: training interactions only; the checkpoint is the best one by validation",
+    ]

@@ -9,8 +9,8 @@ be used becomes a row of ``failures``; it is tried again by the next run.
 import os
 import time
 from collections import Counter
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -110,10 +110,25 @@ def extract(
             a backbone is unknown, unreachable or of the wrong kind, or a table holds vectors of
             another provenance; with ``strict``, an input cannot be used.
     """
-    job, models = open_job(warehouse, dataset, options, progress=progress, say=say)
-    with quiet(), _engine(options):
-        reports = [job.run(modality, backbone) for modality, backbone in models.items()]
+    with _frugal():
+        job, models = open_job(warehouse, dataset, options, progress=progress, say=say)
+        with quiet(), _engine(options):
+            reports = [job.run(modality, backbone) for modality, backbone in models.items()]
     return ExtractReport(dataset=dataset, tables=tuple(reports))
+
+
+@contextmanager
+def _frugal() -> Iterator[None]:
+    """Have Arrow return memory to the system: its own pool keeps some 30 MB, more with the items.
+
+    That pool is made for many short-lived columns; here a part is written every few seconds.
+    """
+    before = pa.default_memory_pool()
+    pa.set_memory_pool(pa.system_memory_pool())
+    try:
+        yield
+    finally:
+        pa.set_memory_pool(before)
 
 
 def _engine(options: Options) -> AbstractContextManager[None]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
+from features import dataset
 from features.errors import UserError
 from features.warehouse import Warehouse
 from pipeline import encode, ledger, plan
@@ -38,7 +39,7 @@ def test_an_item_more_costs_some_bytes_and_no_object(
 ) -> None:
     monkeypatch.setattr(ledger, "ROWS_PER_PART", 100)
     monkeypatch.setattr(encode, "TEXT_WINDOW", 100)
-    monkeypatch.setattr(plan, "stream_items", partial(plan.stream_items, rows=100))
+    monkeypatch.setattr(plan, "stream_items", partial(dataset.stream_items, rows=100))
     peak(tmp_path, 150)  # what is imported and cached once
     few, many = peak(tmp_path, 200), peak(tmp_path, 1200)
     assert (many - few) / 1000 < BYTES_EACH

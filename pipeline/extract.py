@@ -250,7 +250,9 @@ class Job:
             self._encode(backbone, modality, book, report)
             # Before the table is complete: then both are of the same run.
             self._write_failures(table, modality, backbone, book.tally.failures)
-            ledger.finish(self.info.fingerprint, self.info.inputs_of(modality))
+            source = getattr(backbone, "source", {})  # for whoever trains its upper blocks
+            inputs = self.info.inputs_of(modality)
+            ledger.finish(self.info.fingerprint, inputs, source=source)
         except BaseException:
             ledger.flush()  # an interrupt or a crash loses nothing that was encoded
             raise  # the failures of the last whole run stay; all are tried again by the next

@@ -202,12 +202,12 @@ class Ledger:
         self._stale[items] = False
         return len(wanted)
 
-    def finish(self, fingerprint: str, inputs: str) -> None:
+    def finish(self, fingerprint: str, inputs: str, **more: Any) -> None:
         """Drop what is stale, join small parts, and say that the table is complete."""
         self.flush()
         self._drop_stale()
         self._join()
-        self.table.finish(fingerprint, self.provenance, inputs=inputs)
+        self.table.finish(fingerprint, self.provenance, inputs=inputs, **more)
 
     def _drop_stale(self) -> None:
         """Remove the rows of items whose content is gone or has another row by now."""

@@ -19,6 +19,7 @@ from open_clip.constants import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
 from open_clip.transform import PreprocessCfg
 from PIL import Image
 
+from features.checkpoints import fingerprint
 from features.errors import UserError
 from pipeline.backends import hub, torched
 from pipeline.backends.clip_towers import Text, Trunk, visual
@@ -50,7 +51,8 @@ class Clip:
         self.compute = compute
         self.batch_size = torched.batch_size(device)
         self.libraries = {"open_clip": open_clip.__version__, "torch": torch.__version__}
-        self.checkpoint = torched.fingerprint(model, config)
+        self.checkpoint = fingerprint(model.state_dict(), config)
+        self.source: dict[str, Any] = {}
         self._device = device
         torched.ready(model, device)
         self._model = model
@@ -205,7 +207,14 @@ def _load(
                 source, require_pretrained=True, weights_only=True, **more
             )
             tokenizer = open_clip.get_tokenizer(source)
-            return Clip(name, model, config, tokenizer, chosen, compute)
+            clip = Clip(name, model, config, tokenizer, chosen, compute)
+            clip.source = {
+                "library": "open_clip",
+                "model": source,
+                "weights": str(Path(more["pretrained"]).absolute()) if more else "",
+                "config": config,
+            }
+            return clip
     except Exception as error:  # whatever is wrong with a checkpoint, it is not ours
         raise UserError(
             f"backbone {name!r}: open_clip cannot load {source.removeprefix('local-dir:')}"

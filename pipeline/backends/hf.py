@@ -8,7 +8,6 @@ checkpoint and would be random; else by the class token, else by the mean. ``NAM
 Legend: B inputs of a batch, T tokens, D width of the embedding, CHW a picture's planes.
 """
 
-import json
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
@@ -20,6 +19,7 @@ import torch
 import transformers
 from PIL import Image
 
+from features.checkpoints import fingerprint, stored_config
 from features.errors import UserError
 from pipeline.backends import masking, torched
 from pipeline.backends.contract import POOLED, TOKENS, Batch, Tokens, Vectors, split_pooling
@@ -28,7 +28,6 @@ from pipeline.backends.sentence import recipe
 from pipeline.backends.towers import Tower
 from pipeline.media import one_line
 
-_VOLATILE = ("_name_or_path", "transformers_version", "torch_dtype", "dtype")
 _HEADS = ("pooler", "mask_token", "position_ids")  # may be missing: they are not used
 _OWN = "the model's own pooling"
 _GREY = Image.new("RGB", (64, 64), "grey")
@@ -71,6 +70,7 @@ class Transformer:
         if hasattr(config, "mask_ratio"):
             config.mask_ratio = self._mask
         model, missing, self.checkpoint = load_model(folder, config, self._device)
+        self.source = {"library": "transformers", "folder": str(folder.absolute())}
         self._model: Any = model
         self._missing = missing
         self._both = hasattr(model, "get_text_features") and hasattr(model, "get_image_features")
@@ -303,9 +303,7 @@ def load_model(
     lost = [key for key in missing if not any(head in key for head in _HEADS)]
     if lost:
         raise ValueError(f"{len(lost)} weights are missing, such as {min(lost)}")
-    stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    kept = {key: value for key, value in stored.items() if key not in _VOLATILE}
-    checkpoint = torched.fingerprint(model, kept, missing)
+    checkpoint = fingerprint(model.state_dict(), stored_config(folder), missing)
     torched.ready(model, device)
     return model, missing, checkpoint
 

@@ -20,6 +20,7 @@ from PIL import Image
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights, fasterrcnn_resnet50_fpn
 from torchvision.models.detection.image_list import ImageList
 
+from features.checkpoints import fingerprint
 from pipeline.backends import hub, torched
 from pipeline.backends.contract import UnavailableError
 from pipeline.media import one_line
@@ -76,7 +77,7 @@ class Regions:
         )
         model.load_state_dict(state)
         kind = {"detector": type(model).__name__, "regions": MOST, "sides": sides}
-        self.checkpoint = torched.fingerprint(model, kind)
+        self.checkpoint = fingerprint(model.state_dict(), kind)
         torched.ready(model, device)
         self._model = model
         self._device = device

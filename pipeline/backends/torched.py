@@ -1,7 +1,5 @@
 """What every backbone that runs in torch shares: device, arithmetic, fingerprint, padding."""
 
-import hashlib
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -28,25 +26,6 @@ def choose_device(device: str | None) -> torch.device:
         line = str(error).splitlines()[0]
         raise UserError(f"device {device!r} cannot be used here ({line}); try cpu") from None
     return chosen
-
-
-def fingerprint(model: torch.nn.Module, config: dict[str, Any], without: Sequence[str] = ()) -> str:
-    """Hash weights and configuration: the same in whatever file or folder they were stored.
-
-    Args:
-        model: Whose weights.
-        config: What gives them their meaning.
-        without: Names of weights that the checkpoint lacks: they are random, and not used.
-    """
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    unset = set(without)
-    for name, tensor in sorted(model.state_dict().items()):
-        if name in unset:
-            continue
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        digest.update(flat.view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
 
 
 def ready(model: torch.nn.Module, device: torch.device) -> None:

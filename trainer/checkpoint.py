@@ -1,12 +1,13 @@
 """Checkpoints: tensors and one JSON text in a safetensors file, whole or absent, never pickled.
 
 ``model.safetensors`` holds the best weights, ``resume.safetensors`` everything that a resumed run
-needs to go on to the bit: weights, AdamW's moments, the random state, and where it was.
+needs to go on to the bit: weights and their running means, AdamW's moments, the random state, and
+where it was.
 """
 
 import errno
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -83,9 +84,14 @@ def save_state(
     optimizer: AdamW,
     progress: Progress,
     identity: dict[str, Any],
+    average: Mapping[str, Tensor],
 ) -> None:
-    """Write all that a resumed run needs, once every parameter has had a step."""
+    """Write all that a resumed run needs, once every parameter has had a step.
+
+    ``average`` holds the running means of parameters by their names, or nothing.
+    """
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    tensors |= {f"average.{name}": tensor for name, tensor in average.items()}
     for index, state in optimizer.state_dict()["state"].items():
         for key, value in state.items():
             tensors[f"optimizer.{index}.{key}"] = torch.as_tensor(value)
@@ -97,13 +103,17 @@ def save_state(
 
 
 def load_state(
-    path: Path, model: nn.Module, optimizer: AdamW, identity: dict[str, Any]
+    path: Path,
+    model: nn.Module,
+    optimizer: AdamW,
+    identity: dict[str, Any],
+    average: Mapping[str, Tensor],
 ) -> Progress:
-    """Put model, optimizer and random state back where they were.
+    """Put model, optimizer, running means and random state back where they were.
 
     Raises:
         UserError: The file is absent, damaged, or of a run with another configuration; model,
-            optimizer and random state are as they were.
+            optimizer, means and random state are as they were.
     """
     tensors, document = read_tensors(path, f"remove {path.parent} and train again")
     if document.keys() != {"identity", "progress"} or not isinstance(document["identity"], dict):
@@ -112,10 +122,13 @@ def load_state(
     progress = _progress(path, document["progress"])
     random = {f"random.{name}": value for name, value in _under("random.", tensors).items()}
     tensors = {name: value for name, value in tensors.items() if name not in random}
-    _fit(path, tensors, _expected(model, optimizer))
+    means = {f"average.{name}": mean for name, mean in average.items()}
+    _fit(path, tensors, _expected(model, optimizer) | means)
     _check_random(path, random)
 
     model.load_state_dict(_under("model.", tensors))
+    for name, mean in means.items():
+        mean.copy_(tensors[name])
     state: dict[int, dict[str, Tensor]] = {}
     for name, tensor in _under("optimizer.", tensors).items():
         index, key = name.split(".", 1)

@@ -12,7 +12,7 @@ import numpy as np
 
 from features.errors import UserError
 from retrieval.metrics import per_user
-from trainer.checks import check_not_negative, check_positive
+from trainer.checks import check_not_negative, check_positive, check_probability
 
 _WORDS = {
     "schedule": ("constant", "cosine", "linear", "exponential"),
@@ -45,6 +45,9 @@ class TrainConfig:
     """Of the exponential schedule."""
     clip: float = 1.0
     """Largest norm of the gradient; 0: not clipped."""
+    average: float = 0.0
+    """Weights are validated and saved as their exponential moving average over the steps, of which
+    each keeps this share (0.999); 0: as they are."""
     monitor: str = "Recall@10"
     """Metric on the validation split that early stopping and the best checkpoint go by."""
     monitor_seen: str = "masked"
@@ -67,6 +70,7 @@ class TrainConfig:
             self, "epochs", "batch_size", "lr", "decay", "patience", "validate_every", "eval_batch"
         )
         check_not_negative(self, "seed", "weight_decay", "warmup", "clip")
+        check_probability(self, "average")
         if self.lr > 1:
             raise UserError(f"lr={self.lr} must be at most 1: AdamW moves each weight by about lr")
         if self.lr * self.weight_decay > 1:

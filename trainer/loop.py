@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from features.errors import UserError
+from trainer.average import Average
 from trainer.checkpoint import Progress, load_state, save_state, save_weights
 from trainer.config import TrainConfig
 from trainer.data import Share
@@ -98,9 +99,11 @@ def fit(
     model, first = task.model, rank() == 0
     device = next(model.parameters()).device
     optimizer = Optimizer(model, config)
+    average = Average(model, config.average)
     progress = Progress()
+    state = (folder / "resume.safetensors", model, optimizer.adamw)
     if resume:
-        progress = load_state(folder / "resume.safetensors", model, optimizer.adamw, identity)
+        progress = load_state(*state, identity, average.values)
     forward = _forward(task, config)
     share = Share(rank=rank(), ranks=ranks())
     if not first:  # dropout of its own; the first one's is what a single process draws
@@ -108,7 +111,7 @@ def fit(
 
     def save() -> None:
         if first:
-            save_state(folder / "resume.safetensors", model, optimizer.adamw, progress, identity)
+            save_state(*state, progress, identity, average.values)
 
     model.train()
     with _interrupted() as stop:
@@ -136,6 +139,7 @@ def fit(
                 optimizer.adamw.step()
                 progress.step += 1
                 progress.steps += 1
+                average.update(progress.steps)
                 for name, value in named.items():
                     progress.losses[name] = progress.losses.get(name, 0.0) + value
                 done += 1
@@ -150,7 +154,8 @@ def fit(
                     save()
                     saved = now
 
-            row, found = _validate(task, config, progress, total, done, now - clock)
+            with average.used():
+                row, found = _validate(task, config, progress, total, done, now - clock)
             if first:
                 on_epoch(row)
             if found is not None:
@@ -158,7 +163,8 @@ def fit(
                     progress.best, progress.best_epoch = found.monitored, row.epoch
                     progress.waited = 0
                     if first:
-                        save_weights(folder / "model.safetensors", model, identity)
+                        with average.used():
+                            save_weights(folder / "model.safetensors", model, identity)
                 else:
                     progress.waited += 1
             if first:

@@ -49,19 +49,27 @@ def contents(model: nn.Module, optimizer: AdamW) -> list[Tensor]:
     return [t.clone() for t in (*model.state_dict().values(), *moments, torch.get_rng_state())]
 
 
+def means(value: float) -> Tensors:
+    return {"0.weight": torch.full((3, 2), value)}
+
+
 @pytest.fixture
 def files(tmp_path: Path) -> Path:
     model, optimizer = trained(0)
     save_weights(tmp_path / "model.safetensors", model, IDENTITY)
-    save_state(tmp_path / "resume.safetensors", model, optimizer, Progress(step=3), IDENTITY)
+    save_state(
+        tmp_path / "resume.safetensors", model, optimizer, Progress(step=3), IDENTITY, means(5)
+    )
     return tmp_path
 
 
 def test_what_was_saved_comes_back(files: Path) -> None:
     saved = contents(*trained(0))
     model, optimizer = trained(1)
-    progress = load_state(files / "resume.safetensors", model, optimizer, IDENTITY)
+    average = means(0)
+    progress = load_state(files / "resume.safetensors", model, optimizer, IDENTITY, average)
     assert progress == Progress(step=3)
+    assert torch.equal(average["0.weight"], means(5)["0.weight"])
     assert all(map(torch.equal, contents(model, optimizer), saved))
     model, optimizer = trained(1)
     load_weights(files / "model.safetensors", model, IDENTITY)
@@ -79,6 +87,7 @@ def change(**values: Any) -> Callable[[Tensors, Document], None]:
 BROKEN: dict[str, tuple[Callable[[Tensors, Document], object], str]] = {
     "a weight is missing": (lambda t, d: t.pop("model.0.weight"), "model.0.weight is missing"),
     "a moment is missing": (lambda t, d: t.pop("optimizer.2.exp_avg"), "exp_avg is missing"),
+    "a mean is missing": (lambda t, d: t.pop("average.0.weight"), "average.0.weight is missing"),
     "no random state": (lambda t, d: t.pop("random.cpu"), "random.cpu is missing"),
     "a strange tensor": (lambda t, d: t.update(x=torch.ones(1)), "x has no place"),
     "another shape": (
@@ -114,10 +123,11 @@ def test_a_damaged_state_is_one_line_and_loads_nothing(files: Path, how: str) ->
     BROKEN[how][0](tensors, document)
     write(path, tensors, document)
     model, optimizer = trained(1)
-    before = contents(model, optimizer)
+    average, before = means(0), contents(model, optimizer)
     with pytest.raises(UserError, match=rf"is damaged \(.*{BROKEN[how][1]}") as caught:
-        load_state(path, model, optimizer, IDENTITY)
+        load_state(path, model, optimizer, IDENTITY, average)
     assert "\n" not in str(caught.value)
+    assert torch.equal(average["0.weight"], means(0)["0.weight"])
     assert all(map(torch.equal, contents(model, optimizer), before))
 
 
@@ -132,7 +142,7 @@ def test_a_file_that_does_not_say_what_it_is_for(
     model, optimizer = trained(1)
     loads: dict[str, Callable[[], object]] = {
         "model": lambda: load_weights(path, model, IDENTITY),
-        "resume": lambda: load_state(path, model, optimizer, IDENTITY),
+        "resume": lambda: load_state(path, model, optimizer, IDENTITY, means(0)),
     }
     with pytest.raises(UserError, match="is damaged"):
         loads[name]()
@@ -141,7 +151,7 @@ def test_a_file_that_does_not_say_what_it_is_for(
 def test_one_kind_of_checkpoint_is_not_the_other(files: Path) -> None:
     model, optimizer = trained(1)
     with pytest.raises(UserError, match="it is no state of a training"):
-        load_state(files / "model.safetensors", model, optimizer, IDENTITY)
+        load_state(files / "model.safetensors", model, optimizer, IDENTITY, means(0))
     with pytest.raises(UserError, match="it does not say what it is for"):
         load_weights(files / "resume.safetensors", model, IDENTITY)
 

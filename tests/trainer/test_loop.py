@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from torch import Tensor
+from torch.optim import AdamW
 
 from features.errors import UserError
 from tests.trainer import worlds
@@ -89,6 +90,48 @@ def test_a_resumed_run_ends_where_the_whole_one_does_to_the_bit(
         assert torch.equal(mine, theirs), key
     best = [(tmp_path / f / "model.safetensors").read_bytes() for f in ("whole", "torn")]
     assert best[0] == best[1]
+
+
+def test_means_are_resumed_to_the_bit(tmp_path: Path) -> None:
+    whole, _, _ = train("sasrec", tmp_path / "whole", average=0.9)
+    train("sasrec", tmp_path / "torn", average=0.9, interrupt_at=7)
+    resumed, _, _ = train("sasrec", tmp_path / "torn", average=0.9, resume=True)
+    assert resumed == whole
+    best = [(tmp_path / f / "model.safetensors").read_bytes() for f in ("whole", "torn")]
+    assert best[0] == best[1]
+
+
+def test_the_mean_of_the_weights_is_what_is_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training itself is the same with an average; validated and saved is the mean."""
+    after: list[Tensor] = []
+    step = AdamW.step
+
+    def spy(self: AdamW, *args: Any) -> Any:
+        found = step(self, *args)
+        after.append(self.param_groups[0]["params"][0].detach().clone())
+        return found
+
+    monkeypatch.setattr(AdamW, "step", spy)
+    _, plain, rows = train("sasrec", tmp_path / "plain", epochs=1)
+    after.clear()
+    _, model, more = train("sasrec", tmp_path / "mean", epochs=1, average=0.3)
+    assert rows[0].losses == more[0].losses
+    assert rows[0].metrics != more[0].metrics
+    assert torch.equal(items(plain), items(model))
+    mean = items(world("sasrec")[0]).double()
+    for number, weight in enumerate(after, 1):
+        kept = min(0.3, (1 + number) / (10 + number))
+        mean = kept * mean + (1 - kept) * weight.double()
+    load_weights(tmp_path / "mean" / "model.safetensors", model, {"a": 1})
+    torch.testing.assert_close(items(model).double(), mean)
+    assert not torch.equal(items(plain), items(model))
+
+
+def items(model: Recommender) -> Tensor:
+    held: Tensor = model.state_dict()["item.weight"]
+    return held.clone()
 
 
 def test_seeds_fix_everything(tmp_path: Path) -> None:

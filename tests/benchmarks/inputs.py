@@ -40,7 +40,9 @@ def titles(n: int) -> list[str]:
     return [" ".join(random.choice(words, random.randint(2, 20))) for _ in range(n)]
 
 
-def clip(path: Path, *, seconds: int, gop: int, size: tuple[int, int] = (640, 360)) -> Path:
+def clip(
+    path: Path, *, seconds: int, gop: int, size: tuple[int, int] = (640, 360), seed: int = 0
+) -> Path:
     """A clip of 25 frames a second in H.264: a texture that moves, another one every 7 seconds."""
     wide, high = size
     with av.open(str(path), "w") as container:
@@ -52,7 +54,7 @@ def clip(path: Path, *, seconds: int, gop: int, size: tuple[int, int] = (640, 36
         }  # fmt: skip
         for index in range(25 * seconds):
             if index % 175 == 0:
-                random = np.random.RandomState(index)
+                random = np.random.RandomState(seed * 10_000 + index)
                 coarse = random.randint(0, 256, (high // 12, wide // 12, 3), dtype=np.uint8)
                 texture = np.asarray(Image.fromarray(coarse).resize(size))
             moved = np.roll(texture, (index, 2 * index), axis=(0, 1))
@@ -69,7 +71,8 @@ def house(root: Path, *, pictures: int = 0, texts: int = 0, clips: int = 0) -> W
     for i in range(pictures):
         (raw / f"{i}.jpg").write_bytes(photo(i))
     for i in range(clips):
-        clip(raw / f"{i}.mp4", seconds=10 + i % 3, gop=25, size=(320, 240))
+        # Each its own: what is the same is encoded once.
+        clip(raw / f"{i}.mp4", seconds=10 + i % 3, gop=25, size=(320, 240), seed=i)
     given = Warehouse(root / "warehouse")
     given.create()
     prepare(
@@ -150,7 +153,7 @@ class Free:
     def preprocessing(self, modality: str) -> str:
         return "as others"
 
-    def pooling(self, modality: str) -> str:
+    def pooling(self, modality: str, level: str = "pooled") -> str:
         return "none"
 
     def image(self, picture: Image.Image) -> Pixels8:

@@ -4,6 +4,7 @@ import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -58,6 +59,28 @@ class Watched(Hashed):
 
     def forget(self) -> None:
         self.log.unlink(missing_ok=True)
+
+
+class Brief:
+    """A loaded backbone that runs its first batches; then it goes on giving their vectors.
+
+    Weights, libraries, preparing and what a forward pass needs stand in memory as with any.
+    """
+
+    def __init__(self, backbone: Any, batches: int = 4) -> None:
+        self._backbone = backbone
+        self._left = batches
+        self._last: Vectors = np.zeros((0, backbone.dim), np.float32)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backbone, name)
+
+    def embed(self, batch: Batch) -> Vectors:
+        size = max(len(batch.images), len(batch.texts))
+        if self._left:
+            self._left -= 1
+            self._last = self._backbone.embed(batch)
+        return np.resize(self._last, (size, self._backbone.dim))
 
 
 def entry(backbone: Backbone) -> Entry:

@@ -1,8 +1,10 @@
 """Objectives: plain functions over tensors, exact and in bounded memory.
 
-Legend: M rows (predicted positions), N items, D width.
+Legend: M rows (predicted positions), N items, K of them, D width.
 """
 
+import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -46,6 +48,64 @@ def full_softmax(query_MD: Tensor, item_ND: Tensor, target_M: Tensor, scale: flo
     rows = mean_rows(len(query_MD), query_MD.device)
     loss: Tensor = _FullSoftmax.apply(query_MD, item_ND, target_M, scale, rows or 1.0)
     return loss
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Candidates:
+    """The part of a catalogue that a softmax runs over."""
+
+    items_K: Tensor
+    """(K,) int64, no item twice; the targets first."""
+    target_M: Tensor
+    """(M,) int64, which of them each row should score highest."""
+    offset_K: Tensor
+    """(K,) float32, added to their scores: 0 for targets, and for the others log(those that are no
+    targets / those drawn), so that the drawn ones weigh as much as all."""
+
+
+def draw_candidates(
+    target_M: Tensor, n_items: int, most: int, generator: torch.Generator
+) -> Candidates:
+    """Draw the items of a sampled softmax: all targets, and others evenly without replacement.
+
+    Whatever the scores, the sum of exp(score + offset) over the candidates has the sum of
+    exp(score) over the catalogue as its expectation (Horvitz and Thompson, 1952).
+
+    Args:
+        target_M: (M,) int64.
+        n_items: N.
+        most: K at most, but there is always one other item drawn for each two targets.
+        generator: On the CPU; decides.
+    """
+    targets_K, where_M = target_M.unique(return_inverse=True)
+    other_N = torch.ones(n_items, dtype=torch.bool, device=target_M.device)
+    other_N[targets_K] = False
+    others = other_N.nonzero()[:, 0]
+    count = min(len(others), max(most - len(targets_K), (len(targets_K) + 1) // 2))
+    drawn = torch.randperm(len(others), generator=generator)[:count].to(others.device)
+    offset_K = torch.zeros(len(targets_K) + count, device=target_M.device)
+    if count:
+        offset_K[len(targets_K) :] = math.log(len(others) / count)
+    items_K = torch.cat([targets_K, others[drawn]])
+    return Candidates(items_K=items_K, target_M=where_M, offset_K=offset_K)
+
+
+def part_softmax(query_MD: Tensor, item_KD: Tensor, part: Candidates, scale: float = 1.0) -> Tensor:
+    """Mean cross-entropy of a softmax over candidates that stand for the catalogue.
+
+    With all items as candidates it is :func:`full_softmax`, else an estimate of it.
+
+    Args:
+        query_MD: (M, D) queries; float32, or bfloat16 for the matrix products.
+        item_KD: (K, D) vectors of ``part.items_K``, same dtype.
+        part: The candidates.
+        scale: Factor on the scores, not on the offsets: 1 / temperature.
+    """
+    # The offset is one more coordinate of an item, which every query has as 1.
+    ones_M1 = query_MD.new_full((len(query_MD), 1), 1 / scale)
+    query_ME = torch.cat([query_MD, ones_M1], 1)
+    item_KE = torch.cat([item_KD, part.offset_K[:, None].to(item_KD.dtype)], 1)
+    return full_softmax(query_ME, item_KE, part.target_M, scale)
 
 
 class _FullSoftmax(torch.autograd.Function):

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from trainer.checks import check_heads, check_positive, check_probability
+from trainer.checks import check_heads, check_not_negative, check_positive, check_probability
 from trainer.data import Batch, ItemFeatures, Sequences, WindowPlan
-from trainer.objectives import full_softmax
+from trainer.objectives import draw_candidates, full_softmax, part_softmax
 from trainer.recommender import Catalogue, Recommender
 from trainer.transformer import Transformer, dropout, initialise, positions_from_end
 
@@ -40,10 +40,14 @@ class SASRecConfig:
     """Most items of a history that are read."""
     dropout: float = 0.4
     """Probability, in the transformer and on the embedded items."""
+    candidates: int = 0
+    """Items that the softmax of a step runs over: the targets, and others drawn evenly that stand
+    for all the rest; 0: the whole catalogue."""
 
     def __post_init__(self) -> None:
         check_positive(self, "dim", "layers", "heads", "hidden", "length")
         check_probability(self, "dropout")
+        check_not_negative(self, "candidates")
         check_heads(self.dim, self.heads)
 
 
@@ -106,7 +110,13 @@ class SASRec(Recommender):
         hidden_BLD = self._hidden(item_ND, inputs)
         valid_BL = windows.mask_BL[:, 1:]
         target_M = windows.items_BL[:, 1:][valid_BL]
-        return {"loss": full_softmax(hidden_BLD[valid_BL], item_ND, target_M)}
+        query_MD = hidden_BLD[valid_BL]
+        if not self.config.candidates:
+            return {"loss": full_softmax(query_MD, item_ND, target_M)}
+        draw = batch.generator
+        part = draw_candidates(target_M, len(item_ND), self.config.candidates, draw)
+        item_KD = functional.embedding(part.items_K, item_ND)
+        return {"loss": part_softmax(query_MD, item_KD, part)}
 
     def _hidden(self, item_ND: Tensor, sequences: Sequences) -> Tensor:
         items_BL = sequences.items_BL

@@ -1,10 +1,17 @@
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainer import objectives
-from trainer.objectives import cross_entropy_reference, full_softmax
+from trainer.objectives import (
+    cross_entropy_reference,
+    draw_candidates,
+    full_softmax,
+    part_softmax,
+)
 
 
 @settings(deadline=None, max_examples=40)
@@ -70,3 +77,53 @@ def test_bfloat16_products_come_near() -> None:
     loss = full_softmax(query.bfloat16(), item.bfloat16(), target)
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, expected, rtol=2e-2, atol=0)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    rows=st.integers(1, 20),
+    items=st.integers(1, 30),
+    most=st.integers(0, 40),
+    seed=st.integers(0, 2**16),
+)
+def test_candidates_stand_for_the_catalogue(rows: int, items: int, most: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    target = torch.randint(items, (rows,), generator=generator)
+    part = draw_candidates(target, items, most, generator)
+    assert torch.equal(part.items_K[part.target_M], target)
+    assert len(part.items_K.unique()) == len(part.items_K)
+    targets = len(target.unique())
+    least = targets + (targets + 1) // 2
+    assert len(part.items_K) == min(items, max(most, least))
+    assert (part.offset_K[:targets] == 0).all()
+    assert part.offset_K.exp().sum().item() == pytest.approx(items, rel=1e-4)
+
+
+@pytest.mark.parametrize("scale", [1.0, 20.0])
+def test_all_candidates_are_the_full_softmax(scale: float) -> None:
+    generator = torch.Generator().manual_seed(3)
+    query, item = torch.randn(9, 4, generator=generator), torch.randn(7, 4, generator=generator)
+    target = torch.randint(7, (9,), generator=generator)
+    part = draw_candidates(target, 7, 7, generator)
+    found = part_softmax(query, item[part.items_K], part, scale)
+    torch.testing.assert_close(found, full_softmax(query, item, target, scale))
+
+
+def test_candidates_by_hand() -> None:
+    """Scores 0, of one target and of two of six others, each of which counts three times."""
+    generator = torch.Generator().manual_seed(0)
+    part = draw_candidates(torch.tensor([4]), 7, 3, generator)
+    loss = part_softmax(torch.zeros(1, 2), torch.randn(3, 2), part, 20.0)
+    assert loss.item() == pytest.approx(math.log(1 + 2 * 3))
+
+
+def test_the_estimate_is_right_in_the_mean() -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, item = torch.randn(1, 3, generator=generator), torch.randn(20, 3, generator=generator)
+    target = torch.tensor([3])
+    sums = []
+    for _ in range(2000):
+        part = draw_candidates(target, 20, 5, generator)
+        sums.append((item[part.items_K] @ query[0] + part.offset_K).exp().sum())
+    expected = (item @ query[0]).exp().sum().item()
+    assert torch.stack(sums).mean().item() == pytest.approx(expected, rel=0.05)

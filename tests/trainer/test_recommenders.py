@@ -24,7 +24,15 @@ SMALL: dict[str, dict[str, Any]] = {
 }
 
 
+# Named options under which a recommender must keep the same contract.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "sasrec, candidates": {"candidates": 8},
+}
+
+
 def build(name: str, features: ItemFeatures, **more: Any) -> Recommender:
+    more = OPTIONS.get(name, {}) | more
+    name = name.split(",")[0]
     settings, recommender = MODELS[name].load()
     torch.manual_seed(0)
     catalogue = Catalogue(n_items=features.n_items, widths=features.widths)
@@ -45,7 +53,7 @@ def encode(model: Recommender, rows: Sequences, features: ItemFeatures) -> Tenso
         return model.encode_sequences(model.encode_items(features), rows, features)
 
 
-@pytest.fixture(params=list(MODELS))
+@pytest.fixture(params=[*MODELS, *OPTIONS])
 def name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

@@ -6,7 +6,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from cli import compare, data, demo, doctor, grid, learn, pretrain, query, recommend
+from cli import compare, data, demo, doctor, grid, learn, pretrain, query, recommend, report
 from cli.show import say
 from features.errors import UserError
 
@@ -61,6 +61,7 @@ app.command("pretrain")(pretrain.pretrain)
 app.command("eval")(learn.evaluate)
 app.command("recommend")(recommend.recommend)
 app.command("compare")(compare.compare)
+app.command("report")(report.report)
 app.command("grid")(grid.grid)
 app.command("sql")(query.sql)
 app.command("demo")(demo.demo)

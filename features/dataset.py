@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from features.errors import UserError
-from features.files import database, reading
+from features.files import database, open_table, read_table, reading
 from features.splits import COLD_BELOW, MIN_EVALUATED, train_counts_sql
 from features.warehouse import DatasetInfo, Warehouse
 
@@ -115,7 +115,7 @@ def load_items(warehouse: Warehouse, name: str, columns: list[str]) -> pa.Table:
     folder = warehouse.dataset_dir(name)
     with _tables(folder, name):
         parts = sorted((folder / "items").glob("*.parquet"))
-        tables = [pq.read_table(part, columns=["item", *columns]) for part in parts]
+        tables = [read_table(part, ["item", *columns]) for part in parts]
         table = pa.concat_tables(tables).sort_by("item").select(columns)
     if len(table) != info.items:
         raise UserError(
@@ -139,7 +139,7 @@ def stream_items(
     folder = warehouse.dataset_dir(name)
     with _tables(folder, name), ExitStack() as stack:
         parts = [
-            stack.enter_context(pq.ParquetFile(part, buffer_size=1 << 20))
+            stack.enter_context(open_table(part, buffer_size=1 << 20))
             for part in sorted((folder / "items").glob("*.parquet"))
         ]
         if _in_order(parts, info.items, rows):

@@ -5,7 +5,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,21 @@ def write_json(path: Path, document: Any) -> None:
 def write_table(path: Path, table: pa.Table, **options: Any) -> None:
     """Write one Parquet file, whole or not at all; ``options`` go to the Parquet writer."""
     with whole(path) as beside:
-        pq.write_table(table, beside, **options)
+        pq.write_table(table, beside, write_page_checksum=True, **options)
+
+
+def open_table(path: Path, **options: Any) -> pq.ParquetFile:
+    """Open one Parquet file, of which no page is given whose bytes are not those written.
+
+    A checksum costs a tenth of the time of reading; files without any are read as they are.
+    """
+    return pq.ParquetFile(path, page_checksum_verification=True, **options)
+
+
+def read_table(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
+    """Read one Parquet file, or some of its columns, as :func:`open_table` does."""
+    with open_table(path) as file:
+        return file.read(columns=None if columns is None else list(columns))
 
 
 @contextmanager

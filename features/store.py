@@ -10,6 +10,7 @@ Legend: N items of the dataset, R rows of the table, K tokens of all of them, D 
 import hashlib
 import json
 import os
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -22,7 +23,15 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from features.errors import UserError
-from features.files import reading, remove_leftovers, whole, write_json, write_table
+from features.files import (
+    open_table,
+    read_table,
+    reading,
+    remove_leftovers,
+    whole,
+    write_json,
+    write_table,
+)
 from features.schema import feature_schema
 from features.warehouse import Warehouse, read_json, slug
 
@@ -153,13 +162,21 @@ class FeatureTable:
         columns = list(columns)
         tables = []
         for index, part in enumerate(self.parts()):
-            with reading(part, _WITHOUT):
-                rows = pq.read_table(part, columns=columns).select(columns)
+            rows = self.rows(part, columns).select(columns)
             tables.append(rows.append_column("part", pa.array(np.full(len(rows), index, np.int32))))
         if tables:
             return pa.concat_tables(tables)
         empty = pa.schema([feature_schema(1, "float16").field(name) for name in columns])
         return empty.append(pa.field("part", pa.int32())).empty_table()
+
+    def rows(self, part: Path, columns: Sequence[str] | None = None) -> pa.Table:
+        """Read one of ``parts()``, or some of its columns.
+
+        Raises:
+            UserError: It cannot be read, or its bytes are not those that were written.
+        """
+        with reading(part, _WITHOUT):
+            return read_table(part, columns)
 
     def check(self, fingerprint: str, inputs: str = "") -> dict[str, Any]:
         """Give the manifest of a table that is complete for one preparation of the dataset.
@@ -172,22 +189,32 @@ class FeatureTable:
             UserError: There is no table, it is unfinished, or of another preparation.
         """
         manifest = self.manifest()
-        level = "" if self.level == "pooled" else f" --level {self.level}"
-        again = f"run: mmrec extract --dataset {self.dataset} --{self.modality} BACKBONE{level}"
         if manifest is None:
             state = "is unfinished" if self.parts() else "does not exist"
-            raise UserError(f"the feature table {self.label} of {self.dataset} {state}; {again}")
+            raise UserError(
+                f"the feature table {self.label} of {self.dataset} {state}; {self._command()}"
+            )
         if manifest["items"] != fingerprint:
             raise UserError(
                 f"the feature table {self.label} belongs to an earlier preparation of"
-                f" {self.dataset}; {again} (what is already encoded is reused)"
+                f" {self.dataset}; {self._command()} (what is already encoded is reused)"
             )
         if manifest.get("inputs", "") != inputs:
             raise UserError(
                 f"the feature table {self.label} was made before {self.dataset} was prepared with"
-                f" other {self.modality} inputs; {again} (what is the same is reused)"
+                f" other {self.modality} inputs; {self._command()} (what is the same is reused)"
             )
         return manifest
+
+    def _command(self) -> str:
+        """What makes the table, with the backbone's name as it was given; a remedy."""
+        level = "" if self.level == "pooled" else f" --level {self.level}"
+        try:
+            made = self.provenance()
+        except UserError:
+            made = None
+        name = shlex.quote(made.backbone if made else self.backbone)
+        return f"run: mmrec extract --dataset {self.dataset} --{self.modality} {name}{level}"
 
     def digest(self) -> str:
         """Hash of which content stands behind each item's vector, whatever part holds it."""
@@ -317,7 +344,7 @@ class FeatureTable:
         if not keep.any():
             part.unlink()
             return
-        rows = pq.read_table(part)
+        rows = self.rows(part)
         rows = rows.set_column(0, rows.schema.field("item"), pa.array(item, pa.int32()))
         self._write(part, rows.filter(pa.array(keep)), _read_provenance(part))
 
@@ -416,7 +443,7 @@ def _read_provenance(part: Path) -> Provenance:
 
 
 def _row_groups(part: Path) -> Iterator[pa.Table]:
-    with reading(part, _WITHOUT), pq.ParquetFile(part) as file:
+    with reading(part, _WITHOUT), open_table(part) as file:
         for group in range(file.num_row_groups):
             yield file.read_row_group(group, columns=["item", "embedding"])
 

@@ -197,7 +197,10 @@ def write_tables(db: duckdb.DuckDBPyConnection, stage: Path) -> None:
 
 
 def _stream(db: duckdb.DuckDBPyConnection, sql: str, schema: pa.Schema, path: Path) -> None:
-    with whole(path) as beside, pq.ParquetWriter(beside, schema) as writer:
+    with (
+        whole(path) as beside,
+        pq.ParquetWriter(beside, schema, write_page_checksum=True) as writer,
+    ):
         for batch in db.sql(sql).to_arrow_reader(ROW_GROUP):
             # DuckDB knows no NOT NULL in a result; the schema does, and a null here would be ours.
             assert not any(

@@ -181,14 +181,14 @@ class Ledger:
         sought = np.fromiter(map(digest, wanted.values()), DTYPE, len(wanted))
         missing = np.ones(len(wanted), np.bool_)
         for part in self.table.parts():
-            there = digests(pq.read_table(part, columns=["content_hash"])["content_hash"])
+            there = digests(self.table.rows(part, ["content_hash"])["content_hash"])
             order = np.argsort(there)
             source = np.searchsorted(there, sought, sorter=order).clip(max=len(there) - 1)
             here = np.flatnonzero(missing & (there[order[source]] == sought))
             if not len(here):
                 continue
             missing[here] = False
-            rows = pq.read_table(part)
+            rows = self.table.rows(part)
             most = max(1, min(ROWS_PER_PART, BYTES_PER_PART * len(rows) // rows.nbytes))
             for start in range(0, len(here), most):
                 chosen = here[start : start + most]
@@ -240,7 +240,7 @@ class Ledger:
         for group in groups:
             if len(group) < 2:
                 continue
-            whole = pa.concat_tables([pq.read_table(parts[number]) for number in group])
+            whole = pa.concat_tables([self.table.rows(parts[number]) for number in group])
             self._append(whole.replace_schema_metadata(None).sort_by("item").combine_chunks())
             for number in group:
                 parts[number].unlink()

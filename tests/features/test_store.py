@@ -252,6 +252,39 @@ def test_a_table_of_other_texts_is_refused(table: FeatureTable) -> None:
         table.read(1, "f", "texts of today")
 
 
+@pytest.mark.parametrize("part", [0, 1])
+def test_flipped_bytes_are_noticed_wherever_they_are_read(table: FeatureTable, part: int) -> None:
+    made = replace(MADE, dim=64)
+    vectors = numbers(400, 64)
+    for start in (0, 200):
+        table.append(rows(range(start, start + 200), vectors[start : start + 200]), made)
+    table.finish("f1", made)
+    assert (table.read(400, "f1").vectors == vectors).all()
+    path = table.parts()[part]
+    data = bytearray(path.read_bytes())
+    data[data.index(vectors[200 * part + 100].tobytes()) + 5] ^= 1
+    path.write_bytes(data)
+    for use in (
+        lambda: table.read(400, "f1"),
+        lambda: table.rows(path),
+        lambda: table.rewrite(path, np.arange(200) > 3, np.arange(200, dtype=np.int32)),
+    ):
+        with pytest.raises(UserError, match=rf"part-0000{part}.parquet cannot be read .*CRC"):
+            use()
+    count = f"SELECT count(*), count(embedding) FROM '{table.parts()[1 - part]}'"
+    with duckdb.connect() as db:
+        assert db.execute(count).fetchall() == [(200, 200)]
+
+
+def test_a_remedy_names_the_backbone_as_it_was_given(table: FeatureTable) -> None:
+    table.append(rows([0], numbers(1)), replace(MADE, backbone="hf:toys/Toy one"))
+    with pytest.raises(UserError, match=r"unfinished; run: .* --image 'hf:toys/Toy one'"):
+        table.check("f1")
+    table.parts()[0].unlink()
+    with pytest.raises(UserError, match=r"does not exist; run: .* --image toy"):
+        table.check("f1")
+
+
 def test_what_cannot_be_read_is_one_line(table: FeatureTable) -> None:
     table.append(rows([0, 1], numbers(2)), MADE)
     part = table.append(rows([2], numbers(1)), MADE)

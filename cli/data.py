@@ -54,6 +54,10 @@ def _role(entry: tuple[str, list[str]]) -> str:
 def prepare(
     dataset: Annotated[str, typer.Option("--dataset", help="A known dataset, or a new name.")],
     raw: Annotated[Path | None, typer.Option("--raw", help="Folder of the raw files.")] = None,
+    name: Annotated[
+        str | None,
+        typer.Option("--name", help="What it is called here, to keep several preparations."),
+    ] = None,
     k_core: Annotated[
         int | None,
         typer.Option("--k-core", help="Users and items keep at least this many; 0: all."),
@@ -75,7 +79,7 @@ def prepare(
 ) -> None:
     """Read raw files, apply the k-core, order by time, and write the canonical tables."""
     house = Warehouse(warehouse)
-    info = run_prepare(house, dataset, raw, k_core, format, file, unlisted)
+    info = run_prepare(house, dataset, raw, k_core, format, file, unlisted, name)
     if json:
         show.emit_json(info.summary())
     else:
@@ -90,6 +94,7 @@ def run_prepare(
     format: str | None = None,
     file: list[str] | None = None,
     unlisted: str = "refuse",
+    name: str | None = None,
 ) -> DatasetInfo:
     """Prepare a dataset; files are ``role=path``."""
     from pipeline.prepare import prepare as run
@@ -103,6 +108,7 @@ def run_prepare(
     return run(
         house,
         dataset,
+        to=name,
         raw=raw,
         k_core=k_core,
         format=format,

@@ -49,6 +49,7 @@ def prepare(
     warehouse: Warehouse,
     name: str,
     *,
+    to: str | None = None,
     raw: Path | None = None,
     k_core: int | None = None,
     format: str | None = None,
@@ -64,7 +65,10 @@ def prepare(
     Args:
         warehouse: Where they go.
         name: A known dataset, or any name together with ``format``.
-        raw: The raw folder; by default the warehouse's own for ``name``.
+        to: What the prepared dataset is called, so that several preparations of one stand beside
+            each other; by default ``name``.
+        raw: The raw folder; by default that of the last preparation of ``name``, else the
+            warehouse's own for it.
         k_core: Users and items with fewer interactions go, again and again until none is left. 1
             leaves out items that nobody has, 0 keeps them; by default what suits the dataset.
         format: A layout, for data of one's own; prepared again, it keeps its own.
@@ -76,9 +80,12 @@ def prepare(
     Raises:
         UserError: A file is missing or damaged, contradicts another, or nothing is left.
     """
-    home = warehouse.dataset_dir(name)
+    target = name if to is None else to
+    home = warehouse.dataset_dir(target)
+    if target != name and target in DATASETS:
+        raise UserError(f"--name {target} is a dataset of its own; give another name")
     if (home / _READY).exists():
-        with lock(home / _LOCK, f"the dataset {name}"):
+        with lock(home / _LOCK, f"the dataset {target}"):
             _complete(home)
     earlier = _earlier(warehouse, name)
     if earlier and (name not in DATASETS or earlier.format != DATASETS[name].importer):
@@ -96,7 +103,7 @@ def prepare(
         make_demo(root)
         say(f"made the demo's raw files in {root}")
     found = locate(name, how, root, files or {})
-    with _staging(warehouse, name) as stage:
+    with _staging(warehouse, target) as stage:
         with _database(stage) as db:
             told = IMPORTERS[how.importer](db, root, found)
             check(db, found)
@@ -109,7 +116,7 @@ def prepare(
                 store_blobs(db, told.blobs, root, stage / MEDIA, all_items=k == 0)
             info = make_tables(
                 db,
-                name=name,
+                name=target,
                 format=how.importer,
                 raw=str(root.resolve()),
                 k=k,

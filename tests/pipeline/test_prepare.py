@@ -68,6 +68,25 @@ def test_the_core_unravels_a_chain(warehouse: Warehouse, tmp_path: Path) -> None
     assert (info.users, info.items, info.interactions) == (2, 2, 4)
 
 
+def test_names_keep_several_cores_of_one_dataset(warehouse: Warehouse, tmp_path: Path) -> None:
+    sequences = "1 1 2 3\n2 1 2\n3 1\n"
+    raw = folder(tmp_path / "raw", {"Beauty.txt": sequences})
+    whole = prepare(warehouse, "amazon-beauty", raw=raw, k_core=1)
+    two = prepare(warehouse, "amazon-beauty", to="beauty-2", k_core=2)  # the folder is remembered
+    assert (whole.users, two.users, two.name, two.raw) == (3, 2, "beauty-2", str(raw))
+    assert warehouse.info("amazon-beauty") == whole
+    assert sequences_of(warehouse, "beauty-2") == {"1": ["1", "2"], "2": ["1", "2"]}
+    own = prepared(
+        warehouse, tmp_path / "own", {"interactions.csv": INTERACTIONS, "items.csv": ITEMS}
+    )
+    again = prepare(warehouse, "mine", to="mine-2", k_core=1)  # and the format of one's own
+    assert (again.format, again.users) == (own.format, own.users)
+    with pytest.raises(UserError, match="--name ml-1m is a dataset of its own"):
+        prepare(warehouse, "amazon-beauty", to="ml-1m")
+    with pytest.raises(UserError, match="cannot be a folder"):
+        prepare(warehouse, "amazon-beauty", to="../x")
+
+
 def test_repeated_pairs_count_and_stay(warehouse: Warehouse, tmp_path: Path) -> None:
     files = {
         "interactions.csv": "user_id,item_id,timestamp\nu,a,1\nu,a,2\nu,a,2\nv,b,1\n",

@@ -97,6 +97,12 @@ def mean_rows(rows: int, device: torch.device) -> float:
     return int(total) / ranks()
 
 
+def joint(loss: Tensor, rows: Tensor) -> Tensor:
+    """Turn a mean over this process's rows into its share of the mean over all processes'."""
+    mean = mean_rows(len(rows), rows.device)
+    return loss if len(rows) == mean else loss * (len(rows) / mean)
+
+
 def first_row(rows: int, device: torch.device) -> int:
     """Where this process's rows begin in what :func:`gather_rows` gives."""
     return sum(_counts(rows, device)[: rank()])

@@ -26,6 +26,7 @@ from features.errors import UserError, unknown
 from trainer.checks import check_heads, check_positive, check_probability
 from trainer.contrastive import in_batch, log_popularity, own_items
 from trainer.data import Batch, ItemFeatures, Sequences, WindowPlan
+from trainer.distributed import first_row, gather_ids, gather_rows, joint
 from trainer.fusion import FUSIONS, FusionConfig, ItemTower, Tokens
 from trainer.negatives import sample_unseen, sampled_bce
 from trainer.objectives import full_softmax
@@ -208,20 +209,22 @@ class IDSR(Recommender):
                 functional.embedding(at_M, item_KD) for at_M in (target_M, negative_M)
             )
             return {"loss": sampled_bce(query_MD, positive_MD, negative_MD, exists_M, scale)}
+        # Columns are the items of all processes' batches.
         counts_K = torch.bincount(place_BL[windows.mask_BL], minlength=len(items_K))
+        items_C = gather_ids(items_K)
         popularity_N = log_popularity(batch.train.counts_N) if self.config.debias else None
         loss = in_batch(
             query_MD,
-            item_KD,
-            target_M,
+            gather_rows(item_KD),
+            first_row(len(items_K), items_K.device) + target_M,
             scale=scale,
-            label_C=items_K,
+            label_C=items_C,
             own_UJ=own_items(batch),
             owner_M=row_M,
-            correction_C=None if popularity_N is None else popularity_N[items_K],
-            count_C=counts_K,
+            correction_C=None if popularity_N is None else popularity_N[items_C],
+            count_C=gather_ids(counts_K),
         )
-        return {"loss": loss}
+        return {"loss": joint(loss, query_MD)}
 
     def _items(self, items_K: Tensor, features: ItemFeatures) -> Tensor:
         return self._vectors(self._encode_some(items_K, features))

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from trainer.data import TrainSet
+from trainer.distributed import mean_rows
 
 
 def sample_unseen(
@@ -57,7 +58,8 @@ def sampled_bce(
     """Binary cross-entropy of one positive and one negative a row (Eq. 6 of MMSR, as a mean).
 
     mean_m -log sigma(s q_m . p_m)  +  mean_m -log(1 - sigma(s q_m . n_m)), the second over the rows
-    that have a negative.
+    that have a negative. In one of several processes it is the share of the means over all of their
+    rows, see :mod:`trainer.distributed`.
 
     Args:
         query_MD: (M, D) queries.
@@ -68,6 +70,7 @@ def sampled_bce(
     """
     positive_M = scale * (query_MD * positive_MD).sum(-1).float()
     negative_M = scale * (query_MD * negative_MD).sum(-1).float()
-    missed = functional.softplus(-positive_M).mean()
+    device = query_MD.device
+    missed = functional.softplus(-positive_M).sum() / (mean_rows(len(query_MD), device) or 1.0)
     fooled_M = torch.where(exists_M, functional.softplus(negative_M), 0)
-    return missed + fooled_M.sum() / exists_M.sum().clamp_min(1)
+    return missed + fooled_M.sum() / (mean_rows(int(exists_M.sum()), device) or 1.0)

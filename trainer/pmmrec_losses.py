@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from trainer.contrastive import in_batch
-from trainer.distributed import first_row, gather_ids, gather_rows, mean_rows
+from trainer.distributed import first_row, gather_ids, gather_rows, joint
 
 ALIGNMENTS = ("vcl", "icl", "ncl", "nicl")
 UNCHANGED, SHUFFLED, REPLACED = range(3)
@@ -239,12 +239,6 @@ def pool(state_BLD: Tensor, lengths_B: Tensor, how: str) -> Tensor:
     else:
         weight_BL = (column_L < lengths_B[:, None]) / lengths_B[:, None]
     return (state_BLD * weight_BL[..., None]).sum(1)
-
-
-def joint(loss: Tensor, rows: Tensor) -> Tensor:
-    """Turn a mean over this process's rows into its share of the mean over all processes'."""
-    mean = mean_rows(len(rows), rows.device)
-    return loss if len(rows) == mean else loss * (len(rows) / mean)
 
 
 def total(losses: Mapping[str, Tensor]) -> dict[str, Tensor]:

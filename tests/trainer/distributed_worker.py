@@ -12,8 +12,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tests.trainer import worlds
+from trainer import mmsr
 from trainer.alignment import AlignConfig, Alignment
 from trainer.config import TrainConfig
+from trainer.data import TrainSet
 from trainer.distributed import first_row, gather_rows, joined, mean_rows, rank, ranks
 from trainer.loop import fit
 from trainer.mmsrec import MMSRec, MMSRecConfig
@@ -27,11 +29,18 @@ SMALL: dict[str, Any] = {"dim": 8, "heads": 2, "hidden": 16, "length": 5, "dropo
 MORE: dict[str, dict[str, Any]] = {
     "sasrec": {},
     "mmsrec": {"mask_ratio": 0, "embed_dropout": 0},
+    "mmsr": {"fusion_heads": 2, "tower": "gru"},
+    "idsr": {"loss": "bce"},
     "pmmrec": {
         "fusion_heads": 2, "align": "nicl", "nid": True, "rcl": True, "shuffle": 0, "replace": 0,
     },
 }  # fmt: skip
 LOOP: dict[str, Any] = {"epochs": 2, "batch_size": 15, "device": "cpu"}
+
+
+def unseen(train: TrainSet, users_M: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """A negative that depends on the user alone, of whom every third has none."""
+    return (users_M * 5) % N, users_M % 3 > 0
 
 
 def port(folder: Path) -> str:
@@ -45,6 +54,7 @@ def next_item(name: str) -> Callable[[Path], dict[str, Tensor]]:
     def train(folder: Path) -> dict[str, Tensor]:
         features = worlds.features(N)
         settings, recommender = MODELS[name].load()
+        mmsr.sample_unseen = unseen  # type: ignore[attr-defined]
         torch.manual_seed(rank())  # the first one's weights are everybody's
         catalogue = Catalogue(n_items=N, widths=features.widths)
         model = recommender(settings(**SMALL, **MORE[name]), catalogue)
@@ -104,6 +114,8 @@ def gathered(folder: Path) -> dict[str, Tensor]:
 CASES: dict[str, Callable[[Path], dict[str, Tensor]]] = {
     "sasrec": next_item("sasrec"),
     "mmsrec": next_item("mmsrec"),
+    "mmsr": next_item("mmsr"),
+    "idsr": next_item("idsr"),
     "pmmrec": next_item("pmmrec"),
     "aligned": aligned,
     "gathered": gathered,

@@ -47,6 +47,8 @@ def test_two_processes_are_one_with_the_joined_batch(two: Path, case: str, tmp_p
     assert alone.keys() == together.keys()
     for name, value in alone.items():
         assert torch.equal(together[name], other[name]), name
+        if name.endswith("qkv.bias"):  # a bias of keys moves no attention: what it gets is noise
+            value, together[name] = (x.view(3, -1)[[0, 2]] for x in (value, together[name]))
         torch.testing.assert_close(together[name], value, rtol=1e-3, atol=2e-5, msg=name)
 
 

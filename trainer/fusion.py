@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from features.errors import UserError
-from trainer.transformer import Block, dropout
+from trainer.elementwise import dropout
+from trainer.transformer import Block
 
 Tokens = tuple[Tensor, Tensor]
 """(K, T, D) float and (K, T) bool, which of them exist."""

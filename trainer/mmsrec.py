@@ -12,6 +12,7 @@ instead of one sample for each prefix.
 Legend: B batch, L sequence length, N items, C modalities, D width, M predicted positions, T = L*C.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -23,11 +24,14 @@ from torch.nn import functional
 from features.errors import UserError
 from trainer.checks import check_heads, check_not_negative, check_positive, check_probability
 from trainer.data import Batch, ItemFeatures, Sequences, WindowPlan
+from trainer.elementwise import dropout, plain
 from trainer.objectives import full_softmax
 from trainer.recommender import Catalogue, Recommender
-from trainer.transformer import Transformer, dropout, initialise, positions_from_end
+from trainer.recompute import in_pieces, linear
+from trainer.transformer import Transformer, initialise, positions_from_end
 
-_ITEMS_AT_ONCE = 4096  # without gradients; with them all activations are kept anyway
+_ITEMS_AT_ONCE = 4096  # without gradients
+_TOKENS_AT_ONCE = 1024  # with gradients: what stands between two products stays in the cache
 _LEAST_TEMPERATURE = 1e-4
 # Below the first number an item is masked, below the second swapped; how many are never swapped in.
 _CORRUPTIONS = {"80-10-10": (0.8, 0.9, 0), "81-9-10": (0.81, 0.9, 1)}
@@ -110,8 +114,8 @@ class MMSRec(Recommender):
             )
         self.config = config
         dim, names = config.dim, list(catalogue.widths)
-        self.inputs = nn.ModuleDict({name: _head(catalogue.widths[name], dim) for name in names})
-        self.outputs = nn.ModuleDict({name: _head(dim, dim) for name in names})
+        self.inputs = nn.ModuleDict({name: _Head(catalogue.widths[name], dim) for name in names})
+        self.outputs = nn.ModuleDict({name: _Head(dim, dim) for name in names})
         self.mask = nn.Parameter(torch.randn(dim) * 0.02)
         self.position = nn.Embedding(config.length, dim)
         self.modality = nn.Embedding(len(names), dim)
@@ -141,8 +145,24 @@ class MMSRec(Recommender):
     def encode_items(self, features: ItemFeatures) -> Tensor:
         """Encode each item as a sequence of its own: (N, D), each of length 1."""
         item_N = torch.arange(features.n_items, device=self.mask.device)
-        size = len(item_N) if torch.is_grad_enabled() else _ITEMS_AT_ONCE
-        return torch.cat([self._encode_alone(item_B, features) for item_B in item_N.split(size)])
+
+        def run(item_B: Tensor) -> Tensor:
+            return self._encode_alone(item_B, features)
+
+        if not torch.is_grad_enabled():
+            return torch.cat([run(item_B) for item_B in item_N.split(_ITEMS_AT_ONCE)])
+        if not self._piecewise():
+            return run(item_N)
+        # Complete items need no mask: the others come last.
+        complete_N = torch.stack([features.present[name] for name in self.inputs]).all(0)
+        order_N = complete_N.int().argsort(stable=True, descending=True)
+        pieces = [
+            item_B
+            for part in order_N.split([int(complete_N.sum()), int((~complete_N).sum())])
+            for item_B in part.split(max(1, _TOKENS_AT_ONCE // len(self.inputs)))
+            if len(item_B)
+        ]
+        return in_pieces(run, pieces, self.parameters()).index_select(0, order_N.argsort())
 
     def encode_sequences(
         self, item_vectors_ND: Tensor, sequences: Sequences, features: ItemFeatures
@@ -153,7 +173,7 @@ class MMSRec(Recommender):
         longer = Sequences(items_BL=items_BL, lengths_B=lengths_B)
         columns_L = torch.arange(items_BL.shape[1], device=items_BL.device)
         last_BL = columns_L == lengths_B[:, None] - 1
-        tokens = self._tokens(longer, features, hidden_BL=last_BL)
+        tokens = self._tokens(longer, self._first(items_BL, features), features, last_BL)
         return functional.normalize(self._encode(tokens, last_BL), dim=-1)
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
@@ -177,11 +197,15 @@ class MMSRec(Recommender):
         hidden_BL = chosen_BL & ((fate_BL < masked) | last_BL)
         swapped_BL = chosen_BL & ~hidden_BL & (fate_BL < swapped)
         shown_BL = torch.where(swapped_BL, random_BL.to(items_BL.device), items_BL)
-        shown = Sequences(items_BL=shown_BL, lengths_B=sequences.lengths_B)
-        tokens = self._tokens(shown, batch.features, hidden_BL=hidden_BL)
-        query_MD = functional.normalize(self._encode(tokens, chosen_BL), dim=-1)
+        query_MD, order_B = self._queries(
+            Sequences(items_BL=shown_BL, lengths_B=sequences.lengths_B),
+            hidden_BL,
+            chosen_BL,
+            batch.features,
+        )
+        target_M = items_BL[order_B][chosen_BL[order_B]]
         item_ND = self.encode_items(batch.features)
-        loss = full_softmax(query_MD, item_ND, items_BL[chosen_BL], 1 / self.config.temperature)
+        loss = full_softmax(query_MD, item_ND, target_M, 1 / self.config.temperature)
         return {"loss": loss}
 
     @property
@@ -247,13 +271,55 @@ class MMSRec(Recommender):
                 found[number] = functional.normalize(self._pool(state, there, taken), dim=-1)
         return [found[number] for number in range(len(views))]
 
+    def _piecewise(self) -> bool:
+        """Whether to train piece by piece: on a CPU, unless ``torch.compile`` has the blocks."""
+        return not (plain(self.mask) or self.transformer.compiled)
+
+    def _queries(
+        self, shown: Sequences, hidden_BL: Tensor, chosen_BL: Tensor, features: ItemFeatures
+    ) -> tuple[Tensor, Tensor]:
+        """Predict the chosen slots: (M, D), row by row in the order (B,) that comes with them."""
+        place_BL, of_item = self._first(shown.items_BL, features)
+        lengths_B = shown.lengths_B
+
+        def run(row_B: Tensor, *of_item: Tensor) -> Tensor:
+            items_BL, first_BL, covered_BL, at_BL = (
+                held_BL[row_B, : int(lengths_B[row_B].max())]
+                for held_BL in (shown.items_BL, place_BL, hidden_BL, chosen_BL)
+            )
+            part = Sequences(items_BL=items_BL, lengths_B=lengths_B[row_B])
+            tokens = self._tokens(part, (first_BL, of_item), features, covered_BL)
+            return functional.normalize(self._encode(tokens, at_BL), dim=-1)
+
+        if not self._piecewise():
+            order_B = torch.arange(len(lengths_B), device=lengths_B.device)
+            return run(order_B, *of_item), order_B
+        order_B = lengths_B.argsort(stable=True)
+        size = max(1, _TOKENS_AT_ONCE // (len(self.inputs) * shown.items_BL.shape[1]))
+        return in_pieces(run, order_B.split(size), self.parameters(), of_item), order_B
+
     def _encode_alone(self, item_B: Tensor, features: ItemFeatures) -> Tensor:
         one_B = torch.ones_like(item_B)
-        tokens = self._tokens(Sequences(items_BL=item_B[:, None], lengths_B=one_B), features)
+        alone = Sequences(items_BL=item_B[:, None], lengths_B=one_B)
+        rows_B1 = torch.arange(len(item_B), device=item_B.device)[:, None]
+        tokens = self._tokens(alone, (rows_B1, self._of_items(item_B, features)), features)
         return functional.normalize(self._encode(tokens, one_B.bool()[:, None]), dim=-1)
 
+    def _of_items(self, item_K: Tensor, features: ItemFeatures) -> list[Tensor]:
+        """Each modality's input layer: (K, D), a function of the item alone."""
+        return [head(features.vectors[name][item_K]) for name, head in self.inputs.items()]
+
+    def _first(self, items_BL: Tensor, features: ItemFeatures) -> tuple[Tensor, list[Tensor]]:
+        """:meth:`_of_items`, once for each item of a batch, and which is each slot's: (B, L)."""
+        unique_K, inverse_BL = items_BL.unique(return_inverse=True)
+        return inverse_BL, self._of_items(unique_K, features)
+
     def _tokens(
-        self, sequences: Sequences, features: ItemFeatures, hidden_BL: Tensor | None = None
+        self,
+        sequences: Sequences,
+        first: tuple[Tensor, Sequence[Tensor]],
+        features: ItemFeatures,
+        hidden_BL: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Embed a batch: tokens (B, L, C, D), and (B, L, C) bool, which of them exist.
 
@@ -261,19 +327,17 @@ class MMSRec(Recommender):
         modality at all: there is nothing else to know it by.
         """
         items_BL, valid_BL = sequences.items_BL, sequences.mask_BL
-        names = list(self.inputs)
-        present_BLC = torch.stack([features.present[name][items_BL] for name in names], dim=-1)
+        present_BLC = torch.stack([features.present[name][items_BL] for name in self.inputs], -1)
         nothing_BL = ~present_BLC.any(-1)
         hidden_BL = nothing_BL if hidden_BL is None else hidden_BL | nothing_BL
         as_mask_BLC = hidden_BL[..., None].expand_as(present_BLC)
         if self.config.missing == "mask":
             as_mask_BLC = as_mask_BLC | ~present_BLC
-        # An item's first layer depends on the item alone: once for each item of the batch. Not
-        # `[inverse_BL]`: the order in which its backward pass adds is left to the threads.
-        unique_K, inverse_BL = items_BL.unique(return_inverse=True)
-        of_item = [self.inputs[name](features.vectors[name][unique_K]) for name in names]
-        tokens_BLCD = torch.stack([functional.embedding(inverse_BL, x_KD) for x_KD in of_item], 2)
-        tokens_BLCD = torch.where(as_mask_BLC[..., None], self.mask, tokens_BLCD)
+        # Not `x_KD[place_BL]`: the order in which its backward pass adds is left to the threads.
+        place_BL, of_item = first
+        tokens_BLCD = torch.stack([functional.embedding(place_BL, x_KD) for x_KD in of_item], 2)
+        if bool(as_mask_BLC.any()):
+            tokens_BLCD = torch.where(as_mask_BLC[..., None], self.mask, tokens_BLCD)
         positions_BL = positions_from_end(sequences.lengths_B, items_BL.shape[1])
         tokens_BLCD = tokens_BLCD + self.position(positions_BL)[:, :, None] + self.modality.weight
         tokens_BLCD = dropout(self.norm(tokens_BLCD), self.config.embed_dropout, self.training)
@@ -284,18 +348,28 @@ class MMSRec(Recommender):
         tokens_BLCD, exists_BLC = tokens
         B, L, C, D = tokens_BLCD.shape
         keys_BT = None if bool(exists_BLC.all()) else exists_BLC.view(B, L * C)
-        hidden_BTD = self.transformer(tokens_BLCD.view(B, L * C, D), keys_BT)
-        hidden_MCD = hidden_BTD.view(B, L, C, D)[at_BL]
-        return self._pool(hidden_MCD, exists_BLC[at_BL], list(self.outputs))
+        at_BT = at_BL[..., None].expand(B, L, C).reshape(B, L * C)
+        hidden_XD = self.transformer(tokens_BLCD.view(B, L * C, D), keys_BT, at_BT)
+        return self._pool(hidden_XD.view(-1, C, D), exists_BLC[at_BL], list(self.outputs))
 
     def _pool(self, hidden_MCD: Tensor, exists_MC: Tensor, names: list[str]) -> Tensor:
         """Each modality's own head, then the largest over those that exist: (M, D)."""
-        heads_MCD = torch.stack(
-            [self.outputs[name](hidden_MCD[:, c]) for c, name in enumerate(names)], dim=1
-        )
-        lowest = torch.finfo(heads_MCD.dtype).min
-        return heads_MCD.masked_fill(~exists_MC[..., None], lowest).amax(1)
+        found = [self.outputs[name](hidden_MCD[:, c]) for c, name in enumerate(names)]
+        lowest = torch.finfo(found[0].dtype).min
+        if not bool(exists_MC.all()):
+            found = [x.masked_fill(~exists_MC[:, c, None], lowest) for c, x in enumerate(found)]
+        largest_MD: Tensor = functools.reduce(torch.maximum, found)
+        return largest_MD
 
 
-def _head(width: int, dim: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(width, dim), nn.LayerNorm(dim))
+class _Head(nn.Sequential):
+    """A linear layer and a LayerNorm."""
+
+    def __init__(self, width: int, dim: int) -> None:
+        super().__init__(nn.Linear(width, dim), nn.LayerNorm(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        layer, norm = self
+        assert isinstance(layer, nn.Linear)
+        normed: Tensor = norm(linear(layer, x))
+        return normed

@@ -19,9 +19,10 @@ from torch.nn import functional
 
 from trainer.checks import check_heads, check_not_negative, check_positive, check_probability
 from trainer.data import Batch, ItemFeatures, Sequences, WindowPlan
+from trainer.elementwise import dropout
 from trainer.objectives import draw_candidates, full_softmax, part_softmax
 from trainer.recommender import Catalogue, Recommender
-from trainer.transformer import Transformer, dropout, initialise, positions_from_end
+from trainer.transformer import Transformer, initialise, positions_from_end
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

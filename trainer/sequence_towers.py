@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from trainer.data import Sequences
-from trainer.transformer import Transformer, dropout, positions_from_end
+from trainer.elementwise import dropout
+from trainer.transformer import Transformer, positions_from_end
 
 _KERNEL = 3  # of NextItNet's convolutions
 _DILATIONS = (1, 4)  # of the two residual blocks that a layer of NextItNet holds

@@ -7,6 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from trainer.elementwise import add_norm, attend_pairs, dropout, gelu_dropout, plain
+from trainer.recompute import linear
+
 
 class Block(nn.Module):
     """Self-attention and a feed-forward network, each with dropout, a residual and a LayerNorm.
@@ -33,32 +36,64 @@ class Block(nn.Module):
         self.norm_attention = nn.LayerNorm(dim)
         self.norm_feed = nn.LayerNorm(dim)
 
-    def forward(self, x_BTD: Tensor, keys_BT: Tensor | None, causal: bool) -> Tensor:
-        """Apply the block; ``keys_BT`` is true where a token may be attended to."""
-        x_BTD = self.norm_attention(x_BTD + self._attend(x_BTD, keys_BT, causal))
-        normed: Tensor = self.norm_feed(x_BTD + self._feed(x_BTD))
-        return normed
+    def forward(
+        self,
+        x_BTD: Tensor,
+        keys_BT: Tensor | None,
+        causal: bool,
+        at_M: Tensor | None = None,
+    ) -> Tensor:
+        """Apply the block.
 
-    def _attend(self, x_BTD: Tensor, keys_BT: Tensor | None, causal: bool) -> Tensor:
+        Args:
+            x_BTD: Tokens.
+            keys_BT: True where a token may be attended to; ``None``: everywhere.
+            causal: Whether a token sees only itself and what stands before it.
+            at_M: Which tokens the outputs are wanted of, as numbers in B x T; ``None``: of all.
+
+        Returns:
+            (B, T, D), or with ``at_M`` (M, D).
+        """
+        mixed_BTD = self._mix(x_BTD, keys_BT, causal)
+        if at_M is not None:
+            x_BTD, mixed_BTD = (x.flatten(0, 1).index_select(0, at_M) for x in (x_BTD, mixed_BTD))
+        p = self.dropout if self.training else 0.0
+        x_BTD = add_norm(x_BTD, linear(self.out, mixed_BTD), self.norm_attention, p)
+        inner_BTF = gelu_dropout(linear(self.up, x_BTD), p)
+        return add_norm(x_BTD, linear(self.down, inner_BTF), self.norm_feed, p)
+
+    def _mix(self, x_BTD: Tensor, keys_BT: Tensor | None, causal: bool) -> Tensor:
+        """The values, weighted by attention: (B, T, D)."""
         B, T, D = x_BTD.shape
-        q_BHTE, k_BHTE, v_BHTE = (
-            self.qkv(x_BTD).view(B, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
+        E = D // self.heads
+        p = self.attention_dropout if self.training else 0.0
+        if T == 2 and keys_BT is None and not causal and not plain(x_BTD):
+            query_BTD = linear(self.qkv, x_BTD, slice(0, D))
+            key_BD = linear(self.qkv, x_BTD[:, 0] - x_BTD[:, 1], slice(D, 2 * D), bias=False)
+            value_BTD = linear(self.qkv, x_BTD, slice(2 * D, 3 * D))
+            mixed_BTHE = attend_pairs(
+                query_BTD.view(B, T, self.heads, E),
+                key_BD.view(B, self.heads, E),
+                value_BTD.view(B, T, self.heads, E),
+                p,
+            )
+            return mixed_BTHE.view(B, T, D)
+        query_BHTE, key_BHTE, value_BHTE = (
+            linear(self.qkv, x_BTD).view(B, T, 3, self.heads, E).permute(2, 0, 3, 1, 4)
         )
-        mixed_BHTE = functional.scaled_dot_product_attention(
-            q_BHTE,
-            k_BHTE,
-            v_BHTE,
-            attn_mask=None if keys_BT is None else keys_BT[:, None, None, :],
-            dropout_p=self.attention_dropout if self.training else 0.0,
-            is_causal=causal,
-        )
-        return self._drop(self.out(mixed_BHTE.transpose(1, 2).reshape(B, T, D)))
-
-    def _feed(self, x_BTD: Tensor) -> Tensor:
-        return self._drop(self.down(self._drop(functional.gelu(self.up(x_BTD)))))
-
-    def _drop(self, x: Tensor) -> Tensor:
-        return dropout(x, self.dropout, self.training)
+        mask = None if keys_BT is None else keys_BT[:, None, None, :]
+        if p and not plain(x_BTD):
+            mixed_BHTE = _attend(query_BHTE, key_BHTE, value_BHTE, mask, causal, p)
+        else:
+            mixed_BHTE = functional.scaled_dot_product_attention(
+                query_BHTE,
+                key_BHTE,
+                value_BHTE,
+                attn_mask=mask,
+                dropout_p=p,
+                is_causal=causal,
+            )
+        return mixed_BHTE.transpose(1, 2).reshape(B, T, D)
 
 
 class Transformer(nn.Module):
@@ -99,30 +134,26 @@ class Transformer(nn.Module):
         )
         self.norm = nn.LayerNorm(dim)
 
-    def forward(self, x_BTD: Tensor, keys_BT: Tensor | None = None) -> Tensor:
+    @property
+    def compiled(self) -> bool:
+        """Whether ``torch.compile`` has it."""
+        return self._compiled_call_impl is not None
+
+    def forward(
+        self, x_BTD: Tensor, keys_BT: Tensor | None = None, at_BT: Tensor | None = None
+    ) -> Tensor:
         """Encode (B, T, D).
 
         A causal stack needs no ``keys_BT`` where padding stands on the right: no token looks
-        there. A bidirectional one needs it, true where a token may be attended to.
+        there. A bidirectional one needs it, true where a token may be attended to. With ``at_BT``,
+        bool, only the outputs of those M tokens are computed and given, row by row: (M, D).
         """
-        for block in self.blocks:
-            x_BTD = block(x_BTD, keys_BT, self.causal)
+        at_M = None if at_BT is None else at_BT.flatten().nonzero()[:, 0]
+        last = len(self.blocks) - 1
+        for number, block in enumerate(self.blocks):
+            x_BTD = block(x_BTD, keys_BT, self.causal, at_M if number == last else None)
         normed: Tensor = self.norm(x_BTD)
         return normed
-
-
-def dropout(x: Tensor, probability: float, training: bool) -> Tensor:
-    """Dropout; on a CPU from random bytes, which are drawn 2.5 times faster than floats.
-
-    A byte decides, so there the probability is rounded to a multiple of 1/256; the scale goes by
-    the rounded one, so that the expectation stays exact.
-    """
-    if not training or probability == 0 or x.device.type != "cpu":
-        return functional.dropout(x, probability, training)
-    below = min(255, round(probability * 256))
-    words = torch.empty((x.numel() + 7) // 8, dtype=torch.int64).random_(-(2**63), None)
-    keep = (words.view(torch.uint8)[: x.numel()] >= below).view(x.shape)
-    return x * keep * (256 / (256 - below))
 
 
 def initialise(module: nn.Module, std: float = 0.02) -> None:
@@ -141,3 +172,21 @@ def positions_from_end(lengths_B: Tensor, width: int) -> Tensor:
     """
     columns_L = torch.arange(width, device=lengths_B.device)
     return (lengths_B[:, None] - 1 - columns_L).clamp_min(0)
+
+
+def _attend(
+    query_BHTE: Tensor,
+    key_BHTE: Tensor,
+    value_BHTE: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    probability: float,
+) -> Tensor:
+    """Attention with dropout on its weights: torch's own draws the mask slowly on a CPU."""
+    T, E = query_BHTE.shape[-2:]
+    score_BHTT = (query_BHTE * E**-0.5) @ key_BHTE.transpose(-1, -2)
+    if causal:
+        mask = torch.ones(T, T, dtype=torch.bool, device=score_BHTT.device).tril()
+    if mask is not None:
+        score_BHTT = score_BHTT.masked_fill(~mask, -torch.inf)
+    return dropout(score_BHTT.softmax(-1), probability, training=True) @ value_BHTE

@@ -1,43 +1,77 @@
-import math
-
 import pytest
 import torch
+from torch import Tensor
 
-from trainer.transformer import dropout
-
-
-@pytest.mark.parametrize(
-    ("probability", "below"), [(0.4, 102), (0.5, 128), (0.001, 0), (0.999, 255)]
-)
-def test_fast_dropout_has_the_rate_and_keeps_the_mean(probability: float, below: int) -> None:
-    count, rate = 100_003, below / 256  # not a multiple of the 8 bytes of a word
-    torch.manual_seed(7)
-    found = dropout(torch.ones(count), probability, training=True)
-    dropped = int((found == 0).sum())
-    assert abs(dropped - count * rate) <= 5 * math.sqrt(count * rate * (1 - rate))
-    kept = found[found != 0]
-    torch.testing.assert_close(kept, torch.full_like(kept, 1 / (1 - rate)))
-    spread = math.sqrt(rate / (1 - rate) / count)
-    assert abs(float(found.mean()) - 1) <= 5 * spread + 1e-6
+from trainer import transformer
+from trainer.transformer import Transformer, initialise
 
 
-def test_fast_dropout_goes_by_the_seed_and_only_in_training() -> None:
-    x = torch.randn(3, 5)
-    torch.manual_seed(1)
-    one = dropout(x, 0.5, training=True)
-    other = dropout(x, 0.5, training=True)
-    torch.manual_seed(1)
-    assert torch.equal(one, dropout(x, 0.5, training=True))
-    assert not torch.equal(one, other)
-    assert one.shape == x.shape
-    assert torch.equal(dropout(x, 0.5, training=False), x)
-    assert torch.equal(dropout(x, 0.0, training=True), x)
-
-
-def test_the_gradient_passes_where_a_number_stayed() -> None:
-    x = torch.ones(64, requires_grad=True)
+def build(*, causal: bool = False, dropout: float = 0.0) -> Transformer:
     torch.manual_seed(0)
-    found = dropout(x, 0.25, training=True)
-    found.sum().backward()
-    assert x.grad is not None
-    assert torch.equal(x.grad, found.detach())
+    made = Transformer(
+        layers=2,
+        dim=8,
+        heads=2,
+        hidden=12,
+        dropout=dropout,
+        attention_dropout=dropout,
+        causal=causal,
+    )
+    initialise(made, std=0.4)
+    return made.double()
+
+
+def tokens(rows: int, count: int) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(rows, count, 8, generator=generator, dtype=torch.float64)
+
+
+def gradients(model: Transformer, found: Tensor, x: Tensor) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    weight = torch.randn(found.shape, generator=generator, dtype=torch.float64)
+    return list(torch.autograd.grad(found, [x, *model.parameters()], weight))
+
+
+@pytest.mark.parametrize(("count", "causal"), [(1, False), (2, False), (5, False), (5, True)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_fused_form_is_the_plain_one(
+    count: int, causal: bool, masked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x = build(causal=causal), tokens(4, count).requires_grad_()
+    keys = None
+    if masked and not causal:
+        keys = torch.ones(4, count, dtype=torch.bool)
+        keys[0, 1:] = False
+    fused = model(x, keys)
+    found = gradients(model, fused, x)
+    with monkeypatch.context() as patch:
+        patch.setattr("trainer.elementwise.plain", lambda _: True)
+        patch.setattr(transformer, "plain", lambda _: True)
+        reference = model(x, keys)
+        wanted = gradients(model, reference, x)
+    torch.testing.assert_close(fused, reference)
+    torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_with_dropout_is_attention_in_the_mean(causal: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, 1, 3, 4, generator=generator) for _ in range(3))
+    mask = None if causal else torch.tensor([[True, True, False]])
+    many, rest = (20_000, 1, 3, 4), (mask, causal, 0.25)
+    torch.manual_seed(0)
+    drawn = transformer._attend(query.expand(many), key.expand(many), value.expand(many), *rest)
+    found = drawn.mean(0, keepdim=True)
+    wanted = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=causal
+    )
+    torch.testing.assert_close(found, wanted, atol=0.03, rtol=0)
+
+
+@pytest.mark.parametrize("count", [2, 5])
+def test_only_the_wanted_tokens_are_computed(count: int) -> None:
+    model, x = build(), tokens(4, count).requires_grad_()
+    at = torch.rand(4, count, generator=torch.Generator().manual_seed(3)) < 0.5
+    some, every = model(x, None, at), model(x)[at]
+    torch.testing.assert_close(some, every)
+    torch.testing.assert_close(gradients(model, some, x), gradients(model, every, x))

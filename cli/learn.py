@@ -21,7 +21,9 @@ from cli.training import (
     RunOption,
     SetOption,
     TransferOption,
+    TuneOption,
     run_training,
+    with_blocks,
 )
 from features.errors import UserError, unknown
 from features.warehouse import Warehouse
@@ -84,6 +86,7 @@ def train(
     name: NameOption = None,
     init: InitOption = None,
     transfer: TransferOption = None,
+    tune_blocks: TuneOption = None,
     resume: ResumeOption = False,
     run: RunOption = None,
     json: JsonOption = False,
@@ -98,7 +101,7 @@ def train(
             model=model,
             datasets=[] if dataset is None else [dataset],
             features=features,
-            settings=set,
+            settings=with_blocks(set, tune_blocks),
             config=config,
             name=name,
             init=init,

@@ -16,7 +16,9 @@ from cli.training import (
     RunOption,
     SetOption,
     TransferOption,
+    TuneOption,
     run_training,
+    with_blocks,
 )
 from features.warehouse import Warehouse
 
@@ -37,6 +39,7 @@ def pretrain(
     name: NameOption = None,
     init: InitOption = None,
     transfer: TransferOption = None,
+    tune_blocks: TuneOption = None,
     resume: ResumeOption = False,
     run: RunOption = None,
     json: JsonOption = False,
@@ -51,7 +54,7 @@ def pretrain(
             model=model,
             datasets=dataset or [],
             features=features,
-            settings=set,
+            settings=with_blocks(set, tune_blocks),
             config=config,
             name=name,
             init=init,

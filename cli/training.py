@@ -36,6 +36,12 @@ TransferOption = Annotated[
     str | None,
     typer.Option("--transfer", help="With --init: full (all), items, users, text or image."),
 ]
+TuneOption = Annotated[
+    int | None,
+    typer.Option(
+        "--tune-blocks", min=0, help="Train so many upper blocks of backbones on layer-K tables."
+    ),
+]
 ResumeOption = Annotated[
     bool, typer.Option("--resume", help="Go on with --run, else with the last run.")
 ]
@@ -67,6 +73,11 @@ class Request:
     def command(self) -> str:
         """The command's name."""
         return self.stage or "train"
+
+
+def with_blocks(settings: list[str] | None, count: int | None) -> list[str] | None:
+    """The settings with ``--tune-blocks`` among them."""
+    return settings if count is None else [*(settings or []), f"tune_blocks={count}"]
 
 
 def run_training(request: Request) -> None:

@@ -36,6 +36,13 @@ class TrainConfig:
     """Learning rate of AdamW, after the warm-up."""
     weight_decay: float = 0.01
     """Of AdamW, on every parameter."""
+    tune_blocks: int = 0
+    """Upper blocks of the backbones that are trained as well, on tables ``layer-K`` with K = their
+    blocks - ``tune_blocks`` (PMMRec and MMSR: 2); recommenders that read tokens can."""
+    tune_lr: float = 5e-5
+    """Learning rate of these blocks, which the schedule scales too; 0: they stay as they are."""
+    tune_weight_decay: float = 0.0
+    """Their weight decay."""
     warmup: int = 0
     """Steps over which the learning rate rises from 0."""
     schedule: str = "constant"
@@ -70,14 +77,19 @@ class TrainConfig:
             self, "epochs", "batch_size", "lr", "decay", "patience", "validate_every", "eval_batch"
         )
         check_not_negative(self, "seed", "weight_decay", "warmup", "clip")
+        check_not_negative(self, "tune_blocks", "tune_lr", "tune_weight_decay")
         check_probability(self, "average")
-        if self.lr > 1:
-            raise UserError(f"lr={self.lr} must be at most 1: AdamW moves each weight by about lr")
-        if self.lr * self.weight_decay > 1:
-            raise UserError(
-                f"weight_decay={self.weight_decay} times lr={self.lr} must be at most 1:"
-                " more turns the sign of every weight"
-            )
+        for prefix in ("", "tune_"):
+            lr, decay = getattr(self, f"{prefix}lr"), getattr(self, f"{prefix}weight_decay")
+            if lr > 1:
+                raise UserError(
+                    f"{prefix}lr={lr} must be at most 1: AdamW moves each weight by about lr"
+                )
+            if lr * decay > 1:
+                raise UserError(
+                    f"{prefix}weight_decay={decay} times {prefix}lr={lr} must be at most 1:"
+                    " more turns the sign of every weight"
+                )
         for key, known in _WORDS.items():
             if getattr(self, key) not in known:
                 value = getattr(self, key)

@@ -18,7 +18,7 @@ _WANTED = re.compile(
 
 
 def choose_tables(
-    store: FeatureStore, dataset: str, wanted: Sequence[str] | None
+    store: FeatureStore, dataset: str, wanted: Sequence[str] | None, *, layers: bool = False
 ) -> list[FeatureTable]:
     """Pick the feature tables of a run: those wanted, else every modality's only one.
 
@@ -27,6 +27,8 @@ def choose_tables(
         dataset: A prepared dataset.
         wanted: ``MODALITY[=BACKBONE][:LEVEL]``: a modality alone where one table has it, pooled
             where no level is named; ``None``: all pooled ones.
+        layers: Whether a modality's only table of a level ``layer-K`` goes before a pooled one,
+            where none is named.
 
     Returns:
         At most one table for each modality, in the fixed order of modalities.
@@ -37,7 +39,9 @@ def choose_tables(
     there = store.tables(dataset)
     known = ", ".join(table.label for table in there) or "none"
     if wanted is None:
-        wanted = list(dict.fromkeys(t.modality for t in there if t.level == "pooled"))
+        cut = {t.modality: t.level for t in there if layers and t.level.startswith("layer-")}
+        pooled = {t.modality: t.level for t in there if t.level == "pooled"}
+        wanted = [f"{modality}:{level}" for modality, level in (pooled | cut).items()]
     chosen: dict[str, FeatureTable] = {}
     for entry in wanted:
         match = _WANTED.fullmatch(entry)

@@ -6,8 +6,9 @@ of a history (``trainer.sequence_towers``), a score is an inner product. ``IDSR`
 counterpart, a learned vector for each item in place of its modalities.
 
 Where it goes beyond the paper: besides the binary cross-entropy with one sampled negative, the
-in-batch softmax and the softmax over the catalogue. Backbones are frozen; what the item tower reads
-are their pooled vectors or token tables. Every item of a batch is encoded once.
+in-batch softmax and the softmax over the catalogue. The item tower reads backbones' pooled vectors
+or token tables; what lies above a ``layer-K`` table can be trained, see :mod:`trainer.blocks`.
+Every item of a batch is encoded once.
 
 Legend: B batch, L sequence length, N items, K distinct items, T tokens, D width, M predicted
 positions.
@@ -23,11 +24,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from features.errors import UserError, unknown
+from trainer.blocks import item_tokens
 from trainer.checks import check_heads, check_positive, check_probability
 from trainer.contrastive import in_batch, log_popularity, own_items
 from trainer.data import Batch, ItemFeatures, Sequences, WindowPlan
 from trainer.distributed import first_row, gather_ids, gather_rows, joint
-from trainer.fusion import FUSIONS, FusionConfig, ItemTower, Tokens
+from trainer.fusion import FUSIONS, FusionConfig, ItemTower
 from trainer.negatives import sample_unseen, sampled_bce
 from trainer.objectives import full_softmax
 from trainer.recommender import Catalogue, Recommender
@@ -146,6 +148,7 @@ class IDSR(Recommender):
             )
         )
         _initialise(self)
+        self.backbones = nn.ModuleDict(dict(catalogue.backbones))  # trained already
 
     def _item_tower(self, catalogue: Catalogue) -> nn.Module:
         return nn.Embedding(catalogue.n_items, self.config.dim)
@@ -260,9 +263,11 @@ class MMSR(IDSR):
     config: MMSRConfig
     parts: ClassVar[Mapping[str, tuple[str, ...]]] = {
         **IDSR.parts,
+        "items": ("item_tower.", "backbones."),
         **{
             name: (
                 f"item_tower.inputs.{name}.",
+                f"backbones.{name}.",
                 "item_tower.absent",
                 "item_tower.fusion.",
                 "item_tower.dnn.",
@@ -295,12 +300,5 @@ class MMSR(IDSR):
         return ItemTower(config.fusion, fusion, catalogue.widths)
 
     def _encode_some(self, items_K: Tensor, features: ItemFeatures) -> Tensor:
-        found: dict[str, Tokens] = {}
-        for name in features.widths:
-            if name in features.tokens:
-                found[name] = features.tokens[name].gather(items_K)
-            else:  # a pooled vector is a modality of one token
-                vectors_K1D = features.vectors[name][items_K][:, None]
-                found[name] = vectors_K1D, features.present[name][items_K][:, None]
-        vectors_KD: Tensor = self.item_tower(found)
+        vectors_KD: Tensor = self.item_tower(item_tokens(items_K, features, self.backbones))
         return vectors_KD

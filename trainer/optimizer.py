@@ -4,16 +4,30 @@ import math
 
 from torch.optim import AdamW
 
+from trainer.blocks import UpperBlocks
 from trainer.checkpoint import Progress
 from trainer.config import TrainConfig
 from trainer.recommender import Recommender
 
 
 class Optimizer:
-    """AdamW over a recommender's groups of parameters, whose rates one schedule scales."""
+    """AdamW over a recommender's groups of parameters, whose rates one schedule scales.
+
+    The blocks of a backbone are a group of their own, with ``tune_lr`` and ``tune_weight_decay``.
+    """
 
     def __init__(self, model: Recommender, config: TrainConfig) -> None:
         groups = model.parameter_groups(config.lr, config.weight_decay)
+        upper = [part for part in model.modules() if isinstance(part, UpperBlocks)]
+        tuned = [parameter for part in upper for parameter in part.parameters()]
+        if tuned:
+            theirs = {id(parameter) for parameter in tuned}
+            groups = [
+                {**group, "params": [p for p in group["params"] if id(p) not in theirs]}
+                for group in groups
+            ]
+            rates = {"lr": config.tune_lr, "weight_decay": config.tune_weight_decay}
+            groups.append({"params": tuned, **rates})
         self._rates = [group["lr"] for group in groups]
         self._config = config
         self.adamw = AdamW(groups)

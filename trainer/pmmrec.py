@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from features.errors import UserError, unknown
+from trainer.blocks import item_tokens
 from trainer.checks import check_heads, check_positive, check_probability
 from trainer.contrastive import log_popularity, own_items
 from trainer.data import Batch, ItemFeatures, Sequences, WindowPlan
@@ -132,9 +133,12 @@ class PMMRec(Recommender):
     """
 
     parts: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "items": ("item_tower.",),
+        "items": ("item_tower.", "backbones."),
         "users": ("user_encoder.",),
-        **{name: (f"item_tower.{name}.", "user_encoder.") for name in ("text", "image", "video")},
+        **{
+            name: (f"item_tower.{name}.", f"backbones.{name}.", "user_encoder.")
+            for name in ("text", "image", "video")
+        },
     }
     by_modality = ("item_tower.absent", "item_tower.fusion.types")
     from_end = ("user_encoder.position.weight",)
@@ -174,6 +178,7 @@ class PMMRec(Recommender):
         if config.nid:
             self.nid = nn.Linear(config.dim, 3)
         initialise(self)
+        self.backbones = nn.ModuleDict(dict(catalogue.backbones))  # trained already
 
     @property
     def plan(self) -> WindowPlan:
@@ -191,7 +196,7 @@ class PMMRec(Recommender):
         device = next(self.parameters()).device
         item_N = torch.arange(features.n_items, device=device)
         size = len(item_N) if torch.is_grad_enabled() else max(1, _TOKENS_AT_ONCE // longest)
-        found = [self.item_tower(_tokens(item_K, features))[0] for item_K in item_N.split(size)]
+        found = [self._items(item_K, features)[0] for item_K in item_N.split(size)]
         return self._scored(torch.cat(found))
 
     def encode_sequences(
@@ -208,7 +213,7 @@ class PMMRec(Recommender):
         # What stands beyond a sequence's end becomes one of the batch's items: it is not encoded.
         items_BL = torch.where(valid_BL, windows.items_BL, windows.items_BL[0, 0])
         item_K, place_BL = items_BL.unique(return_inverse=True)
-        vector_KD, modalities = self.item_tower(_tokens(item_K, batch.features))
+        vector_KD, modalities = self._items(item_K, batch.features)
         vector_KD = self._scored(vector_KD)
         predicts_BL = valid_BL[:, 1:]
         begin = first_row(len(item_K), item_K.device)
@@ -262,6 +267,14 @@ class PMMRec(Recommender):
             )
         return total(losses)
 
+    def _items(
+        self, item_K: Tensor, features: ItemFeatures
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        found: tuple[Tensor, list[tuple[Tensor, Tensor]]] = self.item_tower(
+            item_tokens(item_K, features, self.backbones)
+        )
+        return found
+
     def _scored(self, x_KD: Tensor) -> Tensor:
         return functional.normalize(x_KD, dim=-1) if self.config.cosine else x_KD
 
@@ -299,13 +312,3 @@ class _Items(nn.Module):
             return alone[0][0], alone
         fused_KD: Tensor = self.fusion(tokens)
         return fused_KD, alone
-
-
-def _tokens(item_K: Tensor, features: ItemFeatures) -> dict[str, Tokens]:
-    """The tokens of some items; a pooled vector is a modality of one token."""
-    return {
-        name: features.tokens[name].gather(item_K)
-        if name in features.tokens
-        else (features.vectors[name][item_K][:, None], features.present[name][item_K][:, None])
-        for name in features.widths
-    }

@@ -7,7 +7,7 @@ Legend: B batch, L sequence length, N items, D width of the shared space.
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ class Catalogue:
     n_items: int
     widths: dict[str, int]
     """Modality -> width of its features, in the order given; empty without features."""
+    backbones: Mapping[str, nn.Module] = field(default_factory=dict)
+    """Modality -> upper blocks of its backbone, which the recommender trains with its own weights;
+    see :mod:`trainer.blocks`."""
 
 
 class Recommender(nn.Module, ABC):

@@ -1,7 +1,7 @@
 """A run: one training of one recommender on one dataset, begun, opened again and trained."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -15,13 +15,15 @@ from features.dataset import load_dataset
 from features.errors import UserError
 from features.files import write_text
 from features.warehouse import Warehouse
+from trainer.blocks import UpperBlocks
+from trainer.blocks_source import open_blocks, read_blocks, write_blocks
 from trainer.config import TrainConfig, build_all, documents
 from trainer.data import TrainingData
 from trainer.distributed import rank
 from trainer.folder import check_run_name, claimed, read_about, record, run_lock
 from trainer.inputs import choose_device
 from trainer.loop import Tick, fit
-from trainer.models import find_model
+from trainer.models import MODELS, find_model
 from trainer.pretrain import STAGE, check_pretrains, pretrain_config, pretrain_task
 from trainer.recommender import Catalogue, Recommender
 from trainer.sources import choose_labels, fingerprint_of, load_source
@@ -119,7 +121,16 @@ def start_run(
     configs = _configs(model, stage, file, settings)
     if features and not entry.needs_features:
         raise UserError(f"{model} learns from item ids alone; leave --features out")
-    tables = choose_labels(warehouse, names, features) if entry.needs_features else []
+    count = configs[0].tune_blocks
+    if count and not entry.reads_tokens:
+        able = ", ".join(name for name, other in MODELS.items() if other.reads_tokens)
+        raise UserError(
+            f"tune_blocks={count} is of recommenders that read tokens ({able}), not {model};"
+            " leave it out"
+        )
+    tables = []
+    if entry.needs_features:
+        tables = choose_labels(warehouse, names, features, layers=count > 0)
     for table in tables:
         if table.level != "pooled" and not entry.reads_tokens:
             raise UserError(
@@ -127,10 +138,13 @@ def start_run(
                 " name a pooled table by --features"
             )
     labels = [table.label for table in tables]
+    backbones = open_blocks(tables, count) if count else {}
     stamp = datetime.now(UTC)
     what = f"{'+'.join(names)[:60]}-{model}" + (f"-{STAGE}" if stage == STAGE else "")
     with claimed(warehouse.runs_dir, name, stamp, what) as folder:
-        run = _open(warehouse, folder, model, names, labels, stage, configs)
+        run = _open(warehouse, folder, model, names, labels, stage, configs, backbones)
+        if backbones:
+            write_blocks(folder, backbones)
         if source is not None:
             taken = take_weights(source, model, run.model, run.identity, transfer)
             identity = {**run.identity, "init": taken.remembered()}
@@ -174,7 +188,8 @@ def open_run(warehouse: Warehouse, folder: Path) -> OpenRun:
             f"run {folder.name!r} was trained on another preparation of {dataset!r};"
             " prepare it as it was, or train again"
         )
-    run = _open(warehouse, folder, model, names, labels, stage, configs)
+    backbones = read_blocks(folder) if configs[0].tune_blocks else {}
+    run = _open(warehouse, folder, model, names, labels, stage, configs, backbones)
     if "init" in about:  # a checkpoint is for where its training came from, too
         run = replace(run, identity={**run.identity, "init": about["init"]})
     return run
@@ -242,6 +257,7 @@ def _open(
     labels: list[str],
     stage: str,
     configs: tuple[Any, ...],
+    backbones: Mapping[str, UpperBlocks],
 ) -> OpenRun:
     train_config, model_config, *more = configs
     device = choose_device(train_config.device)
@@ -250,7 +266,9 @@ def _open(
     source = load_source(warehouse, datasets, labels, device)
     _, recommender = find_model(model).load()
     torch.manual_seed(train_config.seed)  # weights are drawn on the CPU: the same on any device
-    catalogue = Catalogue(n_items=source.dataset.info.items, widths=source.features.widths)
+    catalogue = Catalogue(
+        n_items=source.dataset.info.items, widths=source.features.widths, backbones=backbones
+    )
     try:
         module: Recommender = recommender(model_config, catalogue)
     except (RuntimeError, MemoryError) as error:

@@ -37,7 +37,11 @@ class Source:
 
 
 def choose_labels(
-    warehouse: Warehouse, datasets: Sequence[str], wanted: Sequence[str] | None
+    warehouse: Warehouse,
+    datasets: Sequence[str],
+    wanted: Sequence[str] | None,
+    *,
+    layers: bool = False,
 ) -> list[FeatureTable]:
     """Pick the feature tables, see :func:`trainer.inputs.choose_tables`; all datasets have them.
 
@@ -48,7 +52,7 @@ def choose_labels(
         UserError: A table is not there, or the datasets have different ones.
     """
     store = FeatureStore(warehouse)
-    found = {name: choose_tables(store, name, wanted) for name in datasets}
+    found = {name: choose_tables(store, name, wanted, layers=layers) for name in datasets}
     labels = {name: [table.label for table in tables] for name, tables in found.items()}
     first = datasets[0]
     for name in datasets[1:]:

@@ -50,10 +50,10 @@ def open_clip_folder(folder: Path, *, seed: int = 0, **changed: Any) -> Path:
     return folder
 
 
-def bert_folder(folder: Path, *, seed: int = 0, kind: str = "Bert") -> Path:
+def bert_folder(folder: Path, *, seed: int = 0, kind: str = "Bert", **changed: Any) -> Path:
     """A text encoder of ``kind`` with a tokenizer that spells."""
     torch.manual_seed(seed)
-    config = getattr(transformers, f"{kind}Config")(**_TEXT)
+    config = getattr(transformers, f"{kind}Config")(**{**_TEXT, **changed})
     getattr(transformers, f"{kind}Model")(config).save_pretrained(folder)
     _tokenizer(folder)
     return folder

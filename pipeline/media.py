@@ -30,6 +30,11 @@ from pipeline.importers.tar_images import MissingMemberError, TarImages
 
 PREPROCESSING = "first frame, turned upright, alpha on white, 8 bits, RGB"
 DRAFT = "JPEGs of twice the size or more scaled down in decoding (DCT), by 2, 4 or 8"
+FORMATS = (
+    "JPEG", "PNG", "GIF", "BMP", "PPM", "WEBP", "AVIF", "TIFF", "JPEG2000", "DIB", "ICO", "ICNS",
+    "PSD", "PCX", "SGI", "QOI", "DDS", "TGA",
+)  # fmt: skip
+"""What is opened of what Pillow can. EPS is a program, run by another program if that is there."""
 MAX_BYTES = 256 << 20  # of one encoded picture
 MAX_PIXELS = 89_478_485  # of one decoded picture: a quarter of a gigabyte of RGB
 MAX_ASPECT = 500  # beyond it, scaling the short side to a model's size costs gigabytes
@@ -220,7 +225,7 @@ def decode_image(data: bytes | Image.Image, draft: int | None = None) -> Image.I
         MediaError: The bytes are no picture, damaged, or larger than the limits.
     """
     try:
-        with Image.open(io.BytesIO(data)) if isinstance(data, bytes) else data as image:
+        with _opened(data) if isinstance(data, bytes) else data as image:
             check_size(*image.size)
             if draft is not None:
                 image.draft(None, (draft, draft))
@@ -236,6 +241,10 @@ def decode_image(data: bytes | Image.Image, draft: int | None = None) -> Image.I
     except Exception as error:  # a decoder's bug on a hostile file must not stop the job
         reason = "truncated file" if "truncated" in str(error) else one_line(error)
         raise MediaError("decode", reason) from None
+
+
+def _opened(data: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(data), formats=FORMATS)
 
 
 class _Budget:

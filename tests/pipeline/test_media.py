@@ -57,6 +57,13 @@ def photo(size: tuple[int, int], **more: object) -> bytes:
     return encoded(picture, "JPEG", quality=95, **more)
 
 
+def test_no_picture_is_a_program() -> None:
+    # Of those that have one, Ghostscript would run this for ever.
+    assert refused(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n{} loop\n%%EOF\n") == (
+        "not a picture in a known format"
+    )
+
+
 @pytest.mark.parametrize(
     ("size", "draft", "expected"),
     [

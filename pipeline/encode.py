@@ -22,6 +22,7 @@ from pipeline.stream import prefetch, token_batches
 from pipeline.video import sample
 
 TEXT_WINDOW = 4096  # texts that are sorted by length together
+TEXT_MOST = 1 << 16  # characters of a text that a backbone is given; tokenizers take what they get
 TOKENS_EACH = 64  # the token budget of a batch, per text of its size
 
 Input = str | tuple[str, str]
@@ -137,7 +138,7 @@ class Encoder:
             if self._book.claim(item, loaded.content):
                 loaded.inputs = [self._prepare(decode_image(data, self._choices.draft))]
                 if text is not None:
-                    loaded.text = self._backbone.texts([text])[0]
+                    loaded.text = self._backbone.texts([text[:TEXT_MOST]])[0]
         except MediaError as error:
             loaded.error = error
         return loaded
@@ -209,7 +210,7 @@ class Encoder:
             assert isinstance(text, str)
             content = content_hash(text.encode())
             if self._book.claim(item, content):
-                window.append((item, content, text))
+                window.append((item, content, text[:TEXT_MOST]))
             else:
                 self._book.known(item, content, text)
             if len(window) == TEXT_WINDOW:

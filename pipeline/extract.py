@@ -24,7 +24,7 @@ from features.warehouse import DatasetInfo, Warehouse
 from pipeline.backbones import DEFAULT, check_modality, load_backbone, wrong_modality
 from pipeline.backends.contract import POOLED, Backbone, UnavailableError
 from pipeline.book import Book, Failure, Tally
-from pipeline.encode import Choices, Encoder
+from pipeline.encode import TEXT_MOST, Choices, Encoder
 from pipeline.ledger import Ledger
 from pipeline.media import DRAFT, Media, quiet
 from pipeline.media import PREPROCESSING as OF_PICTURES
@@ -380,14 +380,16 @@ class Job:
 def provenance_of(backbone: Backbone, modality: str, options: Options) -> Provenance:
     """What a table of this modality by this backbone is made with."""
     pictures = OF_PICTURES + (f"; {DRAFT}" if options.decode == "draft" else "")
-    first = {"text": "", "video": of_clips(options.frames)}.get(modality, pictures)
-    steps = [step for step in (first, backbone.preprocessing(modality)) if step]
+    words = f"at most {TEXT_MOST} characters"
+    first = {
+        "text": words, "video": of_clips(options.frames), "joint": f"{pictures}; {words}",
+    }.get(modality, pictures)  # fmt: skip
     pooling = backbone.pooling(modality, options.level)
     pooled = options.level == POOLED
     return Provenance(
         backbone=backbone.name,
         checkpoint=backbone.checkpoint,
-        preprocessing="; ".join(steps),
+        preprocessing=f"{first}; {backbone.preprocessing(modality)}",
         pooling=f"{pooling}; mean over frames" if modality == "video" else pooling,
         modality=modality,
         level=options.level,

@@ -4,6 +4,7 @@ Legend: B inputs of a batch, T tokens of a text, D width of the embedding, HWC a
 and channels.
 """
 
+import hashlib
 import json
 import warnings
 from collections.abc import Sequence
@@ -63,6 +64,8 @@ class Clip:
         self._text = Text(model)
         self._visual = visual(model)
         inner = getattr(tokenizer, "tokenizer", None)  # of transformers; open_clip's pads with 0
+        probed = np.asarray(tokenizer([torched.PROBE]))
+        self._words = hashlib.sha256(probed.tobytes()).hexdigest()[:8]
         self._pad = getattr(inner, "pad_token_id", 0) or 0
         self._pad_ends = self._pad == getattr(inner, "eos_token_id", None)
         self.blocks = max(len(self._visual.blocks), len(self._text.trunk.blocks))
@@ -71,12 +74,14 @@ class Clip:
     def preprocessing(self, modality: str) -> str:
         """Say how open_clip prepares the input."""
         length, kind = self._tokenizer.context_length, type(self._tokenizer).__name__
-        text = f"open_clip {kind}, at most {length} tokens"
+        text = f"open_clip {kind} {self._words}, at most {length} tokens"
         cfg = self._cfg
         seen = (
             f"{cfg.resize_mode} side to {cfg.size}, {cfg.interpolation}, centre crop,"
             f" mean {_short(cfg.mean)}, std {_short(cfg.std)}"
         )
+        if cfg.resize_mode == "longest":
+            seen += f", filled with {cfg.fill_color}"
         return {"text": text, "joint": f"{seen}; {text}"}.get(modality, seen)
 
     def pooling(self, modality: str, level: str = POOLED) -> str:

@@ -24,6 +24,8 @@ _SIZES = (
     "size", "size_divisor", "crop_size", "crop_pct", "resample", "do_center_crop", "image_mean",
     "image_std",
 )  # fmt: skip
+_STEPS = ("do_resize", "do_rescale", "do_normalize")  # told where they are left out
+_LEVEL = 1 / 255  # what pixels are multiplied by, told where it is something else
 _MAX_TOKENS = 512  # where neither tokenizer nor model knows a limit
 _PADDED = ("siglip", "siglip2")  # text towers trained on padded texts, without a mask
 
@@ -49,8 +51,12 @@ class PictureInput:
     def describe(self) -> str:
         """Name the steps for a table's provenance."""
         known = self._processor.to_dict()
-        sizes = {key: known[key] for key in _SIZES if known.get(key) is not None}
-        return f"{type(self._processor).__name__} {json.dumps(sizes, sort_keys=True, default=str)}"
+        told = {key: known[key] for key in _SIZES if known.get(key) is not None}
+        told |= {key: False for key in _STEPS if known.get(key) is False}
+        factor = known.get("rescale_factor")
+        if factor is not None and not math.isclose(factor, _LEVEL):
+            told["rescale_factor"] = factor
+        return f"{type(self._processor).__name__} {json.dumps(told, sort_keys=True, default=str)}"
 
     def prepare(self, picture: Image.Image) -> Any:
         """Do what the processor does: 8-bit pixels, or (C, H, W) float32."""
@@ -108,7 +114,9 @@ class TextInput:
         self._tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **OWN_CODE)
         if len(self._tokenizer) <= len(self._tokenizer.all_special_ids):
             raise ValueError("its tokenizer has no vocabulary")
-        vocabulary = json.dumps(self._tokenizer.get_vocab(), sort_keys=True).encode()
+        # Two tokenizers of one vocabulary may still differ in case, in accents or in the ends.
+        probed = self._tokenizer(torched.PROBE)["input_ids"]
+        vocabulary = json.dumps([self._tokenizer.get_vocab(), probed], sort_keys=True).encode()
         self._vocabulary = hashlib.sha256(vocabulary).hexdigest()[:8]
         self._device = device
         self._lower = lower

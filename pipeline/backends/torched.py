@@ -10,6 +10,9 @@ import torch
 from features.errors import UserError
 from pipeline.backends.contract import Tokens, Vectors
 
+PROBE = "A título, IN CAPS: don't \u65e5\u672c 5x5 \U0001f3ac  end\n"
+"""A text whose tokens tell tokenizers apart."""
+
 
 def choose_device(device: str | None) -> torch.device:
     """Take the device asked for, else a CUDA device, else the CPU.

@@ -355,6 +355,39 @@ def test_a_fingerprint_is_of_the_weights_and_not_of_the_folder(clip: Path, tmp_p
 # -- names and refusals ---------------------------------------------------------------------
 
 
+def test_all_that_is_done_to_an_input_is_told_apart(tmp_path: Path, clip: Path) -> None:
+    vision, words = vision_folder(tmp_path / "vision"), bert_folder(tmp_path / "words")
+
+    def says(folder: Path, modality: str, name: str = "", **changed: Any) -> str:
+        if name:
+            document = json.loads((folder / name).read_text())
+            document.update(changed)
+            (folder / name).write_text(json.dumps(document))
+        return load_backbone(str(folder), device="cpu").preprocessing(modality)
+
+    seen = [says(vision, "image")]
+    for change in ({"do_normalize": False}, {"do_rescale": False}, {"rescale_factor": 0.01}):
+        seen.append(says(vision, "image", "preprocessor_config.json", **change))
+    assert len(set(seen)) == 4
+    assert says(vision, "image") == seen[-1]
+    before = json.loads((words / "tokenizer.json").read_text())["normalizer"]
+    read = [says(words, "text"), says(words, "text", "tokenizer.json", normalizer=before)]
+    assert read[0] == read[1]
+    changes: list[dict[str, Any]] = [
+        {"normalizer": before | {"lowercase": False}},
+        {"post_processor": None},
+    ]
+    for changed in changes:
+        (words / "tokenizer_config.json").write_text('{"tokenizer_class": "TokenizersBackend"}')
+        read.append(says(words, "text", "tokenizer.json", **changed))
+    assert len({line.split()[1] for line in read}) == 3
+    assert (
+        load_backbone(str(clip), device="cpu")
+        .preprocessing("text")
+        .startswith("open_clip SimpleTokenizer ")
+    )
+
+
 def test_the_table_lists_itself_without_torch() -> None:
     script = (
         "import sys\nfrom pipeline.backbones import list_backbones\n"

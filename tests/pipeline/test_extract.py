@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow.parquet as pq
 import pytest
 from huggingface_hub import constants
@@ -23,6 +24,7 @@ from pipeline.backbones import BACKBONES
 from pipeline.backends.contract import Batch, Vectors
 from pipeline.backends.hashed import Hashed
 from pipeline.book import content_hash
+from pipeline.encode import TEXT_MOST
 from pipeline.extract import ExtractReport, ModalityReport, Progress
 from pipeline.extract import extract as run_job
 from pipeline.media import decode_image
@@ -239,6 +241,31 @@ def test_twin_rows_of_a_kill_while_joining_go(tiny: Warehouse, watched: Watched)
     (part.parent / "part-00007.parquet").write_bytes(part.read_bytes())
     assert counts(run(tiny, image="watched")) == (0, 0, 5, 1, 0)
     assert table(tiny, "image").light()["item"].to_pylist() == [0, 1, 3, 4, 5]
+
+
+@pytest.mark.parametrize("modality", ["text", "joint"])
+def test_a_text_without_end_is_cut_before_it_is_tokenised(
+    tiny: Warehouse, watched: Watched, raw: Path, monkeypatch: pytest.MonkeyPatch, modality: str
+) -> None:
+    given: list[str] = []
+
+    def texts(some: list[str]) -> list[npt.NDArray[np.int64]]:
+        given.extend(some)
+        return Hashed().texts(some)
+
+    monkeypatch.setattr(watched, "texts", texts)
+    long = "red shoes " * TEXT_MOST
+    prepare(tiny, raw, ids=IDS, text=[long, "red shoes", *TEXT[2:]], image=IMAGE)
+    counted = counts(run(tiny, **{modality: "watched"}))
+    assert counted[0] == {"text": 3, "joint": 4}[modality]
+    assert max(map(len, given)) == TEXT_MOST
+    assert long[:TEXT_MOST] in given
+    light = table(tiny, modality).light(["item", "content_hash"]).to_pylist()
+    if modality == "text":
+        assert light[0]["content_hash"] == content_hash(long.encode())
+    provenance = table(tiny, modality).provenance()
+    assert provenance is not None
+    assert f"at most {TEXT_MOST} characters" in provenance.preprocessing
 
 
 # -- failures -------------------------------------------------------------------------------

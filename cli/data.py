@@ -33,7 +33,8 @@ def datasets(json: JsonOption = False, warehouse: WarehouseOption = None) -> Non
         [
             [
                 row["dataset"], "there" if row["raw_found"] else "-",
-                row["prepared"], row["users"], row["items"], row["interactions"], row["k_core"],
+                "damaged" if row["damaged"] else row["prepared"],
+                row["users"], row["items"], row["interactions"], row["k_core"],
             ]
             for row in rows
         ],

@@ -58,7 +58,8 @@ class DatasetInfo:
             "items": self.items,
             "interactions": self.interactions,
             "average_length": self.interactions / self.users if self.users else 0.0,
-            "sparsity": 1 - self.interactions / cells if cells else 1.0,
+            # A pair that comes again counts again; none of the table can be less than empty.
+            "sparsity": max(0.0, 1 - self.interactions / cells) if cells else 1.0,
             "k_core": self.k_core,
         }
 

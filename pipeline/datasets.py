@@ -181,7 +181,8 @@ def plan(name: str, layout: str | None) -> Plan:
     if name not in DATASETS:
         raise UserError(
             f"unknown dataset {name!r}; known: {', '.join(DATASETS)};"
-            f" for one of your own give --format ({', '.join(LAYOUTS)})"
+            f" one of your own is prepared by: mmrec prepare --dataset {name} --format FORMAT"
+            f" --raw DIR (formats: {', '.join(LAYOUTS)})"
         )
     known = DATASETS[name]
     form = LAYOUTS[known.importer]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import duckdb
+import pyarrow as pa
 
 from features.errors import UserError, unknown
 from features.files import database, lock, remove_leftovers, write_json
@@ -27,6 +28,7 @@ from pipeline.datasets import DATASETS, locate, plan
 from pipeline.importers import bili, movielens, sequences, table
 from pipeline.importers.blobs import MEDIA, store_blobs
 from pipeline.importers.contract import Importer, check
+from pipeline.importers.reading import lacks_room
 
 IMPORTERS: dict[str, Importer] = {
     "movielens": movielens.read,
@@ -145,6 +147,7 @@ def describe(warehouse: Warehouse) -> list[dict[str, Any]]:
             "expected": {},
             "raw_found": root.is_dir(),
             "prepared": info is not None,
+            "damaged": info is None and warehouse.is_prepared(name),
             "users": info.users if info else None,
             "items": info.items if info else None,
             "interactions": info.interactions if info else None,
@@ -203,7 +206,16 @@ def _database(stage: Path) -> Iterator[duckdb.DuckDBPyConnection]:
         db.execute("SET preserve_insertion_order = true")
         db.execute("SET autoinstall_known_extensions = false")
         db.execute("SET temp_directory = $spill", {"spill": str(stage / "spill")})
-        yield db
+        try:
+            yield db
+        except (duckdb.Error, pa.ArrowException) as error:
+            if not lacks_room(error):
+                raise
+            reason = str(error).splitlines()[0][:160]
+            raise UserError(
+                f"no room for preparing in {MEMORY} of memory and on the disk of {stage.parent}"
+                f" ({reason}); free some there or give another --warehouse; what was there stands"
+            ) from None
 
 
 def _swap(folder: Path, stage: Path, info: DatasetInfo) -> None:

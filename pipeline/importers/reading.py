@@ -14,6 +14,7 @@ from features.errors import UserError
 MAX_LINE = 64 * 1024 * 1024  # bytes; one user of a sequences file is one line
 _DELIMITERS = {".csv": ",", ".tsv": "\t", ".tab": "\t"}
 TABLES = (*_DELIMITERS, ".parquet")
+_ECHO = re.compile(r".*CSV Error on Line|Original Line:")  # the line itself may be without end
 
 
 def one(db: duckdb.DuckDBPyConnection, sql: str) -> tuple[Any, ...]:
@@ -137,10 +138,18 @@ def create(db: duckdb.DuckDBPyConnection, table: str, select: str, path: Path) -
     """
     try:
         db.execute(f"CREATE TABLE {table} AS {select}")
-    except duckdb.OutOfMemoryException:
-        raise  # nothing is wrong with the file
     except duckdb.Error as error:
+        if lacks_room(error):
+            raise  # nothing is wrong with the file
         raise explained(error, path) from None
+
+
+def lacks_room(error: Exception) -> bool:
+    """Whether DuckDB has come to the end of its memory or of the disk; Arrow hands it on."""
+    text = str(error)
+    return isinstance(error, duckdb.OutOfMemoryException) or any(
+        words in text for words in ("Out of Memory Error", "No space left on device")
+    )
 
 
 def create_interactions(
@@ -213,8 +222,14 @@ def explained(error: duckdb.Error, path: Path) -> UserError:
     """Turn what DuckDB says about a file into one line."""
     text = str(error)
     line = re.search(r"CSV Error on Line: (\d+)", text)
+    longer = re.search(r"Maximum line size of (\d+) bytes exceeded", text)
     width = re.search(r"Expected Number of Columns: (\d+) Found: (\d+)", text)
-    if width:
+    if longer:
+        reason, remedy = (
+            f"a line of more than {int(longer[1]):,} bytes",
+            "shorten it, or use Parquet",
+        )
+    elif width:
         reason = f"{width[2]} columns where {width[1]} are expected"
         remedy = "correct the line"
     elif "unicode" in text.lower() or "not utf-8" in text.lower():
@@ -224,7 +239,7 @@ def explained(error: duckdb.Error, path: Path) -> UserError:
     elif "quote" in text.splitlines()[0].lower() or "unterminated quote" in text.lower():
         reason, remedy = "a quote is not closed", "correct the line"
     else:
-        said = [part for part in text.splitlines() if part and "CSV Error on Line" not in part]
+        said = [part for part in text.splitlines() if part and not _ECHO.match(part)]
         reason = said[0].partition(" Error: ")[2] or said[0] if said else type(error).__name__
         remedy = "correct the file"
     place = f"{path}, line {line[1]}" if line else f"{path}"

@@ -20,6 +20,14 @@ def _refused(tmp_path: Path, content: dict[str, str | bytes]) -> str:
     return message.replace(str(tmp_path / "raw") + "/", "")
 
 
+def test_a_line_without_end_is_named_and_not_repeated(tmp_path: Path) -> None:
+    items = f"{ITEMS}d,{'x' * 2_100_000}\n"
+    said = _refused(tmp_path, {"interactions.csv": INTERACTIONS, "items.csv": items})
+    assert said == (
+        "items.csv, line 5: a line of more than 2,000,000 bytes; shorten it, or use Parquet"
+    )
+
+
 def test_every_column_finds_its_place(warehouse: Warehouse, tmp_path: Path) -> None:
     items = (
         "Item_ID,title,description,image,video,price\n"

@@ -96,6 +96,7 @@ def test_repeated_pairs_count_and_stay(warehouse: Warehouse, tmp_path: Path) -> 
     info = prepared(warehouse, tmp_path / "raw", files, k_core=3, say=said.append)
     assert sequences_of(warehouse) == {"u": ["a", "a", "a"]}
     assert info.tied == pytest.approx(1 / 3)
+    assert info.summary()["sparsity"] == 0  # of one pair that comes three times
     assert any("1 interaction the same as another" in line for line in said)
 
 
@@ -245,6 +246,30 @@ def test_a_failure_leaves_the_earlier_tables(
     with pytest.raises(RuntimeError):
         prepare(warehouse, "mine", raw=tmp_path / "raw", format="table", k_core=1)
     assert _bytes(warehouse.dataset_dir("mine")) == before
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_an_end_of_memory_or_disk_is_one_line_and_leaves_no_trace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, earlier: bool
+) -> None:
+    files = {"interactions.csv": INTERACTIONS, "items.csv": ITEMS}
+    warehouse = Warehouse(tmp_path / "new")
+    if earlier:
+        prepared(warehouse, tmp_path / "raw", files)
+        before = _bytes(warehouse.dataset_dir("mine"))
+    clicks = "".join(f"u{i % 9000},i{i % 7000},{i}\n" for i in range(40_000))
+    items = "".join(f"i{i},title {i}\n" for i in range(7000))
+    large = {
+        "interactions.csv": "user_id,item_id,timestamp\n" + clicks,
+        "items.csv": "item_id,title\n" + items,
+    }
+    monkeypatch.setattr(pipeline.prepare, "MEMORY", "4MB")
+    with pytest.raises(UserError, match=r"^no room for preparing in 4MB .*/new/mine .*what was"):
+        prepared(warehouse, tmp_path / "raw", large)
+    if earlier:
+        assert _bytes(warehouse.dataset_dir("mine")) == before
+    else:
+        assert not warehouse.root.exists()
 
 
 def test_a_failure_leaves_nothing_where_nothing_was(tmp_path: Path) -> None:
@@ -411,6 +436,7 @@ def test_describe_lists_what_is_known_and_what_is_prepared(
     assert rows["ml-1m"]["expected"]["interactions"][0] == "ratings.dat"
     assert rows["ml-1m"]["raw"] == str(warehouse.raw_dir("ml-1m"))
     assert not rows["ml-1m"]["prepared"]
+    assert not any(row["damaged"] for row in rows.values())
     mine = rows["mine"]
     assert (mine["users"], mine["items"], mine["interactions"]) == (2, 3, 4)
     assert mine["raw"] == info.raw
@@ -457,7 +483,6 @@ def test_a_damaged_description_is_replaced(warehouse: Warehouse, tmp_path: Path)
         path.write_text(damaged)
         with pytest.raises(UserError, match="is damaged"):
             warehouse.info("mine")
-        assert [row["prepared"] for row in describe(warehouse) if row["dataset"] == "mine"] == [
-            False
-        ]
+        (row,) = [row for row in describe(warehouse) if row["dataset"] == "mine"]
+        assert (row["prepared"], row["damaged"]) == (False, True)
         assert prepared(warehouse, tmp_path / "raw", raw) == first

@@ -1,6 +1,8 @@
 """The ``mmrec`` command: its parts, and how every error ends."""
 
+import io
 import os
+import sys
 from typing import Any
 
 import typer
@@ -15,6 +17,14 @@ _UsageError: Any = typer.BadParameter.__base__  # of the click that typer brings
 
 class Group(TyperGroup):
     """Turns the user's mistakes into one line and exit code 2, whichever command they are in."""
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """Find a command; the help of a flag names no type, for it takes no value."""
+        command = super().get_command(ctx, cmd_name)
+        for option in getattr(command, "params", ()):
+            if getattr(option, "is_flag", False) and option.metavar is None:
+                option.metavar = ""
+        return command
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
@@ -73,6 +83,9 @@ def main() -> None:
     # On cores that are shared, threads that spin while they wait cost more than all the work; it
     # must be said before torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal without UTF-8 shows escapes
+            stream.reconfigure(errors="backslashreplace")
     app()
 
 

@@ -30,7 +30,8 @@ def say(message: str) -> None:
 
 def emit_json(document: Any) -> None:
     """Print the one JSON document of a command; what is no number becomes null."""
-    sys.stdout.write(json.dumps(_finite(document), ensure_ascii=False, default=str) + "\n")
+    unicode = (sys.stdout.encoding or "").lower().startswith("utf")
+    sys.stdout.write(json.dumps(_finite(document), ensure_ascii=not unicode, default=str) + "\n")
 
 
 def _finite(value: Any) -> Any:

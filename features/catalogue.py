@@ -129,6 +129,10 @@ def query(warehouse: Warehouse, sql: str, say: Callable[[str], None] = _silent) 
     """
     db = connect(warehouse, say)
     try:
+        try:
+            sql.encode()
+        except UnicodeEncodeError:
+            raise UserError("the SQL is not UTF-8; write it in a terminal that is") from None
         statements = db.extract_statements(sql)
         if len(statements) != 1:
             raise UserError(f"give one SQL statement, not {len(statements)}")
@@ -136,11 +140,11 @@ def query(warehouse: Warehouse, sql: str, say: Callable[[str], None] = _silent) 
             kind = statements[0].type.name
             raise UserError(f"mmrec sql runs a SELECT, DESCRIBE or SHOW, not {kind}")
         # A WITH may hold a COPY or DELETE and still be called a SELECT; nested, it is refused.
-        inner = statements[0].query.strip().rstrip(";")
+        inner = _without_end(statements[0].query)
         db.execute(f"EXPLAIN SELECT * FROM (\n{inner}\n)")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # one more copy, but db.sql() cannot be interrupted
-            result = db.execute(sql).to_arrow_table()
+            result = db.execute(inner).to_arrow_table()
         assert isinstance(result, pa.Table)
         return result.rename_columns(_distinct(result.column_names))
     except duckdb.Error as error:
@@ -149,6 +153,15 @@ def query(warehouse: Warehouse, sql: str, say: Callable[[str], None] = _silent) 
         raise UserError(f"SQL: {line}{hint}") from None
     finally:
         db.close()
+
+
+def _without_end(statement: str) -> str:
+    """Cut one statement off at its semicolon, behind which there may be remarks."""
+    data = statement.encode()
+    for place, kind in duckdb.tokenize(statement):
+        if kind == duckdb.token_type.operator and data[place : place + 1] == b";":
+            return data[:place].decode()
+    return statement
 
 
 def _distinct(names: list[str]) -> list[str]:

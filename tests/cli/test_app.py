@@ -3,6 +3,9 @@
 import csv
 import io
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +52,26 @@ def test_every_command_has_help_and_stands_in_the_readme() -> None:
     for name, command in group.commands.items():  # type: ignore[attr-defined]
         assert command.help, name
         assert f"mmrec {name}" in text, name
+
+
+def test_a_flag_takes_no_value() -> None:
+    shown = run("extract", "--help").output
+    assert "--strict" in shown
+    assert "<str>" in shown
+    assert shown.count("<bool>") <= 1  # of --help, which is not ours
+
+
+@pytest.mark.parametrize(
+    ("form", "shown"),
+    [("--json", '"caf\\u00e9 \\ud83c\\udfac"'), ("--csv", "café 🎬"), ("", "caf\\xe9 \\U0001f3ac")],
+)
+def test_a_terminal_without_unicode_shows_escapes(tmp_path: Path, form: str, shown: str) -> None:
+    words = ["sql", "SELECT 'café 🎬' AS a", *[form] * bool(form), "--warehouse", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, "-m", "cli.app", *words], capture_output=True, check=True, cwd=ROOT,
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+    )  # fmt: skip
+    assert shown in done.stdout.decode()
 
 
 @pytest.mark.slow

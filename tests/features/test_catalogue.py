@@ -177,6 +177,25 @@ def test_a_folder_that_looks_like_a_partition_is_a_folder(tmp_path: Path) -> Non
     assert value(warehouse, "SELECT list(item ORDER BY item) FROM items") == [0, 1, 2]
 
 
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "SELECT ';' AS a; -- end;",
+        "-- begin;\nSELECT ';' AS a /* ; */ ;  /* é; */ --",
+        "FROM (SELECT ';' AS a)",
+    ],
+)
+def test_remarks_and_semicolons_end_a_statement(warehouse: Warehouse, sql: str) -> None:
+    warehouse.create()
+    assert query(warehouse, sql).to_pylist() == [{"a": ";"}]
+
+
+def test_what_is_no_text_is_refused(warehouse: Warehouse) -> None:
+    warehouse.create()
+    with pytest.raises(UserError, match="not UTF-8"):
+        query(warehouse, "SELECT '\udce9'")
+
+
 def test_columns_of_one_name_all_stay(warehouse: Warehouse) -> None:
     table = query(warehouse, "SELECT 1 AS a, 2 AS a, 3 AS a_1, 4 AS a")
     assert table.column_names == ["a", "a_2", "a_1", "a_3"]

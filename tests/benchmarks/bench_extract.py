@@ -207,7 +207,7 @@ def clips(root: Path, n: int = 6) -> None:
     compare("clips", "CLIP ViT-B/32, 11 frames each", n, bare_images(backbone, frames), run, "")
 
 
-def ceiling(root: Path, n: int = 128) -> None:
+def ceiling(root: Path, n: int = 256) -> None:
     """Pictures a second on one core when the model is free."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
@@ -238,7 +238,7 @@ def ceiling(root: Path, n: int = 128) -> None:
                 job(house, "image")()
 
         (base, _), (exact, exact_wall), (fast, fast_wall) = best(
-            plain, job(house, "image"), drafted, rounds=4 * ROUNDS
+            plain, job(house, "image"), drafted, rounds=3 * ROUNDS
         )
         say("ceiling", f"{library}: plain loop of PIL and its transform", f"{n / base:.0f}/s CPU")
         for what, cpu, wall, goal in (

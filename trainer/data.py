@@ -89,7 +89,8 @@ class Batch:
     features: ItemFeatures
     train: TrainSet
     generator: torch.Generator
-    """On the CPU; a function of seed, epoch and step, so that a resumed run draws the same."""
+    """On the CPU; a function of seed, epoch, step and process, so that a resumed run draws the
+    same, and two processes draw different things."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -229,7 +230,9 @@ class TrainingData:
                     sequences=self.gather(starts[chosen], lengths[chosen]),
                     features=self.features,
                     train=self.train,
-                    generator=_generator(seed, epoch, step),
+                    generator=torch.Generator().manual_seed(
+                        seed_of(seed, epoch, step, *([share.rank] if share.rank else []))
+                    ),
                 )
 
         return len(batches), generate()
@@ -266,6 +269,7 @@ def _train_keys(dataset: Dataset) -> Ints:
     return np.unique(users * len(dataset.train_counts) + items)
 
 
-def _generator(seed: int, epoch: int, step: int) -> torch.Generator:
-    state = np.random.SeedSequence([seed, epoch, step]).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(state >> np.uint64(1)))
+def seed_of(*parts: int) -> int:
+    """One seed made of several numbers, all of which count."""
+    state = np.random.SeedSequence(parts).generate_state(1, np.uint64)[0]
+    return int(state >> np.uint64(1))

@@ -19,12 +19,13 @@ from features.errors import UserError
 from trainer.average import Average
 from trainer.checkpoint import Progress, load_state, save_state, save_weights
 from trainer.config import TrainConfig
-from trainer.data import Share
+from trainer.data import Share, seed_of
 from trainer.distributed import agree, from_first, rank, ranks
 from trainer.optimizer import Optimizer
 from trainer.tasks import Task, Validation
 from trainer.transformer import Transformer
 
+_ONE_INTERRUPT = 1.0  # seconds in which signals are the same Ctrl-C
 _SAVE_SECONDS = 300.0  # a killed run loses at most this, whatever an epoch takes
 
 
@@ -106,8 +107,6 @@ def fit(
         progress = load_state(*state, identity, average.values)
     forward = _forward(task, config)
     share = Share(rank=rank(), ranks=ranks())
-    if not first:  # dropout of its own; the first one's is what a single process draws
-        torch.manual_seed((config.seed << 32) + (share.rank << 24) + progress.steps)
 
     def save() -> None:
         if first:
@@ -122,6 +121,8 @@ def fit(
             units = done = 0
             for batch in batches:
                 optimizer.prepare(progress, total)
+                if not first:  # dropout of its own, the same after a resume: it saves no state
+                    torch.manual_seed(seed_of(config.seed, share.rank, progress.steps))
                 with torch.autocast(device.type, torch.bfloat16, config.precision == "bf16"):
                     losses = forward(batch)
                 losses["loss"].backward()
@@ -245,16 +246,20 @@ def _tick(
 def _interrupted() -> Iterator[threading.Event]:
     """Turn the first Ctrl-C into an event that is looked at between two steps; the second raises.
 
-    A step is never torn, so what is saved is a state that the uninterrupted run went through.
+    A step is never torn, so what is saved is a state that the uninterrupted run went through. At a
+    terminal ``torchrun`` passes on what its processes have had already: within a second, it is one.
     """
     event = threading.Event()
+    first = 0.0
     if threading.current_thread() is not threading.main_thread():
         yield event  # signals belong to the main thread
         return
 
     def handle(number: int, frame: FrameType | None) -> None:
-        if event.is_set():
+        nonlocal first
+        if event.is_set() and time.monotonic() - first > _ONE_INTERRUPT:
             raise KeyboardInterrupt
+        first = first if event.is_set() else time.monotonic()
         event.set()
 
     before = signal.signal(signal.SIGINT, handle)

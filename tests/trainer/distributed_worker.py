@@ -1,5 +1,6 @@
 """What each process of test_distributed does; run by ``python -m``, and by the test itself."""
 
+import signal
 import sys
 import zlib
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from trainer.alignment import AlignConfig, Alignment
 from trainer.config import TrainConfig
 from trainer.data import TrainSet
 from trainer.distributed import first_row, gather_rows, joined, mean_rows, rank, ranks
-from trainer.loop import fit
+from trainer.loop import Tick, fit
 from trainer.mmsrec import MMSRec, MMSRecConfig
 from trainer.models import MODELS
 from trainer.recommender import Catalogue
@@ -92,6 +93,34 @@ def aligned(folder: Path) -> dict[str, Tensor]:
     return model.state_dict()
 
 
+def torn(folder: Path) -> dict[str, Tensor]:
+    """Whether a training with dropout and masks ends where the interrupted one does."""
+    features = worlds.features(N)
+    ended = []
+    for interrupt_at, resume in ((0, False), (3, False), (0, True)):
+        torch.manual_seed(0)
+        catalogue = Catalogue(n_items=N, widths=features.widths)
+        model = MMSRec(MMSRecConfig(**{**SMALL, "dropout": 0.3}), catalogue)
+        mine = folder / ("torn" if interrupt_at or resume else "whole")
+        mine.mkdir(exist_ok=True)
+
+        def on_tick(tick: Tick, at: int = interrupt_at) -> None:
+            if tick.step == at:
+                signal.raise_signal(signal.SIGINT)
+
+        task = NextItem(model, worlds.training_data(worlds.cycles(n_items=N), features))
+        config = TrainConfig(**LOOP)
+        fit(task, config, mine, {}, resume=resume, on_epoch=lambda row: None, on_tick=on_tick)
+        if ranks() > 1:
+            torch.distributed.barrier()  # the first one has saved
+        ended.append(model.state_dict())
+    whole, stopped, resumed = ended
+    same = [all(torch.equal(whole[key], other[key]) for key in whole) for other in ended]
+    assert any(not torch.equal(whole[key], stopped[key]) for key in whole)
+    assert whole.keys() == resumed.keys()
+    return {"same": torch.tensor([same[0], same[2]]).float()}
+
+
 def gathered(folder: Path) -> dict[str, Tensor]:
     """A loss over all rows of both processes: its value and the gradient of a shared weight."""
     x_MD = torch.arange(10.0).view(5, 2).div(10)
@@ -118,6 +147,7 @@ CASES: dict[str, Callable[[Path], dict[str, Tensor]]] = {
     "idsr": next_item("idsr"),
     "pmmrec": next_item("pmmrec"),
     "aligned": aligned,
+    "torn": torn,
     "gathered": gathered,
 }
 

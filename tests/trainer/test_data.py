@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from features.dataset import Ints
 from tests.trainer import worlds
-from trainer.data import ItemFeatures, WindowPlan, cut_batches, cut_windows
+from trainer.data import ItemFeatures, Share, WindowPlan, cut_batches, cut_windows
 
 histories = st.lists(st.integers(0, 30), min_size=1, max_size=12)
 
@@ -121,6 +121,19 @@ def test_an_epoch_reads_training_interactions_only_and_is_a_function_of_its_numb
     assert windows == [[0, 1, 2], [5, 6]]  # 3, 4 and 0, 8 are held out; one item has no target
     assert seen(4) == seen(4)
     assert seen(4, skip=1) == seen(4)[1:]
+
+
+def test_two_processes_draw_different_things_and_the_first_what_one_alone_draws() -> None:
+    data = worlds.training_data(worlds.cycles(n_items=12), worlds.features(12))
+    plan = WindowPlan(length=4, stride=3, cover=True)
+    draws = []
+    for share in (Share(), Share(rank=0, ranks=2), Share(rank=1, ranks=2)):
+        batches = data.epoch(plan, batch_size=8, seed=1, epoch=2, share=share)[1]
+        drawn = [torch.rand(3, generator=one.generator) for one in batches]
+        draws.append(torch.stack(drawn[:5]))
+    alone, first, second = draws
+    assert torch.equal(first, alone)
+    assert not (second == first).any()
 
 
 def test_histories_end_right_before_the_target() -> None:

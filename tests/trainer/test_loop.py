@@ -13,6 +13,7 @@ from torch.optim import AdamW
 
 from features.errors import UserError
 from tests.trainer import worlds
+from trainer import loop
 from trainer.checkpoint import Progress, load_weights
 from trainer.config import TrainConfig
 from trainer.data import Batch, TrainingData
@@ -132,6 +133,23 @@ def test_the_mean_of_the_weights_is_what_is_saved(
 def items(model: Recommender) -> Tensor:
     held: Tensor = model.state_dict()["item.weight"]
     return held.clone()
+
+
+def test_one_ctrl_c_that_arrives_twice_is_one_and_a_later_one_raises(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At a terminal, torchrun's processes have it from the terminal and from torchrun."""
+
+    def twice(tick: Tick) -> None:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    stopped, _, _ = train("sasrec", tmp_path / "once", watch=twice)
+    assert (stopped.steps, stopped.finished) == (1, False)
+    assert (tmp_path / "once" / "resume.safetensors").exists()
+    monkeypatch.setattr(loop, "_ONE_INTERRUPT", -1.0)
+    with pytest.raises(KeyboardInterrupt):
+        train("sasrec", tmp_path / "later", watch=twice)
 
 
 def test_seeds_fix_everything(tmp_path: Path) -> None:

@@ -155,6 +155,8 @@ def backbones(json: JsonOption = False) -> None:
     for fact, (first, *more) in zip(facts, origins, strict=True):
         lines += [[*fact, *first], *([""] * len(heads) + origin for origin in more)]
     show.table([*heads, "checkpoint", "licence"], lines)
+    for note in dict.fromkeys(row["note"] for row in rows if row["note"]):
+        show.say(f"{', '.join(row['name'] for row in rows if row['note'] == note)}: {note}")
     show.say("levels: pooled, tokens, layer-K; of clips, and of pairs by two towers, pooled alone")
     show.say("beside these: open_clip:ARCH/TAG, hf:ORG/NAME, or a local folder with a saved model")
 

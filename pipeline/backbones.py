@@ -41,7 +41,9 @@ class Entry:
     checkpoint: str
     """What one would ask that library for."""
     licence: str = ""
-    """Of the weights, as their page on the hub says; of two, both."""
+    """Of the weights, as their page on the hub or their authors say; of two, both."""
+    note: str = ""
+    """What one should know before using them."""
     blocks: int = 0
     """Blocks of the deepest encoder that can be cut; 0: none."""
     hub: str = ""
@@ -97,6 +99,7 @@ def _hf(
     *,
     package: str = "",
     mask: float = 0.0,
+    note: str = "",
 ) -> Entry:
     def make(name: str, device: str | None, compute: str) -> Backbone:
         from pipeline.backends import hub
@@ -112,11 +115,19 @@ def _hf(
         library="transformers",
         checkpoint=repository,
         licence=licence,
+        note=note,
         blocks=blocks,
         hub=repository,
         package=package,
         make=make,
     )
+
+
+def _mae(mask: float) -> Entry:
+    return _hf(
+        "facebook/vit-mae-base", _PICTURES, 768, "Apache-2.0", mask=mask,
+        note="the page on the hub says Apache-2.0, the authors' repository CC BY-NC 4.0",
+    )  # fmt: skip
 
 
 def _visualbert(repository: str, vision: str) -> Entry:
@@ -185,12 +196,18 @@ BACKBONES: dict[str, Entry] = {
     "vit-b-16": _hf("google/vit-base-patch16-224-in21k", _PICTURES, 768, "Apache-2.0"),
     "swin-t": _hf("microsoft/swin-tiny-patch4-window7-224", _PICTURES, 768, "Apache-2.0", 4),
     "swin-b": _hf("microsoft/swin-base-patch4-window7-224", _PICTURES, 1024, "Apache-2.0", 4),
-    "mae-b": _hf("facebook/vit-mae-base", _PICTURES, 768, "Apache-2.0"),
-    "mae-b-mask-50": _hf("facebook/vit-mae-base", _PICTURES, 768, "Apache-2.0", mask=0.5),
-    "mae-b-mask-75": _hf("facebook/vit-mae-base", _PICTURES, 768, "Apache-2.0", mask=0.75),
+    "mae-b": _mae(0.0),
+    "mae-b-mask-50": _mae(0.5),
+    "mae-b-mask-75": _mae(0.75),
     "resnet-50": _hf("microsoft/resnet-50", _PICTURES, 2048, "Apache-2.0", 0),
     "dinov2-b": _hf("facebook/dinov2-base", _PICTURES, 768, "Apache-2.0"),
-    "dinov3-b": _hf("facebook/dinov3-vitb16-pretrain-lvd1689m", _PICTURES, 768, "DINOv3 License"),
+    "dinov3-b": _hf(
+        "facebook/dinov3-vitb16-pretrain-lvd1689m",
+        _PICTURES,
+        768,
+        "DINOv3 License",
+        note="the hub gives them to those who have agreed to the licence there",
+    ),
     # A picture and a text together.
     "flava": _hf("facebook/flava-full", _ALL, 768, "BSD-3-Clause"),
     "vilt": _hf("dandelin/vilt-b32-mlm", _JOINT, 768, "Apache-2.0"),
@@ -286,8 +303,8 @@ def list_backbones() -> list[dict[str, Any]]:
 
     Returns:
         ``name``, ``modalities``, ``dim``, ``blocks`` (of the deepest encoder that can be cut),
-        ``levels``, ``library``, ``checkpoint``, ``licence`` (of the weights), and ``offline``:
-        whether it works without a network here and now.
+        ``levels``, ``library``, ``checkpoint``, ``licence`` (of the weights), ``note``, and
+        ``offline``: whether it works without a network here and now.
     """
     from pipeline.backends import hub
 
@@ -310,6 +327,7 @@ def list_backbones() -> list[dict[str, Any]]:
             "library": entry.library,
             "checkpoint": entry.checkpoint,
             "licence": entry.licence,
+            "note": entry.note,
             "offline": here(entry),
         }
         for name, entry in BACKBONES.items()

@@ -403,6 +403,7 @@ def test_the_table_lists_itself_without_torch() -> None:
     rows = {row["name"]: row for row in list_backbones()}
     assert rows["hashed"]["offline"] is True
     assert rows["clip-vit-b-32"]["checkpoint"] == "ViT-B-32/openai"
+    assert "CC BY-NC 4.0" in rows["mae-b-mask-50"]["note"]
     for row in rows.values():
         assert row["dim"] > 0
         assert slug(row["name"]) == row["name"]  # the folder bears the name itself

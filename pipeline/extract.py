@@ -194,7 +194,9 @@ def _check_level(backbone: Backbone, modality: str, level: str) -> None:
         )
     deep = [name for name in known if name.startswith("layer-")]
     short = [name for name in known if name not in deep]
-    names = ", ".join([*short, *([f"{deep[0]} to {deep[-1]}"] if deep else [])])
+    if len(deep) > 2:
+        deep = [f"{deep[0]} to {deep[-1]}"]
+    names = ", ".join([*short, *deep])
     raise UserError(
         f"backbone {backbone.name!r} has no level {level!r} of {modality}; give one of {names}"
     )
@@ -284,9 +286,10 @@ class Job:
             from pipeline.engines import ray as engine
 
             wanted = self.options.backbones()[modality] or DEFAULT
+            device = engine.place(self.options.device)
             work = engine.Work(
                 backbone=wanted,
-                device=self.options.device,
+                device=device,
                 compute=self.options.compute,
                 choices=choices,
                 raw=Path(self.info.raw).resolve(),
@@ -297,7 +300,7 @@ class Job:
                 work,
                 inputs,
                 book=book,
-                workers=self.options.workers or engine.default_workers(self.options.device),
+                workers=self.options.workers or engine.default_workers(device),
                 width=None if pooled else backbone.token_dim(choices.level, modality),
                 report=report,
             )

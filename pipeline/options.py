@@ -1,5 +1,6 @@
 """What an extraction is told: backbones, level, and how inputs are read and vectors stored."""
 
+import re
 from dataclasses import dataclass
 
 from features.errors import UserError, unknown
@@ -9,6 +10,7 @@ DTYPES = ("float16", "float32")
 COMPUTES = ("float32", "bfloat16")
 DECODES = ("exact", "draft")
 ENGINES = ("local", "ray")
+DEVICES = ("cpu", "cuda", "mps", "xpu")
 MOST_FRAMES = 1024
 
 
@@ -59,6 +61,9 @@ class Options:
         ):
             if value not in known:
                 raise unknown(what, value, list(known))
+        # A backbone without weights would not look at it.
+        if self.device is not None and re.sub(r":\d+$", "", self.device) not in DEVICES:
+            raise unknown("device", self.device, list(DEVICES))
         if self.batch_size is not None and self.batch_size < 1:
             raise UserError(f"batch size {self.batch_size} is too small; give 1 or more")
         if self.workers is not None and (self.engine == "local" or self.workers < 1):

@@ -10,6 +10,7 @@ Legend: T tokens of an input, D width of the embedding.
 
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -303,6 +304,17 @@ def session() -> Iterator[None]:
         context.execution_options.preserve_order, context.enable_progress_bars = before
         if started:
             ray.shutdown()
+
+
+def place(device: str | None) -> str | None:
+    """Where a worker's backbone runs: on a GPU of its own, the only one it sees, if there are any.
+
+    Ray shows no GPU to a worker that asks for none, and a worker asks for one when told ``cuda``.
+    """
+    torch = sys.modules.get("torch")  # a backbone without weights has not imported it
+    if device is None and torch is not None and torch.cuda.is_available():
+        return "cuda"
+    return "cuda" if device is not None and device.startswith("cuda") else device
 
 
 def default_workers(device: str | None) -> int:

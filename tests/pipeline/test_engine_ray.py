@@ -132,6 +132,22 @@ def test_what_ray_is_told_without_being_asked_for() -> None:
     assert engine.default_workers("cpu") >= 1
 
 
+@pytest.mark.parametrize(
+    ("gpus", "given", "placed"),
+    [(2, None, "cuda"), (2, "cuda:1", "cuda"), (2, "cpu", "cpu"), (0, None, None)],
+)
+def test_a_worker_has_a_gpu_of_its_own_where_there_are_any(
+    monkeypatch: pytest.MonkeyPatch, gpus: int, given: str | None, placed: str | None
+) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    assert engine.place(given) == placed
+    if placed == "cuda":
+        assert engine.default_workers(placed) == gpus
+
+
 def test_vectors_travel_as_they_are() -> None:
     found = engine._Found()
     book = Book(found, "float32")

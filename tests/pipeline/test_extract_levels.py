@@ -234,6 +234,7 @@ def test_sql_shows_tokens_beside_the_features(tiny: Warehouse, watched: Watched)
         ({"text": "hashed", "frames": 3}, "--frames is of clips; give --video BACKBONE"),
         ({"text": "hashed", "decode": "draft"}, "--decode draft is of pictures; give --image"),
         ({"joint": "hashed", "decode": "fast"}, "unknown decode 'fast'"),
+        ({"text": "hashed", "device": "gpu"}, "unknown device 'gpu'; known: cpu, cuda"),
         ({"text": "hashed", "frames": 0}, "--frames 0 is not possible; give 1 to 1024"),
     ],
 )

@@ -9,7 +9,12 @@ Where code and paper differ: a missing modality has no token (the paper puts the
 the batch's longest sequence, as the released code's do; each epoch draws windows with random ends
 instead of one sample for each prefix.
 
-Legend: B batch, L sequence length, N items, C modalities, D width, M predicted positions, T = L*C.
+Three options are not the paper's, and off by default: ``ids`` gives an item a token of its own
+beside those of its modalities, ``whiten`` decorrelates the frozen features, as WhitenRec does
+(Zhang et al., ICDE 2024), ``candidates`` lets a step's softmax run over a part of the catalogue.
+
+Legend: B batch, L sequence length, N items, K of them, C tokens of an item, D width,
+M predicted positions, T = L*C.
 """
 
 import functools
@@ -23,12 +28,13 @@ from torch.nn import functional
 
 from features.errors import UserError
 from trainer.checks import check_heads, check_not_negative, check_positive, check_probability
-from trainer.data import Batch, ItemFeatures, Sequences, WindowPlan
+from trainer.data import Batch, ItemFeatures, Sequences, TrainSet, WindowPlan
 from trainer.elementwise import dropout, plain
-from trainer.objectives import full_softmax
+from trainer.objectives import draw_candidates, full_softmax, part_softmax
 from trainer.recommender import Catalogue, Recommender
-from trainer.recompute import in_pieces, linear
+from trainer.recompute import in_pieces, keep, linear
 from trainer.transformer import Transformer, initialise, positions_from_end
+from trainer.whitening import Whitening
 
 _ITEMS_AT_ONCE = 4096  # without gradients
 _TOKENS_AT_ONCE = 1024  # with gradients: what stands between two products stays in the cache
@@ -36,6 +42,7 @@ _LEAST_TEMPERATURE = 1e-4
 # Below the first number an item is masked, below the second swapped; how many are never swapped in.
 _CORRUPTIONS = {"80-10-10": (0.8, 0.9, 0), "81-9-10": (0.81, 0.9, 1)}
 _SHARED = ("norm.", "transformer.")
+_ID = "id"  # the token of an item's identity stands behind those of its modalities
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,10 +74,18 @@ class MMSRecConfig:
     the released code does, which also never swaps the catalogue's last item in."""
     missing: str = "drop"
     """``drop``: a missing modality has no token; ``mask``: it is the mask token (the paper)."""
+    ids: bool = False
+    """Each item has a learned token beside those of its modalities; one without training
+    interactions has none, and is known by its features alone."""
+    whiten: bool = False
+    """Decorrelate each modality's features by what they are for the items seen in training."""
+    candidates: int = 0
+    """Items that the softmax of a step runs over: the predicted ones, and others drawn evenly that
+    stand for all the rest; 0: the whole catalogue, as in the paper."""
 
     def __post_init__(self) -> None:
         check_positive(self, "dim", "layers", "heads", "hidden", "length", "temperature")
-        check_not_negative(self, "stride")
+        check_not_negative(self, "stride", "candidates")
         check_probability(self, "dropout", "embed_dropout", "mask_ratio")
         check_heads(self.dim, self.heads)
         if self.length < 2:
@@ -95,16 +110,22 @@ class MMSRec(Recommender):
 
     # One encoder serves as both towers, so each part takes it.
     parts: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "items": ("inputs.", "outputs.", "modality.", *_SHARED),
+        "items": ("whitening.", "inputs.", "id.", "known_N", "outputs.", "modality.", *_SHARED),
         "users": ("position.", "mask", *_SHARED),
-        "text": ("inputs.text.", "outputs.text.", "modality.", "position.", "mask", *_SHARED),
+        "text": (
+            *("whitening.text.", "inputs.text.", "outputs.text."),
+            *("modality.", "position.", "mask", *_SHARED),
+        ),
         "image": (  # pictures or clips: what is seen
-            *("inputs.image.", "outputs.image.", "inputs.video.", "outputs.video."),
+            *("whitening.image.", "inputs.image.", "outputs.image."),
+            *("whitening.video.", "inputs.video.", "outputs.video."),
             *("modality.", "position.", "mask", *_SHARED),
         ),
     }
+    of_catalogue = ("id.0.", "known_N")
     by_modality = ("modality.weight",)
     from_end = ("position.weight",)
+    known_N: Tensor
 
     def __init__(self, config: MMSRecConfig, catalogue: Catalogue) -> None:
         super().__init__()
@@ -115,6 +136,12 @@ class MMSRec(Recommender):
         self.config = config
         dim, names = config.dim, list(catalogue.widths)
         self.inputs = nn.ModuleDict({name: _Head(catalogue.widths[name], dim) for name in names})
+        if config.whiten:
+            self.whitening = nn.ModuleDict({n: Whitening(catalogue.widths[n]) for n in names})
+        if config.ids:
+            names.append(_ID)
+            self.id = nn.Sequential(nn.Embedding(catalogue.n_items, dim), nn.LayerNorm(dim))
+            self.register_buffer("known_N", torch.ones(catalogue.n_items, dtype=torch.bool))
         self.outputs = nn.ModuleDict({name: _Head(dim, dim) for name in names})
         self.mask = nn.Parameter(torch.randn(dim) * 0.02)
         self.position = nn.Embedding(config.length, dim)
@@ -131,6 +158,17 @@ class MMSRec(Recommender):
         )
         initialise(self)
 
+    def adapt(self, features: ItemFeatures, train: TrainSet) -> None:
+        """Which items have a token of their own, and the whitening of each modality."""
+        known_N = train.counts_N > 0
+        if self.config.ids:
+            self.known_N.copy_(known_N)
+        if self.config.whiten:
+            for name, whitening in self.whitening.items():
+                assert isinstance(whitening, Whitening)
+                there_N = features.present[name] & known_N
+                whitening.fit(features.vectors[name][there_N])
+
     @property
     def plan(self) -> WindowPlan:
         """Windows with random ends: the ends are what is always predicted."""
@@ -145,24 +183,10 @@ class MMSRec(Recommender):
     def encode_items(self, features: ItemFeatures) -> Tensor:
         """Encode each item as a sequence of its own: (N, D), each of length 1."""
         item_N = torch.arange(features.n_items, device=self.mask.device)
-
-        def run(item_B: Tensor) -> Tensor:
-            return self._encode_alone(item_B, features)
-
-        if not torch.is_grad_enabled():
-            return torch.cat([run(item_B) for item_B in item_N.split(_ITEMS_AT_ONCE)])
-        if not self._piecewise():
-            return run(item_N)
-        # Complete items need no mask: the others come last.
-        complete_N = torch.stack([features.present[name] for name in self.inputs]).all(0)
-        order_N = complete_N.int().argsort(stable=True, descending=True)
-        pieces = [
-            item_B
-            for part in order_N.split([int(complete_N.sum()), int((~complete_N).sum())])
-            for item_B in part.split(max(1, _TOKENS_AT_ONCE // len(self.inputs)))
-            if len(item_B)
-        ]
-        return in_pieces(run, pieces, self.parameters()).index_select(0, order_N.argsort())
+        if torch.is_grad_enabled():
+            return self._encode_each(item_N, features)
+        pieces = item_N.split(_ITEMS_AT_ONCE)
+        return torch.cat([self._encode_alone(item_B, features) for item_B in pieces])
 
     def encode_sequences(
         self, item_vectors_ND: Tensor, sequences: Sequences, features: ItemFeatures
@@ -177,7 +201,7 @@ class MMSRec(Recommender):
         return functional.normalize(self._encode(tokens, last_BL), dim=-1)
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
-        """Masked item prediction: cosine / temperature, softmax over the whole catalogue.
+        """Masked item prediction: cosine / temperature, softmax over catalogue or candidates.
 
         Of the predicted positions, the last is always the mask token; of the others 80% are the
         mask token, 10% a random item, 10% stay as they are (section 3.3 of the paper), or as
@@ -204,9 +228,13 @@ class MMSRec(Recommender):
             batch.features,
         )
         target_M = items_BL[order_B][chosen_BL[order_B]]
-        item_ND = self.encode_items(batch.features)
-        loss = full_softmax(query_MD, item_ND, target_M, 1 / self.config.temperature)
-        return {"loss": loss}
+        scale = 1 / self.config.temperature
+        if not self.config.candidates:
+            item_ND = self.encode_items(batch.features)
+            return {"loss": full_softmax(query_MD, item_ND, target_M, scale)}
+        part = draw_candidates(target_M, batch.features.n_items, self.config.candidates, draw)
+        item_KD = self._encode_each(part.items_K, batch.features)
+        return {"loss": part_softmax(query_MD, item_KD, part, scale)}
 
     @property
     def temperature(self) -> float:
@@ -216,7 +244,9 @@ class MMSRec(Recommender):
     @property
     def unaligned(self) -> tuple[str, ...]:
         """Parameters that encoding items by some of their modalities never reads."""
-        return ("mask",) if self.config.missing == "drop" else ()
+        mask = ("mask",) if self.config.missing == "drop" else ()
+        ids = (f"{_ID}.", f"outputs.{_ID}.")
+        return *mask, *(name for name, _ in self.named_parameters() if name.startswith(ids))
 
     def encode_views(
         self, items_K: Tensor, views: Sequence[tuple[Sequence[str], Tensor]], features: ItemFeatures
@@ -237,9 +267,9 @@ class MMSRec(Recommender):
         """
         names = list(self.inputs)
         here = self.position.weight[0]
-        embedded, hidden = {}, self.norm(self.mask + here + self.modality.weight)
+        embedded, hidden = {}, self.norm(self.mask + here + self.modality.weight[: len(names)])
         for c, name in enumerate(names):
-            x_KD = self.inputs[name](features.vectors[name][items_K])
+            x_KD = self._of_modality(name, items_K, features)
             embedded[name] = self.norm(x_KD + here + self.modality.weight[c])
         as_mask = self.config.missing == "mask"
         found: dict[int, Tensor] = {}
@@ -295,19 +325,70 @@ class MMSRec(Recommender):
             order_B = torch.arange(len(lengths_B), device=lengths_B.device)
             return run(order_B, *of_item), order_B
         order_B = lengths_B.argsort(stable=True)
-        size = max(1, _TOKENS_AT_ONCE // (len(self.inputs) * shown.items_BL.shape[1]))
+        size = max(1, _TOKENS_AT_ONCE // (len(self.outputs) * shown.items_BL.shape[1]))
         return in_pieces(run, order_B.split(size), self.parameters(), of_item), order_B
 
-    def _encode_alone(self, item_B: Tensor, features: ItemFeatures) -> Tensor:
+    def _encode_each(self, item_K: Tensor, features: ItemFeatures) -> Tensor:
+        """Encode some items, each once: (K, D), with gradients."""
+        if not self._piecewise():
+            return self._encode_alone(item_K, features)
+        # Complete items need no mask: the others come last.
+        complete_K = self._present(item_K, features).all(-1)
+        order_K = complete_K.int().argsort(stable=True, descending=True)
+        pieces = [
+            item_B
+            for part in item_K[order_K].split([int(complete_K.sum()), int((~complete_K).sum())])
+            for item_B in part.split(max(1, _TOKENS_AT_ONCE // len(self.outputs)))
+            if len(item_B)
+        ]
+        # Looked up together: a table's gradient is as large as the table, whatever the piece.
+        of_ids: Sequence[Tensor] = ()
+        if self.config.ids:
+            of_ids = self.id(item_K[order_K]).split([len(item_B) for item_B in pieces])
+
+        def run(piece: tuple[int, Tensor], *of_ids: Tensor) -> Tensor:
+            number, item_B = piece
+            return self._encode_alone(item_B, features, of_ids[number : number + 1])
+
+        found_KD = in_pieces(run, list(enumerate(pieces)), self.parameters(), of_ids)
+        return found_KD.index_select(0, order_K.argsort())
+
+    def _encode_alone(
+        self, item_B: Tensor, features: ItemFeatures, of_ids: Sequence[Tensor] = ()
+    ) -> Tensor:
         one_B = torch.ones_like(item_B)
         alone = Sequences(items_BL=item_B[:, None], lengths_B=one_B)
         rows_B1 = torch.arange(len(item_B), device=item_B.device)[:, None]
-        tokens = self._tokens(alone, (rows_B1, self._of_items(item_B, features)), features)
+        first = rows_B1, self._of_items(item_B, features, of_ids)
+        tokens = self._tokens(alone, first, features)
         return functional.normalize(self._encode(tokens, one_B.bool()[:, None]), dim=-1)
 
-    def _of_items(self, item_K: Tensor, features: ItemFeatures) -> list[Tensor]:
-        """Each modality's input layer: (K, D), a function of the item alone."""
-        return [head(features.vectors[name][item_K]) for name, head in self.inputs.items()]
+    def _of_items(
+        self, item_K: Tensor, features: ItemFeatures, of_ids: Sequence[Tensor] = ()
+    ) -> list[Tensor]:
+        """Each token's first layer: (K, D), a function of the item alone.
+
+        ``of_ids`` is that of the identity, where it is known already.
+        """
+        found = [self._of_modality(name, item_K, features) for name in self.inputs]
+        if self.config.ids:
+            found += of_ids or [self.id(item_K)]
+        return found
+
+    def _of_modality(self, name: str, item_K: Tensor, features: ItemFeatures) -> Tensor:
+        x_KW = features.vectors[name][item_K]
+        if self.config.whiten:
+            raw_KW = x_KW
+            x_KW = keep(lambda: self.whitening[name](raw_KW))
+        first_KD: Tensor = self.inputs[name](x_KW)
+        return first_KD
+
+    def _present(self, items: Tensor, features: ItemFeatures) -> Tensor:
+        """Which tokens the items have: bool, of one more dimension C."""
+        there = [features.present[name] for name in self.inputs]
+        if self.config.ids:
+            there.append(self.known_N)
+        return torch.stack([present_N[items] for present_N in there], -1)
 
     def _first(self, items_BL: Tensor, features: ItemFeatures) -> tuple[Tensor, list[Tensor]]:
         """:meth:`_of_items`, once for each item of a batch, and which is each slot's: (B, L)."""
@@ -327,7 +408,7 @@ class MMSRec(Recommender):
         modality at all: there is nothing else to know it by.
         """
         items_BL, valid_BL = sequences.items_BL, sequences.mask_BL
-        present_BLC = torch.stack([features.present[name][items_BL] for name in self.inputs], -1)
+        present_BLC = self._present(items_BL, features)
         nothing_BL = ~present_BLC.any(-1)
         hidden_BL = nothing_BL if hidden_BL is None else hidden_BL | nothing_BL
         as_mask_BLC = hidden_BL[..., None].expand_as(present_BLC)

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from trainer.data import Batch, ItemFeatures, Sequences, WindowPlan
+from trainer.data import Batch, ItemFeatures, Sequences, TrainSet, WindowPlan
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,6 +38,17 @@ class Recommender(nn.Module, ABC):
     """Parameters with a row for each modality, in the order of ``Catalogue.widths``."""
     from_end: ClassVar[tuple[str, ...]] = ()
     """Tables of positions whose row 0 is the newest slot: of any length, they mean the same."""
+
+    def adapt(self, features: ItemFeatures, train: TrainSet) -> None:
+        """Set what is computed from the training data, not learned: nothing by default.
+
+        Called once, before any weights are loaded; what it sets are buffers, so that a checkpoint
+        brings its own.
+
+        Args:
+            features: Of the whole catalogue.
+            train: The training interactions; the only ones that may be looked at.
+        """
 
     @property
     @abstractmethod

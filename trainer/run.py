@@ -280,6 +280,7 @@ def _open(
         ) from None
     module = module.to(device)
     data = TrainingData(source.dataset, source.features, device)
+    module.adapt(source.features, data.train)
     task: Task[Any] = NextItem(module, data)
     if stage == STAGE:
         task = pretrain_task(warehouse, datasets, module, data, more)

@@ -110,7 +110,7 @@ def take_weights(
             continue
         rows = None
         if key in model.by_modality:
-            rows = matching.modality_rows()
+            rows = matching.modality_rows(len(place), len(tensors[key]))
         elif key in model.from_end and tensors[key].shape[1:] == place.shape[1:]:
             both = range(min(len(place), len(tensors[key])))
             rows = [(row, row) for row in both]
@@ -178,10 +178,13 @@ class _Matching:
                         return f"{word}: {key} {held.get(key)} there, {wanted.get(key)} here"
         return ""
 
-    def modality_rows(self) -> list[tuple[int, int]]:
-        """(row here, row there) of each modality that both have."""
+    def modality_rows(self, rows_here: int, rows_there: int) -> list[tuple[int, int]]:
+        """(row here, row there) of each modality that both have, and of items' own tokens."""
         there = list(self.there)
-        return [(row, there.index(name)) for row, name in enumerate(self.here) if name in there]
+        rows = [(row, there.index(name)) for row, name in enumerate(self.here) if name in there]
+        if rows_here > len(self.here) and rows_there > len(there):  # they stand behind the others
+            rows.append((len(self.here), len(there)))
+        return rows
 
 
 def _filled(place: Tensor, tensor: Tensor, rows: list[tuple[int, int]] | None) -> tuple[int, str]:

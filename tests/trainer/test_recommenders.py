@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tests.trainer import worlds
 from trainer import mmsrec
-from trainer.data import ItemFeatures, Sequences
+from trainer.data import ItemFeatures, Sequences, TrainSet
 from trainer.models import MODELS
 from trainer.recommender import Catalogue, Recommender
 from trainer.transformer import initialise
@@ -27,6 +27,9 @@ SMALL: dict[str, dict[str, Any]] = {
 # Named options under which a recommender must keep the same contract.
 OPTIONS: dict[str, dict[str, Any]] = {
     "sasrec, candidates": {"candidates": 8},
+    "mmsrec, ids": {"ids": True},
+    "mmsrec, whiten, candidates": {"whiten": True, "candidates": 8},
+    "mmsrec, ids, mask": {"ids": True, "missing": "mask"},
 }
 
 
@@ -238,3 +241,30 @@ def test_the_same_gradients_every_time(name: str) -> None:
     first = gradients()
     for _ in range(5):
         assert all(torch.equal(a, b) for a, b in zip(first, gradients(), strict=True))
+
+
+def test_an_item_without_training_interactions_is_known_by_its_features_alone() -> None:
+    features = worlds.features(N, missing=False)
+    model: Any = build("mmsrec", features, ids=True)
+    counts = torch.ones(N, dtype=torch.int64)
+    counts[3] = 0
+    model.adapt(features, TrainSet(counts_N=counts, keys_J=torch.arange(N)))
+    rows = sequences([[1, 3], [3]])
+    before = model.encode_items(features), encode(model, rows, features)
+    torch.nn.init.normal_(model.id[0].weight[3:4])
+    after = model.encode_items(features), encode(model, rows, features)
+    assert all(map(torch.equal, before, after))
+    torch.nn.init.normal_(model.id[0].weight[1:2])
+    assert not torch.equal(model.encode_items(features)[1], before[0][1])
+
+
+@pytest.mark.parametrize("missing", ["drop", "mask"])
+def test_ids_take_no_part_in_the_alignment_of_modalities(missing: str) -> None:
+    features = worlds.features(N, missing=False)
+    model: Any = build("mmsrec", features, ids=True, missing=missing)
+    views = [(view, torch.arange(N)) for view in (["image"], ["image", "text"])]
+    found = model.encode_views(torch.arange(N), views, features)
+    sum(view.sum() for view in found).backward()
+    without = {name for name, value in model.named_parameters() if value.grad is None}
+    assert without == {*model.unaligned}
+    assert "id.0.weight" in without

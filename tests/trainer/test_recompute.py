@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from tests.trainer import worlds
 from tests.trainer.test_recommenders import build, sequences
 from trainer import mmsrec
-from trainer.data import ItemFeatures
+from trainer.data import ItemFeatures, TrainSet
 from trainer.elementwise import dropout
 from trainer.recompute import in_pieces, linear
 
@@ -42,17 +42,20 @@ def gradients(model: Any, features: ItemFeatures) -> list[Tensor]:
     return [found.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
 
 
-@pytest.mark.parametrize("missing", ["drop", "mask"])
+@pytest.mark.parametrize(
+    "options", [{"missing": "drop"}, {"missing": "mask"}, {"ids": True, "whiten": True}]
+)
 @pytest.mark.parametrize("probability", [0.0, 0.5])
 def test_pieces_give_the_gradients_of_one_graph(
-    missing: str, probability: float, monkeypatch: pytest.MonkeyPatch
+    options: dict[str, Any], probability: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In float64, with the same dropout masks; without dropout equal to the plain form, too."""
     held = worlds.features(N)
     doubled = {name: vectors.double() for name, vectors in held.vectors.items()}
     features = ItemFeatures(n_items=N, vectors=doubled, present=held.present)
-    settings = {"dropout": probability, "embed_dropout": probability, "missing": missing}
+    settings = {"dropout": probability, "embed_dropout": probability, **options}
     model: Any = build("mmsrec", features, **settings).double().train()
+    model.adapt(features, TrainSet(counts_N=torch.arange(N), keys_J=torch.arange(N)))
     monkeypatch.setattr(mmsrec, "_TOKENS_AT_ONCE", 20)
     pieces = gradients(model, features)
     with monkeypatch.context() as patch:

@@ -64,12 +64,15 @@ def equal(run: OpenRun, held: dict[str, Tensor]) -> set[str]:
     return {n for n in mine if n in held and torch.equal(mine[n], held[n])}
 
 
-@pytest.mark.parametrize("model", ["sasrec", "mmsrec"])
-def test_everything_comes_over(house: Warehouse, model: str) -> None:
-    source = begin(house, model, "source", "lr=0.1")
+@pytest.mark.parametrize(
+    "words", ["sasrec", "mmsrec", "mmsrec ids=true whiten=true candidates=3", "sasrec average=0.9"]
+)
+def test_everything_comes_over(house: Warehouse, words: str) -> None:
+    model, *settings = words.split()
+    source = begin(house, model, "source", "lr=0.1", *settings)
     train(source)
     held = weights(source.folder)
-    run = begin(house, model, "r", "seed=7", init="source")
+    run = begin(house, model, "r", "seed=7", *settings, init="source")
     assert equal(run, held) == set(held)
     assert run.taken is not None
     assert run.taken.share == 1

@@ -77,6 +77,11 @@ def test_what_needs_no_torch_to_be_refused_does_not_load_it(house: str) -> None:
         ["train", "--resume", "--run", "nope"],
         ["eval", "--run", "nope"],
         ["eval", "--index", "nope"],
+        ["recommend", "--user", "u0", "--run", "nope"],
+        ["recommend", "--user", "u0", "--index", "nope"],
+        ["recommend"],
+        ["compare", "nope", "none"],
+        ["report", "nope"],
     )
     code = (
         "import json, sys; from cli.app import app\n"

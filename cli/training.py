@@ -248,7 +248,8 @@ class TrainWatch:
 
 
 def _trained(report: "TrainReport") -> str:
-    return f"{report.epochs} epochs in {show.seconds(report.seconds)}{_best(report)}"
+    epochs = "1 epoch" if report.epochs == 1 else f"{report.epochs} epochs"
+    return f"{epochs} in {show.seconds(report.seconds)}{_best(report)}"
 
 
 def _best(report: "TrainReport") -> str:

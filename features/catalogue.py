@@ -310,7 +310,10 @@ def _run_views(
 ) -> None:
     rows: list[dict[str, Any]] = []
     order = {name: info.fingerprint for name, info in datasets.items()}
-    sources: dict[str, list[str]] = {"metrics": [], "predictions": []}
+    schemas = {"metrics": METRICS, "predictions": PREDICTIONS}
+    sources: dict[str, list[str]] = {kind: [] for kind in schemas}
+    for folder in warehouse.no_runs():
+        say(f"left out: {folder}, which has no config.toml: it was killed when it began")
     for name in warehouse.runs():
         folder = warehouse.runs_dir / name
         try:
@@ -318,7 +321,9 @@ def _run_views(
             for kind in sources:
                 if (folder / f"{kind}.parquet").exists():
                     with reading(folder / f"{kind}.parquet", "evaluate the run again"):
-                        pq.read_schema(folder / f"{kind}.parquet")
+                        names = pq.read_schema(folder / f"{kind}.parquet").names
+                        if names != schemas[kind].names:
+                            raise ValueError(f"its columns are {', '.join(names) or 'none'}")
         except UserError as error:
             say(f"left out: {error}")
             continue
@@ -337,7 +342,7 @@ def _run_views(
                     f"SELECT {quoted(name)} AS run, {quoted(row['dataset'])} AS dataset, *"
                     f" FROM {parquet_sql(folder, path.name)}"
                 )
-    for kind, schema in (("metrics", METRICS), ("predictions", PREDICTIONS)):
+    for kind, schema in schemas.items():
         with_dataset = pa.schema([pa.field("dataset", pa.string()), *schema])
         empty = f"SELECT * FROM {_empty(with_dataset, first='run')}"
         db.execute(f"CREATE VIEW {kind} AS {_union(sources[kind], empty)}")

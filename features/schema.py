@@ -53,7 +53,9 @@ METRICS = pa.schema(
         _required("phase", pa.string()),  # train: written by the loop; eval: by an evaluation
         _required("epoch", pa.int32()),
         _required("split", pa.string()),
-        _required("targets", pa.string()),  # all | cold: which targets the users were cut to
+        # all | cold: which targets the users were cut to; text-to-vision | vision-to-text: what is
+        # looked for, in retrieval
+        _required("targets", pa.string()),
         _required("ranker", pa.string()),  # the model's name, or "popularity"
         _required("seen", pa.string()),  # masked | unmasked; "none" for a loss
         _required("metric", pa.string()),

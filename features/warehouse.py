@@ -188,6 +188,14 @@ class Warehouse:
         found = [path.parent for path in self.runs_dir.glob("*/config.toml")]
         return [path.name for path in sorted(found, key=lambda p: (_created(p), p.name))]
 
+    def no_runs(self) -> list[Path]:
+        """Folders among the runs that are none, or cannot be read."""
+        if not self.runs_dir.is_dir():
+            return []
+        known = {*self.runs(), ""}
+        found = (path for path in self.runs_dir.iterdir() if path.name not in known)
+        return sorted(path for path in found if path.is_dir() and not path.name.startswith("."))
+
     def require(self) -> None:
         """Refuse to answer questions about a root that is not there: a misspelt one is not empty.
 
@@ -214,6 +222,12 @@ class Warehouse:
                 )
             return self.runs_dir / names[-1], "the last one"
         if name not in names:
+            for folder in self.no_runs():
+                if folder.name == name:
+                    raise UserError(
+                        f"{folder} is no run: it has no config.toml that can be read, so it is just"
+                        " beginning, or was killed when it began; remove it and train again"
+                    )
             raise unknown("run", name, names)
         return self.runs_dir / name, "given"
 

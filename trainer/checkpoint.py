@@ -159,7 +159,7 @@ def read_tensors(path: Path, remedy: str) -> tuple[dict[str, Tensor], dict[str, 
         UserError: It is absent (``remedy`` says what to do), or damaged.
     """
     if not path.exists():
-        raise UserError(f"{path} is not there: the run ended before it was saved; {remedy}")
+        raise UserError(f"{path} is not there: nothing was saved yet, or it was removed; {remedy}")
     try:
         with safe_open(path, framework="pt") as file:
             document = json.loads((file.metadata() or {})["mmrec"])

@@ -23,13 +23,14 @@ from retrieval.ranking import Ranks
 from retrieval.significance import bootstrap
 from trainer.alignment import Alignment
 from trainer.checkpoint import load_weights
-from trainer.folder import replace_metrics, run_lock
+from trainer.folder import held_metrics, replace_metrics, run_lock
 from trainer.pretrain import STAGE
 from trainer.protocol import protocol_lines
 from trainer.run import OpenRun
 from trainer.scoring import encode, popularity_ranks, seen_by, targets_of
 
 SPLITS = ("validation", "test")
+TARGETS = ("all", "cold")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,6 +81,7 @@ def _evaluate(
     warehouse: Warehouse, run: OpenRun, index: str, on_stage: Callable[[str], None]
 ) -> EvalReport:
     load_weights(run.folder / "model.safetensors", run.model, run.identity)
+    held_metrics(run.folder / "metrics.parquet")  # a damaged one is told before anything goes
     dataset = run.data.dataset
     rows: list[dict[str, Any]] = []
     predictions: list[pa.Table] = []
@@ -93,7 +95,7 @@ def _evaluate(
         popular = popularity_ranks(dataset, held)
         cold = dataset.cold[targets]
         on_stage(f"intervals of {split}")
-        for name, subset in (("all", np.ones_like(cold)), ("cold", cold)):
+        for name, subset in zip(TARGETS, (np.ones_like(cold), cold), strict=True):
             if not subset.any():
                 continue
             for ranker, found in ((run.model_name, ranks), ("popularity", popular)):
@@ -102,7 +104,11 @@ def _evaluate(
     table = _with_ids(warehouse, run.dataset, pa.concat_tables(predictions))
     path = run.folder / "predictions.parquet"
     path.unlink(missing_ok=True)
-    replace_metrics(run.folder / "metrics.parquet", rows, lambda held: held["phase"] == "eval")
+    replace_metrics(
+        run.folder / "metrics.parquet",
+        rows,
+        lambda held: held["phase"] == "eval" and held["targets"] in TARGETS,
+    )
     write_table(path, table, compression="zstd")
     return EvalReport(
         run=run.folder.name,

@@ -139,9 +139,20 @@ def replace_metrics(
     path: Path, rows: list[dict[str, Any]], replaced: Callable[[dict[str, Any]], bool]
 ) -> None:
     """Add rows to a run's metrics table; those already there for which ``replaced`` holds go."""
-    held: list[dict[str, Any]] = []
-    if path.exists():
-        with reading(path, "remove it"):
-            held = pq.read_table(path, schema=METRICS).to_pylist()
-    rows = [row for row in held if not replaced(row)] + rows
+    rows = [row for row in held_metrics(path) if not replaced(row)] + rows
     write_table(path, pa.Table.from_pylist(rows, schema=METRICS), compression="zstd")
+
+
+def held_metrics(path: Path, remedy: str = "remove it") -> list[dict[str, Any]]:
+    """The rows of a run's metrics table; none where there is no table yet.
+
+    Raises:
+        UserError: It is damaged, or has other columns.
+    """
+    if not path.exists():
+        return []
+    with reading(path, remedy):
+        table = pq.read_table(path)
+        if not table.schema.equals(METRICS):
+            raise ValueError(f"its columns are {', '.join(table.schema.names) or 'none'}")
+    return list(table.to_pylist())

@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from features.dataset import load_dataset
 from features.errors import UserError
-from features.files import lock, reading, write_json, write_table
+from features.files import lock, write_json, write_table
 from features.schema import METRICS
 from features.store import FeatureStore, FeatureTable
 from features.warehouse import Warehouse
 from trainer.config import build, documents
 from trainer.evaluate import evaluate
+from trainer.folder import held_metrics
 from trainer.grid import Combination, Grid, text
 from trainer.inputs import choose_tables
 from trainer.loop import Tick
@@ -239,9 +239,5 @@ def _train(
 
 
 def _evaluated(folder: Path) -> list[dict[str, Any]]:
-    path = folder / "metrics.parquet"
-    if not path.exists():
-        return []
-    with reading(path, "remove the run's folder"):
-        rows: list[dict[str, Any]] = pq.read_table(path, schema=METRICS).to_pylist()
+    rows = held_metrics(folder / "metrics.parquet", "remove the run's folder")
     return [row for row in rows if row["phase"] == "eval" and row["ranker"] != "popularity"]

@@ -105,6 +105,12 @@ def fit(
     state = (folder / "resume.safetensors", model, optimizer.adamw)
     if resume:
         progress = load_state(*state, identity, average.values)
+        best = folder / "model.safetensors"
+        if progress.best_epoch >= 0 and not best.exists():
+            raise UserError(
+                f"{best} is gone: the weights of epoch {progress.best_epoch}, the best one, cannot"
+                f" be had back; remove {folder} and train again"
+            )
     forward = _forward(task, config)
     share = Share(rank=rank(), ranks=ranks())
 

@@ -7,14 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 from safetensors import SafetensorError, safe_open
 
 from features.errors import UserError
-from features.files import reading
-from features.schema import METRICS
 from features.warehouse import Warehouse
-from trainer.folder import read_about
+from trainer.folder import held_metrics, read_about
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,11 +77,8 @@ def read_metrics(record: Record) -> list[dict[str, Any]]:
     Raises:
         UserError: It is damaged.
     """
-    path = record.folder / "metrics.parquet"
-    if not path.exists():
-        return []
-    with reading(path, f"remove it and run mmrec eval --run {record.name}"):
-        return list(pq.read_table(path, schema=METRICS).to_pylist())
+    remedy = f"remove it and run mmrec eval --run {record.name}"
+    return held_metrics(record.folder / "metrics.parquet", remedy)
 
 
 def _identity(path: Path) -> dict[str, Any]:

@@ -191,8 +191,21 @@ def open_run(warehouse: Warehouse, folder: Path) -> OpenRun:
     backbones = read_blocks(folder) if configs[0].tune_blocks else {}
     run = _open(warehouse, folder, model, names, labels, stage, configs, backbones)
     if "init" in about:  # a checkpoint is for where its training came from, too
+        if not any((folder / f"{kind}.safetensors").exists() for kind in ("model", "resume")):
+            _take_again(warehouse, run, about["init"])
         run = replace(run, identity={**run.identity, "init": about["init"]})
     return run
+
+
+def _take_again(warehouse: Warehouse, run: OpenRun, init: dict[str, str]) -> None:
+    """Begin once more where a run began that was killed before anything of it was saved."""
+    source = warehouse.choose_run(init["run"])[0]
+    taken = take_weights(source, run.model_name, run.model, run.identity, init["transfer"])
+    if taken.remembered() != init:
+        raise UserError(
+            f"run {run.folder.name!r} was to start from run {source.name!r}, whose weights are"
+            f" others now; remove {run.folder} and train again"
+        )
 
 
 def train(
@@ -204,12 +217,20 @@ def train(
     """Train a run to its end or to an interrupt; the metrics table grows with each epoch.
 
     The first epoch drops what an evaluation has written: it was of weights that may now change.
-    A run that has ended is not trained, and keeps it.
+    A run that has ended is not trained, and keeps it. One to go on with that was killed before
+    anything was saved begins once more.
 
     Raises:
         UserError: Another process has the run, its checkpoint cannot be used, or it diverges.
     """
     path = run.folder / "metrics.parquet"
+    if resume and not (run.folder / "resume.safetensors").exists():
+        if (run.folder / "model.safetensors").exists():
+            raise UserError(
+                f"{run.folder}/resume.safetensors is gone, so it cannot be gone on; its best"
+                f" weights stand: mmrec eval --run {run.folder.name}, or train from them by --init"
+            )
+        resume = False  # killed before anything was saved: it begins once more, with the same bits
     began = time.monotonic()
     with run_lock(run.folder) if rank() == 0 else nullcontext():
         progress = fit(

@@ -1,5 +1,6 @@
 """A run's folder: claimed once, locked while it is written, and never of two minds."""
 
+import shutil
 import signal
 import threading
 from contextlib import AbstractContextManager, suppress
@@ -7,9 +8,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
+from features.catalogue import query
 from features.errors import UserError
 from features.warehouse import Warehouse
 from tests.trainer import worlds
@@ -17,6 +21,7 @@ from trainer import evaluate as evaluation
 from trainer.evaluate import evaluate
 from trainer.folder import claimed, record, replace_metrics, run_lock
 from trainer.loop import EpochRow, Tick
+from trainer.records import read_metrics, read_record
 from trainer.run import OpenRun, open_run, start_run, train
 
 STAMP = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
@@ -244,6 +249,96 @@ def test_a_replayed_epoch_takes_the_place_of_what_it_wrote(tmp_path: Path) -> No
         (1, "validation", "unmasked", 0.25, 7),
         (2, "train", "none", 2.5, None),
     ]
+
+
+def test_an_evaluation_leaves_the_rows_of_retrieval(house: Warehouse) -> None:
+    run = begin(house)
+    train(run)
+    row = {
+        "phase": "eval", "epoch": 0, "split": "test", "targets": "text-to-vision", "ranker": "m",
+        "seen": "none", "metric": "Recall@1", "value": 0.5,
+    }  # fmt: skip
+    replace_metrics(run.folder / "metrics.parquet", [row], lambda held: False)
+    for _ in range(2):
+        evaluate(house, run, index="torch")
+    assert len(metrics(run.folder, metric="Recall@1")) == 1
+    assert len(metrics(run.folder, metric="MRR", split="test", targets="all", ranker="sasrec")) == 2
+
+
+@pytest.mark.parametrize("content", [b"PAR1", pa.table({"a": [1]})], ids=["damaged", "columns"])
+def test_a_table_of_metrics_that_is_none_costs_no_predictions(
+    house: Warehouse, content: bytes | pa.Table
+) -> None:
+    run = begin(house)
+    train(run)
+    evaluate(house, run, index="torch")
+    path = run.folder / "metrics.parquet"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        pq.write_table(content, path)
+    with pytest.raises(UserError, match=r"metrics\.parquet cannot be read \(.*\); remove it"):
+        evaluate(house, run, index="torch")
+    assert (run.folder / "predictions.parquet").exists()
+    with pytest.raises(UserError, match=r"metrics\.parquet cannot be read"):
+        read_metrics(read_record(house, run.folder.name))
+
+
+def weights(run: OpenRun) -> list[torch.Tensor]:
+    return list(run.model.state_dict().values())
+
+
+@pytest.mark.parametrize("init", [None, "first"])
+def test_a_run_killed_before_it_was_saved_begins_once_more(
+    house: Warehouse, init: str | None
+) -> None:
+    train(begin(house, "first", "lr=0.1"))
+    killed, whole = (
+        start_run(house, "sasrec", "world", settings=[*SMALL, "seed=7"], name=name, init=init)
+        for name in ("killed", "whole")
+    )
+    train(whole)
+    again = open_run(house, killed.folder)
+    assert train(again, resume=True).finished
+    assert all(map(torch.equal, weights(again), weights(whole)))
+    assert [row["epoch"] for row in metrics(killed.folder, metric="loss")] == [1, 2]
+
+
+def test_a_killed_run_does_not_begin_from_other_weights(house: Warehouse) -> None:
+    first = begin(house, "first")
+    train(first)
+    killed = start_run(house, "sasrec", "world", settings=SMALL, name="killed", init="first")
+    shutil.rmtree(first.folder)
+    train(begin(house, "first", "lr=0.1"))
+    with pytest.raises(UserError, match=r"was to start from run 'first', whose weights are others"):
+        open_run(house, killed.folder)
+
+
+def test_what_is_gone_is_not_begun_again(house: Warehouse) -> None:
+    run = begin(house)
+    train(run)
+    best, state = (run.folder / f"{name}.safetensors" for name in ("model", "resume"))
+    best.rename(run.folder / "aside")
+    with pytest.raises(UserError, match=r"nothing was saved yet, or it was removed; go on with"):
+        evaluate(house, run, index="torch")
+    with pytest.raises(UserError, match=r"model\.safetensors is gone: the weights of epoch \d"):
+        train(open_run(house, run.folder), resume=True)
+    (run.folder / "aside").rename(best)
+    state.unlink()
+    with pytest.raises(UserError, match=r"resume\.safetensors is gone.*; its best weights stand"):
+        train(open_run(house, run.folder), resume=True)
+    evaluate(house, run, index="torch")
+
+
+def test_a_folder_that_is_no_run_is_called_so(house: Warehouse) -> None:
+    (house.runs_dir / "half").mkdir(parents=True)
+    (house.runs_dir / "note.txt").touch()
+    with pytest.raises(UserError, match=r"half is no run: it has no config\.toml"):
+        house.choose_run("half")
+    said: list[str] = []
+    query(house, "SELECT * FROM runs", said.append)
+    assert [line for line in said if "half" in line] == said
+    assert len(said) == 1
 
 
 def test_a_damaged_table_of_metrics_is_one_line(tmp_path: Path) -> None:

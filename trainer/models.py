@@ -83,7 +83,7 @@ MODELS: dict[str, Model] = {
             "without vision": "--features text",
             "without text": "--features image",
             "without pre-training": "no --init",
-            "sparser or denser data": "mmrec prepare --k-core 4..7",
+            "sparser or denser data": "mmrec prepare --name NAME --k-core 4..7",
             "as the paper's missing modality": "--set missing=mask",
             "as the released code masks": "--set corruption=81-9-10",
             "pre-training as published": (

@@ -70,6 +70,8 @@ def _overview(records: Sequence[Record], curves: Sequence[Curve]) -> str:
         "time in all": lambda record, curve: _time(curve, until_best=False),
     }
     pairs = list(zip(records, curves, strict=True))
+    if all(record.name == curve.label for record, curve in pairs):
+        del facts["run"]
     rows = [
         [name, *(fact(record, curve) for record, curve in pairs)] for name, fact in facts.items()
     ]

@@ -27,7 +27,7 @@ from features.errors import UserError
 from features.files import reading
 from features.schema import FAILURES, INTERACTIONS, ITEMS, METRICS, PREDICTIONS
 from features.splits import cold_sql, split_sql
-from features.store import FeatureStore, FeatureTable
+from features.store import LIGHT, FeatureStore, FeatureTable
 from features.warehouse import DatasetInfo, Warehouse
 
 VIEWS = (
@@ -238,7 +238,7 @@ def _feature_views(
         table.path: view_name(table) + (_tag(table) if plain[view_name(table)] > 1 else "")
         for table, _ in tables
     }
-    columns = "dataset, backbone, modality, level, item, item_id, content_hash, n_frames, n_tokens"
+    columns = "dataset, backbone, modality, level, " + ", ".join(LIGHT)
     kinds = {table.path: f"FLOAT[{width}]" for table, width in tables}
     kinds |= {table.path: "FLOAT[]" for table, _ in tables if table.level != "pooled"}
     for table, width in tables:
@@ -277,7 +277,8 @@ def _feature_views(
     )
     empty = (
         f"SELECT {columns}, embedding FROM (SELECT {texts}, NULL::INTEGER AS item,"
-        " NULL::INTEGER AS n_frames, NULL::INTEGER AS n_tokens, NULL::FLOAT[] AS embedding"
+        " NULL::INTEGER AS n_frames, NULL::INTEGER AS n_tokens, NULL::BOOLEAN AS partial,"
+        " NULL::FLOAT[] AS embedding"
         " WHERE false)"
     )
     db.execute(f"CREATE VIEW features AS {_union(union, empty)}")

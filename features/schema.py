@@ -102,6 +102,7 @@ def feature_schema(dim: int, dtype: str, level: str = "pooled") -> pa.Schema:
             _required("content_hash", pa.string()),
             ("n_frames", pa.int32()),
             ("n_tokens", pa.int32()),  # of a text; of any input where the level is not pooled
+            ("partial", pa.bool_()),  # of a clip: used up to where its file is damaged
             _required("embedding", embedding),
         ]
     )

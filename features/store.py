@@ -41,7 +41,11 @@ BYTES_PER_PART = 64 << 20
 _KEY = b"mmrec"
 _AGAIN = "run mmrec extract again; what is whole is reused"
 _WITHOUT = f"remove this file and {_AGAIN}"
-_LIGHT = ["item", "item_id", "content_hash", "n_frames", "n_tokens"]  # all but the embedding
+LIGHT = ("item", "item_id", "content_hash", "n_frames", "n_tokens", "partial")
+"""All columns but the embedding."""
+
+
+_COLUMNS = {*LIGHT, "embedding"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -153,7 +157,7 @@ class FeatureTable:
                 )
         return found
 
-    def light(self, columns: Sequence[str] = _LIGHT) -> pa.Table:
+    def light(self, columns: Sequence[str] = LIGHT) -> pa.Table:
         """Every row without its embedding, and ``part``, the index of its part in ``parts()``.
 
         Args:
@@ -432,12 +436,14 @@ def token_array(tokens: Sequence[npt.NDArray[Any]]) -> pa.ListArray:
 
 def _read_provenance(part: Path) -> Provenance:
     with reading(part, _WITHOUT):
-        metadata = pq.read_schema(part).metadata or {}
+        schema = pq.read_schema(part)
+        metadata = schema.metadata or {}
         if _KEY not in metadata:
             raise UserError(f"{part} does not say where it came from; {_WITHOUT}")
         document = json.loads(metadata[_KEY])
         provenance = Provenance(**document)
-        if any(type(getattr(provenance, name)) is not kind for name, kind in _KINDS.items()):
+        wrong = any(type(getattr(provenance, name)) is not kind for name, kind in _KINDS.items())
+        if wrong or set(schema.names) != _COLUMNS:
             raise UserError(f"{part} was written by another version; {_WITHOUT}")
     return provenance
 

@@ -67,6 +67,7 @@ class Rows(Protocol):
         *,
         frames: int | None = None,
         tokens: int | None = None,
+        partial: bool | None = None,
     ) -> None:
         """Take one new vector, or its tokens."""
         ...
@@ -90,7 +91,6 @@ class Book:
         self, ledger: Rows, dtype: str, strict: Callable[[int], str] | None = None, room: int = 0
     ) -> None:
         self.tally = Tally()
-        self.partial: set[int] = set()
         self._ledger = ledger
         self._dtype = np.dtype(dtype)
         self._strict = strict
@@ -123,9 +123,9 @@ class Book:
         *,
         frames: int | None = None,
         tokens: int | None = None,
-        partial: bool = False,
+        partial: bool | None = None,
     ) -> None:
-        """Book one new vector (D,), or its tokens (T, D); partial: of a damaged clip."""
+        """Book one new vector (D,), or its tokens (T, D); partial: whether of a damaged clip."""
         with np.errstate(over="ignore"):
             stored = vector.astype(self._dtype)
         if not np.isfinite(stored).all():
@@ -133,11 +133,9 @@ class Book:
             reason = f"beyond the range of {self._dtype}" if inside else "not a finite vector"
             self.fail(item, content, MediaError("encode", reason), source)
             return
-        self._ledger.add(item, content, stored, frames=frames, tokens=tokens)
+        self._ledger.add(item, content, stored, frames=frames, tokens=tokens, partial=partial)
         self.tally.encoded += 1
-        if partial:
-            self.partial.add(item)
-            self.tally.partial += 1
+        self.tally.partial += bool(partial)
 
     def unread(self, item: int, error: MediaError, source: str) -> None:
         """Book an input that could not be read: what the table has of it may well be right."""

@@ -69,6 +69,7 @@ class _Probe:
         *,
         frames: int | None = None,
         tokens: int | None = None,
+        partial: bool | None = None,
     ) -> None:
         self.rows += 1
         self.bytes += vector.nbytes + _LIGHT

@@ -55,7 +55,8 @@ class _Loaded:
     """What the backbone made of the picture or the frames; None: nothing to encode."""
     text: Tokens | None = None
     """The other half of a joint input."""
-    partial: bool = False
+    partial: bool | None = None
+    """Of a clip: whether its file is damaged."""
     error: MediaError | None = None
     total: Any = 0.0  # (D,) sum of the vectors of its frames so far
     seen: int = 0

@@ -41,6 +41,7 @@ class _Buffer:
     hashes: list[str] = field(default_factory=list)
     frames: list[int | None] = field(default_factory=list)
     tokens: list[int | None] = field(default_factory=list)
+    partial: list[bool | None] = field(default_factory=list)
     vectors: list[npt.NDArray[Any]] = field(default_factory=list)
     bytes: int = 0
     since: float = field(default_factory=time.monotonic)
@@ -120,6 +121,7 @@ class Ledger:
         *,
         frames: int | None = None,
         tokens: int | None = None,
+        partial: bool | None = None,
     ) -> None:
         """Take one new vector (D,), or its tokens (T, D), already in the dtype of the table.
 
@@ -131,6 +133,7 @@ class Ledger:
         self._buffer.hashes.append(content)
         self._buffer.frames.append(frames)
         self._buffer.tokens.append(tokens)
+        self._buffer.partial.append(partial)
         self._buffer.vectors.append(vector)
         self._buffer.bytes += vector.nbytes
         waited = time.monotonic() - self._buffer.since
@@ -150,6 +153,7 @@ class Ledger:
             pa.array(waiting.hashes, pa.string()),
             pa.array(waiting.frames, pa.int32()),
             pa.array(waiting.tokens, pa.int32()),
+            pa.array(waiting.partial, pa.bool_()),
             embedding_array(np.stack(waiting.vectors))
             if self.provenance.level == "pooled"
             else token_array(waiting.vectors),

@@ -80,9 +80,11 @@ class _Found:
         *,
         frames: int | None = None,
         tokens: int | None = None,
+        partial: bool | None = None,
     ) -> None:
         self.rows[item] = {
             "content": content, "vector": vector.tobytes(), "frames": frames, "tokens": tokens,
+            "partial": partial,
         }  # fmt: skip
 
     def copy(self, wanted: dict[int, str]) -> int:
@@ -113,10 +115,7 @@ class Worker:
         )
         with quiet():
             encoder.run(_pairs(shard))
-        partial = book.partial
-        rows = [
-            {"item": item, "partial": item in partial, **row} for item, row in found.rows.items()
-        ]
+        rows = [{"item": item, **row} for item, row in found.rows.items()]
         rows += [
             {"item": one.item, "stage": one.stage, "reason": one.reason}
             for one in book.tally.failures
@@ -242,7 +241,7 @@ def _book(book: Book, row: dict[str, Any], content: str, source: str, width: int
         vector = vector.reshape(-1, width)
     book.take(
         row["item"], row["content"], vector, source, frames=row["frames"], tokens=row["tokens"],
-        partial=bool(row["partial"]),
+        partial=row["partial"],
     )  # fmt: skip
 
 

@@ -24,6 +24,7 @@ def add_table(warehouse: Warehouse, backbone: str, modality: str, dim: int) -> N
             pa.array(["h"] * 3),
             pa.nulls(3, pa.int32()),
             pa.nulls(3, pa.int32()),
+            pa.nulls(3, pa.bool_()),
             embedding_array(vectors),
         ],
         schema=feature_schema(dim, "float16"),

@@ -45,6 +45,7 @@ def rows(items: Sequence[int], vectors: npt.NDArray[np.generic], *, tag: str = "
         pa.array([f"hash{i}{tag}" for i in items]),
         pa.array([None] * n, pa.int32()),
         pa.array(range(n), pa.int32()),
+        pa.nulls(n, pa.bool_()),
         embedding_array(vectors),
     ]
     return pa.Table.from_arrays(columns, schema=feature_schema(dim, str(vectors.dtype)))
@@ -198,7 +199,7 @@ def test_clear_empties_the_table(table: FeatureTable) -> None:
     assert table.manifest() is None
     assert len(table.light()) == 0
     assert table.light().schema.names == [
-        "item", "item_id", "content_hash", "n_frames", "n_tokens", "part",
+        "item", "item_id", "content_hash", "n_frames", "n_tokens", "partial", "part",
     ]  # fmt: skip
 
 
@@ -274,6 +275,13 @@ def test_flipped_bytes_are_noticed_wherever_they_are_read(table: FeatureTable, p
     count = f"SELECT count(*), count(embedding) FROM '{table.parts()[1 - part]}'"
     with duckdb.connect() as db:
         assert db.execute(count).fetchall() == [(200, 200)]
+
+
+def test_a_part_of_another_version_is_refused(table: FeatureTable) -> None:
+    part = table.append(rows([0], numbers(1)), MADE)
+    pq.write_table(pq.read_table(part).drop_columns(["partial"]), part)
+    with pytest.raises(UserError, match="was written by another version; remove this file"):
+        table.provenance()
 
 
 def test_a_remedy_names_the_backbone_as_it_was_given(table: FeatureTable) -> None:

@@ -437,6 +437,27 @@ def test_frames_are_spread_evenly(warehouse: Warehouse, raw: Path) -> None:
         run(warehouse, video="hashed")
 
 
+def test_clips_of_damaged_files_are_marked(warehouse: Warehouse, raw: Path) -> None:
+    whole = clip(raw / "0.mkv", frames=100, fps=10, gop=10, noise=50).read_bytes()
+    for name in ("1.mkv", "2.mkv"):
+        (raw / name).write_bytes(whole[: int(len(whole) * 0.6)])
+    prepare(
+        warehouse, raw, ids=["a", "b", "c"], video=["0.mkv", "1.mkv", "2.mkv"],
+        image=["0.png", None, None],
+    )  # fmt: skip
+    run(warehouse, image="hashed")
+    assert run(warehouse, video="hashed").partial == 1
+    asked = "SELECT item_id, partial, modality FROM features ORDER BY modality, item"
+    for _ in range(2):
+        assert catalogue.query(warehouse, asked).to_pylist() == [
+            {"item_id": "a", "partial": None, "modality": "image"},
+            {"item_id": "a", "partial": False, "modality": "video"},
+            {"item_id": "b", "partial": True, "modality": "video"},
+            {"item_id": "c", "partial": True, "modality": "video"},
+        ]
+        assert run(warehouse, video="hashed").reused == 3
+
+
 def test_drafts_are_part_of_what_a_table_says_of_itself(warehouse: Warehouse, raw: Path) -> None:
     picture(raw / "large.jpg", 3, size=(1600, 1200))
     prepare(warehouse, raw, ids=["a"], image=["large.jpg"])

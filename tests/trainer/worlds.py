@@ -140,6 +140,7 @@ def _write(
         pa.array([f"{backbone}{item}" for item in there]),
         pa.nulls(len(there), pa.int32()),
         pa.nulls(len(there), pa.int32()) if n_tokens is None else n_tokens,
+        pa.nulls(len(there), pa.bool_()),
         embedding,
     ]
     table = FeatureStore(house).table("world", backbone, modality, level)

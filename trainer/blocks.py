@@ -8,7 +8,7 @@ are those of the whole encoder with its lower part frozen. Two things differ fro
 whole: the frozen part runs without dropout (in the released code it has some), and a table of
 float16 is rounded. (The released code of MMSR freezes the upper two blocks and trains the rest.)
 
-Legend: K items, T tokens, D width, B items of a chunk.
+Legend: K items, T tokens, D width, B items of a chunk, R tokens of several items.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,9 +22,9 @@ from torch.utils.checkpoint import checkpoint
 from trainer.data import ItemFeatures
 from trainer.fusion import Tokens
 
-TOKENS_AT_ONCE = 2**14
-"""Of a chunk; more tokens than one chunk holds are computed again in the backward pass, so that
-the activations of one chunk are all that is kept."""
+TOKENS_AT_ONCE = 2**13
+"""Of a chunk. Activations are kept of so many tokens of a batch; those of its other chunks are
+computed again in the backward pass, one chunk at a time."""
 
 
 class UpperBlocks(nn.Module):
@@ -63,29 +63,38 @@ class UpperBlocks(nn.Module):
             x_KTD: Hidden states behind the block below these.
             mask_KT: Which tokens exist: the first ones of each item. An item may have none.
         """
-        K, T, _ = x_KTD.shape
         # An item without tokens goes through as one token of zeros: so every parameter has a
         # gradient, whatever the batch holds, and no softmax is over nothing.
         length_K, order_K = mask_KT.sum(1).clamp_min(1).sort(stable=True)
-        again = torch.is_grad_enabled() and K * T > TOKENS_AT_ONCE
-        found, begin = [], 0
+        found, begin, kept = [], 0, 0
         for rows in cut(length_K.tolist(), TOKENS_AT_ONCE, padded=self.padded):
             lengths_B = length_K[begin : begin + rows]
             x_BTD = x_KTD[order_K[begin : begin + rows], : int(lengths_B[-1])]
-            if again:
-                y_BTD = checkpoint(self._run, x_BTD, lengths_B, use_reentrant=False)
+            kept += x_BTD.shape[0] * x_BTD.shape[1]
+            if torch.is_grad_enabled() and kept > TOKENS_AT_ONCE:
+                y_RD = checkpoint(self._run, x_BTD, lengths_B, use_reentrant=False)
             else:
-                y_BTD = self._run(x_BTD, lengths_B)
-            found.append(functional.pad(y_BTD, (0, 0, 0, T - y_BTD.shape[1])))
+                y_RD = self._run(x_BTD, lengths_B)
+            found.append(y_RD)
             begin += rows
-        y_KTD = torch.cat(found)[order_K.argsort()]
-        return torch.where(mask_KT[..., None], y_KTD, 0)
+        # One item behind another; the last row is of what is no token. Not `y_RD[row_KT]`: the
+        # order in which its backward pass adds is left to the threads.
+        y_RD = torch.cat([*found, x_KTD.new_zeros(1, x_KTD.shape[2])])
+        first_K = torch.empty_like(length_K)
+        first_K[order_K] = length_K.cumsum(0) - length_K
+        row_KT = first_K[:, None] + torch.arange(mask_KT.shape[1], device=x_KTD.device)
+        nothing = len(y_RD) - 1
+        row_KT = torch.where(mask_KT, row_KT, nothing)
+        return functional.embedding(row_KT, y_RD, padding_idx=nothing)
 
     def _run(self, x_BTD: Tensor, lengths_B: Tensor) -> Tensor:
+        """Run a chunk; give its tokens alone, one item behind another: (R, D)."""
         mask = self._mask(x_BTD, lengths_B)
         for block in self.blocks:
             x_BTD = self._block(block, x_BTD, mask)
-        return x_BTD if self.norm is None else self.norm(x_BTD)
+        if self.norm is not None:
+            x_BTD = self.norm(x_BTD)
+        return x_BTD[torch.arange(x_BTD.shape[1], device=x_BTD.device) < lengths_B[:, None]]
 
     def _block(self, block: nn.Module, x_BTD: Tensor, mask: Tensor | None) -> Tensor:
         found = block(x_BTD, mask)

@@ -26,6 +26,17 @@ class Group(TyperGroup):
                 option.metavar = ""
         return command
 
+    def parse_args(self, ctx: Any, args: list[str]) -> Any:
+        """Read what stands before the command, where no option but --help belongs."""
+        if not args:
+            return super().parse_args(ctx, args)  # which is help
+        try:
+            return super().parse_args(ctx, args)
+        except _UsageError as error:
+            said = " ".join(error.format_message().split())
+            say(f"error: {said}; options stand after the command. See: {ctx.command_path} --help")
+            raise typer.Exit(2) from None
+
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
         try:

@@ -223,5 +223,8 @@ def _read(file: Path) -> dict[str, Any]:
     document.pop("run", None)  # what a run says of itself is no setting
     flat: dict[str, Any] = {}
     for key, value in document.items():
-        flat.update(value if isinstance(value, dict) else {key: value})
+        entries = value if isinstance(value, dict) else {key: value}
+        for name in entries.keys() & flat.keys():
+            raise UserError(f"{file} sets {name} twice; tables do not part settings: set it once")
+        flat.update(entries)
     return flat

@@ -302,6 +302,7 @@ class ItemTower(nn.Module):
                 f" name two by --features, or set fusion={' or '.join(ANY_NUMBER)}"
             )
         self.fusion = (FUSIONS[fusion] if len(names) > 1 else Pooled)(config, names)
+        self.reads_tokens = isinstance(self.fusion, MergeAttention | CoAttention)
         self.dnn = DNN(config) if config.dnn else None
 
     def forward(self, features: Mapping[str, Tokens]) -> Tensor:
@@ -310,11 +311,11 @@ class ItemTower(nn.Module):
         Args:
             features: Modality -> (K, T, D_m) and (K, T) bool, a T for each modality.
         """
-        modalities = [
-            fill(project(x_KTD), mask_KT, self.absent[index])
-            for index, (name, project) in enumerate(self.inputs.items())
-            for x_KTD, mask_KT in (features[name],)
-        ]
+        modalities = []
+        for index, (name, project) in enumerate(self.inputs.items()):
+            tokens = features[name]
+            x_KTD, mask_KT = tokens if self.reads_tokens else averaged(*tokens)
+            modalities.append(fill(project(x_KTD), mask_KT, self.absent[index]))
         fused_KD: Tensor = self.fusion(modalities)
         return fused_KD if self.dnn is None else self.dnn(fused_KD)
 
@@ -325,6 +326,15 @@ def masked_mean(x_KTD: Tensor, mask_KT: Tensor) -> Tensor:
         return x_KTD[:, 0]
     total_KD = torch.where(mask_KT[..., None], x_KTD, 0).sum(1)
     return total_KD / mask_KT.sum(1, keepdim=True)
+
+
+def averaged(x_KTD: Tensor, mask_KT: Tensor) -> Tokens:
+    """The mean of each item's tokens as its only one: what is linear costs as much as one token."""
+    if x_KTD.shape[1] == 1:
+        return x_KTD, mask_KT
+    total_K1D = torch.where(mask_KT[..., None], x_KTD, 0).sum(1, keepdim=True)
+    counts_K1 = mask_KT.sum(1, keepdim=True)
+    return total_K1D / counts_K1.clamp_min(1)[..., None], counts_K1 > 0
 
 
 def fill(x_KTD: Tensor, mask_KT: Tensor, absent_D: Tensor) -> Tokens:

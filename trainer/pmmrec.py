@@ -27,7 +27,7 @@ from trainer.checks import check_heads, check_positive, check_probability
 from trainer.contrastive import log_popularity, own_items
 from trainer.data import Batch, ItemFeatures, Sequences, WindowPlan
 from trainer.distributed import first_row, gather_ids, gather_rows
-from trainer.fusion import FusionConfig, MergeAttention, Tokens, fill, masked_mean
+from trainer.fusion import FusionConfig, MergeAttention, Tokens, averaged, fill, masked_mean
 from trainer.pmmrec_losses import (
     ALIGNMENTS,
     Positions,
@@ -178,6 +178,10 @@ class PMMRec(Recommender):
         if config.nid:
             self.nid = nn.Linear(config.dim, 3)
         initialise(self)
+        if not (config.dap or config.nid or config.rcl):  # alignment alone reads neither
+            for part in (self.user_encoder, self.item_tower.fusion):
+                assert part is not None
+                part.requires_grad_(False)
         self.backbones = nn.ModuleDict(dict(catalogue.backbones))  # trained already
 
     @property
@@ -304,7 +308,7 @@ class _Items(nn.Module):
         """Encode K items: (K, D), and for each modality its own (K, D) and (K,) which have it."""
         tokens, alone = [], []
         for index, name in enumerate(self.names):
-            x_KTD, mask_KT = features[name]
+            x_KTD, mask_KT = features[name] if self.fusion else averaged(*features[name])
             filled = fill(self.get_submodule(name)(x_KTD), mask_KT, self.absent[index])
             tokens.append(filled)
             alone.append((masked_mean(*filled), mask_KT.any(1)))

@@ -283,6 +283,10 @@ def test_a_mistyped_option_or_command_is_one_line(tmp_path: Path) -> None:
         assert said.startswith("error: ")
         assert said.count("\n") == 1
         assert "--help" in said
+    said = run("--warehouse", str(tmp_path), "eval", code=2).stderr
+    assert said.startswith("error: No such option: --warehouse; options stand after the command.")
+    assert said.count("\n") == 1
+    assert "Usage" in run(code=2).output  # no words at all are answered by help
 
 
 def test_a_folder_that_may_not_be_written_is_one_line(tmp_path: Path) -> None:

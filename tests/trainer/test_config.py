@@ -87,3 +87,10 @@ def test_a_bad_value_in_a_file_names_the_file(tmp_path: Path, text: str, message
 def test_recall_is_the_hit_rate_of_the_tables() -> None:
     assert TrainConfig(monitor="Recall@10").metric == "HR@10"
     assert TrainConfig(monitor="NDCG@5").metric == "NDCG@5"
+
+
+def test_a_setting_in_two_tables_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "twice.toml"
+    path.write_text("[model]\ndim = 8\n[train]\ndim = 16\n")
+    with pytest.raises(UserError, match=r"twice\.toml sets dim twice; .* set it once"):
+        build(SASRecConfig, path, [])

@@ -187,6 +187,16 @@ def test_a_model_of_one_modality_has_nothing_to_fuse() -> None:
         torch.testing.assert_close(found[item], expected)
 
 
+@pytest.mark.parametrize("fusion", list(FUSIONS))
+def test_tokens_are_projected_one_by_one_only_where_attention_reads_them(fusion: str) -> None:
+    model = tower(fusion)
+    seen: list[int] = []
+    for part in model.inputs.values():
+        part.register_forward_hook(lambda _, given, out: seen.append(given[0].shape[1]))
+    model(features())
+    assert seen == ([4, 4] if "attention" in fusion else [1, 1])
+
+
 def test_three_modalities() -> None:
     widths = {"image": 5, "text": 6, "video": 5}
     for fusion in ("sum", "concat", "merge-attention"):

@@ -101,9 +101,14 @@ def test_fine_tuning_is_the_next_item_alone() -> None:
 @pytest.mark.parametrize("settings", [{"nid": True}, {"rcl": True}, {"align": "vcl"}])
 def test_an_objective_alone(settings: dict[str, Any]) -> None:
     features = worlds.features(N)
-    losses = build(features, dap=False, **settings).loss(batch(features))
+    model = build(features, dap=False, **settings)
+    losses = model.loss(batch(features))
     assert len(losses) == 2
     losses["loss"].backward()
+    # What is trained has a gradient, or a checkpoint would miss its moments.
+    trained = {key: held.grad for key, held in model.named_parameters() if held.requires_grad}
+    assert [key for key, grad in trained.items() if grad is None] == []
+    assert any(key.startswith("user_encoder.") for key in trained) == ("align" not in settings)
 
 
 @pytest.mark.parametrize("settings", [{}, {"cosine": True}, {"pool": "cls"}])

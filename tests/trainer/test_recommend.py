@@ -115,7 +115,7 @@ def test_what_cannot_be_asked(house: Warehouse) -> None:
     with pytest.raises(UserError, match="--k 0 is no length"):
         adviser.for_users(np.arange(2), 0)
     bare = start_run(house, "sasrec", "world", settings=SMALL, name="bare")
-    with pytest.raises(UserError, match="ended before it was saved"):
+    with pytest.raises(UserError, match=r"model\.safetensors is not there"):
         Adviser(house, bare, index="torch")
     small = [*SMALL, "fusion_heads=2"]
     before = start_run(house, "pmmrec", "world", settings=small, name="p", stage="pretrain")

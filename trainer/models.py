@@ -113,6 +113,14 @@ MODELS: dict[str, Model] = {
         load=_mmsr,
         train={},
         reads_tokens=True,
+        variants={
+            "from item ids": "mmrec train --model idsr",
+            "as published": "--set loss=bce --set score=dot --set dim=768 --set fusion_heads=12",
+            "as the released code fuses": (
+                "--set token_types=false --set shared_norm=true --set dnn_relu=true"
+            ),
+            "GRU of the paper": "--set tower=gru --set layers=4",
+        },
     ),
     "pmmrec": Model(
         summary="any modalities or tokens, merge-attention, causal tower; made to be transferred",
@@ -120,6 +128,15 @@ MODELS: dict[str, Model] = {
         load=_pmmrec,
         train={},
         reads_tokens=True,
+        variants={
+            "Table VIII": "--set align=none|vcl|icl|ncl, --set nid=false, --set rcl=false",
+            "the paper's item (Eq. 3)": "--set pool=cls",
+            "the released code's item": "--set token_types=false",
+            "the paper's DAP (Eq. 5)": "--set debias=false",
+            "NICL to the letter (Eq. 8)": "--set align_temperature=1 --set align_literal=true",
+            "NID to the letter (Eq. 10)": "--set nid_relu=true",
+            "RCL to the letter (Eq. 11)": "--set rcl_cosine=false --set rcl_temperature=1",
+        },
         pretrain=Pretrain(kind="windows", settings={"align": "nicl", "nid": True, "rcl": True}),
     ),
 }

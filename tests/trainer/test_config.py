@@ -1,10 +1,14 @@
+import itertools
+import re
 from pathlib import Path
 
 import pytest
 
 from features.errors import UserError
-from trainer.config import TrainConfig, build
+from trainer.config import TrainConfig, build, build_all
 from trainer.mmsrec import MMSRecConfig
+from trainer.models import MODELS
+from trainer.pretrain import pretrain_config
 from trainer.sasrec import SASRecConfig
 
 
@@ -94,3 +98,18 @@ def test_a_setting_in_two_tables_is_refused(tmp_path: Path) -> None:
     path.write_text("[model]\ndim = 8\n[train]\ndim = 16\n")
     with pytest.raises(UserError, match=r"twice\.toml sets dim twice; .* set it once"):
         build(SASRecConfig, path, [])
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+def test_every_variant_that_is_named_can_be_asked_for(name: str) -> None:
+    entry = MODELS[name]
+    settings, _ = entry.load()
+    asked = 0
+    for what, words in entry.variants.items():
+        pairs = [word.partition("=") for word in re.findall(r"--set ([^\s,]+)", words)]
+        for values in itertools.product(*(pair[2].split("|") for pair in pairs)):
+            given = [f"{pair[0]}={value}" for pair, value in zip(pairs, values, strict=True)]
+            build_all([TrainConfig, settings, *pretrain_config(entry)], None, given)
+            asked += len(given)
+        assert re.search(r"--set|--features|--init|mmrec (train|prepare)", words), what
+    assert asked or not entry.variants

@@ -25,9 +25,10 @@ import pyarrow.parquet as pq
 from features.dataset import exact_pattern, parquet_sql, quoted
 from features.errors import UserError
 from features.files import reading
+from features.provenance import LIGHT
 from features.schema import FAILURES, INTERACTIONS, ITEMS, METRICS, PREDICTIONS
 from features.splits import cold_sql, split_sql
-from features.store import LIGHT, FeatureStore, FeatureTable
+from features.store import FeatureStore, FeatureTable
 from features.warehouse import DatasetInfo, Warehouse
 
 VIEWS = (

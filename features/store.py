@@ -12,7 +12,7 @@ import json
 import os
 import shlex
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from features.columns import copy_tokens, items_of, vectors_of
 from features.errors import UserError
 from features.files import (
     open_table,
@@ -32,58 +33,13 @@ from features.files import (
     write_json,
     write_table,
 )
+from features.provenance import AGAIN, KEY, LIGHT, WITHOUT, Provenance, read_provenance
 from features.schema import feature_schema
 from features.warehouse import Warehouse, read_json, slug
 
 ROWS_PER_PART = 8192
 BYTES_PER_PART = 64 << 20
 """Of token tables, whose rows are long."""
-_KEY = b"mmrec"
-_AGAIN = "run mmrec extract again; what is whole is reused"
-_WITHOUT = f"remove this file and {_AGAIN}"
-LIGHT = ("item", "item_id", "content_hash", "n_frames", "n_tokens", "partial")
-"""All columns but the embedding."""
-
-
-_COLUMNS = {*LIGHT, "embedding"}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Provenance:
-    """Where the vectors of a table came from; two tables with one identity may be mixed."""
-
-    backbone: str
-    """Short name or specification, as ``mmrec extract`` was told."""
-    checkpoint: str
-    """Fingerprint of the weights."""
-    preprocessing: str
-    """What was done to the input before the backbone saw it."""
-    pooling: str
-    modality: str
-    level: str
-    compute: str
-    """Arithmetic of the forward pass: ``float32`` or ``bfloat16``."""
-    dtype: str
-    """How an element is stored: ``float16`` or ``float32``."""
-    dim: int
-    libraries: dict[str, str] = field(default_factory=dict)
-    """Library versions; recorded, not part of the identity."""
-
-    def identity(self) -> dict[str, Any]:
-        """What must be equal for two rows to stand in one table."""
-        return {key: value for key, value in asdict(self).items() if key != "libraries"}
-
-    def difference(self, other: "Provenance") -> str:
-        """Name what differs, for a message; empty when nothing does."""
-        mine, theirs = self.identity(), other.identity()
-        return ", ".join(
-            f"{key} {mine[key]!r} and {theirs[key]!r}" for key in mine if mine[key] != theirs[key]
-        )
-
-
-_KINDS: dict[str, Any] = {entry.name: entry.type for entry in fields(Provenance)} | {
-    "libraries": dict
-}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,9 +90,9 @@ class FeatureTable:
         path = self.path / "manifest.json"
         if not path.exists():
             return None
-        document = read_json(path, _AGAIN)
+        document = read_json(path, AGAIN)
         if not isinstance(document, dict) or not {"items", "rows"} <= document.keys():
-            raise UserError(f"{path} is damaged (items or rows is missing); {_AGAIN}")
+            raise UserError(f"{path} is damaged (items or rows is missing); {AGAIN}")
         return document
 
     def provenance(self) -> Provenance | None:
@@ -147,7 +103,7 @@ class FeatureTable:
         """
         found: Provenance | None = None
         for part in self.parts():
-            here = _read_provenance(part)
+            here = read_provenance(part)
             if found is None:
                 found = here
             elif here.identity() != found.identity():
@@ -179,7 +135,7 @@ class FeatureTable:
         Raises:
             UserError: It cannot be read, or its bytes are not those that were written.
         """
-        with reading(part, _WITHOUT):
+        with reading(part, WITHOUT):
             return read_table(part, columns)
 
     def check(self, fingerprint: str, inputs: str = "") -> dict[str, Any]:
@@ -245,8 +201,8 @@ class FeatureTable:
         present = np.zeros(n_items, dtype=np.bool_)
         for part in self.parts():
             for rows in _row_groups(part):
-                item = _items(rows, n_items, part)
-                vectors[item] = _vectors(rows, provenance.dim)
+                item = items_of(rows, n_items, part)
+                vectors[item] = vectors_of(rows, provenance.dim)
                 present[item] = True
         self._check_rows(int(present.sum()), manifest)
         return FeatureMatrix(vectors=vectors, present=present, provenance=provenance)
@@ -268,7 +224,7 @@ class FeatureTable:
         assert self.level != "pooled"
         manifest, provenance = self._complete(fingerprint, inputs)
         light = self.light(["item", "n_tokens"])
-        item = _items(light, n_items, self.path)
+        item = items_of(light, n_items, self.path)
         lengths = np.zeros(n_items, np.int64)
         lengths[item] = pc.fill_null(light["n_tokens"], 0).to_numpy()
         self._check_rows(len(np.unique(item)), manifest)
@@ -285,7 +241,7 @@ class FeatureTable:
                     os.posix_fallocate(stream.fileno(), 0, beside.stat().st_size)
                 for part in self.parts():
                     for rows in _row_groups(part):
-                        _copy_tokens(rows, offsets, values, part)
+                        copy_tokens(rows, offsets, values, part)
                 values.flush()
                 del values
             for older in self.path.glob("tokens-*.npy"):
@@ -311,7 +267,7 @@ class FeatureTable:
         if found != manifest["rows"]:
             raise UserError(
                 f"the feature table {self.label} of {self.dataset} has vectors of"
-                f" {found} items, its manifest says {manifest['rows']}; {_AGAIN}"
+                f" {found} items, its manifest says {manifest['rows']}; {AGAIN}"
             )
 
     # -- writing (one writer at a time; the caller holds the lock) ---------------------------
@@ -325,7 +281,7 @@ class FeatureTable:
         assert 0 < len(rows) <= ROWS_PER_PART
         held = self.parts()
         if held:
-            there = _read_provenance(held[-1])
+            there = read_provenance(held[-1])
             if there.identity() != provenance.identity():
                 raise UserError(
                     f"{self.path} holds other vectors ({there.difference(provenance)});"
@@ -350,7 +306,7 @@ class FeatureTable:
             return
         rows = self.rows(part)
         rows = rows.set_column(0, rows.schema.field("item"), pa.array(item, pa.int32()))
-        self._write(part, rows.filter(pa.array(keep)), _read_provenance(part))
+        self._write(part, rows.filter(pa.array(keep)), read_provenance(part))
 
     def unfinish(self) -> None:
         """Take the manifest away: what follows changes the table."""
@@ -372,7 +328,7 @@ class FeatureTable:
     def _write(self, path: Path, rows: pa.Table, provenance: Provenance) -> None:
         schema = feature_schema(provenance.dim, provenance.dtype, provenance.level)
         assert rows.schema.equals(schema), (rows.schema, schema)
-        metadata = {_KEY: json.dumps(asdict(provenance), sort_keys=True).encode()}
+        metadata = {KEY: json.dumps(asdict(provenance), sort_keys=True).encode()}
         # Plain, uncompressed, no dictionary, no statistics on the embedding: nine times faster
         # to read than the writer's defaults, for 7% more disk.
         write_table(
@@ -418,75 +374,7 @@ class FeatureStore:
         return sorted(tables, key=lambda t: (t.modality, t.backbone, t.level))
 
 
-def embedding_array(vectors: npt.NDArray[Any]) -> pa.FixedSizeListArray:
-    """Make the embedding column of (R, D) vectors without a Python object per number."""
-    rows, dim = vectors.shape
-    kind = feature_schema(dim, str(vectors.dtype)).field("embedding").type
-    flat = pa.array(np.ascontiguousarray(vectors).reshape(rows * dim))
-    return pa.FixedSizeListArray.from_arrays(flat, type=kind)
-
-
-def token_array(tokens: Sequence[npt.NDArray[Any]]) -> pa.ListArray:
-    """Make the embedding column of one (T, D) matrix for each row; they share D and dtype."""
-    kind = feature_schema(1, str(tokens[0].dtype), "tokens").field("embedding").type
-    ends = np.cumsum([0, *(one.size for one in tokens)], dtype=np.int32)
-    flat = pa.array(np.concatenate([one.reshape(-1) for one in tokens]))
-    return pa.ListArray.from_arrays(pa.array(ends), flat, type=kind)
-
-
-def _read_provenance(part: Path) -> Provenance:
-    with reading(part, _WITHOUT):
-        schema = pq.read_schema(part)
-        metadata = schema.metadata or {}
-        if _KEY not in metadata:
-            raise UserError(f"{part} does not say where it came from; {_WITHOUT}")
-        document = json.loads(metadata[_KEY])
-        provenance = Provenance(**document)
-        wrong = any(type(getattr(provenance, name)) is not kind for name, kind in _KINDS.items())
-        if wrong or set(schema.names) != _COLUMNS:
-            raise UserError(f"{part} was written by another version; {_WITHOUT}")
-    return provenance
-
-
 def _row_groups(part: Path) -> Iterator[pa.Table]:
-    with reading(part, _WITHOUT), open_table(part) as file:
+    with reading(part, WITHOUT), open_table(part) as file:
         for group in range(file.num_row_groups):
             yield file.read_row_group(group, columns=["item", "embedding"])
-
-
-def _vectors(rows: pa.Table, dim: int) -> npt.NDArray[Any]:
-    column = rows.column("embedding").combine_chunks()
-    flat = column.flatten().to_numpy(zero_copy_only=True)
-    # A null row would vanish in flatten and shift all that follow.
-    assert column.null_count == 0
-    assert len(flat) == len(rows) * dim
-    vectors: npt.NDArray[Any] = flat.reshape(-1, dim)
-    return vectors
-
-
-def _items(rows: pa.Table, n_items: int, where: Path) -> npt.NDArray[np.int32]:
-    item: npt.NDArray[np.int32] = rows.column("item").to_numpy()
-    if not ((item >= 0) & (item < n_items)).all():
-        raise UserError(f"{where} has an item that is not in 0..{n_items - 1}; {_WITHOUT}")
-    return item
-
-
-def _copy_tokens(
-    rows: pa.Table, offsets: npt.NDArray[np.int64], values: npt.NDArray[Any], part: Path
-) -> None:
-    column = rows.column("embedding").combine_chunks()
-    flat = column.flatten().to_numpy(zero_copy_only=True).reshape(-1, values.shape[1])
-    ends = column.offsets.to_numpy().astype(np.int64) // values.shape[1]
-    ends -= ends[0]
-    items = rows.column("item").to_numpy()
-    starts = offsets[items]
-    if not (offsets[items + 1] - starts == np.diff(ends)).all():
-        raise UserError(f"{part} has rows of other lengths than it says; {_WITHOUT}")
-    for start, begin, end in zip(starts, ends[:-1], ends[1:], strict=True):
-        values[start : start + end - begin] = flat[begin:end]
-
-
-def positions(ids: pa.ChunkedArray, item_ids: pa.ChunkedArray) -> npt.NDArray[np.int32]:
-    """Where each of ``ids`` stands in ``item_ids``; -1 for one that is not there."""
-    found = pc.index_in(ids, value_set=item_ids.combine_chunks())
-    return np.asarray(pc.fill_null(found, -1).to_numpy(), dtype=np.int32)

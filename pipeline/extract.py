@@ -18,8 +18,9 @@ import pyarrow as pa
 
 from features.errors import UserError
 from features.files import lock, write_table
+from features.provenance import Provenance
 from features.schema import FAILURES
-from features.store import FeatureStore, FeatureTable, Provenance
+from features.store import FeatureStore, FeatureTable
 from features.warehouse import DatasetInfo, Warehouse
 from pipeline.backbones import DEFAULT, check_modality, load_backbone, wrong_modality
 from pipeline.backends.contract import POOLED, Backbone, UnavailableError

@@ -17,16 +17,10 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from features.columns import embedding_array, positions, token_array
+from features.provenance import Provenance
 from features.schema import feature_schema
-from features.store import (
-    BYTES_PER_PART,
-    ROWS_PER_PART,
-    FeatureTable,
-    Provenance,
-    embedding_array,
-    positions,
-    token_array,
-)
+from features.store import BYTES_PER_PART, ROWS_PER_PART, FeatureTable
 from pipeline.digests import DTYPE, digest, digests, place
 
 SECONDS_PER_PART = 30.0

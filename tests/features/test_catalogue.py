@@ -7,10 +7,12 @@ import pyarrow as pa
 import pytest
 
 from features.catalogue import VIEWS, query, view_name
+from features.columns import embedding_array
 from features.errors import UserError
 from features.files import write_table
+from features.provenance import Provenance
 from features.schema import FAILURES, PREDICTIONS, feature_schema
-from features.store import FeatureStore, Provenance, embedding_array
+from features.store import FeatureStore
 from features.warehouse import Warehouse
 from tests.pipeline import tiny
 

@@ -11,16 +11,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from features.columns import embedding_array, positions
 from features.errors import UserError
+from features.provenance import Provenance
 from features.schema import feature_schema
-from features.store import (
-    ROWS_PER_PART,
-    FeatureStore,
-    FeatureTable,
-    Provenance,
-    embedding_array,
-    positions,
-)
+from features.store import ROWS_PER_PART, FeatureStore, FeatureTable
 from features.warehouse import Warehouse
 
 MADE = Provenance(

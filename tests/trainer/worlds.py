@@ -7,11 +7,13 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from features.columns import embedding_array, token_array
 from features.dataset import Dataset
 from features.files import write_json, write_table
+from features.provenance import Provenance
 from features.schema import INTERACTIONS, ITEMS, feature_schema
 from features.splits import MIN_EVALUATED
-from features.store import FeatureStore, Provenance, embedding_array, token_array
+from features.store import FeatureStore
 from features.warehouse import DatasetInfo, Warehouse
 from trainer.data import Batch, ItemFeatures, Sequences, TrainingData, TrainSet
 

@@ -86,6 +86,7 @@ MODELS: dict[str, Model] = {
             "sparser or denser data": "mmrec prepare --name NAME --k-core 4..7",
             "as the paper's missing modality": "--set missing=mask",
             "as the released code masks": "--set corruption=81-9-10",
+            "with ids, features whitened": "--set ids=true --set whiten=true",
             "pre-training as published": (
                 "--set lr=5e-5 --set batch_size=48000 --set epochs=15 --set duplicates=keep"
             ),

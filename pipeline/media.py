@@ -29,7 +29,12 @@ from pipeline.importers.places import OUTSIDE, PREPARED, container, inside
 from pipeline.importers.tar_images import MissingMemberError, TarImages
 
 PREPROCESSING = "first frame, turned upright, alpha on white, 8 bits, RGB"
-DRAFT = "JPEGs of twice the size or more scaled down in decoding (DCT), by 2, 4 or 8"
+DRAFT = (
+    "JPEGs of twice the size or more scaled down in decoding (DCT), by 2, 4 or 8, and for open_clip"
+    " resized by torchvision"
+)
+DRAFTED = "drafted"
+"""In the ``info`` of a picture that was scaled down in decoding."""
 FORMATS = (
     "JPEG", "PNG", "GIF", "BMP", "PPM", "WEBP", "AVIF", "TIFF", "JPEG2000", "DIB", "ICO", "ICNS",
     "PSD", "PCX", "SGI", "QOI", "DDS", "TGA",
@@ -228,7 +233,9 @@ def decode_image(data: bytes | Image.Image, draft: int | None = None) -> Image.I
         with _opened(data) if isinstance(data, bytes) else data as image:
             check_size(*image.size)
             if draft is not None:
+                size = image.size
                 image.draft(None, (draft, draft))
+                image.info[DRAFTED] = image.size != size
             with _decoding.take(image.width * image.height):
                 image.load()
                 return _upright(_rgb(image), _orientation(image))

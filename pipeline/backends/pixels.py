@@ -17,6 +17,8 @@ import torch
 from PIL import Image
 from PIL.Image import Resampling
 
+from pipeline.media import DRAFTED
+
 Pixels8 = npt.NDArray[np.uint8]
 TOLERANCE = 1e-6  # of normalised values, which are about 1
 _PROBES = ((97, 61), (64, 131), (40, 40), (300, 200))  # width, height
@@ -67,17 +69,44 @@ class Pixels:
 
 
 def of_open_clip(cfg: Any, device: torch.device) -> Pixels:
-    """Do what open_clip's ``image_transform_v2(cfg)`` does, by its own steps on pictures."""
+    """Do what open_clip's ``image_transform_v2(cfg)`` does, by its own steps on pictures.
+
+    Those of which decoding gave a draft are resized by torchvision's kernels on 8 bits, in less
+    than half the time: values may differ by 1 of 255, on noise by 2.
+    """
     from open_clip.transform import image_transform_v2
 
     *steps, _, normalize = image_transform_v2(cfg, is_train=False).transforms
+    drafts = _on_bytes(steps)
 
     def resize(picture: Image.Image) -> Pixels8:
+        if drafts is not None and picture.info.get(DRAFTED):
+            return drafts(picture)
         for step in steps:
             picture = step(picture)
         return np.array(picture)
 
     return Pixels(resize, mean=normalize.mean, std=normalize.std, device=device)
+
+
+def _on_bytes(steps: Sequence[Any]) -> Callable[[Image.Image], Pixels8] | None:
+    """Do the steps before a tensor on 8-bit pixels; nothing where there are any but two."""
+    from open_clip.transform import MaybeConvertMode
+    from torchvision.transforms import CenterCrop, Resize
+    from torchvision.transforms.v2 import functional as tvf
+
+    first, *rest = [step for step in steps if not isinstance(step, MaybeConvertMode)]
+    if not isinstance(first, Resize) or not all(isinstance(step, CenterCrop) for step in rest):
+        return None
+
+    def resize(picture: Image.Image) -> Pixels8:
+        x_CHW = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+        x_CHW = tvf.resize(x_CHW, first.size, first.interpolation, antialias=True)
+        for crop in rest:
+            x_CHW = tvf.center_crop(x_CHW, crop.size)
+        return np.ascontiguousarray(x_CHW.permute(1, 2, 0).numpy())
+
+    return resize
 
 
 def of_processor(processor: Any, device: torch.device) -> Pixels | None:

@@ -20,7 +20,7 @@ from features.store import FeatureStore
 from features.warehouse import Warehouse
 from pipeline import media
 from pipeline.extract import extract
-from pipeline.media import Media, MediaError, decode_image, quiet
+from pipeline.media import DRAFTED, Media, MediaError, decode_image, quiet
 from pipeline.options import Options
 from tests.pipeline.tiny import prepare
 
@@ -82,6 +82,7 @@ def test_a_draft_keeps_what_the_model_needs(
     data = photo(size)
     found = decode_image(data, draft)
     assert (found.mode, found.size) == ("RGB", expected)
+    assert found.info.get(DRAFTED, False) == (expected != size)
     full = decode_image(data).resize(expected, Image.Resampling.BOX)
     assert np.abs(np.asarray(found).astype(int) - np.asarray(full)).mean() < 3
 
@@ -94,6 +95,7 @@ def test_a_draft_is_turned_upright_too(orientation: int) -> None:
     full, half = decode_image(data), decode_image(data, 48)
     assert half.size == (full.width // 2, full.height // 2)
     assert half.size == ((64, 48) if orientation < 5 else (48, 64))
+    assert half.info[DRAFTED]
     small = np.asarray(full.resize(half.size, Image.Resampling.BOX)).astype(int)
     assert np.abs(np.asarray(half) - small).mean() < 3
 
@@ -106,7 +108,8 @@ def test_a_draft_of_anything_else_is_the_whole() -> None:
     assert decode_image(picture.copy(), 8).size == (64, 64)  # pixels of an LMDB
     for mode in ("L", "CMYK"):
         data = encoded(picture.convert(mode), "JPEG")
-        assert (decode_image(data, 16).mode, decode_image(data, 16).size) == ("RGB", (16, 16))
+        found = decode_image(data, 16)
+        assert (found.mode, found.size, found.info[DRAFTED]) == ("RGB", (16, 16), True)
 
 
 def test_plain_pictures_are_not_touched() -> None:

@@ -8,6 +8,7 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 
 from pipeline.backends.pixels import Pixels, of_open_clip, of_processor
+from pipeline.media import DRAFTED
 
 CPU = torch.device("cpu")
 SIZES = [(640, 480), (480, 640), (31, 500), (500, 31), (224, 224), (100, 224), (224, 300), (1, 1)]
@@ -39,6 +40,32 @@ def test_it_is_open_clips_transform(size: tuple[int, int], mode: str, interpolat
     cfg = PreprocessCfg(size=224, resize_mode=mode, interpolation=interpolation)
     transform = image_transform_v2(cfg, is_train=False)
     assert difference(of_open_clip(cfg, CPU), transform, size) <= 1e-6
+
+
+@pytest.mark.parametrize("size", [size for size in SIZES if size != (1, 1)])
+@pytest.mark.parametrize(
+    ("mode", "interpolation"), [("shortest", "bicubic"), ("squash", "bilinear")]
+)
+def test_a_draft_is_resized_on_8_bits(size: tuple[int, int], mode: str, interpolation: str) -> None:
+    cfg = PreprocessCfg(size=224, resize_mode=mode, interpolation=interpolation)
+    found = of_open_clip(cfg, CPU)
+    picture = noise(*size)
+    exact = found.prepare(picture)
+    picture.info[DRAFTED] = True
+    draft = found.prepare(picture)
+    assert draft.shape == (224, 224, 3)
+    assert draft.flags.c_contiguous
+    differ = np.abs(draft.astype(int) - exact).max()
+    assert differ <= 2  # on noise; on photographs 1
+
+
+def test_a_draft_is_resized_by_open_clips_own_steps_where_they_do_more() -> None:
+    cfg = PreprocessCfg(size=224, resize_mode="longest")
+    transform = image_transform_v2(cfg, is_train=False)
+    picture = noise(300, 200)
+    picture.info[DRAFTED] = True
+    found = of_open_clip(cfg, CPU)
+    assert (found.batch([found.prepare(picture)])[0] - transform(picture)).abs().max() <= 1e-6
 
 
 @pytest.mark.parametrize("size", SIZES)

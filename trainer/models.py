@@ -121,6 +121,7 @@ MODELS: dict[str, Model] = {
                 "--set token_types=false --set shared_norm=true --set dnn_relu=true"
             ),
             "GRU of the paper": "--set tower=gru --set layers=4",
+            "top blocks fine-tuned": "--set tune_blocks=2, tables layer-K, K = blocks - 2",
         },
     ),
     "pmmrec": Model(
@@ -130,6 +131,10 @@ MODELS: dict[str, Model] = {
         train={},
         reads_tokens=True,
         variants={
+            "top blocks fine-tuned": "--set tune_blocks=2, tables layer-K, K = blocks - 2",
+            "rates of the released code": (
+                "--set lr=1e-4 --set tune_lr=1e-4 --set weight_decay=0.1"
+            ),
             "Table VIII": "--set align=none|vcl|icl|ncl, --set nid=false, --set rcl=false",
             "the paper's item (Eq. 3)": "--set pool=cls",
             "the released code's item": "--set token_types=false",

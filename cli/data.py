@@ -14,8 +14,8 @@ from features.warehouse import DatasetInfo, Warehouse
 
 if TYPE_CHECKING:
     from pipeline.dry import Estimate
-    from pipeline.extract import ExtractReport, Progress
     from pipeline.options import Options
+    from pipeline.reports import ExtractReport, Progress
 
 _WIDE = 144  # columns that a list of backbones takes with all there is to say of each
 

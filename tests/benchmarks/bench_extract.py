@@ -51,9 +51,10 @@ from pipeline import encode
 from pipeline.backbones import BACKBONES, load_backbone
 from pipeline.backends.contract import Backbone, Batch
 from pipeline.backends.pixels import Pixels, of_open_clip, of_processor
-from pipeline.extract import ExtractReport, extract
+from pipeline.extract import extract
 from pipeline.media import decode_image
 from pipeline.options import Options
+from pipeline.reports import ExtractReport
 from pipeline.stream import token_batches
 from pipeline.video import sample
 from tests.benchmarks import inputs

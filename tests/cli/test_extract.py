@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from cli import show
 from cli.app import app
 from cli.data import show_extracted
-from pipeline.extract import ExtractReport, ModalityReport
+from pipeline.reports import ExtractReport, ModalityReport
 
 runner = CliRunner()
 

@@ -15,8 +15,9 @@ from features.warehouse import Warehouse
 from pipeline.book import Book
 from pipeline.encode import Choices
 from pipeline.engines import ray as engine
-from pipeline.extract import ExtractReport, extract
+from pipeline.extract import extract
 from pipeline.options import Options
+from pipeline.reports import ExtractReport
 from tests.pipeline.test_video import clip
 from tests.pipeline.tiny import picture, prepare
 

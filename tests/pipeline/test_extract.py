@@ -25,10 +25,10 @@ from pipeline.backends.contract import Batch, Vectors
 from pipeline.backends.hashed import Hashed
 from pipeline.book import content_hash
 from pipeline.encode import TEXT_MOST
-from pipeline.extract import ExtractReport, ModalityReport, Progress
 from pipeline.extract import extract as run_job
 from pipeline.media import decode_image
 from pipeline.options import Options
+from pipeline.reports import ExtractReport, ModalityReport, Progress
 from tests.pipeline.fakes import Watched, entry, mark
 from tests.pipeline.tiny import picture, prepare
 

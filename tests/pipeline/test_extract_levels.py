@@ -21,9 +21,10 @@ from pipeline.backbones import BACKBONES
 from pipeline.backends.contract import Batch, Vectors
 from pipeline.backends.hashed import DIM, Hashed
 from pipeline.dry import estimate
-from pipeline.extract import ModalityReport, extract
+from pipeline.extract import extract
 from pipeline.media import decode_image
 from pipeline.options import Options
+from pipeline.reports import ModalityReport
 from tests.pipeline.checkpoints import bert_folder
 from tests.pipeline.fakes import Watched, entry
 from tests.pipeline.test_video import clip

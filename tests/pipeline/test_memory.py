@@ -12,8 +12,9 @@ from features import dataset
 from features.errors import UserError
 from features.warehouse import Warehouse
 from pipeline import encode, ledger, plan
-from pipeline.extract import Progress, extract
+from pipeline.extract import extract
 from pipeline.options import Options
+from pipeline.reports import Progress
 from tests.pipeline.tiny import prepare
 
 BYTES_EACH = 80  # 24 for the contents seen, 33 for the rows of the table, and some that pass

@@ -98,3 +98,13 @@ def test_what_needs_no_torch_to_be_refused_does_not_load_it(house: str) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_tune_blocks_is_a_setting(house: str) -> None:
+    to = ("--tune-blocks", "2", "--warehouse", house)
+    refused = run("train", "--model", "sasrec", *to, code=2)
+    assert "tune_blocks=2 is of recommenders that read tokens" in refused.stderr
+    refused = run("pretrain", "--model", "pmmrec", *to, code=2)
+    assert "tune_blocks=2 trains the blocks above a table layer-K" in refused.stderr
+    twice = run("train", "--model", "pmmrec", "--set", "tune_blocks=1", *to, code=2)
+    assert "gives 'tune_blocks' twice" in twice.stderr

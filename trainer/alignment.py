@@ -120,11 +120,12 @@ class Alignment(Task[Tensor]):
             "vt": tuple(features.present),
         }
         held = {name: torch.from_numpy(at_N).to(seen_N.device) for name, at_N in splits.items()}
-        self.pools = {
-            name: (self._there["vt"] & at_N).nonzero()[:, 0] for name, at_N in held.items()
-        }
-        """(K,) the items of each split that have both sides."""
         left_N = ~torch.stack(list(held.values())).any(0)
+        copies = self._copies()
+        learned = copies["vt"][self._there["vt"] & left_N]
+        new_N = self._there["vt"] & ~torch.isin(copies["vt"], learned)
+        self.pools = {name: (new_N & at_N).nonzero()[:, 0] for name, at_N in held.items()}
+        """(K,) the items of each split that have both sides, and are no copies of learned ones."""
         self._known = ((seen_N | written_N) & left_N).nonzero()[:, 0].cpu().numpy()
         counts = {name: len(pool_K) for name, pool_K in self.pools.items()}
         counts = {"training": int((self._there["vt"] & left_N).sum()), **counts}
@@ -134,7 +135,7 @@ class Alignment(Task[Tensor]):
                 f"too few items have text and vision ({found}); extract more, or set holdout"
                 f" (it is {config.holdout})"
             )
-        self._labels = self._copies() if config.duplicates == "mask" else {}
+        self._labels = copies if config.duplicates == "mask" else {}
 
     def epoch(
         self, config: TrainConfig, epoch: int, *, skip: int, share: Share

@@ -162,6 +162,19 @@ def test_held_out_items_are_never_learned_from() -> None:
     assert sorted(halves) == sorted(last.tolist())
 
 
+def test_a_copy_of_what_is_learned_is_not_searched_for() -> None:
+    """The same picture and title under another id: training has seen that pair."""
+    features = worlds.features(40, missing=False)
+    before = alignment(features).pools
+    for name in ("image", "text"):
+        features.vectors[name][10] = features.vectors[name][11]
+    features.vectors["text"][20] = features.vectors["text"][21]  # another picture: another item
+    after = alignment(features).pools
+    assert before["validation"].tolist() == [0, 10, 20, 30]
+    assert after["validation"].tolist() == [0, 20, 30]
+    assert torch.equal(after["test"], before["test"])
+
+
 def test_retrieval_by_hand_ties_count_against() -> None:
     vision = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
     text = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.1]])

@@ -13,7 +13,7 @@ import duckdb
 import pyarrow as pa
 
 from features.errors import UserError, unknown
-from features.files import database, lock, remove_leftovers, write_json
+from features.files import database, lock, remove_leftovers, sync_folder, write_json
 from features.warehouse import MARKER, DatasetInfo, Warehouse
 from pipeline.canonical import (
     UNLISTED,
@@ -224,6 +224,7 @@ def _swap(folder: Path, stage: Path, info: DatasetInfo) -> None:
         (stage / part).mkdir(exist_ok=True)  # an empty one takes the old one's place as well
     write_json(stage / "dataset.json", asdict(info))
     os.replace(stage, folder / _READY)
+    sync_folder(folder)
     _complete(folder)
 
 
@@ -241,5 +242,7 @@ def _complete(folder: Path) -> None:
                 os.replace(ready / part, folder / part)
         with suppress(OSError):  # it holds something, or a kill came after this
             (folder / MEDIA).rmdir()
+        sync_folder(folder)  # the tables before what says that they are whole
         os.replace(ready / "dataset.json", folder / "dataset.json")
+        sync_folder(folder)
     shutil.rmtree(ready)

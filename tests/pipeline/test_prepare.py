@@ -272,6 +272,22 @@ def test_an_end_of_memory_or_disk_is_one_line_and_leaves_no_trace(
         assert not warehouse.root.exists()
 
 
+def test_the_last_renames_are_synced_in_their_order(
+    warehouse: Warehouse, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = warehouse.dataset_dir("mine")
+    seen: list[list[str]] = []
+
+    def sync(folder: Path) -> None:
+        assert folder == home
+        seen.append(sorted(path.name for path in folder.iterdir() if path.name[0] != "."))
+
+    monkeypatch.setattr(pipeline.prepare, "sync_folder", sync)
+    prepared(warehouse, tmp_path / "raw", {"interactions.csv": INTERACTIONS, "items.csv": ITEMS})
+    tables = ["interactions", "items"]
+    assert seen == [[], tables, ["dataset.json", *tables]]
+
+
 def test_a_failure_leaves_nothing_where_nothing_was(tmp_path: Path) -> None:
     files = {"interactions.csv": INTERACTIONS + "v,zz,9\n", "items.csv": ITEMS}
     warehouse = Warehouse(tmp_path / "new")

@@ -252,6 +252,7 @@ class Job:
                 workers=self.options.workers or engine.default_workers(device),
                 width=None if pooled else backbone.token_dim(choices.level, modality),
                 report=report,
+                say=self.say,
             )
             return
         media = self.media()

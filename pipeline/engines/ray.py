@@ -2,8 +2,9 @@
 
 The items go out in shards and come back in order, so the first of several with the same content is
 the one that is encoded, and the table is the one that a local run writes. A shard whose worker
-dies is given to another. Ray starts on this machine unless ``RAY_ADDRESS`` names a cluster; there
-the raw files must lie under the same path on every machine.
+dies is given to another. This process holds every item's reference or text meanwhile. Ray starts
+on this machine unless ``RAY_ADDRESS`` names a cluster; there the raw files must lie under the same
+path on every machine.
 
 Legend: T tokens of an input, D width of the embedding.
 """
@@ -30,6 +31,7 @@ from pipeline.book import Book, Tally, content_hash
 from pipeline.encode import Choices, Encoder, Input, hash_clip, read_picture
 from pipeline.media import Media, MediaError, quiet
 
+_NOBODY = -1  # in place of an item: its reason is for the person at the terminal
 HASHED_EACH = 512  # inputs of a shard that is only read
 _FOUND = pa.schema(
     [
@@ -103,6 +105,7 @@ class Worker:
 
     def __call__(self, shard: pa.Table) -> pa.Table:
         """Encode a shard of (item, source, text) into rows of what was found."""
+        said: list[str] = []
         found = _Found()
         book = Book(found, "float32")
         encoder = Encoder(
@@ -111,7 +114,7 @@ class Worker:
             book=book,
             media=self._media,
             report=_ignore,
-            say=print,
+            say=said.append,
         )
         with quiet():
             encoder.run(_pairs(shard))
@@ -121,6 +124,7 @@ class Worker:
             for one in book.tally.failures
         ]
         rows.sort(key=lambda row: int(row["item"]))
+        rows += [{"item": _NOBODY, "reason": line} for line in said]
         return pa.Table.from_pylist(rows, schema=_FOUND)
 
 
@@ -150,6 +154,7 @@ def run(
     workers: int,
     width: int | None,
     report: Callable[[Tally], None],
+    say: Callable[[str], None],
 ) -> None:
     """Encode ``(item, input)`` pairs with actors inside a session, and take their results down.
 
@@ -160,6 +165,7 @@ def run(
         workers: How many actors.
         width: D of a token; none: one vector an input.
         report: Called with what is known so far.
+        say: Told what the person at the terminal should know.
     """
     data = import_module("ray.data")
     pairs = list(inputs)
@@ -181,8 +187,14 @@ def run(
         report(book.tally)
     if todo:
         chosen = [(item, of_item[item]) for item in todo]
+        heard: set[str] = set()
         for row in _encoded(data, work, chosen, workers):
             item = row["item"]
+            if item == _NOBODY:
+                if row["reason"] not in heard:  # each shard finds it out anew
+                    say(row["reason"])
+                heard.add(row["reason"])
+                continue
             _book(book, row, todo[item], _source(of_item[item]), width)
             report(book.tally)
     book.share()

@@ -12,6 +12,8 @@ import pytest
 from features.errors import UserError
 from features.store import FeatureStore
 from features.warehouse import Warehouse
+from pipeline.backends.contract import Batch, Vectors
+from pipeline.backends.hashed import Hashed
 from pipeline.book import Book
 from pipeline.encode import Choices
 from pipeline.engines import ray as engine
@@ -122,7 +124,9 @@ def test_strict_and_a_worker_that_cannot_work_are_one_line(world: Warehouse) -> 
     )  # fmt: skip
     found = Book(engine._Found(), "float32")
     with pytest.raises(UserError, match="a worker of Ray cannot work"), engine.session():
-        engine.run(work, [(0, "x")], book=found, workers=1, width=None, report=engine._ignore)
+        engine.run(
+            work, [(0, "x")], book=found, workers=1, width=None, report=engine._ignore, say=print
+        )
 
 
 def test_what_ray_is_told_without_being_asked_for() -> None:
@@ -147,6 +151,26 @@ def test_a_worker_has_a_gpu_of_its_own_where_there_are_any(
     assert engine.place(given) == placed
     if placed == "cuda":
         assert engine.default_workers(placed) == gpus
+
+
+def test_a_worker_says_when_it_goes_on_with_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    def embed(self: Hashed, batch: Batch) -> Vectors:
+        if len(batch.texts) > 2:
+            raise MemoryError("out of memory")
+        return whole(self, batch)
+
+    whole = Hashed.embed
+    monkeypatch.setattr(Hashed, "embed", embed)
+    choices = Choices(modality="text", batch_size=4, threads=1)
+    work = engine.Work(
+        backbone="hashed", device=None, compute="float32", choices=choices, raw=Path(),
+        prepared=Path(),
+    )  # fmt: skip
+    (shard,) = engine._shards([(item, f"text {item}") for item in range(4)], 9)
+    found = engine.Worker(work)(shard).to_pylist()
+    assert [row["item"] for row in found] == [0, 1, 2, 3, -1]
+    assert all(row["vector"] for row in found[:4])
+    assert "out of memory with 4 inputs" in found[4]["reason"]
 
 
 def test_vectors_travel_as_they_are() -> None:

@@ -24,11 +24,12 @@ from torch import Tensor
 from features.errors import UserError
 from trainer.checks import check_not_negative
 from trainer.config import TrainConfig
-from trainer.contrastive import in_batch, in_batch_symmetric
+from trainer.contrastive import in_batch
 from trainer.cross_modal import Sides, recalls, retrieve
 from trainer.data import ItemFeatures, Share
 from trainer.distributed import first_row, gather_ids, gather_rows, mean_rows, ranks
 from trainer.recommender import Recommender
+from trainer.symmetric import in_batch_symmetric
 from trainer.tasks import Task, Validation
 
 

@@ -5,10 +5,9 @@ products, in full precision: their gradient is minus the share of the negatives,
 where the model is sure. No sum is left to the order of threads.
 
 Legend: M rows (queries), C columns (keys), D width, P positives of a row, U owners, J labels that
-an owner has, R rows of a block, B pairs.
+an owner has, R rows of a block.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from trainer.data import Batch
-
-_BLOCK_BYTES = {"cpu": 8 * 2**20, "cuda": 512 * 2**20}  # scores of one block of rows
-_FEWEST_ROWS = 128  # below this the matrix products lose more than a smaller buffer gives
-_NEAR = 60.0  # e^60 and e^-60, and sums of many, are normal float32
-_KEPT_BYTES = 64 * 2**20  # scores that the symmetric form may keep for its second pass
+from trainer.score_blocks import Scores, add_product, as_kind, product_dtype, times, top
 
 
 def in_batch(
@@ -81,32 +76,9 @@ def in_batch(
             owner_M = torch.arange(len(query_MD), device=query_MD.device)
         own = _Own(*label_C.sort(stable=True), own_UJ, owner_M)
     rows = _Rows(positive_MP, there_MP, offset_C, negative_C, own, scale, counted)
-    narrow = _product_dtype(query_MD)
+    narrow = product_dtype(query_MD)
     with torch.autocast(query_MD.device.type, enabled=False):
         loss: Tensor = _InBatch.apply(query_MD, key_CD, rows, wide, narrow)
-    return loss
-
-
-def in_batch_symmetric(
-    x_BD: Tensor, y_BD: Tensor, *, scale: float = 1.0, label_B: Tensor | None = None
-) -> Tensor:
-    """The mean of both directions, x_i to y_i among all y and y_i to x_i among all x.
-
-    Of CLIP (Radford et al., 2021) and of the alignment of MMSRec, which takes the sum. Equal to
-    half of two calls of :func:`in_batch`, for two thirds of their matrix products.
-
-    Args:
-        x_BD: (B, D); dtypes as in :func:`in_batch`.
-        y_BD: (B, D), same dtype.
-        scale: Factor on inner products: 1 / temperature.
-        label_B: (B,) int64: pairs with equal labels are no negatives of each other.
-
-    Returns:
-        A scalar, float32 or float64; zero pairs give zero.
-    """
-    narrow = _product_dtype(x_BD)
-    with torch.autocast(x_BD.device.type, enabled=False):
-        loss: Tensor = _Symmetric.apply(x_BD, y_BD, label_B, scale, narrow)
     return loss
 
 
@@ -190,7 +162,7 @@ class _InBatch(torch.autograd.Function):
         grad_key_CD = key_CD.new_zeros(key_CD.shape, dtype=wide) if need_key else None
         grad_MP = query_MD.new_empty((M, P), dtype=wide)
         share = rows.scale / max(1, M)
-        scores = _Scores(key_CD.to(narrow), rows.negative_C, wide, M)
+        scores = Scores(key_CD.to(narrow), rows.negative_C, wide, M)
         loss = query_MD.new_zeros((), dtype=wide)
         for begin in range(0, M, scores.size):
             end = min(M, begin + scores.size)
@@ -206,7 +178,7 @@ class _InBatch(torch.autograd.Function):
             if rows.own is not None:
                 score_RC.masked_fill_(rows.own.mask(begin, end), -torch.inf)
             score_RC.scatter_(1, positive_RP, -torch.inf)
-            top_R1 = _top(score_RC, 1)
+            top_R1 = top(score_RC, 1)
             weight_RC = score_RC.sub_(top_R1).exp_()
             negative_R1 = weight_RC.sum(1, keepdim=True).log_() + top_R1
             numerator_R1 = score_RP.logsumexp(1, keepdim=True)
@@ -231,168 +203,16 @@ class _InBatch(torch.autograd.Function):
                 grad_query_MD[begin:end] = found_RD.mul_(share)
             if grad_key_CD is not None:
                 pushed_RD = query_RD.mul_(push_R1 / max(1, M))
-                _add_product(grad_key_CD, weight_RC.T, pushed_RD, narrow)
+                add_product(grad_key_CD, weight_RC.T, pushed_RD, narrow)
         if grad_key_CD is not None:
             for p in range(P):
                 pulled_MD = grad_MP[:, p, None] * query_MD * share
                 grad_key_CD += torch.ops.aten.embedding_dense_backward(
                     pulled_MD.to(wide), rows.positive_MP[:, p], C, -1, False
                 )
-        ctx.save_for_backward(_as(grad_query_MD, query_MD), _as(grad_key_CD, key_CD))
+        ctx.save_for_backward(as_kind(grad_query_MD, query_MD), as_kind(grad_key_CD, key_CD))
         return loss / max(1, M)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return *_times(ctx.saved_tensors, grad), None, None, None
-
-
-class _Symmetric(torch.autograd.Function):
-    """Two passes: the sums of columns must be whole before a row's gradient can be formed."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x_BD: Tensor,
-        y_BD: Tensor,
-        label_B: Tensor | None,
-        scale: float,
-        narrow: torch.dtype,
-    ) -> Tensor:
-        B = len(x_BD)
-        wide = torch.float64 if x_BD.dtype == torch.float64 else torch.float32
-        need_x, need_y = ctx.needs_input_grad[:2]
-        scores = _Scores(y_BD.to(narrow), None, wide, B)
-        positive_B1 = x_BD.new_empty((B, 1), dtype=wide)
-        row_B1 = x_BD.new_empty((B, 1), dtype=wide)
-        top_1B = x_BD.new_full((1, B), torch.finfo(wide).min, dtype=wide)
-        sum_1B = x_BD.new_zeros((1, B), dtype=wide)
-        keep = (need_x or need_y) and B * B * wide.itemsize <= _KEPT_BYTES
-        kept: list[Tensor] = []
-        # Where no score can be far from zero, one exponential serves rows and columns.
-        lengths = (part.detach().norm(dim=1).amax() for part in (x_BD, y_BD) if B)
-        near = scale * math.prod(float(length) for length in lengths) <= _NEAR
-
-        def block(begin: int, end: int) -> Tensor:
-            score_RB = scores.block(x_BD[begin:end].to(wide) * scale)
-            if label_B is not None:
-                score_RB.masked_fill_(label_B[begin:end, None] == label_B, -torch.inf)
-            score_RB[:, begin:end].fill_diagonal_(-torch.inf)
-            return score_RB
-
-        for begin in range(0, B, scores.size):
-            end = min(B, begin + scores.size)
-            x_RD, y_RD = x_BD[begin:end].to(wide), y_BD[begin:end].to(wide)
-            positive_B1[begin:end] = (x_RD * y_RD).sum(1, keepdim=True).mul_(scale)
-            score_RB = block(begin, end)
-            if keep:
-                kept.append(score_RB.clone())
-            if near:
-                weight_RB = score_RB.exp_()
-                sum_1B += weight_RB.sum(0, keepdim=True)
-                row_B1[begin:end] = weight_RB.sum(1, keepdim=True).log_()
-                continue
-            higher_1B = torch.maximum(top_1B, _top(score_RB, 0))
-            weight_RB = torch.sub(score_RB, higher_1B, out=scores.spare(end - begin)).exp_()
-            sum_1B.mul_((top_1B - higher_1B).exp_()).add_(weight_RB.sum(0, keepdim=True))
-            top_1B = higher_1B
-            top_R1 = _top(score_RB, 1)
-            row_B1[begin:end] = score_RB.sub_(top_R1).exp_().sum(1, keepdim=True).log_() + top_R1
-        column_B1 = (sum_1B.log_() if near else sum_1B.log_().add_(top_1B)).T
-        loss = functional.softplus(row_B1 - positive_B1).sum()
-        loss += functional.softplus(column_B1 - positive_B1).sum()
-
-        grad_x_BD = x_BD.new_empty(x_BD.shape, dtype=wide) if need_x else None
-        grad_y_BD = y_BD.new_zeros(y_BD.shape, dtype=wide) if need_y else None
-        if need_x or need_y:
-            share = 0.5 / max(1, B)
-            of_row_B1 = torch.logaddexp(row_B1, positive_B1)
-            of_column_B1 = torch.logaddexp(column_B1, positive_B1)
-            pull_B1 = -((row_B1 - of_row_B1).exp() + (column_B1 - of_column_B1).exp())
-            for number, begin in enumerate(range(0, B, scores.size)):
-                end = min(B, begin + scores.size)
-                score_RB = kept[number] if keep else block(begin, end)
-                spare_RB = scores.spare(end - begin)
-                if near:
-                    torch.add((-of_row_B1[begin:end]).exp(), (-of_column_B1.T).exp(), out=spare_RB)
-                    weight_RB = spare_RB.mul_(score_RB.exp_())
-                else:
-                    weight_RB = torch.sub(score_RB, of_column_B1.T, out=spare_RB).exp_()
-                    weight_RB += score_RB.sub_(of_row_B1[begin:end]).exp_()
-                weight_RB = weight_RB.to(narrow)
-                x_RD = x_BD[begin:end].to(wide) * (scale * share)
-                if grad_x_BD is not None:
-                    found_RD = (weight_RB @ scores.key_CD).to(wide)
-                    found_RD += pull_B1[begin:end] * y_BD[begin:end].to(wide)
-                    grad_x_BD[begin:end] = found_RD.mul_(scale * share)
-                if grad_y_BD is not None:
-                    _add_product(grad_y_BD, weight_RB.T, x_RD, narrow)
-                    grad_y_BD[begin:end] += pull_B1[begin:end] * x_RD
-        ctx.save_for_backward(_as(grad_x_BD, x_BD), _as(grad_y_BD, y_BD))
-        return loss * (0.5 / max(1, B))
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return *_times(ctx.saved_tensors, grad), None, None, None
-
-
-class _Scores:
-    """Blocks of scores in buffers that are used again: fresh memory costs more than the sums."""
-
-    def __init__(
-        self, key_CD: Tensor, offset_C: Tensor | None, wide: torch.dtype, rows: int
-    ) -> None:
-        self.key_CD = key_CD
-        self._offset_C = offset_C
-        self._wide = wide
-        C, kind = len(key_CD), key_CD.device.type
-        bytes_ = _BLOCK_BYTES.get(kind, _BLOCK_BYTES["cpu"])
-        self.size = max(1, min(rows, max(_FEWEST_ROWS, bytes_ // (wide.itemsize * max(1, C)))))
-        self._buffers = [key_CD.new_empty((0, C), dtype=wide) for _ in range(2)]
-
-    def block(self, query_RD: Tensor) -> Tensor:
-        """(R, C) scores, in a buffer that the next call overwrites."""
-        score_RC = self._take(0, len(query_RD))
-        if self.key_CD.dtype != self._wide:
-            score_RC.copy_(query_RD.to(self.key_CD.dtype) @ self.key_CD.T)
-        else:
-            torch.mm(query_RD, self.key_CD.T, out=score_RC)
-        if self._offset_C is not None:
-            score_RC += self._offset_C
-        return score_RC
-
-    def spare(self, rows: int) -> Tensor:
-        """(R, C), another buffer."""
-        return self._take(1, rows)
-
-    def _take(self, which: int, rows: int) -> Tensor:
-        if len(self._buffers[which]) < rows:
-            held = self._buffers[which]
-            self._buffers[which] = held.new_empty((self.size, held.shape[1]))
-        return self._buffers[which][:rows]
-
-
-def _top(score_RC: Tensor, dim: int) -> Tensor:
-    """The largest along ``dim``, finite where there is nothing but -inf, which stays -inf."""
-    return score_RC.amax(dim, keepdim=True).clamp_min_(torch.finfo(score_RC.dtype).min)
-
-
-def _add_product(total_CD: Tensor, a_CR: Tensor, b_RD: Tensor, narrow: torch.dtype) -> None:
-    if narrow == total_CD.dtype:
-        total_CD.addmm_(a_CR, b_RD)
-    else:
-        total_CD += a_CR @ b_RD.to(narrow)
-
-
-def _product_dtype(x: Tensor) -> torch.dtype:
-    kind = x.device.type
-    if x.dtype == torch.float32 and torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    return x.dtype
-
-
-def _as(grad: Tensor | None, like: Tensor) -> Tensor | None:
-    return None if grad is None else grad.to(like.dtype)
-
-
-def _times(saved: tuple[Tensor | None, ...], grad: Tensor) -> list[Tensor | None]:
-    return [None if held is None else held * grad for held in saved]
+        return *times(ctx.saved_tensors, grad), None, None, None

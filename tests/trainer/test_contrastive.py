@@ -10,9 +10,10 @@ from torch.nn import functional
 
 from tests.trainer import contrastive_reference as reference
 from tests.trainer import worlds
-from trainer import contrastive
-from trainer.contrastive import in_batch, in_batch_symmetric, log_popularity, own_items
+from trainer import score_blocks, symmetric
+from trainer.contrastive import in_batch, log_popularity, own_items
 from trainer.data import Sequences
+from trainer.symmetric import in_batch_symmetric
 
 EXACT = {torch.float32: 1e-5, torch.float64: 1e-10}
 
@@ -32,9 +33,9 @@ def close(mine: Tensor, theirs: Tensor, dtype: torch.dtype, size: float = 1.0) -
 
 
 def small_blocks(patch: pytest.MonkeyPatch, rows: int) -> None:
-    patch.setattr(contrastive, "_BLOCK_BYTES", {"cpu": 1})
-    patch.setattr(contrastive, "_FEWEST_ROWS", rows)
-    patch.setattr(contrastive, "_KEPT_BYTES", 0)
+    patch.setattr(score_blocks, "_BLOCK_BYTES", {"cpu": 1})
+    patch.setattr(score_blocks, "_FEWEST_ROWS", rows)
+    patch.setattr(symmetric, "_KEPT_BYTES", 0)
 
 
 @st.composite
@@ -141,7 +142,7 @@ def test_the_symmetric_form_equals_the_formula_in_float64(
     mine, theirs = leaves(x, y), leaves(x.double(), y.double())
     with pytest.MonkeyPatch.context() as patch:
         small_blocks(patch, block)
-        patch.setattr(contrastive, "_KEPT_BYTES", 10**6 if kept else 0)
+        patch.setattr(symmetric, "_KEPT_BYTES", 10**6 if kept else 0)
         label_B = None if labels is None else torch.tensor(labels)
         loss = in_batch_symmetric(mine[0], mine[1], scale=scale, label_B=label_B)
     same = [[i] for i in range(pairs)]

@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from features.dataset import exact_pattern, parquet_sql, quoted
 from features.errors import UserError
 from features.files import reading
-from features.provenance import LIGHT
+from features.provenance import LIGHT, read_provenance
 from features.schema import FAILURES, INTERACTIONS, ITEMS, METRICS, PREDICTIONS
 from features.splits import cold_sql, split_sql
 from features.store import FeatureStore, FeatureTable
@@ -231,7 +231,7 @@ def _feature_views(
         for table in store.tables(name):
             try:
                 table.check(info.fingerprint, info.inputs_of(table.modality))
-                tables.append((table, _width(table)))
+                tables.append((table, read_provenance(table.parts()[0]).dim))
             except UserError as error:
                 say(f"left out: {error}")
     plain = Counter(view_name(table) for table, _ in tables)
@@ -291,17 +291,6 @@ def _tag(table: FeatureTable) -> str:
     """What tells my-model from my_model, and Shop from shop."""
     exact = "/".join((table.dataset, table.backbone, table.modality, table.level))
     return "_" + hashlib.sha256(exact.encode()).hexdigest()[:4]
-
-
-def _width(table: FeatureTable) -> int:
-    part = table.parts()[0]
-    with reading(part, "remove this file and run mmrec extract again"):
-        kind = pq.read_schema(part).field("embedding").type
-        if table.level == "pooled":
-            return int(kind.list_size)
-    provenance = table.provenance()
-    assert provenance is not None  # there is a part
-    return provenance.dim
 
 
 def _run_views(

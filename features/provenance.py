@@ -74,5 +74,8 @@ def read_provenance(part: Path) -> Provenance:
         provenance = Provenance(**document)
         wrong = any(type(getattr(provenance, name)) is not kind for name, kind in _KINDS.items())
         if wrong or set(schema.names) != _COLUMNS:
-            raise UserError(f"{part} was written by another version; {WITHOUT}")
+            raise UserError(
+                f"{part} was written by another version; redo its table by mmrec extract"
+                " --overwrite, or remove its folder"
+            )
     return provenance

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from features.catalogue import VIEWS, query, view_name
@@ -127,6 +128,9 @@ def test_what_is_damaged_is_named_and_the_rest_answers(
     add_table(warehouse, "cut", "image", 4)
     part = next((warehouse.dataset_dir("tiny") / "features" / "cut").rglob("part-*"))
     part.write_bytes(part.read_bytes()[:200])
+    add_table(warehouse, "old", "image", 4)
+    old = next((warehouse.dataset_dir("tiny") / "features" / "old").rglob("part-*"))
+    pq.write_table(pq.read_table(old).drop_columns(["partial"]), old)
     folder = warehouse.runs_dir / "broken"
     folder.mkdir(parents=True)
     (folder / "config.toml").write_text("run = ")
@@ -136,9 +140,9 @@ def test_what_is_damaged_is_named_and_the_rest_answers(
     ).to_pylist() == ["whole"]
     assert [
         any(f"{path}" in line and "\n" not in line for line in said)
-        for path in (part, folder / "config.toml")
-    ] == [True, True]
-    assert len(said) == 2
+        for path in (part, old, folder / "config.toml")
+    ] == [True, True, True]
+    assert len(said) == 3
 
 
 def test_tables_of_an_earlier_preparation_are_left_out_and_failures_find_their_item(

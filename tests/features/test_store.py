@@ -275,7 +275,7 @@ def test_flipped_bytes_are_noticed_wherever_they_are_read(table: FeatureTable, p
 def test_a_part_of_another_version_is_refused(table: FeatureTable) -> None:
     part = table.append(rows([0], numbers(1)), MADE)
     pq.write_table(pq.read_table(part).drop_columns(["partial"]), part)
-    with pytest.raises(UserError, match="was written by another version; remove this file"):
+    with pytest.raises(UserError, match="was written by another version; redo its table"):
         table.provenance()
 
 

@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from features.dataset import exact_pattern, parquet_sql, quoted
 from features.errors import UserError
 from features.files import reading
-from features.provenance import LIGHT, read_provenance
+from features.provenance import LATER, LIGHT, read_provenance
 from features.schema import FAILURES, INTERACTIONS, ITEMS, METRICS, PREDICTIONS
 from features.splits import cold_sql, split_sql
 from features.store import FeatureStore, FeatureTable
@@ -252,6 +252,8 @@ def _feature_views(
         constants = ", ".join(f"{quoted(value)} AS {key}" for key, value in literals.items())
         if table.level != "pooled":
             constants += f", {width} AS dim"
+        if LATER not in pq.read_schema(table.parts()[0]).names:
+            constants += f", NULL::BOOLEAN AS {LATER}"
         source = parquet_sql(table.path, "part-*.parquet")
         db.execute(
             f'CREATE VIEW "{names[table.path]}" AS SELECT {columns},'

@@ -19,6 +19,8 @@ WITHOUT = f"remove this file and {AGAIN}"
 LIGHT = ("item", "item_id", "content_hash", "n_frames", "n_tokens", "partial")
 """All columns but the embedding."""
 _COLUMNS = {*LIGHT, "embedding"}
+LATER = "partial"
+"""The column that tables of before it lack, in all of their parts."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,7 +75,7 @@ def read_provenance(part: Path) -> Provenance:
         document = json.loads(metadata[KEY])
         provenance = Provenance(**document)
         wrong = any(type(getattr(provenance, name)) is not kind for name, kind in _KINDS.items())
-        if wrong or set(schema.names) != _COLUMNS:
+        if wrong or {LATER, *schema.names} != _COLUMNS:
             raise UserError(
                 f"{part} was written by another version; redo its table by mmrec extract"
                 " --overwrite, or remove its folder"

@@ -33,7 +33,15 @@ from features.files import (
     write_json,
     write_table,
 )
-from features.provenance import AGAIN, KEY, LIGHT, WITHOUT, Provenance, read_provenance
+from features.provenance import (
+    AGAIN,
+    KEY,
+    LATER,
+    LIGHT,
+    WITHOUT,
+    Provenance,
+    read_provenance,
+)
 from features.schema import feature_schema
 from features.warehouse import Warehouse, read_json, slug
 
@@ -287,6 +295,8 @@ class FeatureTable:
                     f"{self.path} holds other vectors ({there.difference(provenance)});"
                     " remove the folder or give another backbone"
                 )
+            if LATER in rows.column_names and LATER not in pq.read_schema(held[-1]).names:
+                rows = rows.drop_columns([LATER])  # all parts of a table have the same columns
         number = int(held[-1].stem.removeprefix("part-")) + 1 if held else 0
         path = self.path / f"part-{number:05d}.parquet"
         self._write(path, rows, provenance)
@@ -327,6 +337,8 @@ class FeatureTable:
 
     def _write(self, path: Path, rows: pa.Table, provenance: Provenance) -> None:
         schema = feature_schema(provenance.dim, provenance.dtype, provenance.level)
+        if LATER not in rows.column_names:
+            schema = schema.remove(schema.get_field_index(LATER))
         assert rows.schema.equals(schema), (rows.schema, schema)
         metadata = {KEY: json.dumps(asdict(provenance), sort_keys=True).encode()}
         # Plain, uncompressed, no dictionary, no statistics on the embedding: nine times faster

@@ -130,7 +130,7 @@ def test_what_is_damaged_is_named_and_the_rest_answers(
     part.write_bytes(part.read_bytes()[:200])
     add_table(warehouse, "old", "image", 4)
     old = next((warehouse.dataset_dir("tiny") / "features" / "old").rglob("part-*"))
-    pq.write_table(pq.read_table(old).drop_columns(["partial"]), old)
+    pq.write_table(pq.read_table(old).drop_columns(["n_frames"]), old)
     folder = warehouse.runs_dir / "broken"
     folder.mkdir(parents=True)
     (folder / "config.toml").write_text("run = ")

@@ -11,12 +11,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from features import catalogue
 from features.columns import embedding_array, positions
 from features.errors import UserError
 from features.provenance import Provenance
 from features.schema import feature_schema
 from features.store import ROWS_PER_PART, FeatureStore, FeatureTable
 from features.warehouse import Warehouse
+from tests.pipeline.tiny import prepare
 
 MADE = Provenance(
     backbone="toy",
@@ -274,9 +276,29 @@ def test_flipped_bytes_are_noticed_wherever_they_are_read(table: FeatureTable, p
 
 def test_a_part_of_another_version_is_refused(table: FeatureTable) -> None:
     part = table.append(rows([0], numbers(1)), MADE)
-    pq.write_table(pq.read_table(part).drop_columns(["partial"]), part)
+    pq.write_table(pq.read_table(part).drop_columns(["n_frames"]), part)
     with pytest.raises(UserError, match="was written by another version; redo its table"):
         table.provenance()
+
+
+def test_a_table_of_before_the_marks_goes_on_without_them(
+    table: FeatureTable, warehouse: Warehouse
+) -> None:
+    prepare(warehouse, warehouse.root, ids=[f"id{i}" for i in range(5)])
+    vectors = numbers(5)
+    part = table.append(rows([0, 1, 2], vectors[:3]), MADE)
+    pq.write_table(pq.read_table(part).drop_columns(["partial"]), part)
+    table.append(rows([3, 4], vectors[3:]), MADE)
+    table.rewrite(part, np.array([False, True, True]), np.array([0, 1, 2], np.int32))
+    info = warehouse.info("tiny")
+    table.finish(info.fingerprint, MADE, inputs=info.inputs["image"])
+    found = table.read(5, info.fingerprint, info.inputs["image"])
+    assert found.present.tolist() == [False, True, True, True, True]
+    assert (found.vectors[1:] == vectors[1:]).all()
+    asked = "SELECT item, partial, len(embedding) AS dim FROM features ORDER BY item"
+    assert catalogue.query(warehouse, asked).to_pylist() == [
+        {"item": item, "partial": None, "dim": 3} for item in (1, 2, 3, 4)
+    ]
 
 
 def test_a_remedy_names_the_backbone_as_it_was_given(table: FeatureTable) -> None:

@@ -171,7 +171,7 @@ def _check(first: Record, record: Record) -> None:
     if record.pretraining:
         raise UserError(
             f"run {record.name!r} is a pre-training and recommends nothing; compare runs that"
-            f" start from it: mmrec train --init {record.name}"
+            f" start from it: mmrec train --model {record.about['model']} --init {record.name}"
         )
     here, there = record.about["dataset"], first.about["dataset"]
     if here != there:

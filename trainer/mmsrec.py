@@ -32,7 +32,7 @@ from trainer.data import Batch, ItemFeatures, Sequences, TrainSet, WindowPlan
 from trainer.elementwise import dropout, plain
 from trainer.objectives import draw_candidates, full_softmax, part_softmax
 from trainer.recommender import Catalogue, Recommender
-from trainer.recompute import in_pieces, keep, linear
+from trainer.recompute import in_pieces, linear
 from trainer.transformer import Transformer, initialise, positions_from_end
 from trainer.whitening import Whitening
 
@@ -378,8 +378,7 @@ class MMSRec(Recommender):
     def _of_modality(self, name: str, item_K: Tensor, features: ItemFeatures) -> Tensor:
         x_KW = features.vectors[name][item_K]
         if self.config.whiten:
-            raw_KW = x_KW
-            x_KW = keep(lambda: self.whitening[name](raw_KW))
+            x_KW = self.whitening[name](x_KW)
         first_KD: Tensor = self.inputs[name](x_KW)
         return first_KD
 

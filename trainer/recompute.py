@@ -1,8 +1,8 @@
 """Selective recomputation: the backward pass repeats what is cheap and keeps what is dear.
 
-A model run piece by piece under :func:`in_pieces` keeps the outputs of its linear layers and what
-was drawn at random; all between them, element-wise and a quarter of the memory traffic of a
-matrix product, is computed again in the backward pass, while the piece is in a core's cache.
+A model run piece by piece under :func:`in_pieces` keeps the outputs of its linear layers; all
+between them, element-wise, is computed again in the backward pass, while the piece is in a core's
+cache. Random masks are not kept but drawn again, from the same state of the generator.
 
 Legend: P tokens, D width, F width of a layer's output.
 """
@@ -19,6 +19,7 @@ class _Tape:
     """What a piece's forward pass kept, in the order in which it was made."""
 
     def __init__(self) -> None:
+        self.state = torch.get_rng_state()
         self.kept: list[Tensor] = []
         self.sums: dict[Tensor, Tensor] | None = None
         """Gradients of weights so far; not ``None``: the tape is being read."""
@@ -38,7 +39,7 @@ _tape: _Tape | None = None  # of the piece that is being run
 def keep(make: Callable[[], Tensor]) -> Tensor:
     """What ``make`` gives; in a piece that is run again, what it gave the first time.
 
-    For what has no gradient, such as a mask drawn at random.
+    For what has no gradient and costs as much as a linear layer.
     """
     return make() if _tape is None else _tape.keep(make)
 
@@ -70,8 +71,8 @@ def in_pieces(
     Gradients are summed piece after piece, so that they are the same every time.
 
     Args:
-        run: Gives (P, D). Its linear layers go through :func:`linear` and all that it draws through
-            :func:`keep`; it does nothing else that would differ in a second call.
+        run: Gives (P, D), on the CPU. Its linear layers go through :func:`linear`; but for what it
+            draws from torch's generator it is a function of what it is given.
         pieces: What ``run`` takes; at least one.
         parameters: All that ``run`` reads by itself and that may need a gradient.
         inputs: Tensors that the pieces share and that may need a gradient.
@@ -110,14 +111,14 @@ class _Pieces(torch.autograd.Function):
     def forward(
         ctx: Any, run: Callable[..., Tensor], pieces: Sequence[Any], inputs: int, *tensors: Tensor
     ) -> Tensor:
-        ctx.run, ctx.pieces, ctx.tapes = run, pieces, [_Tape() for _ in pieces]
+        ctx.run, ctx.pieces, ctx.tapes = run, pieces, []
         ctx.parameters = tensors[inputs:]
         ctx.inputs = inputs
         ctx.save_for_backward(*tensors)
-        found = [
-            _with(tape, run, piece, tensors[:inputs])
-            for tape, piece in zip(ctx.tapes, pieces, strict=True)
-        ]
+        found = []
+        for piece in pieces:
+            ctx.tapes.append(_Tape())
+            found.append(_with(ctx.tapes[-1], run, piece, tensors[:inputs]))
         ctx.sizes = [len(part) for part in found]
         return torch.cat(found)
 
@@ -127,11 +128,13 @@ class _Pieces(torch.autograd.Function):
         inputs = [held.detach().requires_grad_() for held in ctx.saved_tensors[: ctx.inputs]]
         tensors = [*inputs, *ctx.parameters]
         sums: dict[Tensor, Tensor] = {}
+        state = torch.get_rng_state()
         for number, part_PD in enumerate(grad_PD.split(ctx.sizes)):
             # Taken out: what a piece kept is free as soon as it has been used.
             tape, ctx.tapes[number] = ctx.tapes[number], None
             assert tape is not None, "the backward pass can be run once"
             tape.sums = sums
+            torch.set_rng_state(tape.state)
             with torch.enable_grad():
                 found_PD = _with(tape, ctx.run, ctx.pieces[number], inputs)
             del tape
@@ -139,6 +142,7 @@ class _Pieces(torch.autograd.Function):
             for tensor, grad in zip(tensors, grads, strict=True):
                 if grad is not None:
                     _sum_of(sums, tensor).add_(grad)
+        torch.set_rng_state(state)
         return None, None, None, *(sums.get(tensor) for tensor in tensors)
 
 

@@ -68,7 +68,7 @@ def test_pieces_give_the_gradients_of_one_graph(
         torch.testing.assert_close(pieces, gradients(model, features))
 
 
-def test_what_was_drawn_and_multiplied_is_kept_and_all_else_repeated() -> None:
+def test_masks_are_drawn_again_and_the_generator_goes_on_where_it_was() -> None:
     layer, calls = nn.Linear(3, 3), 0
 
     def run(piece: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """PMMRec in all its parts; what every recommender promises is tested in test_recommenders."""
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -7,15 +8,16 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from features.errors import UserError
 from tests.trainer import worlds
 from trainer import pmmrec
 from trainer.blocks import item_tokens
-from trainer.data import Batch, ItemFeatures, Sequences
+from trainer.data import Batch, ItemFeatures, Sequences, TrainSet
 from trainer.models import MODELS
 from trainer.pmmrec import PMMRec, PMMRecConfig
-from trainer.pmmrec_losses import ALIGNMENTS
+from trainer.pmmrec_losses import ALIGNMENTS, corrupt
 from trainer.recommender import Catalogue
 from trainer.tokens import TokenFeatures
 from trainer.transformer import initialise
@@ -84,6 +86,88 @@ def test_every_objective_reaches_its_parameters(made: Any, settings: dict[str, A
     assert {name: value.item() for name, value in others.items()} == {
         name: value.item() for name, value in losses.items()
     }
+
+
+LITERAL: dict[str, Any] = {
+    "align_literal": True, "nid_relu": True, "rcl_cosine": False, "rcl_pool": "last",
+    "debias": False, "cosine": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("more", [{}, LITERAL], ids=["sound", "literal"])
+def test_the_whole_loss_by_its_formulas(more: dict[str, Any]) -> None:
+    """Position by position; two rows are windows of one user."""
+    features = worlds.features(N)
+    given = {"temperature": 0.5, "align_temperature": 0.25, "rcl_temperature": 0.2, "shuffle": 0.5}
+    model = build(features, **PRETRAIN, **given, **more)
+    users = [0, 1, 0]
+    own = {0: {*ROWS[0], *ROWS[2]}, 1: {*ROWS[1], 9}}  # one of the second is in no window
+    train = TrainSet(
+        counts_N=torch.arange(1, N + 1),
+        keys_J=torch.tensor(sorted(u * N + i for u, items in own.items() for i in items)),
+    )
+    found = model.loss(replace(batch(features), users_B=torch.tensor(users), train=train))
+
+    def unit(x: Tensor) -> Tensor:
+        return functional.normalize(x, dim=-1)
+
+    def scored(x: Tensor) -> Tensor:
+        return unit(x) if more.get("cosine") else x
+
+    item_ND = model.encode_items(features)
+    sides = []
+    for index, name in enumerate(("image", "text")):
+        there_N = features.present[name]
+        own_ND = model.item_tower.get_submodule(name)(features.vectors[name])
+        absent_D = model.item_tower.absent[index]
+        sides.append((unit(torch.where(there_N[:, None], own_ND, absent_D)), there_N))
+    popularity_N = (train.counts_N / train.counts_N.sum()).log() * more.get("debias", 1)
+    slots = [item for row in ROWS for item in row]
+    valid_BL = rows(ROWS).mask_BL
+    items_BL = torch.where(valid_BL, rows(ROWS).items_BL, ROWS[0][0])
+    item_K, place_BL = items_BL.unique(return_inverse=True)
+    lengths_B = torch.tensor([len(row) - 1 for row in ROWS])
+    noisy_BL, fate_BL = corrupt(
+        place_BL[:, :-1], lengths_B, torch.Generator().manual_seed(2), shuffle=0.5
+    )
+    terms: dict[str, list[Tensor]] = {name: [] for name in ("dap", "nid", "image", "text")}
+    clean, noisy = [], []
+    for r, row in enumerate(ROWS):
+        negatives = [item for item in slots if item not in own[users[r]]]
+        length = lengths_B[r : r + 1]
+        state_LD = model.user_encoder(item_ND[row[:-1]][None], length)[0]
+        shown = item_K[noisy_BL[r, : len(row) - 1]]
+        other_LD = model.user_encoder(item_ND[shown][None], length)[0]
+        pooled = [x[-1] if "rcl_pool" in more else x.mean(0) for x in (state_LD, other_LD)]
+        clean.append(unit(pooled[0]) if "rcl_cosine" not in more else pooled[0])
+        noisy.append(unit(pooled[1]) if "rcl_cosine" not in more else pooled[1])
+        logits_L3 = model.nid(other_LD)
+        logits_L3 = logits_L3.relu() if "nid_relu" in more else logits_L3
+        for at, (item, following) in enumerate(itertools.pairwise(row)):
+            score_N = item_ND @ scored(state_LD[at]) / 0.5 - popularity_N
+            column = score_N[[following, *negatives]]
+            terms["dap"].append(-column.log_softmax(0)[0])
+            terms["nid"].append(-logits_L3[at].log_softmax(0)[fate_BL[r, at]])
+            for name, a, b in (("image", 0, 1), ("text", 1, 0)):
+                (x_ND, has_N), (y_ND, does_N) = sides[a], sides[b]
+                if has_N[item] and does_N[item]:
+                    inter, intra = ((x_ND[item] @ z.T / 0.25).exp() for z in (y_ND, x_ND))
+                    inter, intra = inter * does_N, intra * has_N
+                    above = inter[item] + inter[following] + intra[following]
+                    below = inter[item] if "align_literal" in more else above
+                    below = below + inter[negatives].sum() + intra[negatives].sum()
+                    terms[name].append(-(above / below).log())
+    expected = {name: torch.stack(values).mean() for name, values in terms.items()}
+    expected["nicl"] = (expected.pop("image") + expected.pop("text")) / 2
+    robust = []
+    for b in range(3):
+        keys = [noisy[b], *(noisy[k] for k in range(3) if users[k] != users[b])]
+        robust.append(-(torch.stack(keys) @ clean[b] / 0.2).log_softmax(0)[0])
+    expected["rcl"] = torch.stack(robust).mean()
+    expected["loss"] = torch.stack(list(expected.values())).sum()
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5, msg=name)
 
 
 def test_pretraining_is_equation_12() -> None:

@@ -51,7 +51,7 @@ def test_an_interrupted_training_says_how_to_go_on(
         train = ("train", "--model", "sasrec", "--name", "r", *SETS, "--warehouse", house, "--json")
         stopped = run(*train, code=130)
     assert not json.loads(stopped.stdout)["finished"]
-    assert re.search(r"0 epochs in \ds, none validated yet", stopped.stderr)
+    assert re.search(r"0 epochs in \d+s, none validated yet", stopped.stderr)
     command = stopped.stderr.splitlines()[-1].partition("go on with: ")[2]
     assert command == f"mmrec train --resume --run r --warehouse {shlex.quote(house)}"
 

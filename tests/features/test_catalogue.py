@@ -276,9 +276,12 @@ def test_predictions_of_another_preparation_and_odd_runs_are_left_out(
 
 
 def test_a_query_can_be_interrupted(warehouse: Warehouse) -> None:
+    # What a shell starts behind its back ignores the signal, and would never end.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     endless = "SELECT count(*) FROM range(10000000) a, range(10000000) b WHERE a.range < b.range"
     timer = threading.Timer(0.5, signal.raise_signal, (signal.SIGINT,))
     timer.start()
     with pytest.raises((KeyboardInterrupt, RuntimeError)):
         query(warehouse, endless)
     timer.cancel()
+    signal.signal(signal.SIGINT, before)

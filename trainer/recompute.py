@@ -36,14 +36,6 @@ class _Tape:
 _tape: _Tape | None = None  # of the piece that is being run
 
 
-def keep(make: Callable[[], Tensor]) -> Tensor:
-    """What ``make`` gives; in a piece that is run again, what it gave the first time.
-
-    For what has no gradient and costs as much as a linear layer.
-    """
-    return make() if _tape is None else _tape.keep(make)
-
-
 def linear(layer: nn.Linear, x: Tensor, rows: slice | None = None, *, bias: bool = True) -> Tensor:
     """``layer(x)``, or only the outputs ``rows`` of it; in a piece it is computed once."""
     held = [layer.weight, layer.bias] if bias else [layer.weight]

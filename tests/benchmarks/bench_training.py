@@ -28,7 +28,7 @@ from trainer.mmsrec import MMSRec, MMSRecConfig
 from trainer.recommender import Catalogue
 
 BATCH, LENGTH, ITEMS, DIM = 1024, 20, 12_101, 512
-STEPS = 2
+STEPS = {"step": 2, "growth": 4}  # of the four batches of an epoch, which hold similar lengths
 
 
 def peak() -> float:
@@ -55,7 +55,7 @@ def histories(users: int, items: int, length: int) -> list[list[int]]:
     return [part.tolist() for part in np.split(ranks, np.cumsum(sizes)[:-1])]
 
 
-def step(batch_size: int, length: int, items: int, precision: str) -> dict[str, Any]:
+def step(batch_size: int, length: int, items: int, precision: str, steps: int) -> dict[str, Any]:
     """Measure training steps of one epoch's first batches."""
     generator = torch.Generator().manual_seed(0)
     present = {name: torch.ones(items, dtype=torch.bool) for name in ("image", "text")}
@@ -74,7 +74,7 @@ def step(batch_size: int, length: int, items: int, precision: str) -> dict[str, 
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     before = peak()
     _, batches = data.epoch(model.plan, batch_size=batch_size, seed=0, epoch=0)
-    windows = [batch for batch in batches if len(batch.users_B) == batch_size][:STEPS]
+    windows = [batch for batch in batches if len(batch.users_B) == batch_size][:steps]
     spent, slots = [], []
     for batch in windows:
 
@@ -160,23 +160,23 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     if given.one:
-        batch, length, items, precision = given.one.split(",")
-        print(json.dumps(step(int(batch), int(length), int(items), precision)))
+        batch, length, items, precision, steps = given.one.split(",")
+        print(json.dumps(step(int(batch), int(length), int(items), precision, int(steps))))
         return
     if "step" in given.sections:
         for precision in given.precision:
-            found = alone(given.threads, BATCH, LENGTH, ITEMS, precision)
+            found = alone(given.threads, BATCH, LENGTH, ITEMS, precision, STEPS["step"])
             show(f"step, {precision}", found)
     if "growth" in given.sections:
-        base = alone(given.threads, 256, LENGTH, 3000, "fp32")
+        base = alone(given.threads, 256, LENGTH, 3000, "fp32", STEPS["growth"])
         show("growth, 256 windows of 20, 3,000 items", base)
         for what, settings in (
             ("2x items", (256, LENGTH, 6000)),
             ("2x windows", (512, LENGTH, 3000)),
             ("2x length", (256, 2 * LENGTH, 3000)),
         ):
-            found = alone(given.threads, *settings, "fp32")
-            print(f"growth, {what}: {found['cpu'] / base['cpu']:.2f} times the time", flush=True)
+            found = alone(given.threads, *settings, "fp32", STEPS["growth"])
+            show(f"growth, {what}: {found['cpu'] / base['cpu']:.2f} times the time", found)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cli import show
-from cli.options import DatasetOption, JsonOption, WarehouseOption
+from cli.options import DatasetOption, DeviceOption, JsonOption, WarehouseOption
 from cli.training import (
     ConfigOption,
     FeaturesOption,
@@ -123,6 +123,7 @@ def evaluate(
     dataset: Annotated[
         str | None, typer.Option("--dataset", help="With retrieval: the items of another dataset.")
     ] = None,
+    device: DeviceOption = None,
     json: JsonOption = False,
     warehouse: WarehouseOption = None,
 ) -> None:
@@ -140,22 +141,24 @@ def evaluate(
     if why != "given":
         show.say(f"run: {folder.name} ({why})")
     if protocol == "retrieval":
-        _retrieve(house, folder, dataset, json)
+        _retrieve(house, folder, dataset, device, json)
         return
-    report = run_evaluate(house, folder, index)
+    report = run_evaluate(house, folder, index, device)
     if json:
         show.emit_json(asdict(report))
     else:
         show_evaluated(report)
 
 
-def _retrieve(house: Warehouse, folder: Path, dataset: str | None, json: bool) -> None:
+def _retrieve(
+    house: Warehouse, folder: Path, dataset: str | None, device: str | None, json: bool
+) -> None:
     from trainer.evaluate_retrieval import evaluate_retrieval
     from trainer.run import open_run
 
     line = show.Line(every=0.0)
     try:
-        run = open_run(house, folder)
+        run = open_run(house, folder, device)
         report = evaluate_retrieval(house, run, dataset=dataset, on_stage=line.update)
     finally:
         line.close()
@@ -180,14 +183,16 @@ def _retrieve(house: Warehouse, folder: Path, dataset: str | None, json: bool) -
         show.out.print(f"  {text}", markup=False)
 
 
-def run_evaluate(house: Warehouse, folder: Path, index: str) -> "EvalReport":
+def run_evaluate(
+    house: Warehouse, folder: Path, index: str, device: str | None = None
+) -> "EvalReport":
     """Evaluate a run, telling on one live line what is being done."""
     from trainer.evaluate import evaluate as go
     from trainer.run import open_run
 
     line = show.Line(every=0.0)
     try:
-        return go(house, open_run(house, folder), index=index, on_stage=line.update)
+        return go(house, open_run(house, folder, device), index=index, on_stage=line.update)
     finally:
         line.close()
 

@@ -18,3 +18,7 @@ DatasetOption = Annotated[
     typer.Option("--dataset", help="Else the only one, else the last one extracted."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
+DeviceOption = Annotated[
+    str | None,
+    typer.Option("--device", help="auto, cpu, cuda or cuda:N; else where the run was trained."),
+]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cli import show
-from cli.options import JsonOption, WarehouseOption
+from cli.options import DeviceOption, JsonOption, WarehouseOption
 from features.errors import UserError, unknown
 from features.warehouse import Warehouse
 
@@ -39,6 +39,7 @@ def recommend(
     ] = None,
     run: Annotated[str | None, typer.Option("--run", help="Else the last one.")] = None,
     index: Annotated[str, typer.Option("--index", help="What searches the catalogue.")] = "faiss",
+    device: DeviceOption = None,
     json: JsonOption = False,
     warehouse: WarehouseOption = None,
 ) -> None:
@@ -63,7 +64,7 @@ def recommend(
     from trainer.recommend import Adviser
     from trainer.run import open_run
 
-    adviser = Adviser(house, open_run(house, folder), index=index)
+    adviser = Adviser(house, open_run(house, folder, device), index=index)
     document: dict[str, Any] = {"run": folder.name, "dataset": adviser.run.dataset}
     if out is not None:
         document |= _write(adviser, out, k, unmasked)

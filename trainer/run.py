@@ -167,8 +167,13 @@ def start_run(
     return run
 
 
-def open_run(warehouse: Warehouse, folder: Path) -> OpenRun:
+def open_run(warehouse: Warehouse, folder: Path, device: str | None = None) -> OpenRun:
     """Build what the folder of a run describes: model and data, weights not yet loaded.
+
+    Args:
+        warehouse: Holds the run and its dataset.
+        folder: The run's.
+        device: Where to put both; else where it was trained.
 
     Raises:
         UserError: The folder is damaged, or the dataset has been prepared anew since.
@@ -189,7 +194,7 @@ def open_run(warehouse: Warehouse, folder: Path) -> OpenRun:
             " prepare it as it was, or train again"
         )
     backbones = read_blocks(folder) if configs[0].tune_blocks else {}
-    run = _open(warehouse, folder, model, names, labels, stage, configs, backbones)
+    run = _open(warehouse, folder, model, names, labels, stage, configs, backbones, device)
     if "init" in about:  # a checkpoint is for where its training came from, too
         if not any((folder / f"{kind}.safetensors").exists() for kind in ("model", "resume")):
             _take_again(warehouse, run, about["init"])
@@ -279,9 +284,10 @@ def _open(
     stage: str,
     configs: tuple[Any, ...],
     backbones: Mapping[str, UpperBlocks],
+    place: str | None = None,
 ) -> OpenRun:
     train_config, model_config, *more = configs
-    device = choose_device(train_config.device)
+    device = choose_device(place or train_config.device)
     if stage != STAGE:
         check_trainable(load_dataset(warehouse, datasets[0]))
     source = load_source(warehouse, datasets, labels, device)

@@ -13,6 +13,7 @@ from tests.trainer import worlds
 from trainer import recommend
 from trainer.checkpoint import save_weights
 from trainer.data import Sequences
+from trainer.inputs import choose_device
 from trainer.recommend import RECOMMENDATIONS, Adviser, write_all
 from trainer.run import OpenRun, open_run, start_run
 
@@ -121,3 +122,22 @@ def test_what_cannot_be_asked(house: Warehouse) -> None:
     before = start_run(house, "pmmrec", "world", settings=small, name="p", stage="pretrain")
     with pytest.raises(UserError, match="is a pre-training and recommends nothing"):
         Adviser(house, before, index="torch")
+
+
+def test_a_run_is_opened_on_another_device_than_it_was_trained_on(
+    house: Warehouse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = begin(house, "mmsrec", "r").folder
+    asked: list[str] = []
+
+    def choose(name: str) -> torch.device:
+        asked.append(name)
+        return choose_device("cpu")
+
+    monkeypatch.setattr("trainer.run.choose_device", choose)
+    elsewhere = open_run(house, folder, "cuda:1")
+    assert asked == ["cuda:1"]
+    assert elsewhere.config.device == "cpu"  # what it was trained with is part of its identity
+    Adviser(house, elsewhere, index="torch")
+    with pytest.raises(UserError, match="device='cuda:99' cannot be used here"):
+        choose_device("cuda:99")

@@ -19,7 +19,7 @@ lint: $(READY)
 	$(BIN)/mypy
 
 check: $(READY)
-	$(BIN)/pytest -q -m 'not heavy' -n auto --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest -q -m 'not heavy' --durations=15 -n auto --dist loadfile --no-loadscope-reorder
 
 heavy: $(READY)
 	$(BIN)/pytest -q -m heavy -n auto --dist loadfile --no-loadscope-reorder

@@ -5,9 +5,9 @@ bidirectional transformer; an item's vector is the element-wise maximum over its
 next item is predicted as the hidden last item of a Cloze task, by cosine over the whole catalogue.
 
 Where code and paper differ: a missing modality has no token (the paper puts the mask token there,
-``missing="mask"``); positions count from the end of the sequence, so that they do not depend on
-the batch's longest sequence, as the released code's do; each epoch draws windows with random ends
-instead of one sample for each prefix.
+``missing="mask"``), and an item without any has a token that stands for that; positions count from
+the end of the sequence, so that they do not depend on the batch's longest sequence, as the released
+code's do; each epoch draws windows with random ends instead of one sample for each prefix.
 
 Three options are not the paper's, and off by default: ``ids`` gives an item a token of its own
 beside those of its modalities, ``whiten`` decorrelates the frozen features, as WhitenRec does
@@ -37,7 +37,10 @@ from trainer.transformer import Transformer, initialise, positions_from_end
 from trainer.whitening import Whitening
 
 _ITEMS_AT_ONCE = 4096  # without gradients
-_TOKENS_AT_ONCE = 1024  # with gradients: what stands between two products stays in the cache
+# With gradients. A piece's numbers between two products stay in the cache; fewer than the second
+# are not worth taking apart, for all that would be saved is some hundred megabytes.
+_NUMBERS_AT_ONCE = 2**19
+_NUMBERS_IN_ALL = 2**22
 _LEAST_TEMPERATURE = 1e-4
 # Below the first number an item is masked, below the second swapped; how many are never swapped in.
 _CORRUPTIONS = {"80-10-10": (0.8, 0.9, 0), "81-9-10": (0.81, 0.9, 1)}
@@ -111,15 +114,15 @@ class MMSRec(Recommender):
     # One encoder serves as both towers, so each part takes it.
     parts: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "items": ("whitening.", "inputs.", "id.", "known_N", "outputs.", "modality.", *_SHARED),
-        "users": ("position.", "mask", *_SHARED),
+        "users": ("position.", "instead.", *_SHARED),
         "text": (
             *("whitening.text.", "inputs.text.", "outputs.text."),
-            *("modality.", "position.", "mask", *_SHARED),
+            *("modality.", "position.", "instead.", *_SHARED),
         ),
         "image": (  # pictures or clips: what is seen
             *("whitening.image.", "inputs.image.", "outputs.image."),
             *("whitening.video.", "inputs.video.", "outputs.video."),
-            *("modality.", "position.", "mask", *_SHARED),
+            *("modality.", "position.", "instead.", *_SHARED),
         ),
     }
     of_catalogue = ("id.0.", "known_N")
@@ -143,7 +146,7 @@ class MMSRec(Recommender):
             self.id = nn.Sequential(nn.Embedding(catalogue.n_items, dim), nn.LayerNorm(dim))
             self.register_buffer("known_N", torch.ones(catalogue.n_items, dtype=torch.bool))
         self.outputs = nn.ModuleDict({name: _Head(dim, dim) for name in names})
-        self.mask = nn.Parameter(torch.randn(dim) * 0.02)
+        self.instead = nn.Embedding(2, dim)  # of a hidden item, of one that has no modality
         self.position = nn.Embedding(config.length, dim)
         self.modality = nn.Embedding(len(names), dim)
         self.norm = nn.LayerNorm(dim)
@@ -237,6 +240,11 @@ class MMSRec(Recommender):
         return {"loss": part_softmax(query_MD, item_KD, part, scale)}
 
     @property
+    def mask(self) -> Tensor:
+        """(D,) the mask token."""
+        return self.instead.weight[0]
+
+    @property
     def temperature(self) -> float:
         """Divides cosines, in both stages."""
         return self.config.temperature
@@ -244,7 +252,7 @@ class MMSRec(Recommender):
     @property
     def unaligned(self) -> tuple[str, ...]:
         """Parameters that encoding items by some of their modalities never reads."""
-        mask = ("mask",) if self.config.missing == "drop" else ()
+        mask = ("instead.weight",) if self.config.missing == "drop" else ()
         ids = (f"{_ID}.", f"outputs.{_ID}.")
         return *mask, *(name for name, _ in self.named_parameters() if name.startswith(ids))
 
@@ -301,9 +309,16 @@ class MMSRec(Recommender):
                 found[number] = functional.normalize(self._pool(state, there, taken), dim=-1)
         return [found[number] for number in range(len(views))]
 
-    def _piecewise(self) -> bool:
-        """Whether to train piece by piece: on a CPU, unless ``torch.compile`` has the blocks."""
-        return not (plain(self.mask) or self.transformer.compiled)
+    def _piece(self, tokens: int) -> int:
+        """How many of so many tokens are trained on at once, 0: all, and nothing is recomputed.
+
+        Pieces pay on a CPU, where they are many, unless ``torch.compile`` has the blocks.
+        """
+        dim = self.config.dim
+        whole = tokens * dim <= _NUMBERS_IN_ALL
+        if whole or plain(self.mask) or self.transformer.compiled:
+            return 0
+        return max(1, _NUMBERS_AT_ONCE // dim)
 
     def _queries(
         self, shown: Sequences, hidden_BL: Tensor, chosen_BL: Tensor, features: ItemFeatures
@@ -321,16 +336,19 @@ class MMSRec(Recommender):
             tokens = self._tokens(part, (first_BL, of_item), features, covered_BL)
             return functional.normalize(self._encode(tokens, at_BL), dim=-1)
 
-        if not self._piecewise():
+        width = len(self.outputs) * shown.items_BL.shape[1]  # tokens of a row
+        piece = self._piece(len(lengths_B) * width)
+        if not piece:
             order_B = torch.arange(len(lengths_B), device=lengths_B.device)
             return run(order_B, *of_item), order_B
         order_B = lengths_B.argsort(stable=True)
-        size = max(1, _TOKENS_AT_ONCE // (len(self.outputs) * shown.items_BL.shape[1]))
+        size = max(1, piece // width)
         return in_pieces(run, order_B.split(size), self.parameters(), of_item), order_B
 
     def _encode_each(self, item_K: Tensor, features: ItemFeatures) -> Tensor:
         """Encode some items, each once: (K, D), with gradients."""
-        if not self._piecewise():
+        piece = self._piece(len(item_K) * len(self.outputs))
+        if not piece:
             return self._encode_alone(item_K, features)
         # Complete items need no mask: the others come last.
         complete_K = self._present(item_K, features).all(-1)
@@ -338,7 +356,7 @@ class MMSRec(Recommender):
         pieces = [
             item_B
             for part in item_K[order_K].split([int(complete_K.sum()), int((~complete_K).sum())])
-            for item_B in part.split(max(1, _TOKENS_AT_ONCE // len(self.outputs)))
+            for item_B in part.split(max(1, piece // len(self.outputs)))
             if len(item_B)
         ]
         # Looked up together: a table's gradient is as large as the table, whatever the piece.
@@ -403,12 +421,15 @@ class MMSRec(Recommender):
     ) -> tuple[Tensor, Tensor]:
         """Embed a batch: tokens (B, L, C, D), and (B, L, C) bool, which of them exist.
 
-        ``hidden_BL`` slots hold the mask token in every modality. So does an item that has no
-        modality at all: there is nothing else to know it by.
+        ``hidden_BL`` slots hold the mask token in every modality. An item that has no modality at
+        all has another token there: were it the mask, its vector would be close to every query.
         """
         items_BL, valid_BL = sequences.items_BL, sequences.mask_BL
         present_BLC = self._present(items_BL, features)
         nothing_BL = ~present_BLC.any(-1)
+        instead_BL = torch.zeros_like(items_BL)
+        if self.config.missing == "drop":
+            instead_BL = (nothing_BL if hidden_BL is None else nothing_BL & ~hidden_BL).long()
         hidden_BL = nothing_BL if hidden_BL is None else hidden_BL | nothing_BL
         as_mask_BLC = hidden_BL[..., None].expand_as(present_BLC)
         if self.config.missing == "mask":
@@ -417,7 +438,8 @@ class MMSRec(Recommender):
         place_BL, of_item = first
         tokens_BLCD = torch.stack([functional.embedding(place_BL, x_KD) for x_KD in of_item], 2)
         if bool(as_mask_BLC.any()):
-            tokens_BLCD = torch.where(as_mask_BLC[..., None], self.mask, tokens_BLCD)
+            instead_BLD = self.instead(instead_BL)
+            tokens_BLCD = torch.where(as_mask_BLC[..., None], instead_BLD[:, :, None], tokens_BLCD)
         positions_BL = positions_from_end(sequences.lengths_B, items_BL.shape[1])
         tokens_BLCD = tokens_BLCD + self.position(positions_BL)[:, :, None] + self.modality.weight
         tokens_BLCD = dropout(self.norm(tokens_BLCD), self.config.embed_dropout, self.training)

@@ -98,7 +98,8 @@ def mmsrec_tokens(
                 x = features.vectors[name][item] @ linear.weight.T + linear.bias
                 token = norm(after, x)
             elif not known or missing == "mask":
-                token = model.mask
+                stranger = item is not None and missing == "drop"  # nothing is known of it
+                token = model.instead.weight[int(stranger)]
             else:
                 continue
             position = model.position.weight[len(shown) - 1 - slot]

@@ -56,13 +56,14 @@ def test_pieces_give_the_gradients_of_one_graph(
     settings = {"dropout": probability, "embed_dropout": probability, **options}
     model: Any = build("mmsrec", features, **settings).double().train()
     model.adapt(features, TrainSet(counts_N=torch.arange(N), keys_J=torch.arange(N)))
-    monkeypatch.setattr(mmsrec, "_TOKENS_AT_ONCE", 20)
+    monkeypatch.setattr(mmsrec, "_NUMBERS_IN_ALL", 0)
+    monkeypatch.setattr(mmsrec, "_NUMBERS_AT_ONCE", 20 * model.config.dim)
     pieces = gradients(model, features)
     with monkeypatch.context() as patch:
         patch.setattr(mmsrec, "in_pieces", in_one_graph)
         torch.testing.assert_close(pieces, gradients(model, features))
     if not probability:
-        monkeypatch.setattr(type(model), "_piecewise", lambda self: False)
+        monkeypatch.setattr(type(model), "_piece", lambda self, tokens: 0)
         for name in ("trainer.elementwise", "trainer.transformer"):
             monkeypatch.setattr(f"{name}.plain", lambda _: True)
         torch.testing.assert_close(pieces, gradients(model, features))

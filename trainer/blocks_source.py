@@ -5,14 +5,12 @@ keeps the configuration in ``blocks.json`` and the weights with its own, so that
 of a training reads the checkpoint.
 """
 
-import logging
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from features.checkpoints import stored_config
+from features.checkpoints import quiet, stored_config
 from features.errors import UserError
 from features.files import write_json
 from features.store import FeatureTable
@@ -185,22 +183,11 @@ def _config_depth(table: FeatureTable) -> int:
 @contextmanager
 def _library(trouble: str, remedy: str) -> Iterator[None]:
     """Keep the library quiet, and make one line of whatever it stumbles over."""
-    import transformers
-
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity(logging.ERROR)
-    progress = transformers.logging.is_progress_bar_enabled()
-    transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with quiet():
             yield
     except UserError:
         raise
     except Exception as error:  # whatever is wrong with a checkpoint, it is not ours
         line = " ".join(str(error).split())[:160] or type(error).__name__
         raise UserError(f"{trouble} ({line}); {remedy}") from None
-    finally:
-        transformers.logging.set_verbosity(verbosity)
-        if progress:
-            transformers.logging.enable_progress_bar()  # type: ignore[no-untyped-call]

@@ -8,8 +8,6 @@ checkpoint and would be random; else by the class token, else by the mean. ``NAM
 Legend: B inputs of a batch, T tokens, D width of the embedding, CHW a picture's planes.
 """
 
-import logging
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +17,7 @@ import torch
 import transformers
 from PIL import Image
 
-from features.checkpoints import fingerprint, stored_config
+from features.checkpoints import fingerprint, quiet, stored_config
 from features.errors import UserError
 from pipeline.backends import masking, torched
 from pipeline.backends.contract import POOLED, TOKENS, Batch, Tokens, Vectors, split_pooling
@@ -317,13 +315,8 @@ def _vector(output: Any) -> torch.Tensor:
 @contextmanager
 def loading(name: str, folder: Path) -> Iterator[None]:
     """Keep the library quiet, and make one line of whatever it stumbles over."""
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity(logging.ERROR)
-    progress = transformers.logging.is_progress_bar_enabled()
-    transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with quiet():
             yield
     except UserError:
         raise
@@ -331,7 +324,3 @@ def loading(name: str, folder: Path) -> Iterator[None]:
         raise UserError(
             f"backbone {name!r}: transformers cannot load {folder} ({one_line(error)})"
         ) from None
-    finally:
-        transformers.logging.set_verbosity(verbosity)
-        if progress:
-            transformers.logging.enable_progress_bar()  # type: ignore[no-untyped-call]

@@ -107,6 +107,8 @@ def _grid(path: Path, document: dict[str, Any]) -> Grid:
             many = "in neither rows nor columns" if key not in placed else "twice in the table"
             raise UserError(f"the axis {key!r} stands {many}; name it once")
     metrics = document.get("metrics", ["HR@10", "NDCG@10"])
+    if not metrics:
+        raise UserError("metrics=[] leaves the table empty; name one, or leave the key out")
     for metric in metrics:
         if metric not in METRICS:
             raise unknown("metric", metric, list(METRICS))

@@ -62,6 +62,17 @@ def create_items(db: duckdb.DuckDBPyConnection, root: Path, files: Files) -> tup
         f" coalesce({_settled('i.video')}, v.path) AS video, i.attributes"
         " FROM described i LEFT JOIN images p USING (item_id) LEFT JOIN videos v USING (item_id)"
     )
+    for column, (role, word) in _KINDS.items():
+        count, such = one(
+            db,
+            f"SELECT count(*), list(item_id ORDER BY item_id)[:3] FROM raw_items r"
+            f" JOIN {role} f USING (item_id) WHERE r.{column} <> f.path",
+        )
+        if count:
+            notes.append(
+                f"{many(count, 'item')} with {word} both named by the table of items and found"
+                f" among the files (such as {some(such)}); the table's are taken"
+            )
     return tuple(notes)
 
 

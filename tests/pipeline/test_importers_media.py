@@ -115,6 +115,21 @@ def test_ways_that_come_back_and_links_are_fine(warehouse: Warehouse, tmp_path: 
     assert [media.read(str(one)) for one in images_of(warehouse)] == [b"A", b"B", b"C"]
 
 
+def test_what_the_table_of_items_names_wins_and_is_told(
+    warehouse: Warehouse, tmp_path: Path
+) -> None:
+    said: list[str] = []
+    items = "item_id,image\na,images/a.png\nb,other/b.png\nc,\n"
+    files = {f"images/{name}.png": "x" for name in "abc"}
+    content = {"interactions.csv": INTERACTIONS, "items.csv": items, **files}
+    prepared(warehouse, tmp_path / "raw", content, say=said.append)
+    assert images_of(warehouse) == ["images/a.png", "other/b.png", "images/c.png"]
+    assert (
+        "1 item with pictures both named by the table of items and found among the files"
+        " (such as 'b'); the table's are taken"
+    ) in said
+
+
 def test_of_several_files_of_one_item_the_first_by_name_counts(
     warehouse: Warehouse, tmp_path: Path
 ) -> None:

@@ -9,9 +9,11 @@ Where code and paper differ: a missing modality has no token (the paper puts the
 the end of the sequence, so that they do not depend on the batch's longest sequence, as the released
 code's do; each epoch draws windows with random ends instead of one sample for each prefix.
 
-Three options are not the paper's, and off by default: ``ids`` gives an item a token of its own
-beside those of its modalities, ``whiten`` decorrelates the frozen features, as WhitenRec does
-(Zhang et al., ICDE 2024), ``candidates`` lets a step's softmax run over a part of the catalogue.
+Four options are not the paper's, and off by default: ``objective=next`` trains as SASRec does, each
+item of a history predicting the one after it, no token looking at a later item; ``ids`` gives an
+item a token of its own beside those of its modalities; ``whiten`` decorrelates frozen features, as
+WhitenRec does (Zhang et al., ICDE 2024); ``candidates`` lets a step's softmax run over a part of
+the catalogue.
 
 Legend: B batch, L sequence length, N items, K of them, C tokens of an item, D width,
 M predicted positions, T = L*C.
@@ -19,7 +21,6 @@ M predicted positions, T = L*C.
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -27,9 +28,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from features.errors import UserError
-from trainer.checks import check_heads, check_not_negative, check_positive, check_probability
 from trainer.data import Batch, ItemFeatures, Sequences, TrainSet, WindowPlan
 from trainer.elementwise import dropout, plain
+from trainer.mmsrec_config import CORRUPTIONS, MMSRecConfig
 from trainer.objectives import draw_candidates, full_softmax, part_softmax
 from trainer.recommender import Catalogue, Recommender
 from trainer.recompute import in_pieces, linear
@@ -41,67 +42,8 @@ _ITEMS_AT_ONCE = 4096  # without gradients
 # are not worth taking apart, for all that would be saved is some hundred megabytes.
 _NUMBERS_AT_ONCE = 2**19
 _NUMBERS_IN_ALL = 2**22
-_LEAST_TEMPERATURE = 1e-4
-# Below the first number an item is masked, below the second swapped; how many are never swapped in.
-_CORRUPTIONS = {"80-10-10": (0.8, 0.9, 0), "81-9-10": (0.81, 0.9, 1)}
 _SHARED = ("norm.", "transformer.")
 _ID = "id"  # the token of an item's identity stands behind those of its modalities
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MMSRecConfig:
-    """Hyper-parameters of MMSRec; sizes, dropout, temperature and mask ratio are the paper's."""
-
-    dim: int = 512
-    """Width of tokens, transformer and shared space."""
-    layers: int = 2
-    """Transformer blocks."""
-    heads: int = 8
-    """Attention heads."""
-    hidden: int = 1024
-    """Width of the feed-forward networks."""
-    length: int = 20
-    """Most items of a sequence, the slot of the predicted item included."""
-    dropout: float = 0.5
-    """Probability inside the transformer (0.2 for dense data such as ML-1M)."""
-    embed_dropout: float = 0.2
-    """Probability on the embedded tokens."""
-    temperature: float = 0.05
-    """Divides the cosine in the softmax."""
-    mask_ratio: float = 0.2
-    """Share of positions that are predicted; the last one always is."""
-    stride: int = 0
-    """Interactions between two training windows of a user; 0: half of ``length``."""
-    corruption: str = "80-10-10"
-    """Shares of predicted items that are masked, swapped and kept (the paper); ``81-9-10`` is what
-    the released code does, which also never swaps the catalogue's last item in."""
-    missing: str = "drop"
-    """``drop``: a missing modality has no token; ``mask``: it is the mask token (the paper)."""
-    ids: bool = False
-    """Each item has a learned token beside those of its modalities; one without training
-    interactions has none, and is known by its features alone."""
-    whiten: bool = False
-    """Decorrelate each modality's features by what they are for the items seen in training."""
-    candidates: int = 0
-    """Items that the softmax of a step runs over: the predicted ones, and others drawn evenly that
-    stand for all the rest; 0: the whole catalogue, as in the paper."""
-
-    def __post_init__(self) -> None:
-        check_positive(self, "dim", "layers", "heads", "hidden", "length", "temperature")
-        check_not_negative(self, "stride", "candidates")
-        check_probability(self, "dropout", "embed_dropout", "mask_ratio")
-        check_heads(self.dim, self.heads)
-        if self.length < 2:
-            raise UserError(f"length={self.length} must be at least 2: history and predicted item")
-        if self.temperature < _LEAST_TEMPERATURE:
-            raise UserError(
-                f"temperature={self.temperature} must be at least {_LEAST_TEMPERATURE}:"
-                " float32 scores are too coarse for less"
-            )
-        for key, known in (("missing", ("drop", "mask")), ("corruption", tuple(_CORRUPTIONS))):
-            if getattr(self, key) not in known:
-                value = getattr(self, key)
-                raise UserError(f"{key}={value!r} is not known; known: {', '.join(known)}")
 
 
 class MMSRec(Recommender):
@@ -174,14 +116,21 @@ class MMSRec(Recommender):
 
     @property
     def plan(self) -> WindowPlan:
-        """Windows with random ends: the ends are what is always predicted."""
-        stride = self.config.stride or max(1, self.config.length // 2)
-        return WindowPlan(length=self.config.length, stride=stride, cover=False)
+        """Every interaction a target; when masked, random ends, which are always predicted."""
+        length = self.config.length
+        if self._causal:
+            return WindowPlan(length=length, stride=length - 1, cover=True)
+        stride = self.config.stride or max(1, length // 2)
+        return WindowPlan(length=length, stride=stride, cover=False)
 
     @property
     def history(self) -> int:
         """One less than ``length``: the last slot is the predicted item's."""
         return self.config.length - 1
+
+    @property
+    def _causal(self) -> bool:
+        return self.config.objective == "next"
 
     def encode_items(self, features: ItemFeatures) -> Tensor:
         """Encode each item as a sequence of its own: (N, D), each of length 1."""
@@ -194,43 +143,27 @@ class MMSRec(Recommender):
     def encode_sequences(
         self, item_vectors_ND: Tensor, sequences: Sequences, features: ItemFeatures
     ) -> Tensor:
-        """The state of a mask token put behind each history: (B, D), each of length 1."""
-        lengths_B = sequences.lengths_B + 1
-        items_BL = functional.pad(sequences.items_BL, (0, 1))
-        longer = Sequences(items_BL=items_BL, lengths_B=lengths_B)
-        columns_L = torch.arange(items_BL.shape[1], device=items_BL.device)
-        last_BL = columns_L == lengths_B[:, None] - 1
-        tokens = self._tokens(longer, self._first(items_BL, features), features, last_BL)
+        """The state of a mask token put behind each history: (B, D), each of length 1.
+
+        With ``objective=next`` it is the state of the history's last item.
+        """
+        if not self._causal:
+            items_BL = functional.pad(sequences.items_BL, (0, 1))
+            sequences = Sequences(items_BL=items_BL, lengths_B=sequences.lengths_B + 1)
+        last_BL = _last(sequences)
+        first = self._first(sequences.items_BL, features)
+        tokens = self._tokens(sequences, first, features, None if self._causal else last_BL)
         return functional.normalize(self._encode(tokens, last_BL), dim=-1)
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
-        """Masked item prediction: cosine / temperature, softmax over catalogue or candidates.
+        """Item prediction: cosine / temperature, softmax over the catalogue or candidates.
 
-        Of the predicted positions, the last is always the mask token; of the others 80% are the
-        mask token, 10% a random item, 10% stay as they are (section 3.3 of the paper), or as
-        ``corruption`` says.
+        When masked, of the predicted positions the last is always the mask token; of the others 80%
+        are the mask token, 10% a random item, 10% stay as they are (section 3.3 of the paper), or
+        as ``corruption`` says.
         """
-        sequences = batch.sequences
-        items_BL, valid_BL = sequences.items_BL, sequences.mask_BL
-        columns_L = torch.arange(items_BL.shape[1], device=items_BL.device)
-        last_BL = columns_L == sequences.lengths_B[:, None] - 1
         draw = batch.generator
-        chosen_BL = torch.rand(items_BL.shape, generator=draw).to(items_BL.device)
-        chosen_BL = ((chosen_BL < self.config.mask_ratio) & valid_BL) | last_BL
-        fate_BL = torch.rand(items_BL.shape, generator=draw).to(items_BL.device)
-        masked, swapped, left_out = _CORRUPTIONS[self.config.corruption]
-        items = max(1, batch.features.n_items - left_out)
-        random_BL = torch.randint(items, items_BL.shape, generator=draw)
-        hidden_BL = chosen_BL & ((fate_BL < masked) | last_BL)
-        swapped_BL = chosen_BL & ~hidden_BL & (fate_BL < swapped)
-        shown_BL = torch.where(swapped_BL, random_BL.to(items_BL.device), items_BL)
-        query_MD, order_B = self._queries(
-            Sequences(items_BL=shown_BL, lengths_B=sequences.lengths_B),
-            hidden_BL,
-            chosen_BL,
-            batch.features,
-        )
-        target_M = items_BL[order_B][chosen_BL[order_B]]
+        query_MD, target_M = self._next(batch) if self._causal else self._masked(batch)
         scale = 1 / self.config.temperature
         if not self.config.candidates:
             item_ND = self.encode_items(batch.features)
@@ -238,6 +171,33 @@ class MMSRec(Recommender):
         part = draw_candidates(target_M, batch.features.n_items, self.config.candidates, draw)
         item_KD = self._encode_each(part.items_K, batch.features)
         return {"loss": part_softmax(query_MD, item_KD, part, scale)}
+
+    def _masked(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The states of the chosen slots (M, D), each of length 1, and their items (M,)."""
+        sequences = batch.sequences
+        items_BL, last_BL = sequences.items_BL, _last(sequences)
+        draw = batch.generator
+        chosen_BL = torch.rand(items_BL.shape, generator=draw).to(items_BL.device)
+        chosen_BL = ((chosen_BL < self.config.mask_ratio) & sequences.mask_BL) | last_BL
+        fate_BL = torch.rand(items_BL.shape, generator=draw).to(items_BL.device)
+        masked, swapped, left_out = CORRUPTIONS[self.config.corruption]
+        items = max(1, batch.features.n_items - left_out)
+        random_BL = torch.randint(items, items_BL.shape, generator=draw)
+        hidden_BL = chosen_BL & ((fate_BL < masked) | last_BL)
+        swapped_BL = chosen_BL & ~hidden_BL & (fate_BL < swapped)
+        shown_BL = torch.where(swapped_BL, random_BL.to(items_BL.device), items_BL)
+        shown = Sequences(items_BL=shown_BL, lengths_B=sequences.lengths_B)
+        query_MD, order_B = self._queries(shown, hidden_BL, chosen_BL, batch.features)
+        return query_MD, items_BL[order_B][chosen_BL[order_B]]
+
+    def _next(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The states of all slots but the last (M, D), each of length 1, and what follows (M,)."""
+        items_BL = batch.sequences.items_BL
+        shown = Sequences(items_BL=items_BL[:, :-1], lengths_B=batch.sequences.lengths_B - 1)
+        valid_BL = shown.mask_BL
+        hidden_BL = torch.zeros_like(valid_BL)
+        query_MD, order_B = self._queries(shown, hidden_BL, valid_BL, batch.features)
+        return query_MD, items_BL[order_B, 1:][valid_BL[order_B]]
 
     @property
     def mask(self) -> Tensor:
@@ -437,7 +397,8 @@ class MMSRec(Recommender):
         # Not `x_KD[place_BL]`: the order in which its backward pass adds is left to the threads.
         place_BL, of_item = first
         tokens_BLCD = torch.stack([functional.embedding(place_BL, x_KD) for x_KD in of_item], 2)
-        if bool(as_mask_BLC.any()):
+        # Always where the next item is predicted: else a step might leave a parameter without one.
+        if self._causal or bool(as_mask_BLC.any()):
             instead_BLD = self.instead(instead_BL)
             tokens_BLCD = torch.where(as_mask_BLC[..., None], instead_BLD[:, :, None], tokens_BLCD)
         positions_BL = positions_from_end(sequences.lengths_B, items_BL.shape[1])
@@ -449,9 +410,13 @@ class MMSRec(Recommender):
         """Run the encoder; give the vectors at the slots ``at_BL``, row by row: (M, D)."""
         tokens_BLCD, exists_BLC = tokens
         B, L, C, D = tokens_BLCD.shape
-        keys_BT = None if bool(exists_BLC.all()) else exists_BLC.view(B, L * C)
+        keys = None if bool(exists_BLC.all()) else exists_BLC.view(B, L * C)
+        if self._causal and L > 1:
+            item_T = torch.arange(L, device=tokens_BLCD.device).repeat_interleave(C)
+            before_TT = item_T <= item_T[:, None]
+            keys = before_TT[None] if keys is None else before_TT & keys[:, None]
         at_BT = at_BL[..., None].expand(B, L, C).reshape(B, L * C)
-        hidden_XD = self.transformer(tokens_BLCD.view(B, L * C, D), keys_BT, at_BT)
+        hidden_XD = self.transformer(tokens_BLCD.view(B, L * C, D), keys, at_BT)
         return self._pool(hidden_XD.view(-1, C, D), exists_BLC[at_BL], list(self.outputs))
 
     def _pool(self, hidden_MCD: Tensor, exists_MC: Tensor, names: list[str]) -> Tensor:
@@ -462,6 +427,12 @@ class MMSRec(Recommender):
             found = [x.masked_fill(~exists_MC[:, c, None], lowest) for c, x in enumerate(found)]
         largest_MD: Tensor = functools.reduce(torch.maximum, found)
         return largest_MD
+
+
+def _last(sequences: Sequences) -> Tensor:
+    """(B, L) bool: the last item of each sequence."""
+    columns_L = torch.arange(sequences.items_BL.shape[1], device=sequences.items_BL.device)
+    return columns_L == sequences.lengths_B[:, None] - 1
 
 
 class _Head(nn.Sequential):

@@ -42,7 +42,8 @@ def _sasrec() -> tuple[Any, Any]:
 
 
 def _mmsrec() -> tuple[Any, Any]:
-    from trainer.mmsrec import MMSRec, MMSRecConfig
+    from trainer.mmsrec import MMSRec
+    from trainer.mmsrec_config import MMSRecConfig
 
     return MMSRecConfig, MMSRec
 
@@ -86,6 +87,7 @@ MODELS: dict[str, Model] = {
             "sparser or denser data": "mmrec prepare --name NAME --k-core 4..7",
             "as the paper's missing modality": "--set missing=mask",
             "as the released code masks": "--set corruption=81-9-10",
+            "next item, not the Cloze task": "--set objective=next",
             "with ids, features whitened": "--set ids=true --set whiten=true",
             "pre-training as published": (
                 "--set lr=5e-5 --set batch_size=48000 --set epochs=15 --set duplicates=keep"

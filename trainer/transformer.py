@@ -1,6 +1,6 @@
 """The transformer that the sequence towers share.
 
-Legend: B batch, T tokens, D width, H heads, E width of a head.
+Legend: B batch, T tokens, D width, H heads, E width of a head, M tokens whose output is wanted.
 """
 
 import torch
@@ -39,7 +39,7 @@ class Block(nn.Module):
     def forward(
         self,
         x_BTD: Tensor,
-        keys_BT: Tensor | None,
+        keys: Tensor | None,
         causal: bool,
         at_M: Tensor | None = None,
     ) -> Tensor:
@@ -47,14 +47,15 @@ class Block(nn.Module):
 
         Args:
             x_BTD: Tokens.
-            keys_BT: True where a token may be attended to; ``None``: everywhere.
+            keys: True where a token may be attended to, (B, T) by all, or (B or 1, T, T) by each,
+                which then takes the place of ``causal``; ``None``: everywhere.
             causal: Whether a token sees only itself and what stands before it.
             at_M: Which tokens the outputs are wanted of, as numbers in B x T; ``None``: of all.
 
         Returns:
             (B, T, D), or with ``at_M`` (M, D).
         """
-        mixed_BTD = self._mix(x_BTD, keys_BT, causal)
+        mixed_BTD = self._mix(x_BTD, keys, causal)
         if at_M is not None:
             x_BTD, mixed_BTD = (x.flatten(0, 1).index_select(0, at_M) for x in (x_BTD, mixed_BTD))
         p = self.dropout if self.training else 0.0
@@ -62,12 +63,12 @@ class Block(nn.Module):
         inner_BTF = gelu_dropout(linear(self.up, x_BTD), p)
         return add_norm(x_BTD, linear(self.down, inner_BTF), self.norm_feed, p)
 
-    def _mix(self, x_BTD: Tensor, keys_BT: Tensor | None, causal: bool) -> Tensor:
+    def _mix(self, x_BTD: Tensor, keys: Tensor | None, causal: bool) -> Tensor:
         """The values, weighted by attention: (B, T, D)."""
         B, T, D = x_BTD.shape
         E = D // self.heads
         p = self.attention_dropout if self.training else 0.0
-        if T == 2 and keys_BT is None and not causal and not plain(x_BTD):
+        if T == 2 and keys is None and not causal and not plain(x_BTD):
             query_BTD = linear(self.qkv, x_BTD, slice(0, D))
             key_BD = linear(self.qkv, x_BTD[:, 0] - x_BTD[:, 1], slice(D, 2 * D), bias=False)
             value_BTD = linear(self.qkv, x_BTD, slice(2 * D, 3 * D))
@@ -81,7 +82,7 @@ class Block(nn.Module):
         query_BHTE, key_BHTE, value_BHTE = (
             linear(self.qkv, x_BTD).view(B, T, 3, self.heads, E).permute(2, 0, 3, 1, 4)
         )
-        mask = None if keys_BT is None else keys_BT[:, None, None, :]
+        mask = None if keys is None else keys[:, None] if keys.ndim == 3 else keys[:, None, None]
         if p and not plain(x_BTD):
             mixed_BHTE = _attend(query_BHTE, key_BHTE, value_BHTE, mask, causal, p)
         else:
@@ -140,18 +141,19 @@ class Transformer(nn.Module):
         return self._compiled_call_impl is not None
 
     def forward(
-        self, x_BTD: Tensor, keys_BT: Tensor | None = None, at_BT: Tensor | None = None
+        self, x_BTD: Tensor, keys: Tensor | None = None, at_BT: Tensor | None = None
     ) -> Tensor:
         """Encode (B, T, D).
 
-        A causal stack needs no ``keys_BT`` where padding stands on the right: no token looks
-        there. A bidirectional one needs it, true where a token may be attended to. With ``at_BT``,
-        bool, only the outputs of those M tokens are computed and given, row by row: (M, D).
+        A causal stack needs no ``keys`` where padding stands on the right: no token looks there.
+        Another one needs them, true where a token may be attended to: (B, T) by all tokens, or
+        (B or 1, T, T), which token by which. With ``at_BT``, bool, only the outputs of those M
+        tokens are computed and given, row by row: (M, D).
         """
         at_M = None if at_BT is None else at_BT.flatten().nonzero()[:, 0]
         last = len(self.blocks) - 1
         for number, block in enumerate(self.blocks):
-            x_BTD = block(x_BTD, keys_BT, self.causal, at_M if number == last else None)
+            x_BTD = block(x_BTD, keys, self.causal, at_M if number == last else None)
         normed: Tensor = self.norm(x_BTD)
         return normed
 

@@ -24,7 +24,8 @@ import torch
 
 from tests.trainer import worlds
 from trainer.data import ItemFeatures
-from trainer.mmsrec import MMSRec, MMSRecConfig
+from trainer.mmsrec import MMSRec
+from trainer.mmsrec_config import MMSRecConfig
 from trainer.recommender import Catalogue
 
 BATCH, LENGTH, ITEMS, DIM = 1024, 20, 12_101, 512

@@ -19,7 +19,8 @@ from trainer.config import TrainConfig
 from trainer.data import TrainSet
 from trainer.distributed import first_row, gather_rows, joined, mean_rows, rank, ranks
 from trainer.loop import Tick, fit
-from trainer.mmsrec import MMSRec, MMSRecConfig
+from trainer.mmsrec import MMSRec
+from trainer.mmsrec_config import MMSRecConfig
 from trainer.models import MODELS
 from trainer.recommender import Catalogue
 from trainer.tasks import NextItem

@@ -18,7 +18,8 @@ from trainer.config import TrainConfig
 from trainer.cross_modal import both_ways, recalls, retrieve
 from trainer.data import ItemFeatures, Share
 from trainer.loop import EpochRow, fit
-from trainer.mmsrec import MMSRec, MMSRecConfig
+from trainer.mmsrec import MMSRec
+from trainer.mmsrec_config import MMSRecConfig
 from trainer.recommender import Catalogue
 
 SMALL: dict[str, Any] = {"dim": 16, "heads": 2, "hidden": 16, "length": 5, "dropout": 0.1}

@@ -6,7 +6,7 @@ import pytest
 
 from features.errors import UserError
 from trainer.config import TrainConfig, build, build_all
-from trainer.mmsrec import MMSRecConfig
+from trainer.mmsrec_config import MMSRecConfig
 from trainer.models import MODELS
 from trainer.pretrain import pretrain_config
 from trainer.sasrec import SASRecConfig

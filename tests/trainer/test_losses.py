@@ -111,6 +111,7 @@ def mmsrec_tokens(
 def mmsrec_vector(
     model: Any, features: ItemFeatures, shown: list[int | None], slot: int, missing: str
 ) -> Tensor:
+    """What a slot of a sequence gives, when all of the sequence is looked at."""
     tokens, owners = mmsrec_tokens(model, features, shown, missing)
     hidden = transformer(model.transformer, tokens, causal=False)
     heads = []
@@ -166,6 +167,31 @@ def test_mmsrec_is_the_cloze_task_over_the_catalogue(
             (mmsrec_vector(model, features, shown, slot, missing), row[slot]) for slot in predicted
         ]
     assert fates == {"mask", "swap", "keep"}  # this seed shows all three
+    expected = mean_cross_entropy(pairs, item_ND, 1 / 0.5)
+    torch.testing.assert_close(mine.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("missing", ["drop", "mask"])
+def test_mmsrec_predicts_the_next_item_from_each_prefix(missing: str) -> None:
+    """In a post-LN stack of one block, a causal tower's state is that of its prefix alone."""
+    features = worlds.features(N)
+    more = {"objective": "next", "missing": missing, "temperature": 0.5, "layers": 1}
+    model: Any = build("mmsrec", features, **more)
+    initialise(model, std=0.3)
+    mine = model.loss(worlds.batch(sequences(ROWS), features, torch.Generator()))["loss"]
+    model.double()
+    features = replace(
+        features, vectors={name: value.double() for name, value in features.vectors.items()}
+    )
+    item_ND = torch.stack([mmsrec_vector(model, features, [item], 0, missing) for item in range(N)])
+    pairs = []
+    position = model.position.weight.data.clone()
+    for row in ROWS:
+        for slot in range(len(row) - 1):
+            # Positions count from the end of the window, not of the prefix.
+            model.position.weight.data = position.roll(-(len(row) - 2 - slot), 0)
+            prefix: list[int | None] = list(row[: slot + 1])
+            pairs.append((mmsrec_vector(model, features, prefix, slot, missing), row[slot + 1]))
     expected = mean_cross_entropy(pairs, item_ND, 1 / 0.5)
     torch.testing.assert_close(mine.double(), expected, rtol=1e-5, atol=1e-6)
 

@@ -30,6 +30,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "mmsrec, ids": {"ids": True},
     "mmsrec, whiten, candidates": {"whiten": True, "candidates": 8},
     "mmsrec, ids, mask": {"ids": True, "missing": "mask"},
+    "mmsrec, next": {"objective": "next"},
+    "mmsrec, next, ids, mask": {"objective": "next", "ids": True, "missing": "mask"},
 }
 
 
@@ -135,6 +137,22 @@ def test_a_causal_tower_never_looks_ahead() -> None:
     # Positions count from the end, so both rows have the same length here.
     torch.testing.assert_close(one[:, :3], other[:, :3])
     assert not torch.allclose(one[:, 3], other[:, 3], atol=1e-4)
+
+
+def test_what_predicts_the_next_item_never_looks_ahead() -> None:
+    features = worlds.features(N)
+    model: Any = build("mmsrec, next", features)
+
+    def predicted(row: list[int]) -> Tensor:
+        batch = worlds.batch(sequences([row]), features, torch.Generator())
+        found: Tensor = model._next(batch)[0]
+        return found
+
+    one, other = predicted([1, 2, 3, 4, 5]), predicted([1, 2, 3, 9, 5])
+    assert len(one) == 4
+    torch.testing.assert_close(one[:3], other[:3])
+    assert not torch.allclose(one[3], other[3], atol=1e-4)
+    torch.testing.assert_close(one[3:], encode(model, sequences([[1, 2, 3, 4]]), features))
 
 
 def test_the_hidden_item_does_not_leak_into_its_prediction() -> None:

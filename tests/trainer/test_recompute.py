@@ -43,7 +43,13 @@ def gradients(model: Any, features: ItemFeatures) -> list[Tensor]:
 
 
 @pytest.mark.parametrize(
-    "options", [{"missing": "drop"}, {"missing": "mask"}, {"ids": True, "whiten": True}]
+    "options",
+    [
+        {"missing": "drop"},
+        {"missing": "mask"},
+        {"ids": True, "whiten": True},
+        {"objective": "next", "ids": True},
+    ],
 )
 @pytest.mark.parametrize("probability", [0.0, 0.5])
 def test_pieces_give_the_gradients_of_one_graph(

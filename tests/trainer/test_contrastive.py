@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.trainer import contrastive_reference as reference
 from tests.trainer import worlds
@@ -316,3 +317,46 @@ def test_own_items_are_the_users_training_items() -> None:
     )
     batch = worlds.batch(rows, worlds.features(6), torch.Generator())
     assert own_items(batch).tolist() == [[1, 3], [0, 2], [4, -1]]
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers that the result of one operation has, forward and backward."""
+
+    most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        for one in found if isinstance(found, tuple | list) else [found]:
+            if isinstance(one, Tensor):
+                self.most = max(self.most, one.untyped_storage().nbytes() // one.itemsize)
+        return found
+
+
+@pytest.mark.parametrize("way", ["rows", "own items", "symmetric", "naive"])
+def test_all_scores_are_never_held_at_once(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice the batch needs buffers twice as large: a block of rows by the columns."""
+    small_blocks(monkeypatch, 32)
+    most = []
+    for rows in (512, 1024):
+        query, key = leaves(*directions(2 * rows, 4, torch.Generator()).float().chunk(2))
+        with Largest() as largest:  # type: ignore[no-untyped-call]
+            if way == "symmetric":
+                loss = in_batch_symmetric(query, key, scale=5.0)
+            elif way == "naive":
+                loss = functional.cross_entropy(query @ key.T, torch.arange(rows))
+            else:
+                of_users = way == "own items"
+                loss = in_batch(
+                    query,
+                    key,
+                    torch.arange(rows),
+                    scale=5.0,
+                    label_C=torch.arange(rows),
+                    own_UJ=torch.arange(rows // 4 * 3).view(-1, 3) if of_users else None,
+                    owner_M=torch.arange(rows) // 4 if of_users else None,
+                )
+            loss.backward()
+        most.append(largest.most)
+    bound = [32 * rows + 1024 for rows in (512, 1024)]
+    held = [one <= limit for one, limit in zip(most, bound, strict=True)]
+    assert held == [way != "naive"] * 2, most

@@ -1,8 +1,8 @@
 """A grid: a TOML file whose lists are crossed into combinations, each of them one run.
 
-``[runs]`` holds ``model``, ``dataset``, ``features`` and settings. A list is an axis; a table is an
-axis of named variants, each of which sets some of these. No torch here: a bad file is refused
-before it is loaded.
+``[runs]`` holds ``model``, ``dataset``, ``features``, ``init``, ``transfer`` and settings. A list
+is an axis; a table is an axis of named variants, each of which sets some of these. No torch here: a
+bad file is refused before it is loaded.
 """
 
 import itertools
@@ -22,6 +22,7 @@ SEED = "seed"
 SPLITS = ("validation", "test")
 SEEN = ("masked", "unmasked")
 METRICS = tuple(per_user(np.ones(1, np.int64)))
+_ABOUT = ("model", "dataset", "features", "init", "transfer")  # what is no setting; "": not given
 _LISTS = ("rows", "columns", "metrics")
 _TOP = (*_LISTS, "split", "seen", "runs")
 _RESULT = ("run", "split", "targets", "seen", "metric", "value", "low", "high", "users")
@@ -40,6 +41,10 @@ class Combination:
     model: str
     dataset: str | None
     features: str | None
+    init: str | None
+    """The run whose best weights it starts from."""
+    transfer: str | None
+    """Which of them; needs ``init``."""
     settings: dict[str, Scalar]
 
     @property
@@ -182,18 +187,26 @@ def _cross(
         values = dict(fixed)
         for key, name in keys.items():
             values.update(axes[key][name])
-        about = {name: values.pop(name, None) for name in ("model", "dataset", "features")}
-        for name, value in about.items():
+        about: dict[str, str | None] = {}
+        for name in _ABOUT:
+            value = values.pop(name, None)
             if value is not None and not isinstance(value, str):
                 raise UserError(f"{name}={value!r} must be text")
+            about[name] = value or None
         if about["model"] is None:
             raise UserError("[runs] sets no model; give one, see mmrec models")
+        if about["transfer"] is not None and about["init"] is None:
+            raise UserError(
+                f"transfer={about['transfer']!r} takes weights of a run; name it by init"
+            )
         combinations.append(
             Combination(
                 keys=keys,
-                model=str(about["model"]),
-                dataset=None if about["dataset"] is None else str(about["dataset"]),
-                features=None if about["features"] is None else str(about["features"]),
+                model=about["model"],
+                dataset=about["dataset"],
+                features=about["features"],
+                init=about["init"],
+                transfer=about["transfer"],
                 settings=values,
             )
         )

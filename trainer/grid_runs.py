@@ -26,6 +26,7 @@ from trainer.inputs import choose_tables
 from trainer.loop import Tick
 from trainer.models import find_model
 from trainer.run import open_run, start_run, train
+from trainer.transfer import FULL, check_transfer, hash_tensors, read_source
 
 _DONE = "grid.json"  # written last: trained to the end, and evaluated
 
@@ -39,7 +40,8 @@ class Planned:
     features: list[str] | None
     settings: list[str]
     run: str
-    """Made of all that decides the result: model, settings, dataset, content of the features."""
+    """Made of all that decides the result: model, settings, dataset, content of the features, and
+    the weights that it starts from."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -150,6 +152,7 @@ class _Known:
         self.warehouse = warehouse
         self.interactions: dict[str, str] = {}
         self.tables: dict[Path, dict[str, Any]] = {}
+        self.weights: dict[Path, str] = {}
 
     def digest(self, dataset: str) -> str:
         if dataset not in self.interactions:
@@ -164,6 +167,15 @@ class _Known:
             identity = {} if made is None else made.identity()
             self.tables[table.path] = {**identity, "content": table.digest()}
         return self.tables[table.path]
+
+    def start(self, one: Combination) -> dict[str, str]:
+        """The run whose weights a combination starts from, and what these are."""
+        source, _ = self.warehouse.choose_run(one.init)
+        transfer = one.transfer or FULL
+        check_transfer(transfer, find_model(one.model).load()[1])
+        if source not in self.weights:
+            self.weights[source] = hash_tensors(read_source(source, one.model)[0])
+        return {"run": source.name, "transfer": transfer, "weights": self.weights[source]}
 
 
 def _plan(warehouse: Warehouse, one: Combination, known: _Known) -> Planned:
@@ -185,6 +197,8 @@ def _plan(warehouse: Warehouse, one: Combination, known: _Known) -> Planned:
         "features": [known.content(table) for table in tables],
         **documents(*configs),
     }
+    if one.init is not None:
+        identity["init"] = known.start(one)
     name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
     return Planned(
         combination=one,
@@ -230,6 +244,8 @@ def _train(
             features=one.features,
             settings=one.settings,
             name=one.run,
+            init=one.combination.init,
+            transfer=one.combination.transfer or FULL,
         )
     report = train(run, resume=resume, on_tick=on_tick)
     if not report.finished:

@@ -65,6 +65,23 @@ def check_transfer(name: str, model: type[Recommender]) -> None:
         raise unknown("transfer", name, [FULL, *model.parts])
 
 
+def read_source(run: Path, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read the best weights of a run of recommender ``name``, and what they are for.
+
+    Raises:
+        UserError: The run has no weights yet, or is of another recommender.
+    """
+    other = read_about(run / "config.toml")["model"]
+    if other != name:
+        raise UserError(
+            f"run {run.name!r} is of {other!r}, its weights have no place in {name!r};"
+            f" give a run of {name!r} by --init"
+        )
+    return read_tensors(
+        run / "model.safetensors", f"train it first: mmrec train --resume --run {run.name}"
+    )
+
+
 def take_weights(
     run: Path, name: str, model: Recommender, identity: dict[str, Any], transfer: str = FULL
 ) -> Taken:
@@ -81,15 +98,7 @@ def take_weights(
         UserError: The run has no weights yet, is of another recommender, or nothing fits.
     """
     check_transfer(transfer, type(model))
-    other = read_about(run / "config.toml")["model"]
-    if other != name:
-        raise UserError(
-            f"run {run.name!r} is of {other!r}, its weights have no place in {name!r};"
-            f" give a run of {name!r} by --init"
-        )
-    tensors, held = read_tensors(
-        run / "model.safetensors", f"train it first: mmrec train --resume --run {run.name}"
-    )
+    tensors, held = read_source(run, name)
     digest = hash_tensors(tensors)
     matching = _Matching(held, identity)
     tensors = {matching.renamed(key): tensor for key, tensor in tensors.items()}

@@ -3,6 +3,7 @@
 import json
 import shlex
 import signal
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -165,3 +166,32 @@ def test_columns_that_are_too_wide_stand_below_each_other(
         ["dim", "HR@10", "NDCG@10", "HR@10", "NDCG@10"]
     ] * 2
     assert [line.split()[0] for line in printed if "*" in line] == ["8", "16", "8", "16"]
+
+
+def test_combinations_start_from_other_runs(house: str, file: str) -> None:
+    fixed = GRID[: GRID.index("fusion =")].partition("[runs]")[2] + 'fusion = "sum"\ntower = "gru"'
+    variants = (
+        "fresh = {init = ''}\nwhole = {init = 'source'}\n"
+        "users = {init = 'source', transfer = 'users'}\n"
+    )
+    where = ("--warehouse", house)
+    Path(file).write_text(f"rows = ['from']\n[runs]\n{fixed}\n[runs.from]\n{variants}")
+    assert "unknown run 'source'" in run("grid", file, *where, code=2).stderr
+    settings = [line.replace(" = ", "=").replace('"', "") for line in fixed.splitlines() if line]
+    sets = [word for line in settings[1:] for word in ("--set", line)]
+    run("train", "--model", "mmsr", "--name", "source", *sets, *where)
+    planned = json.loads(run("grid", file, *where, "--dry-run", "--json").stdout)["runs"]
+    assert len({one["run"] for one in planned}) == 3
+    done = json.loads(run("grid", file, *where, "--json").stdout)["runs"]
+    assert [one["state"] for one in done] == ["finished"] * 3
+    starts = []
+    for one in done:
+        path = Path(house) / "runs" / one["run"] / "config.toml"
+        init = tomllib.loads(path.read_text())["run"].get("init", {})
+        starts.append((init.get("run"), init.get("transfer")))
+    assert starts == [(None, None), ("source", "full"), ("source", "users")]
+
+    run("train", "--model", "idsr", "--name", "ids", "--set", "epochs=1", *where)
+    Path(file).write_text(Path(file).read_text().replace("'source'", "'ids'"))
+    said = run("grid", file, *where, code=2).stderr
+    assert "from=whole: run 'ids' is of 'idsr', its weights have no place in 'mmsr'" in said

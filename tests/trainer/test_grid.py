@@ -77,6 +77,8 @@ def test_a_table_is_an_axis_of_variants(tmp_path: Path) -> None:
         ("rows = []\n[runs]\nmodel = 'x'\nlr = [1, 2]", "the axis 'lr' stands in neither"),
         ("columns = ['lr']\nrows = ['lr']\n[runs]\nmodel = 'x'\nlr = [1]", "'lr' stands twice"),
         ("metrics = ['HR']\n[runs]\nmodel = 'x'", "unknown metric 'HR'; known: HR@"),
+        ("[runs]\nmodel = 'x'\ntransfer = 'users'", "transfer='users' takes weights of a run"),
+        ("[runs]\nmodel = 'x'\ninit = 3", "init=3 must be text"),
         ("metrics = []\n[runs]\nmodel = 'x'", "metrics=[] leaves the table empty; name one"),
         ("split = 'dev'\n[runs]\nmodel = 'x'", "split='dev' is not known; known: validation"),
         ("seen = 'both'\n[runs]\nmodel = 'x'", "seen='both' is not known; known: masked, unmasked"),

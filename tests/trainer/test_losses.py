@@ -55,9 +55,10 @@ def mean_cross_entropy(pairs: list[tuple[Tensor, int]], item_ND: Tensor, scale: 
     return torch.stack(losses).mean()
 
 
-def test_sasrec_is_the_next_items_cross_entropy_at_every_position() -> None:
+@pytest.mark.parametrize("score", ["dot", "cosine"])
+def test_sasrec_is_the_next_items_cross_entropy_at_every_position(score: str) -> None:
     features = worlds.features(N)
-    model: Any = build("sasrec", features)
+    model: Any = build("sasrec", features, score=score, temperature=0.5)
     initialise(model, std=0.3)
     generator = torch.Generator().manual_seed(1)
     batch = worlds.batch(sequences(ROWS), features, generator)
@@ -78,7 +79,11 @@ def test_sasrec_is_the_next_items_cross_entropy_at_every_position() -> None:
         )
         hidden = transformer(model.transformer, norm(model.norm, x_TD), causal=True)
         pairs += list(zip(hidden, targets, strict=True))
-    expected = mean_cross_entropy(pairs, model.item.weight, 1.0)
+    item_ND = model.item.weight
+    if score == "cosine":
+        item_ND = item_ND / item_ND.norm(dim=1, keepdim=True)
+        pairs = [(query / query.norm(), target) for query, target in pairs]
+    expected = mean_cross_entropy(pairs, item_ND, 1 / 0.5)
     expected.backward()
     torch.testing.assert_close(mine.double(), expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(gradient.double(), model.item.weight.grad, rtol=1e-3, atol=1e-6)

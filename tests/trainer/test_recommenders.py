@@ -27,6 +27,7 @@ SMALL: dict[str, dict[str, Any]] = {
 # Named options under which a recommender must keep the same contract.
 OPTIONS: dict[str, dict[str, Any]] = {
     "sasrec, candidates": {"candidates": 8},
+    "sasrec, cosine": {"score": "cosine", "temperature": 0.1},
     "mmsrec, ids": {"ids": True},
     "mmsrec, whiten, candidates": {"whiten": True, "candidates": 8},
     "mmsrec, ids, mask": {"ids": True, "missing": "mask"},
@@ -131,9 +132,8 @@ def test_what_stands_beyond_a_sequence_never_reaches_the_loss(name: str) -> None
 def test_a_causal_tower_never_looks_ahead() -> None:
     features = worlds.features(N)
     model: Any = build("sasrec", features)
-    items = model.encode_items(features)
-    one = model._hidden(items, sequences([[1, 2, 3, 4]]))
-    other = model._hidden(items, sequences([[1, 2, 3, 9]]))
+    one = model._hidden(sequences([[1, 2, 3, 4]]))
+    other = model._hidden(sequences([[1, 2, 3, 9]]))
     # Positions count from the end, so both rows have the same length here.
     torch.testing.assert_close(one[:, :3], other[:, :3])
     assert not torch.allclose(one[:, 3], other[:, 3], atol=1e-4)

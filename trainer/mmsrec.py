@@ -10,9 +10,9 @@ the end of the sequence, so that they do not depend on the batch's longest seque
 code's do; each epoch draws windows with random ends instead of one sample for each prefix.
 
 Four options are not the paper's, and off by default: ``objective=next`` trains as SASRec does, each
-item of a history predicting the one after it, no token looking at a later item; ``ids`` gives an
-item a token of its own beside those of its modalities; ``whiten`` decorrelates frozen features, as
-WhitenRec does (Zhang et al., ICDE 2024); ``candidates`` lets a step's softmax run over a part of
+item of a history predicting the one after it, no token looking at a later item; ``ids`` adds a
+learned vector to an item's tokens and to its own vector; ``whiten`` decorrelates frozen features,
+as WhitenRec does (Zhang et al., ICDE 2024); ``candidates`` lets a step's softmax run over a part of
 the catalogue.
 
 Legend: B batch, L sequence length, N items, K of them, C tokens of an item, D width,
@@ -20,6 +20,7 @@ M predicted positions, T = L*C.
 """
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
@@ -43,7 +44,6 @@ _ITEMS_AT_ONCE = 4096  # without gradients
 _NUMBERS_AT_ONCE = 2**19
 _NUMBERS_IN_ALL = 2**22
 _SHARED = ("norm.", "transformer.")
-_ID = "id"  # the token of an item's identity stands behind those of its modalities
 
 
 class MMSRec(Recommender):
@@ -67,7 +67,7 @@ class MMSRec(Recommender):
             *("modality.", "position.", "instead.", *_SHARED),
         ),
     }
-    of_catalogue = ("id.0.", "known_N")
+    of_catalogue = ("id.", "known_N")
     by_modality = ("modality.weight",)
     from_end = ("position.weight",)
     known_N: Tensor
@@ -84,8 +84,7 @@ class MMSRec(Recommender):
         if config.whiten:
             self.whitening = nn.ModuleDict({n: Whitening(catalogue.widths[n]) for n in names})
         if config.ids:
-            names.append(_ID)
-            self.id = nn.Sequential(nn.Embedding(catalogue.n_items, dim), nn.LayerNorm(dim))
+            self.id = nn.Embedding(catalogue.n_items, dim)
             self.register_buffer("known_N", torch.ones(catalogue.n_items, dtype=torch.bool))
         self.outputs = nn.ModuleDict({name: _Head(dim, dim) for name in names})
         self.instead = nn.Embedding(2, dim)  # of a hidden item, of one that has no modality
@@ -213,8 +212,7 @@ class MMSRec(Recommender):
     def unaligned(self) -> tuple[str, ...]:
         """Parameters that encoding items by some of their modalities never reads."""
         mask = ("instead.weight",) if self.config.missing == "drop" else ()
-        ids = (f"{_ID}.", f"outputs.{_ID}.")
-        return *mask, *(name for name, _ in self.named_parameters() if name.startswith(ids))
+        return *mask, *(("id.weight",) if self.config.ids else ())
 
     def encode_views(
         self, items_K: Tensor, views: Sequence[tuple[Sequence[str], Tensor]], features: ItemFeatures
@@ -322,7 +320,7 @@ class MMSRec(Recommender):
         # Looked up together: a table's gradient is as large as the table, whatever the piece.
         of_ids: Sequence[Tensor] = ()
         if self.config.ids:
-            of_ids = self.id(item_K[order_K]).split([len(item_B) for item_B in pieces])
+            of_ids = self._identity(item_K[order_K]).split([len(item_B) for item_B in pieces])
 
         def run(piece: tuple[int, Tensor], *of_ids: Tensor) -> Tensor:
             number, item_B = piece
@@ -337,21 +335,29 @@ class MMSRec(Recommender):
         one_B = torch.ones_like(item_B)
         alone = Sequences(items_BL=item_B[:, None], lengths_B=one_B)
         rows_B1 = torch.arange(len(item_B), device=item_B.device)[:, None]
-        first = rows_B1, self._of_items(item_B, features, of_ids)
-        tokens = self._tokens(alone, first, features)
-        return functional.normalize(self._encode(tokens, one_B.bool()[:, None]), dim=-1)
+        of_item = self._of_items(item_B, features, of_ids)
+        tokens = self._tokens(alone, (rows_B1, of_item), features)
+        vector_BD = functional.normalize(self._encode(tokens, one_B.bool()[:, None]), dim=-1)
+        if self.config.ids:
+            vector_BD = functional.normalize(vector_BD + of_item[-1], dim=-1)
+        return vector_BD
 
     def _of_items(
         self, item_K: Tensor, features: ItemFeatures, of_ids: Sequence[Tensor] = ()
     ) -> list[Tensor]:
-        """Each token's first layer: (K, D), a function of the item alone.
+        """What is a function of the item alone, each (K, D): first layers, with ``ids`` identities.
 
-        ``of_ids`` is that of the identity, where it is known already.
+        ``of_ids`` are the identities, where they are known already.
         """
         found = [self._of_modality(name, item_K, features) for name in self.inputs]
         if self.config.ids:
-            found += of_ids or [self.id(item_K)]
+            found += of_ids or [self._identity(item_K)]
         return found
+
+    def _identity(self, item_K: Tensor) -> Tensor:
+        """Learned vectors (K, D); zero for items without training interactions."""
+        found_KD: Tensor = self.id(item_K) * self.known_N[item_K, None]
+        return found_KD
 
     def _of_modality(self, name: str, item_K: Tensor, features: ItemFeatures) -> Tensor:
         x_KW = features.vectors[name][item_K]
@@ -362,10 +368,7 @@ class MMSRec(Recommender):
 
     def _present(self, items: Tensor, features: ItemFeatures) -> Tensor:
         """Which tokens the items have: bool, of one more dimension C."""
-        there = [features.present[name] for name in self.inputs]
-        if self.config.ids:
-            there.append(self.known_N)
-        return torch.stack([present_N[items] for present_N in there], -1)
+        return torch.stack([features.present[name][items] for name in self.inputs], -1)
 
     def _first(self, items_BL: Tensor, features: ItemFeatures) -> tuple[Tensor, list[Tensor]]:
         """:meth:`_of_items`, once for each item of a batch, and which is each slot's: (B, L)."""
@@ -385,24 +388,31 @@ class MMSRec(Recommender):
         all has another token there: were it the mask, its vector would be close to every query.
         """
         items_BL, valid_BL = sequences.items_BL, sequences.mask_BL
+        if hidden_BL is None:
+            hidden_BL = torch.zeros_like(valid_BL)
         present_BLC = self._present(items_BL, features)
         nothing_BL = ~present_BLC.any(-1)
         instead_BL = torch.zeros_like(items_BL)
         if self.config.missing == "drop":
-            instead_BL = (nothing_BL if hidden_BL is None else nothing_BL & ~hidden_BL).long()
-        hidden_BL = nothing_BL if hidden_BL is None else hidden_BL | nothing_BL
-        as_mask_BLC = hidden_BL[..., None].expand_as(present_BLC)
+            instead_BL = (nothing_BL & ~hidden_BL).long()
+        as_mask_BLC = (hidden_BL | nothing_BL)[..., None].expand_as(present_BLC)
         if self.config.missing == "mask":
             as_mask_BLC = as_mask_BLC | ~present_BLC
         # Not `x_KD[place_BL]`: the order in which its backward pass adds is left to the threads.
         place_BL, of_item = first
-        tokens_BLCD = torch.stack([functional.embedding(place_BL, x_KD) for x_KD in of_item], 2)
+        of_slot = [functional.embedding(place_BL, x_KD) for x_KD in of_item]
+        tokens_BLCD = torch.stack(of_slot[: len(self.inputs)], 2)
         # Always where the next item is predicted: else a step might leave a parameter without one.
         if self._causal or bool(as_mask_BLC.any()):
             instead_BLD = self.instead(instead_BL)
             tokens_BLCD = torch.where(as_mask_BLC[..., None], instead_BLD[:, :, None], tokens_BLCD)
         positions_BL = positions_from_end(sequences.lengths_B, items_BL.shape[1])
         tokens_BLCD = tokens_BLCD + self.position(positions_BL)[:, :, None] + self.modality.weight
+        if self.config.ids:
+            # Numbers of a token are about 1; beside them an identity weighs what it weighs beside
+            # a vector of length 1.
+            id_BLD = math.sqrt(self.config.dim) * of_slot[-1].masked_fill(hidden_BL[..., None], 0)
+            tokens_BLCD = tokens_BLCD + id_BLD[:, :, None]
         tokens_BLCD = dropout(self.norm(tokens_BLCD), self.config.embed_dropout, self.training)
         return tokens_BLCD, (present_BLC | as_mask_BLC) & valid_BL[..., None]
 

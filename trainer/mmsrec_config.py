@@ -48,7 +48,7 @@ class MMSRecConfig:
     missing: str = "drop"
     """``drop``: a missing modality has no token; ``mask``: it is the mask token (the paper)."""
     ids: bool = False
-    """Each item has a learned token beside those of its modalities; one without training
+    """Each item has a learned vector, added to its tokens and to its vector; one without training
     interactions has none, and is known by its features alone."""
     whiten: bool = False
     """Decorrelate each modality's features by what they are for the items seen in training."""

@@ -107,8 +107,10 @@ def mmsrec_tokens(
                 token = model.instead.weight[int(stranger)]
             else:
                 continue
-            position = model.position.weight[len(shown) - 1 - slot]
-            tokens.append(norm(model.norm, token + position + model.modality.weight[c]))
+            token = token + model.position.weight[len(shown) - 1 - slot] + model.modality.weight[c]
+            if item is not None and model.config.ids:
+                token = token + model.config.dim**0.5 * model.id.weight[item]
+            tokens.append(norm(model.norm, token))
             owners.append((slot, name))
     return torch.stack(tokens), owners
 
@@ -129,15 +131,27 @@ def mmsrec_vector(
     return vector
 
 
+def mmsrec_items(model: Any, features: ItemFeatures, missing: str) -> Tensor:
+    """Each item as a sequence of its own, with ``ids`` plus what is learned of it alone."""
+    found = []
+    for item in range(N):
+        vector = mmsrec_vector(model, features, [item], 0, missing)
+        if model.config.ids:
+            vector = vector + model.id.weight[item]
+        found.append(vector / vector.norm())
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("ids", [False, True])
 @pytest.mark.parametrize(
     ("missing", "corruption", "below", "others"),
     [("drop", "80-10-10", 0.8, N), ("mask", "80-10-10", 0.8, N), ("drop", "81-9-10", 0.81, N - 1)],
 )
 def test_mmsrec_is_the_cloze_task_over_the_catalogue(
-    missing: str, corruption: str, below: float, others: int
+    missing: str, corruption: str, below: float, others: int, ids: bool
 ) -> None:
     features = worlds.features(N)
-    more = {"missing": missing, "corruption": corruption}
+    more = {"missing": missing, "corruption": corruption, "ids": ids}
     model: Any = build("mmsrec", features, mask_ratio=0.7, temperature=0.5, **more)
     initialise(model, std=0.3)
     batch = worlds.batch(sequences(ROWS), features, torch.Generator().manual_seed(1))
@@ -151,7 +165,7 @@ def test_mmsrec_is_the_cloze_task_over_the_catalogue(
     features = replace(
         features, vectors={name: value.double() for name, value in features.vectors.items()}
     )
-    item_ND = torch.stack([mmsrec_vector(model, features, [item], 0, missing) for item in range(N)])
+    item_ND = mmsrec_items(model, features, missing)
     pairs, fates = [], set()
     for b, row in enumerate(ROWS):
         last = len(row) - 1
@@ -176,11 +190,12 @@ def test_mmsrec_is_the_cloze_task_over_the_catalogue(
     torch.testing.assert_close(mine.double(), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("ids", [False, True])
 @pytest.mark.parametrize("missing", ["drop", "mask"])
-def test_mmsrec_predicts_the_next_item_from_each_prefix(missing: str) -> None:
-    """In a post-LN stack of one block, a causal tower's state is that of its prefix alone."""
+def test_mmsrec_predicts_the_next_item_from_each_prefix(missing: str, ids: bool) -> None:
+    """In a stack of one block, a causal tower's state is that of its prefix alone."""
     features = worlds.features(N)
-    more = {"objective": "next", "missing": missing, "temperature": 0.5, "layers": 1}
+    more = {"objective": "next", "missing": missing, "temperature": 0.5, "layers": 1, "ids": ids}
     model: Any = build("mmsrec", features, **more)
     initialise(model, std=0.3)
     mine = model.loss(worlds.batch(sequences(ROWS), features, torch.Generator()))["loss"]
@@ -188,7 +203,7 @@ def test_mmsrec_predicts_the_next_item_from_each_prefix(missing: str) -> None:
     features = replace(
         features, vectors={name: value.double() for name, value in features.vectors.items()}
     )
-    item_ND = torch.stack([mmsrec_vector(model, features, [item], 0, missing) for item in range(N)])
+    item_ND = mmsrec_items(model, features, missing)
     pairs = []
     position = model.position.weight.data.clone()
     for row in ROWS:

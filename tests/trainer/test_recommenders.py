@@ -269,10 +269,10 @@ def test_an_item_without_training_interactions_is_known_by_its_features_alone() 
     model.adapt(features, TrainSet(counts_N=counts, keys_J=torch.arange(N)))
     rows = sequences([[1, 3], [3]])
     before = model.encode_items(features), encode(model, rows, features)
-    torch.nn.init.normal_(model.id[0].weight[3:4])
+    torch.nn.init.normal_(model.id.weight[3:4])
     after = model.encode_items(features), encode(model, rows, features)
     assert all(map(torch.equal, before, after))
-    torch.nn.init.normal_(model.id[0].weight[1:2])
+    torch.nn.init.normal_(model.id.weight[1:2])
     assert not torch.equal(model.encode_items(features)[1], before[0][1])
 
 
@@ -285,4 +285,4 @@ def test_ids_take_no_part_in_the_alignment_of_modalities(missing: str) -> None:
     sum(view.sum() for view in found).backward()
     without = {name for name, value in model.named_parameters() if value.grad is None}
     assert without == {*model.unaligned}
-    assert "id.0.weight" in without
+    assert "id.weight" in without

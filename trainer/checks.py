@@ -3,6 +3,7 @@
 from features.errors import UserError
 
 _BELOW = 2**31  # what tables and tensors count with; also keeps infinities out
+_LEAST_TEMPERATURE = 1e-4
 _MOST_LAYERS = 1000  # each is a module: to build more takes hours before memory ends
 
 
@@ -39,6 +40,21 @@ def check_probability(config: object, *names: str) -> None:
     for name in names:
         if not 0 <= getattr(config, name) < 1:
             raise UserError(f"{name}={getattr(config, name)} must be in [0, 1)")
+
+
+def check_temperature(config: object, *names: str) -> None:
+    """Refuse what scores cannot be divided by.
+
+    Raises:
+        UserError: Names the first one and its value.
+    """
+    check_positive(config, *names)
+    for name in names:
+        if getattr(config, name) < _LEAST_TEMPERATURE:
+            raise UserError(
+                f"{name}={getattr(config, name)} must be at least {_LEAST_TEMPERATURE}:"
+                " float32 scores are too coarse for less"
+            )
 
 
 def check_heads(dim: int, heads: int) -> None:

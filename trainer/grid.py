@@ -138,7 +138,7 @@ def _axes(runs: dict[str, Any]) -> dict[str, dict[str, dict[str, Scalar]]]:
     setters: dict[str, str] = {}
     for key, value in runs.items():
         if isinstance(value, list):
-            found = {text(entry): {key: _scalar(key, entry)} for entry in value}
+            found = {text(entry) or "-": {key: _scalar(key, entry)} for entry in value}
             if len(found) < len(value):
                 raise UserError(f"{key} has one value twice")
         elif isinstance(value, dict):
@@ -196,8 +196,10 @@ def _cross(
         if about["model"] is None:
             raise UserError("[runs] sets no model; give one, see mmrec models")
         if about["transfer"] is not None and about["init"] is None:
+            where = ", ".join(f"{key}={name}" for key, name in keys.items())
             raise UserError(
                 f"transfer={about['transfer']!r} takes weights of a run; name it by init"
+                + (f" ({where} has none)" if where else "")
             )
         combinations.append(
             Combination(

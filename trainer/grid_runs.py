@@ -26,7 +26,7 @@ from trainer.inputs import choose_tables
 from trainer.loop import Tick
 from trainer.models import find_model
 from trainer.run import open_run, start_run, train
-from trainer.transfer import FULL, check_transfer, hash_tensors, read_source
+from trainer.transfer import FULL, check_source, check_transfer, hash_tensors, read_source
 
 _DONE = "grid.json"  # written last: trained to the end, and evaluated
 
@@ -39,6 +39,8 @@ class Planned:
     dataset: str
     features: list[str] | None
     settings: list[str]
+    weights: str | None
+    """Hash of those that it starts from."""
     run: str
     """Made of all that decides the result: model, settings, dataset, content of the features, and
     the weights that it starts from."""
@@ -173,8 +175,9 @@ class _Known:
         source, _ = self.warehouse.choose_run(one.init)
         transfer = one.transfer or FULL
         check_transfer(transfer, find_model(one.model).load()[1])
+        check_source(source, one.model)
         if source not in self.weights:
-            self.weights[source] = hash_tensors(read_source(source, one.model)[0])
+            self.weights[source] = hash_tensors(read_source(source)[0])
         return {"run": source.name, "transfer": transfer, "weights": self.weights[source]}
 
 
@@ -197,14 +200,16 @@ def _plan(warehouse: Warehouse, one: Combination, known: _Known) -> Planned:
         "features": [known.content(table) for table in tables],
         **documents(*configs),
     }
-    if one.init is not None:
-        identity["init"] = known.start(one)
+    start = None if one.init is None else known.start(one)
+    if start is not None:
+        identity["init"] = start
     name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
     return Planned(
         combination=one,
         dataset=dataset,
         features=[table.label for table in tables] if entry.needs_features else None,
         settings=settings,
+        weights=None if start is None else start["weights"],
         run=f"grid-{name}",
     )
 
@@ -246,6 +251,7 @@ def _train(
             name=one.run,
             init=one.combination.init,
             transfer=one.combination.transfer or FULL,
+            weights=one.weights,
         )
     report = train(run, resume=resume, on_tick=on_tick)
     if not report.finished:

@@ -25,7 +25,7 @@ from torch.nn import functional
 
 from features.errors import UserError, unknown
 from trainer.blocks import item_tokens
-from trainer.checks import check_heads, check_positive, check_probability
+from trainer.checks import check_heads, check_positive, check_probability, check_temperature
 from trainer.contrastive import in_batch, log_popularity, own_items
 from trainer.data import Batch, ItemFeatures, Sequences, WindowPlan
 from trainer.distributed import first_row, gather_ids, gather_rows, joint
@@ -70,7 +70,8 @@ class IDSRConfig:
     """Divides the scores in the loss; a cosine needs one of about 0.07."""
 
     def __post_init__(self) -> None:
-        check_positive(self, "dim", "layers", "heads", "hidden", "length", "temperature")
+        check_positive(self, "dim", "layers", "heads", "hidden", "length")
+        check_temperature(self, "temperature")
         check_probability(self, "dropout")
         check_heads(self.dim, self.heads)
         if self.tower not in TOWERS:

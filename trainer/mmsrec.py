@@ -55,7 +55,7 @@ class MMSRec(Recommender):
 
     # One encoder serves as both towers, so each part takes it.
     parts: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "items": ("whitening.", "inputs.", "id.", "known_N", "outputs.", "modality.", *_SHARED),
+        "items": ("whitening.", "inputs.", "id.", "outputs.", "modality.", *_SHARED),
         "users": ("position.", "instead.", *_SHARED),
         "text": (
             *("whitening.text.", "inputs.text.", "outputs.text."),
@@ -67,7 +67,8 @@ class MMSRec(Recommender):
             *("modality.", "position.", "instead.", *_SHARED),
         ),
     }
-    of_catalogue = ("id.", "known_N")
+    of_catalogue = ("id.",)
+    of_training = ("known_N",)
     by_modality = ("modality.weight",)
     from_end = ("position.weight",)
     known_N: Tensor
@@ -103,7 +104,7 @@ class MMSRec(Recommender):
         initialise(self)
 
     def adapt(self, features: ItemFeatures, train: TrainSet) -> None:
-        """Which items have a token of their own, and the whitening of each modality."""
+        """Which items have an identity, and the whitening of each modality."""
         known_N = train.counts_N > 0
         if self.config.ids:
             self.known_N.copy_(known_N)
@@ -115,7 +116,7 @@ class MMSRec(Recommender):
 
     @property
     def plan(self) -> WindowPlan:
-        """Every interaction a target; when masked, random ends, which are always predicted."""
+        """With ``objective=next`` each interaction is a target; else random ends always are."""
         length = self.config.length
         if self._causal:
             return WindowPlan(length=length, stride=length - 1, cover=True)

@@ -3,7 +3,13 @@
 from dataclasses import dataclass
 
 from features.errors import UserError
-from trainer.checks import check_heads, check_not_negative, check_positive, check_probability
+from trainer.checks import (
+    check_heads,
+    check_not_negative,
+    check_positive,
+    check_probability,
+    check_temperature,
+)
 
 # Below the first number an item is masked, below the second swapped; how many are never swapped in.
 CORRUPTIONS = {"80-10-10": (0.8, 0.9, 0), "81-9-10": (0.81, 0.9, 1)}
@@ -12,7 +18,6 @@ _WORDS = {
     "missing": ("drop", "mask"),
     "corruption": tuple(CORRUPTIONS),
 }
-_LEAST_TEMPERATURE = 1e-4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,8 +48,8 @@ class MMSRecConfig:
     stride: int = 0
     """Interactions between two windows of a user when masked; 0: half of ``length``."""
     corruption: str = "80-10-10"
-    """Shares of predicted items that are masked, swapped and kept (the paper); ``81-9-10`` is what
-    the released code does, which also never swaps the catalogue's last item in."""
+    """When masked: shares of predicted items that are masked, swapped and kept (the paper);
+    ``81-9-10`` is what the released code does, which also never swaps the last item in."""
     missing: str = "drop"
     """``drop``: a missing modality has no token; ``mask``: it is the mask token (the paper)."""
     ids: bool = False
@@ -57,17 +62,13 @@ class MMSRecConfig:
     stand for all the rest; 0: the whole catalogue, as in the paper."""
 
     def __post_init__(self) -> None:
-        check_positive(self, "dim", "layers", "heads", "hidden", "length", "temperature")
+        check_positive(self, "dim", "layers", "heads", "hidden", "length")
+        check_temperature(self, "temperature")
         check_not_negative(self, "stride", "candidates")
         check_probability(self, "dropout", "embed_dropout", "mask_ratio")
         check_heads(self.dim, self.heads)
         if self.length < 2:
             raise UserError(f"length={self.length} must be at least 2: history and predicted item")
-        if self.temperature < _LEAST_TEMPERATURE:
-            raise UserError(
-                f"temperature={self.temperature} must be at least {_LEAST_TEMPERATURE}:"
-                " float32 scores are too coarse for less"
-            )
         for key, known in _WORDS.items():
             if getattr(self, key) not in known:
                 value = getattr(self, key)

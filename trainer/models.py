@@ -32,7 +32,8 @@ class Model:
     pretrain: Pretrain | None = None
     """``None``: it has no pre-training."""
     variants: Mapping[str, str] = field(default_factory=dict)
-    """What the paper compares it with, and published forms, to the words that ask for them."""
+    """What the paper compares it with, published forms, and forms that fare well, to the words that
+    ask for them."""
 
 
 def _sasrec() -> tuple[Any, Any]:
@@ -73,6 +74,7 @@ MODELS: dict[str, Model] = {
         load=_sasrec,
         # Chosen on the validation split of ml-100k.
         train={"lr": 2e-3, "epochs": 40, "schedule": "cosine", "monitor": "NDCG@10"},
+        variants={"on cosines, as mmsrec": "--set score=cosine --set temperature=0.07"},
     ),
     "mmsrec": Model(
         summary="vision and text, one encoder for items and sequences, masked item prediction",

@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from features.errors import UserError, unknown
 from trainer.blocks import item_tokens
-from trainer.checks import check_heads, check_positive, check_probability
+from trainer.checks import check_heads, check_positive, check_probability, check_temperature
 from trainer.contrastive import log_popularity, own_items
 from trainer.data import Batch, ItemFeatures, Sequences, WindowPlan
 from trainer.distributed import first_row, gather_ids, gather_rows
@@ -106,8 +106,8 @@ class PMMRecConfig:
     def __post_init__(self) -> None:
         check_positive(
             self, "dim", "layers", "heads", "hidden", "length", "fusion_layers", "fusion_heads",
-            "temperature", "align_temperature", "rcl_temperature",
         )  # fmt: skip
+        check_temperature(self, "temperature", "align_temperature", "rcl_temperature")
         check_probability(self, "dropout", "shuffle", "replace")
         check_heads(self.dim, self.heads)
         if self.dim % self.fusion_heads:

@@ -34,6 +34,8 @@ class Recommender(nn.Module, ABC):
     """What ``--transfer`` takes, as prefixes of parameter names; ``full`` takes everything."""
     of_catalogue: ClassVar[tuple[str, ...]] = ()
     """Prefixes of tables with a row for each item: they mean nothing in another catalogue."""
+    of_training: ClassVar[tuple[str, ...]] = ()
+    """What :meth:`adapt` finds in the training interactions, and no other run may say."""
     by_modality: ClassVar[tuple[str, ...]] = ()
     """Parameters with a row for each modality, in the order of ``Catalogue.widths``."""
     from_end: ClassVar[tuple[str, ...]] = ()

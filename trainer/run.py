@@ -84,6 +84,7 @@ def start_run(
     name: str | None = None,
     init: str | None = None,
     transfer: str = FULL,
+    weights: str | None = None,
 ) -> OpenRun:
     """Build a new run and its folder; nothing is trained yet.
 
@@ -101,6 +102,7 @@ def start_run(
         name: The run's name; by default made of time, dataset and model.
         init: The run whose best weights it starts from.
         transfer: Which of them, see :func:`trainer.transfer.take_weights`.
+        weights: Hash that these must have; ``None``: any.
 
     Raises:
         UserError: Anything that the user gave does not fit; no folder is left behind.
@@ -147,6 +149,11 @@ def start_run(
             write_blocks(folder, backbones)
         if source is not None:
             taken = take_weights(source, model, run.model, run.identity, transfer)
+            if weights not in (None, taken.digest):
+                raise UserError(
+                    f"run {source.name!r} has other weights than a moment ago: it is being"
+                    " trained; wait for its end and try again"
+                )
             identity = {**run.identity, "init": taken.remembered()}
             run = replace(run, identity=identity, taken=taken)
         document = {

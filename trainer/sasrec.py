@@ -4,8 +4,8 @@ A causal transformer over learned item vectors. It differs from the paper where 
 the paper's choice to be the weaker one: a full softmax over the catalogue instead of one sampled
 negative (Klenitskiy and Vasilev, RecSys 2023), windows over the whole history, and BERT's order of
 layers (a LayerNorm on the embedded items, post-LN blocks, GELU). ``score=cosine`` trains on
-cosines, as MMSRec does. There is no dropout on attention
-weights: on ml-100k it gave nothing on validation, and without it attention needs no L x L matrix.
+cosines, as MMSRec does. There is no dropout on attention weights: on ml-100k it gave nothing on
+validation, and without it attention needs no L x L matrix.
 
 Legend: B batch, L sequence length, N items, D width, M predicted positions.
 """
@@ -19,7 +19,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from features.errors import unknown
-from trainer.checks import check_heads, check_not_negative, check_positive, check_probability
+from trainer.checks import (
+    check_heads,
+    check_not_negative,
+    check_positive,
+    check_probability,
+    check_temperature,
+)
 from trainer.data import Batch, ItemFeatures, Sequences, WindowPlan
 from trainer.elementwise import dropout
 from trainer.objectives import draw_candidates, full_softmax, part_softmax
@@ -55,7 +61,8 @@ class SASRecConfig:
     for all the rest; 0: the whole catalogue."""
 
     def __post_init__(self) -> None:
-        check_positive(self, "dim", "layers", "heads", "hidden", "length", "temperature")
+        check_positive(self, "dim", "layers", "heads", "hidden", "length")
+        check_temperature(self, "temperature")
         check_probability(self, "dropout")
         check_not_negative(self, "candidates")
         check_heads(self.dim, self.heads)

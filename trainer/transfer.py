@@ -65,18 +65,26 @@ def check_transfer(name: str, model: type[Recommender]) -> None:
         raise unknown("transfer", name, [FULL, *model.parts])
 
 
-def read_source(run: Path, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read the best weights of a run of recommender ``name``, and what they are for.
+def check_source(run: Path, name: str) -> None:
+    """Refuse a run that is not of recommender ``name``.
 
     Raises:
-        UserError: The run has no weights yet, or is of another recommender.
+        UserError: It is of another one.
     """
     other = read_about(run / "config.toml")["model"]
     if other != name:
         raise UserError(
             f"run {run.name!r} is of {other!r}, its weights have no place in {name!r};"
-            f" give a run of {name!r} by --init"
+            f" give a run of {name!r} as init"
         )
+
+
+def read_source(run: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read the best weights of a run, and what they are for.
+
+    Raises:
+        UserError: The run has no weights yet.
+    """
     return read_tensors(
         run / "model.safetensors", f"train it first: mmrec train --resume --run {run.name}"
     )
@@ -98,11 +106,14 @@ def take_weights(
         UserError: The run has no weights yet, is of another recommender, or nothing fits.
     """
     check_transfer(transfer, type(model))
-    tensors, held = read_source(run, name)
+    check_source(run, name)
+    tensors, held = read_source(run)
     digest = hash_tensors(tensors)
     matching = _Matching(held, identity)
     tensors = {matching.renamed(key): tensor for key, tensor in tensors.items()}
-    wanted = model.state_dict()
+    for key in model.of_training:
+        tensors.pop(key, None)
+    wanted = {k: place for k, place in model.state_dict().items() if k not in model.of_training}
     prefixes = ("",) if transfer == FULL else model.parts[transfer]
     loaded: list[str] = []
     fresh: dict[str, str] = {}
@@ -119,7 +130,7 @@ def take_weights(
             continue
         rows = None
         if key in model.by_modality:
-            rows = matching.modality_rows(len(place), len(tensors[key]))
+            rows = matching.modality_rows()
         elif key in model.from_end and tensors[key].shape[1:] == place.shape[1:]:
             both = range(min(len(place), len(tensors[key])))
             rows = [(row, row) for row in both]
@@ -187,13 +198,10 @@ class _Matching:
                         return f"{word}: {key} {held.get(key)} there, {wanted.get(key)} here"
         return ""
 
-    def modality_rows(self, rows_here: int, rows_there: int) -> list[tuple[int, int]]:
-        """(row here, row there) of each modality that both have, and of items' own tokens."""
+    def modality_rows(self) -> list[tuple[int, int]]:
+        """(row here, row there) of each modality that both have."""
         there = list(self.there)
-        rows = [(row, there.index(name)) for row, name in enumerate(self.here) if name in there]
-        if rows_here > len(self.here) and rows_there > len(there):  # they stand behind the others
-            rows.append((len(self.here), len(there)))
-        return rows
+        return [(row, there.index(name)) for row, name in enumerate(self.here) if name in there]
 
 
 def _filled(place: Tensor, tensor: Tensor, rows: list[tuple[int, int]] | None) -> tuple[int, str]:

@@ -47,8 +47,8 @@ class Block(nn.Module):
 
         Args:
             x_BTD: Tokens.
-            keys: True where a token may be attended to, (B, T) by all, or (B or 1, T, T) by each,
-                which then takes the place of ``causal``; ``None``: everywhere.
+            keys: True where a token may be attended to, (B, T) by all, or (B or 1, T, T) by each;
+                ``None``: everywhere, and always so where ``causal``.
             causal: Whether a token sees only itself and what stands before it.
             at_M: Which tokens the outputs are wanted of, as numbers in B x T; ``None``: of all.
 
@@ -65,6 +65,7 @@ class Block(nn.Module):
 
     def _mix(self, x_BTD: Tensor, keys: Tensor | None, causal: bool) -> Tensor:
         """The values, weighted by attention: (B, T, D)."""
+        assert keys is None or not causal
         B, T, D = x_BTD.shape
         E = D // self.heads
         p = self.attention_dropout if self.training else 0.0

@@ -28,7 +28,7 @@ def inside(root: Path, path: str) -> str | None:
 
     Only the words count: a symbolic link below the root is the user's own doing.
     """
-    if not path.startswith("/") and ".." not in path:
+    if not path.startswith("/") and ".." not in path and "./" not in path:
         return path
     for base in dict.fromkeys((os.path.abspath(root), os.path.realpath(root))):
         tail = os.path.relpath(os.path.normpath(os.path.join(base, path)), base)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from safetensors.torch import save_file
 from typer.testing import CliRunner, Result
 
 from cli import grid, show
@@ -17,6 +18,7 @@ from features.errors import UserError
 from features.warehouse import Warehouse
 from tests.trainer import worlds
 from trainer import grid_runs
+from trainer.checkpoint import read_tensors
 from trainer.grid import pivot, read_grid
 
 GRID = """
@@ -191,7 +193,34 @@ def test_combinations_start_from_other_runs(house: str, file: str) -> None:
         starts.append((init.get("run"), init.get("transfer")))
     assert starts == [(None, None), ("source", "full"), ("source", "users")]
 
+    text = Path(file).read_text()
+    both = text.replace('model = "mmsr"', 'model = ["mmsr", "idsr"]').replace(
+        "['from']", "['from', 'model']"
+    )
+    Path(file).write_text(both.replace('fusion = "sum"\n', ""))
+    said = run("grid", file, *where, "--dry-run", code=2).stderr
+    assert "model=idsr" in said
+
     run("train", "--model", "idsr", "--name", "ids", "--set", "epochs=1", *where)
-    Path(file).write_text(Path(file).read_text().replace("'source'", "'ids'"))
+    Path(file).write_text(text.replace("'source'", "'ids'"))
     said = run("grid", file, *where, code=2).stderr
     assert "from=whole: run 'ids' is of 'idsr', its weights have no place in 'mmsr'" in said
+
+
+def test_weights_that_changed_since_the_plan_are_not_trained_from(house: str, file: str) -> None:
+    where = ("--warehouse", house)
+    words = ("--set", "dim=8", "--set", "hidden=8", "--set", "length=5", "--set", "epochs=1")
+    run("train", "--model", "sasrec", "--name", "source", *words, *where)
+    Path(file).write_text(
+        "[runs]\nmodel = 'sasrec'\ninit = 'source'\ndim = 8\nhidden = 8\nlength = 5\nepochs = 1\n"
+    )
+    warehouse = Warehouse(house)
+    planned = grid_runs.plan_grid(warehouse, read_grid(Path(file)))
+    path = warehouse.runs_dir / "source" / "model.safetensors"
+    tensors, held = read_tensors(path, "")
+    tensors["item.weight"] += 1
+    save_file(tensors, path, metadata={"mmrec": json.dumps(held)})
+    outcome = next(grid_runs.run_grid(warehouse, planned))
+    assert outcome.state == "failed"
+    assert "run 'source' has other weights than a moment ago" in outcome.message
+    assert not grid_runs.is_begun(warehouse, planned[0])

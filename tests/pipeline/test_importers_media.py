@@ -119,7 +119,7 @@ def test_what_the_table_of_items_names_wins_and_is_told(
     warehouse: Warehouse, tmp_path: Path
 ) -> None:
     said: list[str] = []
-    items = "item_id,image\na,images/a.png\nb,other/b.png\nc,\n"
+    items = "item_id,image\na,./images/a.png\nb,other/b.png\nc,\n"
     files = {f"images/{name}.png": "x" for name in "abc"}
     content = {"interactions.csv": INTERACTIONS, "items.csv": items, **files}
     prepared(warehouse, tmp_path / "raw", content, say=said.append)

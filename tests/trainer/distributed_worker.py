@@ -31,6 +31,7 @@ SMALL: dict[str, Any] = {"dim": 8, "heads": 2, "hidden": 16, "length": 5, "dropo
 MORE: dict[str, dict[str, Any]] = {
     "sasrec": {},
     "mmsrec": {"mask_ratio": 0, "embed_dropout": 0},
+    "mmsrec-next": {"embed_dropout": 0, "objective": "next", "ids": True},
     "mmsr": {"fusion_heads": 2, "tower": "gru"},
     "idsr": {"loss": "bce"},
     "pmmrec": {
@@ -55,7 +56,7 @@ def next_item(name: str) -> Callable[[Path], dict[str, Tensor]]:
 
     def train(folder: Path) -> dict[str, Tensor]:
         features = worlds.features(N)
-        settings, recommender = MODELS[name].load()
+        settings, recommender = MODELS[name.partition("-")[0]].load()
         mmsr.sample_unseen = unseen  # type: ignore[attr-defined]
         torch.manual_seed(rank())  # the first one's weights are everybody's
         catalogue = Catalogue(n_items=N, widths=features.widths)
@@ -144,6 +145,7 @@ def gathered(folder: Path) -> dict[str, Tensor]:
 CASES: dict[str, Callable[[Path], dict[str, Tensor]]] = {
     "sasrec": next_item("sasrec"),
     "mmsrec": next_item("mmsrec"),
+    "mmsrec-next": next_item("mmsrec-next"),
     "mmsr": next_item("mmsr"),
     "idsr": next_item("idsr"),
     "pmmrec": next_item("pmmrec"),

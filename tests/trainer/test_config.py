@@ -61,6 +61,13 @@ def test_bad_settings_are_one_line(setting: str, message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", list(MODELS))
+def test_no_temperature_is_too_low_for_float32(name: str) -> None:
+    config, _ = MODELS[name].load()
+    with pytest.raises(UserError, match=r"temperature=1e-40 must be at least 0\.0001"):
+        build(config, None, ["temperature=1e-40"])
+
+
 def test_bad_files(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot read"):
         build(SASRecConfig, tmp_path / "none.toml", [])

@@ -12,6 +12,7 @@ from tests.trainer import worlds
 from trainer.checkpoint import read_tensors
 from trainer.data import ItemFeatures
 from trainer.run import OpenRun, open_run, start_run, train
+from trainer.transfer import take_weights
 
 N = 12
 SMALL = {
@@ -65,7 +66,11 @@ def equal(run: OpenRun, held: dict[str, Tensor]) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "words", ["sasrec", "mmsrec", "mmsrec ids=true whiten=true candidates=3", "sasrec average=0.9"]
+    "words",
+    [
+        *("sasrec", "mmsrec", "mmsrec ids=true whiten=true candidates=3"),
+        *("mmsrec objective=next ids=true", "sasrec average=0.9"),
+    ],
 )
 def test_everything_comes_over(house: Warehouse, words: str) -> None:
     model, *settings = words.split()
@@ -73,11 +78,23 @@ def test_everything_comes_over(house: Warehouse, words: str) -> None:
     train(source)
     held = weights(source.folder)
     run = begin(house, model, "r", "seed=7", *settings, init="source")
-    assert equal(run, held) == set(held)
+    assert equal(run, held) == set(held)  # of the same interactions, known_N is too
     assert run.taken is not None
     assert run.taken.share == 1
     assert run.taken.fresh == run.taken.unused == []
     assert run.taken.lines()[0].startswith("from run source (full): ")
+
+
+def test_what_training_has_seen_is_never_taken_from_another_run(house: Warehouse) -> None:
+    """The other run's interactions may be fewer, or reach into what is held out here."""
+    train(begin(house, "mmsrec", "source", "ids=true"))
+    run = begin(house, "mmsrec", "r", "ids=true")
+    known_N = run.model.get_buffer("known_N")
+    known_N.copy_(torch.arange(N) % 2 == 0)
+    taken = take_weights(house.runs_dir / "source", "mmsrec", run.model, run.identity)
+    assert known_N.tolist() == [i % 2 == 0 for i in range(N)]
+    assert taken.share == 1
+    assert taken.fresh == taken.unused == []
 
 
 def test_the_origin_is_part_of_what_a_checkpoint_is_for(house: Warehouse) -> None:

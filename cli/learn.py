@@ -73,7 +73,9 @@ def models(json: JsonOption = False) -> None:
 
 
 def _settings(values: dict[str, Any], indent: str = "  ") -> str:
-    words = [f"{key}={value}" for key, value in values.items()]
+    from trainer.grid import text
+
+    words = [f"{key}={text(value)}" for key, value in values.items()]
     return textwrap.fill(" ".join(words), 79, initial_indent=indent, subsequent_indent=indent)
 
 

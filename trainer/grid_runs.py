@@ -1,7 +1,5 @@
 """Running a grid: each combination is one run, named by its identity, so that it is found again."""
 
-import hashlib
-import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,10 +16,11 @@ from features.files import lock, write_json, write_table
 from features.schema import METRICS
 from features.store import FeatureStore, FeatureTable
 from features.warehouse import Warehouse
-from trainer.config import build, documents
+from trainer.config import build
 from trainer.evaluate import evaluate
 from trainer.folder import held_metrics
 from trainer.grid import Combination, Grid, text
+from trainer.identity import RunIdentity
 from trainer.inputs import choose_tables
 from trainer.loop import Tick
 from trainer.models import find_model
@@ -193,24 +192,23 @@ def _plan(warehouse: Warehouse, one: Combination, known: _Known) -> Planned:
     tables = []
     if entry.needs_features:
         tables = choose_tables(FeatureStore(warehouse), dataset, features)
-    identity = {
-        "model": one.model,
-        "items": warehouse.info(dataset).fingerprint,
-        "interactions": known.digest(dataset),
-        "features": [known.content(table) for table in tables],
-        **documents(*configs),
-    }
     start = None if one.init is None else known.start(one)
-    if start is not None:
-        identity["init"] = start
-    name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+    identity = RunIdentity(
+        recommender=one.model,
+        dataset=dataset,
+        items=warehouse.info(dataset).fingerprint,
+        interactions=known.digest(dataset),
+        features=[known.content(table) for table in tables],
+        configs=configs,
+        init=start,
+    )
     return Planned(
         combination=one,
         dataset=dataset,
         features=[table.label for table in tables] if entry.needs_features else None,
         settings=settings,
         weights=None if start is None else start["weights"],
-        run=f"grid-{name}",
+        run=f"grid-{identity.digest()}",
     )
 
 

@@ -21,6 +21,7 @@ from trainer.config import TrainConfig, build_all, documents
 from trainer.data import TrainingData
 from trainer.distributed import rank
 from trainer.folder import check_run_name, claimed, read_about, record, run_lock
+from trainer.identity import RunIdentity
 from trainer.inputs import choose_device
 from trainer.loop import Tick, fit
 from trainer.models import MODELS, find_model
@@ -328,6 +329,6 @@ def _open(
         model=module,
         data=data,
         task=task,
-        identity={"model": model, **source.identity, **documents(*configs)},
+        identity=RunIdentity(recommender=model, configs=configs, **source.identity).document(),
         parameters=sum(parameter.numel() for parameter in module.parameters()),
     )

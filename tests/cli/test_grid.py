@@ -4,12 +4,15 @@ import json
 import shlex
 import signal
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 from safetensors.torch import save_file
+from torch import Tensor
 from typer.testing import CliRunner, Result
 
 from cli import grid, show
@@ -20,6 +23,8 @@ from tests.trainer import worlds
 from trainer import grid_runs
 from trainer.checkpoint import read_tensors
 from trainer.grid import pivot, read_grid
+from trainer.models import MODELS
+from trainer.sasrec import SASRec, SASRecConfig
 
 GRID = """
 rows = ["fusion"]
@@ -224,3 +229,24 @@ def test_weights_that_changed_since_the_plan_are_not_trained_from(house: str, fi
     assert outcome.state == "failed"
     assert "run 'source' has other weights than a moment ago" in outcome.message
     assert not grid_runs.is_begun(warehouse, planned[0])
+
+
+def test_two_models_of_one_configuration_class_are_two_runs(
+    house: str, file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Popular(SASRec):
+        """The same configuration; the first items of the catalogue always come first."""
+
+        def encode_sequences(self, *words: Any) -> Tensor:
+            return torch.zeros_like(super().encode_sequences(*words))
+
+    other = replace(MODELS["sasrec"], load=lambda: (SASRecConfig, Popular))
+    monkeypatch.setitem(MODELS, "popular", other)
+    Path(file).write_text(
+        "rows = ['model']\n[runs]\nmodel = ['sasrec', 'popular']\n"
+        "dim = 8\nheads = 2\nhidden = 8\nlength = 5\nepochs = 1\n"
+    )
+    done = json.loads(run("grid", file, "--warehouse", house, "--json").stdout)["runs"]
+    assert [one["state"] for one in done] == ["finished"] * 2
+    assert len({one["run"] for one in done}) == 2
+    assert done[0]["metrics"] != done[1]["metrics"]

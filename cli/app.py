@@ -8,8 +8,23 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from cli import compare, data, demo, doctor, grid, learn, pretrain, query, recommend, report
-from cli.show import say
+from cli import (
+    backbones,
+    compare,
+    demo,
+    doctor,
+    evaluate,
+    extract,
+    grid,
+    models,
+    prepare,
+    pretrain,
+    recommend,
+    report,
+    sql,
+    train,
+)
+from cli.console import say
 from features.errors import UserError
 
 _UsageError: Any = typer.BadParameter.__base__  # of the click that typer brings
@@ -72,19 +87,19 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Multimodal sequential recommendation: extract features once, train lightly, rank all.",
 )
-app.command("datasets")(data.datasets)
-app.command("prepare")(data.prepare)
-app.command("backbones")(data.backbones)
-app.command("extract")(data.extract)
-app.command("models")(learn.models)
-app.command("train")(learn.train)
+app.command("datasets")(prepare.datasets)
+app.command("prepare")(prepare.prepare)
+app.command("backbones")(backbones.backbones)
+app.command("extract")(extract.extract)
+app.command("models")(models.models)
+app.command("train")(train.train)
 app.command("pretrain")(pretrain.pretrain)
-app.command("eval")(learn.evaluate)
+app.command("eval")(evaluate.evaluate)
 app.command("recommend")(recommend.recommend)
 app.command("compare")(compare.compare)
 app.command("report")(report.report)
 app.command("grid")(grid.grid)
-app.command("sql")(query.sql)
+app.command("sql")(sql.sql)
 app.command("demo")(demo.demo)
 app.command("doctor")(doctor.doctor)
 

@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cli import show
+from cli import console
 from cli.options import JsonOption, WarehouseOption
 from features.warehouse import Warehouse
 
 if TYPE_CHECKING:
     from retrieval.significance import PairedTest
-    from trainer.compare import Comparison
+    from trainer.analysis.compare import Comparison
 
 _SEEN = {"masked": "out of", "unmasked": "left in"}
 
@@ -35,10 +35,10 @@ def compare(
 ) -> None:
     """Compare runs on the same users: the difference, its interval, and a paired test."""
     house = Warehouse(warehouse)
-    from trainer.compare import SHOWN
-    from trainer.compare import compare as go
+    from trainer.analysis.compare import SHOWN
+    from trainer.analysis.compare import compare as go
 
-    line = show.Line()
+    line = console.Line()
     try:
         found = go(
             house,
@@ -52,28 +52,28 @@ def compare(
     finally:
         line.close()
     if json:
-        show.emit_json(asdict(found))
+        console.emit_json(asdict(found))
     else:
         show_compared(found)
 
 
 def show_compared(found: "Comparison") -> None:
     """Print a table for each ranking, the reference first in each group of lines."""
-    from trainer.compare import SEEN, SIGNS
+    from trainer.analysis.compare import SEEN, SIGNS
 
     reference, *_ = found.systems
     cold = "" if found.targets == "all" else f", {found.targets} targets only"
-    show.out.print(
+    console.out.print(
         f"{found.dataset}, {found.split}{cold}: {found.users:,} users;"
         f" difference: to {reference.label}",
         markup=False,
     )
     for system in found.systems:
         if len(system.runs) > 1:
-            show.out.print(f"{system.label}: {', '.join(system.runs)}", markup=False)
+            console.out.print(f"{system.label}: {', '.join(system.runs)}", markup=False)
     for seen in SEEN:
-        show.out.print()
-        show.table(
+        console.out.print()
+        console.table(
             ["metric", "run", "value", "difference", "p"],
             [
                 [
@@ -90,8 +90,10 @@ def show_compared(found: "Comparison") -> None:
         )
     spread = any(line.spread is not None for line in found.lines)
     if spread:
-        show.out.print("\n  ±: deviation over runs; of several runs, each user's mean is compared")
-    show.out.print(
+        console.out.print(
+            "\n  ±: deviation over runs; of several runs, each user's mean is compared"
+        )
+    console.out.print(
         f"{'' if spread else chr(10)}"
         "  difference: mean over users with its 95% bootstrap interval; p: two-sided paired\n"
         f"  randomisation test over users, {SIGNS:,} random signs, so at least"

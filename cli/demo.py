@@ -1,6 +1,6 @@
 """``mmrec demo``: the whole way on a small dataset of its own, offline."""
 
-from cli import data, learn, show, training
+from cli import console, evaluate, extract, prepare, training_options
 from cli.options import JsonOption, WarehouseOption
 from features.warehouse import Warehouse
 
@@ -14,43 +14,43 @@ def demo(json: JsonOption = False, warehouse: WarehouseOption = None) -> None:
     """Make a small dataset and run prepare, extract, train, eval and sql on it, offline."""
     from dataclasses import asdict
 
-    from features.catalogue import query
-    from pipeline.options import Options
-    from trainer.run import start_run, train
+    from features.sql_views import query
+    from pipeline.extraction.options import Options
+    from trainer.runs.run import start_run, train
 
     house = Warehouse(warehouse)
-    show.say("1. prepare: pictures, titles, clips, and users with a known taste")
-    info = data.run_prepare(house, "demo")
-    show.say("2. extract: the weightless backbone `hashed` over pictures, titles and clips")
+    console.say("1. prepare: pictures, titles, clips, and users with a known taste")
+    info = prepare.run_prepare(house, "demo")
+    console.say("2. extract: the weightless backbone `hashed` over pictures, titles and clips")
     choices = Options(image="hashed", text="hashed", video="hashed")
-    extracted = data.run_extract(house, "demo", choices)
+    extracted = extract.run_extract(house, "demo", choices)
     reports = {}
     for model, settings in _TRAININGS.items():
         features = ["image", "text"] if model == "mmsrec" else None
         run = start_run(house, model, "demo", features=features, settings=settings)
-        show.say(f"3. train: {model}")
-        watching = training.TrainWatch()
+        console.say(f"3. train: {model}")
+        watching = training_options.TrainWatch()
         try:
             ended = train(run, on_tick=watching)
         finally:
             watching.line.close()
         if not ended.finished:
             raise KeyboardInterrupt
-        reports[model] = learn.run_evaluate(house, run.folder, "faiss")
+        reports[model] = evaluate.run_evaluate(house, run.folder, "faiss")
     if json:
         evaluations = {model: asdict(report) for model, report in reports.items()}
-        show.emit_json({"dataset": info.summary(), "evaluations": evaluations})
+        console.emit_json({"dataset": info.summary(), "evaluations": evaluations})
         return
-    data.show_prepared(info)
-    show.out.print()
-    data.show_extracted(extracted)
+    prepare.show_prepared(info)
+    console.out.print()
+    extract.show_extracted(extracted)
     for report in reports.values():
-        show.out.print()
-        learn.show_evaluated(report)
-    show.out.print()
-    show.say("4. sql: " + " ".join(_STATEMENT.split()))
+        console.out.print()
+        evaluate.show_evaluated(report)
+    console.out.print()
+    console.say("4. sql: " + " ".join(_STATEMENT.split()))
     table = query(house, _STATEMENT)
-    show.table(table.column_names, zip(*(c.to_pylist() for c in table.columns), strict=True))
+    console.table(table.column_names, zip(*(c.to_pylist() for c in table.columns), strict=True))
 
 
 _TRAININGS = {

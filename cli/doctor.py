@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cli import show
+from cli import console
 from cli.options import JsonOption, WarehouseOption
 
 if TYPE_CHECKING:
@@ -28,15 +28,17 @@ def doctor(
 
     rows = examine(warehouse, thorough=thorough)
     if json:
-        show.emit_json([asdict(row) for row in rows])
+        console.emit_json([asdict(row) for row in rows])
         return
     for part in dict.fromkeys(row.part for row in rows):
         of_part = [row for row in rows if row.part == part]
-        show.table([f"{part:<{_NAME}}", "", ""], [line for row in of_part for line in _lines(row)])
+        console.table(
+            [f"{part:<{_NAME}}", "", ""], [line for row in of_part for line in _lines(row)]
+        )
 
 
 def _lines(row: "Row") -> list[list[Any]]:
     """One row of a table for each line that the text takes."""
-    width = max(_NARROWEST, min(show.out.width, 80) - _NAME - len("  yes  "))
+    width = max(_NARROWEST, min(console.out.width, 80) - _NAME - len("  yes  "))
     first, *more = textwrap.wrap(row.says, width, break_on_hyphens=False) or [""]
     return [[row.name, row.there, first], *(["", "", line] for line in more)]

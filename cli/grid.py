@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.text import Text
 
-from cli import show
+from cli import console
 from cli.options import JsonOption, WarehouseOption
 from features.warehouse import Warehouse
-from trainer.grid import Grid, Pivot, pivot, read_grid
+from trainer.runs.grid_file import Grid, Pivot, pivot, read_grid
 
 if TYPE_CHECKING:
-    from trainer.grid_runs import Outcome, Planned
     from trainer.loop import Tick
+    from trainer.runs.grid import Outcome, Planned
 
 _GAP = "  "
 
@@ -35,7 +35,7 @@ def grid(
     asked = read_grid(file)
     house = Warehouse(warehouse)
     house.require()
-    from trainer.grid_runs import Stopped, plan_grid, run_grid, write_result
+    from trainer.runs.grid import Stopped, plan_grid, run_grid, write_result
 
     planned = plan_grid(house, asked)
     if dry_run:
@@ -57,21 +57,21 @@ def grid(
     values = [one.values(asked.split, asked.seen) for one in outcomes]
     values += [None] * (len(planned) - len(outcomes))
     if json:
-        show.emit_json(_document(asked, planned, outcomes, path))
+        console.emit_json(_document(asked, planned, outcomes, path))
     else:
         names = dict.fromkeys(one.dataset for one in planned)
         show_pivot(asked, pivot(asked, values), list(names))
     failed = sum(one.state == "failed" for one in outcomes)
     if stopped:
         here = f" --warehouse {shlex.quote(str(warehouse))}" if warehouse else ""
-        show.say(
+        console.say(
             f"stopped: {len(outcomes)} of {len(planned)} ended, all is kept;"
             f" go on with: mmrec grid {shlex.quote(str(file))}{here}"
         )
         raise typer.Exit(130)
-    show.say(f"all metrics of {len(outcomes) - failed} runs: {path}")
+    console.say(f"all metrics of {len(outcomes) - failed} runs: {path}")
     if failed:
-        show.say(f"error: {failed} of {len(planned)} runs failed; the reasons stand above")
+        console.say(f"error: {failed} of {len(planned)} runs failed; the reasons stand above")
         raise typer.Exit(2)
 
 
@@ -80,7 +80,7 @@ class _Watch:
 
     def __init__(self, planned: "list[Planned]") -> None:
         self.planned = planned
-        self.line = show.Line()
+        self.line = console.Line()
         self.spent: list[float] = []
 
     def tick(self, number: int, tick: "Tick | str") -> None:
@@ -102,7 +102,7 @@ class _Watch:
         if outcome.state == "finished":
             self.spent.append(outcome.seconds)
             rest = (len(self.planned) - number - 1) * sum(self.spent) / len(self.spent)
-            took = f"{show.seconds(outcome.seconds)}, {show.seconds(rest)} left"
+            took = f"{console.seconds(outcome.seconds)}, {console.seconds(rest)} left"
         self.line.update(f"{self._where(number)}: {figures} ({took})", keep=True)
 
     def _where(self, number: int) -> str:
@@ -115,17 +115,17 @@ def show_pivot(asked: Grid, table: Pivot, datasets: Sequence[str]) -> None:
     seeds = ", mean ± deviation over seeds" if any(c.spread for c in table.cells.values()) else ""
     where = "" if "dataset" in (*asked.rows, *asked.columns) else f"{', '.join(datasets)}, "
     title = f"{where}{asked.split} split, {asked.seen}: seen items are {seen} the ranking{seeds}"
-    show.out.print(title, style="bold", markup=False)
+    console.out.print(title, style="bold", markup=False)
     labels = _labels(asked, table)
     pieces: list[list[list[Text]]] = [list(labels)]
     for column in table.column_keys:
         group = _group(asked, table, column)
-        if len(pieces[-1]) > len(labels) and _width([*pieces[-1], *group]) > show.out.width:
+        if len(pieces[-1]) > len(labels) and _width([*pieces[-1], *group]) > console.out.width:
             pieces.append(list(labels))
         pieces[-1] += group
     for index, piece in enumerate(pieces):
         if index:
-            show.out.print()
+            console.out.print()
         _print(piece, len(labels))
 
 
@@ -155,7 +155,7 @@ def _group(asked: Grid, table: Pivot, column: tuple[str, ...]) -> list[list[Text
                 continue
             spread = "" if cell.spread is None else f"±{cell.spread:.4f}".replace("0.", ".")
             # Without a terminal there is no bold: the best one is marked by a star.
-            star = "*" if cell.best and not show.out.is_terminal else ""
+            star = "*" if cell.best and not console.out.is_terminal else ""
             cells.append(Text(f"{star}{cell.value:.4f}{spread}", "bold" if cell.best else ""))
         group.append(cells)
     return group
@@ -175,11 +175,11 @@ def _print(columns: list[list[Text]], labels: int) -> None:
             line += Text(_GAP if index < len(columns) - 1 else "")
         line.rstrip()
         if line.plain:
-            show.out.print(line)
+            console.out.print(line)
 
 
 def _list(house: Warehouse, asked: Grid, planned: "list[Planned]", json: bool) -> None:
-    from trainer.grid_runs import is_begun, is_done
+    from trainer.runs.grid import is_begun, is_done
 
     rows = []
     for one in planned:
@@ -187,15 +187,15 @@ def _list(house: Warehouse, asked: Grid, planned: "list[Planned]", json: bool) -
         rows.append((one, "finished" if is_done(house, one) else begun))
     if json:
         found = [{**one.combination.keys, "run": one.run, "state": state} for one, state in rows]
-        show.emit_json({"grid": str(asked.path), "runs": found})
+        console.emit_json({"grid": str(asked.path), "runs": found})
         return
     keys = list(asked.combinations[0].keys)
-    show.table(
+    console.table(
         [*keys, "run", "state"],
         [[*one.combination.keys.values(), one.run, state] for one, state in rows],
     )
     ended = sum(state == "finished" for _, state in rows)
-    show.say(f"{len(planned)} runs, {ended} of them finished; nothing was run")
+    console.say(f"{len(planned)} runs, {ended} of them finished; nothing was run")
 
 
 def _document(

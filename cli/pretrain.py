@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from cli.options import JsonOption, WarehouseOption
-from cli.training import (
+from cli.training_options import (
     ConfigOption,
     FeaturesOption,
     InitOption,

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cli import show
+from cli import console
 from cli.options import DeviceOption, JsonOption, WarehouseOption
 from features.errors import UserError, unknown
 from features.warehouse import Warehouse
 
 if TYPE_CHECKING:
-    from trainer.recommend import Adviser
+    from trainer.runs.recommend import Adviser
 
 _ASKS = "--user USER_ID, --history ITEM_ID,ITEM_ID,..., --all, or --similar ITEM_ID"
 
@@ -60,16 +60,16 @@ def recommend(
     house = Warehouse(warehouse)
     folder, why = house.choose_run(run)
     if why != "given":
-        show.say(f"run: {folder.name} ({why})")
-    from trainer.recommend import Adviser
-    from trainer.run import open_run
+        console.say(f"run: {folder.name} ({why})")
+    from trainer.runs.recommend import Adviser
+    from trainer.runs.run import open_run
 
     adviser = Adviser(house, open_run(house, folder, device), index=index)
     document: dict[str, Any] = {"run": folder.name, "dataset": adviser.run.dataset}
     if out is not None:
         document |= _write(adviser, out, k, unmasked)
         if json:
-            show.emit_json(document)
+            console.emit_json(document)
         return
     if user is not None:
         items = adviser.history(adviser.user(user)).tolist()
@@ -85,14 +85,14 @@ def recommend(
         document |= {"similar": similar}
     suggestions = adviser.named(found)
     if json:
-        show.emit_json({**document, "items": [asdict(one) for one in suggestions]})
+        console.emit_json({**document, "items": [asdict(one) for one in suggestions]})
         return
-    show.table(
+    console.table(
         ["rank", "item_id", "text", "score" if similar is None else "cosine", "cold"],
         [[one.rank, one.item_id, one.text, one.score, one.cold] for one in suggestions],
     )
     if len(suggestions) < k:
-        show.say(f"no more than these {len(suggestions)} items are left")
+        console.say(f"no more than these {len(suggestions)} items are left")
 
 
 def _items(adviser: "Adviser", history: list[str]) -> list[int]:
@@ -112,18 +112,18 @@ def _items(adviser: "Adviser", history: list[str]) -> list[int]:
 def _told(adviser: "Adviser", items: list[int]) -> dict[str, Any]:
     """Say on which history the list rests."""
     last = adviser.item_ids[items[-1]].as_py()
-    show.say(f"from a history of {len(items):,} items, the last one {last}")
+    console.say(f"from a history of {len(items):,} items, the last one {last}")
     return {"history": len(items), "last": last}
 
 
 def _write(adviser: "Adviser", out: Path, k: int, unmasked: bool) -> dict[str, Any]:
-    from trainer.recommend import write_all
+    from trainer.runs.recommend import write_all
 
-    line, began = show.Line(), time.monotonic()
+    line, began = console.Line(), time.monotonic()
 
     def tell(done: int, total: int) -> None:
         rate = done / max(1e-9, time.monotonic() - began)
-        left = show.seconds((total - done) / rate)
+        left = console.seconds((total - done) / rate)
         line.update(f"{done:,} of {total:,} users, {rate:,.0f}/s, {left} left")
 
     try:
@@ -131,5 +131,5 @@ def _write(adviser: "Adviser", out: Path, k: int, unmasked: bool) -> dict[str, A
     finally:
         line.close()
     users = adviser.dataset.info.users
-    show.say(f"{rows:,} recommendations for {users:,} users: {out}")
+    console.say(f"{rows:,} recommendations for {users:,} users: {out}")
     return {"out": str(out), "users": users, "rows": rows}

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from cli import show
+from cli import console
 from cli.options import JsonOption, WarehouseOption
 from features.errors import UserError
 from features.warehouse import Warehouse
@@ -44,10 +44,10 @@ def report(
     house = Warehouse(warehouse)
     if not runs:
         folder, why = house.choose_run(None)
-        show.say(f"run: {folder.name} ({why})")
+        console.say(f"run: {folder.name} ({why})")
         runs = [folder.name]
-    from trainer.curves import check_picture, draw, read_curves, save
-    from trainer.records import read_records
+    from trainer.analysis.curves import check_picture, draw, read_curves, save
+    from trainer.runs.read import read_records
 
     if curves is not None:
         check_picture(curves)
@@ -59,12 +59,12 @@ def report(
         path = curves
         save(draw(found), path)
     else:
-        from features.files import write_text
-        from trainer.report import build_report
+        from features.atomic_files import write_text
+        from trainer.analysis.report import build_report
 
         path = out or records[0].folder / "report.html"
         write_text(path, build_report(house, records, found))
     if json:
-        show.emit_json({"runs": runs, "file": str(path)})
+        console.emit_json({"runs": runs, "file": str(path)})
     else:
-        show.out.print(str(path), markup=False)
+        console.out.print(str(path), markup=False)

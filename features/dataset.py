@@ -15,8 +15,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from features.atomic_files import database, open_table, read_table, reading
 from features.errors import UserError
-from features.files import database, open_table, read_table, reading
 from features.splits import COLD_BELOW, MIN_EVALUATED, train_counts_sql
 from features.warehouse import DatasetInfo, Warehouse
 

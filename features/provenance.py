@@ -10,8 +10,8 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from features.atomic_files import reading
 from features.errors import UserError
-from features.files import reading
 
 KEY = b"mmrec"
 AGAIN = "run mmrec extract again; what is whole is reused"

@@ -20,7 +20,7 @@ ITEMS = pa.schema(
         _required("item", pa.int32()),  # dense, 0..n-1
         _required("item_id", pa.string()),
         ("text", pa.string()),
-        ("image", pa.string()),  # a reference, see pipeline.importers.places
+        ("image", pa.string()),  # a reference, see pipeline.media.references
         ("video", pa.string()),
         ("attributes", pa.string()),  # one JSON object
     ]

@@ -22,9 +22,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from features.columns import copy_tokens, items_of, vectors_of
-from features.errors import UserError
-from features.files import (
+from features.arrow_columns import copy_tokens, items_of, vectors_of
+from features.atomic_files import (
     open_table,
     read_table,
     reading,
@@ -33,6 +32,7 @@ from features.files import (
     write_json,
     write_table,
 )
+from features.errors import UserError
 from features.provenance import (
     AGAIN,
     KEY,

@@ -201,8 +201,8 @@ def _decodes(av: Any, name: str) -> bool:
 def _weights() -> Iterable[Found]:
     from huggingface_hub import constants
 
-    from pipeline.backbones import list_backbones
-    from pipeline.backends import hub
+    from pipeline.backbones import hub
+    from pipeline.backbones.registry import list_backbones
 
     rows = list_backbones()
     ready = [row["name"] for row in rows if row["offline"]]

@@ -2,7 +2,7 @@
 
 Every index here is exact, and all of them agree to the last bit: an index only proposes candidates,
 by fp32 scores of its own; a proven error bound says which candidates can matter, and canonical
-float64 scores (`retrieval.scores.exact_scores`) put those in order.
+float64 scores (`retrieval.exact_scores.exact_scores`) put those in order.
 
 Shape suffixes: U users, B users of one block, N items, D dimensions, F fetched candidates, K kept.
 """
@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from retrieval.compute import each_block, plain_fp32
-from retrieval.ranking import Ranks, Seen, rank, seen_pairs
-from retrieval.scores import (
+from retrieval.blocks import each_block, plain_fp32
+from retrieval.exact_scores import (
     FP32_ROUNDOFF,
     Contest,
     as_indices,
@@ -27,11 +26,12 @@ from retrieval.scores import (
     refuse_overflow,
     row_norms,
 )
+from retrieval.ranking import Ranks, Seen, rank, seen_pairs
 
 if TYPE_CHECKING:
     import torch
 
-    from retrieval.scores import Indices, Matrix
+    from retrieval.exact_scores import Indices, Matrix
 
 Found = tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from retrieval.compute import each_block, plain_fp32
-from retrieval.scores import (
+from retrieval.blocks import each_block, plain_fp32
+from retrieval.exact_scores import (
     FP32_ROUNDOFF,
     FP64_ROUNDOFF,
     Contest,
@@ -25,7 +25,7 @@ from retrieval.scores import (
 if TYPE_CHECKING:
     import torch
 
-    from retrieval.scores import Indices, Matrix
+    from retrieval.exact_scores import Indices, Matrix
 
 _GROUP = 32  # columns that share one minimum when the close calls of a tile are looked for
 

@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import AdamW
 
+from features.atomic_files import whole
 from features.errors import UserError
-from features.files import whole
 
 _MOST = 3  # differences that one line names
 _NOTHING = object()

@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from features.errors import UserError
-from trainer.average import Average
 from trainer.checkpoint import Progress, load_state, save_state, save_weights
 from trainer.config import TrainConfig
-from trainer.data import Share, seed_of
+from trainer.data.batches import Share, seed_of
 from trainer.distributed import agree, from_first, rank, ranks
+from trainer.ema import Average
+from trainer.modules.transformer import Transformer
 from trainer.optimizer import Optimizer
-from trainer.tasks import Task, Validation
-from trainer.transformer import Transformer
+from trainer.tasks.next_item import Task, Validation
 
 _ONE_INTERRUPT = 1.0  # seconds in which signals are the same Ctrl-C
 _SAVE_SECONDS = 300.0  # a killed run loses at most this, whatever an epoch takes
@@ -62,7 +62,7 @@ class EpochRow:
     losses: dict[str, float]
     """Means over the epoch, by name; ``loss`` is what was minimised."""
     metrics: dict[tuple[str, str], float]
-    """As in :class:`trainer.tasks.Validation`; empty if not validated."""
+    """As in :class:`trainer.tasks.next_item.Validation`; empty if not validated."""
     users: int
     seconds: float = field(default=0.0, compare=False)
     """Training and validation; of an epoch that was interrupted, at the pace of its last part, and

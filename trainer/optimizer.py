@@ -4,10 +4,10 @@ import math
 
 from torch.optim import AdamW
 
-from trainer.blocks import UpperBlocks
 from trainer.checkpoint import Progress
 from trainer.config import TrainConfig
-from trainer.recommender import Recommender
+from trainer.finetune.upper_blocks import UpperBlocks
+from trainer.models.base import Recommender
 
 
 class Optimizer:

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from trainer.contrastive import in_batch
-from trainer.symmetric import in_batch_symmetric
+from trainer.losses.clip import in_batch_symmetric
+from trainer.losses.in_batch import in_batch
 
 SCALE = 20.0
 ROWS = 256

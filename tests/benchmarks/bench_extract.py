@@ -47,18 +47,18 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 
 from features.warehouse import Warehouse
-from pipeline import encode
-from pipeline.backbones import BACKBONES, load_backbone
-from pipeline.backends.contract import Backbone, Batch
-from pipeline.backends.pixels import Pixels, of_open_clip, of_processor
-from pipeline.extract import extract
-from pipeline.media import decode_image
-from pipeline.options import Options
-from pipeline.reports import ExtractReport
-from pipeline.stream import token_batches
-from pipeline.video import sample
+from pipeline.backbones.base import Backbone, Batch
+from pipeline.backbones.image_transforms import Pixels, of_open_clip, of_processor
+from pipeline.backbones.registry import BACKBONES, load_backbone
+from pipeline.extraction import encoder
+from pipeline.extraction.batching import token_batches
+from pipeline.extraction.job import extract
+from pipeline.extraction.options import Options
+from pipeline.extraction.reports import ExtractReport
+from pipeline.media.images import decode_image
+from pipeline.media.video import sample
 from tests.benchmarks import inputs
-from tests.pipeline.fakes import entry
+from tests.pipeline.extraction.fakes import entry
 
 CPU = torch.device("cpu")
 ROUNDS = 2
@@ -66,12 +66,12 @@ ROUNDS = 2
 _AGAIN = """
 import re, sys, time
 from features.warehouse import Warehouse
-from pipeline.extract import extract
-from pipeline.options import Options
+from pipeline.extraction.job import extract
+from pipeline.extraction.options import Options
 from pathlib import Path
 house, modality, backbone = sys.argv[1:]
 if backbone != "hashed":
-    from pipeline.backbones import BACKBONES, load_backbone
+    from pipeline.backbones.registry import BACKBONES, load_backbone
     from tests.pipeline.fakes import Brief, entry
     BACKBONES["brief"], backbone = entry(Brief(load_backbone(backbone))), "brief"
 start = time.process_time()
@@ -136,7 +136,7 @@ def bare_texts(backbone: Backbone, texts: list[str]) -> Callable[[], None]:
     tokens = backbone.texts(texts)
     lengths = np.asarray([len(ids) for ids in tokens])
     size = backbone.batch_size
-    batches = list(token_batches(lengths, budget=size * encode.TOKENS_EACH, most=4 * size))
+    batches = list(token_batches(lengths, budget=size * encoder.TOKENS_EACH, most=4 * size))
 
     def loop() -> None:
         for chosen in batches:
@@ -148,12 +148,12 @@ def bare_texts(backbone: Backbone, texts: list[str]) -> Callable[[], None]:
 @contextmanager
 def draft() -> Iterator[None]:
     """Decode as ``--decode draft`` does."""
-    plain = vars(encode)["decode_image"]
-    vars(encode)["decode_image"] = lambda data, *rest: decode_image(data, 224)
+    plain = vars(encoder)["decode_image"]
+    vars(encoder)["decode_image"] = lambda data, *rest: decode_image(data, 224)
     try:
         yield
     finally:
-        vars(encode)["decode_image"] = plain
+        vars(encoder)["decode_image"] = plain
 
 
 def compare(section: str, what: str, n: int, bare: Callable[[], None], run: Any, goal: str) -> None:
@@ -353,7 +353,7 @@ def gpu(root: Path, n: int = 6000) -> None:
         say("gpu", "no CUDA device here", "")
         return
     house = inputs.house(root, pictures=500)
-    from tests.pipeline.tiny import prepare
+    from tests.pipeline.backbones.tiny import prepare
 
     # The same files many times, each with some bytes of its own behind the picture's end.
     for i in range(500, n):
@@ -379,8 +379,8 @@ def gpu(root: Path, n: int = 6000) -> None:
             figure = f"{n / wall:.0f}/s clock, {n / cpu:.0f}/s a CPU second"
             say("gpu", f"CLIP ViT-B/32 {compute}: extract, {what}", figure)
     clock = _Clock()
-    plain = vars(encode)["decode_image"], backbone.image, backbone.embed
-    vars(encode)["decode_image"] = clock.watch("decode", plain[0], time.thread_time)
+    plain = vars(encoder)["decode_image"], backbone.image, backbone.embed
+    vars(encoder)["decode_image"] = clock.watch("decode", plain[0], time.thread_time)
     backbone.image = clock.watch("resize", plain[1], time.thread_time)
     backbone.embed = clock.watch("copy, forward, copy back", plain[2], time.perf_counter, sync=True)
     try:
@@ -388,7 +388,7 @@ def gpu(root: Path, n: int = 6000) -> None:
         job(house, "image")()
         wall = time.perf_counter() - start
     finally:
-        vars(encode)["decode_image"], backbone.image, backbone.embed = plain
+        vars(encoder)["decode_image"], backbone.image, backbone.embed = plain
     cores = len(os.sched_getaffinity(0))
     for what, seconds in clock.seconds.items():
         if what in ("decode", "resize"):

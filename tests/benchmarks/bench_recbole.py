@@ -26,14 +26,14 @@ import torch
 
 from features.dataset import Dataset, load_dataset
 from features.warehouse import Warehouse
-from pipeline.prepare import prepare
+from pipeline.datasets.prepare import prepare
 from retrieval.metrics import per_user
 from retrieval.ranking import rank
 from tests.trainer import worlds
+from trainer.evaluation.encode import encode, seen_by, targets_of
 from trainer.loop import Tick
-from trainer.run import start_run
-from trainer.run import train as run_training
-from trainer.scoring import encode, seen_by, targets_of
+from trainer.runs.run import start_run
+from trainer.runs.run import train as run_training
 
 USERS, ITEMS, EACH = 4096, 100_000, 25
 
@@ -117,9 +117,9 @@ def evaluation(python: str, threads: int) -> None:
         root = Path(scratch)
         export(world, root, "wide")
         theirs = peer(python, root, "wide", threads, 0)
-    from trainer.data import ItemFeatures
-    from trainer.recommender import Catalogue
-    from trainer.sasrec import SASRec, SASRecConfig
+    from trainer.data.batches import ItemFeatures
+    from trainer.models.base import Catalogue
+    from trainer.models.sasrec import SASRec, SASRecConfig
 
     features = ItemFeatures(n_items=ITEMS, vectors={}, present={})
     data = worlds.training_data(world, features)

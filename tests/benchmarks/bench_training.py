@@ -23,10 +23,10 @@ import numpy as np
 import torch
 
 from tests.trainer import worlds
-from trainer.data import ItemFeatures
-from trainer.mmsrec import MMSRec
+from trainer.data.batches import ItemFeatures
 from trainer.mmsrec_config import MMSRecConfig
-from trainer.recommender import Catalogue
+from trainer.models.base import Catalogue
+from trainer.models.mmsrec import MMSRec
 
 BATCH, LENGTH, ITEMS, DIM = 1024, 20, 12_101, 512
 STEPS = {"step": 2, "growth": 4}  # of the four batches of an epoch, which hold similar lengths

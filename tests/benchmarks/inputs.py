@@ -13,10 +13,10 @@ import transformers
 from PIL import Image
 
 from features.warehouse import Warehouse
-from pipeline.backends.contract import Batch, Tokens, Vectors
-from pipeline.backends.pixels import Pixels, Pixels8
-from tests.pipeline.checkpoints import open_clip_folder
-from tests.pipeline.tiny import prepare
+from pipeline.backbones.base import Batch, Tokens, Vectors
+from pipeline.backbones.image_transforms import Pixels, Pixels8
+from tests.pipeline.backbones.checkpoints import open_clip_folder
+from tests.pipeline.backbones.tiny import prepare
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
@@ -146,7 +146,7 @@ class Free:
 
     def __getattr__(self, name: str) -> Any:
         # Whatever else the contract asks for is as it is with the weightless backbone.
-        from pipeline.backends.hashed import Hashed
+        from pipeline.backbones.hashed import Hashed
 
         return getattr(Hashed(), name)
 

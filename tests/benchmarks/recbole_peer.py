@@ -60,7 +60,7 @@ def main(folder: str, name: str, threads: int, epochs: int) -> None:
     rows = len(train.dataset)
     spent = [clock(partial(trainer._train_epoch, train, epoch)) for epoch in range(epochs)]
     found: dict[str, float] = {}
-    evaluated = clock(lambda: found.update(trainer.evaluate(test, load_best_model=False)))
+    evaluated = clock(lambda: found.update(trainer.runs.evaluate(test, load_best_model=False)))
     print(
         json.dumps(
             {

@@ -97,8 +97,8 @@ def test_ranks_and_metrics_equal_a_plain_recomputation(house: str) -> None:
     from features.dataset import load_dataset
     from features.warehouse import Warehouse
     from trainer.checkpoint import load_weights
-    from trainer.run import open_run
-    from trainer.scoring import encode
+    from trainer.evaluation.encode import encode
+    from trainer.runs.run import open_run
 
     warehouse = Warehouse(house)
     opened = open_run(warehouse, warehouse.runs_dir / "mmsrec")

@@ -7,10 +7,10 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from cli import show
+from cli import console
 from cli.app import app
-from cli.data import show_extracted
-from pipeline.reports import ExtractReport, ModalityReport
+from cli.extract import show_extracted
+from pipeline.extraction.reports import ExtractReport, ModalityReport
 
 runner = CliRunner()
 
@@ -27,7 +27,7 @@ def test_a_dry_run_does_not_prepare(tmp_path: Path) -> None:
 @pytest.mark.parametrize("width", [80, 200])
 def test_the_closing_table_fits_the_terminal(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
     shown = io.StringIO()
-    monkeypatch.setattr(show, "out", Console(file=shown, width=width, soft_wrap=True))
+    monkeypatch.setattr(console, "out", Console(file=shown, width=width, soft_wrap=True))
     row = ModalityReport(
         modality="image", backbone="clip-vit-b-32", level="tokens", dim=768, items=1_000_000,
         encoded=900_000, shared=50_000, reused=25_000, absent=15_000, failed={"truncated": 10_000},
@@ -44,13 +44,13 @@ def test_the_closing_table_fits_the_terminal(monkeypatch: pytest.MonkeyPatch, wi
 @pytest.mark.parametrize("columns", [80, 120])
 def test_a_live_line_keeps_its_figures(monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
     err = Console(file=io.StringIO(), force_terminal=True, width=columns)
-    monkeypatch.setattr(show, "err", err)
+    monkeypatch.setattr(console, "err", err)
     tail = "456,789 of 1,000,000, 1,234.5/s, 3h20m left, 1234 failed"
     name = "open_clip:ViT-B-32/laion2b_s34b_b79k"
-    line = show.fit("image by ", name, show.bar(1, 2), tail)
+    line = console.fit("image by ", name, console.bar(1, 2), tail)
     assert len(line) < columns
     assert line.endswith(tail)
     assert line.startswith("image by open_clip")
     assert name in line or columns == 80
-    short = show.fit("text by ", "bert", show.bar(1, 2), "1 of 2, 0 failed")
+    short = console.fit("text by ", "bert", console.bar(1, 2), "1 of 2, 0 failed")
     assert short == "text by bert: ━━━━━━━━╌╌╌╌╌╌╌╌ 1 of 2, 0 failed"

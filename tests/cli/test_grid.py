@@ -15,16 +15,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 from typer.testing import CliRunner, Result
 
-from cli import grid, show
+from cli import console, grid
 from cli.app import app
 from features.errors import UserError
 from features.warehouse import Warehouse
 from tests.trainer import worlds
-from trainer import grid_runs
 from trainer.checkpoint import read_tensors
-from trainer.grid import pivot, read_grid
-from trainer.models import MODELS
-from trainer.sasrec import SASRec, SASRecConfig
+from trainer.models.registry import MODELS
+from trainer.models.sasrec import SASRec, SASRecConfig
+from trainer.runs import grid as runs_grid
+from trainer.runs.grid_file import pivot, read_grid
 
 GRID = """
 rows = ["fusion"]
@@ -118,14 +118,14 @@ def test_a_stopped_grid_goes_on_and_prints_the_table(
 def test_a_run_that_fails_does_not_stop_the_others(
     house: str, file: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train = grid_runs._train
+    train = runs_grid._train
 
     def break_one(warehouse: Any, one: Any, *more: Any) -> None:
         if one.combination.keys == {"fusion": "sum", "tower": "gru"}:
             raise UserError("the loss is nan")
         train(warehouse, one, *more)
 
-    monkeypatch.setattr(grid_runs, "_train", break_one)
+    monkeypatch.setattr(runs_grid, "_train", break_one)
     failed = run("grid", file, "--warehouse", house, code=2)
     assert "2/4 fusion=sum, tower=gru: failed: the loss is nan" in failed.stderr
     assert failed.stderr.splitlines()[-1].startswith("error: 1 of 4 runs failed")
@@ -164,7 +164,7 @@ def test_columns_that_are_too_wide_stand_below_each_other(
     path = tmp_path / "wide.toml"
     path.write_text("columns = ['lr']\n[runs]\nmodel = 'x'\nlr = [1, 2, 3, 4]\ndim = [8, 16]")
     asked = read_grid(path)
-    monkeypatch.setattr(type(show.out), "width", 50)
+    monkeypatch.setattr(type(console.out), "width", 50)
     values: list[Any] = [{"HR@10": number / 10, "NDCG@10": 0.5} for number in range(8)]
     grid.show_pivot(asked, pivot(asked, values), ["a"])
     printed = capsys.readouterr().out.splitlines()
@@ -220,15 +220,15 @@ def test_weights_that_changed_since_the_plan_are_not_trained_from(house: str, fi
         "[runs]\nmodel = 'sasrec'\ninit = 'source'\ndim = 8\nhidden = 8\nlength = 5\nepochs = 1\n"
     )
     warehouse = Warehouse(house)
-    planned = grid_runs.plan_grid(warehouse, read_grid(Path(file)))
+    planned = runs_grid.plan_grid(warehouse, read_grid(Path(file)))
     path = warehouse.runs_dir / "source" / "model.safetensors"
     tensors, held = read_tensors(path, "")
     tensors["item.weight"] += 1
     save_file(tensors, path, metadata={"mmrec": json.dumps(held)})
-    outcome = next(grid_runs.run_grid(warehouse, planned))
+    outcome = next(runs_grid.run_grid(warehouse, planned))
     assert outcome.state == "failed"
     assert "run 'source' has other weights than a moment ago" in outcome.message
-    assert not grid_runs.is_begun(warehouse, planned[0])
+    assert not runs_grid.is_begun(warehouse, planned[0])
 
 
 def test_two_models_of_one_configuration_class_are_two_runs(

@@ -9,7 +9,7 @@ from typer.testing import CliRunner, Result
 from cli.app import app
 from features.warehouse import Warehouse
 from tests.trainer import worlds
-from tests.trainer.test_recommend import begin
+from tests.trainer.runs.test_recommend import begin
 
 
 def run(*words: str, code: int = 0) -> Result:

@@ -7,7 +7,7 @@ from typer.testing import CliRunner, Result
 
 from cli.app import app
 from features.warehouse import Warehouse
-from tests.trainer.test_curves import write_run
+from tests.trainer.analysis.test_curves import write_run
 
 
 def run(*words: str, code: int = 0) -> Result:

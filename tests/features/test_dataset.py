@@ -11,9 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from features import dataset
+from features.atomic_files import write_json, write_table
 from features.dataset import load_dataset, load_items, parquet_sql, quoted, stream_items
 from features.errors import UserError
-from features.files import write_json, write_table
 from features.schema import INTERACTIONS, ITEMS
 from features.warehouse import DatasetInfo, Warehouse
 

@@ -11,14 +11,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from features import catalogue
-from features.columns import embedding_array, positions
+from features import sql_views
+from features.arrow_columns import embedding_array, positions
 from features.errors import UserError
 from features.provenance import Provenance
 from features.schema import feature_schema
 from features.store import ROWS_PER_PART, FeatureStore, FeatureTable
 from features.warehouse import Warehouse
-from tests.pipeline.tiny import prepare
+from tests.pipeline.backbones.tiny import prepare
 
 MADE = Provenance(
     backbone="toy",
@@ -296,7 +296,7 @@ def test_a_table_of_before_the_marks_goes_on_without_them(
     assert found.present.tolist() == [False, True, True, True, True]
     assert (found.vectors[1:] == vectors[1:]).all()
     asked = "SELECT item, partial, len(embedding) AS dim FROM features ORDER BY item"
-    assert catalogue.query(warehouse, asked).to_pylist() == [
+    assert sql_views.query(warehouse, asked).to_pylist() == [
         {"item": item, "partial": None, "dim": 3} for item in (1, 2, 3, 4)
     ]
 

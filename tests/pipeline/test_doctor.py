@@ -11,13 +11,13 @@ from huggingface_hub import constants
 from rich.console import Console
 from typer.testing import CliRunner
 
-from cli import show
+from cli import console
 from cli.app import app
 from features.warehouse import Warehouse
 from pipeline import doctor
 from pipeline.doctor import Row, examine
-from tests.pipeline.checkpoints import bert_folder
-from tests.pipeline.tiny import prepare
+from tests.pipeline.backbones.checkpoints import bert_folder
+from tests.pipeline.backbones.tiny import prepare
 
 PARTS = ["machine", "libraries", "devices", "decoders", "weights", "warehouse"]
 
@@ -107,8 +107,8 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = json.loads(told.stdout)
     assert {row["part"] for row in rows} == set(PARTS)
     with (tmp_path / "out").open("w") as file:
-        console = Console(file=file, width=80, highlight=False, soft_wrap=True)
-        monkeypatch.setattr(show, "out", console)
+        printed = Console(file=file, width=80, highlight=False, soft_wrap=True)
+        monkeypatch.setattr(console, "out", printed)
         assert CliRunner().invoke(app, ["doctor", *root]).exit_code == 0
     lines = (tmp_path / "out").read_text().splitlines()
     assert max(map(len, lines)) <= 80

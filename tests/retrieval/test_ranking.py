@@ -6,9 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retrieval.compute import plain_fp32
+from retrieval.blocks import plain_fp32
+from retrieval.exact_scores import Contest, error_bound, exact_scores, row_norms
 from retrieval.ranking import Ranks, Seen, rank, rank_static
-from retrieval.scores import Contest, error_bound, exact_scores, row_norms
 from tests.retrieval import brute
 from tests.retrieval.brute import Floats, Ints, make_seen
 

@@ -13,17 +13,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tests.trainer import worlds
-from trainer import mmsr
-from trainer.alignment import AlignConfig, Alignment
 from trainer.config import TrainConfig
-from trainer.data import TrainSet
+from trainer.data.batches import TrainSet
 from trainer.distributed import first_row, gather_rows, joined, mean_rows, rank, ranks
 from trainer.loop import Tick, fit
-from trainer.mmsrec import MMSRec
 from trainer.mmsrec_config import MMSRecConfig
-from trainer.models import MODELS
-from trainer.recommender import Catalogue
-from trainer.tasks import NextItem
+from trainer.models import mmsr
+from trainer.models.base import Catalogue
+from trainer.models.mmsrec import MMSRec
+from trainer.models.registry import MODELS
+from trainer.tasks.alignment import AlignConfig, Alignment
+from trainer.tasks.next_item import NextItem
 
 N = 12
 SMALL: dict[str, Any] = {"dim": 8, "heads": 2, "hidden": 16, "length": 5, "dropout": 0.0}

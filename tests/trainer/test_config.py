@@ -7,9 +7,9 @@ import pytest
 from features.errors import UserError
 from trainer.config import TrainConfig, build, build_all
 from trainer.mmsrec_config import MMSRecConfig
-from trainer.models import MODELS
-from trainer.pretrain import pretrain_config
-from trainer.sasrec import SASRecConfig
+from trainer.models.registry import MODELS
+from trainer.models.sasrec import SASRecConfig
+from trainer.tasks.pretrain import pretrain_config
 
 
 def test_the_last_word_wins(tmp_path: Path) -> None:

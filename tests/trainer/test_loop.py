@@ -16,14 +16,14 @@ from tests.trainer import worlds
 from trainer import loop
 from trainer.checkpoint import Progress, load_weights
 from trainer.config import TrainConfig
-from trainer.data import Batch, TrainingData
-from trainer.folder import record
+from trainer.data.batches import Batch, TrainingData
 from trainer.loop import EpochRow, Tick, fit
-from trainer.models import MODELS
+from trainer.models.base import Catalogue, Recommender
+from trainer.models.registry import MODELS
+from trainer.models.sasrec import SASRec
 from trainer.optimizer import scheduled
-from trainer.recommender import Catalogue, Recommender
-from trainer.sasrec import SASRec
-from trainer.tasks import NextItem, check_trainable
+from trainer.runs.folder import record
+from trainer.tasks.next_item import NextItem, check_trainable
 
 N = 12
 SMALL: dict[str, Any] = {"dim": 8, "heads": 2, "hidden": 16, "length": 5, "dropout": 0.1}

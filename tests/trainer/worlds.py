@@ -7,15 +7,15 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from features.columns import embedding_array, token_array
+from features.arrow_columns import embedding_array, token_array
+from features.atomic_files import write_json, write_table
 from features.dataset import Dataset
-from features.files import write_json, write_table
 from features.provenance import Provenance
 from features.schema import INTERACTIONS, ITEMS, feature_schema
 from features.splits import MIN_EVALUATED
 from features.store import FeatureStore
 from features.warehouse import DatasetInfo, Warehouse
-from trainer.data import Batch, ItemFeatures, Sequences, TrainingData, TrainSet
+from trainer.data.batches import Batch, ItemFeatures, Sequences, TrainingData, TrainSet
 
 
 def dataset(sequences: list[list[int]], n_items: int) -> Dataset:

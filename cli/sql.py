@@ -1,0 +1,61 @@
+"""``mmrec sql``: questions to the warehouse."""
+
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from cli import console
+from cli.options import JsonOption, WarehouseOption
+from features.errors import UserError
+
+_MOST_ROWS = 200  # on a terminal; --json and --csv give all
+
+
+def sql(
+    statement: Annotated[str, typer.Argument(help="One SELECT over the views.")],
+    json: JsonOption = False,
+    csv: Annotated[bool, typer.Option("--csv", help="All rows as CSV.")] = False,
+    warehouse: WarehouseOption = None,
+) -> None:
+    """Ask SQL of the warehouse; it only reads.
+
+    The views: items, interactions, splits, cold, features, failures, runs, metrics, predictions.
+    Each feature table is also a view of its own, whose embedding is FLOAT[D]:
+    features_DATASET_BACKBONE_MODALITY.
+    """
+    if json and csv:
+        raise UserError("--json and --csv exclude each other; give one")
+    from features.sql_views import query
+    from features.warehouse import Warehouse
+
+    table = query(Warehouse(warehouse), statement, say=console.say)
+    if csv:
+        import pyarrow.csv as pa_csv
+
+        pa_csv.write_csv(_flat(table), sys.stdout.buffer)
+    elif json:
+        console.emit_json(table.to_pylist())
+    else:
+        rows = table.slice(0, _MOST_ROWS)
+        console.table(table.column_names, zip(*(c.to_pylist() for c in rows.columns), strict=True))
+        if len(table) > _MOST_ROWS:
+            console.say(
+                f"{len(table):,} rows, the first {_MOST_ROWS} shown; --csv or --json for all"
+            )
+
+
+def _flat(table: Any) -> Any:
+    """CSV has neither lists nor intervals: show each as JSON or text."""
+    from json import dumps
+
+    import pyarrow as pa
+
+    for index, field in enumerate(table.schema):
+        if pa.types.is_nested(field.type) or pa.types.is_interval(field.type):
+            texts = [
+                None if value is None else dumps(value, ensure_ascii=False, default=str)
+                for value in table[index].to_pylist()
+            ]
+            table = table.set_column(index, field.name, pa.array(texts, pa.string()))
+    return table

@@ -1,0 +1,1 @@
+"""Backbones: frozen encoders of images, texts and videos, one file per library."""

@@ -1,0 +1,183 @@
+"""A deterministic backbone without weights: similar inputs get similar vectors, at once.
+
+Pictures become coarse colour, colour-histogram and edge statistics; texts become hashed words and
+character n-grams. Both go through a fixed random projection, which nearly keeps the angles between
+sparse descriptions (Johnson and Lindenstrauss, 1984; Weinberger et al., "Feature Hashing for Large
+Scale Multitask Learning", 2009). It is made for dry runs, for the demo and for tests; it knows
+nothing about meaning. Its tokens are the words of a text and the cells of a picture's grid.
+
+Legend: B inputs of a batch, T tokens of an input, G n-grams of a text, C cells of a picture's grid,
+D width of the embedding.
+"""
+
+import re
+import zlib
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from itertools import islice
+
+import numpy as np
+import numpy.typing as npt
+import PIL
+from PIL import Image
+
+from pipeline.backbones.base import POOLED, TOKENS, Batch, Tokens, Vectors
+
+DIM = 128
+_SIDE = 32  # pictures are looked at in this size
+_GRID = 4  # cells a side
+_BUCKETS = 1 << 14
+_WORD = re.compile(r"\w+")
+_N_GRAMS = (3, 4)
+_ANGLES = 8  # of edges
+_MAX_GRAMS = 4096  # of one text; some 500 words
+_VERSION = "1"  # raise it when any vector would change
+
+Floats = npt.NDArray[np.float32]
+
+
+class Hashed:
+    """The backbone ``hashed``."""
+
+    modalities: tuple[str, ...] = ("image", "text", "video", "joint")
+    dim = DIM
+    checkpoint = f"hashed-{_VERSION}"
+    compute = "float32"
+    batch_size = 32
+    blocks = 0
+    input_size: int | None = _SIDE
+
+    def __init__(self, name: str = "hashed") -> None:
+        self.name = name
+        self.libraries = {"numpy": np.__version__, "pillow": PIL.__version__}
+
+    def preprocessing(self, modality: str) -> str:
+        """Say what is kept of an input."""
+        text = (
+            f"lower case; words and their {_N_GRAMS}-grams, at most {_MAX_GRAMS},"
+            f" hashed into {_BUCKETS} buckets"
+        )
+        grid = f"{_SIDE}x{_SIDE} box; colours and edges on a {_GRID}x{_GRID} grid, colour histogram"
+        return {"text": text, "joint": f"{grid}; {text}"}.get(modality, grid)
+
+    def pooling(self, modality: str, level: str = POOLED) -> str:
+        """Say how one vector is made, or what the tokens are."""
+        if level == TOKENS:
+            words, cells = "the words of a text", f"the {_GRID}x{_GRID} cells of a picture"
+            both = f"{cells}, then {words}"
+            kept = {"text": words, "joint": both}.get(modality, cells)
+            return f"fixed random projection, unit length, of {kept}"
+        one = "fixed random projection, unit length"
+        return f"{one}; mean of picture and text" if modality == "joint" else one
+
+    def levels(self, modality: str) -> tuple[str, ...]:
+        """Give one vector or tokens; there are no blocks to cut."""
+        return (POOLED,) if modality == "video" else (POOLED, TOKENS)
+
+    def token_dim(self, level: str, modality: str) -> int:
+        """All vectors have one width."""
+        return DIM
+
+    def image(self, picture: Image.Image) -> Floats:
+        """Describe one picture by block statistics."""
+        small = picture.resize((_SIDE, _SIDE), Image.Resampling.BOX, reducing_gap=2.0)
+        return _describe(np.asarray(small, dtype=np.float32) / 255.0)
+
+    def texts(self, texts: Sequence[str]) -> list[Tokens]:
+        """Hash the words and n-grams of each text; a text without a word keeps its characters.
+
+        The first n-gram of a word, which is the word itself, is marked: ``_BUCKETS`` is added.
+        """
+        return [_hash_text(text) for text in texts]
+
+    def embed(self, batch: Batch) -> Vectors:
+        """Project descriptions to (B, D) unit vectors; of a pair, the mean of its two."""
+        if batch.modality == "joint":
+            parts = [self.embed(Batch(images=batch.images)), self.embed(Batch(texts=batch.texts))]
+            return np.asarray((parts[0] + parts[1]) / 2, dtype=np.float32)
+        if batch.modality == "image":
+            return _unit(np.stack(batch.images) @ self._image_projection)
+        starts_B = np.cumsum([0, *(len(ids) for ids in batch.texts[:-1])])
+        return self._sums(np.concatenate(batch.texts), starts_B)
+
+    def tokens(self, batch: Batch, level: str) -> list[Vectors]:
+        """Project each cell of a picture's grid, and each word of a text with its n-grams."""
+        assert level == TOKENS
+        found = [np.zeros((0, DIM), dtype=np.float32)] * max(len(batch.images), len(batch.texts))
+        for i, description in enumerate(batch.images):
+            found[i] = _unit(_cells(description) @ self._cell_projection)
+        for i, ids_G in enumerate(batch.texts):
+            words_TD = self._sums(ids_G, np.flatnonzero(ids_G >= _BUCKETS))
+            found[i] = np.concatenate([found[i], words_TD])
+        return found
+
+    def _sums(self, ids_G: Tokens, starts: npt.NDArray[np.int64]) -> Floats:
+        """Add up the n-grams from each start to the next."""
+        rows_GD = self._text_projection[ids_G % _BUCKETS]
+        return _unit(np.add.reduceat(rows_GD, starts, axis=0))
+
+    # RandomState's streams are frozen by numpy's policy (NEP 19); a Generator's are not.
+
+    @cached_property
+    def _image_projection(self) -> Floats:
+        width = len(_describe(np.zeros((_SIDE, _SIDE, 3), dtype=np.float32)))
+        return np.random.RandomState(1).standard_normal((width, DIM)).astype(np.float32)
+
+    @cached_property
+    def _text_projection(self) -> Floats:
+        return np.random.RandomState(2).standard_normal((_BUCKETS, DIM)).astype(np.float32)
+
+    @cached_property
+    def _cell_projection(self) -> Floats:
+        return np.random.RandomState(3).standard_normal((3 + _ANGLES, DIM)).astype(np.float32)
+
+
+def _describe(pixels: Floats) -> Floats:
+    """Block statistics of a (side, side, 3) picture in 0..1, each block of comparable weight."""
+    cell = _SIDE // _GRID
+    blocks = pixels.reshape(_GRID, cell, _GRID, cell, 3)
+    # Around mid-grey, or all pictures would point the same way.
+    colour = blocks.mean(axis=(1, 3)) - 0.5
+    code = (np.minimum(pixels * 4, 3).astype(np.int64) * (16, 4, 1)).sum(axis=2)
+    histogram = np.sqrt(np.bincount(code.ravel(), minlength=64) / code.size)
+    grey = pixels.mean(axis=2)
+    down, right = np.gradient(grey)
+    strength = np.hypot(down, right)
+    turn = (np.arctan2(down, right) % np.pi) * (_ANGLES / np.pi)
+    angle = np.minimum(turn, _ANGLES - 1).astype(np.int64)
+    row = np.arange(_SIDE) // cell
+    where = (row[:, None] * _GRID + row[None, :]) * _ANGLES + angle
+    edges = np.bincount(where.ravel(), weights=strength.ravel(), minlength=_GRID * _GRID * _ANGLES)
+    parts = [colour.ravel() * 2, histogram, np.sqrt(edges / (cell * cell))]
+    return np.concatenate(parts).astype(np.float32)
+
+
+def _cells(description: Floats) -> Floats:
+    """Colour and edges of each cell, out of what :func:`_describe` gives: (C, 3 + angles)."""
+    cells = _GRID * _GRID
+    colour_C = description[: cells * 3].reshape(cells, 3)
+    edges_C = description[-cells * _ANGLES :].reshape(cells, _ANGLES)
+    return np.concatenate([colour_C, edges_C], axis=1)
+
+
+def _unit(vectors: Floats) -> Floats:
+    norms = np.linalg.norm(vectors, axis=-1, keepdims=True)
+    return np.asarray(vectors / np.maximum(norms, 1e-12), dtype=np.float32)
+
+
+def _hash_text(text: str) -> Tokens:
+    words = _WORD.findall(text.lower()) or [text]
+    return np.asarray(list(islice(_hashes(words), _MAX_GRAMS)), dtype=np.int64)
+
+
+def _hashes(words: list[str]) -> Iterator[int]:
+    for word in words:
+        fenced = f"#{word}#"
+        yield _hash(fenced) + _BUCKETS
+        for n in _N_GRAMS:
+            if n < len(fenced):
+                yield from (_hash(fenced[i : i + n]) for i in range(len(fenced) - n + 1))
+
+
+def _hash(gram: str) -> int:
+    return zlib.crc32(gram.encode()) % _BUCKETS

@@ -1,1 +1,0 @@
-"""What stands behind a backbone's name: one module for each library."""

@@ -1,0 +1,1 @@
+"""Datasets: their registry, preparation and canonical tables."""

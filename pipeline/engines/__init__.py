@@ -1,1 +1,0 @@
-"""Other machinery than this process that an extraction may run on."""

@@ -1,0 +1,1 @@
+"""Extraction: from a prepared dataset and a backbone to a feature table."""

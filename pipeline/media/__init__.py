@@ -1,0 +1,1 @@
+"""Media: from a reference to the pixels of images and videos."""

@@ -1,0 +1,216 @@
+"""Inner products that can be trusted: their fp32 error bound, and a canonical float64 form.
+
+Shape suffixes: U users, B users of one block, N items, D dimensions, P pairs of a user and an item.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import TYPE_CHECKING, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from retrieval.blocks import each_block
+
+if TYPE_CHECKING:
+    import torch
+
+    Matrix: TypeAlias = torch.Tensor | npt.NDArray[np.float32]
+    Indices: TypeAlias = torch.Tensor | npt.NDArray[np.int64]
+
+FP32_ROUNDOFF = 2.0**-24
+FP64_ROUNDOFF = 2.0**-53
+
+
+def as_matrix(name: str, values: Matrix) -> torch.Tensor:
+    """The (rows, D) fp32 matrix as a torch tensor without gradient, on its own device, not copied.
+
+    Raises:
+        ValueError: Not two-dimensional, not fp32, or without a dimension.
+    """
+    import torch
+
+    matrix = values.detach() if isinstance(values, torch.Tensor) else _from_numpy(values)
+    if matrix.dtype != torch.float32:
+        raise ValueError(f"{name} are {matrix.dtype}: ranks are decided in float32, convert first")
+    if matrix.ndim != 2 or matrix.shape[1] < 1:
+        raise ValueError(f"{name} have shape {tuple(matrix.shape)}: expected (rows, dimensions)")
+    return matrix
+
+
+def as_indices(name: str, values: Indices) -> npt.NDArray[np.int64]:
+    """One-dimensional integers as int64 numpy on the CPU.
+
+    Raises:
+        ValueError: Not one-dimensional or not integers.
+    """
+    array = as_numpy(values)
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise ValueError(f"{name} are {array.dtype} of shape {array.shape}: expected (n,) integers")
+    return array.astype(np.int64, copy=False)
+
+
+def as_numpy(values: torch.Tensor | npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
+    """Numpy on the CPU, from a torch tensor of any device or from numpy."""
+    if isinstance(values, np.ndarray):
+        return values
+    array: npt.NDArray[np.generic] = values.detach().cpu().numpy()
+    return array
+
+
+def _from_numpy(values: npt.NDArray[np.float32]) -> torch.Tensor:
+    import torch
+
+    array = np.ascontiguousarray(values)
+    # torch warns about read-only memory (a memory-mapped matrix); nothing here writes to it.
+    return torch.from_numpy(array if array.flags.writeable else array.copy())
+
+
+def row_norms(name: str, matrix_RD: torch.Tensor) -> torch.Tensor:
+    """Euclidean length of each row, (rows,) float64.
+
+    Raises:
+        ValueError: A row holds NaN or infinity.
+    """
+    import torch
+
+    norms_R = torch.empty(len(matrix_RD), dtype=torch.float64, device=matrix_RD.device)
+
+    def measure(rows: slice) -> None:
+        norms_R[rows] = torch.linalg.vector_norm(matrix_RD[rows].double(), dim=1)
+
+    each_block(measure, len(matrix_RD), _rows_at_once(matrix_RD), matrix_RD.device)
+    # fp32 squared cannot overflow float64: a length that is not finite means an entry is not.
+    bad_R = ~torch.isfinite(norms_R)
+    if bad_R.any():
+        raise ValueError(f"{name} row {int(bad_R.nonzero()[0])} holds NaN or infinity")
+    return norms_R
+
+
+def error_bound(
+    dim: int, left: torch.Tensor, right: torch.Tensor | float, roundoff: float
+) -> torch.Tensor:
+    """How far a computed inner product, and its canonical form, can lie from the true one.
+
+    Any order of summation, with or without fused multiply-add, errs by at most
+    g * |left| * |right| with g = D * u / (1 - D * u) (Higham, Accuracy and Stability of Numerical
+    Algorithms, 2nd ed., section 3.1). The second term covers the canonical form's own rounding and
+    the rounding of a difference of two scores; the last one covers underflow, flushed or not.
+
+    Args:
+        dim: D.
+        left: Lengths of the vectors on one side, float64.
+        right: Lengths of the vectors on the other side.
+        roundoff: u of the format that the product was computed in.
+    """
+    terms = dim / (1 - dim * roundoff) + dim.bit_length() + 4
+    return 1.001 * roundoff * terms * left * right + dim * 2.0**-124
+
+
+def exact_scores(
+    left_UD: torch.Tensor, right_ND: torch.Tensor, left_P: torch.Tensor, right_P: torch.Tensor
+) -> torch.Tensor:
+    """Canonical inner products of the pairs (left_P, right_P), (P,) float64.
+
+    A product of two fp32 numbers is exact in float64, and the sum is folded in halves in one fixed
+    order out of elementwise additions: the same bits on every device, for every number of pairs.
+    A matrix product promises neither. Works in chunks, so memory does not grow with P x D.
+    """
+    import torch
+
+    dim, chunk = left_UD.shape[1], _rows_at_once(left_UD)
+    scores_P = torch.empty(len(left_P), dtype=torch.float64, device=left_UD.device)
+    for start in range(0, len(left_P), chunk):
+        part = slice(start, start + chunk)
+        sums = left_UD.index_select(0, left_P[part]).double()
+        sums.mul_(right_ND.index_select(0, right_P[part]))
+        width = dim
+        while width > 1:
+            half = (width + 1) // 2
+            sums[:, : width - half].add_(sums[:, half:width])
+            width = half
+        scores_P[part] = sums[:, 0]
+    return scores_P
+
+
+def _rows_at_once(matrix_RD: torch.Tensor) -> int:
+    """Rows to take to float64 together: in the cache on a CPU, enough for a launch on a GPU."""
+    return max(1, (2**17 if matrix_RD.device.type == "cpu" else 2**25) // matrix_RD.shape[1])
+
+
+class Contest:
+    """Each user's target against the catalogue: what an item must score to rank above it.
+
+    The last word on any pair is `at_least`, which compares canonical float64 scores. Everything
+    else only decides, with a bound that is never wrong, which pairs need no last word.
+    """
+
+    def __init__(self, queries: Matrix, items: Matrix, targets: Indices) -> None:
+        import torch
+
+        self.query_UD = as_matrix("queries", queries)
+        self.item_ND = as_matrix("items", items)
+        (users, dim), (count, item_dim) = self.query_UD.shape, self.item_ND.shape
+        if dim != item_dim:
+            raise ValueError(f"queries have {dim} dimensions but items have {item_dim}")
+        if self.query_UD.device != self.item_ND.device:
+            raise ValueError(
+                f"queries are on {self.query_UD.device} but items on {self.item_ND.device}"
+            )
+        if count == 0:
+            raise ValueError("items are empty: there is nothing to rank")
+        target_U = as_indices("targets", targets)
+        check_targets(target_U, users, count)
+        self.device, self.dim = self.query_UD.device, dim
+        self.target_U = torch.from_numpy(target_U.copy()).to(self.device)
+        self.query_length_U = row_norms("queries", self.query_UD)
+        self.item_length_N = row_norms("items", self.item_ND)
+        refuse_overflow(self.query_length_U, self.item_length_N)
+        self.score_U = torch.empty(users, dtype=torch.float64, device=self.device)
+        row_U = torch.arange(users, device=self.device)
+
+        def score(part: slice) -> None:
+            self.score_U[part] = exact_scores(
+                self.query_UD, self.item_ND, row_U[part], self.target_U[part]
+            )
+
+        each_block(score, users, 512 if self.device.type == "cpu" else 2**20, self.device)
+
+    def margin(self, users: slice, longest: torch.Tensor, roundoff: float) -> torch.Tensor:
+        """(B,) float64: beyond this a difference to the target's score has the right sign."""
+        length_B = self.query_length_U[users]
+        target_length_B = self.item_length_N[self.target_U[users]]
+        theirs_B = error_bound(self.dim, length_B, longest, roundoff)
+        # The target's own score is canonical; all it suffers is one rounding to the format.
+        return theirs_B + 8 * roundoff * length_B * target_length_B
+
+    def at_least(self, user_P: torch.Tensor, item_P: torch.Tensor) -> torch.Tensor:
+        """(P,) bool: the item scores no less than the user's target."""
+        scores_P = exact_scores(self.query_UD, self.item_ND, user_P, item_P)
+        return scores_P >= self.score_U[user_P]
+
+    @cached_property
+    def vector_N(self) -> torch.Tensor:
+        """(N,) number of each item's vector among the distinct vectors."""
+        import torch
+
+        vector_N: torch.Tensor = torch.unique(self.item_ND, dim=0, return_inverse=True)[1]
+        return vector_N
+
+
+def check_targets(target_U: npt.NDArray[np.int64], users: int, items: int) -> None:
+    """Raise ValueError unless there is one target in 0..items-1 for each user."""
+    if len(target_U) != users:
+        raise ValueError(f"there are {len(target_U)} targets but {users} users")
+    outside = np.flatnonzero((target_U < 0) | (target_U >= items))
+    if len(outside):
+        row = outside[0]
+        raise ValueError(f"target {target_U[row]} of row {row} is outside 0..{items - 1}")
+
+
+def refuse_overflow(query_length_U: torch.Tensor, item_length_N: torch.Tensor) -> None:
+    """Raise ValueError when a score, or a difference of two, can leave fp32's range."""
+    largest = float(query_length_U.max()) * float(item_length_N.max()) if len(query_length_U) else 0
+    if largest >= 2.0**126:
+        raise ValueError(f"scores can reach {largest:.1e}, more than float32 holds: scale down")

@@ -1,0 +1,110 @@
+"""``mmrec train`` and ``eval`` on a world of a few rows: what they say, and how they end."""
+
+import json
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from cli import training_options
+from cli.app import app
+from features.warehouse import Warehouse
+from tests.trainer import worlds
+
+ROOT = Path(__file__).parents[2]
+SMALL = ["dim=8", "heads=2", "hidden=8", "length=5", "epochs=2", "batch_size=16", "device=cpu"]
+SETS = [word for setting in SMALL for word in ("--set", setting)]
+
+
+def run(*words: str, code: int = 0) -> Result:
+    result = CliRunner().invoke(app, list(words))
+    assert result.exit_code == code, (words, result.output, result.exception)
+    return result
+
+
+@pytest.fixture
+def house(warehouse: Warehouse) -> str:
+    world = worlds.cycles(n_items=12)
+    bounds = zip(world.offsets, world.offsets[1:], strict=False)
+    worlds.prepare(warehouse, [world.items[a:b].tolist() for a, b in bounds], 12)
+    worlds.extract(warehouse, worlds.features(12))
+    return str(warehouse.root)
+
+
+def test_an_interrupted_training_says_how_to_go_on(
+    house: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    show = training_options.TrainWatch.__call__
+
+    def interrupt(self: training_options.TrainWatch, tick: Any) -> None:
+        show(self, tick)
+        signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training_options.TrainWatch, "__call__", interrupt)
+        train = ("train", "--model", "sasrec", "--name", "r", *SETS, "--warehouse", house, "--json")
+        stopped = run(*train, code=130)
+    assert not json.loads(stopped.stdout)["finished"]
+    assert re.search(r"0 epochs in \d+s, none validated yet", stopped.stderr)
+    command = stopped.stderr.splitlines()[-1].partition("go on with: ")[2]
+    assert command == f"mmrec train --resume --run r --warehouse {shlex.quote(house)}"
+
+    words = shlex.split(command)[1:]
+    assert "finished: 2 epochs" in run(*words).stderr
+    again = run(*words).stderr.splitlines()[-1]
+    assert again.startswith("run r is finished already; nothing was trained, best epoch ")
+
+
+def test_a_training_on_features_says_what_they_cover(house: str) -> None:
+    result = run("train", "--model", "mmsrec", *SETS, "--warehouse", house)
+    # of 12 items every fourth lacks a picture, every fourth another a text, and the last one both
+    assert "of 12 items: image 8, text 8, none of these 1" in result.stderr
+
+
+@pytest.mark.slow
+def test_what_needs_no_torch_to_be_refused_does_not_load_it(house: str) -> None:
+    mistakes = (
+        ["train", "--model", "nope"],
+        ["train", "--model", "sasrec", "--dataset", "nope"],
+        ["train", "--model", "sasrec", "--set", "dim"],
+        ["train", "--model", "sasrec", "--set", "dim=1", "--set", "dim=2"],
+        ["train", "--resume", "--run", "nope"],
+        ["eval", "--run", "nope"],
+        ["eval", "--index", "nope"],
+        ["recommend", "--user", "u0", "--run", "nope"],
+        ["recommend", "--user", "u0", "--index", "nope"],
+        ["recommend"],
+        ["compare", "nope", "none"],
+        ["report", "nope"],
+    )
+    code = (
+        "import json, sys; from cli.app import app\n"
+        "for words in json.loads(sys.argv[1]):\n"
+        "    try: app([*words, '--warehouse', sys.argv[2]])\n"
+        "    except SystemExit as end: assert end.code == 2, words\n"
+        "    if 'torch' in sys.modules: sys.exit(f'{words} imports torch')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, json.dumps(mistakes), house],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_tune_blocks_is_a_setting(house: str) -> None:
+    to = ("--tune-blocks", "2", "--warehouse", house)
+    refused = run("train", "--model", "sasrec", *to, code=2)
+    assert "tune_blocks=2 is of recommenders that read tokens" in refused.stderr
+    refused = run("pretrain", "--model", "pmmrec", *to, code=2)
+    assert "tune_blocks=2 trains the blocks above a table layer-K" in refused.stderr
+    twice = run("train", "--model", "pmmrec", "--set", "tune_blocks=1", *to, code=2)
+    assert "gives 'tune_blocks' twice" in twice.stderr

@@ -1,0 +1,110 @@
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from features.atomic_files import (
+    database,
+    lock,
+    remove_leftovers,
+    whole,
+    write_json,
+    write_table,
+    write_text,
+)
+from features.errors import UserError
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_failed_write_leaves_what_was_there_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    write_text(path, "old")
+
+    def half() -> None:
+        with whole(path) as beside:
+            beside.write_text("ne")
+            raise RuntimeError("halfway")
+
+    with pytest.raises(RuntimeError, match="halfway"):
+        half()
+    assert path.read_text() == "old"
+    assert names(tmp_path) == ["a.txt"]
+
+
+def test_the_temporary_is_in_the_same_folder_and_hidden_from_globs(tmp_path: Path) -> None:
+    with whole(tmp_path / "deep" / "part-00000.parquet") as beside:
+        beside.write_text("x")
+        assert beside.parent == tmp_path / "deep"
+        assert not list(beside.parent.glob("*.parquet"))
+    assert names(tmp_path / "deep") == ["part-00000.parquet"]
+
+
+def test_json_is_checked_before_it_replaces_anything(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    write_json(path, {"b": 1, "a": "ü"})
+    assert path.read_text() == '{\n  "a": "\\u00fc",\n  "b": 1\n}\n'
+    with pytest.raises(ValueError, match="JSON compliant"):
+        write_json(path, {"a": float("nan")})
+    assert '"b": 1' in path.read_text()
+
+
+def test_a_table_comes_back_as_it_was(tmp_path: Path) -> None:
+    table = pa.table({"a": [1, 2, 3]})
+    write_table(tmp_path / "t.parquet", table, compression="none")
+    assert pq.read_table(tmp_path / "t.parquet").equals(table)
+
+
+def test_leftovers_of_a_killed_writer_go_and_nothing_else(tmp_path: Path) -> None:
+    script = (
+        "import os, sys\nfrom pathlib import Path\nfrom features.atomic_files import whole\n"
+        "with whole(Path(sys.argv[1])) as beside:\n"
+        "    beside.write_text('half')\n    os.kill(os.getpid(), 9)\n"
+    )
+    write_text(tmp_path / "a.txt", "old")
+    (tmp_path / ".lock").touch()
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "a.txt")], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert len(names(tmp_path)) == 3
+    remove_leftovers(tmp_path)
+    assert names(tmp_path) == [".lock", "a.txt"]
+    assert (tmp_path / "a.txt").read_text() == "old"
+
+
+def test_a_second_holder_is_refused_until_the_first_is_gone(tmp_path: Path) -> None:
+    path = tmp_path / "locks" / ".lock"
+    script = (
+        "import sys, time\nfrom pathlib import Path\nfrom features.atomic_files import lock\n"
+        "with lock(Path(sys.argv[1]), 'it'):\n    print('held', flush=True)\n    time.sleep(60)\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script, str(path)], stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        with (
+            pytest.raises(UserError, match=r"another process is writing it .*locks"),
+            lock(path, "it"),
+        ):
+            pass
+        os.kill(other.pid, signal.SIGKILL)
+        other.wait()
+    with lock(path, "it"):  # the system frees it, whatever the holder died of
+        pass
+
+
+def test_files_have_the_usual_mode_and_databases_no_progress_bar(tmp_path: Path) -> None:
+    with whole(tmp_path / "a") as beside:
+        beside.touch(mode=0o600)
+    (tmp_path / "b").touch()
+    assert (tmp_path / "a").stat().st_mode == (tmp_path / "b").stat().st_mode
+    with database() as db:
+        setting = db.execute("SELECT current_setting('enable_progress_bar')").fetchone()
+    assert setting == (False,)

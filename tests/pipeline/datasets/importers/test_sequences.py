@@ -1,0 +1,160 @@
+from pathlib import Path
+
+import pytest
+
+from features.errors import UserError
+from features.warehouse import Warehouse
+from pipeline.datasets.prepare import prepare
+from tests.pipeline.datasets.raws import folder, items_of, prepared, sequences_of
+
+
+def _prepared(warehouse: Warehouse, tmp_path: Path, **content: str | bytes) -> None:
+    files = {name.replace("__", "/").replace("_dot_", "."): text for name, text in content.items()}
+    prepared(warehouse, tmp_path / "raw", files, format="sequences")
+
+
+def test_space_and_tab_and_empty_lines(warehouse: Warehouse, tmp_path: Path) -> None:
+    text = "1 30 4  30\r\n2\t4 5\n\n3\n7 \t 5 \n"
+    _prepared(warehouse, tmp_path, sequences_dot_txt=text)
+    assert sequences_of(warehouse) == {"1": ["30", "4", "30"], "2": ["4", "5"], "7": ["5"]}
+    assert [row["item_id"] for row in items_of(warehouse)] == ["4", "5", "30"]
+
+
+@pytest.mark.slow
+def test_a_very_long_line(warehouse: Warehouse, tmp_path: Path) -> None:
+    items = [f"item-{n % 1000:06}" for n in range(250_000)]  # more than DuckDB's default allows
+    _prepared(warehouse, tmp_path, sequences_dot_txt="1 " + " ".join(items) + "\n2 5\n")
+    assert sequences_of(warehouse) == {"1": items, "2": ["5"]}
+
+
+def test_two_lines_of_one_user(warehouse: Warehouse, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"line 4: 1 user with more than one line \(such as '1'\)"):
+        _prepared(warehouse, tmp_path, sequences_dot_txt="1 a\n2 b\n\n1 c\n")
+
+
+@pytest.mark.parametrize("text", ["", "1\n2\n", "\n\n"])
+def test_no_interaction(warehouse: Warehouse, tmp_path: Path, text: str) -> None:
+    with pytest.raises(UserError, match="holds no interaction"):
+        _prepared(warehouse, tmp_path, sequences_dot_txt=text)
+
+
+def test_items_from_jsonl(warehouse: Warehouse, tmp_path: Path) -> None:
+    items = (
+        '{"id": 1, "title": "- \\t Soap &amp; \\nWater", "categories": [["A","B"],["A","C"]]}\n'
+        "\n"
+        '{"id": 2, "title": "", "categories": ["D"], "brand": null}\n'
+        '{"id": 3, "title": "", "categories": [], "image": "x/3.png"}\n'
+        '{"id": 4, "more": {"k": [1.5, true]}}\n'
+    )
+    _prepared(warehouse, tmp_path, sequences_dot_txt="1 1 2 3 4\n", items_dot_jsonl=items)
+    rows = items_of(warehouse)
+    assert [row["text"] for row in rows] == ["- Soap & Water. A, B, C", "D", None, None]
+    assert [row["image"] for row in rows] == [None, None, "x/3.png", None]
+    assert [row["attributes"] for row in rows] == [
+        '{"title":"- \\t Soap &amp; \\nWater","categories":[["A","B"],["A","C"]]}',
+        '{"title":"","categories":["D"],"brand":null}',
+        '{"title":"","categories":[]}',
+        '{"more":{"k":[1.5,true]}}',
+    ]
+
+
+@pytest.mark.parametrize(
+    ("items", "expected"),
+    [
+        ('{"id": "a"}\n{"id":\n', "line 2: not a JSON object"),
+        ('{"id": "a"}\n\n[1]\n', "line 3: not a JSON object"),
+        ('"a"\n', "line 1: not a JSON object"),
+        ('{"no": "a"}\n', "its columns are no;"),
+        ('{"id": "a"}\n{"title": "b"}\n', "1 item without an id"),
+        ('{"id": "a"}\n{"id": "a"}\n', "lists 1 item more than once"),
+        (b'{"id": "a"}\n{"id": "\xff"}\n', "line 2: not UTF-8"),
+    ],
+)
+def test_mistakes_in_jsonl(
+    warehouse: Warehouse, tmp_path: Path, items: str | bytes, expected: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        _prepared(warehouse, tmp_path, sequences_dot_txt="1 a\n", items_dot_jsonl=items)
+    assert expected in str(caught.value)
+
+
+def test_titles_in_tsv_may_hold_quotes(warehouse: Warehouse, tmp_path: Path) -> None:
+    _prepared(
+        warehouse,
+        tmp_path,
+        sequences_dot_txt="1 a b\n",
+        items_dot_tsv='id\ttitle\na\t7" disc\nb\t"\n',
+    )
+    assert [row["text"] for row in items_of(warehouse)] == ['7" disc', '"']
+
+
+def test_media_lie_in_folders_by_item_id(warehouse: Warehouse, tmp_path: Path) -> None:
+    content = {
+        "sequences.txt": "1 a b c a.b ü\n",
+        "posters/a.jpg": "x",
+        "posters/c.txt": "x",
+        "posters/.b.jpg": "x",
+        "posters_extra/b.png": "x",
+        "posters_extra/deep/a.jpg": "x",
+        "posters_extra/deep/a.b.webp": "x",
+        "posters_extra/ü.jpg": "x",
+        "videos/c.MP4": "x",
+        "videos/a.jpg": "x",
+    }
+    prepared(warehouse, tmp_path / "raw", content, format="sequences")
+    assert {row["item_id"]: (row["image"], row["video"]) for row in items_of(warehouse)} == {
+        "a": ("posters/a.jpg", None),
+        "b": ("posters_extra/b.png", None),
+        "c": (None, "videos/c.MP4"),
+        "a.b": ("posters_extra/deep/a.b.webp", None),
+        "ü": ("posters_extra/ü.jpg", None),
+    }
+
+
+def test_a_file_name_that_is_not_utf8_is_no_item(warehouse: Warehouse, tmp_path: Path) -> None:
+    raw = folder(tmp_path / "raw", {"sequences.txt": "1 a\n", "images/a.jpg": "x"})
+    try:
+        (raw / "images" / b"\xff.jpg".decode("utf-8", "surrogateescape")).touch()
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names only")
+    prepare(warehouse, "mine", raw=raw, format="sequences")
+    assert [row["image"] for row in items_of(warehouse)] == ["images/a.jpg"]
+
+
+# -- the real files -------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "folder_name", "k_core", "counts", "media"),
+    [
+        ("ml-100k", "ml100k", None, (943, 1349, 99287), (1349, 0, 0)),
+        ("ml-1m", "ml1m", None, (6040, 3416, 999611), (3416, 3415, 0)),
+        ("ml-latest-small", "ml_latest_small", 1, (610, 9724, 100836), (9724, 0, 0)),
+        ("amazon-beauty", "amazon", None, (22363, 12101, 198502), (12101, 0, 0)),
+        ("amazon-sports", "amazon", None, (35598, 18357, 296337), (0, 0, 0)),
+        ("microlens-50k", "microlens50k", None, (50000, 19220, 359708), (19220, 0, 3)),
+    ],
+)
+def test_real_datasets_have_the_published_counts(
+    warehouse: Warehouse,
+    real_data: Path,
+    name: str,
+    folder_name: str,
+    k_core: int | None,
+    counts: tuple[int, int, int],
+    media: tuple[int, int, int],
+) -> None:
+    info = prepare(warehouse, name, raw=real_data / folder_name, k_core=k_core)
+    assert (info.users, info.items, info.interactions) == counts
+    rows = items_of(warehouse, name)
+    have = tuple(sum(row[key] is not None for row in rows) for key in ("text", "image", "video"))
+    assert have == media
+    if name == "ml-1m":
+        (bare,) = [row["item_id"] for row in rows if row["image"] is None]
+        assert bare == "3027"
+        text = (real_data / folder_name / "ml1m_sequences_chronological.txt").read_text()
+        assert sequences_of(warehouse, name)["1"] == text.splitlines()[0].split()[1:]
+    if name == "amazon-beauty":
+        untitled = next(row for row in rows if row["item_id"] == "495")
+        assert untitled["text"] == "Beauty, Hair Care, Styling Products, Hair Sprays"

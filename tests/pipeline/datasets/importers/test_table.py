@@ -1,0 +1,225 @@
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from features.errors import UserError
+from features.warehouse import Warehouse
+from pipeline.media.images import Media
+from tests.pipeline.datasets.raws import (
+    INTERACTIONS,
+    ITEMS,
+    folder,
+    items_of,
+    prepared,
+    sequences_of,
+)
+
+
+def _refused(tmp_path: Path, content: dict[str, str | bytes]) -> str:
+    warehouse = Warehouse(tmp_path / "none")
+    with pytest.raises(UserError) as caught:
+        prepared(warehouse, tmp_path / "raw", content)
+    assert not warehouse.root.exists()
+    message = str(caught.value)
+    assert "\n" not in message
+    return message.replace(str(tmp_path / "raw") + "/", "")
+
+
+def test_a_line_without_end_is_named_and_not_repeated(tmp_path: Path) -> None:
+    items = f"{ITEMS}d,{'x' * 2_100_000}\n"
+    said = _refused(tmp_path, {"interactions.csv": INTERACTIONS, "items.csv": items})
+    assert said == (
+        "items.csv, line 5: a line of more than 2,000,000 bytes; shorten it, or use Parquet"
+    )
+
+
+def test_every_column_finds_its_place(warehouse: Warehouse, tmp_path: Path) -> None:
+    items = (
+        "Item_ID,title,description,image,video,price\n"
+        'a,Salt &amp; pepper,"two\n lines\t here",pictures/a.png,,1.50\n'
+        "b,,  ,,clips/b.mp4,\n"
+        'c,"say ""cheese""",,,,2\n'
+    )
+    content = {"interactions.csv": INTERACTIONS, "items.csv": items, "images/c.JPG": "x"}
+    prepared(warehouse, tmp_path / "raw", content)
+    assert items_of(warehouse) == [
+        {
+            "item": 0,
+            "item_id": "a",
+            "text": "Salt & pepper. two lines here",
+            "image": "pictures/a.png",
+            "video": None,
+            "attributes": '{"title":"Salt &amp; pepper","description":"two\\n lines\\t here",'
+            '"price":"1.50"}',
+        },
+        {
+            "item": 1,
+            "item_id": "b",
+            "text": None,
+            "image": None,
+            "video": "clips/b.mp4",
+            "attributes": '{"description":"  "}',
+        },
+        {
+            "item": 2,
+            "item_id": "c",
+            "text": 'say "cheese"',
+            "image": "images/c.JPG",
+            "video": None,
+            "attributes": '{"title":"say \\"cheese\\"","price":"2"}',
+        },
+    ]
+
+
+def test_parquet_is_read_with_its_types(warehouse: Warehouse, tmp_path: Path) -> None:
+    raw = folder(tmp_path / "raw", {})
+    pq.write_table(
+        pa.table({"user_id": [1, 1, 2], "item_id": [10, 9, 10], "timestamp": [2.0, 1.0, 5.0]}),
+        raw / "interactions.parquet",
+    )
+    pq.write_table(
+        pa.table({"item_id": [10, 9], "title": ["Ten", None], "tags": [["x", "y"], []]}),
+        raw / "items.parquet",
+    )
+    prepared(warehouse, raw, {})
+    assert sequences_of(warehouse) == {"1": ["9", "10"], "2": ["10"]}
+    assert [(row["text"], row["attributes"]) for row in items_of(warehouse)] == [
+        (None, '{"tags":[]}'),
+        ("Ten", '{"title":"Ten","tags":["x","y"]}'),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("time", "kept"),
+    [("7", 7), ("-7", -7), ("7.0", 7), ("1e3", 1000), (" 7 ", 7), ("1700000000123", 1700000000123)],
+)
+def test_whole_numbers_are_times(
+    warehouse: Warehouse, tmp_path: Path, time: str, kept: int
+) -> None:
+    content = {"interactions.csv": f"user_id,item_id,timestamp\nu,a,{time}\n", "items.csv": ITEMS}
+    prepared(warehouse, tmp_path / "raw", content)
+    table = pq.read_table(warehouse.dataset_dir("mine") / "interactions")
+    assert table["timestamp"].to_pylist() == [kept]
+
+
+@pytest.mark.parametrize(
+    "time", ["2020-01-01", "1.5", "nan", "inf", "-inf", "1e30", "99999999999999999999", "x", ""]
+)
+def test_anything_else_is_no_time(tmp_path: Path, time: str) -> None:
+    interactions = INTERACTIONS + f"w,a,{time}\nw,b,nonsense\n"
+    message = _refused(tmp_path, {"interactions.csv": interactions, "items.csv": ITEMS})
+    value = repr(time) if time else "empty"
+    assert message.startswith(f"interactions.csv, row 5: the timestamp is {value}, not a whole")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("interactions.csv", "uid,item_id\nu,a\n", "interactions.csv has no column 'user_id';"
+         " its columns are uid, item_id;"),
+        ("interactions.csv", "user_id;item_id\nu;a\n", "its columns are user_id;item_id;"),
+        ("interactions.csv", "", "interactions.csv, line 1: nothing cannot be the names"),
+        ("interactions.csv", "user_id,item_id\n", "interactions.csv holds no interaction"),
+        ("interactions.csv", "user_id,item_id\nu,a\n,b\n", "row 2: user_id is empty"),
+        ("interactions.csv", "user_id,item_id\nu,a\nu,\n", "row 2: item_id is empty"),
+        ("interactions.csv", "user_id,item_id\nu,a\nu\n", "line 3: 1 columns where 2 are"),
+        ("interactions.csv", "user_id,item_id\nu,a\nu,b,c\n", "line 3: 3 columns where 2 are"),
+        ("items.csv", "item_id,title,Title\na,x,y\n", "'item_id', 'title', 'Title' cannot be"),
+        ("items.csv", "name,title\na,x\n", "items.csv has no column 'item_id' or "),
+        ("items.csv", ITEMS + "b,again\nc,again\n", "items.csv lists 2 items more than once"
+         " (such as 'b', 'c');"),
+        ("items.csv", ITEMS + ",nobody\n", "items.csv: 1 item without an id"),
+        ("items.csv", "item_id,title\na,\nb,\nc,  \n", "the column of text is empty in all of 3"),
+        ("items.csv", 'item_id,title\na,"x\nb,y\nc,z\n', "line 2: a quote is not closed"),
+    ],
+)  # fmt: skip
+def test_mistakes_in_the_files(tmp_path: Path, name: str, text: str, expected: str) -> None:
+    content: dict[str, str | bytes] = {"interactions.csv": INTERACTIONS, "items.csv": ITEMS}
+    assert expected in _refused(tmp_path, {**content, name: text})
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "line"),
+    [
+        ("items.csv", b"item_id,title\na,x\nb,caf\xe9\nc,z\n", 3),
+        ("items.csv", b"item_id,tit\xe9l\na,x\n", 1),
+        ("interactions.csv", b"user_id,item_id\nu,a\nu,b\nv\xff,a\n", 4),
+    ],
+)
+def test_text_that_is_not_utf8(tmp_path: Path, name: str, text: bytes, line: int) -> None:
+    content: dict[str, str | bytes] = {"interactions.csv": INTERACTIONS, "items.csv": ITEMS}
+    message = _refused(tmp_path, {**content, name: text})
+    assert message == f"{name}, line {line}: not UTF-8; save the file as UTF-8"
+
+
+def test_a_file_that_is_no_parquet(tmp_path: Path) -> None:
+    content: dict[str, str | bytes] = {"interactions.parquet": b"no" * 50, "items.csv": ITEMS}
+    assert "interactions.parquet: " in _refused(tmp_path, content)
+
+
+def test_a_missing_file_names_what_was_looked_for(tmp_path: Path) -> None:
+    message = _refused(tmp_path, {"interactions.csv": INTERACTIONS})
+    assert "items.parquet or items.csv or items.tsv or items.jsonl" in message
+    assert "--file items=PATH" in message
+
+
+def test_files_and_folders_by_option(warehouse: Warehouse, tmp_path: Path) -> None:
+    folder(tmp_path / "elsewhere", {"things.jsonl": '{"id": "a", "name": "A"}\n', "art/a.png": "x"})
+    prepared(
+        warehouse,
+        tmp_path / "raw",
+        {"log.tsv": "user_id\titem_id\nu\ta\n"},
+        files={
+            "interactions": "log.tsv",
+            "items": str(tmp_path / "elsewhere" / "things.jsonl"),
+            "images": str(tmp_path / "elsewhere" / "art"),
+        },
+    )
+    (item,) = items_of(warehouse)
+    art = tmp_path / "elsewhere" / "art" / "a.png"
+    assert (item["text"], item["image"]) == ("A", f"outside:{art}")
+    assert Media(tmp_path / "raw").read(item["image"]) == b"x"
+
+
+SECOND = 1_577_836_800  # 2020-01-01
+
+
+@pytest.mark.parametrize(
+    ("kind", "first", "unit"),
+    [
+        (pa.timestamp("s"), SECOND * 1_000_000, "microseconds"),
+        (pa.timestamp("ms"), SECOND * 1_000_000, "microseconds"),
+        (pa.timestamp("us", tz="Europe/Berlin"), SECOND * 1_000_000, "microseconds"),
+        (pa.timestamp("ns"), SECOND * 1_000_000_000, "nanoseconds"),
+        (pa.date32(), 18_262, "days"),
+    ],
+)
+def test_dates_and_times_of_parquet(
+    warehouse: Warehouse, tmp_path: Path, kind: pa.DataType, first: int, unit: str
+) -> None:
+    days = 18_262 if pa.types.is_date(kind) else SECOND
+    steps = 1 if pa.types.is_date(kind) else 86_400
+    scale = {"s": 1, "ms": 1000, "us": 10**6, "ns": 10**9}[getattr(kind, "unit", "s")]
+    times = pa.array([days * scale, (days - steps) * scale], pa.int64())
+    if pa.types.is_date(kind):
+        times = times.cast(pa.int32())
+    raw = folder(tmp_path / "raw", {"items.csv": ITEMS})
+    rows = {"user_id": ["u", "u"], "item_id": ["a", "b"], "timestamp": times.cast(kind)}
+    pq.write_table(pa.table(rows), raw / "interactions.parquet")
+    said: list[str] = []
+    info = prepared(warehouse, raw, {}, say=said.append)
+    assert info.timestamps
+    assert sequences_of(warehouse) == {"u": ["b", "a"]}
+    table = pq.read_table(warehouse.dataset_dir("mine") / "interactions")
+    assert table["timestamp"].to_pylist()[1] == first
+    assert f"times are kept as {unit} since 1970" in said
+
+
+def test_a_time_that_is_missing_in_parquet(tmp_path: Path) -> None:
+    raw = folder(tmp_path / "raw", {"items.csv": ITEMS})
+    times = pa.array([SECOND, None], pa.timestamp("us"))
+    rows = {"user_id": ["u", "u"], "item_id": ["a", "b"], "timestamp": times}
+    pq.write_table(pa.table(rows), raw / "interactions.parquet")
+    assert _refused(tmp_path, {}).startswith("interactions.parquet, row 2: the timestamp is empty")

@@ -1,0 +1,142 @@
+import hashlib
+from collections import Counter
+from pathlib import Path
+
+import av
+import numpy as np
+import numpy.typing as npt
+import pytest
+from PIL import Image
+
+from features.dataset import Dataset, load_dataset
+from features.errors import UserError
+from features.warehouse import Warehouse
+from pipeline.datasets.demo import TASTES, TOPICS, DemoItem, make_demo
+from pipeline.datasets.prepare import prepare
+from tests.pipeline.datasets.raws import items_of
+
+SMALL = {"users": 300, "items": 192}
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[DemoItem]]:
+    raw = tmp_path_factory.mktemp("demo") / "raw"
+    return raw, make_demo(raw, **SMALL, seed=3)
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+@pytest.mark.slow
+def test_the_seed_decides_every_byte(demo: tuple[Path, list[DemoItem]], tmp_path: Path) -> None:
+    make_demo(tmp_path / "again", **SMALL, seed=3)
+    assert _hashes(tmp_path / "again") == _hashes(demo[0])
+    make_demo(tmp_path / "other", **SMALL, seed=4)
+    assert _hashes(tmp_path / "other") != _hashes(demo[0])
+
+
+def test_some_things_are_missing_and_one_is_broken(
+    demo: tuple[Path, list[DemoItem]], warehouse: Warehouse
+) -> None:
+    raw, _ = demo
+    info = prepare(warehouse, "demo", raw=raw)
+    rows = items_of(warehouse, "demo")
+    missing = Counter(key for row in rows for key in ("text", "image") if row[key] is None)
+    assert missing == {"text": 16, "image": 16}
+    clips = [raw / row["video"] for row in rows if row["video"]]
+    assert len(clips) == 19
+    broken = []
+    for row in rows:
+        if row["image"] is not None:
+            try:
+                with Image.open(raw / row["image"]) as image:
+                    image.load()
+                    assert image.size == (96, 96)
+            except OSError:
+                broken.append(row["item_id"])
+    assert len(broken) == 1
+    with av.open(str(clips[0])) as container:
+        frames = sum(1 for _ in container.decode(video=0))
+        assert container.streams.video[0].average_rate == 4
+    assert 8 <= frames <= 12
+    assert info.timestamps
+    assert 0 < info.tied < 0.5
+
+
+def test_the_picture_shows_the_taste_and_the_title_the_topic(
+    demo: tuple[Path, list[DemoItem]], warehouse: Warehouse
+) -> None:
+    raw, truth = demo
+    prepare(warehouse, "demo", raw=raw)
+    colours = np.array([colour for colour, _ in TASTES])
+    words = [set(text.split()) for text in TOPICS.values()]
+    right = wrong = 0
+    for row, item in zip(items_of(warehouse, "demo"), truth, strict=True):
+        assert row["item_id"] == item.item_id
+        if row["text"] is not None:
+            known = set(row["text"].lower().split())
+            assert [len(known & field) for field in words].index(3) == item.topic
+        if row["image"] is not None:
+            try:
+                with Image.open(raw / row["image"]) as image:
+                    middle = np.asarray(image)[44:52, 44:52].mean((0, 1))
+            except OSError:
+                continue
+            hit = np.abs(colours - middle).sum(1).argmin() == item.taste
+            right, wrong = right + hit, wrong + (not hit)
+    assert wrong <= 1
+    assert right > 170
+
+
+def _traits(dataset: Dataset, truth: list[DemoItem]) -> npt.NDArray[np.int64]:
+    return np.array([(item.taste, item.topic) for item in truth])[dataset.items]
+
+
+def test_taste_and_order_tell_the_next_item_and_popularity_does_not(
+    demo: tuple[Path, list[DemoItem]], warehouse: Warehouse
+) -> None:
+    raw, truth = demo
+    prepare(warehouse, "demo", raw=raw)
+    dataset = load_dataset(warehouse, "demo")
+    traits = _traits(dataset, truth)
+    held = dataset.held("test")
+    tastes = [
+        np.bincount(traits[start:end, 0]).argmax()
+        for start, end in zip(held.starts, held.targets, strict=True)
+    ]
+    assert np.mean(traits[held.targets, 0] == tastes) > 0.7
+    follows = (traits[held.targets - 1, 1] + 1) % len(TOPICS)
+    assert np.mean(traits[held.targets, 1] == follows) > 0.7
+    popular = np.argsort(-dataset.train_counts)[:10]
+    assert np.isin(dataset.items[held.targets], popular).mean() < 0.15
+
+
+def test_new_items_are_cold_and_targets(
+    demo: tuple[Path, list[DemoItem]], warehouse: Warehouse
+) -> None:
+    raw, truth = demo
+    prepare(warehouse, "demo", raw=raw)
+    dataset = load_dataset(warehouse, "demo")
+    new = np.array([item.new for item in truth])
+    cells = {(item.taste, item.topic) for item in truth if item.new}
+    assert len(cells) == 5  # of 48: nobody could have met such an item before
+    assert all(item.new for item in truth if (item.taste, item.topic) in cells)
+    assert new.sum() == 20
+    assert dataset.cold[new].all()
+    assert (dataset.train_counts[new] == 0).any()
+    assert (dataset.train_counts[new] > 0).any()
+    targets = dataset.items[dataset.held("test").targets]
+    assert new[targets].mean() > 0.05
+
+
+def test_what_cannot_be_made(demo: tuple[Path, list[DemoItem]], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="exists already"):
+        make_demo(demo[0])
+    with pytest.raises(UserError, match="at least 192"):
+        make_demo(tmp_path / "few", items=191)
+    assert not (tmp_path / "few").exists()

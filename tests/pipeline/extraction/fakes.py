@@ -1,0 +1,94 @@
+"""Backbones for tests: the weightless one, watched, slowed or spoilt."""
+
+import time
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from features.schema import FEATURE_MODALITIES
+from pipeline.backbones.base import Backbone, Batch, Vectors
+from pipeline.backbones.hashed import DIM, Hashed
+from pipeline.backbones.registry import Entry
+
+
+def mark(one: object) -> str:
+    """Name an input by its content, as the log of :class:`Watched` does."""
+    return f"{zlib.crc32(np.ascontiguousarray(one).tobytes()):08x}"
+
+
+class Watched(Hashed):
+    """Writes a line for every input that it encodes; may be slow, or do something after a batch."""
+
+    def __init__(
+        self,
+        name: str,
+        log: Path,
+        *,
+        seconds: float = 0.0,
+        after: Callable[[Vectors], Vectors] = lambda vectors: vectors,
+        checkpoint: str = "watched-1",
+    ) -> None:
+        super().__init__(name)
+        self.log = log
+        self.seconds = seconds
+        self.after = after
+        self.checkpoint = checkpoint
+
+    def embed(self, batch: Batch) -> Vectors:
+        time.sleep(self.seconds)
+        vectors = self.after(super().embed(batch))
+        self._note(batch)
+        return vectors
+
+    def tokens(self, batch: Batch, level: str) -> list[Vectors]:
+        time.sleep(self.seconds)
+        tokens = super().tokens(batch, level)
+        self._note(batch)
+        return tokens
+
+    def _note(self, batch: Batch) -> None:
+        with self.log.open("a") as stream:
+            stream.writelines(f"{mark(one)}\n" for one in (*batch.images, *batch.texts))
+
+    def seen(self) -> list[str]:
+        """What was encoded since the log was last forgotten."""
+        return self.log.read_text().split() if self.log.exists() else []
+
+    def forget(self) -> None:
+        self.log.unlink(missing_ok=True)
+
+
+class Brief:
+    """A loaded backbone that runs its first batches; then it goes on giving their vectors.
+
+    Weights, libraries, preparing and what a forward pass needs stand in memory as with any.
+    """
+
+    def __init__(self, backbone: Any, batches: int = 4) -> None:
+        self._backbone = backbone
+        self._left = batches
+        self._last: Vectors = np.zeros((0, backbone.dim), np.float32)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backbone, name)
+
+    def embed(self, batch: Batch) -> Vectors:
+        size = max(len(batch.images), len(batch.texts))
+        if self._left:
+            self._left -= 1
+            self._last = self._backbone.embed(batch)
+        return np.resize(self._last, (size, self._backbone.dim))
+
+
+def entry(backbone: Backbone) -> Entry:
+    """Make a table entry of a backbone that is already there."""
+    return Entry(
+        modalities=FEATURE_MODALITIES,
+        dim=DIM,
+        library="tests",
+        checkpoint="none",
+        make=lambda name, device, compute: backbone,
+    )

@@ -1,0 +1,157 @@
+"""Comparisons against metrics and tests worked out by hand; runs that cannot be compared."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import tomli_w
+from safetensors.numpy import save_file
+
+from features.atomic_files import write_table, write_text
+from features.errors import UserError
+from features.schema import PREDICTIONS
+from features.warehouse import Warehouse
+from retrieval.significance import paired_test
+from trainer.analysis.compare import compare
+
+RANKS = {"a": [1, 2, 11, 3], "b": [2, 2, 4, 20]}
+
+
+def write_run(
+    house: Warehouse,
+    name: str,
+    masked: list[int] | None,
+    *,
+    about: dict[str, Any] | None = None,
+    seed: int = 1,
+    items: list[int] | None = None,
+    interactions: str = "i",
+) -> None:
+    """A run with nothing but what a comparison reads; unmasked ranks are one more."""
+    folder = house.runs_dir / name
+    run = {"model": "m", "dataset": "d", "features": [], "fingerprint": "f", "created": name}
+    document = {"run": {**run, **(about or {})}, "train": {"seed": seed, "lr": 0.1}, "model": {}}
+    write_text(folder / "config.toml", tomli_w.dumps(document))
+    if masked is None:
+        return
+    held = f'{{"interactions": "{interactions}"}}'
+    weights = {"w": np.zeros(1, np.float32)}
+    save_file(weights, folder / "model.safetensors", metadata={"mmrec": held})
+    rows = [
+        {
+            "split": split, "user": user, "user_id": f"u{user}", "item": item, "item_id": "x",
+            "history": 3, "cold": user == 2, "rank_masked": rank, "rank_unmasked": rank + 1,
+        }
+        for split, shift in (("validation", 1), ("test", 0))
+        for user, (rank, item) in enumerate(
+            zip((r + shift for r in masked), items or [5, 6, 7, 8], strict=True)
+        )
+    ][::-1]  # fmt: skip
+    table = pa.Table.from_pylist(rows, schema=PREDICTIONS)
+    write_table(folder / "predictions.parquet", table)
+
+
+@pytest.fixture
+def house(warehouse: Warehouse) -> Warehouse:
+    for name, masked in RANKS.items():
+        write_run(warehouse, name, masked)
+    return warehouse
+
+
+def test_values_and_differences_by_hand(house: Warehouse) -> None:
+    found = compare(house, ["a", "b"], metrics=["HR@10", "MRR"])
+    assert (found.dataset, found.split, found.users) == ("d", "test", 4)
+    assert [system.label for system in found.systems] == ["a", "b"]
+    values = {(line.seen, line.metric, line.system): line.value for line in found.lines}
+    assert values == pytest.approx(
+        {
+            ("masked", "HR@10", "a"): 3 / 4,
+            ("masked", "HR@10", "b"): 3 / 4,
+            ("masked", "MRR", "a"): (1 + 1 / 2 + 1 / 11 + 1 / 3) / 4,
+            ("masked", "MRR", "b"): (1 / 2 + 1 / 2 + 1 / 4 + 1 / 20) / 4,
+            ("unmasked", "HR@10", "a"): 3 / 4,
+            ("unmasked", "HR@10", "b"): 3 / 4,
+            ("unmasked", "MRR", "a"): (1 / 2 + 1 / 3 + 1 / 12 + 1 / 4) / 4,
+            ("unmasked", "MRR", "b"): (1 / 3 + 1 / 3 + 1 / 5 + 1 / 21) / 4,
+        }
+    )
+    first, second = (line for line in found.lines if (line.seen, line.metric) == ("masked", "MRR"))
+    assert first.test is None
+    assert second.test is not None
+    # Users 0, 2 and 3 differ by -1/2, +7/44 and -17/60: of the 8 assignments of signs only the one
+    # found and its opposite, and those with +7/44 turned, are as far from zero.
+    assert second.test.p_value == 4 / 8
+    assert second.test.difference == pytest.approx((-1 / 2 + 7 / 44 - 17 / 60) / 4)
+    mine = 1 / np.array(RANKS["b"]) - 1 / np.array(RANKS["a"])
+    assert second.test == paired_test(mine, np.zeros(4))
+
+
+def test_the_other_split_and_cold_targets(house: Warehouse) -> None:
+    found = compare(house, ["a", "b"], split="validation", targets="cold", metrics=["MRR"])
+    assert found.users == 1
+    assert found.lines[0].value == 1 / 12
+    assert found.lines[1].value == 1 / 5
+
+
+def test_seeds_stand_as_one_system(house: Warehouse) -> None:
+    """Values are of each user's mean over the runs, the deviation is over the runs."""
+    write_run(house, "a2", [3, 2, 1, 3], seed=2)
+    write_run(house, "c", [1, 1, 1, 1], about={"model": "other"})
+    by_model = compare(house, ["c", "a", "a2"], by="model", metrics=["MRR"])
+    assert [(s.label, s.runs) for s in by_model.systems] == [
+        ("other", ["c"]),
+        ("m x2", ["a", "a2"]),
+    ]
+    line = by_model.lines[1]
+    over = [(1 + 1 / 2 + 1 / 11 + 1 / 3) / 4, (1 / 3 + 1 / 2 + 1 + 1 / 3) / 4]
+    assert line.value == pytest.approx(np.mean(over))
+    assert line.spread == pytest.approx(np.std(over, ddof=1))
+    users = np.mean([1 / np.array(RANKS["a"]), 1 / np.array([3, 2, 1, 3])], axis=0)
+    assert line.test is not None
+    assert line.test.difference == pytest.approx((users - 1).mean())
+    settings = compare(house, ["c", "a", "a2"], by="settings", metrics=["MRR"])
+    assert [system.label for system in settings.systems] == ["c", "a x2"]
+
+
+def test_runs_that_cannot_be_compared(house: Warehouse) -> None:
+    write_run(house, "new", None)
+    write_run(house, "other", RANKS["a"], about={"dataset": "e"})
+    write_run(house, "anew", RANKS["a"], about={"fingerprint": "g"})
+    write_run(house, "cut", RANKS["a"], interactions="j")
+    write_run(house, "pre", None, about={"stage": "pretrain"})
+    write_run(house, "users", RANKS["a"], items=[5, 6, 7, 9])
+    for names, message in (
+        (["a"], "a is one run; name another"),
+        (["a", "a"], "'a' is named twice"),
+        (["a", "none"], "unknown run 'none'"),
+        (["a", "new"], "run 'new' is not evaluated; run: mmrec eval --run new"),
+        (["a", "other"], "run 'other' is of dataset 'e', run 'a' of 'd'"),
+        (["a", "anew"], r"another preparation of 'd' than run 'a' \(items g, not f\)"),
+        (["a", "cut"], r"another preparation of 'd' than run 'a' \(interactions j, not i\)"),
+        (["a", "pre"], "run 'pre' is a pre-training"),
+        (["a", "users"], "other users or targets"),
+    ):
+        with pytest.raises(UserError, match=message) as told:
+            compare(house, names)
+        assert "\n" not in str(told.value)
+    for settings, message in (
+        ({"split": "train"}, "unknown split 'train'; known: validation, test"),
+        ({"targets": "hot"}, "unknown targets"),
+        ({"metrics": ["AUC"]}, "unknown metric 'AUC'"),
+        ({"by": "seed"}, "unknown grouping 'seed'; known: run, model, settings"),
+        ({"by": "model"}, "are one system, taken by model"),
+    ):
+        with pytest.raises(UserError, match=message):
+            compare(house, ["a", "b"], **settings)
+
+
+def test_damaged_files_are_one_line(house: Warehouse) -> None:
+    path: Path = house.runs_dir / "b" / "predictions.parquet"
+    path.write_bytes(b"PAR1")
+    with pytest.raises(UserError, match="run: mmrec eval --run b"):
+        compare(house, ["a", "b"])
+    (path.parent / "model.safetensors").write_bytes(b"x")
+    with pytest.raises(UserError, match="is damaged"):
+        compare(house, ["a", "b"])

@@ -1,0 +1,135 @@
+"""The page about runs: it loads nothing, it is well formed, and it says what is so."""
+
+from html.parser import HTMLParser
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from features.atomic_files import write_table
+from features.schema import METRICS
+from features.warehouse import Warehouse
+from tests.trainer import worlds
+from tests.trainer.analysis import test_compare
+from tests.trainer.analysis.test_curves import EPOCHS, write_run
+from trainer.analysis.curves import read_curves
+from trainer.analysis.report import build_report
+from trainer.runs.read import read_records
+
+_VOID = {"meta", "br"}
+
+
+class Reader(HTMLParser):
+    """Checks that tags close in order; keeps the rows of tables, and what could be fetched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.rows: list[list[str]] = []
+        self.fetches: list[str] = []
+        self.told: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in _VOID:
+            self.open.append(tag)
+        found = dict(attrs)
+        links = {"src", "srcset", "data", "href", "xlink:href"} & found.keys()
+        self.fetches += [f"{tag} {found[k]}" for k in links if not str(found[k]).startswith("#")]
+        self.fetches += [tag] if tag in ("script", "link", "iframe", "img", "object") else []
+        self.rows += [[]] if tag == "tr" else []
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.told.append(data)
+        if {"td", "th"} & {*self.open} and self.rows:
+            self.rows[-1].append(data.strip())
+
+
+def page(house: Warehouse, *names: str) -> Reader:
+    records = read_records(house, names)
+    text = build_report(house, records, read_curves(records))
+    assert text == build_report(house, records, read_curves(records))
+    reader = Reader()
+    reader.feed(text)
+    assert reader.open == []
+    assert reader.fetches == []
+    assert "url(http" not in text
+    assert "default-src 'none'" in text
+    return reader
+
+
+def evaluated(house: Warehouse, name: str, values: dict[str, float]) -> None:
+    """Add the rows of an evaluation to what training left."""
+    path = house.runs_dir / name / "metrics.parquet"
+    held = pq.read_table(path).to_pylist()
+    held += [
+        {
+            "phase": "eval", "epoch": 0, "split": "test", "targets": "all", "ranker": ranker,
+            "seen": seen, "metric": metric, "value": value / scale, "low": value / scale - 0.01,
+            "high": value / scale + 0.01, "users": 4,
+        }
+        for metric, value in values.items()
+        for ranker, scale in (("m", 1), ("popularity", 4))
+        for seen in ("masked", "unmasked")
+    ]  # fmt: skip
+    write_table(path, pa.Table.from_pylist(held, schema=METRICS))
+
+
+def test_a_page_about_one_run(warehouse: Warehouse) -> None:
+    worlds.prepare(warehouse, [[0, 1, 2]] * 4, 3)
+    write_run(warehouse, "a", about={"dataset": "world", "parameters": 1234}, note="<b>&")
+    evaluated(warehouse, "a", {"HR@10": 0.4})
+    reader = page(warehouse, "a")
+    for row in (
+        ["best epoch", "2"],
+        ["parameters", "1,234"],
+        ["validation HR@10 (masked)", "0.3000"],
+        ["time until the best epoch", "5.0 s"],
+        [
+            "metric",
+            "a",
+            "masked",
+            "a",
+            "unmasked",
+            "popularity",
+            "masked",
+            "popularity",
+            "unmasked",
+        ],
+        ["HR@10", "0.4000", "[.3900, .4100]", "0.4000", "[.3900, .4100]", "0.1000", "0.1000"],
+        ["note", "<b>&"],
+        ["world", "4", "3", "12", "3.00", "0.0000%"],
+    ):
+        assert row in [[cell for cell in found if cell] for found in reader.rows], row
+    told = " ".join(reader.told)
+    assert "leave-one-out: last item test" in told
+    assert "a: 0.3000 in epoch 2" in told  # the figure's legend is text
+
+
+def test_a_page_about_runs_that_differ(warehouse: Warehouse) -> None:
+    for name, masked in test_compare.RANKS.items():
+        test_compare.write_run(warehouse, name, masked)
+        write_run(warehouse, name, lr=0.1 if name == "a" else 0.2, seed=3)
+        evaluated(warehouse, name, {"HR@10": 0.3 if name == "a" else 0.5})
+    write_run(warehouse, "c", [(loss, value, None) for loss, value, _ in EPOCHS], lr=0.1, seed=3)
+    reader = page(warehouse, "a", "b", "c")
+    rows = [[cell for cell in found if cell] for found in reader.rows]
+    assert ["lr", "0.1", "0.2", "0.1"] in rows
+    assert ["seed", "3"] in rows
+    below = rows[rows.index(["metric", "a", "b", "popularity"]) + 1]
+    assert below[:5] == ["HR@10", "0.3000", "[.2900, .3100]", "0.5000", "[.4900, .5100]"]
+    told = " ".join(reader.told)
+    assert "c is not evaluated; run: mmrec eval --run c" in told
+    assert "No times were kept of: c." in told
+    assert "Differences to a on d" in told
+    difference = next(row for row in rows if row[:2] == ["MRR", "b"])
+    assert (difference[2], difference[4]) == (
+        "-0.1561",
+        "0.5000",
+    )  # as worked out in the other test
+    assert "d is not in this warehouse any more" in told

@@ -1,0 +1,112 @@
+"""Several datasets as one: items and users side by side, one space of features."""
+
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+import torch
+
+from features.atomic_files import write_json
+from features.errors import UserError
+from features.warehouse import Warehouse
+from tests.trainer import worlds
+from trainer.data.batches import ItemFeatures
+from trainer.data.multi_dataset import JoinedTokens, _join, choose_labels, item_splits, load_source
+from trainer.data.token_features import TokenFeatures
+
+
+def test_joined_by_hand() -> None:
+    one = worlds.dataset([[0, 1, 2, 0], [1, 2]], 3)
+    other = worlds.dataset([[1, 0, 1, 1, 0]], 2)
+    both = _join([one, other])
+    assert both.items.tolist() == [0, 1, 2, 0, 1, 2, 4, 3, 4, 4, 3]
+    assert both.items.dtype == np.int32
+    assert both.offsets.tolist() == [0, 4, 6, 11]
+    assert both.train_counts.tolist() == [*one.train_counts, *other.train_counts]
+    assert (both.info.name, both.info.users, both.info.items) == ("world+world", 3, 5)
+    assert both.info.interactions == 11
+    assert both.held("test").targets.tolist() == [3, 10]
+
+
+@pytest.fixture
+def house(warehouse: Warehouse) -> Warehouse:
+    """Two datasets of one backbone, ``a`` and ``b``."""
+    for name, n_items in (("a", 12), ("b", 9)):
+        worlds.prepare(warehouse, [[i % n_items for i in range(5)]] * 3, n_items)
+        worlds.extract(warehouse, worlds.features(n_items))
+        folder = warehouse.dataset_dir("world")
+        info = replace(
+            worlds.dataset([[i % n_items for i in range(5)]] * 3, n_items).info, name=name
+        )
+        write_json(folder / "dataset.json", asdict(info))
+        folder.rename(warehouse.dataset_dir(name))
+    return warehouse
+
+
+def test_loaded_side_by_side(house: Warehouse) -> None:
+    cpu = torch.device("cpu")
+    labels = [table.label for table in choose_labels(house, ["a", "b"], None)]
+    assert labels == ["image=toy", "text=toy"]
+    source = load_source(house, ["a", "b"], labels, cpu)
+    parts = [load_source(house, [name], labels, cpu).features for name in ("a", "b")]
+    assert source.features.n_items == 21
+    for name in ("image", "text"):
+        for kind in ("vectors", "present"):
+            expected = torch.cat([getattr(part, kind)[name] for part in parts])
+            assert torch.equal(getattr(source.features, kind)[name], expected)
+    assert source.identity["dataset"] == "a+b"
+    assert [table["content"].count("+") for table in source.identity["features"]] == [1, 1]
+
+
+def test_other_backbones_are_refused(house: Warehouse) -> None:
+    held = worlds.features(9)
+    (house.dataset_dir("b") / "features" / "toy").rename(
+        house.dataset_dir("b") / "features" / "other"
+    )
+    with pytest.raises(
+        UserError, match=r"features of 'a' \(image=toy, text=toy\) and 'b' \(image=o"
+    ):
+        choose_labels(house, ["a", "b"], None)
+    house.dataset_dir("b").rename(house.dataset_dir("world"))
+    for part in house.dataset_dir("world").glob("features/other/*/pooled/*"):
+        part.unlink()
+    wide = {**held.vectors, "text": torch.randn(9, 7)}
+    worlds.extract(house, ItemFeatures(n_items=9, vectors=wide, present=held.present))
+    house.dataset_dir("world").rename(house.dataset_dir("b"))
+    with pytest.raises(UserError, match=r"the text features of 'a' and 'b' differ: dim 5 and 7"):
+        load_source(house, ["a", "b"], ["image=toy", "text=toy"], torch.device("cpu"))
+
+
+def test_items_are_held_out_by_their_ids(house: Warehouse) -> None:
+    alone = {name: item_splits(house, [name], 0.3) for name in ("a", "b")}
+    both = item_splits(house, ["a", "b"], 0.3)
+    for split in ("validation", "test"):
+        expected = np.concatenate([alone["a"][split], alone["b"][split]])
+        assert np.array_equal(both[split], expected)
+        # Both number their items i0, i1, ...: the same ids have the same fate.
+        assert np.array_equal(alone["a"][split][:9], alone["b"][split])
+        assert 0 < both[split].sum() < 21
+    assert not (both["validation"] & both["test"]).any()
+
+
+def test_joined_tokens_are_those_of_each_table() -> None:
+    rng = np.random.default_rng(0)
+    cpu = torch.device("cpu")
+    parts = []
+    for lengths in ([2, 0, 3], [1, 4]):
+        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        values = rng.standard_normal((int(offsets[-1]), 3)).astype(np.float16)
+        parts.append(TokenFeatures(values=values, offsets=offsets, device=cpu))
+    one = TokenFeatures(
+        values=np.concatenate([part.values for part in parts]),
+        offsets=np.array([0, 2, 2, 5, 6, 10]),
+        device=cpu,
+    )
+    joined = JoinedTokens(parts)
+    assert (joined.width, joined.longest) == (one.width, one.longest)
+    assert torch.equal(joined.present_N, one.present_N)
+    for items in ([4, 0, 3], [1], [2, 2, 4], [3]):
+        for mine, theirs in zip(
+            joined.gather(torch.tensor(items)), one.gather(torch.tensor(items)), strict=True
+        ):
+            assert torch.equal(mine, theirs)

@@ -1,0 +1,286 @@
+"""MMSR in all its parts; what every recommender promises is tested in test_recommenders."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from features.errors import UserError
+from retrieval.ranking import rank
+from tests.trainer import worlds
+from tests.trainer.models import test_planted as planted
+from trainer.data.batches import Batch, ItemFeatures, Sequences
+from trainer.data.token_features import TokenFeatures
+from trainer.evaluation.encode import encode, seen_by, targets_of
+from trainer.models import mmsr
+from trainer.models.base import Catalogue
+from trainer.models.mmsr import IDSR, LOSSES, MMSR, IDSRConfig, MMSRConfig
+from trainer.modules.fusion import FUSIONS
+from trainer.modules.sequence_encoders import TOWERS
+from trainer.modules.transformer import initialise
+
+N = 12
+SMALL: dict[str, Any] = {"dim": 8, "heads": 2, "hidden": 16, "length": 6, "fusion_heads": 2}
+ROWS = [[0, 1, 2, 3, 4, 11], [5, 6], [7, 8, 9, 10]]
+# Every pair of fusion and tower, and of tower and loss, not all of all.
+COMBINATIONS = [
+    (fusion, tower, LOSSES[(f + t) % len(LOSSES)])
+    for f, fusion in enumerate(FUSIONS)
+    for t, tower in enumerate(TOWERS)
+]
+
+
+def tokens() -> ItemFeatures:
+    """Tokens of texts, 0 to 3 an item, beside pooled pictures."""
+    pooled = worlds.features(N)
+    lengths = np.arange(N) % 4
+    values = np.random.default_rng(0).normal(size=(lengths.sum(), 5)).astype(np.float16)
+    found = TokenFeatures(
+        values=values,
+        offsets=np.concatenate([[0], np.cumsum(lengths)]),
+        device=torch.device("cpu"),
+    )
+    return ItemFeatures(
+        n_items=N,
+        vectors={"image": pooled.vectors["image"]},
+        present={"image": pooled.present["image"], "text": found.present_N},
+        tokens={"text": found},
+    )
+
+
+def build(features: ItemFeatures, **more: Any) -> MMSR:
+    torch.manual_seed(0)
+    catalogue = Catalogue(n_items=features.n_items, widths=features.widths)
+    model = MMSR(MMSRConfig(**{**SMALL, **more}), catalogue).eval()
+    initialise(model, std=0.3)
+    return model
+
+
+def rows(found: list[list[int]], padding: int = 0) -> Sequences:
+    width = max(map(len, found))
+    items = [row + [padding] * (width - len(row)) for row in found]
+    return Sequences(
+        items_BL=torch.tensor(items), lengths_B=torch.tensor([len(row) for row in found])
+    )
+
+
+def batch(features: ItemFeatures, padding: int = 0) -> Batch:
+    generator = torch.Generator().manual_seed(2)
+    return worlds.batch(rows(ROWS, padding), features, generator)
+
+
+@pytest.mark.parametrize(
+    ("over", "fusion", "tower", "loss"),
+    [
+        *(("vectors", *one) for one in COMBINATIONS),
+        *(("tokens", *one) for one in COMBINATIONS[::4]),
+    ],
+)
+def test_all_parts_together(over: str, fusion: str, tower: str, loss: str) -> None:
+    features = tokens() if over == "tokens" else worlds.features(N)
+    model = build(features, fusion=fusion, tower=tower, loss=loss)
+    with torch.no_grad():
+        items = model.encode_items(features)
+        together = model.encode_sequences(items, rows(ROWS, padding=3), features)
+        for row, query in zip(ROWS, together, strict=True):
+            alone = model.encode_sequences(items, rows([row]), features)
+            torch.testing.assert_close(query[None], alone, rtol=1e-4, atol=1e-5)
+        longer = model._states(items, rows([[1, 2, 3, 4]]))
+        changed = model._states(items, rows([[1, 2, 3, 9]]))
+    torch.testing.assert_close(longer[:, :3], changed[:, :3])
+    value = model.loss(batch(features))["loss"]
+    assert torch.equal(value, model.loss(batch(features, padding=7))["loss"])
+    value.backward()
+    without = [key for key, held in model.named_parameters() if held.grad is None]
+    assert without == []
+
+
+@pytest.mark.parametrize(
+    ("score", "debias", "divisor"),
+    [("scaled", True, 0.5 * 8**0.5), ("dot", False, 0.5), ("cosine", True, 0.5)],
+)
+def test_the_in_batch_loss_by_its_formula(score: str, debias: bool, divisor: float) -> None:
+    features = worlds.features(N)
+    model = build(features, loss="in-batch", score=score, debias=debias, temperature=0.5)
+    found = batch(features)
+    items = model.encode_items(features)
+    shown = [item for row in ROWS for item in row]
+    popularity = found.train.counts_N.float() / found.train.counts_N.sum()
+    losses = []
+    for row in ROWS:
+        for end in range(1, len(row)):
+            # Positions count from the window's end, so the window is encoded as a whole.
+            query = model._states(items, rows([row[:-1]]))[0, end - 1]
+            scores = items @ query / divisor
+            if debias:
+                scores = scores - popularity.clamp_min(1e-9).log()
+            negatives = [scores[item] for item in shown if item not in row]
+            column = torch.stack([scores[row[end]], *negatives])
+            losses.append(-column.log_softmax(0)[0])
+    expected = torch.stack(losses).mean()
+    torch.testing.assert_close(model.loss(found)["loss"], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_binary_loss_by_its_formula(monkeypatch: pytest.MonkeyPatch) -> None:
+    features = worlds.features(N)
+    model = build(features, loss="bce", score="dot")
+    drawn = torch.tensor([6, 7, 8, 9, 10, 0, 1, 2, 3])
+    monkeypatch.setattr(mmsr, "sample_unseen", lambda *_: (drawn, torch.ones(9).bool()))
+    items = model.encode_items(features)
+    terms: list[Tensor] = []
+    for row in ROWS:
+        states = model._states(items, rows([row[:-1]]))[0]
+        for state, target in zip(states, row[1:], strict=True):
+            negative = items[drawn[len(terms)]]
+            terms.append(
+                -functional.logsigmoid(state @ items[target])
+                - functional.logsigmoid(-state @ negative)
+            )
+    expected = torch.stack(terms).mean()
+    torch.testing.assert_close(model.loss(batch(features))["loss"], expected)
+
+
+def test_the_softmax_loss_by_its_formula() -> None:
+    features = tokens()
+    model = build(features, loss="softmax", score="cosine", temperature=2.0)
+    items = model.encode_items(features)
+    terms: list[Tensor] = []
+    for row in ROWS:
+        logits = model._states(items, rows([row[:-1]]))[0] @ items.T / 2.0
+        terms.extend(functional.cross_entropy(logits, torch.tensor(row[1:]), reduction="none"))
+    torch.testing.assert_close(model.loss(batch(features))["loss"], torch.stack(terms).mean())
+
+
+def test_every_item_of_a_batch_is_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    features = worlds.features(N)
+    for loss in ("bce", "in-batch"):
+        model = build(features, loss=loss)
+        seen: list[Tensor] = []
+        encode = model._encode_some
+        monkeypatch.setattr(
+            model,
+            "_encode_some",
+            lambda items, held, e=encode, s=seen: (s.append(items), e(items, held))[1],
+        )
+        twice = [[1, 2, 1, 2, 3], [2, 3, 1]]
+        generator = torch.Generator().manual_seed(2)
+        model.loss(worlds.batch(rows(twice, padding=9), features, generator))
+        (items,) = seen
+        assert len(items.unique()) == len(items)
+        if loss == "in-batch":
+            assert items.tolist() == [1, 2, 3]
+
+
+def test_an_item_without_a_modality_is_not_read_there() -> None:
+    features = worlds.features(N)
+    garbage = {
+        key: torch.where(features.present[key][:, None], value, torch.full_like(value, 99.0))
+        for key, value in features.vectors.items()
+    }
+    for fusion in FUSIONS:
+        model = build(features, fusion=fusion)
+        other = model.encode_items(replace(features, vectors=garbage))
+        torch.testing.assert_close(model.encode_items(features), other)
+
+
+def test_a_vector_is_a_modality_of_one_token() -> None:
+    pooled = worlds.features(N)
+    there = pooled.present["text"].numpy()
+    one = TokenFeatures(
+        values=pooled.vectors["text"][pooled.present["text"]].numpy(),
+        offsets=np.concatenate([[0], np.cumsum(there)]),
+        device=torch.device("cpu"),
+    )
+    as_tokens = replace(pooled, vectors={"image": pooled.vectors["image"]}, tokens={"text": one})
+    for fusion in ("sum", "merge-attention"):
+        model = build(pooled, fusion=fusion)
+        torch.testing.assert_close(model.encode_items(pooled), model.encode_items(as_tokens))
+
+
+def test_the_catalogue_in_pieces_is_the_catalogue(monkeypatch: pytest.MonkeyPatch) -> None:
+    features = tokens()
+    model = build(features)
+    with torch.no_grad():
+        whole = model.encode_items(features)
+        monkeypatch.setattr(mmsr, "_TOKENS_AT_ONCE", 9)
+        torch.testing.assert_close(model.encode_items(features), whole)
+    assert len(whole) == N
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"fusion": "add"}, "unknown fusion 'add'; known: sum,"),
+        ({"tower": "lstm"}, "unknown tower 'lstm'; known: sasrec, gru, nextitnet"),
+        ({"loss": "ce"}, "unknown loss 'ce'; known: bce, in-batch, softmax"),
+        ({"score": "sine"}, "unknown score 'sine'; known: scaled, dot, cosine"),
+        ({"pool": "max"}, "unknown pool 'max'"),
+        ({"fusion_heads": 3}, "not a multiple of fusion_heads=3"),
+        ({"temperature": 0.0}, "temperature=0.0 must be above 0"),
+    ],
+)
+def test_settings_that_cannot_be(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        MMSRConfig(**settings)
+
+
+def test_without_features_there_is_nothing_to_fuse() -> None:
+    with pytest.raises(UserError, match="mmsr needs features"):
+        MMSR(MMSRConfig(**SMALL), Catalogue(n_items=N, widths={}))
+
+
+@pytest.mark.parametrize("tower", list(TOWERS))
+def test_ids_in_place_of_modalities(tower: str) -> None:
+    features = ItemFeatures(n_items=N, vectors={}, present={})
+    small = {key: value for key, value in SMALL.items() if key != "fusion_heads"}
+    model = IDSR(IDSRConfig(**small, tower=tower), Catalogue(n_items=N, widths={}))
+    assert model.encode_items(features).shape == (N, 8)
+    model.loss(batch(features))["loss"].backward()
+    assert all(held.grad is not None for held in model.parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fusion", "tower", "loss"),
+    [
+        ("sum", "sasrec", "bce"),
+        ("merge-attention", "gru", "in-batch"),
+        ("film", "nextitnet", "softmax"),
+    ],
+)
+def test_taste_in_the_texts_is_learned_from_the_texts_alone(
+    fusion: str, tower: str, loss: str
+) -> None:
+    """The targets are items that nobody has clicked; pictures are noise."""
+    dataset, texts = planted.world()
+    noise = torch.randn(planted.N, 6, generator=torch.Generator().manual_seed(3))
+    there = texts.present["text"]
+    both = ItemFeatures(
+        n_items=planted.N,
+        vectors={"image": noise, **texts.vectors},
+        present={"image": there, "text": there},
+    )
+    pictures = replace(both, vectors={"image": noise}, present={"image": there})
+    small = {**SMALL, "dim": 16, "hidden": 32, "length": 8}
+    means = []
+    for features in (both, pictures):
+        torch.manual_seed(0)
+        config = MMSRConfig(**small, fusion=fusion, tower=tower, loss=loss)
+        model = MMSR(config, Catalogue(n_items=planted.N, widths=features.widths))
+        data = worlds.training_data(dataset, features)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+        for epoch in range(12):
+            for found in data.epoch(model.plan, batch_size=16, seed=1, epoch=epoch)[1]:
+                optimizer.zero_grad()
+                model.loss(found)["loss"].backward()
+                optimizer.step()
+        encoded = encode(model, data, "test", 64)
+        targets, seen = targets_of(dataset, encoded.held), seen_by(dataset, encoded.held)
+        means.append(rank(encoded.queries_ED, encoded.items_ND, targets, seen).masked.mean())
+    by_text, by_picture = means
+    assert by_text < 10  # chance is 21: half of the 42 items that are left
+    assert by_picture > 14  # six unseen items: luck is not far from chance

@@ -1,0 +1,288 @@
+"""One contract test that every recommender inherits by standing in the table."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.trainer import worlds
+from trainer.data.batches import ItemFeatures, Sequences, TrainSet
+from trainer.models import mmsrec
+from trainer.models.base import Catalogue, Recommender
+from trainer.models.registry import MODELS
+from trainer.modules.transformer import initialise
+
+N = 12
+SMALL: dict[str, dict[str, Any]] = {
+    "sasrec": {"dim": 8, "heads": 2, "hidden": 16, "length": 6},
+    "mmsrec": {"dim": 8, "heads": 2, "hidden": 16, "length": 6},
+    "idsr": {"dim": 8, "heads": 2, "hidden": 16, "length": 6},
+    "mmsr": {"dim": 8, "heads": 2, "hidden": 16, "length": 6, "fusion_heads": 2},
+    "pmmrec": {"dim": 8, "heads": 2, "hidden": 16, "length": 6, "fusion_heads": 2},
+}
+
+
+# Named options under which a recommender must keep the same contract.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "sasrec, candidates": {"candidates": 8},
+    "sasrec, cosine": {"score": "cosine", "temperature": 0.1},
+    "mmsrec, ids": {"ids": True},
+    "mmsrec, whiten, candidates": {"whiten": True, "candidates": 8},
+    "mmsrec, ids, mask": {"ids": True, "missing": "mask"},
+    "mmsrec, next": {"objective": "next"},
+    "mmsrec, next, ids, mask": {"objective": "next", "ids": True, "missing": "mask"},
+}
+
+
+def build(name: str, features: ItemFeatures, **more: Any) -> Recommender:
+    more = OPTIONS.get(name, {}) | more
+    name = name.split(",")[0]
+    settings, recommender = MODELS[name].load()
+    torch.manual_seed(0)
+    catalogue = Catalogue(n_items=features.n_items, widths=features.widths)
+    model: Recommender = recommender(settings(**{**SMALL[name], **more}), catalogue)
+    return model.eval()
+
+
+def sequences(rows: list[list[int]], padding: int = 0, width: int = 0) -> Sequences:
+    width = max(width, *(len(row) for row in rows))
+    items = [row + [padding] * (width - len(row)) for row in rows]
+    return Sequences(
+        items_BL=torch.tensor(items), lengths_B=torch.tensor([len(row) for row in rows])
+    )
+
+
+def encode(model: Recommender, rows: Sequences, features: ItemFeatures) -> Tensor:
+    with torch.no_grad():
+        return model.encode_sequences(model.encode_items(features), rows, features)
+
+
+@pytest.fixture(params=[*MODELS, *OPTIONS])
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def test_shapes(name: str) -> None:
+    features = worlds.features(N)
+    model = build(name, features)
+    items = model.encode_items(features)
+    queries = encode(model, sequences([[1, 2], [3]]), features)
+    assert items.shape == (N, 8)
+    assert queries.shape == (2, 8)
+    assert torch.isfinite(items).all()
+    assert torch.isfinite(queries).all()
+
+
+def test_padding_changes_nothing(name: str) -> None:
+    features = worlds.features(N)
+    model = build(name, features)
+    rows = [[1, 2, 3], [4]]
+    alone = torch.cat([encode(model, sequences([row]), features) for row in rows])
+    together = encode(model, sequences(rows), features)
+    other_padding = encode(model, sequences(rows, padding=N - 1, width=model.history), features)
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(other_padding, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_order_matters(name: str) -> None:
+    features = worlds.features(N, missing=False)
+    model = build(name, features)
+    initialise(model, std=0.5)  # the usual start is so small that order hardly shows in it
+    query = encode(model, sequences([[1, 2, 3], [2, 1, 3]]), features)
+    assert not torch.allclose(query[0], query[1], atol=1e-4)
+
+
+def test_the_longest_history_and_one_item_are_read(name: str) -> None:
+    features = worlds.features(N)
+    model = build(name, features)
+    longest = list(range(model.history))
+    assert torch.isfinite(encode(model, sequences([longest, [0]]), features)).all()
+
+
+def test_the_loss_is_deterministic_and_reaches_every_parameter(name: str) -> None:
+    features = worlds.features(N)
+    model = build(name, features).train()
+    rows = sequences([[0, 1, 2, 3, 4, 11], [5, 6], [7, 8, 9, 10]])
+    values = []
+    for _ in range(2):
+        torch.manual_seed(1)
+        generator = torch.Generator().manual_seed(2)
+        batch = worlds.batch(rows, features, generator)
+        values.append(model.loss(batch)["loss"])
+    assert values[0].item() == values[1].item()
+    values[0].backward()
+    without = [key for key, value in model.named_parameters() if value.grad is None]
+    assert without == []
+
+
+def test_what_stands_beyond_a_sequence_never_reaches_the_loss(name: str) -> None:
+    features = worlds.features(N)
+    model = build(name, features)
+    losses = []
+    for padding in (0, 7):
+        rows = sequences([[0, 1, 2, 3], [5, 6]], padding=padding)
+        generator = torch.Generator().manual_seed(2)
+        batch = worlds.batch(rows, features, generator)
+        losses.append(model.loss(batch)["loss"])
+    torch.testing.assert_close(losses[0], losses[1])
+
+
+def test_a_causal_tower_never_looks_ahead() -> None:
+    features = worlds.features(N)
+    model: Any = build("sasrec", features)
+    one = model._hidden(sequences([[1, 2, 3, 4]]))
+    other = model._hidden(sequences([[1, 2, 3, 9]]))
+    # Positions count from the end, so both rows have the same length here.
+    torch.testing.assert_close(one[:, :3], other[:, :3])
+    assert not torch.allclose(one[:, 3], other[:, 3], atol=1e-4)
+
+
+def test_what_predicts_the_next_item_never_looks_ahead() -> None:
+    features = worlds.features(N)
+    model: Any = build("mmsrec, next", features)
+
+    def predicted(row: list[int]) -> Tensor:
+        batch = worlds.batch(sequences([row]), features, torch.Generator())
+        found: Tensor = model._next(batch)[0]
+        return found
+
+    one, other = predicted([1, 2, 3, 4, 5]), predicted([1, 2, 3, 9, 5])
+    assert len(one) == 4
+    torch.testing.assert_close(one[:3], other[:3])
+    assert not torch.allclose(one[3], other[3], atol=1e-4)
+    torch.testing.assert_close(one[3:], encode(model, sequences([[1, 2, 3, 4]]), features))
+
+
+def test_the_hidden_item_does_not_leak_into_its_prediction() -> None:
+    features = worlds.features(N, missing=False)
+    model: Any = build("mmsrec", features, mask_ratio=0.0)  # only the last item is predicted
+    seen: list[Tensor] = []
+    encode_at = model._encode
+
+    def spy(tokens: tuple[Tensor, Tensor], at: Tensor) -> Tensor:
+        found: Tensor = encode_at(tokens, at)
+        seen.append(found)
+        return found
+
+    model._encode = spy
+    for last in (4, 9):
+        generator = torch.Generator().manual_seed(2)
+        rows = sequences([[1, 2, 3, last]])
+        model.loss(worlds.batch(rows, features, generator))
+    torch.testing.assert_close(seen[0], seen[2])  # [1] and [3] are the item tower's
+
+
+def test_training_query_equals_evaluation_query() -> None:
+    features = worlds.features(N)
+    model: Any = build("mmsrec", features, mask_ratio=0.0)
+    seen: list[Tensor] = []
+    encode_at = model._encode
+
+    def spy(tokens: tuple[Tensor, Tensor], at: Tensor) -> Tensor:
+        found: Tensor = encode_at(tokens, at)
+        seen.append(found)
+        return found
+
+    model._encode = spy
+    generator = torch.Generator().manual_seed(2)
+    model.loss(worlds.batch(sequences([[1, 2, 3, 4]]), features, generator))
+    query = torch.nn.functional.normalize(seen[0], dim=-1)
+    torch.testing.assert_close(query, encode(model, sequences([[1, 2, 3]]), features))
+
+
+@pytest.mark.parametrize("missing", ["drop", "mask"])
+def test_a_missing_modality_is_not_read(missing: str) -> None:
+    features = worlds.features(N)
+    model = build("mmsrec", features, missing=missing)
+    garbage = {
+        key: torch.where(features.present[key][:, None], value, torch.full_like(value, 99.0))
+        for key, value in features.vectors.items()
+    }
+    other = replace(features, vectors=garbage)
+    torch.testing.assert_close(model.encode_items(features), model.encode_items(other))
+    rows = sequences([list(range(5)), [N - 1, 4]])
+    torch.testing.assert_close(encode(model, rows, features), encode(model, rows, other))
+
+
+def test_the_two_readings_of_a_missing_modality_differ() -> None:
+    features = worlds.features(N)
+    drop, mask = (build("mmsrec", features, missing=m) for m in ("drop", "mask"))
+    complete = features.present["image"] & features.present["text"]
+    a, b = drop.encode_items(features), mask.encode_items(features)
+    torch.testing.assert_close(a[complete], b[complete])
+    assert not torch.allclose(a[~complete], b[~complete], atol=1e-4)
+
+
+def test_the_catalogue_in_pieces_is_the_catalogue(monkeypatch: pytest.MonkeyPatch) -> None:
+    features = worlds.features(N)
+    model = build("mmsrec", features)
+    with torch.no_grad():
+        whole = model.encode_items(features)
+        monkeypatch.setattr(mmsrec, "_ITEMS_AT_ONCE", 5)
+        pieces = model.encode_items(features)
+    torch.testing.assert_close(pieces, whole, rtol=1e-6, atol=1e-6)
+    assert len(whole) == N
+
+
+@pytest.mark.parametrize("modality", ["image", "text"])
+def test_one_modality_alone_is_enough(modality: str) -> None:
+    both = worlds.features(N)
+    alone = ItemFeatures(
+        n_items=N,
+        vectors={modality: both.vectors[modality]},
+        present={modality: both.present[modality]},
+    )
+    model = build("mmsrec", alone)
+    assert torch.isfinite(encode(model, sequences([[1, 2], [N - 1]]), alone)).all()
+
+
+def test_the_same_gradients_every_time(name: str) -> None:
+    """Threads that add up in an order of their own would make two equal trainings differ."""
+    many = 200
+    model = build(name, worlds.features(many)).train()
+    generator = torch.Generator().manual_seed(1)
+    rows = Sequences(
+        items_BL=torch.randint(many, (2048, 6), generator=generator),
+        lengths_B=torch.full((2048,), 6),
+    )
+
+    def gradients() -> list[Tensor]:
+        torch.manual_seed(2)
+        model.zero_grad(set_to_none=True)
+        draw = torch.Generator().manual_seed(3)
+        batch = worlds.batch(rows, worlds.features(many), draw)
+        model.loss(batch)["loss"].backward()
+        return [p.grad for p in model.parameters() if p.grad is not None]
+
+    first = gradients()
+    for _ in range(5):
+        assert all(torch.equal(a, b) for a, b in zip(first, gradients(), strict=True))
+
+
+def test_an_item_without_training_interactions_is_known_by_its_features_alone() -> None:
+    features = worlds.features(N, missing=False)
+    model: Any = build("mmsrec", features, ids=True)
+    counts = torch.ones(N, dtype=torch.int64)
+    counts[3] = 0
+    model.adapt(features, TrainSet(counts_N=counts, keys_J=torch.arange(N)))
+    rows = sequences([[1, 3], [3]])
+    before = model.encode_items(features), encode(model, rows, features)
+    torch.nn.init.normal_(model.id.weight[3:4])
+    after = model.encode_items(features), encode(model, rows, features)
+    assert all(map(torch.equal, before, after))
+    torch.nn.init.normal_(model.id.weight[1:2])
+    assert not torch.equal(model.encode_items(features)[1], before[0][1])
+
+
+@pytest.mark.parametrize("missing", ["drop", "mask"])
+def test_ids_take_no_part_in_the_alignment_of_modalities(missing: str) -> None:
+    features = worlds.features(N, missing=False)
+    model: Any = build("mmsrec", features, ids=True, missing=missing)
+    views = [(view, torch.arange(N)) for view in (["image"], ["image", "text"])]
+    found = model.encode_views(torch.arange(N), views, features)
+    sum(view.sum() for view in found).backward()
+    without = {name for name, value in model.named_parameters() if value.grad is None}
+    assert without == {*model.unaligned}
+    assert "id.weight" in without

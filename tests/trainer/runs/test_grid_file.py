@@ -1,0 +1,144 @@
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from features.errors import UserError
+from trainer.runs.grid_file import Grid, pivot, read_grid
+
+
+def read(folder: Path, text: str) -> Grid:
+    path = folder / "grid.toml"
+    path.write_text(text)
+    return read_grid(path)
+
+
+def test_lists_are_crossed_in_the_order_of_the_file(tmp_path: Path) -> None:
+    found = read(
+        tmp_path,
+        """
+        columns = ["dataset"]
+        [runs]
+        model = "mmsr"
+        dataset = ["a", "b"]
+        dnn = [false, true]
+        seed = [1, 2]
+        lr = 0.01
+        """,
+    )
+    assert (found.rows, found.columns) == (["dnn"], ["dataset"])
+    assert (found.split, found.seen, found.metrics) == ("test", "masked", ["HR@10", "NDCG@10"])
+    assert len(found.combinations) == 8
+    first, second = found.combinations[:2]
+    assert first.keys == {"dataset": "a", "dnn": "false", "seed": "1"}
+    assert second.keys == {"dataset": "a", "dnn": "false", "seed": "2"}
+    assert first.settings == {"lr": 0.01, "dnn": False, "seed": 1}
+    assert (first.model, first.dataset, first.features) == ("mmsr", "a", None)
+    assert first.label == "dataset=a, dnn=false, seed=1"
+
+
+def test_a_table_is_an_axis_of_variants(tmp_path: Path) -> None:
+    found = read(
+        tmp_path,
+        """
+        rows = ["tower"]
+        columns = ["system"]
+        [runs]
+        model = "mmsr"
+        tower = ["sasrec", "gru"]
+        [runs.system]
+        IDSR = { model = "idsr" }
+        MMSR-T = { features = "text", fusion = "sum" }
+        """,
+    )
+    assert [(one.keys["system"], one.model, one.features) for one in found.combinations] == [
+        ("IDSR", "idsr", None),
+        ("MMSR-T", "mmsr", "text"),
+        ("IDSR", "idsr", None),
+        ("MMSR-T", "mmsr", "text"),
+    ]
+    assert found.combinations[3].settings == {"tower": "gru", "fusion": "sum"}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[runs", "is not TOML"),
+        ("", "there is no table [runs]"),
+        ("[runs]", "there is no table [runs]"),
+        ("runs = 3", "there is no table [runs]"),
+        ("[runs]\nlr = 1.0", "[runs] sets no model"),
+        ("[runs]\nmodel = 3", "model=3 must be text"),
+        ("model = 'x'\n[runs]\nmodel = 'x'", "unknown key 'model'; known: rows, columns"),
+        ("rows = 3\n[runs]\nmodel = 'x'", "rows=3 must be a list of names"),
+        ("rows = ['lr']\n[runs]\nmodel = 'x'\nlr = 1", "rows names 'lr', which is no list"),
+        ("rows = []\n[runs]\nmodel = 'x'\nlr = [1, 2]", "the axis 'lr' stands in neither"),
+        ("columns = ['lr']\nrows = ['lr']\n[runs]\nmodel = 'x'\nlr = [1]", "'lr' stands twice"),
+        ("metrics = ['HR']\n[runs]\nmodel = 'x'", "unknown metric 'HR'; known: HR@"),
+        ("[runs]\nmodel = 'x'\ntransfer = 'users'", "transfer='users' takes weights of a run"),
+        ("[runs]\nmodel = 'x'\ninit = 3", "init=3 must be text"),
+        ("metrics = []\n[runs]\nmodel = 'x'", "metrics=[] leaves the table empty; name one"),
+        ("split = 'dev'\n[runs]\nmodel = 'x'", "split='dev' is not known; known: validation"),
+        ("seen = 'both'\n[runs]\nmodel = 'x'", "seen='both' is not known; known: masked, unmasked"),
+        ("[runs]\nmodel = 'x'\nlr = []", "lr is empty"),
+        ("[runs]\nmodel = 'x'\nlr = [1, 1]", "lr has one value twice"),
+        ("[runs]\nmodel = 'x'\nlr = [[1]]", "lr=[1] must be text, a number"),
+        ("[runs]\nmodel = 'x'\nlr = 2020-01-01", "must be text, a number, true or false"),
+        ("[runs]\nmodel = 'x'\nwhat = {a = 3}", "what.a=3 must be a table"),
+        ("[runs]\nmodel = 'x'\nwhat = {a = {b = [1]}}", "what.a.b=[1] must be text"),
+        ("[runs]\nlr = [1]\nmodel = 'x'\nwhat = {a = {lr = 1}}", "lr is set by lr and by what"),
+        ("[runs]\nmodel = 'x'\nrun = {a = {lr = 1}}", "an axis cannot be called 'run'"),
+        (
+            "[runs]\nmodel = 'x'\n" + "\n".join(f"k{i} = {list(range(30))}" for i in range(3)),
+            "these are 27000 combinations; at most 10000",
+        ),
+    ],
+)
+def test_a_bad_file_is_one_line(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)) as caught:
+        read(tmp_path, text)
+    assert str(caught.value).startswith(str(tmp_path / "grid.toml"))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"cannot read .*: No such file"):
+        read_grid(tmp_path / "none.toml")
+
+
+def test_the_table_is_the_mean_over_seeds_and_knows_the_best(tmp_path: Path) -> None:
+    found = read(
+        tmp_path,
+        """
+        rows = ["fusion"]
+        columns = ["tower"]
+        metrics = ["HR@10"]
+        [runs]
+        model = "mmsr"
+        fusion = ["sum", "gate", "film"]
+        tower = ["gru", "sasrec"]
+        seed = [1, 2]
+        """,
+    )
+    # sum: gru 1, 2 and sasrec 3, 4; gate: gru 1, - and sasrec 7, 1; film: nothing has ended.
+    figures = [1.0, 2.0, 3.0, 4.0, 1.0, None, 7.0, 1.0, None, None, None, None]
+    table = pivot(found, [None if one is None else {"HR@10": one} for one in figures])
+    assert table.row_keys == [("sum",), ("gate",), ("film",)]
+    assert table.column_keys == [("gru",), ("sasrec",)]
+    assert {place[:2]: (cell.value, cell.best) for place, cell in table.cells.items()} == {
+        (("sum",), ("gru",)): (1.5, True),
+        (("sum",), ("sasrec",)): (3.5, False),
+        (("gate",), ("gru",)): (1.0, False),
+        (("gate",), ("sasrec",)): (4.0, True),
+    }
+    assert table.cells[("sum",), ("gru",), "HR@10"].spread == pytest.approx(0.5**0.5)
+    assert table.cells[("gate",), ("gru",), "HR@10"].spread is None
+
+
+def test_reading_a_grid_needs_no_torch() -> None:
+    code = "import sys, trainer.runs.grid_file; sys.exit('torch' in sys.modules)"
+    assert (
+        subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[3]).returncode == 0
+    )

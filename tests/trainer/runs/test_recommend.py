@@ -1,0 +1,143 @@
+"""Recommendations against scores in plain numpy, for users, histories and everybody."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from features.errors import UserError
+from features.warehouse import Warehouse
+from tests.trainer import worlds
+from trainer.checkpoint import save_weights
+from trainer.data.batches import Sequences
+from trainer.data.feature_tables import choose_device
+from trainer.runs import recommend
+from trainer.runs.recommend import RECOMMENDATIONS, Adviser, write_all
+from trainer.runs.run import OpenRun, open_run, start_run
+
+N = 12
+SMALL = ["dim=8", "heads=2", "hidden=8", "length=5", "device=cpu"]
+
+
+def begin(house: Warehouse, model: str, name: str) -> OpenRun:
+    """A run whose best weights are those it was drawn with."""
+    run = start_run(house, model, "world", settings=SMALL, name=name)
+    save_weights(run.folder / "model.safetensors", run.model, run.identity)
+    return run
+
+
+@pytest.fixture
+def house(warehouse: Warehouse) -> Warehouse:
+    world = worlds.cycles(users=20, n_items=N)
+    bounds = zip(world.offsets, world.offsets[1:], strict=False)
+    worlds.prepare(warehouse, [world.items[a:b].tolist() for a, b in bounds], N)
+    worlds.extract(warehouse, worlds.features(N))
+    return warehouse
+
+
+def brute(run: OpenRun, history: list[int], k: int, unmasked: bool) -> list[int]:
+    """The best items of a history, of which the model reads the end."""
+    with torch.no_grad():
+        items_ND = run.model.eval().encode_items(run.data.features).detach()
+        last = torch.tensor([history[-run.model.history :]])
+        rows = Sequences(items_BL=last, lengths_B=torch.tensor([last.shape[1]]))
+        query = run.model.encode_sequences(items_ND, rows, run.data.features)[0]
+    scores = items_ND.double().numpy() @ query.double().numpy()
+    order = np.lexsort((np.arange(N), -scores)).tolist()
+    return [item for item in order if unmasked or item not in history][:k]
+
+
+@pytest.mark.parametrize("unmasked", [False, True])
+@pytest.mark.parametrize("model", ["sasrec", "mmsrec"])
+def test_lists_are_those_of_plain_scores(house: Warehouse, model: str, unmasked: bool) -> None:
+    run = begin(house, model, "r")
+    adviser = Adviser(house, open_run(house, run.folder), index="faiss")
+    users = np.arange(20)
+    _, together = adviser.for_users(users, 4, unmasked=unmasked)
+    for user in users.tolist():
+        history = adviser.history(user).tolist()
+        wanted = brute(run, history, 4, unmasked)
+        _, alone = adviser.for_history(history, 4, unmasked=unmasked)
+        assert alone[0][alone[0] >= 0].tolist() == wanted
+        assert together[user][together[user] >= 0].tolist() == wanted
+        if not unmasked:
+            assert not set(wanted) & set(history)
+
+
+def test_similar_items_by_hand(house: Warehouse) -> None:
+    run = begin(house, "sasrec", "r")
+    adviser = Adviser(house, run, index="torch")
+    vectors = adviser.items_ND.double().numpy()
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    cosines = unit @ unit[7]
+    wanted = [item for item in np.argsort(-cosines).tolist() if item != 7][:3]
+    scores, items = adviser.similar(7, 3)
+    assert items[0].tolist() == wanted
+    assert scores[0] == pytest.approx(cosines[wanted], abs=1e-6)
+
+
+def test_everybody_in_one_file(
+    house: Warehouse, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks change nothing; a list ends where no item is left; a failure leaves no file."""
+    adviser = Adviser(house, begin(house, "sasrec", "r"), index="torch")
+    monkeypatch.setattr(recommend, "_BLOCK", 7)
+    told: list[tuple[int, int]] = []
+    path = tmp_path / "all.parquet"
+    rows = write_all(adviser, path, N, on_users=lambda done, total: told.append((done, total)))
+    assert told == [(7, 20), (14, 20), (20, 20)]
+    table = pq.read_table(path)
+    assert table.schema == RECOMMENDATIONS
+    assert len(table) == rows == sum(N - len(set(adviser.history(u).tolist())) for u in range(20))
+    for user in range(20):
+        mine = [row for row in table.to_pylist() if row["user"] == user]
+        _, found = adviser.for_history(adviser.history(user), N)
+        assert [row["item"] for row in mine] == found[0][found[0] >= 0].tolist()
+        assert [row["rank"] for row in mine] == list(range(1, len(mine) + 1))
+        assert {row["user_id"] for row in mine} <= {f"u{user}"}
+        assert all(row["item_id"] == f"i{row['item']}" for row in mine)
+
+    def fail(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_all(adviser, tmp_path / "torn.parquet", 3, on_users=fail)
+    assert list(tmp_path.glob("*torn*")) == []
+
+
+def test_what_cannot_be_asked(house: Warehouse) -> None:
+    adviser = Adviser(house, begin(house, "sasrec", "r"), index="torch")
+    with pytest.raises(UserError, match=r"no user 'x' \(20 users, such as u0, u1, u2\); for a new"):
+        adviser.user("x")
+    with pytest.raises(UserError, match=r"no item 'x' \(12 items, such as i0, i1, i2\)"):
+        adviser.item("x")
+    with pytest.raises(UserError, match="--k 0 is no length"):
+        adviser.for_users(np.arange(2), 0)
+    bare = start_run(house, "sasrec", "world", settings=SMALL, name="bare")
+    with pytest.raises(UserError, match=r"model\.safetensors is not there"):
+        Adviser(house, bare, index="torch")
+    small = [*SMALL, "fusion_heads=2"]
+    before = start_run(house, "pmmrec", "world", settings=small, name="p", stage="pretrain")
+    with pytest.raises(UserError, match="is a pre-training and recommends nothing"):
+        Adviser(house, before, index="torch")
+
+
+def test_a_run_is_opened_on_another_device_than_it_was_trained_on(
+    house: Warehouse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = begin(house, "mmsrec", "r").folder
+    asked: list[str] = []
+
+    def choose(name: str) -> torch.device:
+        asked.append(name)
+        return choose_device("cpu")
+
+    monkeypatch.setattr("trainer.runs.run.choose_device", choose)
+    elsewhere = open_run(house, folder, "cuda:1")
+    assert asked == ["cuda:1"]
+    assert elsewhere.config.device == "cpu"  # what it was trained with is part of its identity
+    Adviser(house, elsewhere, index="torch")
+    with pytest.raises(UserError, match="device='cuda:99' cannot be used here"):
+        choose_device("cuda:99")

@@ -1,0 +1,347 @@
+"""A run's folder: claimed once, locked while it is written, and never of two minds."""
+
+import shutil
+import signal
+import threading
+from contextlib import AbstractContextManager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from features.errors import UserError
+from features.sql_views import query
+from features.warehouse import Warehouse
+from tests.trainer import worlds
+from trainer.loop import EpochRow, Tick
+from trainer.runs import evaluate as evaluation
+from trainer.runs.evaluate import evaluate
+from trainer.runs.folder import claimed, record, replace_metrics, run_lock
+from trainer.runs.read import read_metrics, read_record
+from trainer.runs.run import OpenRun, open_run, start_run, train
+
+STAMP = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+SMALL = ["dim=8", "hidden=8", "length=5", "epochs=2", "batch_size=4", "device=cpu"]
+# Item 0 is popular; the target of one half of the users is 0, of the other a cold item.
+WORLD = [[0, 1, 0, 1, target, 3] for target in (0, 2) * 6]
+
+
+@pytest.fixture
+def house(warehouse: Warehouse) -> Warehouse:
+    worlds.prepare(warehouse, WORLD, 6)
+    return warehouse
+
+
+def begin(house: Warehouse, name: str = "r", *settings: str) -> OpenRun:
+    return start_run(house, "sasrec", "world", settings=[*SMALL, *settings], name=name)
+
+
+def stop_at(count: int) -> Any:
+    ticks = 0
+
+    def on_tick(tick: Tick) -> None:
+        nonlocal ticks
+        ticks += 1
+        if ticks == count:
+            signal.raise_signal(signal.SIGINT)
+
+    return on_tick
+
+
+def test_runs_that_begin_together_have_folders_of_their_own(tmp_path: Path) -> None:
+    barrier = threading.Barrier(8)
+    found: list[Path] = []
+
+    def begin() -> None:
+        barrier.wait()
+        with claimed(tmp_path / "runs", None, STAMP, "d-m") as folder:
+            found.append(folder)
+
+    threads = [threading.Thread(target=begin) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(found)) == 8
+    assert tmp_path / "runs" / "20260102-030405-d-m" in found
+    assert sorted(found) == sorted((tmp_path / "runs").iterdir())
+
+
+def test_a_name_is_claimed_once_and_given_back_on_failure(house: Warehouse) -> None:
+    def claim() -> AbstractContextManager[Path]:
+        return claimed(house.runs_dir, "mine", STAMP, "d-m")
+
+    with suppress(RuntimeError), claim():
+        assert house.runs() == []  # nobody sees it before it has its configuration
+        with pytest.raises(UserError, match="is no run: one is just beginning"):
+            claim().__enter__()
+        raise RuntimeError
+    begin(house, "mine")
+    with pytest.raises(UserError, match=r"go on with it: mmrec train --resume --run mine$"):
+        begin(house, "mine")
+    assert house.runs() == ["mine"]
+
+
+@pytest.mark.parametrize("name", ["../x", "", "a/b", ".hidden", "x" * 101])
+def test_the_name_that_cannot_be_is_a_runs(house: Warehouse, name: str) -> None:
+    with pytest.raises(UserError, match=r"run name .* cannot be a folder"):
+        begin(house, name)
+
+
+@pytest.mark.parametrize(
+    ("sequences", "message"),
+    [
+        ([[0, 1], [1, 2]], "no user has 3 interactions, so nothing can be validated"),
+        ([[0, 1, 2], [1], [2, 1, 0]], "no user has two training interactions"),
+    ],
+)
+def test_too_few_interactions_leave_no_run(
+    house: Warehouse, sequences: list[list[int]], message: str
+) -> None:
+    begin(house, "before")
+    worlds.prepare(house, sequences, 6)
+    with pytest.raises(UserError, match=message):
+        begin(house)
+    assert [path.name for path in house.runs_dir.iterdir()] == ["before"]
+    with pytest.raises(UserError, match=message):  # nor can an old one be evaluated on it
+        open_run(house, house.runs_dir / "before")
+
+
+def test_a_model_without_its_features_leaves_no_run(house: Warehouse) -> None:
+    with pytest.raises(UserError, match="mmsrec needs features"):
+        start_run(house, "mmsrec", "world", settings=["device=cpu"])
+    assert list(house.runs_dir.iterdir()) == []
+
+
+def test_one_process_writes_a_run(house: Warehouse) -> None:
+    run = begin(house)
+    with run_lock(run.folder):
+        for work in (lambda: train(run), lambda: evaluate(house, run, index="torch")):
+            with pytest.raises(UserError, match="another process is writing run r"):
+                work()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('dataset = "world"', "dataset = 3", "has dataset=3"),
+        ("features = []", 'features = "x"', "has features='x'"),
+        ("features = []", "features = [1]", r"has features=\[1\]"),
+        ('fingerprint = "f"', "", "has fingerprint=None"),
+        ("[run]", "run = 3\n[other]", "has model=None"),
+        ("[run]", "[run", "is damaged"),
+        ('model = "sasrec"', 'model = "nope"', "config.toml: unknown model 'nope'"),
+        ("lr = 0.002", "lr = -1", "config.toml: lr=-1.0 must be above 0"),
+        ("dim = 8", 'dim = "8"', "config.toml: dim='8' must be a whole number"),
+        ('monitor = "NDCG@10"', 'monitor = "NDCG"', "config.toml: monitor='NDCG' is not known"),
+    ],
+)
+def test_a_damaged_configuration_names_its_file(
+    house: Warehouse, old: str, new: str, message: str
+) -> None:
+    folder = begin(house).folder
+    path = folder / "config.toml"
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+    with pytest.raises(UserError, match=message) as caught:
+        open_run(house, folder)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def metrics(folder: Path, **wanted: object) -> list[dict[str, Any]]:
+    rows = pq.read_table(folder / "metrics.parquet").to_pylist()
+    return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
+
+
+def test_cold_targets_and_popularity_by_hand(house: Warehouse) -> None:
+    run = begin(house)
+    train(run)
+    report = evaluate(house, run, index="torch")
+    held = pq.read_table(run.folder / "predictions.parquet").to_pylist()
+    assert {(row["split"], row["item"], row["cold"]) for row in held} == {
+        ("validation", 0, False), ("validation", 2, True), ("test", 3, True),
+    }  # fmt: skip
+    assert [row["user_id"] for row in held[:3]] == ["u0", "u1", "u2"]
+    # Training counts are 24 of item 0, 24 of item 1, none of the others. At the validation target
+    # 0, item 1 is as popular: rank 2; seen, it is left out: rank 1. Target 2 has all five others at
+    # or above it: rank 6, without the seen two rank 4. At test, 0 and 1 are seen, and of those
+    # whose validation item was 2, that one too.
+    expected = {
+        ("validation", "all", "unmasked"): (1 / 2 + 1 / 6) / 2,
+        ("validation", "all", "masked"): (1 / 1 + 1 / 4) / 2,
+        ("validation", "cold", "unmasked"): 1 / 6,
+        ("validation", "cold", "masked"): 1 / 4,
+        ("test", "all", "unmasked"): 1 / 6,
+        ("test", "all", "masked"): (1 / 4 + 1 / 3) / 2,
+        ("test", "cold", "unmasked"): 1 / 6,
+        ("test", "cold", "masked"): (1 / 4 + 1 / 3) / 2,
+    }
+    found = metrics(run.folder, phase="eval", ranker="popularity", metric="MRR")
+    assert {(r["split"], r["targets"], r["seen"]): r["value"] for r in found} == pytest.approx(
+        expected
+    )
+    users = {(r["split"], r["targets"]): r["users"] for r in found}
+    assert users == {
+        ("validation", "all"): 12, ("validation", "cold"): 6, ("test", "all"): 12,
+        ("test", "cold"): 12,
+    }  # fmt: skip
+    assert {row["ranker"] for row in report.rows} == {"sasrec", "popularity"}
+
+
+def test_an_evaluation_goes_when_training_goes_on(house: Warehouse) -> None:
+    run = begin(house)
+    predictions = run.folder / "predictions.parquet"
+    stopped = train(run, on_tick=stop_at(5))  # in the second epoch
+    assert (stopped.epochs, stopped.finished) == (1, False)
+    evaluate(house, run, index="torch")
+    assert metrics(run.folder, phase="eval")
+    assert predictions.exists()
+    again = open_run(house, run.folder)
+    assert train(again, resume=True).finished
+    assert not metrics(run.folder, phase="eval")
+    assert [row["epoch"] for row in metrics(run.folder, metric="loss")] == [1, 2]
+    assert not predictions.exists()
+
+    evaluate(house, again, index="torch")
+    held = predictions.read_bytes(), metrics(run.folder)
+    train(open_run(house, run.folder), resume=True)  # finished: nothing is trained, nothing goes
+    assert (predictions.read_bytes(), metrics(run.folder)) == held
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed_at", ["replace_metrics", "write_table"])
+def test_a_killed_evaluation_leaves_no_pair_of_two(
+    house: Warehouse, monkeypatch: pytest.MonkeyPatch, killed_at: str
+) -> None:
+    run = begin(house)
+    train(run)
+    evaluate(house, run, index="torch")
+
+    def kill(*words: object, **more: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, killed_at, kill)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(house, run, index="torch")
+    assert not (run.folder / "predictions.parquet").exists()
+    assert metrics(run.folder, phase="eval")
+    evaluate(house, run, index="torch")
+    assert (run.folder / "predictions.parquet").exists()
+
+
+def test_a_replayed_epoch_takes_the_place_of_what_it_wrote(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.parquet"
+    values = {("masked", "HR@10"): 0.5, ("unmasked", "HR@10"): 0.25}
+    for epoch, loss in ((1, 3.0), (2, 2.0), (3, 1.0)):
+        record(path, "m", EpochRow(epoch=epoch, losses={"loss": loss}, metrics=values, users=7))
+    record(path, "m", EpochRow(epoch=2, losses={"loss": 2.5}, metrics={}, users=0))
+    rows = pq.read_table(path).to_pylist()
+    assert [(r["epoch"], r["split"], r["seen"], r["value"], r["users"]) for r in rows] == [
+        (1, "train", "none", 3.0, None),
+        (1, "validation", "masked", 0.5, 7),
+        (1, "validation", "unmasked", 0.25, 7),
+        (2, "train", "none", 2.5, None),
+    ]
+
+
+def test_an_evaluation_leaves_the_rows_of_retrieval(house: Warehouse) -> None:
+    run = begin(house)
+    train(run)
+    row = {
+        "phase": "eval", "epoch": 0, "split": "test", "targets": "text-to-vision", "ranker": "m",
+        "seen": "none", "metric": "Recall@1", "value": 0.5,
+    }  # fmt: skip
+    replace_metrics(run.folder / "metrics.parquet", [row], lambda held: False)
+    for _ in range(2):
+        evaluate(house, run, index="torch")
+    assert len(metrics(run.folder, metric="Recall@1")) == 1
+    assert len(metrics(run.folder, metric="MRR", split="test", targets="all", ranker="sasrec")) == 2
+
+
+@pytest.mark.parametrize("content", [b"PAR1", pa.table({"a": [1]})], ids=["damaged", "columns"])
+def test_a_table_of_metrics_that_is_none_costs_no_predictions(
+    house: Warehouse, content: bytes | pa.Table
+) -> None:
+    run = begin(house)
+    train(run)
+    evaluate(house, run, index="torch")
+    path = run.folder / "metrics.parquet"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        pq.write_table(content, path)
+    with pytest.raises(UserError, match=r"metrics\.parquet cannot be read \(.*\); remove it"):
+        evaluate(house, run, index="torch")
+    assert (run.folder / "predictions.parquet").exists()
+    with pytest.raises(UserError, match=r"metrics\.parquet cannot be read"):
+        read_metrics(read_record(house, run.folder.name))
+
+
+def weights(run: OpenRun) -> list[torch.Tensor]:
+    return list(run.model.state_dict().values())
+
+
+@pytest.mark.parametrize("init", [None, "first"])
+def test_a_run_killed_before_it_was_saved_begins_once_more(
+    house: Warehouse, init: str | None
+) -> None:
+    train(begin(house, "first", "lr=0.1"))
+    killed, whole = (
+        start_run(house, "sasrec", "world", settings=[*SMALL, "seed=7"], name=name, init=init)
+        for name in ("killed", "whole")
+    )
+    train(whole)
+    again = open_run(house, killed.folder)
+    assert train(again, resume=True).finished
+    assert all(map(torch.equal, weights(again), weights(whole)))
+    assert [row["epoch"] for row in metrics(killed.folder, metric="loss")] == [1, 2]
+
+
+def test_a_killed_run_does_not_begin_from_other_weights(house: Warehouse) -> None:
+    first = begin(house, "first")
+    train(first)
+    killed = start_run(house, "sasrec", "world", settings=SMALL, name="killed", init="first")
+    shutil.rmtree(first.folder)
+    train(begin(house, "first", "lr=0.1"))
+    with pytest.raises(UserError, match=r"was to start from run 'first', whose weights are others"):
+        open_run(house, killed.folder)
+
+
+def test_what_is_gone_is_not_begun_again(house: Warehouse) -> None:
+    run = begin(house)
+    train(run)
+    best, state = (run.folder / f"{name}.safetensors" for name in ("model", "resume"))
+    best.rename(run.folder / "aside")
+    with pytest.raises(UserError, match=r"nothing was saved yet, or it was removed; go on with"):
+        evaluate(house, run, index="torch")
+    with pytest.raises(UserError, match=r"model\.safetensors is gone: the weights of epoch \d"):
+        train(open_run(house, run.folder), resume=True)
+    (run.folder / "aside").rename(best)
+    state.unlink()
+    with pytest.raises(UserError, match=r"resume\.safetensors is gone.*; its best weights stand"):
+        train(open_run(house, run.folder), resume=True)
+    evaluate(house, run, index="torch")
+
+
+def test_a_folder_that_is_no_run_is_called_so(house: Warehouse) -> None:
+    (house.runs_dir / "half").mkdir(parents=True)
+    (house.runs_dir / "note.txt").touch()
+    with pytest.raises(UserError, match=r"half is no run: it has no config\.toml"):
+        house.choose_run("half")
+    said: list[str] = []
+    query(house, "SELECT * FROM runs", said.append)
+    assert [line for line in said if "half" in line] == said
+    assert len(said) == 1
+
+
+def test_a_damaged_table_of_metrics_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "metrics.parquet").write_bytes(b"PAR1")
+    with pytest.raises(UserError, match=r"metrics\.parquet cannot be read"):
+        replace_metrics(tmp_path / "metrics.parquet", [], lambda row: True)

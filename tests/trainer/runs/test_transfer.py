@@ -1,0 +1,193 @@
+"""Starting from another run: what comes over, to the bit, and what is said of the rest."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from features.errors import UserError
+from features.warehouse import Warehouse
+from tests.trainer import worlds
+from trainer.checkpoint import read_tensors
+from trainer.data.batches import ItemFeatures
+from trainer.runs.run import OpenRun, open_run, start_run, train
+from trainer.runs.transfer import take_weights
+
+N = 12
+SMALL = {
+    "dim": "8", "heads": "2", "hidden": "8", "length": "5", "epochs": "1", "batch_size": "64",
+    "device": "cpu",
+}  # fmt: skip
+
+
+@pytest.fixture
+def house(warehouse: Warehouse) -> Warehouse:
+    prepare(warehouse, N)
+    worlds.extract(warehouse, worlds.features(N))
+    return warehouse
+
+
+def prepare(house: Warehouse, n_items: int) -> None:
+    world = worlds.cycles(n_items=n_items, users=20)
+    bounds = zip(world.offsets, world.offsets[1:], strict=False)
+    worlds.prepare(house, [world.items[a:b].tolist() for a, b in bounds], n_items)
+
+
+def begin(
+    house: Warehouse,
+    model: str,
+    name: str,
+    *settings: str,
+    init: str | None = None,
+    transfer: str = "full",
+    features: list[str] | None = None,
+) -> OpenRun:
+    given = [setting.split("=") for setting in settings]
+    return start_run(
+        house,
+        model,
+        "world",
+        features=features,
+        settings=[f"{key}={value}" for key, value in {**SMALL, **dict(given)}.items()],
+        name=name,
+        init=init,
+        transfer=transfer,
+    )
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    return read_tensors(folder / "model.safetensors", "")[0]
+
+
+def equal(run: OpenRun, held: dict[str, Tensor]) -> set[str]:
+    mine = run.model.state_dict()
+    return {n for n in mine if n in held and torch.equal(mine[n], held[n])}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *("sasrec", "mmsrec", "mmsrec ids=true whiten=true candidates=3"),
+        *("mmsrec objective=next ids=true", "sasrec average=0.9"),
+    ],
+)
+def test_everything_comes_over(house: Warehouse, words: str) -> None:
+    model, *settings = words.split()
+    source = begin(house, model, "source", "lr=0.1", *settings)
+    train(source)
+    held = weights(source.folder)
+    run = begin(house, model, "r", "seed=7", *settings, init="source")
+    assert equal(run, held) == set(held)  # of the same interactions, known_N is too
+    assert run.taken is not None
+    assert run.taken.share == 1
+    assert run.taken.fresh == run.taken.unused == []
+    assert run.taken.lines()[0].startswith("from run source (full): ")
+
+
+def test_what_training_has_seen_is_never_taken_from_another_run(house: Warehouse) -> None:
+    """The other run's interactions may be fewer, or reach into what is held out here."""
+    train(begin(house, "mmsrec", "source", "ids=true"))
+    run = begin(house, "mmsrec", "r", "ids=true")
+    known_N = run.model.get_buffer("known_N")
+    known_N.copy_(torch.arange(N) % 2 == 0)
+    taken = take_weights(house.runs_dir / "source", "mmsrec", run.model, run.identity)
+    assert known_N.tolist() == [i % 2 == 0 for i in range(N)]
+    assert taken.share == 1
+    assert taken.fresh == taken.unused == []
+
+
+def test_the_origin_is_part_of_what_a_checkpoint_is_for(house: Warehouse) -> None:
+    train(begin(house, "sasrec", "source"))
+    run = begin(house, "sasrec", "r", init="source")
+    train(run)
+    again = open_run(house, run.folder)
+    assert again.identity == run.identity
+    assert again.identity["init"]["run"] == "source"
+    assert train(again, resume=True).finished
+    path = run.folder / "config.toml"
+    digest = again.identity["init"]["weights"]
+    path.write_text(path.read_text().replace(digest, "0" * 16))
+    with pytest.raises(UserError, match=r"init\.weights="):
+        train(open_run(house, run.folder), resume=True)
+
+
+def test_a_part_of_sasrec(house: Warehouse) -> None:
+    source = begin(house, "sasrec", "source", "lr=0.1")
+    train(source)
+    held = weights(source.folder)
+    users = begin(house, "sasrec", "users", "seed=7", init="source", transfer="users")
+    assert {name for name in held if name not in equal(users, held)} == {"item.weight"}
+    assert users.taken is not None
+    assert users.taken.loaded == ["position", "norm", "transformer"]
+    assert users.taken.fresh == [("item", "not part of the transfer 'users'")]
+    with pytest.raises(UserError, match=r"unknown transfer 'text'; known: full, items, users"):
+        begin(house, "sasrec", "r", init="source", transfer="text")
+
+
+def test_ids_stay_with_their_catalogue_and_positions_keep_their_meaning(house: Warehouse) -> None:
+    source = begin(house, "sasrec", "source", "lr=0.1")
+    train(source)
+    held = weights(source.folder)
+    prepare(house, N + 1)
+    path = house.dataset_dir("world") / "dataset.json"
+    path.write_text(path.read_text().replace('"fingerprint": "f"', '"fingerprint": "g"'))
+    run = begin(house, "sasrec", "r", "length=7", "seed=7", init="source")
+    assert run.taken is not None
+    reasons = dict(run.taken.fresh)
+    assert reasons["item"] == "a row for each item, and the catalogue is another one"
+    assert reasons["position"] == "2 of 7 rows: 5 there"
+    assert torch.equal(run.model.state_dict()["position.weight"][:5], held["position.weight"])
+
+
+def test_one_modality_of_two(house: Warehouse) -> None:
+    """Figure 3 of MMSRec: pre-trained on both, trained without one of them."""
+    source = begin(house, "mmsrec", "source", "lr=0.1")
+    train(source)
+    held = weights(source.folder)
+    run = begin(house, "mmsrec", "r", "seed=7", init="source", features=["text"])
+    assert run.taken is not None
+    assert run.taken.share == 1
+    assert torch.equal(run.model.state_dict()["modality.weight"][0], held["modality.weight"][1])
+    assert {name for name, _ in run.taken.unused} == {"inputs.image", "outputs.image"}
+
+
+def test_other_vectors_under_the_same_name_are_refused(house: Warehouse) -> None:
+    source = begin(house, "mmsrec", "source")
+    train(source)
+    worlds.extract(house, worlds.features(N, seed=1), backbone="other")
+    wanted = ["image=other", "text=toy"]
+    run = begin(house, "mmsrec", "r", init="source", features=wanted)
+    assert run.taken is not None
+    why = "image: backbone toy there, other here"
+    assert run.taken.fresh == [("inputs.image", why), ("outputs.image", why)]
+
+
+def test_a_clip_is_known_by_the_head_of_pictures(house: Warehouse) -> None:
+    source = begin(house, "mmsrec", "source", "lr=0.1")
+    train(source)
+    features = worlds.features(N)
+    clips = {"video": features.vectors["image"]}
+    there = {"video": features.present["image"]}
+    worlds.extract(house, ItemFeatures(n_items=N, vectors=clips, present=there))
+    run = begin(house, "mmsrec", "r", "seed=7", init="source", features=["video", "text"])
+    assert run.taken is not None
+    assert run.taken.share == 1
+    held = weights(source.folder)
+    mine = run.model.state_dict()
+    assert torch.equal(mine["inputs.video.0.weight"], held["inputs.image.0.weight"])
+    assert torch.equal(mine["modality.weight"], held["modality.weight"].flip(0))
+
+
+def test_what_cannot_be_a_beginning(house: Warehouse) -> None:
+    source = begin(house, "sasrec", "source")
+    with pytest.raises(UserError, match=r"train it first: mmrec train --resume --run source"):
+        begin(house, "sasrec", "r", init="source")
+    train(source)
+    with pytest.raises(UserError, match=r"is of 'sasrec', its weights have no place in 'mmsrec'"):
+        begin(house, "mmsrec", "r", init="source")
+    with pytest.raises(UserError, match=r"nothing of run 'source' fits: .*12 x 8 there, 12 x 4"):
+        begin(house, "sasrec", "r", "dim=4", "hidden=4", init="source")
+    with pytest.raises(UserError, match=r"unknown run 'nope'"):
+        begin(house, "sasrec", "r", init="nope")
+    assert house.runs() == ["source"]

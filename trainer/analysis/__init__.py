@@ -1,0 +1,1 @@
+"""Analysis: compare, draw and report trained runs."""

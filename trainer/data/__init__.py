@@ -1,0 +1,1 @@
+"""Training data: batches, windows, negative samples and feature tables."""

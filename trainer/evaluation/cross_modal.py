@@ -1,0 +1,136 @@
+"""Retrieval across modalities: from an item's text to its picture or clip, and back.
+
+Each item of a pool is encoded twice, by its text alone and by what is seen of it alone; a query
+looks for its own item among all items of the pool. Ranks are exact, ties count against the model.
+
+Legend: N items, K items of the pool, D width.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from features.dataset import Ints
+from features.errors import UserError
+from retrieval.metrics import PerUser, hit_rate, reciprocal_rank
+from retrieval.ranking import rank
+from retrieval.significance import bootstrap
+from trainer.data.batches import ItemFeatures
+
+CUTOFFS = (1, 5, 10)
+TO_VISION, TO_TEXT = "text-to-vision", "vision-to-text"
+_AT_ONCE = 4096
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sides:
+    """Which modalities are written, and which are seen."""
+
+    vision: tuple[str, ...]
+    text: tuple[str, ...]
+
+    @classmethod
+    def of(cls, features: ItemFeatures) -> "Sides":
+        """Sort modalities; joint vectors are of both sides, and of none.
+
+        Raises:
+            UserError: One side is empty.
+        """
+        vision = tuple(name for name in features.present if name in ("image", "video"))
+        text = tuple(name for name in features.present if name == "text")
+        if not (vision and text):
+            known = ", ".join(features.present) or "none"
+            raise UserError(
+                f"text and vision are aligned, and there are features of: {known};"
+                " run mmrec extract for the other, or name both by --features"
+            )
+        return cls(vision=vision, text=text)
+
+    def present(self, features: ItemFeatures) -> tuple[Tensor, Tensor]:
+        """(N,) bool each: items of which something is seen, and something written."""
+        sides = (self.vision, self.text)
+        seen_N, written_N = (
+            torch.stack([features.present[name] for name in side]).any(0) for side in sides
+        )
+        return seen_N, written_N
+
+
+@torch.no_grad()
+def encode_sides(model: Any, features: ItemFeatures, pool_K: Tensor) -> tuple[Tensor, Tensor]:
+    """Encode the pool by what is seen alone and by text alone: (K, D) float32 each.
+
+    The model is put into evaluation mode and left as it was.
+
+    Raises:
+        UserError: A vector is not finite.
+    """
+    sides = Sides.of(features)
+    was_training = model.training
+    model.eval()
+    found = []
+    for items in pool_K.split(_AT_ONCE):
+        all_rows = torch.arange(len(items), device=items.device)
+        views = [(sides.vision, all_rows), (sides.text, all_rows)]
+        found.append(model.encode_views(items, views, features))
+    model.train(was_training)
+    vision_KD, text_KD = (torch.cat(parts).float() for parts in zip(*found, strict=True))
+    if not (vision_KD.isfinite().all() and text_KD.isfinite().all()):
+        raise UserError(
+            "the vectors are not finite: the training diverged; train again with a lower lr"
+        )
+    return vision_KD, text_KD
+
+
+def both_ways(vision_KD: Tensor, text_KD: Tensor) -> dict[str, Ints]:
+    """(K,) rank of each query's own item, from 1, for each direction."""
+    targets = np.arange(len(text_KD))
+    return {
+        TO_VISION: rank(text_KD, vision_KD, targets).unmasked,
+        TO_TEXT: rank(vision_KD, text_KD, targets).unmasked,
+    }
+
+
+def retrieve(model: Any, features: ItemFeatures, pool_K: Tensor) -> dict[str, Ints]:
+    """Rank the pool by a recommender that has ``encode_views``."""
+    return both_ways(*encode_sides(model, features, pool_K))
+
+
+def recalls(ranks: Ints) -> dict[str, PerUser]:
+    """Recall@1, 5, 10 and MRR of each query."""
+    return {f"Recall@{k}": hit_rate(ranks, k) for k in CUTOFFS} | {"MRR": reciprocal_rank(ranks)}
+
+
+def retrieval_rows(split: str, ranker: str, found: dict[str, Ints]) -> list[dict[str, Any]]:
+    """Rows of the metrics table, with intervals over queries."""
+    rows = []
+    for direction, ranks in found.items():
+        values = recalls(ranks)
+        matrix = np.stack(list(values.values()), axis=1)
+        low, high = bootstrap(matrix)
+        rows += [
+            {
+                "phase": "eval", "epoch": 0, "split": split, "targets": direction,
+                "ranker": ranker, "seen": "none", "metric": metric,
+                "value": float(matrix[:, i].mean()), "low": float(low[i]), "high": float(high[i]),
+                "users": len(matrix),
+            }
+            for i, metric in enumerate(values)
+        ]  # fmt: skip
+    return rows
+
+
+def raw_sides(features: ItemFeatures, pool_K: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The features themselves, of unit length, where text and vision have vectors of one width.
+
+    CLIP's can be compared so; of other backbones equal widths mean nothing, and it will show.
+    """
+    sides = Sides.of(features)
+    for seen in sides.vision:
+        vision_ND, text_ND = features.vectors[seen], features.vectors[sides.text[0]]
+        if vision_ND.shape == text_ND.shape and bool(features.present[seen][pool_K].all()):
+            vision_KD, text_KD = vision_ND[pool_K], text_ND[pool_K]
+            return torch.nn.functional.normalize(vision_KD), torch.nn.functional.normalize(text_KD)
+    return None

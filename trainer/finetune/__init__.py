@@ -1,0 +1,1 @@
+"""Fine-tuning: the upper blocks of backbones, trained with the recommender."""

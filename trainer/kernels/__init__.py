@@ -1,0 +1,1 @@
+"""Kernels: code that exists only for speed, each beside its plain form."""

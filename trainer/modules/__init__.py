@@ -1,0 +1,1 @@
+"""Modules: the building blocks of recommenders."""

@@ -1,0 +1,32 @@
+"""Tokens of items: padded, masked, averaged."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+Tokens = tuple[Tensor, Tensor]
+"""(K, T, D) float and (K, T) bool, which of them exist."""
+
+
+def masked_mean(x_KTD: Tensor, mask_KT: Tensor) -> Tensor:
+    """The mean of the tokens that exist, at least one for each item: (K, D)."""
+    if x_KTD.shape[1] == 1:
+        return x_KTD[:, 0]
+    total_KD = torch.where(mask_KT[..., None], x_KTD, 0).sum(1)
+    return total_KD / mask_KT.sum(1, keepdim=True)
+
+
+def averaged(x_KTD: Tensor, mask_KT: Tensor) -> Tokens:
+    """The mean of each item's tokens as its only one: what is linear costs as much as one token."""
+    if x_KTD.shape[1] == 1:
+        return x_KTD, mask_KT
+    total_K1D = torch.where(mask_KT[..., None], x_KTD, 0).sum(1, keepdim=True)
+    counts_K1 = mask_KT.sum(1, keepdim=True)
+    return total_K1D / counts_K1.clamp_min(1)[..., None], counts_K1 > 0
+
+
+def fill(x_KTD: Tensor, mask_KT: Tensor, absent_D: Tensor) -> Tokens:
+    """Put one learned token where an item has none of a modality."""
+    missing_K1 = ~mask_KT.any(1, keepdim=True)
+    first_KT = functional.pad(missing_K1, (0, mask_KT.shape[1] - 1))
+    return torch.where(first_KT[..., None], absent_D, x_KTD), mask_KT | first_KT

@@ -1,0 +1,1 @@
+"""Runs: specify, train, evaluate and search runs."""

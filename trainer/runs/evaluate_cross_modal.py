@@ -1,0 +1,144 @@
+"""The retrieval protocol of a run: how well text finds its picture or clip, and back."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from features.errors import UserError
+from features.warehouse import Warehouse
+from trainer.checkpoint import load_weights
+from trainer.data.batches import ItemFeatures
+from trainer.data.multi_dataset import load_source
+from trainer.evaluation.cross_modal import (
+    TO_TEXT,
+    TO_VISION,
+    Sides,
+    both_ways,
+    raw_sides,
+    retrieval_rows,
+    retrieve,
+)
+from trainer.runs.folder import replace_metrics, run_lock
+from trainer.runs.run import OpenRun
+from trainer.tasks.alignment import Aligned, Alignment
+
+_ALL = "all items"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RetrievalReport:
+    """What ``mmrec eval --protocol retrieval`` prints."""
+
+    run: str
+    dataset: str
+    """Whose items are retrieved."""
+    model: str
+    features: list[str]
+    protocol: list[str]
+    rows: list[dict[str, Any]]
+    """Rows of the metrics table, see :data:`features.schema.METRICS`."""
+
+
+def evaluate_retrieval(
+    warehouse: Warehouse,
+    run: OpenRun,
+    *,
+    dataset: str | None = None,
+    on_stage: Callable[[str], None] = lambda stage: None,
+) -> RetrievalReport:
+    """Rank a pool of items across modalities by the run's best weights.
+
+    Beside the model stand the same model as it was drawn, and the features themselves where both
+    sides have vectors of one width. What is found on the run's own items is kept in its metrics.
+
+    Args:
+        warehouse: Holds the dataset.
+        run: Its weights are loaded here.
+        dataset: Another prepared dataset, with features of the same backbones; ``None``: the
+            run's own, of a pre-training the items that it has held out.
+        on_stage: Told what is being done.
+
+    Raises:
+        UserError: The recommender cannot encode one modality alone, the features differ, no item
+            has both sides, or the checkpoint cannot be used.
+    """
+    if not isinstance(run.model, Aligned):
+        raise UserError(
+            f"{run.model_name} does not encode one modality alone, so nothing can be retrieved"
+            " across them; mmsrec does"
+        )
+    features, pools = _pools(warehouse, run, dataset)
+    rows: list[dict[str, Any]] = []
+    raw = False
+    with run_lock(run.folder):
+        on_stage("ranking by the model as it was drawn")
+        drawn = {split: retrieve(run.model, features, pool_K) for split, pool_K in pools.items()}
+        load_weights(run.folder / "model.safetensors", run.model, run.identity)
+        for split, pool_K in pools.items():
+            on_stage(f"ranking {len(pool_K):,} items of {split} by {run.model_name}")
+            found = retrieve(run.model, features, pool_K)
+            rows += retrieval_rows(split, run.model_name, found)
+            rows += retrieval_rows(split, "untrained", drawn[split])
+            sides = raw_sides(features, pool_K)
+            if sides is not None:
+                raw = True
+                rows += retrieval_rows(split, "features", both_ways(*sides))
+        if dataset is None:
+            replace_metrics(
+                run.folder / "metrics.parquet",
+                rows,
+                lambda held: held["phase"] == "eval" and held["targets"] in (TO_VISION, TO_TEXT),
+            )
+    return RetrievalReport(
+        run=run.folder.name,
+        dataset=dataset or run.dataset,
+        model=run.model_name,
+        features=run.tables,
+        protocol=_protocol(list(pools), raw),
+        rows=rows,
+    )
+
+
+def _pools(
+    warehouse: Warehouse, run: OpenRun, dataset: str | None
+) -> tuple[ItemFeatures, dict[str, Tensor]]:
+    features = run.data.features
+    if dataset is not None:
+        source = load_source(warehouse, [dataset], run.tables, run.data.device)
+        features = source.features
+        pairs = zip(run.identity["features"], source.identity["features"], strict=True)
+        for mine, other in pairs:
+            for key in mine.keys() - {"content"}:
+                if mine[key] != other[key]:
+                    raise UserError(
+                        f"the {mine['modality']} features of {dataset!r} are others than those of"
+                        f" run {run.folder.name!r}: {key} {other[key]!r}, not {mine[key]!r};"
+                        " extract them with the same backbone"
+                    )
+    elif isinstance(run.task, Alignment):
+        return features, run.task.pools
+    seen_N, written_N = Sides.of(features).present(features)
+    pool_K = (seen_N & written_N).nonzero()[:, 0]
+    if not len(pool_K):
+        raise UserError(f"no item of {dataset or run.dataset!r} has both text and vision")
+    return features, {_ALL: pool_K}
+
+
+def _protocol(splits: list[str], raw: bool) -> list[str]:
+    if splits == [_ALL]:
+        pool = "pool: all items with text and vision"
+    else:
+        pool = (
+            "validation and test: items with text and vision that training never saw, each ranked"
+            " among its own; the best epoch was chosen on validation"
+        )
+    lines = [
+        f"{pool}; each is a query in both directions",
+        "exact ranks, ties against the model; 95% intervals: bootstrap over queries",
+        "untrained: the same model as it was drawn",
+    ]
+    if raw:
+        lines.append("features: cosine of the backbones' own vectors, which have one width")
+    return lines

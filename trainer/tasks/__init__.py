@@ -1,0 +1,1 @@
+"""Tasks: what a training does in an epoch, one file per task."""

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from retrieval.significance import PairedTest
     from trainer.analysis.compare import Comparison
 
-_SEEN = {"masked": "out of", "unmasked": "left in"}
+_SEEN = {"filtered": "out of", "kept": "left in"}
 
 
 def compare(
@@ -31,17 +31,17 @@ def compare(
         typer.Option("--by", help="Runs as one: run (none), model, settings (all but the seed)."),
     ] = "run",
     json: JsonOption = False,
-    warehouse: WarehouseOption = None,
+    root: WarehouseOption = None,
 ) -> None:
     """Compare runs on the same users: the difference, its interval, and a paired test."""
-    house = Warehouse(warehouse)
+    warehouse = Warehouse(root)
     from trainer.analysis.compare import SHOWN
     from trainer.analysis.compare import compare as go
 
     line = console.Line()
     try:
         found = go(
-            house,
+            warehouse,
             runs,
             split=split,
             targets=targets,

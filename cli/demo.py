@@ -10,7 +10,7 @@ _STATEMENT = """
 """
 
 
-def demo(json: JsonOption = False, warehouse: WarehouseOption = None) -> None:
+def demo(json: JsonOption = False, root: WarehouseOption = None) -> None:
     """Make a small dataset and run prepare, extract, train, eval and sql on it, offline."""
     from dataclasses import asdict
 
@@ -18,16 +18,16 @@ def demo(json: JsonOption = False, warehouse: WarehouseOption = None) -> None:
     from pipeline.extraction.options import Options
     from trainer.runs.run import start_run, train
 
-    house = Warehouse(warehouse)
+    warehouse = Warehouse(root)
     console.say("1. prepare: pictures, titles, clips, and users with a known taste")
-    info = prepare.run_prepare(house, "demo")
+    info = prepare.run_prepare(warehouse, "demo")
     console.say("2. extract: the weightless backbone `hashed` over pictures, titles and clips")
     choices = Options(image="hashed", text="hashed", video="hashed")
-    extracted = extract.run_extract(house, "demo", choices)
+    extracted = extract.run_extract(warehouse, "demo", choices)
     reports = {}
     for model, settings in _TRAININGS.items():
         features = ["image", "text"] if model == "mmsrec" else None
-        run = start_run(house, model, "demo", features=features, settings=settings)
+        run = start_run(warehouse, model, "demo", features=features, settings=settings)
         console.say(f"3. train: {model}")
         watching = training_options.TrainWatch()
         try:
@@ -36,7 +36,7 @@ def demo(json: JsonOption = False, warehouse: WarehouseOption = None) -> None:
             watching.line.close()
         if not ended.finished:
             raise KeyboardInterrupt
-        reports[model] = evaluate.run_evaluate(house, run.folder, "faiss")
+        reports[model] = evaluate.run_evaluate(warehouse, run.folder, "faiss")
     if json:
         evaluations = {model: asdict(report) for model, report in reports.items()}
         console.emit_json({"dataset": info.summary(), "evaluations": evaluations})
@@ -49,7 +49,7 @@ def demo(json: JsonOption = False, warehouse: WarehouseOption = None) -> None:
         evaluate.show_evaluated(report)
     console.out.print()
     console.say("4. sql: " + " ".join(_STATEMENT.split()))
-    table = query(house, _STATEMENT)
+    table = query(warehouse, _STATEMENT)
     console.table(table.column_names, zip(*(c.to_pylist() for c in table.columns), strict=True))
 
 

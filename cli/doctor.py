@@ -21,12 +21,12 @@ def doctor(
         bool, typer.Option("--thorough", help="Import also the libraries that take seconds.")
     ] = False,
     json: JsonOption = False,
-    warehouse: WarehouseOption = None,
+    root: WarehouseOption = None,
 ) -> None:
     """Tell what is there: libraries, devices, decoders, weights, the warehouse."""
     from pipeline.doctor import examine
 
-    rows = examine(warehouse, thorough=thorough)
+    rows = examine(root, thorough=thorough)
     if json:
         console.emit_json([asdict(row) for row in rows])
         return

@@ -30,7 +30,7 @@ def evaluate(
     ] = None,
     device: DeviceOption = None,
     json: JsonOption = False,
-    warehouse: WarehouseOption = None,
+    root: WarehouseOption = None,
 ) -> None:
     """Rank every held-out target of a run in the full catalogue, validation and test."""
     from retrieval.indexes import INDEXES
@@ -41,14 +41,14 @@ def evaluate(
         raise unknown("protocol", protocol, list(_PROTOCOLS))
     if dataset is not None and protocol == "ranking":
         raise UserError(f"--dataset {dataset} goes with --protocol retrieval; a run has its own")
-    house = Warehouse(warehouse)
-    folder, why = house.choose_run(run)
+    warehouse = Warehouse(root)
+    folder, why = warehouse.choose_run(run)
     if why != "given":
         console.say(f"run: {folder.name} ({why})")
     if protocol == "retrieval":
-        _retrieve(house, folder, dataset, device, json)
+        _retrieve(warehouse, folder, dataset, device, json)
         return
-    report = run_evaluate(house, folder, index, device)
+    report = run_evaluate(warehouse, folder, index, device)
     if json:
         console.emit_json(asdict(report))
     else:
@@ -56,15 +56,15 @@ def evaluate(
 
 
 def _retrieve(
-    house: Warehouse, folder: Path, dataset: str | None, device: str | None, json: bool
+    warehouse: Warehouse, folder: Path, dataset: str | None, device: str | None, json: bool
 ) -> None:
     from trainer.runs.evaluate_cross_modal import evaluate_retrieval
     from trainer.runs.run import open_run
 
     line = console.Line(every=0.0)
     try:
-        run = open_run(house, folder, device)
-        report = evaluate_retrieval(house, run, dataset=dataset, on_stage=line.update)
+        run = open_run(warehouse, folder, device)
+        report = evaluate_retrieval(warehouse, run, dataset=dataset, on_stage=line.update)
     finally:
         line.close()
     if json:
@@ -89,7 +89,7 @@ def _retrieve(
 
 
 def run_evaluate(
-    house: Warehouse, folder: Path, index: str, device: str | None = None
+    warehouse: Warehouse, folder: Path, index: str, device: str | None = None
 ) -> "EvalReport":
     """Evaluate a run, telling on one live line what is being done."""
     from trainer.runs.evaluate import evaluate as go
@@ -97,7 +97,7 @@ def run_evaluate(
 
     line = console.Line(every=0.0)
     try:
-        return go(house, open_run(house, folder, device), index=index, on_stage=line.update)
+        return go(warehouse, open_run(warehouse, folder, device), index=index, on_stage=line.update)
     finally:
         line.close()
 
@@ -114,7 +114,7 @@ def show_evaluated(report: "EvalReport") -> None:
     }
     groups = dict.fromkeys((r["split"], r["targets"], r["users"]) for r in report.rows)
     metrics = list(dict.fromkeys(r["metric"] for r in report.rows))
-    columns = [(r, s) for r in (report.model, "popularity") for s in ("masked", "unmasked")]
+    columns = [(r, s) for r in (report.model, "popularity") for s in ("filtered", "kept")]
     shown: dict[str, Callable[[dict[str, Any]], Any]] = {
         report.model: _interval,
         "popularity": lambda row: row["value"],

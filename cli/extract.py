@@ -15,7 +15,7 @@ from features.warehouse import Warehouse
 if TYPE_CHECKING:
     from pipeline.extraction.estimate import Estimate
     from pipeline.extraction.options import Options
-    from pipeline.extraction.reports import ExtractReport, Progress
+    from pipeline.extraction.reports import ExtractProgress, ExtractReport
 
 
 def extract(
@@ -69,7 +69,7 @@ def extract(
         bool, typer.Option("--dry-run", help="Only say what it would cost, after a short probe.")
     ] = False,
     json: JsonOption = False,
-    warehouse: WarehouseOption = None,
+    root: WarehouseOption = None,
 ) -> None:
     """Run frozen backbones once over every item and keep the embeddings in Parquet.
 
@@ -95,46 +95,48 @@ def extract(
         engine=engine,
         workers=workers,
     )
-    house = Warehouse(warehouse)
-    if dataset is not None and not house.is_prepared(dataset):
+    warehouse = Warehouse(root)
+    if dataset is not None and not warehouse.is_prepared(dataset):
         from pipeline.datasets.registry import plan
 
-        plan(house.check_name(dataset), None)  # a name that nobody knows is refused first
+        plan(warehouse.check_name(dataset), None)  # a name that nobody knows is refused first
         if dry_run:
             raise UserError(
                 f"{dataset} is not prepared, and a dry run writes nothing; run: mmrec prepare"
                 f" --dataset {dataset}"
             )
-        console.say(f"{dataset} is not prepared yet: preparing it from {house.raw_dir(dataset)}")
-        info = run_prepare(house, dataset)
+        console.say(
+            f"{dataset} is not prepared yet: preparing it from {warehouse.raw_dir(dataset)}"
+        )
+        info = run_prepare(warehouse, dataset)
         if not json:
             show_prepared(info)
-    name, why = house.choose_dataset(dataset)
+    name, why = warehouse.choose_dataset(dataset)
     if why != "given":
         console.say(f"dataset: {name} ({why})")
     if dry_run:
         from pipeline.extraction.estimate import estimate
 
-        estimates = estimate(house, name, options, say=console.say)
+        estimates = estimate(warehouse, name, options, say=console.say)
         if json:
             console.emit_json({"dataset": name, "tables": [asdict(one) for one in estimates]})
         else:
             show_estimates(estimates)
         return
-    report = run_extract(house, name, options)
+    report = run_extract(warehouse, name, options)
     if json:
         console.emit_json(asdict(report))
         return
     show_extracted(report)
 
 
-def run_extract(house: Warehouse, dataset: str, options: "Options") -> "ExtractReport":
+def run_extract(warehouse: Warehouse, dataset: str, options: "Options") -> "ExtractReport":
     """Extract with a live line for each modality."""
     from pipeline.extraction.job import extract as run
 
     watch = ExtractWatch()
     try:
-        return run(house, dataset, options, progress=watch, say=console.say)
+        return run(warehouse, dataset, options, progress=watch, say=console.say)
     finally:
         watch.line.close()
 
@@ -187,7 +189,7 @@ class ExtractWatch:
         self._began: dict[str, tuple[float, int]] = {}
         self._ended: set[str] = set()
 
-    def __call__(self, state: "Progress") -> None:
+    def __call__(self, state: "ExtractProgress") -> None:
         """Show how far one modality is; what was reused does not count for the rate."""
         now = time.monotonic()
         began, first = self._began.setdefault(state.modality, (now, state.done))

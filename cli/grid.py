@@ -14,7 +14,7 @@ from features.warehouse import Warehouse
 from trainer.runs.grid_file import Grid, Pivot, pivot, read_grid
 
 if TYPE_CHECKING:
-    from trainer.loop import Tick
+    from trainer.loop import TrainProgress
     from trainer.runs.grid import Outcome, Planned
 
 _GAP = "  "
@@ -29,23 +29,23 @@ def grid(
         Path | None, typer.Option("--out", help="Parquet of all metrics; else beside FILE.")
     ] = None,
     json: JsonOption = False,
-    warehouse: WarehouseOption = None,
+    root: WarehouseOption = None,
 ) -> None:
     """Train and evaluate every combination of a table; what has ended is not run again."""
     asked = read_grid(file)
-    house = Warehouse(warehouse)
-    house.require()
+    warehouse = Warehouse(root)
+    warehouse.require()
     from trainer.runs.grid import Stopped, plan_grid, run_grid, write_result
 
-    planned = plan_grid(house, asked)
+    planned = plan_grid(warehouse, asked)
     if dry_run:
-        _list(house, asked, planned, json)
+        _list(warehouse, asked, planned, json)
         return
     watch = _Watch(planned)
     outcomes: list[Outcome] = []
     stopped = False
     try:
-        for outcome in run_grid(house, planned, on_tick=watch.tick):
+        for outcome in run_grid(warehouse, planned, on_tick=watch.tick):
             outcomes.append(outcome)
             watch.ended(outcome, asked)
     except (Stopped, KeyboardInterrupt):
@@ -83,7 +83,7 @@ class _Watch:
         self.line = console.Line()
         self.spent: list[float] = []
 
-    def tick(self, number: int, tick: "Tick | str") -> None:
+    def tick(self, number: int, tick: "TrainProgress | str") -> None:
         """Show what the run is doing."""
         what = tick
         if not isinstance(tick, str):
@@ -111,7 +111,7 @@ class _Watch:
 
 def show_pivot(asked: Grid, table: Pivot, datasets: Sequence[str]) -> None:
     """Print the table; where it is wider than the terminal, its columns in several pieces."""
-    seen = "out of" if asked.seen == "masked" else "left in"
+    seen = "out of" if asked.seen == "filtered" else "left in"
     seeds = ", mean ± deviation over seeds" if any(c.spread for c in table.cells.values()) else ""
     where = "" if "dataset" in (*asked.rows, *asked.columns) else f"{', '.join(datasets)}, "
     title = f"{where}{asked.split} split, {asked.seen}: seen items are {seen} the ranking{seeds}"
@@ -178,13 +178,13 @@ def _print(columns: list[list[Text]], labels: int) -> None:
             console.out.print(line)
 
 
-def _list(house: Warehouse, asked: Grid, planned: "list[Planned]", json: bool) -> None:
+def _list(warehouse: Warehouse, asked: Grid, planned: "list[Planned]", json: bool) -> None:
     from trainer.runs.grid import is_begun, is_done
 
     rows = []
     for one in planned:
-        begun = "begun" if is_begun(house, one) else "new"
-        rows.append((one, "finished" if is_done(house, one) else begun))
+        begun = "begun" if is_begun(warehouse, one) else "new"
+        rows.append((one, "finished" if is_done(warehouse, one) else begun))
     if json:
         found = [{**one.combination.keys, "run": one.run, "state": state} for one, state in rows]
         console.emit_json({"grid": str(asked.path), "runs": found})

@@ -28,7 +28,7 @@ def models(json: JsonOption = False) -> None:
                 "settings": own,
                 "train": dict(model.train),
                 "pretrain": pretrain_defaults(model),
-                "transfers": ["full", *recommender.parts],
+                "transfers": ["full", *recommender.transfer_groups],
                 "variants": dict(model.variants),
             }
         )

@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     pass
 
 
-def datasets(json: JsonOption = False, warehouse: WarehouseOption = None) -> None:
+def datasets(json: JsonOption = False, root: WarehouseOption = None) -> None:
     """List the known datasets: where their raw files are expected, and what is prepared."""
     from pipeline.datasets.prepare import describe
 
-    rows = describe(Warehouse(warehouse))
+    rows = describe(Warehouse(root))
     if json:
         console.emit_json(rows)
         return
@@ -72,11 +72,11 @@ def prepare(
         typer.Option(help="Interactions with items that are not listed: refuse, keep or drop."),
     ] = "refuse",
     json: JsonOption = False,
-    warehouse: WarehouseOption = None,
+    root: WarehouseOption = None,
 ) -> None:
     """Read raw files, apply the k-core, order by time, and write the canonical tables."""
-    house = Warehouse(warehouse)
-    info = run_prepare(house, dataset, raw, k_core, format, file, unlisted, name)
+    warehouse = Warehouse(root)
+    info = run_prepare(warehouse, dataset, raw, k_core, format, file, unlisted, name)
     if json:
         console.emit_json(info.summary())
     else:
@@ -84,7 +84,7 @@ def prepare(
 
 
 def run_prepare(
-    house: Warehouse,
+    warehouse: Warehouse,
     dataset: str,
     raw: Path | None = None,
     k_core: int | None = None,
@@ -103,7 +103,7 @@ def run_prepare(
             raise UserError(f"--file {entry!r} must look like ROLE=PATH, such as items=items.csv")
         files[role] = path
     return run(
-        house,
+        warehouse,
         dataset,
         to=name,
         raw=raw,

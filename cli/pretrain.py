@@ -43,13 +43,13 @@ def pretrain(
     resume: ResumeOption = False,
     run: RunOption = None,
     json: JsonOption = False,
-    warehouse: WarehouseOption = None,
+    root: WarehouseOption = None,
 ) -> None:
     """Pre-train a recommender: mmsrec aligns modalities, pmmrec learns across datasets."""
     run_training(
         Request(
-            house=Warehouse(warehouse),
-            warehouse=warehouse,
+            warehouse=Warehouse(root),
+            root=root,
             stage="pretrain",
             model=model,
             datasets=dataset or [],

@@ -13,7 +13,7 @@ from features.errors import UserError, unknown
 from features.warehouse import Warehouse
 
 if TYPE_CHECKING:
-    from trainer.runs.recommend import Adviser
+    from trainer.runs.recommend import Predictor
 
 _ASKS = "--user USER_ID, --history ITEM_ID,ITEM_ID,..., --all, or --similar ITEM_ID"
 
@@ -31,8 +31,8 @@ def recommend(
         str | None, typer.Option("--similar", help="Items like this one, by the run's vectors.")
     ] = None,
     k: Annotated[int, typer.Option("--k", help="Length of a list.")] = 10,
-    unmasked: Annotated[
-        bool, typer.Option("--unmasked", help="Items that the user has had may come again.")
+    keep_seen: Annotated[
+        bool, typer.Option("--keep-seen", help="Items that the user has had may come again.")
     ] = False,
     out: Annotated[
         Path | None, typer.Option("--out", help="With --all: the Parquet file to write.")
@@ -41,7 +41,7 @@ def recommend(
     index: Annotated[str, typer.Option("--index", help="What searches the catalogue.")] = "faiss",
     device: DeviceOption = None,
     json: JsonOption = False,
-    warehouse: WarehouseOption = None,
+    root: WarehouseOption = None,
 ) -> None:
     """Recommend items to a user, to a history, or to everybody; or find items like one.
 
@@ -57,28 +57,28 @@ def recommend(
         raise UserError("--all and --out FILE.parquet go together")
     if k < 1:
         raise UserError(f"--k {k} is no length of a list; give at least 1")
-    house = Warehouse(warehouse)
-    folder, why = house.choose_run(run)
+    warehouse = Warehouse(root)
+    folder, why = warehouse.choose_run(run)
     if why != "given":
         console.say(f"run: {folder.name} ({why})")
-    from trainer.runs.recommend import Adviser
+    from trainer.runs.recommend import Predictor
     from trainer.runs.run import open_run
 
-    adviser = Adviser(house, open_run(house, folder, device), index=index)
+    adviser = Predictor(warehouse, open_run(warehouse, folder, device), index=index)
     document: dict[str, Any] = {"run": folder.name, "dataset": adviser.run.dataset}
     if out is not None:
-        document |= _write(adviser, out, k, unmasked)
+        document |= _write(adviser, out, k, keep_seen)
         if json:
             console.emit_json(document)
         return
     if user is not None:
         items = adviser.history(adviser.user(user)).tolist()
         document |= {"user": user, **_told(adviser, items)}
-        found = adviser.for_history(items, k, unmasked=unmasked)
+        found = adviser.for_history(items, k, keep_seen=keep_seen)
     elif history:
         items = _items(adviser, history)
         document |= _told(adviser, items)
-        found = adviser.for_history(items, k, unmasked=unmasked)
+        found = adviser.for_history(items, k, keep_seen=keep_seen)
     else:
         assert similar is not None
         found = adviser.similar(adviser.item(similar), k)
@@ -95,7 +95,7 @@ def recommend(
         console.say(f"no more than these {len(suggestions)} items are left")
 
 
-def _items(adviser: "Adviser", history: list[str]) -> list[int]:
+def _items(adviser: "Predictor", history: list[str]) -> list[int]:
     """The items of a history; an id that has a comma in it is given by an option of its own."""
     known = set(adviser.item_ids.to_pylist()) if any("," in entry for entry in history) else set()
     ids = [
@@ -109,14 +109,14 @@ def _items(adviser: "Adviser", history: list[str]) -> list[int]:
     return [adviser.item(one) for one in ids]
 
 
-def _told(adviser: "Adviser", items: list[int]) -> dict[str, Any]:
+def _told(adviser: "Predictor", items: list[int]) -> dict[str, Any]:
     """Say on which history the list rests."""
     last = adviser.item_ids[items[-1]].as_py()
     console.say(f"from a history of {len(items):,} items, the last one {last}")
     return {"history": len(items), "last": last}
 
 
-def _write(adviser: "Adviser", out: Path, k: int, unmasked: bool) -> dict[str, Any]:
+def _write(adviser: "Predictor", out: Path, k: int, keep_seen: bool) -> dict[str, Any]:
     from trainer.runs.recommend import write_all
 
     line, began = console.Line(), time.monotonic()
@@ -127,7 +127,7 @@ def _write(adviser: "Adviser", out: Path, k: int, unmasked: bool) -> dict[str, A
         line.update(f"{done:,} of {total:,} users, {rate:,.0f}/s, {left} left")
 
     try:
-        rows = write_all(adviser, out, k, unmasked=unmasked, on_users=tell)
+        rows = write_all(adviser, out, k, keep_seen=keep_seen, on_users=tell)
     finally:
         line.close()
     users = adviser.dataset.info.users

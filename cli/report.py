@@ -32,18 +32,18 @@ def report(
         typer.Option("--metric", help="Of the curves; else what the runs were stopped by."),
     ] = None,
     seen: Annotated[
-        str | None, typer.Option("--seen", help="masked or unmasked, of the curves.")
+        str | None, typer.Option("--seen", help="filtered or kept, of the curves.")
     ] = None,
     json: JsonOption = False,
-    warehouse: WarehouseOption = None,
+    root: WarehouseOption = None,
 ) -> None:
     """Write a page about runs: curves by epoch and time, test table, settings, features.
 
     The page is one file that loads nothing from anywhere.
     """
-    house = Warehouse(warehouse)
+    warehouse = Warehouse(root)
     if not runs:
-        folder, why = house.choose_run(None)
+        folder, why = warehouse.choose_run(None)
         console.say(f"run: {folder.name} ({why})")
         runs = [folder.name]
     from trainer.analysis.curves import check_picture, draw, read_curves, save
@@ -53,7 +53,7 @@ def report(
         check_picture(curves)
         if out is not None:
             raise UserError("--curves draws only the picture; leave --out out, or give --out alone")
-    records = read_records(house, runs)
+    records = read_records(warehouse, runs)
     found = read_curves(records, metric=metric, seen=seen, labels=label)
     if curves is not None:
         path = curves
@@ -63,7 +63,7 @@ def report(
         from trainer.analysis.report import build_report
 
         path = out or records[0].folder / "report.html"
-        write_text(path, build_report(house, records, found))
+        write_text(path, build_report(warehouse, records, found))
     if json:
         console.emit_json({"runs": runs, "file": str(path)})
     else:

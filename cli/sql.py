@@ -16,7 +16,7 @@ def sql(
     statement: Annotated[str, typer.Argument(help="One SELECT over the views.")],
     json: JsonOption = False,
     csv: Annotated[bool, typer.Option("--csv", help="All rows as CSV.")] = False,
-    warehouse: WarehouseOption = None,
+    root: WarehouseOption = None,
 ) -> None:
     """Ask SQL of the warehouse; it only reads.
 
@@ -29,7 +29,7 @@ def sql(
     from features.sql_views import query
     from features.warehouse import Warehouse
 
-    table = query(Warehouse(warehouse), statement, say=console.say)
+    table = query(Warehouse(root), statement, say=console.say)
     if csv:
         import pyarrow.csv as pa_csv
 

@@ -37,13 +37,13 @@ def train(
     resume: ResumeOption = False,
     run: RunOption = None,
     json: JsonOption = False,
-    warehouse: WarehouseOption = None,
+    root: WarehouseOption = None,
 ) -> None:
     """Train a recommender on interactions and features; Ctrl-C keeps all and ends with 130."""
     run_training(
         Request(
-            house=Warehouse(warehouse),
-            warehouse=warehouse,
+            warehouse=Warehouse(root),
+            root=root,
             stage="",
             model=model,
             datasets=[] if dataset is None else [dataset],

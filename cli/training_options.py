@@ -12,7 +12,7 @@ from features.errors import UserError
 from features.warehouse import Warehouse
 
 if TYPE_CHECKING:
-    from trainer.loop import Tick
+    from trainer.loop import TrainProgress
     from trainer.runs.run import OpenRun, TrainReport
 
 ModelOption = Annotated[str | None, typer.Option("--model", help="See mmrec models.")]
@@ -52,8 +52,8 @@ RunOption = Annotated[str | None, typer.Option("--run", help="The run to resume.
 class Request:
     """What the words of the command ask for."""
 
-    house: Warehouse
-    warehouse: Path | None
+    warehouse: Warehouse
+    root: Path | None
     """As given."""
     stage: str
     """``pretrain``, or empty."""
@@ -88,21 +88,21 @@ def run_training(request: Request) -> None:
         typer.Exit: Code 130, the training was interrupted.
     """
     request = _settled(request)
-    from trainer.distributed import from_first, joined, rank
+    from trainer.distributed import on_rank_zero, process_group, process_rank
 
-    with joined():
-        console.err.quiet = rank() > 0
+    with process_group():
+        console.err.quiet = process_rank() > 0
         mine: list[OpenRun] = []
 
         def begin() -> Path:
             mine.append(_resumed(request) if request.resume else _begun(request))
             return mine[0].folder
 
-        folder = from_first(begin)
+        folder = on_rank_zero(begin)
         if not mine:
             from trainer.runs.run import open_run
 
-            mine.append(open_run(request.house, folder))
+            mine.append(open_run(request.warehouse, folder))
         _train(request, mine[0])
 
 
@@ -121,7 +121,7 @@ def _settled(request: Request) -> Request:
                 "--resume goes on with a run as it is;"
                 " leave --features, --set, --config, --name, --init, --transfer out"
             )
-        folder, why = request.house.choose_run(request.run)
+        folder, why = request.warehouse.choose_run(request.run)
         if why != "given":
             console.say(f"run: {folder.name} ({why})")
         return replace(request, run=folder.name)
@@ -134,7 +134,7 @@ def _settled(request: Request) -> Request:
     find_model(request.model)
     parse_settings(request.settings or [])
     given: list[str | None] = [*request.datasets] or [None]
-    chosen = [request.house.choose_dataset(name) for name in given]
+    chosen = [request.warehouse.choose_dataset(name) for name in given]
     for name, why in chosen:
         if why != "given":
             console.say(f"dataset: {name} ({why})")
@@ -147,7 +147,7 @@ def _begun(request: Request) -> "OpenRun":
 
     features = request.features
     return start_run(
-        request.house,
+        request.warehouse,
         request.model,
         request.datasets,
         stage=request.stage,
@@ -163,8 +163,8 @@ def _begun(request: Request) -> "OpenRun":
 def _resumed(request: Request) -> "OpenRun":
     from trainer.runs.run import open_run
 
-    folder, _ = request.house.choose_run(request.run)
-    opened = open_run(request.house, folder)
+    folder, _ = request.warehouse.choose_run(request.run)
+    opened = open_run(request.warehouse, folder)
     if opened.stage != request.stage:
         raise UserError(
             f"run {folder.name!r} is a {opened.stage or 'training'}; go on with it:"
@@ -196,7 +196,7 @@ def _describe(run: "OpenRun") -> None:
 
 
 def _train(request: Request, run: "OpenRun") -> None:
-    from trainer.distributed import rank
+    from trainer.distributed import process_rank
     from trainer.runs.run import train
 
     _describe(run)
@@ -205,7 +205,7 @@ def _train(request: Request, run: "OpenRun") -> None:
         report = train(run, resume=request.resume, on_tick=watch)
     finally:
         watch.line.close()
-    if request.json and rank() == 0:
+    if request.json and process_rank() == 0:
         console.emit_json(asdict(report))
     if report.finished and not watch.called:
         console.say(f"run {report.run} is finished already; nothing was trained{_best(report)}")
@@ -214,7 +214,7 @@ def _train(request: Request, run: "OpenRun") -> None:
         if request.stage:
             console.say(f"start from it: mmrec train --model {report.model} --init {report.run}")
     else:
-        given = request.warehouse
+        given = request.root
         here = f" --warehouse {shlex.quote(str(given))}" if given else ""
         console.say(
             f"stopped: {_trained(report)};"
@@ -230,7 +230,7 @@ class TrainWatch:
         self.line = console.Line()
         self.called = False
 
-    def __call__(self, tick: "Tick") -> None:
+    def __call__(self, tick: "TrainProgress") -> None:
         """Show one report of the loop."""
         self.called = True
         losses = "".join(f"  {name} {value:.4f}" for name, value in tick.parts.items())

@@ -22,7 +22,7 @@ os.umask(_UMASK)
 
 
 @contextmanager
-def whole(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Give a temporary path; on success it becomes ``path`` in one rename, else it vanishes.
 
     The temporary name starts with a dot and ends in ``.tmp``, so no glob of ours ever sees it.
@@ -51,7 +51,7 @@ def sync_folder(folder: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write ``text`` so that ``path`` holds all of it or what was there before."""
-    with whole(path) as beside:
+    with atomic_write(path) as beside:
         beside.write_text(text, encoding="utf-8")
 
 
@@ -62,7 +62,7 @@ def write_json(path: Path, document: Any) -> None:
 
 def write_table(path: Path, table: pa.Table, **options: Any) -> None:
     """Write one Parquet file, whole or not at all; ``options`` go to the Parquet writer."""
-    with whole(path) as beside:
+    with atomic_write(path) as beside:
         pq.write_table(table, beside, write_page_checksum=True, **options)
 
 
@@ -81,7 +81,7 @@ def read_table(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
 
 
 @contextmanager
-def reading(path: Path, remedy: str) -> Iterator[None]:
+def read_errors(path: Path, remedy: str) -> Iterator[None]:
     """Say in one line that ``path`` cannot be read, whichever library found out.
 
     Raises:
@@ -97,7 +97,7 @@ def reading(path: Path, remedy: str) -> Iterator[None]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what a killed writer left in ``folder``: temporaries of :func:`whole`."""
+    """Remove what a killed writer left in ``folder``: temporaries of :func:`atomic_write`."""
     for beside in folder.glob(".*.tmp"):
         if beside.is_dir():
             shutil.rmtree(beside)

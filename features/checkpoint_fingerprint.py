@@ -42,7 +42,7 @@ def fingerprint(
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Keep transformers from warning, logging and drawing progress bars; as it was, afterwards."""
     import transformers
 

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from features.atomic_files import database, open_table, read_table, reading
+from features.atomic_files import database, open_table, read_errors, read_table
 from features.errors import UserError
 from features.splits import COLD_BELOW, MIN_EVALUATED, train_counts_sql
 from features.warehouse import DatasetInfo, Warehouse
@@ -24,7 +24,7 @@ Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Held:
+class EvalSplit:
     """The evaluated users of one split: where in the flat array each one's target stands.
 
     The input of user ``users[e]`` is ``items[starts[e]:targets[e]]``, its target
@@ -67,11 +67,13 @@ class Dataset:
         lengths = np.diff(self.offsets)
         return self.offsets[1:] - np.where(lengths >= MIN_EVALUATED, 2, 0)
 
-    def held(self, split: str) -> Held:
+    def held(self, split: str) -> EvalSplit:
         """The evaluated users of ``validation`` or ``test``."""
         back = {"validation": 2, "test": 1}[split]
         users = np.flatnonzero(np.diff(self.offsets) >= MIN_EVALUATED)
-        return Held(users=users, starts=self.offsets[users], targets=self.offsets[users + 1] - back)
+        return EvalSplit(
+            users=users, starts=self.offsets[users], targets=self.offsets[users + 1] - back
+        )
 
 
 def load_dataset(warehouse: Warehouse, name: str) -> Dataset:
@@ -171,7 +173,7 @@ def load_user_ids(warehouse: Warehouse, name: str) -> pa.ChunkedArray:
 
 
 def _tables(folder: Path, name: str) -> AbstractContextManager[None]:
-    return reading(folder, f"run mmrec prepare --dataset {name} again")
+    return read_errors(folder, f"run mmrec prepare --dataset {name} again")
 
 
 def parquet_sql(folder: Path, pattern: str = "*.parquet") -> str:

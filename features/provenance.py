@@ -10,7 +10,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from features.atomic_files import reading
+from features.atomic_files import read_errors
 from features.errors import UserError
 
 KEY = b"mmrec"
@@ -67,7 +67,7 @@ def read_provenance(part: Path) -> Provenance:
     Raises:
         UserError: It cannot be read, says nothing, or is of another version.
     """
-    with reading(part, WITHOUT):
+    with read_errors(part, WITHOUT):
         schema = pq.read_schema(part)
         metadata = schema.metadata or {}
         if KEY not in metadata:

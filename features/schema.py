@@ -15,7 +15,7 @@ def _required(name: str, kind: pa.DataType) -> pa.Field:
     return pa.field(name, kind, nullable=False)
 
 
-ITEMS = pa.schema(
+ITEMS_SCHEMA = pa.schema(
     [
         _required("item", pa.int32()),  # dense, 0..n-1
         _required("item_id", pa.string()),
@@ -26,7 +26,7 @@ ITEMS = pa.schema(
     ]
 )
 
-INTERACTIONS = pa.schema(
+INTERACTIONS_SCHEMA = pa.schema(
     [
         _required("user", pa.int32()),
         _required("user_id", pa.string()),
@@ -36,7 +36,7 @@ INTERACTIONS = pa.schema(
     ]
 )
 
-FAILURES = pa.schema(
+FAILURES_SCHEMA = pa.schema(
     [
         _required("item", pa.int32()),
         _required("item_id", pa.string()),
@@ -48,7 +48,7 @@ FAILURES = pa.schema(
     ]
 )
 
-METRICS = pa.schema(
+METRICS_SCHEMA = pa.schema(
     [
         _required("phase", pa.string()),  # train: written by the loop; eval: by an evaluation
         _required("epoch", pa.int32()),
@@ -57,7 +57,7 @@ METRICS = pa.schema(
         # looked for, in retrieval
         _required("targets", pa.string()),
         _required("ranker", pa.string()),  # the model's name, or "popularity"
-        _required("seen", pa.string()),  # masked | unmasked; "none" for a loss
+        _required("seen", pa.string()),  # filtered | kept; "none" for a loss
         _required("metric", pa.string()),
         _required("value", pa.float64()),
         ("low", pa.float64()),  # 95% bootstrap interval over users
@@ -66,7 +66,7 @@ METRICS = pa.schema(
     ]
 )
 
-PREDICTIONS = pa.schema(
+PREDICTIONS_SCHEMA = pa.schema(
     [
         _required("split", pa.string()),
         _required("user", pa.int32()),
@@ -75,8 +75,8 @@ PREDICTIONS = pa.schema(
         _required("item_id", pa.string()),
         _required("history", pa.int32()),  # interactions that stand before the target
         _required("cold", pa.bool_()),  # the target has fewer than 10 training interactions
-        _required("rank_unmasked", pa.int32()),
-        _required("rank_masked", pa.int32()),
+        _required("rank_kept", pa.int32()),
+        _required("rank_filtered", pa.int32()),
     ]
 )
 

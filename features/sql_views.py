@@ -22,11 +22,17 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from features.atomic_files import reading
+from features.atomic_files import read_errors
 from features.dataset import exact_pattern, parquet_sql, quoted
 from features.errors import UserError
 from features.provenance import LATER, LIGHT, read_provenance
-from features.schema import FAILURES, INTERACTIONS, ITEMS, METRICS, PREDICTIONS
+from features.schema import (
+    FAILURES_SCHEMA,
+    INTERACTIONS_SCHEMA,
+    ITEMS_SCHEMA,
+    METRICS_SCHEMA,
+    PREDICTIONS_SCHEMA,
+)
 from features.splits import cold_sql, split_sql
 from features.store import FeatureStore, FeatureTable
 from features.warehouse import DatasetInfo, Warehouse
@@ -59,7 +65,7 @@ def connect(
     db = duckdb.connect()
     try:
         db.execute("SET enable_progress_bar = false")  # it goes among the results
-        with reading(warehouse.root, "run again the command that wrote it"):
+        with read_errors(warehouse.root, "run again the command that wrote it"):
             _views(db, warehouse, say)
     except BaseException:
         db.close()
@@ -77,24 +83,24 @@ def _views(db: duckdb.DuckDBPyConnection, warehouse: Warehouse, say: Callable[[s
             datasets[name] = info
         except UserError as error:
             say(f"left out: {error}")
-    _view(db, "items", [_of(warehouse, name, "items") for name in datasets], ITEMS)
+    _view(db, "items", [_of(warehouse, name, "items") for name in datasets], ITEMS_SCHEMA)
     _view(
         db,
         "interactions",
         [_of(warehouse, name, "interactions") for name in datasets],
-        INTERACTIONS,
+        INTERACTIONS_SCHEMA,
     )
     split = [_split_of(warehouse, name) for name in datasets]
     columns = "dataset, user, user_id, item, timestamp, position, split"
-    empty = f"SELECT * FROM (SELECT *, '' AS split FROM {_empty(INTERACTIONS)})"
+    empty = f"SELECT * FROM (SELECT *, '' AS split FROM {_empty(INTERACTIONS_SCHEMA)})"
     db.execute(f"CREATE VIEW splits AS SELECT {columns} FROM ({_union(split, empty)})")
     cold = [_cold_of(warehouse, name) for name in datasets]
     columns = "dataset, user, item, position, split"
-    empty = f"SELECT {columns} FROM (SELECT *, '' AS split FROM {_empty(INTERACTIONS)})"
+    empty = f"SELECT {columns} FROM (SELECT *, '' AS split FROM {_empty(INTERACTIONS_SCHEMA)})"
     db.execute(f"CREATE VIEW cold AS SELECT {columns} FROM ({_union(cold, empty)})")
     _feature_views(db, warehouse, datasets, say)
     # The index of an item changes with a preparation, its id does not.
-    columns = ", ".join(f"f.{name}" for name in FAILURES.names if name != "item")
+    columns = ", ".join(f"f.{name}" for name in FAILURES_SCHEMA.names if name != "item")
     broken = [name for name in datasets if not _has_failures(warehouse, name, say)]
     failed = [
         f"SELECT i.dataset, i.item, {columns} FROM ({_of(warehouse, name, 'failures')}) f"
@@ -102,7 +108,7 @@ def _views(db: duckdb.DuckDBPyConnection, warehouse: Warehouse, say: Callable[[s
         for name in datasets
         if name not in broken
     ]
-    _view(db, "failures", failed, FAILURES)
+    _view(db, "failures", failed, FAILURES_SCHEMA)
     _run_views(db, warehouse, datasets, say)
     # Files are checked by the pattern that names them, hence the pattern of the root beside it.
     roots = (str(warehouse.root), exact_pattern(warehouse.root))
@@ -303,7 +309,7 @@ def _run_views(
 ) -> None:
     rows: list[dict[str, Any]] = []
     order = {name: info.fingerprint for name, info in datasets.items()}
-    schemas = {"metrics": METRICS, "predictions": PREDICTIONS}
+    schemas = {"metrics": METRICS_SCHEMA, "predictions": PREDICTIONS_SCHEMA}
     sources: dict[str, list[str]] = {kind: [] for kind in schemas}
     for folder in warehouse.no_runs():
         say(f"left out: {folder}, which has no config.toml: it was killed when it began")
@@ -313,7 +319,7 @@ def _run_views(
             row = _run_row(folder)
             for kind in sources:
                 if (folder / f"{kind}.parquet").exists():
-                    with reading(folder / f"{kind}.parquet", "evaluate the run again"):
+                    with read_errors(folder / f"{kind}.parquet", "evaluate the run again"):
                         names = pq.read_schema(folder / f"{kind}.parquet").names
                         if names != schemas[kind].names:
                             raise ValueError(f"its columns are {', '.join(names) or 'none'}")
@@ -360,7 +366,7 @@ def _check_files(folder: Path, remedy: str) -> None:
     if not paths:
         raise UserError(f"{folder} holds no table; run: {remedy}")
     for path in paths:
-        with reading(path, f"run: {remedy}"):
+        with read_errors(path, f"run: {remedy}"):
             pq.read_schema(path)
 
 

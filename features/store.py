@@ -24,11 +24,11 @@ import pyarrow.parquet as pq
 
 from features.arrow_columns import copy_tokens, items_of, vectors_of
 from features.atomic_files import (
+    atomic_write,
     open_table,
+    read_errors,
     read_table,
-    reading,
     remove_leftovers,
-    whole,
     write_json,
     write_table,
 )
@@ -143,7 +143,7 @@ class FeatureTable:
         Raises:
             UserError: It cannot be read, or its bytes are not those that were written.
         """
-        with reading(part, WITHOUT):
+        with read_errors(part, WITHOUT):
             return read_table(part, columns)
 
     def check(self, fingerprint: str, inputs: str = "") -> dict[str, Any]:
@@ -241,7 +241,7 @@ class FeatureTable:
         identity = json.dumps([self.digest(), provenance.identity()], sort_keys=True)
         path = self.path / f"tokens-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.npy"
         if not path.exists():
-            with whole(path) as beside:
+            with atomic_write(path) as beside:
                 values = np.lib.format.open_memmap(beside, "w+", provenance.dtype, shape)
                 with beside.open(
                     "rb+"
@@ -255,7 +255,7 @@ class FeatureTable:
             for older in self.path.glob("tokens-*.npy"):
                 if older != path:
                     older.unlink()
-        with reading(path, "remove it; it is made again"):
+        with read_errors(path, "remove it; it is made again"):
             mapped = np.load(path, mmap_mode="r")
             if mapped.shape != shape or mapped.dtype != provenance.dtype:
                 raise UserError(f"{path} is damaged; remove it; it is made again")
@@ -387,6 +387,6 @@ class FeatureStore:
 
 
 def _row_groups(part: Path) -> Iterator[pa.Table]:
-    with reading(part, WITHOUT), open_table(part) as file:
+    with read_errors(part, WITHOUT), open_table(part) as file:
         for group in range(file.num_row_groups):
             yield file.read_row_group(group, columns=["item", "embedding"])

@@ -219,8 +219,8 @@ def _weights() -> Iterable[Found]:
 def _warehouse(root: Path | None) -> Iterable[Found]:
     from features.warehouse import Warehouse
 
-    house = Warehouse(root)
-    path = house.root.resolve()
+    warehouse = Warehouse(root)
+    path = warehouse.root.resolve()
     there = path.is_dir()
     yield "root", there, f"{path}{'' if there else ' (not there yet)'}"
     nearest = next(folder for folder in (path, *path.parents) if folder.is_dir())
@@ -228,4 +228,8 @@ def _warehouse(root: Path | None) -> Iterable[Found]:
     yield "disk", True, f"{disk.free / GB:.1f} GB free of {disk.total / GB:.1f} GB"
     writable = os.access(nearest, os.W_OK)
     yield "writable", writable, "yes" if writable else f"{nearest} may not be written"
-    yield "datasets", bool(house.datasets()), " ".join(house.datasets()) or "none is prepared"
+    yield (
+        "datasets",
+        bool(warehouse.datasets()),
+        " ".join(warehouse.datasets()) or "none is prepared",
+    )

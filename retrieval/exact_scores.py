@@ -139,7 +139,7 @@ def _rows_at_once(matrix_RD: torch.Tensor) -> int:
     return max(1, (2**17 if matrix_RD.device.type == "cpu" else 2**25) // matrix_RD.shape[1])
 
 
-class Contest:
+class TargetScores:
     """Each user's target against the catalogue: what an item must score to rank above it.
 
     The last word on any pair is `at_least`, which compares canonical float64 scores. Everything

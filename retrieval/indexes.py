@@ -18,7 +18,7 @@ import numpy.typing as npt
 from retrieval.blocks import each_block, plain_fp32
 from retrieval.exact_scores import (
     FP32_ROUNDOFF,
-    Contest,
+    TargetScores,
     as_indices,
     as_matrix,
     error_bound,
@@ -26,7 +26,7 @@ from retrieval.exact_scores import (
     refuse_overflow,
     row_norms,
 )
-from retrieval.ranking import Ranks, Seen, rank, seen_pairs
+from retrieval.ranking import Ranks, SeenItems, rank, seen_pairs
 
 if TYPE_CHECKING:
     import torch
@@ -43,7 +43,7 @@ _DEEP = 2048  # candidates a query; past it FAISS's heaps cost more than a produ
 class Index(Protocol):
     """A catalogue that can be asked for the best items."""
 
-    def search(self, queries: Matrix, k: int, exclude: Seen | None = None) -> Found:
+    def search(self, queries: Matrix, k: int, exclude: SeenItems | None = None) -> Found:
         """The k items of largest inner product with each query, exactly.
 
         Order: score descending, item ascending among equals, where scores are float64 inner
@@ -76,7 +76,7 @@ class TorchIndex:
             raise ValueError("items are empty: there is nothing to search")
         self._length_N = row_norms("items", self.item_ND)
 
-    def search(self, queries: Matrix, k: int, exclude: Seen | None = None) -> Found:
+    def search(self, queries: Matrix, k: int, exclude: SeenItems | None = None) -> Found:
         """See `Index.search`."""
         query_UD = as_matrix("queries", queries).to(self.item_ND.device)
         (users, dim), (count, item_dim) = query_UD.shape, self.item_ND.shape
@@ -224,7 +224,7 @@ def _maker(name: str) -> Callable[[Matrix], Index]:
 
 
 def rank_with(
-    index: str, queries: Matrix, items: Matrix, targets: Indices, exclude: Seen | None = None
+    index: str, queries: Matrix, items: Matrix, targets: Indices, exclude: SeenItems | None = None
 ) -> Ranks:
     """The ranks of `retrieval.ranking.rank`, found with the help of an index: always the same.
 
@@ -241,20 +241,20 @@ def rank_with(
     maker = _maker(index)
     if maker is not FaissIndex:
         return rank(queries, items, targets, exclude)
-    contest = Contest(queries, items, targets)
+    contest = TargetScores(queries, items, targets)
     users, count = len(contest.query_UD), len(contest.item_ND)
     if exclude is not None:
         exclude.check(users, count)
     flat = FaissIndex(contest.item_ND)
-    unmasked, masked = np.zeros(users, np.int64), np.zeros(users, np.int64)
+    kept, filtered = np.zeros(users, np.int64), np.zeros(users, np.int64)
 
     def read_block(part: slice) -> None:
         seen = seen_pairs(exclude, part, count, contest.device)
-        unmasked[part], masked[part] = _read_off(contest, flat, part, seen)
+        kept[part], filtered[part] = _read_off(contest, flat, part, seen)
 
     with plain_fp32(contest.device):
         each_block(read_block, users, 1024, contest.device)
-    left = np.flatnonzero(unmasked == 0)
+    left = np.flatnonzero(kept == 0)
     if len(left):
         counted = rank(
             contest.query_UD[left],
@@ -262,17 +262,17 @@ def rank_with(
             as_indices("targets", targets)[left],
             exclude.take(left) if exclude is not None else None,
         )
-        unmasked[left], masked[left] = counted.unmasked, counted.masked
-    return Ranks(unmasked=unmasked, masked=masked)
+        kept[left], filtered[left] = counted.kept, counted.filtered
+    return Ranks(kept=kept, filtered=filtered)
 
 
 def _read_off(
-    contest: Contest,
+    contest: TargetScores,
     flat: FaissIndex,
     users: slice,
     seen: tuple[torch.Tensor, torch.Tensor],
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """(B,) unmasked and (B,) masked ranks; 0 where the list ends before the target's place."""
+    """(B,) kept and (B,) filtered ranks; 0 where the list ends before the target's place."""
     import torch
 
     count = len(contest.item_ND)
@@ -287,9 +287,9 @@ def _read_off(
     above_BF = (ahead_BF > margin_B) & rival_BF
     row_P, column_P = ((ahead_BF.abs() <= margin_B) & rival_BF).nonzero(as_tuple=True)
     above_BF[row_P, column_P] = contest.at_least(row_P + users.start, item_BF[row_P, column_P])
-    unmasked_B = (1 + above_BF.sum(1)) * closed_B
+    kept_B = (1 + above_BF.sum(1)) * closed_B
     seen_above_B = (above_BF & _is_seen(item_BF, seen, count)).sum(1)
-    return unmasked_B.cpu().numpy(), (unmasked_B - seen_above_B).cpu().numpy()
+    return kept_B.cpu().numpy(), (kept_B - seen_above_B).cpu().numpy()
 
 
 def _most_seen(row_P: torch.Tensor) -> int:

@@ -48,7 +48,7 @@ def per_user(
     """Every metric of every user: "HR@5", ..., "NDCG@5", ..., "MRR", each (U,) float64.
 
     Args:
-        ranks: (U,) from 1, masked or unmasked.
+        ranks: (U,) from 1, filtered or kept.
         cutoffs: The k of HR@k and NDCG@k.
 
     Raises:

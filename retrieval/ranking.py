@@ -16,7 +16,7 @@ from retrieval.blocks import each_block, plain_fp32
 from retrieval.exact_scores import (
     FP32_ROUNDOFF,
     FP64_ROUNDOFF,
-    Contest,
+    TargetScores,
     as_indices,
     as_numpy,
     check_targets,
@@ -31,7 +31,7 @@ _GROUP = 32  # columns that share one minimum when the close calls of a tile are
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Seen:
+class SeenItems:
     """Items that each user has already met, as compressed rows (CSR)."""
 
     items: npt.NDArray[np.int64]
@@ -61,12 +61,12 @@ class Seen:
             low, high = self.items.min(), self.items.max()
             raise ValueError(f"exclude holds items {low}..{high}, outside 0..{items - 1}")
 
-    def take(self, users: npt.NDArray[np.int64]) -> Seen:
+    def take(self, users: npt.NDArray[np.int64]) -> SeenItems:
         """The rows of these users, in this order."""
         starts, lengths = self.offsets[users], np.diff(self.offsets)[users]
         offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
         inside = np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths)
-        return Seen(items=self.items[np.repeat(starts, lengths) + inside], offsets=offsets)
+        return SeenItems(items=self.items[np.repeat(starts, lengths) + inside], offsets=offsets)
 
     def pairs(
         self, start: int, stop: int, items: int
@@ -82,9 +82,9 @@ class Seen:
 class Ranks:
     """Rank of each user's target, from 1; ties count against the model."""
 
-    unmasked: npt.NDArray[np.int64]
+    kept: npt.NDArray[np.int64]
     """(U,) among the whole catalogue."""
-    masked: npt.NDArray[np.int64]
+    filtered: npt.NDArray[np.int64]
     """(U,) with the user's seen items taken out; the target itself always stays."""
 
 
@@ -92,7 +92,7 @@ def rank(
     queries: Matrix,
     items: Matrix,
     targets: Indices,
-    exclude: Seen | None = None,
+    exclude: SeenItems | None = None,
     *,
     block: tuple[int, int] | None = None,
 ) -> Ranks:
@@ -107,7 +107,7 @@ def rank(
         queries: (U, D) fp32, torch on any device or numpy.
         items: (N, D) fp32, on the same device.
         targets: (U,) the item that each user really took.
-        exclude: Items that the masked rank leaves out; none when None.
+        exclude: Items that the filtered rank leaves out; none when None.
         block: Users and items of one tile of scores; memory is a few such tiles to a thread.
 
     Raises:
@@ -116,7 +116,7 @@ def rank(
     """
     import torch
 
-    contest = Contest(queries, items, targets)
+    contest = TargetScores(queries, items, targets)
     users, count = len(contest.query_UD), len(contest.item_ND)
     if exclude is not None:
         exclude.check(users, count)
@@ -142,12 +142,12 @@ def rank(
 
     with plain_fp32(contest.device):
         each_block(count_block, users, block[0], contest.device)
-    unmasked = 1 + above_U.cpu().numpy()
-    return Ranks(unmasked=unmasked, masked=unmasked - seen_above_U.cpu().numpy())
+    kept = 1 + above_U.cpu().numpy()
+    return Ranks(kept=kept, filtered=kept - seen_above_U.cpu().numpy())
 
 
 def seen_pairs(
-    exclude: Seen | None, users: slice, items: int, device: torch.device
+    exclude: SeenItems | None, users: slice, items: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Distinct (row in the block of users, item) to leave out, on the device."""
     import torch
@@ -160,7 +160,7 @@ def seen_pairs(
 
 
 def _count_tile(
-    contest: Contest,
+    contest: TargetScores,
     users: slice,
     tile: slice,
     seen: tuple[torch.Tensor, torch.Tensor],
@@ -238,7 +238,7 @@ def _compare(
 
 
 def _settled(
-    contest: Contest, users: slice, row_P: torch.Tensor, item_P: torch.Tensor, many: bool
+    contest: TargetScores, users: slice, row_P: torch.Tensor, item_P: torch.Tensor, many: bool
 ) -> torch.Tensor:
     """(B,) how many of the close pairs are at or above the target, by their canonical scores."""
     import torch
@@ -256,7 +256,9 @@ def _settled(
 
 
 def rank_static(
-    scores: npt.NDArray[np.generic] | torch.Tensor, targets: Indices, exclude: Seen | None = None
+    scores: npt.NDArray[np.generic] | torch.Tensor,
+    targets: Indices,
+    exclude: SeenItems | None = None,
 ) -> Ranks:
     """Rank each user's target by a score that is the same for everybody, such as popularity.
 
@@ -265,7 +267,7 @@ def rank_static(
     Args:
         scores: (N,) integers or floats, higher is better.
         targets: (U,) the item that each user really took.
-        exclude: Items that the masked rank leaves out; none when None.
+        exclude: Items that the filtered rank leaves out; none when None.
 
     Raises:
         ValueError: Shapes, targets or excluded items that do not fit, or a score that is NaN or
@@ -280,8 +282,8 @@ def rank_static(
     users, count = len(target_U), len(score_N)
     check_targets(target_U, users, count)
     score_U = score_N[target_U]
-    unmasked = count - np.searchsorted(np.sort(score_N), score_U, side="left")
-    masked = unmasked.copy()
+    kept = count - np.searchsorted(np.sort(score_N), score_U, side="left")
+    filtered = kept.copy()
     if exclude is not None:
         exclude.check(users, count)
         step = 65536  # users whose seen items are sorted at once
@@ -290,5 +292,5 @@ def rank_static(
             user = row + start
             above = (score_N[item] >= score_U[user]) & (item != target_U[user])
             part = slice(start, start + step)
-            masked[part] -= np.bincount(row[above], minlength=len(masked[part]))
-    return Ranks(unmasked=unmasked, masked=masked)
+            filtered[part] -= np.bincount(row[above], minlength=len(filtered[part]))
+    return Ranks(kept=kept, filtered=filtered)

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from features.atomic_files import whole
+from features.atomic_files import atomic_write
 from features.errors import UserError
 
 _MOST = 3  # differences that one line names
@@ -26,7 +26,7 @@ _NOTHING = object()
 
 
 @dataclass(kw_only=True, slots=True)
-class Progress:
+class TrainState:
     """Where a training is; mutable, the loop's own notebook."""
 
     epoch: int = 0
@@ -57,7 +57,7 @@ def _save(path: Path, tensors: dict[str, Tensor], document: dict[str, Any]) -> N
     Raises:
         OSError: There is no room, or the folder may not be written.
     """
-    with whole(path) as beside:
+    with atomic_write(path) as beside:
         try:
             save_file(tensors, beside, metadata={"mmrec": json.dumps(document, sort_keys=True)})
         except SafetensorError as error:  # not an OSError, though it tells of one
@@ -82,7 +82,7 @@ def save_state(
     path: Path,
     model: nn.Module,
     optimizer: AdamW,
-    progress: Progress,
+    progress: TrainState,
     identity: dict[str, Any],
     average: Mapping[str, Tensor],
 ) -> None:
@@ -108,7 +108,7 @@ def load_state(
     optimizer: AdamW,
     identity: dict[str, Any],
     average: Mapping[str, Tensor],
-) -> Progress:
+) -> TrainState:
     """Put model, optimizer, running means and random state back where they were.
 
     Raises:
@@ -206,15 +206,15 @@ def _check_random(path: Path, random: dict[str, Tensor]) -> None:
                 raise _damaged(path, f"{name} is no random state") from None
 
 
-def _progress(path: Path, document: Any) -> Progress:
-    kinds = {entry.name: entry.type for entry in fields(Progress)} | {"losses": dict}
+def _progress(path: Path, document: Any) -> TrainState:
+    kinds = {entry.name: entry.type for entry in fields(TrainState)} | {"losses": dict}
     found = document if isinstance(document, dict) else {}
     for key in sorted(kinds.keys() | found.keys()):
         if type(found.get(key)) is not kinds.get(key):
             raise _damaged(path, f"its progress has {key}={found.get(key)!r}")
     if any(type(value) is not float for value in found["losses"].values()):
         raise _damaged(path, f"its progress has losses={found['losses']!r}")
-    return Progress(**found)
+    return TrainState(**found)
 
 
 def _check(path: Path, held: dict[str, Any], wanted: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ from trainer.checks import check_not_negative, check_positive, check_probability
 
 _WORDS = {
     "schedule": ("constant", "cosine", "linear", "exponential"),
-    "monitor_seen": ("masked", "unmasked"),
+    "monitor_seen": ("filtered", "kept"),
     "precision": ("float32", "bf16"),
 }
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,2})?")
@@ -57,8 +57,8 @@ class TrainConfig:
     each keeps this share (0.999); 0: as they are."""
     monitor: str = "Recall@10"
     """Metric on the validation split that early stopping and the best checkpoint go by."""
-    monitor_seen: str = "masked"
-    """``masked``: seen items are out of that ranking; ``unmasked``: they are in it."""
+    monitor_seen: str = "filtered"
+    """``filtered``: seen items are out of that ranking; ``kept``: they are in it."""
     patience: int = 10
     """Validations without a better value before training stops."""
     validate_every: int = 1

@@ -1,9 +1,9 @@
-"""Training in several processes, started by ``torchrun``: each takes its share of every batch.
+"""Training in several processes, started by ``torchrun``: each process takes a share of each batch.
 
-The processes' gradients are averaged, so a mean over rows must be of all processes' rows: the local
-sum is divided by :func:`mean_rows`, and the average of that is the mean over the joined batch. An
-in-batch loss sees every process's rows by :func:`gather_rows`, gradients included. In one process
-all of this is the identity.
+The gradients of the processes are averaged. A loss that is a mean over rows must therefore divide
+its local sum by :func:`global_mean_rows`: the average over the processes is then the mean over the
+rows of all processes. An in-batch loss reads the rows of all processes through :func:`gather_rows`,
+which also passes the gradients back. In a single process every function here changes nothing.
 
 Legend: M rows of this process, R rows of the largest share, W processes, D width.
 """
@@ -22,25 +22,25 @@ from features.errors import UserError
 T = TypeVar("T")
 
 
-def wanted() -> bool:
+def is_distributed() -> bool:
     """Whether this process was started as one of several."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-def ranks() -> int:
+def world_size() -> int:
     """W, how many processes train together."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def rank() -> int:
+def process_rank() -> int:
     """Which of them this is; the first one writes and speaks."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 @contextmanager
-def joined() -> Iterator[None]:
+def process_group() -> Iterator[None]:
     """Meet the other processes, where ``torchrun`` has started several; else nothing."""
-    if not wanted():
+    if not is_distributed():
         yield
         return
     cuda = torch.cuda.is_available()
@@ -53,16 +53,16 @@ def joined() -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def from_first(make: Callable[[], T]) -> T:
+def on_rank_zero(make: Callable[[], T]) -> T:
     """Let the first process do something, and give all of them what it gave.
 
     Raises:
         UserError: What the first one raised, in all of them.
     """
-    if ranks() == 1:
+    if world_size() == 1:
         return make()
     found: list[Any] = [None, None]
-    if rank() == 0:
+    if process_rank() == 0:
         try:
             found[0] = make()
         except UserError as error:
@@ -78,46 +78,48 @@ def from_first(make: Callable[[], T]) -> T:
     return value
 
 
-def agree(values: list[float], stop: bool, device: torch.device) -> tuple[list[float], bool]:
+def all_reduce_mean(
+    values: list[float], stop: bool, device: torch.device
+) -> tuple[list[float], bool]:
     """The means of the processes' values, and whether any of them wants to stop."""
-    if ranks() == 1:
+    if world_size() == 1:
         return values, stop
     sums = torch.tensor([*values, float(stop)], dtype=torch.float64, device=device)
     dist.all_reduce(sums)
     found = sums.tolist()
-    return [value / ranks() for value in found[:-1]], found[-1] > 0
+    return [value / world_size() for value in found[:-1]], found[-1] > 0
 
 
-def mean_rows(rows: int, device: torch.device) -> float:
+def global_mean_rows(rows: int, device: torch.device) -> float:
     """The processes' mean number of rows: what a local sum is divided by to give a joint mean."""
-    if ranks() == 1:
+    if world_size() == 1:
         return float(rows)
     total = torch.tensor(rows, device=device)
     dist.all_reduce(total)
-    return int(total) / ranks()
+    return int(total) / world_size()
 
 
-def joint(loss: Tensor, rows: Tensor) -> Tensor:
+def scale_to_global_mean(loss: Tensor, rows: Tensor) -> Tensor:
     """Turn a mean over this process's rows into its share of the mean over all processes'."""
-    mean = mean_rows(len(rows), rows.device)
+    mean = global_mean_rows(len(rows), rows.device)
     return loss if len(rows) == mean else loss * (len(rows) / mean)
 
 
-def first_row(rows: int, device: torch.device) -> int:
+def rank_offset(rows: int, device: torch.device) -> int:
     """Where this process's rows begin in what :func:`gather_rows` gives."""
-    return sum(_counts(rows, device)[: rank()])
+    return sum(_counts(rows, device)[: process_rank()])
 
 
 def gather_ids(ids_M: Tensor) -> Tensor:
     """The ids of all processes' rows, in the order of the processes."""
-    if ranks() == 1:
+    if world_size() == 1:
         return ids_M
     return _gathered(ids_M, _counts(len(ids_M), ids_M.device))
 
 
 def gather_rows(x_MD: Tensor) -> Tensor:
     """The rows of all processes, in their order; each process gets its own rows' gradients."""
-    if ranks() == 1:
+    if world_size() == 1:
         return x_MD
     rows: Tensor = _Gather.apply(x_MD)
     return rows
@@ -137,13 +139,13 @@ class _Gather(torch.autograd.Function):
         parts: list[Tensor] = [part.contiguous() for part in grad.split(ctx.counts)]
         for owner, part in enumerate(parts):
             dist.reduce(part, owner)
-        return parts[rank()]
+        return parts[process_rank()]
 
 
 def _counts(rows: int, device: torch.device) -> list[int]:
-    if ranks() == 1:
+    if world_size() == 1:
         return [rows]
-    found = [torch.zeros((), dtype=torch.int64, device=device) for _ in range(ranks())]
+    found = [torch.zeros((), dtype=torch.int64, device=device) for _ in range(world_size())]
     dist.all_gather(found, torch.tensor(rows, device=device))
     return [int(count) for count in found]
 

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from features.errors import UserError
-from trainer.checkpoint import Progress, load_state, save_state, save_weights
+from trainer.checkpoint import TrainState, load_state, save_state, save_weights
 from trainer.config import TrainConfig
 from trainer.data.batches import Share, seed_of
-from trainer.distributed import agree, from_first, rank, ranks
+from trainer.distributed import all_reduce_mean, on_rank_zero, process_rank, world_size
 from trainer.ema import Average
 from trainer.modules.transformer import Transformer
 from trainer.optimizer import Optimizer
@@ -30,7 +30,7 @@ _SAVE_SECONDS = 300.0  # a killed run loses at most this, whatever an epoch take
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Tick:
+class TrainProgress:
     """One report of the loop to whoever shows progress."""
 
     epoch: int
@@ -77,8 +77,8 @@ def fit(
     *,
     resume: bool = False,
     on_epoch: Callable[[EpochRow], None],
-    on_tick: Callable[[Tick], None],
-) -> Progress:
+    on_tick: Callable[[TrainProgress], None],
+) -> TrainState:
     """Train until early stopping, the last epoch, or an interrupt.
 
     Args:
@@ -97,11 +97,11 @@ def fit(
     Raises:
         UserError: The checkpoint to go on from cannot be used, or the training diverges.
     """
-    model, first = task.model, rank() == 0
+    model, first = task.model, process_rank() == 0
     device = next(model.parameters()).device
     optimizer = Optimizer(model, config)
     average = Average(model, config.average)
-    progress = Progress()
+    progress = TrainState()
     state = (folder / "resume.safetensors", model, optimizer.adamw)
     if resume:
         progress = load_state(*state, identity, average.values)
@@ -112,7 +112,7 @@ def fit(
                 f" be had back; remove {folder} and train again"
             )
     forward = _forward(task, config)
-    share = Share(rank=rank(), ranks=ranks())
+    share = Share(rank=process_rank(), ranks=world_size())
 
     def save() -> None:
         if first:
@@ -135,7 +135,7 @@ def fit(
                 if config.clip:
                     torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
                 values = torch.stack([value.detach().float() for value in losses.values()])
-                means, stopped = agree(values.tolist(), stop.is_set(), device)
+                means, stopped = all_reduce_mean(values.tolist(), stop.is_set(), device)
                 named = dict(zip(losses, means, strict=True))
                 value = named["loss"]
                 if not math.isfinite(value):
@@ -179,13 +179,18 @@ def fit(
             progress.finished = progress.waited >= config.patience or row.epoch == config.epochs
             progress.epoch, progress.step, progress.losses = progress.epoch + 1, 0, {}
             save()
-            if agree([], stop.is_set(), device)[1]:
+            if all_reduce_mean([], stop.is_set(), device)[1]:
                 break
     return progress
 
 
 def _validate(
-    task: Task[Any], config: TrainConfig, progress: Progress, steps: int, done: int, seconds: float
+    task: Task[Any],
+    config: TrainConfig,
+    progress: TrainState,
+    steps: int,
+    done: int,
+    seconds: float,
 ) -> tuple[EpochRow, Validation | None]:
     """Validate when it is time; ``done`` steps of this epoch took ``seconds`` in this process."""
     began = time.monotonic()
@@ -193,7 +198,7 @@ def _validate(
     losses = {name: total / steps for name, total in progress.losses.items()}
     found, metrics, users = None, {}, 0
     if epoch % config.validate_every == 0 or epoch == config.epochs:
-        found = from_first(lambda: task.validate(config))
+        found = on_rank_zero(lambda: task.validate(config))
         metrics, users = found.metrics, found.users
     took = seconds * steps / done + time.monotonic() - began if done else 0.0
     row = EpochRow(epoch=epoch, losses=losses, metrics=metrics, users=users, seconds=took)
@@ -218,11 +223,11 @@ def _forward(task: Task[Any], config: TrainConfig) -> nn.Module:
             if isinstance(module, Transformer):
                 module.compile()
     whole = _Forward(task)
-    return DistributedDataParallel(whole) if ranks() > 1 else whole
+    return DistributedDataParallel(whole) if world_size() > 1 else whole
 
 
 def _tick(
-    progress: Progress,
+    progress: TrainState,
     task: Task[Any],
     config: TrainConfig,
     steps: int,
@@ -230,10 +235,10 @@ def _tick(
     done: int,
     seconds: float,
     found: Validation | None,
-) -> Tick:
+) -> TrainProgress:
     seconds = max(seconds, 1e-9)
     step = max(1, progress.step)
-    return Tick(
+    return TrainProgress(
         epoch=progress.epoch + 1,
         epochs=config.epochs,
         step=progress.step,

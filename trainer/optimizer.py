@@ -4,7 +4,7 @@ import math
 
 from torch.optim import AdamW
 
-from trainer.checkpoint import Progress
+from trainer.checkpoint import TrainState
 from trainer.config import TrainConfig
 from trainer.finetune.upper_blocks import UpperBlocks
 from trainer.models.base import Recommender
@@ -32,14 +32,14 @@ class Optimizer:
         self._config = config
         self.adamw = AdamW(groups)
 
-    def prepare(self, progress: Progress, steps: int) -> None:
+    def prepare(self, progress: TrainState, steps: int) -> None:
         """Make ready for the next step of an epoch of ``steps``: rates set, gradients gone."""
         for group, rate in zip(self.adamw.param_groups, self._rates, strict=True):
             group["lr"] = scheduled(rate, self._config, progress, steps)
         self.adamw.zero_grad(set_to_none=True)
 
 
-def scheduled(rate: float, config: TrainConfig, progress: Progress, steps: int) -> float:
+def scheduled(rate: float, config: TrainConfig, progress: TrainState, steps: int) -> float:
     """The rate of the next step: a function of where training is, so that resuming keeps it.
 
     Args:

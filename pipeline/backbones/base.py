@@ -17,7 +17,7 @@ from PIL import Image
 
 from features.errors import UserError
 
-Tokens = npt.NDArray[np.int64]
+TokenIds = npt.NDArray[np.int64]
 """(T,) ids of one text, special tokens included, no padding; its length is its cost."""
 Vectors = npt.NDArray[np.float32]
 
@@ -52,14 +52,14 @@ def block_of(level: str) -> int:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Batch:
+class InputBatch:
     """Inputs that one forward pass takes together, as the backbone made them.
 
     Pictures or texts; with both, of the same number, each pair is one joint input.
     """
 
     images: Sequence[Any] = ()
-    texts: Sequence[Tokens] = ()
+    texts: Sequence[TokenIds] = ()
 
     @property
     def modality(self) -> str:
@@ -118,15 +118,15 @@ class Backbone(Protocol):
         """Prepare one RGB picture for :meth:`embed`; called in several threads at once."""
         ...
 
-    def texts(self, texts: Sequence[str]) -> list[Tokens]:
+    def texts(self, texts: Sequence[str]) -> list[TokenIds]:
         """Turn texts into token ids, truncated to what the backbone takes."""
         ...
 
-    def embed(self, batch: Batch) -> Vectors:
+    def embed(self, batch: InputBatch) -> Vectors:
         """Encode a batch of pictures, texts or pairs: (B, D) float32, not normalised by us."""
         ...
 
-    def tokens(self, batch: Batch, level: str) -> list[Vectors]:
+    def tokens(self, batch: InputBatch, level: str) -> list[Vectors]:
         """Encode a batch to tokens: (T, D) float32 for each input, without padding.
 
         Texts: their own tokens, special ones included. Pictures: all tokens, the class token

@@ -21,7 +21,7 @@ import numpy.typing as npt
 import PIL
 from PIL import Image
 
-from pipeline.backbones.base import POOLED, TOKENS, Batch, Tokens, Vectors
+from pipeline.backbones.base import POOLED, TOKENS, InputBatch, TokenIds, Vectors
 
 DIM = 128
 _SIDE = 32  # pictures are looked at in this size
@@ -83,24 +83,27 @@ class Hashed:
         small = picture.resize((_SIDE, _SIDE), Image.Resampling.BOX, reducing_gap=2.0)
         return _describe(np.asarray(small, dtype=np.float32) / 255.0)
 
-    def texts(self, texts: Sequence[str]) -> list[Tokens]:
+    def texts(self, texts: Sequence[str]) -> list[TokenIds]:
         """Hash the words and n-grams of each text; a text without a word keeps its characters.
 
         The first n-gram of a word, which is the word itself, is marked: ``_BUCKETS`` is added.
         """
         return [_hash_text(text) for text in texts]
 
-    def embed(self, batch: Batch) -> Vectors:
+    def embed(self, batch: InputBatch) -> Vectors:
         """Project descriptions to (B, D) unit vectors; of a pair, the mean of its two."""
         if batch.modality == "joint":
-            parts = [self.embed(Batch(images=batch.images)), self.embed(Batch(texts=batch.texts))]
+            parts = [
+                self.embed(InputBatch(images=batch.images)),
+                self.embed(InputBatch(texts=batch.texts)),
+            ]
             return np.asarray((parts[0] + parts[1]) / 2, dtype=np.float32)
         if batch.modality == "image":
             return _unit(np.stack(batch.images) @ self._image_projection)
         starts_B = np.cumsum([0, *(len(ids) for ids in batch.texts[:-1])])
         return self._sums(np.concatenate(batch.texts), starts_B)
 
-    def tokens(self, batch: Batch, level: str) -> list[Vectors]:
+    def tokens(self, batch: InputBatch, level: str) -> list[Vectors]:
         """Project each cell of a picture's grid, and each word of a text with its n-grams."""
         assert level == TOKENS
         found = [np.zeros((0, DIM), dtype=np.float32)] * max(len(batch.images), len(batch.texts))
@@ -111,7 +114,7 @@ class Hashed:
             found[i] = np.concatenate([found[i], words_TD])
         return found
 
-    def _sums(self, ids_G: Tokens, starts: npt.NDArray[np.int64]) -> Floats:
+    def _sums(self, ids_G: TokenIds, starts: npt.NDArray[np.int64]) -> Floats:
         """Add up the n-grams from each start to the next."""
         rows_GD = self._text_projection[ids_G % _BUCKETS]
         return _unit(np.add.reduceat(rows_GD, starts, axis=0))
@@ -165,7 +168,7 @@ def _unit(vectors: Floats) -> Floats:
     return np.asarray(vectors / np.maximum(norms, 1e-12), dtype=np.float32)
 
 
-def _hash_text(text: str) -> Tokens:
+def _hash_text(text: str) -> TokenIds:
     words = _WORD.findall(text.lower()) or [text]
     return np.asarray(list(islice(_hashes(words), _MAX_GRAMS)), dtype=np.int64)
 

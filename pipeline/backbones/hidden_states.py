@@ -12,7 +12,7 @@ from pipeline.backbones import torch_utils
 from pipeline.backbones.base import POOLED, TOKENS, Vectors, block_of, level_names
 
 
-class Tower:
+class HiddenStates:
     """An encoder with its blocks in order.
 
     Args:

@@ -15,8 +15,8 @@ from PIL import Image
 
 from features.errors import UserError
 from pipeline.backbones import torch_utils
-from pipeline.backbones.base import POOLED, Batch, Tokens, Vectors, split_pooling
-from pipeline.backbones.hidden_states import Tower
+from pipeline.backbones.base import POOLED, InputBatch, TokenIds, Vectors, split_pooling
+from pipeline.backbones.hidden_states import HiddenStates
 from pipeline.backbones.processors import PictureInput, TextInput
 from pipeline.backbones.transformers import libraries, load_model, loading, read_config
 
@@ -44,13 +44,13 @@ class Joint:
         self.compute = compute
         self.libraries = libraries()
         self._asked = split_pooling(name)[1] or "cls"
-        self._device = torch_utils.choose_device(device)
+        self._device = torch_utils.choose_backbone_device(device)
         self.batch_size = torch_utils.batch_size(self._device)
         with loading(name, folder):
             self._load(folder)
             grey, word = self.image(_GREY), self.texts(["a"])[0]
             with torch.inference_mode():
-                self._towers = self._find(Batch(images=[grey], texts=[word]))
+                self._towers = self._find(InputBatch(images=[grey], texts=[word]))
                 self.dim = self._towers["joint"].dim("tokens")
 
     def _load(self, folder: Path) -> None:
@@ -71,15 +71,15 @@ class Joint:
 
     # -- what differs -----------------------------------------------------------------------
 
-    def _find(self, probe: Batch) -> dict[str, Tower]:
+    def _find(self, probe: InputBatch) -> dict[str, HiddenStates]:
         """Find the towers by modality."""
         raise NotImplementedError
 
-    def _inputs(self, batch: Batch) -> dict[str, Any]:
+    def _inputs(self, batch: InputBatch) -> dict[str, Any]:
         """Arguments of the tower's forward pass."""
         raise NotImplementedError
 
-    def _masks(self, batch: Batch, inputs: dict[str, Any], width: int) -> torch.Tensor:
+    def _masks(self, batch: InputBatch, inputs: dict[str, Any], width: int) -> torch.Tensor:
         """(B, T): which of the tower's tokens are no padding."""
         raise NotImplementedError
 
@@ -121,11 +121,11 @@ class Joint:
         """Do what the checkpoint's image processor does."""
         return self._pictures.prepare(picture)
 
-    def texts(self, texts: Sequence[str]) -> list[Tokens]:
+    def texts(self, texts: Sequence[str]) -> list[TokenIds]:
         """Run the checkpoint's tokenizer, without padding."""
         return self._words.prepare(texts)
 
-    def embed(self, batch: Batch) -> Vectors:
+    def embed(self, batch: InputBatch) -> Vectors:
         """Encode a batch: (B, D) float32."""
         tower = self._towers[batch.modality]
         with torch_utils.forward(self._device, self.compute):
@@ -139,7 +139,7 @@ class Joint:
             mask_BT1 = self._masks(batch, inputs, hidden_BTD.shape[1]).unsqueeze(-1)
             return torch_utils.to_numpy((hidden_BTD * mask_BT1).sum(1) / mask_BT1.sum(1))
 
-    def tokens(self, batch: Batch, level: str) -> list[Vectors]:
+    def tokens(self, batch: InputBatch, level: str) -> list[Vectors]:
         """Encode a batch to tokens: (T, D) float32 for each input."""
         tower = self._towers[batch.modality]
         with torch_utils.forward(self._device, self.compute):
@@ -158,25 +158,25 @@ class Flava(Joint):
 
     modalities: tuple[str, ...] = ("image", "video", "text", "joint")
 
-    def _find(self, probe: Batch) -> dict[str, Tower]:
+    def _find(self, probe: InputBatch) -> dict[str, HiddenStates]:
         model = self._model
         depths = model.config
-        image = Batch(images=probe.images)
-        text = Batch(texts=probe.texts)
+        image = InputBatch(images=probe.images)
+        text = InputBatch(texts=probe.texts)
         return {
-            "image": Tower(
+            "image": HiddenStates(
                 model.image_model,
                 depths.image_config.num_hidden_layers,
                 model.image_model,
                 self._inputs(image),
             ),
-            "text": Tower(
+            "text": HiddenStates(
                 model.text_model,
                 depths.text_config.num_hidden_layers,
                 model.text_model,
                 self._inputs(text),
             ),
-            "joint": Tower(
+            "joint": HiddenStates(
                 model.multimodal_model,
                 depths.multimodal_config.num_hidden_layers,
                 self._both,
@@ -204,7 +204,7 @@ class Flava(Joint):
             output_hidden_states=output_hidden_states,
         )
 
-    def _inputs(self, batch: Batch) -> dict[str, Any]:
+    def _inputs(self, batch: InputBatch) -> dict[str, Any]:
         inputs: dict[str, Any] = {}
         if len(batch.images):
             inputs["pixel_values"] = self._pictures.batch(batch.images)
@@ -212,7 +212,7 @@ class Flava(Joint):
             inputs["input_ids"], inputs["attention_mask"] = self._words.batch(batch.texts)
         return inputs
 
-    def _masks(self, batch: Batch, inputs: dict[str, Any], width: int) -> torch.Tensor:
+    def _masks(self, batch: InputBatch, inputs: dict[str, Any], width: int) -> torch.Tensor:
         if not len(batch.texts):
             return torch.ones((len(batch.images), width), device=self._device)
         mask_BT: torch.Tensor = inputs["attention_mask"]
@@ -226,11 +226,11 @@ class Vilt(Joint):
     the picture's class token, the patches.
     """
 
-    def _find(self, probe: Batch) -> dict[str, Tower]:
+    def _find(self, probe: InputBatch) -> dict[str, HiddenStates]:
         depth = self._model.config.num_hidden_layers
-        return {"joint": Tower(self._model, depth, self._model, self._inputs(probe))}
+        return {"joint": HiddenStates(self._model, depth, self._model, self._inputs(probe))}
 
-    def _inputs(self, batch: Batch) -> dict[str, Any]:
+    def _inputs(self, batch: InputBatch) -> dict[str, Any]:
         ids_BT, mask_BT = self._words.batch(batch.texts)
         x_BCHW, mask_BHW = self._pictures.ragged(batch.images)
         # The library draws the order of the patches, and which padding follows them, at random.
@@ -248,5 +248,5 @@ class Vilt(Joint):
             "pixel_mask": mask_BL[rows_B1, order_BL],
         }
 
-    def _masks(self, batch: Batch, inputs: dict[str, Any], width: int) -> torch.Tensor:
+    def _masks(self, batch: InputBatch, inputs: dict[str, Any], width: int) -> torch.Tensor:
         return torch.cat([inputs["attention_mask"], inputs["pixel_mask"]], dim=1)

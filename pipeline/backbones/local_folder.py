@@ -19,7 +19,7 @@ def open_folder(
         UserError: It cannot be loaded.
     """
     from pipeline.backbones.image_text import Flava, Vilt
-    from pipeline.backbones.transformers import Transformer
+    from pipeline.backbones.transformers import TransformersBackbone
     from pipeline.backbones.visualbert import VisualBert
 
     kind = _kind(folder)
@@ -36,7 +36,7 @@ def open_folder(
                 " as microsoft/resnet-50, and no 'detector.pth'; put one there"
             )
         return VisualBert(name, folder, device, compute, vision=there[0])
-    return Transformer(name, folder, device, compute, mask=mask)
+    return TransformersBackbone(name, folder, device, compute, mask=mask)
 
 
 def _kind(folder: Path) -> str:

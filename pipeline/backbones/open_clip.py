@@ -23,9 +23,9 @@ from PIL import Image
 from features.checkpoint_fingerprint import fingerprint
 from features.errors import UserError
 from pipeline.backbones import hub, torch_utils
-from pipeline.backbones.base import POOLED, Batch, Tokens, Vectors, split_pooling
+from pipeline.backbones.base import POOLED, InputBatch, TokenIds, Vectors, split_pooling
 from pipeline.backbones.image_transforms import of_open_clip
-from pipeline.backbones.open_clip_towers import Text, Trunk, visual
+from pipeline.backbones.open_clip_towers import OpenClipHiddenStates, Text, visual
 from pipeline.media.images import one_line
 
 _WEIGHTS = (".safetensors", ".bin", ".pth")
@@ -92,8 +92,10 @@ class Clip:
             return torch_utils.UNIT_MEAN
         return "encode_text" if modality == "text" else "encode_image"
 
-    def _trunk(self, modality: str) -> Trunk:
-        return {"image": self._visual, "text": self._text.trunk}.get(modality, Trunk())
+    def _trunk(self, modality: str) -> OpenClipHiddenStates:
+        return {"image": self._visual, "text": self._text.trunk}.get(
+            modality, OpenClipHiddenStates()
+        )
 
     def levels(self, modality: str) -> tuple[str, ...]:
         """Name what can be had of a modality."""
@@ -107,12 +109,12 @@ class Clip:
         """Resize and crop to (H, W, 3) 8-bit pixels; the rest of the transform is linear."""
         return self._pixels.prepare(picture)
 
-    def texts(self, texts: Sequence[str]) -> list[Tokens]:
+    def texts(self, texts: Sequence[str]) -> list[TokenIds]:
         """Tokenise; what follows the end token is cut off where it cannot matter."""
         ids_BT = self._tokenizer(list(texts)).numpy()
         return [ids[:end] for ids, end in zip(ids_BT, self._text.ends(ids_BT), strict=True)]
 
-    def embed(self, batch: Batch) -> Vectors:
+    def embed(self, batch: InputBatch) -> Vectors:
         """Encode a batch: (B, D) float32."""
         with torch_utils.forward(self._device, self.compute):
             if batch.modality == "joint":
@@ -121,7 +123,7 @@ class Clip:
             found = self._read(batch.texts) if len(batch.texts) else self._see(batch.images)
             return torch_utils.to_numpy(found)
 
-    def tokens(self, batch: Batch, level: str) -> list[Vectors]:
+    def tokens(self, batch: InputBatch, level: str) -> list[Vectors]:
         """Encode a batch to tokens: (T, D) float32 for each input."""
         with torch_utils.forward(self._device, self.compute):
             if batch.modality == "image":
@@ -131,7 +133,7 @@ class Clip:
             hidden_BTD = self._text.trunk.hidden(level, lambda: self._read(batch.texts))
             return torch_utils.split(hidden_BTD, [self._length(ids) for ids in batch.texts])
 
-    def _length(self, ids: Tokens) -> int:
+    def _length(self, ids: TokenIds) -> int:
         """Count a text's own tokens."""
         if self._text.cut:
             return len(ids)
@@ -140,7 +142,7 @@ class Clip:
     def _see(self, images: Sequence[Any]) -> torch.Tensor:
         return self._model.encode_image(self._pixels.batch(images))  # type: ignore[operator, no-any-return]
 
-    def _read(self, texts: Sequence[Tokens]) -> torch.Tensor:
+    def _read(self, texts: Sequence[TokenIds]) -> torch.Tensor:
         return self._text.encode(torch_utils.pad(texts, 0, self._device))
 
 
@@ -201,7 +203,7 @@ def _load(
             f"backbone {name!r}: a model of two towers has a pooling of its own; after the @ give"
             " own, or leave it out"
         )
-    chosen = torch_utils.choose_device(device)
+    chosen = torch_utils.choose_backbone_device(device)
     text = config.get("text_cfg") if isinstance(config, dict) else None
     names = ["hf_model_name"]
     if not source.startswith("local-dir:"):  # a folder has its tokenizer

@@ -20,7 +20,7 @@ from pipeline.backbones.base import POOLED, block_of, level_names
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Trunk:
+class OpenClipHiddenStates:
     """The part of a tower that gives tokens."""
 
     blocks: tuple[torch.nn.Module, ...] = ()
@@ -49,7 +49,7 @@ class Trunk:
         return found_BTD.transpose(0, 1) if inside else found_BTD
 
 
-def visual(model: Any) -> Trunk:
+def visual(model: Any) -> OpenClipHiddenStates:
     """Find the tokens of an image tower: a vision transformer, or the last grid of a ResNet."""
     tower = model.visual
     if isinstance(tower, VisionTransformer):
@@ -58,14 +58,18 @@ def visual(model: Any) -> Trunk:
         # Where pooling comes before the norm, or has weights, the norm sees no tokens.
         normed = tower.attn_pool is None and not tower.final_ln_after_pool
         last = tower.ln_post if normed else blocks[-1]
-        return Trunk(blocks=blocks, last=last, dim=inner.width, batch_first=inner.batch_first)
+        return OpenClipHiddenStates(
+            blocks=blocks, last=last, dim=inner.width, batch_first=inner.batch_first
+        )
     if isinstance(tower, ModifiedResNet):
         grid: Any = tower.layer4
-        return Trunk(last=grid, dim=int(grid[-1].bn3.num_features))
+        return OpenClipHiddenStates(last=grid, dim=int(grid[-1].bn3.num_features))
     if isinstance(tower, TimmModel) and isinstance(tower.trunk, timm.models.VisionTransformer):
         trunk: Any = tower.trunk
-        return Trunk(blocks=tuple(trunk.blocks), last=trunk.norm, dim=trunk.embed_dim)
-    return Trunk()
+        return OpenClipHiddenStates(
+            blocks=tuple(trunk.blocks), last=trunk.norm, dim=trunk.embed_dim
+        )
+    return OpenClipHiddenStates()
 
 
 class Text(torch.nn.Module):
@@ -88,9 +92,9 @@ class Text(torch.nn.Module):
         self._cut = self._end != -1 and mask is not None and plain
         self._mask = mask
         self._positions = getattr(tower, "positional_embedding", None)
-        self.trunk = Trunk()
+        self.trunk = OpenClipHiddenStates()
         if plain and hasattr(tower, "ln_final") and hasattr(tower.transformer, "resblocks"):
-            self.trunk = Trunk(
+            self.trunk = OpenClipHiddenStates(
                 blocks=tuple(tower.transformer.resblocks),
                 last=tower.ln_final,
                 dim=tower.transformer.width,

@@ -16,7 +16,7 @@ import transformers
 from PIL import Image
 
 from pipeline.backbones import torch_utils
-from pipeline.backbones.base import Tokens
+from pipeline.backbones.base import TokenIds
 from pipeline.backbones.image_transforms import of_processor
 
 OWN_CODE: dict[str, Any] = {"trust_remote_code": False}  # left out, the user would be asked
@@ -149,7 +149,7 @@ class TextInput:
         kind = type(self._tokenizer).__name__
         return f"{lower}{kind} {self._vocabulary}, at most {self._most} tokens"
 
-    def prepare(self, texts: Sequence[str]) -> list[Tokens]:
+    def prepare(self, texts: Sequence[str]) -> list[TokenIds]:
         """Run the tokenizer, without padding unless the model was trained on it."""
         given = [f"{self._prompt}{text}" for text in texts]
         given = [text.lower() for text in given] if self._lower else given
@@ -160,7 +160,7 @@ class TextInput:
             ids = [row + [self._pad] * (self._most - len(row)) for row in ids]
         return [np.asarray(row, dtype=np.int64) for row in ids]
 
-    def batch(self, texts: Sequence[Tokens]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def batch(self, texts: Sequence[TokenIds]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Stack ids (B, T), with the mask of what is no padding, where the model wants one."""
         ids_BT = torch_utils.pad(texts, self._pad, self._device)
         if self._full:
@@ -169,7 +169,7 @@ class TextInput:
         mask_BT = (torch.arange(ids_BT.shape[1]) < lengths_B1).long()
         return ids_BT, torch_utils.send(mask_BT, self._device)
 
-    def lengths(self, texts: Sequence[Tokens]) -> list[int]:
+    def lengths(self, texts: Sequence[TokenIds]) -> list[int]:
         """Count each text's own tokens, special ones included."""
         if not self._full:
             return [len(ids) for ids in texts]

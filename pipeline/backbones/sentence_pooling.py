@@ -25,7 +25,7 @@ _OLD = {
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Recipe:
+class PoolingConfig:
     """How one vector is made of a text's tokens."""
 
     mode: str = "mean"
@@ -66,7 +66,7 @@ class Recipe:
         return torch.nn.functional.normalize(pooled_BD, dim=-1) if self.normalize else pooled_BD
 
 
-def recipe(name: str, folder: Path, pooling: str | None = None) -> Recipe:
+def recipe(name: str, folder: Path, pooling: str | None = None) -> PoolingConfig:
     """Read the recipe of a checkpoint's folder; the mean, unless the folder says otherwise.
 
     Args:
@@ -80,7 +80,7 @@ def recipe(name: str, folder: Path, pooling: str | None = None) -> Recipe:
     """
     modules = _json(folder / "modules.json")
     if not modules:
-        return Recipe(mode=pooling, by="as asked for") if pooling else Recipe()
+        return PoolingConfig(mode=pooling, by="as asked for") if pooling else PoolingConfig()
     kinds = {str(module["type"]).rpartition(".")[2]: str(module["path"]) for module in modules}
     for kind in kinds:
         if kind not in _MODULES:
@@ -100,7 +100,7 @@ def recipe(name: str, folder: Path, pooling: str | None = None) -> Recipe:
             f"backbone {name!r}: it leaves its prompt {prompt!r} out of the pooling, which is not"
             " done here; take an encoder that does not"
         )
-    return Recipe(
+    return PoolingConfig(
         mode=asked or _mode(name, config),
         normalize="Normalize" in kinds,
         max_tokens=int(limit) if limit else None,

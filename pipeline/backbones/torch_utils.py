@@ -8,13 +8,13 @@ import numpy as np
 import torch
 
 from features.errors import UserError
-from pipeline.backbones.base import Tokens, Vectors
+from pipeline.backbones.base import TokenIds, Vectors
 
 PROBE = "A título, IN CAPS: don't \u65e5\u672c 5x5 \U0001f3ac  end\n"
 """A text whose tokens tell tokenizers apart."""
 
 
-def choose_device(device: str | None) -> torch.device:
+def choose_backbone_device(device: str | None) -> torch.device:
     """Take the device asked for, else a CUDA device, else the CPU.
 
     Raises:
@@ -59,7 +59,7 @@ def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
-def pad(texts: Sequence[Tokens], value: int, device: torch.device) -> torch.Tensor:
+def pad(texts: Sequence[TokenIds], value: int, device: torch.device) -> torch.Tensor:
     """Stack token ids to (B, longest), filled up with ``value``."""
     ids_BT = np.full((len(texts), max(len(ids) for ids in texts)), value, dtype=np.int64)
     for row, ids in zip(ids_BT, texts, strict=True):
@@ -100,7 +100,7 @@ def split(tokens_BTD: torch.Tensor, lengths: Sequence[int] | None = None) -> lis
     return [tokens_TD[:end] for tokens_TD, end in zip(home_BTD, ends, strict=True)]
 
 
-def without_padding(ids: Tokens, pad: int, *, ends: bool) -> int:
+def without_padding(ids: TokenIds, pad: int, *, ends: bool) -> int:
     """Count the tokens of a padded text.
 
     Args:

@@ -17,14 +17,13 @@ import torch
 import transformers
 from PIL import Image
 
-from features.checkpoint_fingerprint import fingerprint, quiet, stored_config
+from features.checkpoint_fingerprint import fingerprint, quiet_transformers, stored_config
 from features.errors import UserError
-from pipeline.backbones import torch_utils
-from pipeline.backbones.base import POOLED, TOKENS, Batch, Tokens, Vectors, split_pooling
-from pipeline.backbones.hidden_states import Tower
+from pipeline.backbones import patch_masking, torch_utils
+from pipeline.backbones.base import POOLED, TOKENS, InputBatch, TokenIds, Vectors, split_pooling
+from pipeline.backbones.hidden_states import HiddenStates
 from pipeline.backbones.processors import OWN_CODE, PictureInput, TextInput
 from pipeline.backbones.sentence_pooling import recipe
-from pipeline.backends import masking
 from pipeline.media.images import one_line
 
 _HEADS = ("pooler", "mask_token", "position_ids")  # may be missing: they are not used
@@ -32,7 +31,7 @@ _OWN = "the model's own pooling"
 _GREY = Image.new("RGB", (64, 64), "grey")
 
 
-class Transformer:
+class TransformersBackbone:
     """One transformers model out of a folder in its library's own format.
 
     Args:
@@ -55,11 +54,11 @@ class Transformer:
         self.libraries = libraries()
         self._asked = split_pooling(name)[1]
         self._mask = mask
-        self._device = torch_utils.choose_device(device)
+        self._device = torch_utils.choose_backbone_device(device)
         self.batch_size = torch_utils.batch_size(self._device)
         self.input_size: int | None = None
-        self._vision: Tower | None = None
-        self._text: Tower | None = None
+        self._vision: HiddenStates | None = None
+        self._text: HiddenStates | None = None
         with loading(name, folder):
             self._recipe = recipe(name, folder, self._asked)
             self._load(folder / self._recipe.folder)
@@ -83,7 +82,7 @@ class Transformer:
             self.input_size = self._pictures.size
             self._vision = self._tower("vision", self._pixels([self.image(_GREY)]))
             self._vision_pooling = self._choose_vision_pooling()
-            dims.add(self.embed(Batch(images=[self.image(_GREY)])).shape[1])
+            dims.add(self.embed(InputBatch(images=[self.image(_GREY)])).shape[1])
         if self._both or model.main_input_name == "input_ids":
             self.modalities += ("text",)
             text_config = getattr(config, "text_config", config)
@@ -96,23 +95,23 @@ class Transformer:
                 if getattr(model, "pooler", None) is None:
                     self._refuse("its model has no pooling of its own", "cls or mean")
                 self._need_pooler()
-            dims.add(self.embed(Batch(texts=self.texts(["a"]))).shape[1])
+            dims.add(self.embed(InputBatch(texts=self.texts(["a"]))).shape[1])
         if self._both:
             self.modalities += ("joint",)
         if len(dims) != 1:
             raise ValueError(f"a {config.model_type} model gives no single vector of one input")
         self.dim = int(dims.pop())
 
-    def _tower(self, side: str, probe: dict[str, Any]) -> Tower | None:
+    def _tower(self, side: str, probe: dict[str, Any]) -> HiddenStates | None:
         """Find an encoder of the model; none where two towers are not called as usual."""
         if not self._both:
             depth = getattr(self._model.config, "num_hidden_layers", 0)
-            return Tower(self._model, depth, self._model, probe)
+            return HiddenStates(self._model, depth, self._model, probe)
         module = getattr(self._model, f"{side}_model", None)
         config = getattr(self._model.config, f"{side}_config", None)
         if module is None or config is None:
             return None
-        return Tower(module, getattr(config, "num_hidden_layers", 0), module, probe)
+        return HiddenStates(module, getattr(config, "num_hidden_layers", 0), module, probe)
 
     def _choose_vision_pooling(self) -> str:
         if self._both:
@@ -154,7 +153,7 @@ class Transformer:
         """Blocks of the deepest tower that can be cut."""
         return max((tower.depth for tower in (self._vision, self._text) if tower), default=0)
 
-    def _of(self, modality: str) -> Tower | None:
+    def _of(self, modality: str) -> HiddenStates | None:
         return {"image": self._vision, "text": self._text}.get(modality)
 
     def levels(self, modality: str) -> tuple[str, ...]:
@@ -194,11 +193,11 @@ class Transformer:
         """Do what the checkpoint's image processor does: 8-bit pixels, or (C, H, W) float32."""
         return self._pictures.prepare(picture)
 
-    def texts(self, texts: Sequence[str]) -> list[Tokens]:
+    def texts(self, texts: Sequence[str]) -> list[TokenIds]:
         """Run the checkpoint's tokenizer, without padding unless the model was trained on it."""
         return self._words.prepare(texts)
 
-    def embed(self, batch: Batch) -> Vectors:
+    def embed(self, batch: InputBatch) -> Vectors:
         """Encode a batch: (B, D) float32."""
         with torch_utils.forward(self._device, self.compute):
             if batch.modality == "joint":
@@ -207,7 +206,7 @@ class Transformer:
             found = self._read(batch.texts) if len(batch.texts) else self._see(batch.images)
             return torch_utils.to_numpy(found)
 
-    def tokens(self, batch: Batch, level: str) -> list[Vectors]:
+    def tokens(self, batch: InputBatch, level: str) -> list[Vectors]:
         """Encode a batch to tokens: (T, D) float32 for each input."""
         with torch_utils.forward(self._device, self.compute):
             if batch.modality == "text":
@@ -235,15 +234,15 @@ class Transformer:
         inputs: dict[str, Any] = {"pixel_values": self._pictures.batch(images)}
         if hasattr(self._model.config, "mask_ratio"):
             patches = self._model.embeddings.patch_embeddings.num_patches
-            noise_BL = masking.noise(images, patches, self._mask)
+            noise_BL = patch_masking.noise(images, patches, self._mask)
             inputs["noise"] = torch_utils.send(noise_BL, self._device)
         return inputs
 
-    def _ids(self, texts: Sequence[Tokens]) -> dict[str, Any]:
+    def _ids(self, texts: Sequence[TokenIds]) -> dict[str, Any]:
         ids_BT, mask_BT = self._words.batch(texts)
         return {"input_ids": ids_BT} | ({} if mask_BT is None else {"attention_mask": mask_BT})
 
-    def _read(self, texts: Sequence[Tokens]) -> torch.Tensor:
+    def _read(self, texts: Sequence[TokenIds]) -> torch.Tensor:
         inputs = self._ids(texts)
         if self._both:
             return _vector(self._model.get_text_features(**inputs))
@@ -315,9 +314,9 @@ def _vector(output: Any) -> torch.Tensor:
 
 @contextmanager
 def loading(name: str, folder: Path) -> Iterator[None]:
-    """Keep the library quiet, and make one line of whatever it stumbles over."""
+    """Keep the library quiet_transformers, and make one line of whatever it stumbles over."""
     try:
-        with quiet():
+        with quiet_transformers():
             yield
     except UserError:
         raise

@@ -17,14 +17,14 @@ from PIL import Image
 
 from features.errors import UserError
 from pipeline.backbones import torch_utils
-from pipeline.backbones.base import TOKENS, Batch
-from pipeline.backbones.hidden_states import Tower
+from pipeline.backbones.base import TOKENS, InputBatch
+from pipeline.backbones.hidden_states import HiddenStates
 from pipeline.backbones.image_text import Joint
 from pipeline.backbones.processors import TextInput
-from pipeline.backbones.transformers import Transformer, load_model, loading, read_config
+from pipeline.backbones.transformers import TransformersBackbone, load_model, loading, read_config
 
 
-class Eyes(Protocol):
+class PartEncoder(Protocol):
     """What shows the parts of pictures."""
 
     width: int
@@ -59,7 +59,7 @@ class Parts:
     """
 
     def __init__(self, name: str, folder: Path, device: str | None, compute: str) -> None:
-        self._model = Transformer(name, folder, device, compute)
+        self._model = TransformersBackbone(name, folder, device, compute)
         if not self._model.shows_parts:
             raise UserError(
                 f"backbone {name!r}: {folder} gives no tokens of a picture's parts; take a vision"
@@ -111,12 +111,12 @@ class VisualBert(Joint):
     ) -> None:
         self._vocabulary = words or folder
         if vision.is_dir():
-            self._eyes: Eyes = Parts(f"{name} (its pictures)", vision, device, compute)
+            self._eyes: PartEncoder = Parts(f"{name} (its pictures)", vision, device, compute)
         else:
             from pipeline.backbones.detector import Regions
 
             with loading(name, vision):
-                self._eyes = Regions(vision, torch_utils.choose_device(device))
+                self._eyes = Regions(vision, torch_utils.choose_backbone_device(device))
         super().__init__(name, folder, device, compute)
         self.libraries = {**self._eyes.libraries, **self.libraries}
         self.batch_size = self._eyes.batch_size
@@ -136,11 +136,11 @@ class VisualBert(Joint):
         self.checkpoint = hashlib.sha256(both).hexdigest()[:16]
         self._words = TextInput(self._vocabulary, model, config, self._device)
 
-    def _find(self, probe: Batch) -> dict[str, Tower]:
+    def _find(self, probe: InputBatch) -> dict[str, HiddenStates]:
         depth = self._model.config.num_hidden_layers
-        return {"joint": Tower(self._model, depth, self._model, self._inputs(probe))}
+        return {"joint": HiddenStates(self._model, depth, self._model, self._inputs(probe))}
 
-    def _inputs(self, batch: Batch) -> dict[str, Any]:
+    def _inputs(self, batch: InputBatch) -> dict[str, Any]:
         ids_BT, mask_BT = self._words.batch(batch.texts)
         parts_BVD, mask_BV = self._eyes.parts(batch.images)
         return {
@@ -150,7 +150,7 @@ class VisualBert(Joint):
             "visual_attention_mask": mask_BV,
         }
 
-    def _masks(self, batch: Batch, inputs: dict[str, Any], width: int) -> torch.Tensor:
+    def _masks(self, batch: InputBatch, inputs: dict[str, Any], width: int) -> torch.Tensor:
         return torch.cat([inputs["attention_mask"], inputs["visual_attention_mask"]], dim=1)
 
     @property

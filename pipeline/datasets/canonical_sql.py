@@ -12,9 +12,9 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from features.atomic_files import whole
+from features.atomic_files import atomic_write
 from features.errors import UserError
-from features.schema import INTERACTIONS, ITEMS, MODALITIES
+from features.schema import INTERACTIONS_SCHEMA, ITEMS_SCHEMA, MODALITIES
 from features.warehouse import DatasetInfo
 from pipeline.datasets.importers.base import Files, many, some
 from pipeline.datasets.importers.raw_sql import one
@@ -184,21 +184,21 @@ def write_tables(db: duckdb.DuckDBPyConnection, stage: Path) -> None:
         db,
         "SELECT item, item_id, text, image, video, attributes FROM items"
         " JOIN raw_items USING (item_id) ORDER BY item",
-        ITEMS,
+        ITEMS_SCHEMA,
         stage / "items" / "part-00000.parquet",
     )
     _stream(
         db,
         "SELECT user, user_id, item, timestamp, position FROM ordered"
         " JOIN users USING (u) JOIN items USING (i) ORDER BY user, position",
-        INTERACTIONS,
+        INTERACTIONS_SCHEMA,
         stage / "interactions" / "part-00000.parquet",
     )
 
 
 def _stream(db: duckdb.DuckDBPyConnection, sql: str, schema: pa.Schema, path: Path) -> None:
     with (
-        whole(path) as beside,
+        atomic_write(path) as beside,
         pq.ParquetWriter(beside, schema, write_page_checksum=True) as writer,
     ):
         for batch in db.sql(sql).to_arrow_reader(ROW_GROUP):

@@ -29,7 +29,7 @@ class Failure:
 
 
 @dataclass(kw_only=True, slots=True)
-class Tally:
+class ExtractionCounts:
     """What became of the items so far."""
 
     encoded: int = 0
@@ -45,7 +45,10 @@ class Tally:
 
 
 class Rows(Protocol):
-    """What a book needs of a table's rows; see :class:`pipeline.extraction.table_writer.Ledger`."""
+    """The rows of a feature table, as deduplication needs them.
+
+    See :class:`pipeline.extraction.table_writer.FeatureTableWriter`.
+    """
 
     def has(self, item: int, content: str) -> bool:
         """Whether the item's own row was made from this content."""
@@ -77,7 +80,7 @@ class Rows(Protocol):
         ...
 
 
-class Book:
+class Deduplicator:
     """Knows which content is encoded already, and takes down what happens to the rest.
 
     Args:
@@ -90,7 +93,7 @@ class Book:
     def __init__(
         self, ledger: Rows, dtype: str, strict: Callable[[int], str] | None = None, room: int = 0
     ) -> None:
-        self.tally = Tally()
+        self.tally = ExtractionCounts()
         self._ledger = ledger
         self._dtype = np.dtype(dtype)
         self._strict = strict

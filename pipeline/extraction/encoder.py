@@ -15,9 +15,14 @@ import numpy as np
 from PIL import Image
 
 from features.errors import UserError
-from pipeline.backbones.base import POOLED, Backbone, Batch, Tokens, Vectors
+from pipeline.backbones.base import POOLED, Backbone, InputBatch, TokenIds, Vectors
 from pipeline.extraction.batching import prefetch, token_batches
-from pipeline.extraction.deduplication import Book, Tally, content_hash, is_out_of_memory
+from pipeline.extraction.deduplication import (
+    Deduplicator,
+    ExtractionCounts,
+    content_hash,
+    is_out_of_memory,
+)
 from pipeline.media.images import Media, MediaError, decode_image, one_line
 from pipeline.media.video import sample
 
@@ -30,7 +35,7 @@ Input = str | tuple[str, str]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Choices:
+class EncodeOptions:
     """How the inputs of one modality are encoded."""
 
     modality: str
@@ -53,7 +58,7 @@ class _Loaded:
     content: str = ""
     inputs: list[Any] | None = None
     """What the backbone made of the picture or the frames; None: nothing to encode."""
-    text: Tokens | None = None
+    text: TokenIds | None = None
     """The other half of a joint input."""
     partial: bool | None = None
     """Of a clip: whether its file is damaged."""
@@ -78,10 +83,10 @@ class Encoder:
         self,
         *,
         backbone: Backbone,
-        choices: Choices,
-        book: Book,
+        choices: EncodeOptions,
+        book: Deduplicator,
         media: Media,
-        report: Callable[[Tally], None],
+        report: Callable[[ExtractionCounts], None],
         say: Callable[[str], None],
     ) -> None:
         self._backbone = backbone
@@ -165,7 +170,7 @@ class Encoder:
 
     def _embed_visuals(self, group: list[tuple[_Loaded, Any]]) -> None:
         texts = [loaded.text for loaded, _ in group if loaded.text is not None]
-        found = self._embed(Batch(images=[one for _, one in group], texts=texts))
+        found = self._embed(InputBatch(images=[one for _, one in group], texts=texts))
         pooled = self._choices.level == POOLED
         for (loaded, _), vector in zip(group, found, strict=True):
             assert loaded.inputs is not None
@@ -196,7 +201,7 @@ class Encoder:
             lengths = np.asarray([len(ids) for ids in tokens], dtype=np.int64)
             budget = self._batch * TOKENS_EACH
             for chosen in token_batches(lengths, budget=budget, most=4 * self._batch):
-                found = self._embed(Batch(texts=[tokens[i] for i in chosen]))
+                found = self._embed(InputBatch(texts=[tokens[i] for i in chosen]))
                 for i, vector in zip(chosen, found, strict=True):
                     item, content, text = window[i]
                     count = int(lengths[i]) if pooled else len(vector)
@@ -222,12 +227,12 @@ class Encoder:
 
     def _tokenise(
         self, window: list[tuple[int, str, str]]
-    ) -> tuple[list[tuple[int, str, str]], list[Tokens]]:
+    ) -> tuple[list[tuple[int, str, str]], list[TokenIds]]:
         return window, self._backbone.texts([text for _, _, text in window])
 
     # -- both -------------------------------------------------------------------------------
 
-    def _embed(self, batch: Batch) -> Sequence[Vectors]:
+    def _embed(self, batch: InputBatch) -> Sequence[Vectors]:
         """Encode a batch, in halves where the device has no room for it at once.
 
         Gives one vector (D,) for each input, or its tokens (T, D).
@@ -251,12 +256,12 @@ class Encoder:
             self._say(f"out of memory with {size} inputs ({reason}); going on with {half}")
             _free()
         parts = [
-            Batch(images=batch.images[start:end], texts=batch.texts[start:end])
+            InputBatch(images=batch.images[start:end], texts=batch.texts[start:end])
             for start, end in ((0, half), (half, size))
         ]
         return [vector for part in parts for vector in self._embed(part)]
 
-    def _forward(self, batch: Batch, size: int) -> Sequence[Vectors]:
+    def _forward(self, batch: InputBatch, size: int) -> Sequence[Vectors]:
         if self._choices.level != POOLED:
             return self._backbone.tokens(batch, self._choices.level)
         vectors_BD = self._backbone.embed(batch)

@@ -10,11 +10,11 @@ import numpy.typing as npt
 
 from features.warehouse import Warehouse
 from pipeline.backbones.base import POOLED, Backbone
-from pipeline.extraction.deduplication import Book, Tally
+from pipeline.extraction.deduplication import Deduplicator, ExtractionCounts
 from pipeline.extraction.encoder import Encoder
 from pipeline.extraction.job import Job, open_job
 from pipeline.extraction.options import Options
-from pipeline.media.images import quiet
+from pipeline.media.images import quiet_decoders
 
 _PROBED = {"image": 2, "joint": 2, "text": 8, "video": 0}  # batches; of clips a few
 _CLIPS = 4
@@ -92,7 +92,7 @@ def estimate(
         UserError: As :func:`pipeline.extraction.job.extract`.
     """
     job, models = open_job(warehouse, dataset, options, say=say)
-    with quiet():
+    with quiet_decoders():
         return [_estimate(job, modality, backbone) for modality, backbone in models.items()]
 
 
@@ -105,7 +105,7 @@ def _estimate(job: Job, modality: str, backbone: Backbone) -> Estimate:
     try:
         for part in (chosen[:1], chosen):  # the first pass warms up
             probe = _Probe()
-            book = Book(probe, job.options.dtype, job.name if job.options.strict else None)
+            book = Deduplicator(probe, job.options.dtype, job.name if job.options.strict else None)
             encoder = Encoder(
                 backbone=backbone,
                 choices=choices,
@@ -137,5 +137,5 @@ def _estimate(job: Job, modality: str, backbone: Backbone) -> Estimate:
     )
 
 
-def _ignore(tally: Tally) -> None:
+def _ignore(tally: ExtractionCounts) -> None:
     pass

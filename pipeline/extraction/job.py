@@ -19,18 +19,18 @@ import pyarrow as pa
 from features.atomic_files import lock, write_table
 from features.errors import UserError
 from features.provenance import Provenance
-from features.schema import FAILURES
+from features.schema import FAILURES_SCHEMA
 from features.store import FeatureStore, FeatureTable
 from features.warehouse import DatasetInfo, Warehouse
 from pipeline.backbones.base import POOLED, Backbone, UnavailableError
 from pipeline.backbones.registry import DEFAULT, check_modality, load_backbone, wrong_modality
-from pipeline.extraction.deduplication import Book, Failure, Tally
-from pipeline.extraction.encoder import TEXT_MOST, Choices, Encoder
+from pipeline.extraction.deduplication import Deduplicator, ExtractionCounts, Failure
+from pipeline.extraction.encoder import TEXT_MOST, EncodeOptions, Encoder
 from pipeline.extraction.items import Items, choose
 from pipeline.extraction.options import Options
-from pipeline.extraction.reports import ExtractReport, ModalityReport, Progress
-from pipeline.extraction.table_writer import Ledger
-from pipeline.media.images import DRAFT, Media, quiet
+from pipeline.extraction.reports import ExtractProgress, ExtractReport, ModalityReport
+from pipeline.extraction.table_writer import FeatureTableWriter
+from pipeline.media.images import DRAFT, Media, quiet_decoders
 from pipeline.media.images import PREPROCESSING as OF_PICTURES
 from pipeline.media.video import preprocessing as of_clips
 
@@ -42,7 +42,7 @@ def extract(
     dataset: str,
     options: Options,
     *,
-    progress: Callable[[Progress], None] | None = None,
+    progress: Callable[[ExtractProgress], None] | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> ExtractReport:
     """Encode a prepared dataset; run again, it does only what is missing or has changed.
@@ -61,7 +61,7 @@ def extract(
     """
     with _frugal():
         job, models = open_job(warehouse, dataset, options, progress=progress, say=say)
-        with quiet(), _engine(options):
+        with quiet_decoders(), _engine(options):
             reports = [job.run(modality, backbone) for modality, backbone in models.items()]
     return ExtractReport(dataset=dataset, tables=tuple(reports))
 
@@ -93,7 +93,7 @@ def open_job(
     dataset: str,
     options: Options,
     *,
-    progress: Callable[[Progress], None] | None = None,
+    progress: Callable[[ExtractProgress], None] | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> tuple["Job", dict[str, Backbone]]:
     """Load all that an extraction needs: the job, and the backbone of each modality.
@@ -159,7 +159,7 @@ class Job:
     info: DatasetInfo
     items: Items
     options: Options
-    progress: Callable[[Progress], None] | None
+    progress: Callable[[ExtractProgress], None] | None
     say: Callable[[str], None]
 
     def run(self, modality: str, backbone: Backbone) -> ModalityReport:
@@ -177,14 +177,14 @@ class Job:
         total = self.items.counts[modality]
         last = 0.0
 
-        def report(tally: Tally) -> None:
+        def report(tally: ExtractionCounts) -> None:
             nonlocal last
             now = time.monotonic()
             if self.progress is None or (now - last < SECONDS_A_TICK and tally.done < total):
                 return
             last = now
             self.progress(
-                Progress(
+                ExtractProgress(
                     modality=modality,
                     backbone=backbone.name,
                     done=tally.done,
@@ -194,9 +194,9 @@ class Job:
                 )
             )
 
-        ledger = Ledger(table, provenance, self.items.ids)
+        ledger = FeatureTableWriter(table, provenance, self.items.ids)
         strict = self.name if self.options.strict else None
-        book = Book(ledger, self.options.dtype, strict, total)
+        book = Deduplicator(ledger, self.options.dtype, strict, total)
         try:
             self._encode(backbone, modality, book, report)
             # Before the table is complete: then both are of the same run.
@@ -228,7 +228,11 @@ class Job:
         )
 
     def _encode(
-        self, backbone: Backbone, modality: str, book: Book, report: Callable[[Tally], None]
+        self,
+        backbone: Backbone,
+        modality: str,
+        book: Deduplicator,
+        report: Callable[[ExtractionCounts], None],
     ) -> None:
         inputs, choices = self.items.present(modality), self.choices(backbone, modality)
         if self.options.engine == "ray":
@@ -273,9 +277,9 @@ class Job:
         """Open what pictures and clips are read from; the caller closes it."""
         return Media(Path(self.info.raw), self.warehouse.dataset_dir(self.info.name))
 
-    def choices(self, backbone: Backbone, modality: str) -> Choices:
+    def choices(self, backbone: Backbone, modality: str) -> EncodeOptions:
         """How this backbone encodes this modality."""
-        return Choices(
+        return EncodeOptions(
             modality=modality,
             level=self.options.level,
             batch_size=self.options.batch_size or backbone.batch_size,
@@ -327,7 +331,7 @@ class Job:
             pa.array([failure.reason for failure in failures]),
             pa.array([failure.source for failure in failures]),
         ]
-        write_table(path, pa.Table.from_arrays(columns, schema=FAILURES))
+        write_table(path, pa.Table.from_arrays(columns, schema=FAILURES_SCHEMA))
 
 
 def provenance_of(backbone: Backbone, modality: str, options: Options) -> Provenance:

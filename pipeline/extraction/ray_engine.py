@@ -27,9 +27,9 @@ import pyarrow as pa
 
 from features.errors import UserError
 from pipeline.backbones.registry import load_backbone
-from pipeline.extraction.deduplication import Book, Tally, content_hash
-from pipeline.extraction.encoder import Choices, Encoder, Input, hash_clip, read_picture
-from pipeline.media.images import Media, MediaError, quiet
+from pipeline.extraction.deduplication import Deduplicator, ExtractionCounts, content_hash
+from pipeline.extraction.encoder import EncodeOptions, Encoder, Input, hash_clip, read_picture
+from pipeline.media.images import Media, MediaError, quiet_decoders
 
 _NOBODY = -1  # in place of an item: its reason is for the person at the terminal
 HASHED_EACH = 512  # inputs of a shard that is only read
@@ -54,7 +54,7 @@ class Work:
     backbone: str
     device: str | None
     compute: str
-    choices: Choices
+    choices: EncodeOptions
     raw: Path
     prepared: Path
 
@@ -107,7 +107,7 @@ class Worker:
         """Encode a shard of (item, source, text) into rows of what was found."""
         said: list[str] = []
         found = _Found()
-        book = Book(found, "float32")
+        book = Deduplicator(found, "float32")
         encoder = Encoder(
             backbone=self._backbone,
             choices=self._choices,
@@ -116,7 +116,7 @@ class Worker:
             report=_ignore,
             say=said.append,
         )
-        with quiet():
+        with quiet_decoders():
             encoder.run(_pairs(shard))
         rows = [{"item": item, **row} for item, row in found.rows.items()]
         rows += [
@@ -150,10 +150,10 @@ def run(
     work: Work,
     inputs: Iterable[tuple[int, Input]],
     *,
-    book: Book,
+    book: Deduplicator,
     workers: int,
     width: int | None,
-    report: Callable[[Tally], None],
+    report: Callable[[ExtractionCounts], None],
     say: Callable[[str], None],
 ) -> None:
     """Encode ``(item, input)`` pairs with actors inside a session, and take their results down.
@@ -239,7 +239,9 @@ def _shards(pairs: list[tuple[int, Input]], each: int) -> list[pa.Table]:
     return [_shard(part) for part in iter(lambda: list(islice(rows, each)), [])]
 
 
-def _book(book: Book, row: dict[str, Any], content: str, source: str, width: int | None) -> None:
+def _book(
+    book: Deduplicator, row: dict[str, Any], content: str, source: str, width: int | None
+) -> None:
     error = None
     if row["vector"] is None:
         error = MediaError(row["stage"], row["reason"])
@@ -278,7 +280,7 @@ def _pairs(shard: pa.Table) -> Iterator[tuple[int, Input]]:
         yield row["item"], given
 
 
-def _ignore(tally: Tally) -> None:
+def _ignore(tally: ExtractionCounts) -> None:
     pass
 
 

@@ -44,7 +44,7 @@ class ExtractReport:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Progress:
+class ExtractProgress:
     """How far one modality is; given to the callback some times a second, and at its end."""
 
     modality: str

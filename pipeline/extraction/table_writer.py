@@ -41,7 +41,7 @@ class _Buffer:
     since: float = field(default_factory=time.monotonic)
 
 
-class Ledger:
+class FeatureTableWriter:
     """The rows of one table, by item and by content.
 
     Args:

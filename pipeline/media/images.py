@@ -65,7 +65,7 @@ class MediaError(Exception):
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def quiet_decoders() -> Iterator[None]:
     """Keep Pillow's remarks on odd files off the terminal for as long as this lasts."""
     log = logging.getLogger("PIL")
     level = log.level
@@ -110,7 +110,7 @@ class Media:
                 end = reference.find("#", end + 1)
         path = _allowed(path)
         check_file(path, MAX_BYTES)
-        with reading():
+        with media_errors():
             return path.read_bytes()
 
     def open(self, reference: str) -> io.BufferedReader:
@@ -121,7 +121,7 @@ class Media:
         """
         path = _allowed(self._path(reference))
         check_file(path)
-        with reading():
+        with media_errors():
             return path.open("rb")
 
     def close(self) -> None:
@@ -184,7 +184,7 @@ def _member(images: LmdbImages | TarImages, name: str) -> bytes | Image.Image:
 
 
 @contextmanager
-def reading() -> Iterator[None]:
+def media_errors() -> Iterator[None]:
     """Turn the system's errors on reading into a :class:`MediaError`."""
     try:
         yield
@@ -202,7 +202,7 @@ def check_file(path: Path, max_bytes: int | None = None) -> None:
     Raises:
         MediaError: It is not, or it is larger than ``max_bytes``.
     """
-    with reading():
+    with media_errors():
         status = path.stat()
     if stat.S_ISDIR(status.st_mode):
         raise MediaError("read", "is a folder")

@@ -50,7 +50,7 @@ def products(x_BD: Tensor, y_BD: Tensor, both: bool) -> None:
         grad_BD.addmm_(score_RB.T, x_RD)
 
 
-def masked(x_BD: Tensor, y_BD: Tensor) -> None:
+def filtered(x_BD: Tensor, y_BD: Tensor) -> None:
     """One direction, with the items of each row's user left out and the popularity corrected."""
     B = len(x_BD)
     generator = torch.Generator().manual_seed(1)
@@ -86,7 +86,7 @@ def narrow(x_BD: Tensor, y_BD: Tensor) -> None:
 WAYS: dict[str, Callable[[Tensor, Tensor], None]] = {
     "products, one direction": lambda x, y: products(x, y, both=False),
     "operator, one direction": lambda x, y: blocked(x, y, both=False),
-    "operator, one direction, masked": masked,
+    "operator, one direction, filtered": filtered,
     "naive, one direction": lambda x, y: naive(x, y, both=False),
     "products, both directions": lambda x, y: products(x, y, both=True),
     "operator, both directions": lambda x, y: blocked(x, y, both=True),

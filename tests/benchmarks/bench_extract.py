@@ -47,7 +47,7 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 
 from features.warehouse import Warehouse
-from pipeline.backbones.base import Backbone, Batch
+from pipeline.backbones.base import Backbone, InputBatch
 from pipeline.backbones.image_transforms import Pixels, of_open_clip, of_processor
 from pipeline.backbones.registry import BACKBONES, load_backbone
 from pipeline.extraction import encoder
@@ -127,7 +127,7 @@ def loaded(backbone: Backbone) -> Backbone:
 def bare_images(backbone: Backbone, prepared: list[Any]) -> Callable[[], None]:
     def loop() -> None:
         for start in range(0, len(prepared), backbone.batch_size):
-            backbone.embed(Batch(images=prepared[start : start + backbone.batch_size]))
+            backbone.embed(InputBatch(images=prepared[start : start + backbone.batch_size]))
 
     return loop
 
@@ -140,7 +140,7 @@ def bare_texts(backbone: Backbone, texts: list[str]) -> Callable[[], None]:
 
     def loop() -> None:
         for chosen in batches:
-            backbone.embed(Batch(texts=[tokens[i] for i in chosen]))
+            backbone.embed(InputBatch(texts=[tokens[i] for i in chosen]))
 
     return loop
 

@@ -21,14 +21,14 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from retrieval.indexes import make_index, rank_with
-from retrieval.ranking import Seen, rank
+from retrieval.ranking import SeenItems, rank
 
 BLOCK = 512
 
 
 def world(
     users: int, items: int, dim: int, trained: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Seen]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, SeenItems]:
     """Vectors in clusters, ten seen items a user, targets at random or near the query."""
     generator = torch.Generator().manual_seed(0)
 
@@ -44,7 +44,7 @@ def world(
         query_UD,
         item_ND,
         target_U,
-        Seen(items=seen.numpy(), offsets=np.arange(users + 1, dtype=np.int64) * 10),
+        SeenItems(items=seen.numpy(), offsets=np.arange(users + 1, dtype=np.int64) * 10),
     )
 
 
@@ -58,7 +58,7 @@ def product(query_UD: torch.Tensor, item_ND: torch.Tensor) -> None:
 
 
 def argsort(query_UD: torch.Tensor, item_ND: torch.Tensor, target_U: torch.Tensor) -> torch.Tensor:
-    """The usual way: sort every score of every user, look the target up; unmasked only."""
+    """The usual way: sort every score of every user, look the target up; kept only."""
     ranks = []
     for query_BD, target_B in zip(query_UD.split(BLOCK), target_U.split(BLOCK), strict=True):
         order_BN = torch.argsort(query_BD @ item_ND.T, dim=1, descending=True)
@@ -67,14 +67,14 @@ def argsort(query_UD: torch.Tensor, item_ND: torch.Tensor, target_U: torch.Tenso
 
 
 def ways_to_rank(
-    query_UD: torch.Tensor, item_ND: torch.Tensor, target_U: torch.Tensor, seen: Seen
+    query_UD: torch.Tensor, item_ND: torch.Tensor, target_U: torch.Tensor, seen: SeenItems
 ) -> dict[str, Callable[[], object]]:
     """What is compared; FAISS's times include filling the index, as an evaluation must."""
     return {
         "counting, both masks": lambda: rank(query_UD, item_ND, target_U, seen),
         "product": lambda: product(query_UD, item_ND),
         "faiss, both masks": lambda: rank_with("faiss", query_UD, item_ND, target_U, seen),
-        "argsort, unmasked": lambda: argsort(query_UD, item_ND, target_U),
+        "argsort, kept": lambda: argsort(query_UD, item_ND, target_U),
         "search 50, torch": lambda: make_index("torch", item_ND).search(query_UD, 50, seen),
         "search 50, faiss": lambda: make_index("faiss", item_ND).search(query_UD, 50, seen),
     }

@@ -9,8 +9,8 @@ PYTHON is an interpreter of an environment of its own, where RecBole 1.2.1 runs:
 
 ``train``: one epoch on ml-100k, each with its own defaults. Both see the same 5-core interactions
 in the same order; a target is one predicted next item. ``rank``: evaluating users of a world of
-100,000 items with untrained weights; ours gives the masked and the unmasked ranking and nine
-metrics, RecBole the unmasked one and two.
+100,000 items with untrained weights; ours gives the filtered and the kept ranking and nine
+metrics, RecBole the kept one and two.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from retrieval.metrics import per_user
 from retrieval.ranking import rank
 from tests.trainer import worlds
 from trainer.evaluation.encode import encode, seen_by, targets_of
-from trainer.loop import Tick
+from trainer.loop import TrainProgress
 from trainer.runs.run import start_run
 from trainer.runs.run import train as run_training
 
@@ -81,7 +81,7 @@ def train(python: str, raw: Path, threads: int, epochs: int) -> None:
         export(dataset, root, "ml-100k")
         marks: list[tuple[int, float, float]] = []
 
-        def watch(tick: Tick) -> None:
+        def watch(tick: TrainProgress) -> None:
             if not tick.metrics:
                 marks.append((tick.epoch, time.process_time(), time.perf_counter()))
 
@@ -89,7 +89,10 @@ def train(python: str, raw: Path, threads: int, epochs: int) -> None:
         targets = sum(
             int((batch.sequences.lengths_B - 1).sum())
             for batch in run.data.epoch(
-                run.model.plan, batch_size=run.config.batch_size, seed=run.config.seed, epoch=1
+                run.model.window_sampling,
+                batch_size=run.config.batch_size,
+                seed=run.config.seed,
+                epoch=1,
             )[1]
         )
         run_training(run, on_tick=watch)
@@ -134,7 +137,7 @@ def evaluation(python: str, threads: int) -> None:
             targets_of(world, held),
             seen_by(world, held),
         )
-        for found in (ranks.masked, ranks.unmasked):
+        for found in (ranks.filtered, ranks.kept):
             assert all(len(values) == USERS for values in per_user(found).values())
 
     spent = []

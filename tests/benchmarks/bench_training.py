@@ -74,7 +74,7 @@ def step(batch_size: int, length: int, items: int, precision: str, steps: int) -
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     before = peak()
-    _, batches = data.epoch(model.plan, batch_size=batch_size, seed=0, epoch=0)
+    _, batches = data.epoch(model.window_sampling, batch_size=batch_size, seed=0, epoch=0)
     windows = [batch for batch in batches if len(batch.users_B) == batch_size][:steps]
     spent, slots = [], []
     for batch in windows:

@@ -13,7 +13,7 @@ import transformers
 from PIL import Image
 
 from features.warehouse import Warehouse
-from pipeline.backbones.base import Batch, Tokens, Vectors
+from pipeline.backbones.base import InputBatch, TokenIds, Vectors
 from pipeline.backbones.image_transforms import Pixels, Pixels8
 from tests.pipeline.backbones.checkpoints import open_clip_folder
 from tests.pipeline.backbones.tiny import prepare
@@ -159,9 +159,9 @@ class Free:
     def image(self, picture: Image.Image) -> Pixels8:
         return self._pixels.prepare(picture)
 
-    def texts(self, texts: list[str]) -> list[Tokens]:
+    def texts(self, texts: list[str]) -> list[TokenIds]:
         raise NotImplementedError
 
-    def embed(self, batch: Batch) -> Vectors:
+    def embed(self, batch: InputBatch) -> Vectors:
         x_BCHW = self._pixels.batch(list(batch.images))
         return x_BCHW[:, 0, :4, :128].reshape(-1, self.dim).cpu().numpy()

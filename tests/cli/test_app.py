@@ -110,7 +110,7 @@ def test_ranks_and_metrics_equal_a_plain_recomputation(house: str) -> None:
         queries = encoded.queries_ED.numpy().astype(np.float64)
         items = encoded.items_ND.numpy().astype(np.float64)
         mine = {row["user"]: row for row in table if row["split"] == split}
-        masked = []
+        filtered = []
         for user, query in zip(encoded.held.users.tolist(), queries, strict=True):
             sequence = dataset.items[dataset.offsets[user] : dataset.offsets[user + 1]].tolist()
             target, seen = sequence[-back], set(sequence[:-back])
@@ -119,10 +119,10 @@ def test_ranks_and_metrics_equal_a_plain_recomputation(house: str) -> None:
             others = [item for item in ahead.tolist() if item != target]
             unseen = [item for item in others if item not in seen]
             assert mine[user]["item"] == target
-            assert mine[user]["rank_unmasked"] == 1 + len(others)
-            assert mine[user]["rank_masked"] == 1 + len(unseen)
-            masked.append(1 + len(unseen))
-        ranks = np.array(masked)
+            assert mine[user]["rank_kept"] == 1 + len(others)
+            assert mine[user]["rank_filtered"] == 1 + len(unseen)
+            filtered.append(1 + len(unseen))
+        ranks = np.array(filtered)
         expected = {
             "HR@10": (ranks <= 10).mean(),
             "NDCG@10": np.where(ranks <= 10, 1 / np.log2(ranks + 1), 0).mean(),
@@ -133,7 +133,7 @@ def test_ranks_and_metrics_equal_a_plain_recomputation(house: str) -> None:
                 house,
                 f"SELECT value, low, high FROM metrics WHERE run = 'mmsrec' AND phase = 'eval'"
                 f" AND split = '{split}' AND targets = 'all' AND ranker = 'mmsrec'"
-                f" AND seen = 'masked' AND metric = '{metric}'",
+                f" AND seen = 'filtered' AND metric = '{metric}'",
             )
             assert len(got) == 1
             assert got[0]["value"] == pytest.approx(value, abs=1e-12)

@@ -17,11 +17,11 @@ def run(*words: str, code: int = 0) -> Result:
 
 def test_the_table_the_document_and_the_mistakes(warehouse: Warehouse) -> None:
     here = ["--warehouse", str(warehouse.root)]
-    for name, masked in RANKS.items():
-        write_run(warehouse, name, masked)
+    for name, filtered in RANKS.items():
+        write_run(warehouse, name, filtered)
     printed = run("compare", "a", "b", "--metric", "MRR", *here).stdout.splitlines()
     assert printed[0] == "d, test: 4 users; difference: to a"
-    assert printed[2] == "masked: items the user has seen are out of the ranking"
+    assert printed[2] == "filtered: items the user has seen are out of the ranking"
     assert printed[4].split() == ["MRR", "a", "0.4811", "-", "-"]
     assert printed[5].split()[:3] == ["b", "0.3250", "-0.1561"]
     assert printed[5].split()[-1] == "0.5000"

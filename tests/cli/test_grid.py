@@ -98,7 +98,9 @@ def test_a_stopped_grid_goes_on_and_prints_the_table(
     lines = done.stderr.splitlines()
     assert ["reused" in line for line in lines if "NDCG@10" in line] == [True, True, False, False]
     table = [line.split() for line in done.stdout.splitlines()]
-    assert done.stdout.startswith("world, test split, masked: seen items are out of the ranking\n")
+    assert done.stdout.startswith(
+        "world, test split, filtered: seen items are out of the ranking\n"
+    )
     for column in range(1, 5):
         cells = [row[column] for row in table[3:5]]
         values = [float(cell.removeprefix("*")) for cell in cells]

@@ -32,7 +32,7 @@ def test_lists_files_and_mistakes(warehouse: Warehouse, tmp_path: Path) -> None:
         run(*ask, "--history", "i4, i5", "--history", "i6", "--k", "3", "--json").stdout
     )
     assert same["items"] == document["items"]
-    everything = run(*ask, "--user", "u1", "--k", "50", "--unmasked", "--index", "torch")
+    everything = run(*ask, "--user", "u1", "--k", "50", "--keep-seen", "--index", "torch")
     assert len(everything.stdout.splitlines()) == 1 + 12
     assert "no more than these 12 items are left" in everything.stderr
     near = run(*ask, "--similar", "i3", "--k", "2").stdout.splitlines()

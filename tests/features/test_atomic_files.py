@@ -9,10 +9,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from features.atomic_files import (
+    atomic_write,
     database,
     lock,
     remove_leftovers,
-    whole,
     write_json,
     write_table,
     write_text,
@@ -29,7 +29,7 @@ def test_a_failed_write_leaves_what_was_there_and_nothing_else(tmp_path: Path) -
     write_text(path, "old")
 
     def half() -> None:
-        with whole(path) as beside:
+        with atomic_write(path) as beside:
             beside.write_text("ne")
             raise RuntimeError("halfway")
 
@@ -40,7 +40,7 @@ def test_a_failed_write_leaves_what_was_there_and_nothing_else(tmp_path: Path) -
 
 
 def test_the_temporary_is_in_the_same_folder_and_hidden_from_globs(tmp_path: Path) -> None:
-    with whole(tmp_path / "deep" / "part-00000.parquet") as beside:
+    with atomic_write(tmp_path / "deep" / "part-00000.parquet") as beside:
         beside.write_text("x")
         assert beside.parent == tmp_path / "deep"
         assert not list(beside.parent.glob("*.parquet"))
@@ -64,8 +64,8 @@ def test_a_table_comes_back_as_it_was(tmp_path: Path) -> None:
 
 def test_leftovers_of_a_killed_writer_go_and_nothing_else(tmp_path: Path) -> None:
     script = (
-        "import os, sys\nfrom pathlib import Path\nfrom features.atomic_files import whole\n"
-        "with whole(Path(sys.argv[1])) as beside:\n"
+        "import os, sys\nfrom pathlib import Path\nfrom features.atomic_files import atomic_write\n"
+        "with atomic_write(Path(sys.argv[1])) as beside:\n"
         "    beside.write_text('half')\n    os.kill(os.getpid(), 9)\n"
     )
     write_text(tmp_path / "a.txt", "old")
@@ -101,7 +101,7 @@ def test_a_second_holder_is_refused_until_the_first_is_gone(tmp_path: Path) -> N
 
 
 def test_files_have_the_usual_mode_and_databases_no_progress_bar(tmp_path: Path) -> None:
-    with whole(tmp_path / "a") as beside:
+    with atomic_write(tmp_path / "a") as beside:
         beside.touch(mode=0o600)
     (tmp_path / "b").touch()
     assert (tmp_path / "a").stat().st_mode == (tmp_path / "b").stat().st_mode

@@ -14,7 +14,7 @@ from features import dataset
 from features.atomic_files import write_json, write_table
 from features.dataset import load_dataset, load_items, parquet_sql, quoted, stream_items
 from features.errors import UserError
-from features.schema import INTERACTIONS, ITEMS
+from features.schema import INTERACTIONS_SCHEMA, ITEMS_SCHEMA
 from features.warehouse import DatasetInfo, Warehouse
 
 HAND = [[3, 1, 2, 0], [1], [2, 2, 1], [0, 3]]
@@ -30,12 +30,14 @@ def _write(warehouse: Warehouse, sequences: Sequence[Sequence[int]], items: int)
     ][::-1]
     half = len(rows) // 2
     for number, part in enumerate((rows[:half], rows[half:])):
-        table = pa.Table.from_pylist(part, INTERACTIONS)
+        table = pa.Table.from_pylist(part, INTERACTIONS_SCHEMA)
         write_table(folder / "interactions" / f"part-{number:05d}.parquet", table)
     catalogue = [
         {"item": item, "item_id": f"i{item}", "text": f"text {item}"} for item in range(items)
     ]
-    write_table(folder / "items/part-00000.parquet", pa.Table.from_pylist(catalogue[::-1], ITEMS))
+    write_table(
+        folder / "items/part-00000.parquet", pa.Table.from_pylist(catalogue[::-1], ITEMS_SCHEMA)
+    )
     info = DatasetInfo(
         name="mine",
         format="table",

@@ -11,7 +11,7 @@ from features.arrow_columns import embedding_array
 from features.atomic_files import write_table
 from features.errors import UserError
 from features.provenance import Provenance
-from features.schema import FAILURES, PREDICTIONS, feature_schema
+from features.schema import FAILURES_SCHEMA, PREDICTIONS_SCHEMA, feature_schema
 from features.sql_views import VIEWS, query, view_name
 from features.store import FeatureStore
 from features.warehouse import Warehouse
@@ -150,10 +150,10 @@ def test_tables_of_an_earlier_preparation_are_left_out_and_failures_find_their_i
 ) -> None:
     tiny.prepare(warehouse, tmp_path, ids=["a", "b", "c"])
     add_table(warehouse, "hashed", "image", 4)
-    failed = dict.fromkeys(FAILURES.names, "x") | {"item": 1, "item_id": "b"}
+    failed = dict.fromkeys(FAILURES_SCHEMA.names, "x") | {"item": 1, "item_id": "b"}
     gone = failed | {"item": 0, "item_id": "a"}
     path = warehouse.dataset_dir("tiny") / "failures" / "hashed-image.parquet"
-    write_table(path, pa.Table.from_pylist([gone, failed], FAILURES))
+    write_table(path, pa.Table.from_pylist([gone, failed], FAILURES_SCHEMA))
     tiny.prepare(warehouse, tmp_path / "again", ids=["b", "c"])
     said: list[str] = []
     assert value(warehouse, "SELECT count(*) FROM features") == 0
@@ -251,7 +251,7 @@ def test_predictions_of_another_preparation_and_odd_runs_are_left_out(
     info = tiny.prepare(warehouse, tmp_path, ids=["a", "b"])
     row = {
         "split": "test", "user": 0, "user_id": "u", "item": 1, "item_id": "b", "history": 1,
-        "cold": True, "rank_unmasked": 1, "rank_masked": 1,
+        "cold": True, "rank_kept": 1, "rank_filtered": 1,
     }  # fmt: skip
     made = {
         "now": (info.fingerprint, "2026-01-01", 1),
@@ -266,7 +266,9 @@ def test_predictions_of_another_preparation_and_odd_runs_are_left_out(
             f'[run]\ndataset = "tiny"\nmodel = "m"\ncreated = "{created}"\nfeatures = []\n'
             f'parameters = 1\nfingerprint = "{fingerprint}"\n[train]\nseed = "{seed}"\n'
         )
-        write_table(folder / "predictions.parquet", pa.Table.from_pylist([row], schema=PREDICTIONS))
+        write_table(
+            folder / "predictions.parquet", pa.Table.from_pylist([row], schema=PREDICTIONS_SCHEMA)
+        )
     said: list[str] = []
     runs = query(warehouse, "SELECT run FROM runs ORDER BY run", said.append)
     assert runs.column(0).to_pylist() == ["now", "then"]

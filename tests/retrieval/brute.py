@@ -8,7 +8,7 @@ from itertools import chain
 import numpy as np
 import numpy.typing as npt
 
-from retrieval.ranking import Seen
+from retrieval.ranking import SeenItems
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
@@ -26,18 +26,18 @@ def all_scores(queries: Floats, items: Floats) -> npt.NDArray[np.float64]:
 def ranks(
     scores: npt.NDArray[np.float64], targets: Ints, seen: list[set[int]]
 ) -> tuple[Ints, Ints]:
-    """(unmasked, masked) from a (U, N) score matrix, by the definition."""
-    unmasked, masked = [], []
+    """(kept, filtered) from a (U, N) score matrix, by the definition."""
+    kept, filtered = [], []
     for row, target, gone in zip(scores, targets.tolist(), seen, strict=True):
         above = {j for j in range(len(row)) if j != target and row[j] >= row[target]}
-        unmasked.append(1 + len(above))
-        masked.append(1 + len(above - gone))
-    return np.array(unmasked), np.array(masked)
+        kept.append(1 + len(above))
+        filtered.append(1 + len(above - gone))
+    return np.array(kept), np.array(filtered)
 
 
-def make_seen(lists: list[list[int]]) -> Seen:
+def make_seen(lists: list[list[int]]) -> SeenItems:
     offsets = np.cumsum([0, *map(len, lists)], dtype=np.int64)
-    return Seen(items=np.array([*chain(*lists)], np.int64), offsets=offsets)
+    return SeenItems(items=np.array([*chain(*lists)], np.int64), offsets=offsets)
 
 
 def seen_lists(rng: np.random.Generator, users: int, items: int, most: int) -> list[list[int]]:

@@ -70,8 +70,8 @@ def test_threads_and_inference_mode_change_nothing() -> None:
         assert vectors[0].is_inference()
         for name in INDEXES:
             found = rank_with(name, *vectors, targets, seen)
-            np.testing.assert_array_equal(found.unmasked, expected.unmasked)
-            np.testing.assert_array_equal(found.masked, expected.masked)
+            np.testing.assert_array_equal(found.kept, expected.kept)
+            np.testing.assert_array_equal(found.filtered, expected.filtered)
             # So deep a list makes the search take several blocks.
             scores, ids = make_index(name, vectors[1]).search(vectors[0], 30_000, seen)
             np.testing.assert_array_equal(ids, listed[1])

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retrieval.indexes import INDEXES, FaissIndex, make_index, rank_with
-from retrieval.ranking import Seen, rank
+from retrieval.ranking import SeenItems, rank
 from tests.retrieval import brute
 from tests.retrieval.brute import Floats, make_seen
 
@@ -89,8 +89,8 @@ def test_every_index_gives_the_same_ranks_and_lists(
         lists = []
         for name in INDEXES:
             found = rank_with(name, queries, items, targets, exclude)
-            np.testing.assert_array_equal(found.unmasked, counted.unmasked)
-            np.testing.assert_array_equal(found.masked, counted.masked)
+            np.testing.assert_array_equal(found.kept, counted.kept)
+            np.testing.assert_array_equal(found.filtered, counted.filtered)
             lists.append(make_index(name, items).search(queries, k, exclude))
         for scores, ids in lists[1:]:
             np.testing.assert_array_equal(scores, lists[0][0])
@@ -114,8 +114,8 @@ def test_faiss_reads_ranks_off_its_list_where_it_may(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("retrieval.indexes.rank", watched)
     found = rank_with("faiss", queries, items, targets, seen)
     assert counted == [3]
-    np.testing.assert_array_equal(found.unmasked, expected.unmasked)
-    np.testing.assert_array_equal(found.masked, expected.masked)
+    np.testing.assert_array_equal(found.kept, expected.kept)
+    np.testing.assert_array_equal(found.filtered, expected.filtered)
     rank_with("faiss", -items[:20], items[:40], np.arange(20))
     assert counted == [3], "a list of the whole catalogue leaves nobody over"
 
@@ -134,7 +134,7 @@ def test_faiss_is_not_asked_for_very_long_lists(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(FaissIndex, "fetch", watched)
     seen = make_seen([list(range(100, 2200))])
     found = rank_with("faiss", items[:1], items, np.zeros(1, np.int64), seen)
-    assert found.masked[0] == rank(items[:1], items, np.zeros(1, np.int64), seen).masked[0]
+    assert found.filtered[0] == rank(items[:1], items, np.zeros(1, np.int64), seen).filtered[0]
     assert make_index("faiss", items).search(items[:1], 3, seen)[1].max() < 100
     assert lengths == [2048]
 
@@ -166,7 +166,7 @@ def test_what_cannot_be_searched_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match="items are empty"):
         make_index(name, items[:0])
     index = make_index(name, items)
-    bad: list[tuple[Floats, int, Seen | None, str]] = [
+    bad: list[tuple[Floats, int, SeenItems | None, str]] = [
         (items[:, :1], 1, None, "queries have 1 dimensions but items have 2"),
         (items * np.float32("nan"), 1, None, "queries row 0 holds NaN"),
         (items, 0, None, "k is 0"),

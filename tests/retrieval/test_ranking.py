@@ -7,16 +7,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retrieval.blocks import plain_fp32
-from retrieval.exact_scores import Contest, error_bound, exact_scores, row_norms
-from retrieval.ranking import Ranks, Seen, rank, rank_static
+from retrieval.exact_scores import TargetScores, error_bound, exact_scores, row_norms
+from retrieval.ranking import Ranks, SeenItems, rank, rank_static
 from tests.retrieval import brute
 from tests.retrieval.brute import Floats, Ints, make_seen
 
 
 def same(found: Ranks, expected: tuple[Ints, Ints]) -> None:
-    np.testing.assert_array_equal(found.unmasked, expected[0])
-    np.testing.assert_array_equal(found.masked, expected[1])
-    assert found.unmasked.dtype == found.masked.dtype == np.int64
+    np.testing.assert_array_equal(found.kept, expected[0])
+    np.testing.assert_array_equal(found.filtered, expected[1])
+    assert found.kept.dtype == found.filtered.dtype == np.int64
 
 
 def one_dimension(scores: list[float]) -> Floats:
@@ -82,10 +82,10 @@ def test_ranks_do_not_depend_on_the_block(
     seen = make_seen(brute.seen_lists(rng, users, count, 40))
     whole = rank(queries, items, targets, seen, block=(max(1, users), count))
     found = rank(queries, items, targets, seen, block=block)
-    same(found, (whole.unmasked, whole.masked))
-    assert (whole.masked <= whole.unmasked).all()
-    assert (whole.masked >= 1).all()
-    assert (whole.unmasked <= count).all()
+    same(found, (whole.kept, whole.filtered))
+    assert (whole.filtered <= whole.kept).all()
+    assert (whole.filtered >= 1).all()
+    assert (whole.kept <= count).all()
 
 
 def test_close_calls_are_not_left_to_fp32() -> None:
@@ -120,14 +120,14 @@ def test_a_collapsed_model_is_ranked_through_float64(
     lists = brute.seen_lists(rng, 40, 200, 50)
     expected = brute.ranks(brute.all_scores(queries, items), targets, [*map(set, lists)])
     settled = 0
-    at_least = Contest.at_least
+    at_least = TargetScores.at_least
 
-    def counting(contest: Contest, user_P: torch.Tensor, item_P: torch.Tensor) -> torch.Tensor:
+    def counting(contest: TargetScores, user_P: torch.Tensor, item_P: torch.Tensor) -> torch.Tensor:
         nonlocal settled
         settled += len(user_P)
         return at_least(contest, user_P, item_P)
 
-    monkeypatch.setattr(Contest, "at_least", counting)
+    monkeypatch.setattr(TargetScores, "at_least", counting)
     same(rank(queries, items, targets, make_seen(lists)), expected)
     assert settled <= most
 
@@ -150,7 +150,7 @@ def test_reduced_precision_decides_nothing() -> None:
             assert torch.backends.cuda.matmul.fp32_precision == "ieee"
     finally:
         torch.set_float32_matmul_precision(before)
-    same(found, (expected.unmasked, expected.masked))
+    same(found, (expected.kept, expected.filtered))
 
 
 @pytest.mark.gpu
@@ -168,7 +168,7 @@ def test_cuda_ranks_like_the_cpu(kind: str) -> None:
         found = rank(*on_device, torch.from_numpy(targets).cuda(), seen)
     finally:
         torch.set_float32_matmul_precision(before)
-    same(found, (expected.unmasked, expected.masked))
+    same(found, (expected.kept, expected.filtered))
 
 
 @settings(max_examples=40, deadline=None)
@@ -273,7 +273,7 @@ ONE, NAN = np.array([0, 1]), np.array([[1, np.nan], [0, 1]], np.float32)
     ],
 )
 def test_what_cannot_be_ranked_is_refused(
-    queries: Floats, items: Floats, targets: Ints, seen: Seen | None, message: str
+    queries: Floats, items: Floats, targets: Ints, seen: SeenItems | None, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         rank(queries, items, targets, seen)
@@ -293,6 +293,6 @@ def test_malformed_settings_are_refused() -> None:
         ([0, 1], [0, 2, 1, 2], "decrease"),
     ]:
         with pytest.raises(ValueError, match=message):
-            Seen(items=np.array(items), offsets=np.array(offsets))
+            SeenItems(items=np.array(items), offsets=np.array(offsets))
     with pytest.raises(ValueError, match="int64"):
-        Seen(items=np.array([0.5]), offsets=np.array([0, 1]))
+        SeenItems(items=np.array([0.5]), offsets=np.array([0, 1]))

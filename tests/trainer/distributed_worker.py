@@ -15,8 +15,15 @@ from torch import Tensor
 from tests.trainer import worlds
 from trainer.config import TrainConfig
 from trainer.data.batches import TrainSet
-from trainer.distributed import first_row, gather_rows, joined, mean_rows, rank, ranks
-from trainer.loop import Tick, fit
+from trainer.distributed import (
+    gather_rows,
+    global_mean_rows,
+    process_group,
+    process_rank,
+    rank_offset,
+    world_size,
+)
+from trainer.loop import TrainProgress, fit
 from trainer.mmsrec_config import MMSRecConfig
 from trainer.models import mmsr
 from trainer.models.base import Catalogue
@@ -58,12 +65,12 @@ def next_item(name: str) -> Callable[[Path], dict[str, Tensor]]:
         features = worlds.features(N)
         settings, recommender = MODELS[name.partition("-")[0]].load()
         mmsr.sample_unseen = unseen  # type: ignore[attr-defined]
-        torch.manual_seed(rank())  # the first one's weights are everybody's
+        torch.manual_seed(process_rank())  # the first one's weights are everybody's
         catalogue = Catalogue(n_items=N, widths=features.widths)
         model = recommender(settings(**SMALL, **MORE[name]), catalogue)
         task = NextItem(model, worlds.training_data(worlds.cycles(n_items=N), features))
-        mine = folder / (name if rank() == 0 else f"{name}-of-{rank()}")
-        if rank() == 0:
+        mine = folder / (name if process_rank() == 0 else f"{name}-of-{process_rank()}")
+        if process_rank() == 0:
             mine.mkdir()
         ended = fit(
             task,
@@ -82,14 +89,14 @@ def next_item(name: str) -> Callable[[Path], dict[str, Tensor]]:
 def aligned(folder: Path) -> dict[str, Tensor]:
     """Align modalities: every process's items are negatives of every other's."""
     features = worlds.features(40)
-    torch.manual_seed(rank())
+    torch.manual_seed(process_rank())
     catalogue = Catalogue(n_items=40, widths=features.widths)
     model = MMSRec(MMSRecConfig(**SMALL, **MORE["mmsrec"]), catalogue)
     place = np.arange(40) % 5
     splits = {"validation": place == 0, "test": place == 1}
     task = Alignment(model, features, splits, AlignConfig())
     config = TrainConfig(**{**LOOP, "monitor": "MRR"})
-    mine = folder / f"aligned-{rank()}"
+    mine = folder / f"aligned-{process_rank()}"
     mine.mkdir()
     fit(task, config, mine, {}, on_epoch=lambda row: None, on_tick=lambda tick: None)
     return model.state_dict()
@@ -106,14 +113,14 @@ def torn(folder: Path) -> dict[str, Tensor]:
         mine = folder / ("torn" if interrupt_at or resume else "whole")
         mine.mkdir(exist_ok=True)
 
-        def on_tick(tick: Tick, at: int = interrupt_at) -> None:
+        def on_tick(tick: TrainProgress, at: int = interrupt_at) -> None:
             if tick.step == at:
                 signal.raise_signal(signal.SIGINT)
 
         task = NextItem(model, worlds.training_data(worlds.cycles(n_items=N), features))
         config = TrainConfig(**LOOP)
         fit(task, config, mine, {}, resume=resume, on_epoch=lambda row: None, on_tick=on_tick)
-        if ranks() > 1:
+        if world_size() > 1:
             torch.distributed.barrier()  # the first one has saved
         ended.append(model.state_dict())
     whole, stopped, resumed = ended
@@ -126,20 +133,20 @@ def torn(folder: Path) -> dict[str, Tensor]:
 def gathered(folder: Path) -> dict[str, Tensor]:
     """A loss over all rows of both processes: its value and the gradient of a shared weight."""
     x_MD = torch.arange(10.0).view(5, 2).div(10)
-    mine = x_MD if ranks() == 1 else (x_MD[:2], x_MD[2:])[rank()]
+    mine = x_MD if world_size() == 1 else (x_MD[:2], x_MD[2:])[process_rank()]
     weight = torch.eye(2).add(0.1).requires_grad_()
     local = mine @ weight
     everyone = gather_rows(local)
-    begin = first_row(len(mine), mine.device)
+    begin = rank_offset(len(mine), mine.device)
     assert torch.equal(everyone[begin : begin + len(mine)], local)
     scores = local @ everyone.T
-    loss = scores.logsumexp(1).sum() / mean_rows(len(mine), mine.device)
+    loss = scores.logsumexp(1).sum() / global_mean_rows(len(mine), mine.device)
     loss.backward()
     assert weight.grad is not None
     found = torch.cat([loss.detach()[None], weight.grad.flatten()])
-    if ranks() > 1:
+    if world_size() > 1:
         torch.distributed.all_reduce(found)
-    return {"found": found / ranks()}
+    return {"found": found / world_size()}
 
 
 CASES: dict[str, Callable[[Path], dict[str, Tensor]]] = {
@@ -157,7 +164,7 @@ CASES: dict[str, Callable[[Path], dict[str, Tensor]]] = {
 
 if __name__ == "__main__":
     where = Path(sys.argv[1])
-    with joined():
+    with process_group():
         for case, run in CASES.items():
             found = {key: value.detach().contiguous() for key, value in run(where).items()}
-            save_file(found, where / f"{case}-{rank()}.safetensors")
+            save_file(found, where / f"{case}-{process_rank()}.safetensors")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from features.errors import UserError
-from trainer.checkpoint import Progress, load_state, load_weights, save_state, save_weights
+from trainer.checkpoint import TrainState, load_state, load_weights, save_state, save_weights
 
 IDENTITY = {
     "model": "m",
@@ -58,7 +58,7 @@ def files(tmp_path: Path) -> Path:
     model, optimizer = trained(0)
     save_weights(tmp_path / "model.safetensors", model, IDENTITY)
     save_state(
-        tmp_path / "resume.safetensors", model, optimizer, Progress(step=3), IDENTITY, means(5)
+        tmp_path / "resume.safetensors", model, optimizer, TrainState(step=3), IDENTITY, means(5)
     )
     return tmp_path
 
@@ -68,7 +68,7 @@ def test_what_was_saved_comes_back(files: Path) -> None:
     model, optimizer = trained(1)
     average = means(0)
     progress = load_state(files / "resume.safetensors", model, optimizer, IDENTITY, average)
-    assert progress == Progress(step=3)
+    assert progress == TrainState(step=3)
     assert torch.equal(average["0.weight"], means(5)["0.weight"])
     assert all(map(torch.equal, contents(model, optimizer), saved))
     model, optimizer = trained(1)

@@ -32,7 +32,7 @@ def test_the_last_word_wins(tmp_path: Path) -> None:
         ("dropout=1", r"dropout=1.0 must be in \[0, 1\)"),
         ("missing=guess", "missing='guess' is not known; known: drop, mask"),
         ("length=1", "length=1 must be at least 2"),
-        ("monitor_seen=both", "known: masked, unmasked"),
+        ("monitor_seen=both", "known: filtered, kept"),
         ("seed=-1", "seed=-1 must be at least 0"),
         ("seed=99999999999999999999", "seed=99999999999999999999 must be at least 0 and below 2"),
         ("epochs=99999999999", "epochs=99999999999 must be above 0 and below 2"),

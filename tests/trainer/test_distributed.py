@@ -10,7 +10,14 @@ import torch
 from safetensors.torch import load_file
 
 from tests.trainer import distributed_worker as worker
-from trainer.distributed import agree, first_row, from_first, gather_ids, gather_rows, mean_rows
+from trainer.distributed import (
+    all_reduce_mean,
+    gather_ids,
+    gather_rows,
+    global_mean_rows,
+    on_rank_zero,
+    rank_offset,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -63,6 +70,6 @@ def test_in_one_process_nothing_is_changed() -> None:
     assert gather_rows(x) is x
     assert gather_ids(x) is x
     device = torch.device("cpu")
-    assert (mean_rows(3, device), first_row(3, device)) == (3.0, 0)
-    assert agree([1.5], True, device) == ([1.5], True)
-    assert from_first(lambda: 4) == 4
+    assert (global_mean_rows(3, device), rank_offset(3, device)) == (3.0, 0)
+    assert all_reduce_mean([1.5], True, device) == ([1.5], True)
+    assert on_rank_zero(lambda: 4) == 4

@@ -14,10 +14,10 @@ from torch.optim import AdamW
 from features.errors import UserError
 from tests.trainer import worlds
 from trainer import loop
-from trainer.checkpoint import Progress, load_weights
+from trainer.checkpoint import TrainState, load_weights
 from trainer.config import TrainConfig
 from trainer.data.batches import Batch, TrainingData
-from trainer.loop import EpochRow, Tick, fit
+from trainer.loop import EpochRow, TrainProgress, fit
 from trainer.models.base import Catalogue, Recommender
 from trainer.models.registry import MODELS
 from trainer.models.sasrec import SASRec
@@ -45,15 +45,15 @@ def train(
     *,
     resume: bool = False,
     interrupt_at: int | None = None,
-    watch: Callable[[Tick], None] = lambda tick: None,
+    watch: Callable[[TrainProgress], None] = lambda tick: None,
     **settings: Any,
-) -> tuple[Progress, Recommender, list[EpochRow]]:
+) -> tuple[TrainState, Recommender, list[EpochRow]]:
     model, data = world(name)
     folder.mkdir(exist_ok=True)
     rows: list[EpochRow] = []
     ticks = 0
 
-    def on_tick(tick: Tick) -> None:
+    def on_tick(tick: TrainProgress) -> None:
         nonlocal ticks
         ticks += 1
         watch(tick)
@@ -140,7 +140,7 @@ def test_one_ctrl_c_that_arrives_twice_is_one_and_a_later_one_raises(
 ) -> None:
     """At a terminal, torchrun's processes have it from the terminal and from torchrun."""
 
-    def twice(tick: Tick) -> None:
+    def twice(tick: TrainProgress) -> None:
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
 
@@ -168,7 +168,7 @@ def test_order_is_learned(tmp_path: Path) -> None:
 
 def test_early_stopping_keeps_the_best(tmp_path: Path) -> None:
     progress, model, rows = train("sasrec", tmp_path / "run", epochs=200, lr=1e-2, patience=2)
-    values = [row.metrics["masked", "HR@10"] for row in rows]
+    values = [row.metrics["filtered", "HR@10"] for row in rows]
     assert progress.finished
     assert len(rows) < 200
     assert progress.best == max(values)
@@ -214,7 +214,7 @@ def test_weights_that_diverge_in_the_only_step_stop_in_one_line(
 
 def test_the_rate_by_hand() -> None:
     def rate(config: TrainConfig, epoch: int, step: int) -> float:
-        progress = Progress(epoch=epoch, step=step, steps=2 * epoch + step)
+        progress = TrainState(epoch=epoch, step=step, steps=2 * epoch + step)
         return scheduled(config.lr, config, progress, 2)
 
     places = [(0, 0), (0, 1), (1, 0), (1, 1)]  # two epochs of two steps
@@ -305,7 +305,7 @@ def test_every_named_loss_is_kept_and_told(tmp_path: Path, monkeypatch: pytest.M
         return {"loss": found, "twice": 2 * found}
 
     monkeypatch.setattr(SASRec, "loss", loss)
-    ticks: list[Tick] = []
+    ticks: list[TrainProgress] = []
     _, _, rows = train("sasrec", tmp_path / "run", epochs=2, watch=ticks.append)
     assert rows[1].losses["twice"] == pytest.approx(2 * rows[1].losses["loss"])
     assert ticks[-1].parts == {"twice": pytest.approx(2 * ticks[-1].loss)}
@@ -354,13 +354,13 @@ def test_patience_counts_validations(tmp_path: Path) -> None:
     assert len(rows) == progress.best_epoch + 2 * 3 < 99
 
 
-@pytest.mark.parametrize("seen", ["masked", "unmasked"])
+@pytest.mark.parametrize("seen", ["filtered", "kept"])
 def test_the_best_is_by_the_monitored_ranking(tmp_path: Path, seen: str) -> None:
     progress, _, rows = train(
         "sasrec", tmp_path / "run", monitor="NDCG@10", monitor_seen=seen, epochs=3
     )
-    best = {s: max(row.metrics[s, "NDCG@10"] for row in rows) for s in ("masked", "unmasked")}
-    assert best["masked"] > best["unmasked"]
+    best = {s: max(row.metrics[s, "NDCG@10"] for row in rows) for s in ("filtered", "kept")}
+    assert best["filtered"] > best["kept"]
     assert progress.best == best[seen]
 
 

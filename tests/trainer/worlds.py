@@ -11,7 +11,7 @@ from features.arrow_columns import embedding_array, token_array
 from features.atomic_files import write_json, write_table
 from features.dataset import Dataset
 from features.provenance import Provenance
-from features.schema import INTERACTIONS, ITEMS, feature_schema
+from features.schema import INTERACTIONS_SCHEMA, ITEMS_SCHEMA, feature_schema
 from features.splits import MIN_EVALUATED
 from features.store import FeatureStore
 from features.warehouse import DatasetInfo, Warehouse
@@ -83,41 +83,47 @@ def training_data(world: Dataset, held: ItemFeatures) -> TrainingData:
     return TrainingData(world, held, torch.device("cpu"))
 
 
-def prepare(house: Warehouse, sequences: list[list[int]], n_items: int) -> None:
+def prepare(warehouse: Warehouse, sequences: list[list[int]], n_items: int) -> None:
     """Write :func:`dataset` as the prepared dataset ``world``, over what was there."""
-    folder = house.dataset_dir("world")
+    folder = warehouse.dataset_dir("world")
     rows = [
         {"user": user, "user_id": f"u{user}", "item": item, "timestamp": None, "position": position}
         for user, sequence in enumerate(sequences)
         for position, item in enumerate(sequence)
     ]
     items = [{"item": item, "item_id": f"i{item}"} for item in range(n_items)]
-    for name, table, schema in (("interactions", rows, INTERACTIONS), ("items", items, ITEMS)):
+    for name, table, schema in (
+        ("interactions", rows, INTERACTIONS_SCHEMA),
+        ("items", items, ITEMS_SCHEMA),
+    ):
         write_table(folder / name / "part-00000.parquet", pa.Table.from_pylist(table, schema))
     write_json(folder / "dataset.json", asdict(dataset(sequences, n_items).info))
 
 
-def extract(house: Warehouse, held: ItemFeatures, backbone: str = "toy") -> None:
+def extract(warehouse: Warehouse, held: ItemFeatures, backbone: str = "toy") -> None:
     """Write features as tables of the prepared dataset ``world``."""
     for modality, vectors in held.vectors.items():
         there = np.flatnonzero(held.present[modality].numpy())
         found = vectors.numpy()[there]
         embedding = embedding_array(found)
-        _write(house, (backbone, modality, "pooled"), there, embedding, found.shape[1])
+        _write(warehouse, (backbone, modality, "pooled"), there, embedding, found.shape[1])
 
 
 def extract_tokens(
-    house: Warehouse, modality: str, tokens: dict[int, np.ndarray[Any, Any]], backbone: str = "toy"
+    warehouse: Warehouse,
+    modality: str,
+    tokens: dict[int, np.ndarray[Any, Any]],
+    backbone: str = "toy",
 ) -> None:
     """Write each item's tokens (T, D) float32 as a table of the prepared dataset ``world``."""
     there, found = np.array(list(tokens)), list(tokens.values())
     counts = pa.array([len(one) for one in found], pa.int32())
     where = (backbone, modality, "tokens")
-    _write(house, where, there, token_array(found), found[0].shape[1], counts)
+    _write(warehouse, where, there, token_array(found), found[0].shape[1], counts)
 
 
 def _write(
-    house: Warehouse,
+    warehouse: Warehouse,
     where: tuple[str, str, str],
     there: np.ndarray[Any, Any],
     embedding: pa.Array,
@@ -145,7 +151,7 @@ def _write(
         pa.nulls(len(there), pa.bool_()),
         embedding,
     ]
-    table = FeatureStore(house).table("world", backbone, modality, level)
+    table = FeatureStore(warehouse).table("world", backbone, modality, level)
     schema = feature_schema(dim, "float32", level)
     table.append(pa.Table.from_arrays(columns, schema=schema), made)
     table.finish("f", made)

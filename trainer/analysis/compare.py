@@ -13,9 +13,9 @@ import numpy.typing as npt
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from features.atomic_files import reading
+from features.atomic_files import read_errors
 from features.errors import UserError, unknown
-from features.schema import PREDICTIONS
+from features.schema import PREDICTIONS_SCHEMA
 from features.warehouse import Warehouse
 from retrieval.metrics import per_user
 from retrieval.significance import PairedTest, paired_test
@@ -23,7 +23,7 @@ from trainer.runs.read import Record, read_records
 
 SPLITS = ("validation", "test")
 TARGETS = ("all", "cold")
-SEEN = ("masked", "unmasked")
+SEEN = ("filtered", "kept")
 SIGNS = 10_000
 """Random signs of a paired test."""
 METRICS = tuple(per_user(np.ones(1, np.int64)))
@@ -208,13 +208,13 @@ _Ranks = dict[str, dict[str, npt.NDArray[np.int64]]]
 
 
 def _aligned(records: Sequence[Record], split: str) -> tuple[_Users, _Ranks]:
-    """Read every run's ranks of a split: name -> ``masked`` | ``unmasked`` -> (E,)."""
+    """Read every run's ranks of a split: name -> ``filtered`` | ``kept`` -> (E,)."""
     ranks: _Ranks = {}
     users: _Users | None = None
     for record in records:
         path = record.folder / "predictions.parquet"
-        with reading(path, f"run: mmrec eval --run {record.name}"):
-            table = pq.read_table(path, schema=PREDICTIONS)
+        with read_errors(path, f"run: mmrec eval --run {record.name}"):
+            table = pq.read_table(path, schema=PREDICTIONS_SCHEMA)
             table = table.filter(pc.field("split") == split).sort_by("user")
             columns = {name: table.column(name).to_numpy() for name in table.column_names}
         found = np.stack([columns[key] for key in ("user", "item", "history")], axis=1)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from features.atomic_files import whole
+from features.atomic_files import atomic_write
 from features.errors import UserError, unknown
 from trainer.analysis.compare import METRICS
 from trainer.runs.folder import SECONDS
@@ -93,7 +93,7 @@ def read_curves(
     Args:
         records: The runs.
         metric: Such as ``NDCG@10``; by default what all runs were stopped by, else ``NDCG@10``.
-        seen: ``masked`` or ``unmasked``; by default as the metric.
+        seen: ``filtered`` or ``kept``; by default as the metric.
         labels: What the runs are called; by default their names.
 
     Raises:
@@ -104,12 +104,12 @@ def read_curves(
     names = list(labels) if labels else [record.name for record in records]
     if metric is not None and _canonical(metric) not in METRICS:
         raise unknown("metric", metric, list(METRICS))
-    if seen not in (None, "masked", "unmasked"):
-        raise unknown("ranking for --seen", str(seen), ["masked", "unmasked"])
+    if seen not in (None, "filtered", "kept"):
+        raise unknown("ranking for --seen", str(seen), ["filtered", "kept"])
     if len(records) > MOST_RUNS:
         raise UserError(f"{len(records)} runs do not fit into one figure; give at most {MOST_RUNS}")
     common = {_monitored(record) for record in records}
-    monitored = common.pop() if len(common) == 1 else ("NDCG@10", "masked")
+    monitored = common.pop() if len(common) == 1 else ("NDCG@10", "filtered")
     asked = (metric or monitored[0], seen or monitored[1])
     curves = [_curve(record, name, *asked) for record, name in zip(records, names, strict=True)]
     for record, curve in zip(records, curves, strict=True):
@@ -313,7 +313,7 @@ def save(figure: "Figure", path: Path) -> None:
         UserError: The name has another ending than those of ``PICTURES``.
     """
     check_picture(path)
-    with whole(path) as beside, beside.open("wb") as stream:
+    with atomic_write(path) as beside, beside.open("wb") as stream:
         write(figure, stream, path.suffix.lower()[1:])
 
 

@@ -12,9 +12,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from features.dataset import Dataset, Held, Ints
+from features.dataset import Dataset, EvalSplit, Ints
 from trainer.data.token_features import TokenFeatures
-from trainer.data.windows import WindowPlan, cut_batches, cut_windows
+from trainer.data.windows import WindowSampling, cut_batches, cut_windows
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -115,7 +115,7 @@ class TrainingData:
 
     def epoch(
         self,
-        plan: WindowPlan,
+        sampling: WindowSampling,
         *,
         batch_size: int,
         seed: int,
@@ -126,7 +126,7 @@ class TrainingData:
         """The batches of one epoch, a function of (seed, epoch) alone.
 
         Args:
-            plan: How to cut the histories; only training interactions are ever cut.
+            sampling: How to cut the histories; only training interactions are ever cut.
             batch_size: Windows to a batch.
             seed: The run's seed.
             epoch: Number of the epoch, from 0.
@@ -138,7 +138,7 @@ class TrainingData:
         """
         rng = np.random.default_rng([seed, epoch])
         starts, lengths = cut_windows(
-            self.dataset.offsets[:-1], self.dataset.train_ends(), plan, rng
+            self.dataset.offsets[:-1], self.dataset.train_ends(), sampling, rng
         )
         batches = cut_batches(lengths, batch_size, rng, least=share.ranks)
 
@@ -168,7 +168,7 @@ class TrainingData:
         return Sequences(items_BL=self._flat_I[index_BL].long(), lengths_B=lengths_B)
 
     def histories(
-        self, held: Held, *, length: int, batch_size: int
+        self, held: EvalSplit, *, length: int, batch_size: int
     ) -> Iterator[tuple[npt.NDArray[np.int64], Sequences]]:
         """The inputs of evaluated users: their last ``length`` items before the target.
 

@@ -88,8 +88,8 @@ def both_ways(vision_KD: Tensor, text_KD: Tensor) -> dict[str, Ints]:
     """(K,) rank of each query's own item, from 1, for each direction."""
     targets = np.arange(len(text_KD))
     return {
-        TO_VISION: rank(text_KD, vision_KD, targets).unmasked,
-        TO_TEXT: rank(vision_KD, text_KD, targets).unmasked,
+        TO_VISION: rank(text_KD, vision_KD, targets).kept,
+        TO_TEXT: rank(vision_KD, text_KD, targets).kept,
     }
 
 

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from features.dataset import Dataset, Held, Ints
+from features.dataset import Dataset, EvalSplit, Ints
 from features.errors import UserError
-from retrieval.ranking import Ranks, Seen, rank_static
+from retrieval.ranking import Ranks, SeenItems, rank_static
 from trainer.data.batches import TrainingData
 from trainer.models.base import Recommender
 
@@ -20,7 +20,7 @@ from trainer.models.base import Recommender
 class Encoded:
     """Both towers' vectors for one split, ready to be ranked."""
 
-    held: Held
+    held: EvalSplit
     queries_ED: Tensor
     items_ND: Tensor
 
@@ -55,7 +55,7 @@ def encode_catalogue(model: Recommender, data: TrainingData) -> Tensor:
 
 @torch.no_grad()
 def encode_histories(
-    model: Recommender, data: TrainingData, items_ND: Tensor, held: Held, batch_size: int
+    model: Recommender, data: TrainingData, items_ND: Tensor, held: EvalSplit, batch_size: int
 ) -> Tensor:
     """Encode histories into queries: (E, D) float32, by the model in evaluation mode.
 
@@ -88,20 +88,20 @@ def _finite(vectors: Tensor, what: str) -> Tensor:
     return vectors
 
 
-def targets_of(dataset: Dataset, held: Held) -> Ints:
+def targets_of(dataset: Dataset, held: EvalSplit) -> Ints:
     """(E,) the held-out item of each evaluated user."""
     return dataset.items[held.targets].astype(np.int64)
 
 
-def seen_by(dataset: Dataset, held: Held) -> Seen:
+def seen_by(dataset: Dataset, held: EvalSplit) -> SeenItems:
     """Everything each evaluated user had before the target, the whole history."""
     counts = held.targets - held.starts
     offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
     index = np.repeat(held.starts - offsets[:-1], counts) + np.arange(offsets[-1])
-    return Seen(items=dataset.items[index].astype(np.int64), offsets=offsets)
+    return SeenItems(items=dataset.items[index].astype(np.int64), offsets=offsets)
 
 
-def popularity_ranks(dataset: Dataset, held: Held) -> Ranks:
+def popularity_ranks(dataset: Dataset, held: EvalSplit) -> Ranks:
     """The reference: the same ranking for everyone, by training interactions only."""
     return rank_static(
         dataset.train_counts.astype(np.float64),

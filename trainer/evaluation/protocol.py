@@ -11,7 +11,7 @@ def protocol_lines(info: DatasetInfo) -> list[str]:
     return [
         f"{core}; interactions {order}; leave-one-out: last item test, the one before validation",
         "full catalogue ranking, ties against the model; test input includes the validation item",
-        "masked: items the user has seen are out of the ranking; unmasked: they are in it",
+        "filtered: items the user has seen are out of the ranking; kept: they are in it",
         "HR@k equals Recall@k with one target; 95% intervals: bootstrap over users",
         f"cold: targets with fewer than {COLD_BELOW} training interactions",
         "popularity: training interactions only; the checkpoint is the best one by validation",

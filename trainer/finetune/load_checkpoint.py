@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from features.atomic_files import write_json
-from features.checkpoint_fingerprint import quiet, stored_config
+from features.checkpoint_fingerprint import quiet_transformers, stored_config
 from features.errors import UserError
 from features.store import FeatureTable
 from features.warehouse import read_json
@@ -182,9 +182,9 @@ def _config_depth(table: FeatureTable) -> int:
 
 @contextmanager
 def _library(trouble: str, remedy: str) -> Iterator[None]:
-    """Keep the library quiet, and make one line of whatever it stumbles over."""
+    """Keep the library quiet_transformers, and make one line of whatever it stumbles over."""
     try:
-        with quiet():
+        with quiet_transformers():
             yield
     except UserError:
         raise

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from trainer.distributed import mean_rows
+from trainer.distributed import global_mean_rows
 
 
 def sampled_bce(
@@ -30,6 +30,8 @@ def sampled_bce(
     positive_M = scale * (query_MD * positive_MD).sum(-1).float()
     negative_M = scale * (query_MD * negative_MD).sum(-1).float()
     device = query_MD.device
-    missed = functional.softplus(-positive_M).sum() / (mean_rows(len(query_MD), device) or 1.0)
+    missed = functional.softplus(-positive_M).sum() / (
+        global_mean_rows(len(query_MD), device) or 1.0
+    )
     fooled_M = torch.where(exists_M, functional.softplus(negative_M), 0)
-    return missed + fooled_M.sum() / (mean_rows(int(exists_M.sum()), device) or 1.0)
+    return missed + fooled_M.sum() / (global_mean_rows(int(exists_M.sum()), device) or 1.0)

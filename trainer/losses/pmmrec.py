@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from trainer.distributed import first_row, gather_ids, gather_rows, joint
+from trainer.distributed import gather_ids, gather_rows, rank_offset, scale_to_global_mean
 from trainer.losses.in_batch import in_batch
 
 ALIGNMENTS = ("vcl", "icl", "ncl", "nicl")
@@ -73,7 +73,7 @@ def dap(
         correction_C=log_popularity_C,
         count_C=at.count_C,
     )
-    return joint(loss, query_MD)
+    return scale_to_global_mean(loss, query_MD)
 
 
 def align(
@@ -136,7 +136,7 @@ def align(
             count_C=torch.cat(counts),
             counted=1 if literal else None,
         )
-        losses.append(joint(loss, anchor_M))
+        losses.append(scale_to_global_mean(loss, anchor_M))
     return torch.stack(losses).mean()
 
 
@@ -202,7 +202,7 @@ def nid(logits_M3: Tensor, fate_M: Tensor, *, relu: bool = False) -> Tensor:
         relu: Clip the logits before the softmax: as near to the equation as can be trained.
     """
     loss = functional.cross_entropy(logits_M3.relu() if relu else logits_M3, fate_M)
-    return joint(loss, logits_M3)
+    return scale_to_global_mean(loss, logits_M3)
 
 
 def rcl(clean_BD: Tensor, noisy_BD: Tensor, user_B: Tensor, *, scale: float) -> Tensor:
@@ -214,7 +214,7 @@ def rcl(clean_BD: Tensor, noisy_BD: Tensor, user_B: Tensor, *, scale: float) -> 
         user_B: (B,) int64, at least 0: sequences of the same user are no negatives of each other.
         scale: Factor on inner products; the equation has 1.
     """
-    begin = first_row(len(user_B), user_B.device)
+    begin = rank_offset(len(user_B), user_B.device)
     loss = in_batch(
         clean_BD,
         gather_rows(noisy_BD),
@@ -222,7 +222,7 @@ def rcl(clean_BD: Tensor, noisy_BD: Tensor, user_B: Tensor, *, scale: float) -> 
         scale=scale,
         label_C=gather_ids(user_B),
     )
-    return joint(loss, user_B)
+    return scale_to_global_mean(loss, user_B)
 
 
 def pool(state_BLD: Tensor, lengths_B: Tensor, how: str) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from trainer.distributed import mean_rows
+from trainer.distributed import global_mean_rows
 
 _BLOCK_BYTES = 2 * 2**20  # logits of one block of rows: they stay in a core's cache
 _FEWEST_ROWS = 192  # below this the matrix products lose more than the cache gives
@@ -45,7 +45,7 @@ def full_softmax(query_MD: Tensor, item_ND: Tensor, target_M: Tensor, scale: flo
         A scalar in float32; zero rows give zero. In one of several processes it is the share of
         the mean over all of their rows, see :mod:`trainer.distributed`.
     """
-    rows = mean_rows(len(query_MD), query_MD.device)
+    rows = global_mean_rows(len(query_MD), query_MD.device)
     loss: Tensor = _FullSoftmax.apply(query_MD, item_ND, target_M, scale, rows or 1.0)
     return loss
 

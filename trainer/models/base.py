@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from trainer.data.batches import Batch, ItemFeatures, Sequences, TrainSet
-from trainer.data.windows import WindowPlan
+from trainer.data.windows import WindowSampling
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,18 +31,18 @@ class Catalogue:
 class Recommender(nn.Module, ABC):
     """An item tower and a sequence tower that meet in one space; a score is an inner product."""
 
-    parts: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    transfer_groups: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     """What ``--transfer`` takes, as prefixes of parameter names; ``full`` takes everything."""
-    of_catalogue: ClassVar[tuple[str, ...]] = ()
+    item_tables: ClassVar[tuple[str, ...]] = ()
     """Prefixes of tables with a row for each item: they mean nothing in another catalogue."""
-    of_training: ClassVar[tuple[str, ...]] = ()
-    """What :meth:`adapt` finds in the training interactions, and no other run may say."""
-    by_modality: ClassVar[tuple[str, ...]] = ()
+    fitted_buffers: ClassVar[tuple[str, ...]] = ()
+    """What :meth:`fit_buffers` finds in the training interactions, and no other run may say."""
+    modality_tables: ClassVar[tuple[str, ...]] = ()
     """Parameters with a row for each modality, in the order of ``Catalogue.widths``."""
-    from_end: ClassVar[tuple[str, ...]] = ()
+    reverse_positions: ClassVar[tuple[str, ...]] = ()
     """Tables of positions whose row 0 is the newest slot: of any length, they mean the same."""
 
-    def adapt(self, features: ItemFeatures, train: TrainSet) -> None:
+    def fit_buffers(self, features: ItemFeatures, train: TrainSet) -> None:
         """Set what is computed from the training data, not learned: nothing by default.
 
         Called once, before any weights are loaded; what it sets are buffers, so that a checkpoint
@@ -55,7 +55,7 @@ class Recommender(nn.Module, ABC):
 
     @property
     @abstractmethod
-    def plan(self) -> WindowPlan:
+    def window_sampling(self) -> WindowSampling:
         """How the training histories are to be cut."""
 
     @property

@@ -28,8 +28,8 @@ from features.errors import UserError, unknown
 from trainer.checks import check_heads, check_positive, check_probability, check_temperature
 from trainer.data.batches import Batch, ItemFeatures, Sequences
 from trainer.data.negative_sampling import sample_unseen
-from trainer.data.windows import WindowPlan
-from trainer.distributed import first_row, gather_ids, gather_rows, joint
+from trainer.data.windows import WindowSampling
+from trainer.distributed import gather_ids, gather_rows, rank_offset, scale_to_global_mean
 from trainer.finetune.upper_blocks import item_tokens
 from trainer.losses.bce import sampled_bce
 from trainer.losses.in_batch import in_batch, log_popularity, own_items
@@ -131,12 +131,12 @@ class MMSRConfig(IDSRConfig):
 class IDSR(Recommender):
     """A learned vector for each item, and a causal sequence tower over them."""
 
-    parts: ClassVar[Mapping[str, tuple[str, ...]]] = {
+    transfer_groups: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "items": ("item_tower.",),
         "users": ("sequence_tower.",),
     }
-    of_catalogue: ClassVar[tuple[str, ...]] = ("item_tower.",)
-    from_end = ("sequence_tower.position.weight",)
+    item_tables: ClassVar[tuple[str, ...]] = ("item_tower.",)
+    reverse_positions = ("sequence_tower.position.weight",)
 
     def __init__(self, config: IDSRConfig, catalogue: Catalogue) -> None:
         super().__init__()
@@ -163,9 +163,11 @@ class IDSR(Recommender):
         return vectors_KD
 
     @property
-    def plan(self) -> WindowPlan:
+    def window_sampling(self) -> WindowSampling:
         """Windows over the whole history: every interaction is a target, the newest up to twice."""
-        return WindowPlan(length=self.config.length + 1, stride=self.config.length, cover=True)
+        return WindowSampling(
+            length=self.config.length + 1, stride=self.config.length, every_target=True
+        )
 
     @property
     def history(self) -> int:
@@ -224,7 +226,7 @@ class IDSR(Recommender):
         loss = in_batch(
             query_MD,
             gather_rows(item_KD),
-            first_row(len(items_K), items_K.device) + target_M,
+            rank_offset(len(items_K), items_K.device) + target_M,
             scale=scale,
             label_C=items_C,
             own_UJ=own_items(batch),
@@ -232,7 +234,7 @@ class IDSR(Recommender):
             correction_C=None if popularity_N is None else popularity_N[items_C],
             count_C=gather_ids(counts_K),
         )
-        return {"loss": joint(loss, query_MD)}
+        return {"loss": scale_to_global_mean(loss, query_MD)}
 
     def _items(self, items_K: Tensor, features: ItemFeatures) -> Tensor:
         return self._vectors(self._encode_some(items_K, features))
@@ -266,8 +268,8 @@ class MMSR(IDSR):
     """
 
     config: MMSRConfig
-    parts: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        **IDSR.parts,
+    transfer_groups: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        **IDSR.transfer_groups,
         "items": ("item_tower.", "backbones."),
         **{
             name: (
@@ -281,8 +283,8 @@ class MMSR(IDSR):
             for name in ("text", "image")
         },
     }
-    of_catalogue: ClassVar[tuple[str, ...]] = ()
-    by_modality = ("item_tower.absent", "item_tower.fusion.types")
+    item_tables: ClassVar[tuple[str, ...]] = ()
+    modality_tables = ("item_tower.absent", "item_tower.fusion.types")
 
     def _item_tower(self, catalogue: Catalogue) -> nn.Module:
         if not catalogue.widths:

@@ -30,7 +30,7 @@ from torch.nn import functional
 
 from features.errors import UserError
 from trainer.data.batches import Batch, ItemFeatures, Sequences, TrainSet
-from trainer.data.windows import WindowPlan
+from trainer.data.windows import WindowSampling
 from trainer.kernels.activation_checkpoint import in_pieces, linear
 from trainer.kernels.fused_cpu import dropout, plain
 from trainer.losses.softmax import draw_candidates, full_softmax, part_softmax
@@ -55,7 +55,7 @@ class MMSRec(Recommender):
     """
 
     # One encoder serves as both towers, so each part takes it.
-    parts: ClassVar[Mapping[str, tuple[str, ...]]] = {
+    transfer_groups: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "items": ("whitening.", "inputs.", "id.", "outputs.", "modality.", *_SHARED),
         "users": ("position.", "instead.", *_SHARED),
         "text": (
@@ -68,10 +68,10 @@ class MMSRec(Recommender):
             *("modality.", "position.", "instead.", *_SHARED),
         ),
     }
-    of_catalogue = ("id.",)
-    of_training = ("known_N",)
-    by_modality = ("modality.weight",)
-    from_end = ("position.weight",)
+    item_tables = ("id.",)
+    fitted_buffers = ("known_N",)
+    modality_tables = ("modality.weight",)
+    reverse_positions = ("position.weight",)
     known_N: Tensor
 
     def __init__(self, config: MMSRecConfig, catalogue: Catalogue) -> None:
@@ -104,7 +104,7 @@ class MMSRec(Recommender):
         )
         initialise(self)
 
-    def adapt(self, features: ItemFeatures, train: TrainSet) -> None:
+    def fit_buffers(self, features: ItemFeatures, train: TrainSet) -> None:
         """Which items have an identity, and the whitening of each modality."""
         known_N = train.counts_N > 0
         if self.config.ids:
@@ -116,13 +116,13 @@ class MMSRec(Recommender):
                 whitening.fit(features.vectors[name][there_N])
 
     @property
-    def plan(self) -> WindowPlan:
+    def window_sampling(self) -> WindowSampling:
         """With ``objective=next`` each interaction is a target; else random ends always are."""
         length = self.config.length
         if self._causal:
-            return WindowPlan(length=length, stride=length - 1, cover=True)
+            return WindowSampling(length=length, stride=length - 1, every_target=True)
         stride = self.config.stride or max(1, length // 2)
-        return WindowPlan(length=length, stride=stride, cover=False)
+        return WindowSampling(length=length, stride=stride, every_target=False)
 
     @property
     def history(self) -> int:

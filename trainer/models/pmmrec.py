@@ -24,8 +24,8 @@ from torch.nn import functional
 from features.errors import UserError, unknown
 from trainer.checks import check_heads, check_positive, check_probability, check_temperature
 from trainer.data.batches import Batch, ItemFeatures, Sequences
-from trainer.data.windows import WindowPlan
-from trainer.distributed import first_row, gather_ids, gather_rows
+from trainer.data.windows import WindowSampling
+from trainer.distributed import gather_ids, gather_rows, rank_offset
 from trainer.finetune.upper_blocks import item_tokens
 from trainer.losses.in_batch import log_popularity, own_items
 from trainer.losses.pmmrec import ALIGNMENTS, Positions, align, corrupt, dap, nid, pool, rcl, total
@@ -124,7 +124,7 @@ class PMMRec(Recommender):
         UserError: There are no features, or ``align`` wants two modalities and there is one.
     """
 
-    parts: ClassVar[Mapping[str, tuple[str, ...]]] = {
+    transfer_groups: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "items": ("item_tower.", "backbones."),
         "users": ("user_encoder.",),
         **{
@@ -132,8 +132,8 @@ class PMMRec(Recommender):
             for name in ("text", "image", "video")
         },
     }
-    by_modality = ("item_tower.absent", "item_tower.fusion.types")
-    from_end = ("user_encoder.position.weight",)
+    modality_tables = ("item_tower.absent", "item_tower.fusion.types")
+    reverse_positions = ("user_encoder.position.weight",)
 
     def __init__(self, config: PMMRecConfig, catalogue: Catalogue) -> None:
         super().__init__()
@@ -177,9 +177,11 @@ class PMMRec(Recommender):
         self.backbones = nn.ModuleDict(dict(catalogue.backbones))  # trained already
 
     @property
-    def plan(self) -> WindowPlan:
+    def window_sampling(self) -> WindowSampling:
         """Windows over the whole history: every interaction is a target, the newest up to twice."""
-        return WindowPlan(length=self.config.length + 1, stride=self.config.length, cover=True)
+        return WindowSampling(
+            length=self.config.length + 1, stride=self.config.length, every_target=True
+        )
 
     @property
     def history(self) -> int:
@@ -212,7 +214,7 @@ class PMMRec(Recommender):
         vector_KD, modalities = self._items(item_K, batch.features)
         vector_KD = self._scored(vector_KD)
         predicts_BL = valid_BL[:, 1:]
-        begin = first_row(len(item_K), item_K.device)
+        begin = rank_offset(len(item_K), item_K.device)
         at = Positions(
             item_C=gather_ids(item_K),
             count_C=gather_ids(torch.bincount(place_BL[valid_BL], minlength=len(item_K))),

@@ -27,7 +27,7 @@ from trainer.checks import (
     check_temperature,
 )
 from trainer.data.batches import Batch, ItemFeatures, Sequences
-from trainer.data.windows import WindowPlan
+from trainer.data.windows import WindowSampling
 from trainer.kernels.fused_cpu import dropout
 from trainer.losses.softmax import draw_candidates, full_softmax, part_softmax
 from trainer.models.base import Catalogue, Recommender
@@ -74,12 +74,12 @@ class SASRecConfig:
 class SASRec(Recommender):
     """Self-attentive sequential recommendation over item ids."""
 
-    parts: ClassVar[Mapping[str, tuple[str, ...]]] = {
+    transfer_groups: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "items": ("item.",),
         "users": ("position.", "norm.", "transformer."),
     }
-    of_catalogue = ("item.",)
-    from_end = ("position.weight",)
+    item_tables = ("item.",)
+    reverse_positions = ("position.weight",)
 
     def __init__(self, config: SASRecConfig, catalogue: Catalogue) -> None:
         super().__init__()
@@ -99,9 +99,11 @@ class SASRec(Recommender):
         initialise(self)
 
     @property
-    def plan(self) -> WindowPlan:
+    def window_sampling(self) -> WindowSampling:
         """Windows over the whole history: every interaction is a target, the newest up to twice."""
-        return WindowPlan(length=self.config.length + 1, stride=self.config.length, cover=True)
+        return WindowSampling(
+            length=self.config.length + 1, stride=self.config.length, every_target=True
+        )
 
     @property
     def history(self) -> int:

@@ -13,9 +13,9 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from features.atomic_files import write_table
-from features.dataset import Dataset, Held, load_items, load_user_ids
+from features.dataset import Dataset, EvalSplit, load_items, load_user_ids
 from features.errors import UserError
-from features.schema import PREDICTIONS
+from features.schema import PREDICTIONS_SCHEMA
 from features.warehouse import Warehouse
 from retrieval.indexes import rank_with
 from retrieval.metrics import per_user
@@ -45,7 +45,7 @@ class EvalReport:
     protocol: list[str]
     """The protocol, a statement a line."""
     rows: list[dict[str, Any]]
-    """Rows of the metrics table, see :data:`features.schema.METRICS`."""
+    """Rows of the metrics table, see :data:`features.schema.METRICS_SCHEMA`."""
 
 
 def evaluate(
@@ -149,7 +149,7 @@ def metric_rows(
         subset: (E,) bool, the users to average over; at least one.
     """
     rows = []
-    for seen, found in (("masked", ranks.masked), ("unmasked", ranks.unmasked)):
+    for seen, found in (("filtered", ranks.filtered), ("kept", ranks.kept)):
         values = per_user(found[subset])
         matrix = np.stack(list(values.values()), axis=1)
         low, high = bootstrap(matrix)
@@ -165,7 +165,7 @@ def metric_rows(
 
 
 def _predictions(
-    dataset: Dataset, held: Held, split: str, ranks: Ranks, cold: npt.NDArray[np.bool_]
+    dataset: Dataset, held: EvalSplit, split: str, ranks: Ranks, cold: npt.NDArray[np.bool_]
 ) -> pa.Table:
     return pa.table(
         {
@@ -174,8 +174,8 @@ def _predictions(
             "item": pa.array(dataset.items[held.targets]),
             "history": pa.array(held.targets - held.starts, pa.int32()),
             "cold": pa.array(cold),
-            "rank_unmasked": pa.array(ranks.unmasked, pa.int32()),
-            "rank_masked": pa.array(ranks.masked, pa.int32()),
+            "rank_kept": pa.array(ranks.kept, pa.int32()),
+            "rank_filtered": pa.array(ranks.filtered, pa.int32()),
         }
     )
 
@@ -185,4 +185,4 @@ def _with_ids(warehouse: Warehouse, name: str, table: pa.Table) -> pa.Table:
     users = load_user_ids(warehouse, name)
     table = table.append_column("item_id", items.take(table.column("item")))
     table = table.append_column("user_id", users.take(table.column("user")))
-    return table.select(PREDICTIONS.names).cast(PREDICTIONS)
+    return table.select(PREDICTIONS_SCHEMA.names).cast(PREDICTIONS_SCHEMA)

@@ -38,7 +38,7 @@ class RetrievalReport:
     features: list[str]
     protocol: list[str]
     rows: list[dict[str, Any]]
-    """Rows of the metrics table, see :data:`features.schema.METRICS`."""
+    """Rows of the metrics table, see :data:`features.schema.METRICS_SCHEMA`."""
 
 
 def evaluate_retrieval(

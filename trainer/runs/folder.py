@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from features.atomic_files import lock, reading, write_table
+from features.atomic_files import lock, read_errors, write_table
 from features.errors import UserError
-from features.schema import METRICS
+from features.schema import METRICS_SCHEMA
 from features.warehouse import Warehouse
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def run_lock(folder: Path) -> AbstractContextManager[None]:
 
 
 @contextmanager
-def claimed(runs: Path, name: str | None, stamp: datetime, what: str) -> Iterator[Path]:
+def create_run_dir(runs: Path, name: str | None, stamp: datetime, what: str) -> Iterator[Path]:
     """Make a new run's folder, which two cannot do; if the body fails, it vanishes.
 
     Args:
@@ -122,7 +122,7 @@ def record(path: Path, model: str, row: "EpochRow") -> None:
         values.append(("train", "all", "none", SECONDS, row.seconds, None))
     for (kind, metric), value in row.metrics.items():
         # A direction of retrieval says what is looked for, and nothing has been seen there.
-        targets, seen = ("all", kind) if kind in ("masked", "unmasked") else (kind, "none")
+        targets, seen = ("all", kind) if kind in ("filtered", "kept") else (kind, "none")
         values.append(("validation", targets, seen, metric, value, row.users))
     rows = [
         {
@@ -140,7 +140,7 @@ def replace_metrics(
 ) -> None:
     """Add rows to a run's metrics table; those already there for which ``replaced`` holds go."""
     rows = [row for row in held_metrics(path) if not replaced(row)] + rows
-    write_table(path, pa.Table.from_pylist(rows, schema=METRICS), compression="zstd")
+    write_table(path, pa.Table.from_pylist(rows, schema=METRICS_SCHEMA), compression="zstd")
 
 
 def held_metrics(path: Path, remedy: str = "remove it") -> list[dict[str, Any]]:
@@ -151,8 +151,8 @@ def held_metrics(path: Path, remedy: str = "remove it") -> list[dict[str, Any]]:
     """
     if not path.exists():
         return []
-    with reading(path, remedy):
+    with read_errors(path, remedy):
         table = pq.read_table(path)
-        if not table.schema.equals(METRICS):
+        if not table.schema.equals(METRICS_SCHEMA):
             raise ValueError(f"its columns are {', '.join(table.schema.names) or 'none'}")
     return list(table.to_pylist())

@@ -13,13 +13,13 @@ import pyarrow as pa
 from features.atomic_files import lock, write_json, write_table
 from features.dataset import load_dataset
 from features.errors import UserError
-from features.schema import METRICS
+from features.schema import METRICS_SCHEMA
 from features.store import FeatureStore, FeatureTable
 from features.warehouse import Warehouse
 from trainer.config import build
 from trainer.data.feature_tables import choose_tables
 from trainer.identity import RunIdentity
-from trainer.loop import Tick
+from trainer.loop import TrainProgress
 from trainer.models.registry import find_model
 from trainer.runs.evaluate import evaluate
 from trainer.runs.folder import held_metrics
@@ -54,7 +54,7 @@ class Outcome:
     """``finished`` now, ``reused``, or ``failed``."""
     seconds: float = 0.0
     rows: list[dict[str, Any]] = field(default_factory=list)
-    """Of its evaluation, see :data:`features.schema.METRICS`; only the model's own."""
+    """Of its evaluation, see :data:`features.schema.METRICS_SCHEMA`; only the model's own."""
     message: str = ""
     """Why it failed."""
 
@@ -103,7 +103,7 @@ def run_grid(
     warehouse: Warehouse,
     planned: Sequence[Planned],
     *,
-    on_tick: Callable[[int, Tick | str], None] = lambda number, tick: None,
+    on_tick: Callable[[int, TrainProgress | str], None] = lambda number, tick: None,
 ) -> Iterator[Outcome]:
     """Run what has not ended yet, one after another; a run that fails does not stop the others.
 
@@ -138,7 +138,7 @@ def write_result(path: Path, grid: Grid, outcomes: Sequence[Outcome]) -> None:
         for row in outcome.rows
     ]
     about = [(name, pa.string()) for name in dict.fromkeys(("model", "dataset", "features", *axes))]
-    measured = [METRICS.field(key) for key in _MEASURED]
+    measured = [METRICS_SCHEMA.field(key) for key in _MEASURED]
     schema = pa.schema([*about, ("run", pa.string()), *measured])
     write_table(path, pa.Table.from_pylist(rows, schema=schema), compression="zstd")
 
@@ -212,7 +212,9 @@ def _plan(warehouse: Warehouse, one: Combination, known: _Known) -> Planned:
     )
 
 
-def _run(warehouse: Warehouse, one: Planned, on_tick: Callable[[Tick | str], None]) -> Outcome:
+def _run(
+    warehouse: Warehouse, one: Planned, on_tick: Callable[[TrainProgress | str], None]
+) -> Outcome:
     folder = warehouse.runs_dir / one.run
     began = time.monotonic()
     if is_done(warehouse, one):
@@ -233,7 +235,7 @@ def _run(warehouse: Warehouse, one: Planned, on_tick: Callable[[Tick | str], Non
 
 
 def _train(
-    warehouse: Warehouse, one: Planned, folder: Path, on_tick: Callable[[Tick | str], None]
+    warehouse: Warehouse, one: Planned, folder: Path, on_tick: Callable[[TrainProgress | str], None]
 ) -> None:
     resume = False
     if is_begun(warehouse, one):

@@ -20,7 +20,7 @@ from retrieval.metrics import per_user
 SEED = "seed"
 """The one axis that needs no place in the table: cells are means over it."""
 SPLITS = ("validation", "test")
-SEEN = ("masked", "unmasked")
+SEEN = ("filtered", "kept")
 METRICS = tuple(per_user(np.ones(1, np.int64)))
 _ABOUT = ("model", "dataset", "features", "init", "transfer")  # what is no setting; "": not given
 _LISTS = ("rows", "columns", "metrics")
@@ -117,7 +117,7 @@ def _grid(path: Path, document: dict[str, Any]) -> Grid:
     for metric in metrics:
         if metric not in METRICS:
             raise unknown("metric", metric, list(METRICS))
-    split, seen = document.get("split", "test"), document.get("seen", "masked")
+    split, seen = document.get("split", "test"), document.get("seen", "filtered")
     for name, value, known in (("split", split, SPLITS), ("seen", seen, SEEN)):
         if value not in known:
             raise UserError(f"{name}={value!r} is not known; known: {', '.join(known)}")

@@ -72,7 +72,9 @@ def read_records(warehouse: Warehouse, names: Sequence[str]) -> list[Record]:
 
 
 def read_metrics(record: Record) -> list[dict[str, Any]]:
-    """The rows of a run's metrics table, see :data:`features.schema.METRICS`; none before epoch 1.
+    """Return the rows of a run's metrics table; no rows before the end of epoch 1.
+
+    The columns are those of :data:`features.schema.METRICS_SCHEMA`.
 
     Raises:
         UserError: It is damaged.

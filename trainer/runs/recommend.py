@@ -18,12 +18,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
-from features.atomic_files import whole
-from features.dataset import Held, Ints, load_items, load_user_ids
+from features.atomic_files import atomic_write
+from features.dataset import EvalSplit, Ints, load_items, load_user_ids
 from features.errors import UserError
 from features.warehouse import Warehouse
 from retrieval.indexes import Found, Index, make_index
-from retrieval.ranking import Seen
+from retrieval.ranking import SeenItems
 from trainer.checkpoint import load_weights
 from trainer.data.batches import Sequences
 from trainer.evaluation.encode import encode_catalogue, encode_histories, seen_by
@@ -59,7 +59,7 @@ class Suggestion:
     """Whether the item has fewer than 10 training interactions."""
 
 
-class Adviser:
+class Predictor:
     """A run with its best weights and the vectors of its catalogue, ready to be asked."""
 
     def __init__(self, warehouse: Warehouse, run: OpenRun, *, index: str) -> None:
@@ -130,13 +130,13 @@ class Adviser:
 
     # -- lists ---------------------------------------------------------------------------------
 
-    def for_history(self, items: Sequence[int] | Ints, k: int, *, unmasked: bool = False) -> Found:
+    def for_history(self, items: Sequence[int] | Ints, k: int, *, keep_seen: bool = False) -> Found:
         """Recommend for one history, whoever has it.
 
         Args:
             items: (L,) its items, the oldest first, at least one.
             k: Length of the list.
-            unmasked: Whether items of the history may be recommended.
+            keep_seen: Whether items of the history may be recommended.
 
         Returns:
             (1, K) scores and (1, K) items, see :meth:`retrieval.indexes.Index.search`.
@@ -147,26 +147,26 @@ class Adviser:
         model, features = self.run.model, self.run.data.features
         with torch.no_grad():
             query_1D = model.encode_sequences(self.items_ND, sequences, features)
-        seen = Seen(items=flat, offsets=np.array([0, len(flat)]))
-        return self._index.search(query_1D.float(), self._most(k), None if unmasked else seen)
+        seen = SeenItems(items=flat, offsets=np.array([0, len(flat)]))
+        return self._index.search(query_1D.float(), self._most(k), None if keep_seen else seen)
 
-    def for_users(self, users: Ints, k: int, *, unmasked: bool = False) -> Found:
+    def for_users(self, users: Ints, k: int, *, keep_seen: bool = False) -> Found:
         """Recommend for (B,) users of the dataset; they are encoded and searched together.
 
         Returns:
             (B, K) scores and (B, K) items, -1 behind the last one that is left.
         """
         offsets = self.dataset.offsets
-        held = Held(users=users, starts=offsets[users], targets=offsets[users + 1])
+        held = EvalSplit(users=users, starts=offsets[users], targets=offsets[users + 1])
         batch = self.run.config.eval_batch
         queries_BD = encode_histories(self.run.model, self.run.data, self.items_ND, held, batch)
-        seen = None if unmasked else seen_by(self.dataset, held)
+        seen = None if keep_seen else seen_by(self.dataset, held)
         return self._index.search(queries_BD, self._most(k), seen)
 
     def similar(self, item: int, k: int) -> Found:
         """The items whose vectors point the same way: (1, K) cosines and (1, K) items."""
         unit_ND = torch.nn.functional.normalize(self.items_ND, dim=1)
-        itself = Seen(items=np.array([item]), offsets=np.array([0, 1]))
+        itself = SeenItems(items=np.array([item]), offsets=np.array([0, 1]))
         query_1D = unit_ND[item : item + 1]
         return make_index(self._index_name, unit_ND).search(query_1D, self._most(k), itself)
 
@@ -193,11 +193,11 @@ class Adviser:
 
 
 def write_all(
-    adviser: Adviser,
+    adviser: Predictor,
     path: Path,
     k: int,
     *,
-    unmasked: bool = False,
+    keep_seen: bool = False,
     on_users: Callable[[int, int], None] = lambda done, total: None,
 ) -> int:
     """Write the lists of every user into one Parquet file, whole or not at all.
@@ -209,27 +209,27 @@ def write_all(
         adviser: Whom to ask.
         path: The file, of the schema ``RECOMMENDATIONS``.
         k: Length of a list.
-        unmasked: Whether items that a user has had may be recommended.
+        keep_seen: Whether items that a user has had may be recommended.
         on_users: Told how many users are done, and of how many.
 
     Returns:
         The number of rows.
     """
     total, rows = adviser.dataset.info.users, 0
-    with whole(path) as beside, pq.ParquetWriter(beside, RECOMMENDATIONS) as writer:
-        for done, block in _blocks(adviser, k, unmasked):
+    with atomic_write(path) as beside, pq.ParquetWriter(beside, RECOMMENDATIONS) as writer:
+        for done, block in _blocks(adviser, k, keep_seen):
             writer.write_table(block)
             rows += len(block)
             on_users(done, total)
     return rows
 
 
-def _blocks(adviser: Adviser, k: int, unmasked: bool) -> Iterator[tuple[int, pa.Table]]:
+def _blocks(adviser: Predictor, k: int, keep_seen: bool) -> Iterator[tuple[int, pa.Table]]:
     user_ids = load_user_ids(adviser.warehouse, adviser.run.dataset)
     total = adviser.dataset.info.users
     for start in range(0, total, _BLOCK):
         users = np.arange(start, min(start + _BLOCK, total))
-        scores_BK, items_BK = adviser.for_users(users, k, unmasked=unmasked)
+        scores_BK, items_BK = adviser.for_users(users, k, keep_seen=keep_seen)
         there_BK = items_BK >= 0
         row, column = there_BK.nonzero()
         user, item = pa.array(users[row], pa.int32()), pa.array(items_BK[there_BK], pa.int32())

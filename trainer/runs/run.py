@@ -19,14 +19,14 @@ from trainer.config import TrainConfig, build_all, documents
 from trainer.data.batches import TrainingData
 from trainer.data.feature_tables import choose_device
 from trainer.data.multi_dataset import choose_labels, fingerprint_of, load_source
-from trainer.distributed import rank
+from trainer.distributed import process_rank
 from trainer.finetune.load_checkpoint import open_blocks, read_blocks, write_blocks
 from trainer.finetune.upper_blocks import UpperBlocks
 from trainer.identity import RunIdentity
-from trainer.loop import Tick, fit
+from trainer.loop import TrainProgress, fit
 from trainer.models.base import Catalogue, Recommender
 from trainer.models.registry import MODELS, find_model
-from trainer.runs.folder import check_run_name, claimed, read_about, record, run_lock
+from trainer.runs.folder import check_run_name, create_run_dir, read_about, record, run_lock
 from trainer.runs.transfer import FULL, Taken, check_transfer, take_weights
 from trainer.tasks.next_item import NextItem, Task, check_trainable
 from trainer.tasks.pretrain import STAGE, check_pretrains, pretrain_config, pretrain_task
@@ -144,7 +144,7 @@ def start_run(
     backbones = open_blocks(tables, count) if count else {}
     stamp = datetime.now(UTC)
     what = f"{'+'.join(names)[:60]}-{model}" + (f"-{STAGE}" if stage == STAGE else "")
-    with claimed(warehouse.runs_dir, name, stamp, what) as folder:
+    with create_run_dir(warehouse.runs_dir, name, stamp, what) as folder:
         run = _open(warehouse, folder, model, names, labels, stage, configs, backbones)
         if backbones:
             write_blocks(folder, backbones)
@@ -225,7 +225,7 @@ def train(
     run: OpenRun,
     *,
     resume: bool = False,
-    on_tick: Callable[[Tick], None] = lambda tick: None,
+    on_tick: Callable[[TrainProgress], None] = lambda tick: None,
 ) -> TrainReport:
     """Train a run to its end or to an interrupt; the metrics table grows with each epoch.
 
@@ -245,7 +245,7 @@ def train(
             )
         resume = False  # killed before anything was saved: it begins once more, with the same bits
     began = time.monotonic()
-    with run_lock(run.folder) if rank() == 0 else nullcontext():
+    with run_lock(run.folder) if process_rank() == 0 else nullcontext():
         progress = fit(
             run.task,
             run.config,
@@ -315,7 +315,7 @@ def _open(
         ) from None
     module = module.to(device)
     data = TrainingData(source.dataset, source.features, device)
-    module.adapt(source.features, data.train)
+    module.fit_buffers(source.features, data.train)
     task: Task[Any] = NextItem(module, data)
     if stage == STAGE:
         task = pretrain_task(warehouse, datasets, module, data, more)

@@ -61,8 +61,8 @@ def check_transfer(name: str, model: type[Recommender]) -> None:
     Raises:
         UserError: Names those that it knows.
     """
-    if name not in (FULL, *model.parts):
-        raise unknown("transfer", name, [FULL, *model.parts])
+    if name not in (FULL, *model.transfer_groups):
+        raise unknown("transfer", name, [FULL, *model.transfer_groups])
 
 
 def check_source(run: Path, name: str) -> None:
@@ -100,7 +100,7 @@ def take_weights(
         name: Of the recommender.
         model: As it was drawn; what does not come from there stays so.
         identity: What the model is for, see :class:`trainer.runs.run.OpenRun`.
-        transfer: ``full``, or one of the model's ``parts``.
+        transfer: ``full``, or one of the model's ``transfer_groups``.
 
     Raises:
         UserError: The run has no weights yet, is of another recommender, or nothing fits.
@@ -111,17 +111,17 @@ def take_weights(
     digest = hash_tensors(tensors)
     matching = _Matching(held, identity)
     tensors = {matching.renamed(key): tensor for key, tensor in tensors.items()}
-    for key in model.of_training:
+    for key in model.fitted_buffers:
         tensors.pop(key, None)
-    wanted = {k: place for k, place in model.state_dict().items() if k not in model.of_training}
-    prefixes = ("",) if transfer == FULL else model.parts[transfer]
+    wanted = {k: place for k, place in model.state_dict().items() if k not in model.fitted_buffers}
+    prefixes = ("",) if transfer == FULL else model.transfer_groups[transfer]
     loaded: list[str] = []
     fresh: dict[str, str] = {}
     numbers = 0
     for key, place in wanted.items():
         reason = "" if key.startswith(prefixes) else f"not part of the transfer {transfer!r}"
         reason = reason or matching.refused(key)
-        if key.startswith(model.of_catalogue or ("\0",)) and matching.other_catalogue:
+        if key.startswith(model.item_tables or ("\0",)) and matching.other_catalogue:
             reason = reason or "a row for each item, and the catalogue is another one"
         if not reason and key not in tensors:
             reason = "that run does not have it"
@@ -129,9 +129,9 @@ def take_weights(
             fresh[key] = reason
             continue
         rows = None
-        if key in model.by_modality:
+        if key in model.modality_tables:
             rows = matching.modality_rows()
-        elif key in model.from_end and tensors[key].shape[1:] == place.shape[1:]:
+        elif key in model.reverse_positions and tensors[key].shape[1:] == place.shape[1:]:
             both = range(min(len(place), len(tensors[key])))
             rows = [(row, row) for row in both]
         filled, reason = _filled(place, tensors[key], rows)

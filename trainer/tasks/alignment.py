@@ -25,7 +25,7 @@ from features.errors import UserError
 from trainer.checks import check_not_negative
 from trainer.config import TrainConfig
 from trainer.data.batches import ItemFeatures, Share
-from trainer.distributed import first_row, gather_ids, gather_rows, mean_rows, ranks
+from trainer.distributed import gather_ids, gather_rows, global_mean_rows, rank_offset, world_size
 from trainer.evaluation.cross_modal import Sides, recalls, retrieve
 from trainer.losses.clip import in_batch_symmetric
 from trainer.losses.in_batch import in_batch
@@ -238,10 +238,10 @@ def contrast(x_MD: Tensor, y_MD: Tensor, scale: float, label_M: Tensor | None) -
         scale: 1 / temperature.
         label_M: (M,) int64; rows with equal labels are no negatives of each other.
     """
-    if ranks() == 1:
+    if world_size() == 1:
         return 2 * in_batch_symmetric(x_MD, y_MD, scale=scale, label_B=label_M)
     rows, device = len(x_MD), x_MD.device
-    begin, mean = first_row(rows, device), mean_rows(rows, device) or 1.0
+    begin, mean = rank_offset(rows, device), global_mean_rows(rows, device) or 1.0
     label_C = None if label_M is None else gather_ids(label_M)
     positive_M = torch.arange(begin, begin + rows, device=device)
     both = [

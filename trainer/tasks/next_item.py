@@ -29,7 +29,7 @@ class Validation:
     """What one validation found."""
 
     metrics: dict[tuple[str, str], float]
-    """(``masked`` | ``unmasked`` | a direction of retrieval, metric) -> value."""
+    """(``filtered`` | ``kept`` | a direction of retrieval, metric) -> value."""
     users: int
     """Users, or queries, that the values are means over."""
     monitored: float
@@ -98,7 +98,7 @@ class NextItem(Task[Batch]):
     ) -> tuple[int, Iterator[Batch]]:
         """Windows as the recommender plans them."""
         return self.data.epoch(
-            self.model.plan,
+            self.model.window_sampling,
             batch_size=config.batch_size,
             seed=config.seed,
             epoch=epoch,
@@ -130,7 +130,7 @@ class NextItem(Task[Batch]):
         )
         metrics = {
             (seen, name): float(values.mean())
-            for seen, found in (("unmasked", ranks.unmasked), ("masked", ranks.masked))
+            for seen, found in (("kept", ranks.kept), ("filtered", ranks.filtered))
             for name, values in per_user(found).items()
         }
         return Validation(

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from features.atomic_files import whole
+from features.atomic_files import atomic_write
 from features.dataset import quoted
 from features.errors import UserError
 from pipeline.datasets.importers.base import Blobs
@@ -54,7 +54,7 @@ def store_blobs(
         f" WHERE {item} IN (SELECT item_id FROM item_ids{only}) ORDER BY row"
     ).fetchnumpy()["row"]
     db.execute("CREATE TABLE _blobs (row BIGINT, image VARCHAR)")
-    with whole(folder / _NAME) as beside, beside.open("wb") as stream:
+    with atomic_write(folder / _NAME) as beside, beside.open("wb") as stream:
         for chunk in _references(_copied(blobs, root, np.asarray(rows), stream)):
             db.register("_chunk", chunk)
             db.execute("INSERT INTO _blobs SELECT * FROM _chunk")

@@ -25,7 +25,7 @@ from features.errors import UserError
 from features.store import FeatureStore
 from features.warehouse import Warehouse, slug
 from pipeline.backbones import hub
-from pipeline.backbones.base import Backbone, Batch
+from pipeline.backbones.base import Backbone, InputBatch
 from pipeline.backbones.hashed import Hashed
 from pipeline.backbones.registry import BACKBONES, check_modality, list_backbones, load_backbone
 from pipeline.extraction.job import extract
@@ -54,7 +54,7 @@ def pictures() -> list[Image.Image]:
 
 
 def images_of(backbone: Backbone) -> Floats:
-    return backbone.embed(Batch(images=[backbone.image(one) for one in pictures()]))
+    return backbone.embed(InputBatch(images=[backbone.image(one) for one in pictures()]))
 
 
 def image_processor(folder: Path) -> Any:
@@ -62,7 +62,7 @@ def image_processor(folder: Path) -> Any:
 
 
 def texts_of(backbone: Backbone) -> Floats:
-    return backbone.embed(Batch(texts=backbone.texts(TEXTS)))
+    return backbone.embed(InputBatch(texts=backbone.texts(TEXTS)))
 
 
 def close(ours: Floats, theirs: torch.Tensor) -> bool:
@@ -79,8 +79,10 @@ def test_hashed_is_the_same_everywhere_and_for_ever() -> None:
     """Numbers of the first version: they may only change together with its fingerprint."""
     backbone = Hashed()
     assert backbone.checkpoint == "hashed-1"
-    text = backbone.embed(Batch(texts=backbone.texts(["red shoes"])))
-    grey = backbone.embed(Batch(images=[backbone.image(Image.new("RGB", (9, 5), (200, 60, 10)))]))
+    text = backbone.embed(InputBatch(texts=backbone.texts(["red shoes"])))
+    grey = backbone.embed(
+        InputBatch(images=[backbone.image(Image.new("RGB", (9, 5), (200, 60, 10)))])
+    )
     assert np.allclose(text[0, :3], HASHED_TEXT, atol=1e-5)
     assert np.allclose(grey[0, :3], HASHED_PICTURE, atol=1e-5)
     assert np.allclose(np.linalg.norm([text[0], grey[0]], axis=1), 1.0, atol=1e-5)
@@ -89,7 +91,9 @@ def test_hashed_is_the_same_everywhere_and_for_ever() -> None:
 def test_hashed_brings_like_to_like() -> None:
     backbone = Hashed()
     text = backbone.embed(
-        Batch(texts=backbone.texts(["red running shoes", "red running shoe", "quantum chemistry"]))
+        InputBatch(
+            texts=backbone.texts(["red running shoes", "red running shoe", "quantum chemistry"])
+        )
     )
     assert text[0] @ text[1] > 0.7
     assert abs(text[0] @ text[2]) < 0.3
@@ -98,7 +102,7 @@ def test_hashed_brings_like_to_like() -> None:
     noisy = np.clip(pixels + random.randint(-9, 10, pixels.shape), 0, 255).astype(np.uint8)
     other = random.randint(0, 256, (6, 8, 3), dtype=np.uint8)
     drawn = [Image.fromarray(one).resize((80, 60)) for one in (pixels, noisy, other)]
-    image = backbone.embed(Batch(images=[backbone.image(one) for one in drawn]))
+    image = backbone.embed(InputBatch(images=[backbone.image(one) for one in drawn]))
     assert image[0] @ image[1] > 0.95
     assert image[0] @ image[2] < 0.8
 
@@ -106,7 +110,7 @@ def test_hashed_brings_like_to_like() -> None:
 @pytest.mark.parametrize("text", ["!!!", "日本", "\n\t?", "x" * 100_000, "e\u0301"])
 def test_hashed_takes_any_text(text: str) -> None:
     backbone = Hashed()
-    vector = backbone.embed(Batch(texts=backbone.texts([text, "a"])))[0]
+    vector = backbone.embed(InputBatch(texts=backbone.texts([text, "a"])))[0]
     assert np.isclose(np.linalg.norm(vector), 1.0, atol=1e-5)
 
 
@@ -222,11 +226,11 @@ def test_text_encoders_give_the_mean_of_their_tokens(tmp_path: Path, kind: str) 
     mean_BD = torch.stack(
         [states[mask.bool()].mean(0) for states, mask in zip(states_BTD, mask_BT, strict=True)]
     )
-    assert close(ours.embed(Batch(texts=ours.texts(short))), mean_BD)
+    assert close(ours.embed(InputBatch(texts=ours.texts(short))), mean_BD)
     assert ours.pooling("text") == "mean of the last layer's tokens (the default)"
     # RoBERTa spends its first positions on padding: 39 of its 40 can be used.
     assert len(ours.texts(["words " * 90])[0]) == (39 if kind == "Roberta" else 40)
-    ours.embed(Batch(texts=ours.texts(["words " * 90])))
+    ours.embed(InputBatch(texts=ours.texts(["words " * 90])))
 
 
 def test_sentence_encoders_are_followed_in_what_they_say(tmp_path: Path) -> None:
@@ -247,7 +251,7 @@ def test_sentence_encoders_are_followed_in_what_they_say(tmp_path: Path) -> None
         ours = load_backbone(str(folder), device="cpu")
         tokens = ours.texts(["ABC", "words " * 30])
         assert [len(ids) for ids in tokens] == [5, 9]
-        return ours.embed(Batch(texts=tokens))
+        return ours.embed(InputBatch(texts=tokens))
 
     states_BTD, mask_BT = hidden(folder, ["abc"])
     assert mask_BT.all()
@@ -266,7 +270,7 @@ def test_sentence_encoders_are_followed_in_what_they_say(tmp_path: Path) -> None
     pooling.write_text(json.dumps({"pooling_mode": "mean"}))
     ours = load_backbone(str(folder), device="cpu")
     mean = hidden(folder, ["ab c"])[0][0].mean(0)
-    assert close(ours.embed(Batch(texts=ours.texts(["C"])))[0], mean / mean.norm())
+    assert close(ours.embed(InputBatch(texts=ours.texts(["C"])))[0], mean / mean.norm())
     assert "lower case, behind 'ab '" in ours.preprocessing("text")
     with pytest.raises(UserError, match=r"leaves its prompt 'ab ' out of the pooling"):
         pooled({"pooling_mode": "mean", "include_prompt": False})
@@ -307,7 +311,7 @@ def test_all_minilm_gives_the_sentences_of_its_card() -> None:
     assert ours.dim == BACKBONES["all-minilm-l6-v2"].dim == 384
     assert "unit length (as the checkpoint says)" in ours.pooling("text")
     said = ["A man is eating food.", "A man is eating a piece of bread.", "A cheetah hunts."]
-    vectors = ours.embed(Batch(texts=ours.texts(said)))
+    vectors = ours.embed(InputBatch(texts=ours.texts(said)))
     assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
     # Similarities that sentence-transformers' own documentation prints for these sentences.
     assert abs(vectors[0] @ vectors[1] - 0.7553) < 2e-3

@@ -18,12 +18,12 @@ from torchvision.models.detection import fasterrcnn_resnet50_fpn
 
 from features.errors import UserError
 from pipeline.backbones import detector as detector_module
-from pipeline.backbones.base import Backbone, Batch, block_of, level_names, split_pooling
+from pipeline.backbones import patch_masking
+from pipeline.backbones.base import Backbone, InputBatch, block_of, level_names, split_pooling
 from pipeline.backbones.detector import MOST, Regions
 from pipeline.backbones.hashed import DIM, Hashed
 from pipeline.backbones.local_folder import open_folder
 from pipeline.backbones.registry import BACKBONES, check_modality, load_backbone
-from pipeline.backends import masking
 from tests.pipeline.backbones.checkpoints import (
     CLIP_CONFIG,
     RESNET,
@@ -58,22 +58,23 @@ def processor_of(folder: Path) -> Any:
     return transformers.AutoImageProcessor.from_pretrained(folder)  # type: ignore[no-untyped-call]
 
 
-def images(ours: Backbone) -> Batch:
-    return Batch(images=[ours.image(one) for one in pictures()])
+def images(ours: Backbone) -> InputBatch:
+    return InputBatch(images=[ours.image(one) for one in pictures()])
 
 
-def texts(ours: Backbone) -> Batch:
-    return Batch(texts=ours.texts(TEXTS))
+def texts(ours: Backbone) -> InputBatch:
+    return InputBatch(texts=ours.texts(TEXTS))
 
 
-def pairs(ours: Backbone) -> Batch:
-    return Batch(images=images(ours).images, texts=texts(ours).texts)
+def pairs(ours: Backbone) -> InputBatch:
+    return InputBatch(images=images(ours).images, texts=texts(ours).texts)
 
 
-def one_by_one(batch: Batch) -> list[Batch]:
+def one_by_one(batch: InputBatch) -> list[InputBatch]:
     count = max(len(batch.images), len(batch.texts))
     return [
-        Batch(images=batch.images[i : i + 1], texts=batch.texts[i : i + 1]) for i in range(count)
+        InputBatch(images=batch.images[i : i + 1], texts=batch.texts[i : i + 1])
+        for i in range(count)
     ]
 
 
@@ -91,7 +92,7 @@ def grid(tokens: torch.Tensor) -> torch.Tensor:
 
 def check_levels(
     ours: Backbone,
-    batch: Batch,
+    batch: InputBatch,
     bare: Callable[[int], Any],
     *,
     levels: int,
@@ -242,7 +243,7 @@ def test_a_masked_picture_is_a_function_of_itself(tmp_path: Path, ratio: float) 
     model, prepare = library(folder), processor_of(folder)
     model.config.mask_ratio = ratio
     batch = images(ours)
-    noise_BL = masking.noise(batch.images, 16, ratio)
+    noise_BL = patch_masking.noise(batch.images, 16, ratio)
     assert len({tuple(row.tolist()) for row in noise_BL}) == 4  # each its own
 
     def bare(i: int) -> Any:
@@ -261,7 +262,7 @@ def test_a_masked_picture_is_a_function_of_itself(tmp_path: Path, ratio: float) 
     whole = load_backbone(str(folder), device="cpu")
     assert np.abs(whole.embed(batch) - ours.embed(batch)).max() > 1e-3
     grey = Image.new("RGB", (40, 40), "grey")
-    twice = Batch(images=[ours.image(grey), ours.image(pictures()[0]), ours.image(grey)])
+    twice = InputBatch(images=[ours.image(grey), ours.image(pictures()[0]), ours.image(grey)])
     vectors = ours.embed(twice)
     assert near(vectors[0], vectors[2])
 
@@ -669,23 +670,23 @@ def test_visualbert_over_regions(
 def test_hashed_has_tokens_and_pairs() -> None:
     ours = Hashed()
     words = ours.texts(["red running shoes", "!", "red"])
-    tokens = ours.tokens(Batch(texts=words), "tokens")
+    tokens = ours.tokens(InputBatch(texts=words), "tokens")
     assert [one.shape for one in tokens] == [(3, DIM), (1, DIM), (1, DIM)]
     assert near(tokens[0][0], tokens[2][0])  # the same word
     # A text is the sum of its words' n-grams; a word alone is its own vector.
-    assert near(tokens[2][0], ours.embed(Batch(texts=words[2:]))[0])
+    assert near(tokens[2][0], ours.embed(InputBatch(texts=words[2:]))[0])
     red = Image.new("RGB", (40, 40), "red")
     red.paste("blue", (0, 0, 10, 10))
-    seen = Batch(images=[ours.image(red)])
+    seen = InputBatch(images=[ours.image(red)])
     cells = ours.tokens(seen, "tokens")[0]
     assert cells.shape == (16, DIM)
     assert cells[5] @ cells[15] > 0.999
     assert cells[0] @ cells[15] < 0.9
-    both = Batch(images=list(seen.images) * 3, texts=words)
+    both = InputBatch(images=list(seen.images) * 3, texts=words)
     joined = ours.tokens(both, "tokens")
     assert [len(one) for one in joined] == [19, 17, 17]
     assert near(joined[0], np.concatenate([cells, tokens[0]]))
-    one = (ours.embed(seen)[0] + ours.embed(Batch(texts=words))[1]) / 2
+    one = (ours.embed(seen)[0] + ours.embed(InputBatch(texts=words))[1]) / 2
     assert near(ours.embed(both)[1], one)
     assert ours.levels("joint") == ours.levels("text") == ("pooled", "tokens")
     assert ours.levels("video") == ("pooled",)

@@ -22,9 +22,9 @@ from open_clip.model import CLIP
 from PIL import Image
 from safetensors.torch import save_file
 
-from pipeline.backbones.base import Batch
+from pipeline.backbones import patch_masking
+from pipeline.backbones.base import InputBatch
 from pipeline.backbones.registry import BACKBONES, load_backbone
-from pipeline.backends import masking
 from tests.pipeline.backbones.test_backbones import pictures
 
 pytestmark = pytest.mark.heavy
@@ -139,10 +139,10 @@ def test_pictures(
     assert (ours.modalities, ours.blocks) == (entry.modalities, entry.blocks)
     assert ours.dim == (entry.dim if name != "dinov2-b" else shape[1])
     shots = pictures()[:1]
-    batch = Batch(images=[ours.image(one) for one in shots])
+    batch = InputBatch(images=[ours.image(one) for one in shots])
     more: dict[str, Any] = {}
     if name == "mae-b-mask-75":
-        more["noise"] = masking.noise(batch.images, 196, 0.75)
+        more["noise"] = patch_masking.noise(batch.images, 196, 0.75)
         assert bare.config.mask_ratio == 0.75
     with torch.inference_mode():
         pixels = processor(images=shots, return_tensors="pt")
@@ -182,7 +182,7 @@ def test_roberta(cache: Place) -> None:
     assert all((one[0], one[-1]) == (0, 2) for one in ids)
     assert ids[0][1] == words["r"]
     assert len(ours.texts(["x" * 600])[0]) == 512
-    batch = Batch(texts=ids)
+    batch = InputBatch(texts=ids)
     tokens, third = ours.tokens(batch, "tokens"), ours.tokens(batch, "layer-3")
     pooled = ours.embed(batch)
     for i, one in enumerate(ids):
@@ -213,11 +213,11 @@ def test_clip(cache: Place) -> None:
     with torch.inference_mode():
         seen = bare.encode_image(torch.stack([transform(one) for one in shots]))
         read = bare.encode_text(open_clip.tokenize(texts))
-    batch = Batch(images=[ours.image(one) for one in shots])
+    batch = InputBatch(images=[ours.image(one) for one in shots])
     near(ours.embed(batch), seen)
     assert ours.tokens(batch, "layer-11")[0].shape == (50, 768)
-    near(ours.embed(Batch(texts=ours.texts(texts))), read)
-    both = Batch(images=batch.images, texts=ours.texts(texts))
+    near(ours.embed(InputBatch(texts=ours.texts(texts))), read)
+    both = InputBatch(images=batch.images, texts=ours.texts(texts))
     unit = torch.nn.functional.normalize
     near(ours.embed(both), (unit(seen, dim=-1) + unit(read, dim=-1)) / 2)
 
@@ -253,4 +253,4 @@ def test_the_second_token_of_deit_is_no_patch(tmp_path: Path) -> None:
     shot = Image.new("RGB", (40, 40), "red")
     with torch.inference_mode():
         output = bare(**processor(images=shot, return_tensors="pt"))
-    near(ours.embed(Batch(images=[ours.image(shot)])), output.last_hidden_state[:, 2:].mean(1))
+    near(ours.embed(InputBatch(images=[ours.image(shot)])), output.last_hidden_state[:, 2:].mean(1))

@@ -10,7 +10,7 @@ import pyarrow as pa
 from PIL import Image
 
 from features.atomic_files import write_json, write_table
-from features.schema import INTERACTIONS, ITEMS
+from features.schema import INTERACTIONS_SCHEMA, ITEMS_SCHEMA
 from features.warehouse import DatasetInfo, Warehouse
 
 
@@ -36,7 +36,9 @@ def prepare(
         pa.array(none, pa.string()),
     ]
     folder = warehouse.dataset_dir(name)
-    write_table(folder / "items" / "part-0.parquet", pa.Table.from_arrays(columns, schema=ITEMS))
+    write_table(
+        folder / "items" / "part-0.parquet", pa.Table.from_arrays(columns, schema=ITEMS_SCHEMA)
+    )
     clicks = [
         pa.array([0] * n, pa.int32()),
         pa.array(["u"] * n),
@@ -44,7 +46,7 @@ def prepare(
         pa.array(none, pa.int64()),
         pa.array(range(n), pa.int32()),
     ]
-    table = pa.Table.from_arrays(clicks, schema=INTERACTIONS)
+    table = pa.Table.from_arrays(clicks, schema=INTERACTIONS_SCHEMA)
     write_table(folder / "interactions" / "part-0.parquet", table)
     info = DatasetInfo(
         name=name,

@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 import pipeline.datasets.prepare
 from features.atomic_files import lock
 from features.errors import UserError
-from features.schema import INTERACTIONS as INTERACTIONS_SCHEMA
-from features.schema import ITEMS as ITEMS_SCHEMA
+from features.schema import INTERACTIONS_SCHEMA, ITEMS_SCHEMA
 from features.warehouse import DatasetInfo, Warehouse
 from pipeline.datasets.canonical_sql import filter_core
 from pipeline.datasets.prepare import describe, prepare

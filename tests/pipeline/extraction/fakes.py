@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from features.schema import FEATURE_MODALITIES
-from pipeline.backbones.base import Backbone, Batch, Vectors
+from pipeline.backbones.base import Backbone, InputBatch, Vectors
 from pipeline.backbones.hashed import DIM, Hashed
 from pipeline.backbones.registry import Entry
 
@@ -37,19 +37,19 @@ class Watched(Hashed):
         self.after = after
         self.checkpoint = checkpoint
 
-    def embed(self, batch: Batch) -> Vectors:
+    def embed(self, batch: InputBatch) -> Vectors:
         time.sleep(self.seconds)
         vectors = self.after(super().embed(batch))
         self._note(batch)
         return vectors
 
-    def tokens(self, batch: Batch, level: str) -> list[Vectors]:
+    def tokens(self, batch: InputBatch, level: str) -> list[Vectors]:
         time.sleep(self.seconds)
         tokens = super().tokens(batch, level)
         self._note(batch)
         return tokens
 
-    def _note(self, batch: Batch) -> None:
+    def _note(self, batch: InputBatch) -> None:
         with self.log.open("a") as stream:
             stream.writelines(f"{mark(one)}\n" for one in (*batch.images, *batch.texts))
 
@@ -75,7 +75,7 @@ class Brief:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._backbone, name)
 
-    def embed(self, batch: Batch) -> Vectors:
+    def embed(self, batch: InputBatch) -> Vectors:
         size = max(len(batch.images), len(batch.texts))
         if self._left:
             self._left -= 1

@@ -16,10 +16,10 @@ from huggingface_hub import constants
 from features import sql_views
 from features.atomic_files import lock
 from features.errors import UserError
-from features.schema import FAILURES
+from features.schema import FAILURES_SCHEMA
 from features.store import FeatureMatrix, FeatureStore, FeatureTable
 from features.warehouse import Warehouse
-from pipeline.backbones.base import Batch, Vectors
+from pipeline.backbones.base import InputBatch, Vectors
 from pipeline.backbones.hashed import Hashed
 from pipeline.backbones.registry import BACKBONES
 from pipeline.extraction import table_writer
@@ -27,7 +27,7 @@ from pipeline.extraction.deduplication import content_hash
 from pipeline.extraction.encoder import TEXT_MOST
 from pipeline.extraction.job import extract as run_job
 from pipeline.extraction.options import Options
-from pipeline.extraction.reports import ExtractReport, ModalityReport, Progress
+from pipeline.extraction.reports import ExtractProgress, ExtractReport, ModalityReport
 from pipeline.media.images import decode_image
 from tests.pipeline.backbones.tiny import picture, prepare
 from tests.pipeline.extraction.fakes import Watched, entry, mark
@@ -113,9 +113,9 @@ def test_vectors_are_those_of_a_bare_loop(
                 continue
             assert value is not None
             if report.modality == "text":
-                batch = Batch(texts=bare.texts([value]))
+                batch = InputBatch(texts=bare.texts([value]))
             else:
-                batch = Batch(images=[bare.image(decode_image((raw / value).read_bytes()))])
+                batch = InputBatch(images=[bare.image(decode_image((raw / value).read_bytes()))])
             assert np.abs(vector.astype(np.float32) - bare.embed(batch)[0]).max() <= atol
 
 
@@ -216,11 +216,11 @@ def test_a_kill_between_new_and_stale_rows_leaves_one_row_an_item(
     run(tiny, image="watched")
     picture(raw / "1.png", seed=77)
 
-    def killed(self: table_writer.Ledger) -> None:
+    def killed(self: table_writer.FeatureTableWriter) -> None:
         raise RuntimeError("killed here")
 
     with monkeypatch.context() as patch:
-        patch.setattr(table_writer.Ledger, "_drop_stale", killed)
+        patch.setattr(table_writer.FeatureTableWriter, "_drop_stale", killed)
         with pytest.raises(RuntimeError, match="killed here"):
             run(tiny, image="watched")
     assert table(tiny, "image").light()["item"].to_pylist().count(1) == 2
@@ -230,7 +230,7 @@ def test_a_kill_between_new_and_stale_rows_leaves_one_row_an_item(
     assert watched.seen() == []
     assert table(tiny, "image").light()["item"].to_pylist() == [0, 1, 3, 4, 5]
     expected = watched.embed(
-        Batch(images=[watched.image(decode_image((raw / "1.png").read_bytes()))])
+        InputBatch(images=[watched.image(decode_image((raw / "1.png").read_bytes()))])
     )
     assert np.abs(read(tiny, "image").vectors[1] - expected[0]).max() < 1e-3
 
@@ -291,7 +291,7 @@ def test_what_cannot_be_used_becomes_a_row_and_is_tried_again(
     ]
     assert {row["dataset"] for row in rows} == {"tiny"}
     path = tiny.dataset_dir("tiny") / "failures" / "watched-image.parquet"
-    assert pq.read_schema(path).equals(FAILURES)
+    assert pq.read_schema(path).equals(FAILURES_SCHEMA)
     assert read(tiny, "image").present.tolist() == [True, False, False, False, False, True]
 
     picture(raw / "bad.png", 5)
@@ -352,7 +352,7 @@ def test_vectors_that_cannot_be_stored_are_failures(tiny: Warehouse, watched: Wa
     blue = mark(watched.texts(["blue shoes"])[0])
     green = mark(watched.texts(["a green hat"])[0])
 
-    def spoil(batch: Batch, vectors: Vectors) -> Vectors:
+    def spoil(batch: InputBatch, vectors: Vectors) -> Vectors:
         for text, vector in zip(batch.texts, vectors, strict=True):
             if mark(text) == blue:
                 vector[3] = np.nan
@@ -361,7 +361,7 @@ def test_vectors_that_cannot_be_stored_are_failures(tiny: Warehouse, watched: Wa
         return vectors
 
     class Spoilt(Watched):
-        def embed(self, batch: Batch) -> Vectors:
+        def embed(self, batch: InputBatch) -> Vectors:
             return spoil(batch, super().embed(batch))
 
     BACKBONES["watched"] = entry(Spoilt("watched", watched.log))  # the fixture puts it back
@@ -475,7 +475,7 @@ def test_parts_are_written_as_time_goes_and_joined_at_the_end(
     monkeypatch.setattr(table_writer, "SECONDS_PER_PART", 0.0)
     seen = 0
 
-    def look(progress: Progress) -> None:
+    def look(progress: ExtractProgress) -> None:
         nonlocal seen
         seen = max(seen, len(table(warehouse, "text").parts()))
         assert table(warehouse, "text").manifest() is None or progress.done == 60
@@ -514,7 +514,7 @@ def test_an_interrupt_writes_what_is_finished(
 
 def test_progress_grows_and_ends_at_the_total(tiny: Warehouse, watched: Watched, raw: Path) -> None:
     prepare(tiny, raw, ids=IDS, image=["0.png", "1.png", "no.png", "0.png", None, "2.png"])
-    steps: list[Progress] = []
+    steps: list[ExtractProgress] = []
     extract(tiny, "tiny", image="watched", batch_size=1, progress=steps.append)
     done = [step.done for step in steps]
     assert done == sorted(done)
@@ -584,7 +584,7 @@ def test_kill_and_run_again_loses_nothing_and_encodes_nothing_twice(
     info = warehouse.info("tiny")
     matrix = here.read_tokens(info.items, info.fingerprint, info.inputs_of(modality))
     bare = Hashed()
-    expected = bare.tokens(Batch(texts=bare.texts(texts)), level)
+    expected = bare.tokens(InputBatch(texts=bare.texts(texts)), level)
     assert np.diff(matrix.offsets).tolist() == list(map(len, expected))
     assert np.abs(matrix.values - np.concatenate(expected)).max() < 1e-3
 

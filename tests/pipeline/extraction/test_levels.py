@@ -16,7 +16,7 @@ from features import sql_views
 from features.errors import UserError
 from features.store import FeatureStore, FeatureTable, TokenMatrix
 from features.warehouse import Warehouse
-from pipeline.backbones.base import Batch, Vectors
+from pipeline.backbones.base import InputBatch, Vectors
 from pipeline.backbones.hashed import DIM, Hashed
 from pipeline.backbones.registry import BACKBONES
 from pipeline.extraction import table_writer
@@ -108,7 +108,7 @@ def test_tokens_are_those_of_a_bare_loop(
             continue
         texts = bare.texts([str(text)]) if modality != "image" else []
         images = [bare_image(raw, str(image))] if modality != "text" else []
-        wanted = bare.tokens(Batch(images=images, texts=texts), "tokens")[0]
+        wanted = bare.tokens(InputBatch(images=images, texts=texts), "tokens")[0]
         assert mine.shape == wanted.shape
         assert np.abs(mine - wanted).max() < 1e-3
     light = table(tiny, modality).light()
@@ -164,7 +164,7 @@ def test_long_rows_make_small_parts(
     assert all(part.stat().st_size < 9000 for part in parts)  # with the footer
     found = rows_of(read(warehouse, "text", name="hashed"))
     for text, mine in zip(texts, found, strict=True):
-        wanted = Hashed().tokens(Batch(texts=Hashed().texts([text])), "tokens")[0]
+        wanted = Hashed().tokens(InputBatch(texts=Hashed().texts([text])), "tokens")[0]
         assert np.abs(mine - wanted).max() < 1e-3
 
 
@@ -266,7 +266,9 @@ def test_a_pair_is_stale_when_either_half_changes(
     assert counts(run(tiny, joint="watched")) == (1, 0, 3, 2, 0)
     matrix = pooled.read(info.items, info.fingerprint, info.inputs_of("joint"))
     bare = Hashed()
-    wanted = bare.embed(Batch(images=[bare_image(raw, "3.png")], texts=bare.texts(["another hat"])))
+    wanted = bare.embed(
+        InputBatch(images=[bare_image(raw, "3.png")], texts=bare.texts(["another hat"]))
+    )
     assert np.abs(matrix.vectors[5].astype(np.float32) - wanted[0]).max() < 1e-3
 
 
@@ -304,7 +306,7 @@ class Tight(Watched):
     room = 3
     refused = 0
 
-    def embed(self, batch: Batch) -> Vectors:
+    def embed(self, batch: InputBatch) -> Vectors:
         if max(len(batch.images), len(batch.texts)) > self.room:
             self.refused += 1
             raise self.error

@@ -14,7 +14,7 @@ from features.warehouse import Warehouse
 from pipeline.extraction import encoder, items, table_writer
 from pipeline.extraction.job import extract
 from pipeline.extraction.options import Options
-from pipeline.extraction.reports import Progress
+from pipeline.extraction.reports import ExtractProgress
 from tests.pipeline.backbones.tiny import prepare
 
 BYTES_EACH = 80  # 24 for the contents seen, 33 for the rows of the table, and some that pass
@@ -53,7 +53,7 @@ def test_arrow_keeps_no_memory_while_it_runs_and_its_own_ways_after(tmp_path: Pa
     before = pa.default_memory_pool().backend_name
     seen: list[str] = []
 
-    def note(progress: Progress) -> None:
+    def note(progress: ExtractProgress) -> None:
         seen.append(pa.default_memory_pool().backend_name)
 
     extract(house, "tiny", Options(text="hashed"), progress=note)

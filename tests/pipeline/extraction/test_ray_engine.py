@@ -12,11 +12,11 @@ import pytest
 from features.errors import UserError
 from features.store import FeatureStore
 from features.warehouse import Warehouse
-from pipeline.backbones.base import Batch, Vectors
+from pipeline.backbones.base import InputBatch, Vectors
 from pipeline.backbones.hashed import Hashed
 from pipeline.extraction import ray_engine
-from pipeline.extraction.deduplication import Book
-from pipeline.extraction.encoder import Choices
+from pipeline.extraction.deduplication import Deduplicator
+from pipeline.extraction.encoder import EncodeOptions
 from pipeline.extraction.job import extract
 from pipeline.extraction.options import Options
 from pipeline.extraction.reports import ExtractReport
@@ -119,10 +119,10 @@ def test_strict_and_a_worker_that_cannot_work_are_one_line(world: Warehouse) -> 
         extract(world, "tiny", Options(image="hashed", engine="ray", strict=True))
     work = ray_engine.Work(
         backbone="no such backbone", device=None, compute="float32",
-        choices=Choices(modality="text", batch_size=4, threads=1),
+        choices=EncodeOptions(modality="text", batch_size=4, threads=1),
         raw=Path(), prepared=Path(),
     )  # fmt: skip
-    found = Book(ray_engine._Found(), "float32")
+    found = Deduplicator(ray_engine._Found(), "float32")
     with pytest.raises(UserError, match="a worker of Ray cannot work"), ray_engine.session():
         ray_engine.run(
             work,
@@ -160,14 +160,14 @@ def test_a_worker_has_a_gpu_of_its_own_where_there_are_any(
 
 
 def test_a_worker_says_when_it_goes_on_with_less(monkeypatch: pytest.MonkeyPatch) -> None:
-    def embed(self: Hashed, batch: Batch) -> Vectors:
+    def embed(self: Hashed, batch: InputBatch) -> Vectors:
         if len(batch.texts) > 2:
             raise MemoryError("out of memory")
         return whole(self, batch)
 
     whole = Hashed.embed
     monkeypatch.setattr(Hashed, "embed", embed)
-    choices = Choices(modality="text", batch_size=4, threads=1)
+    choices = EncodeOptions(modality="text", batch_size=4, threads=1)
     work = ray_engine.Work(
         backbone="hashed", device=None, compute="float32", choices=choices, raw=Path(),
         prepared=Path(),
@@ -181,7 +181,7 @@ def test_a_worker_says_when_it_goes_on_with_less(monkeypatch: pytest.MonkeyPatch
 
 def test_vectors_travel_as_they_are() -> None:
     found = ray_engine._Found()
-    book = Book(found, "float32")
+    book = Deduplicator(found, "float32")
     vector = np.arange(6, dtype=np.float32)
     row = {
         "item": 3, "content": "c", "vector": vector.tobytes(), "frames": None, "tokens": 2,

@@ -21,7 +21,7 @@ from features.warehouse import Warehouse
 from pipeline.extraction.job import extract
 from pipeline.extraction.options import Options
 from pipeline.media import images
-from pipeline.media.images import DRAFTED, Media, MediaError, decode_image, quiet
+from pipeline.media.images import DRAFTED, Media, MediaError, decode_image, quiet_decoders
 from tests.pipeline.backbones.tiny import prepare
 
 # The first letter of the alphabet that has no symmetry: every orientation is told apart.
@@ -233,7 +233,7 @@ def test_threads_share_the_memory_for_decoding(monkeypatch: pytest.MonkeyPatch) 
 _PEAK = """
 import re, sys
 from pathlib import Path
-from pipeline.media.images import Media, MediaError, decode_image, quiet
+from pipeline.media.images import Media, MediaError, decode_image, quiet_decoders
 from pipeline.media.video import sample
 
 def peak():
@@ -241,7 +241,7 @@ def peak():
 
 folder, before = Path(sys.argv[1]), peak()
 shelf = Media(folder)
-with quiet():
+with quiet_decoders():
     for path in sorted(folder.rglob("*.*")):
         name = str(path.relative_to(folder))
         try:
@@ -309,7 +309,7 @@ def test_whatever_the_damage_there_is_a_picture_or_a_reason(data: st.DataObject,
     whole = bytearray(encoded(Image.new("RGB", (16, 16), "teal"), kind))
     for _ in range(data.draw(st.integers(1, 8))):
         whole[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.integers(0, 255))
-    with quiet():
+    with quiet_decoders():
         try:
             outcome = decode_image(bytes(whole)).mode
         except MediaError as error:
@@ -382,7 +382,7 @@ def test_pictures_in_an_lmdb(tmp_path: Path, warehouse: Warehouse) -> None:
 def test_every_odd_file_gives_a_picture_or_a_reason(real_data: Path) -> None:
     folder = real_data / "weird" / "images"
     refusals = {}
-    with quiet():
+    with quiet_decoders():
         for path in sorted(folder.iterdir()):
             try:
                 found = decode_image(Media(folder).read(path.name))

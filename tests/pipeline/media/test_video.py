@@ -10,7 +10,7 @@ from PIL import Image
 
 from features.store import FeatureStore
 from features.warehouse import Warehouse
-from pipeline.backbones.base import Batch
+from pipeline.backbones.base import InputBatch
 from pipeline.backbones.hashed import Hashed
 from pipeline.extraction.job import extract
 from pipeline.extraction.options import Options
@@ -199,7 +199,7 @@ def test_a_clip_is_the_mean_of_its_frames(warehouse: Warehouse, tmp_path: Path) 
     for item, name in enumerate(["a.mp4", "b.mp4"]):
         with (raw / name).open("rb") as stream:
             frames, _ = sample(stream, backbone.image)
-        mean = backbone.embed(Batch(images=frames)).mean(axis=0)
+        mean = backbone.embed(InputBatch(images=frames)).mean(axis=0)
         assert np.abs(matrix.vectors[item] - mean).max() < 1e-3
     assert matrix.provenance.preprocessing.startswith("1 frame a second, at most 128")
     assert matrix.provenance.pooling.endswith("mean over frames")

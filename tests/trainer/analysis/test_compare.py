@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 
 from features.atomic_files import write_table, write_text
 from features.errors import UserError
-from features.schema import PREDICTIONS
+from features.schema import PREDICTIONS_SCHEMA
 from features.warehouse import Warehouse
 from retrieval.significance import paired_test
 from trainer.analysis.compare import compare
@@ -22,19 +22,19 @@ RANKS = {"a": [1, 2, 11, 3], "b": [2, 2, 4, 20]}
 def write_run(
     house: Warehouse,
     name: str,
-    masked: list[int] | None,
+    filtered: list[int] | None,
     *,
     about: dict[str, Any] | None = None,
     seed: int = 1,
     items: list[int] | None = None,
     interactions: str = "i",
 ) -> None:
-    """A run with nothing but what a comparison reads; unmasked ranks are one more."""
+    """A run with nothing but what a comparison reads; kept ranks are one more."""
     folder = house.runs_dir / name
     run = {"model": "m", "dataset": "d", "features": [], "fingerprint": "f", "created": name}
     document = {"run": {**run, **(about or {})}, "train": {"seed": seed, "lr": 0.1}, "model": {}}
     write_text(folder / "config.toml", tomli_w.dumps(document))
-    if masked is None:
+    if filtered is None:
         return
     held = f'{{"interactions": "{interactions}"}}'
     weights = {"w": np.zeros(1, np.float32)}
@@ -42,21 +42,21 @@ def write_run(
     rows = [
         {
             "split": split, "user": user, "user_id": f"u{user}", "item": item, "item_id": "x",
-            "history": 3, "cold": user == 2, "rank_masked": rank, "rank_unmasked": rank + 1,
+            "history": 3, "cold": user == 2, "rank_filtered": rank, "rank_kept": rank + 1,
         }
         for split, shift in (("validation", 1), ("test", 0))
         for user, (rank, item) in enumerate(
-            zip((r + shift for r in masked), items or [5, 6, 7, 8], strict=True)
+            zip((r + shift for r in filtered), items or [5, 6, 7, 8], strict=True)
         )
     ][::-1]  # fmt: skip
-    table = pa.Table.from_pylist(rows, schema=PREDICTIONS)
+    table = pa.Table.from_pylist(rows, schema=PREDICTIONS_SCHEMA)
     write_table(folder / "predictions.parquet", table)
 
 
 @pytest.fixture
 def house(warehouse: Warehouse) -> Warehouse:
-    for name, masked in RANKS.items():
-        write_run(warehouse, name, masked)
+    for name, filtered in RANKS.items():
+        write_run(warehouse, name, filtered)
     return warehouse
 
 
@@ -67,17 +67,19 @@ def test_values_and_differences_by_hand(house: Warehouse) -> None:
     values = {(line.seen, line.metric, line.system): line.value for line in found.lines}
     assert values == pytest.approx(
         {
-            ("masked", "HR@10", "a"): 3 / 4,
-            ("masked", "HR@10", "b"): 3 / 4,
-            ("masked", "MRR", "a"): (1 + 1 / 2 + 1 / 11 + 1 / 3) / 4,
-            ("masked", "MRR", "b"): (1 / 2 + 1 / 2 + 1 / 4 + 1 / 20) / 4,
-            ("unmasked", "HR@10", "a"): 3 / 4,
-            ("unmasked", "HR@10", "b"): 3 / 4,
-            ("unmasked", "MRR", "a"): (1 / 2 + 1 / 3 + 1 / 12 + 1 / 4) / 4,
-            ("unmasked", "MRR", "b"): (1 / 3 + 1 / 3 + 1 / 5 + 1 / 21) / 4,
+            ("filtered", "HR@10", "a"): 3 / 4,
+            ("filtered", "HR@10", "b"): 3 / 4,
+            ("filtered", "MRR", "a"): (1 + 1 / 2 + 1 / 11 + 1 / 3) / 4,
+            ("filtered", "MRR", "b"): (1 / 2 + 1 / 2 + 1 / 4 + 1 / 20) / 4,
+            ("kept", "HR@10", "a"): 3 / 4,
+            ("kept", "HR@10", "b"): 3 / 4,
+            ("kept", "MRR", "a"): (1 / 2 + 1 / 3 + 1 / 12 + 1 / 4) / 4,
+            ("kept", "MRR", "b"): (1 / 3 + 1 / 3 + 1 / 5 + 1 / 21) / 4,
         }
     )
-    first, second = (line for line in found.lines if (line.seen, line.metric) == ("masked", "MRR"))
+    first, second = (
+        line for line in found.lines if (line.seen, line.metric) == ("filtered", "MRR")
+    )
     assert first.test is None
     assert second.test is not None
     # Users 0, 2 and 3 differ by -1/2, +7/44 and -17/60: of the 8 assignments of signs only the one

@@ -9,7 +9,7 @@ import tomli_w
 
 from features.atomic_files import write_table, write_text
 from features.errors import UserError
-from features.schema import METRICS
+from features.schema import METRICS_SCHEMA
 from features.warehouse import Warehouse
 from trainer.analysis.curves import MOST_RUNS, draw, read_curves, save
 from trainer.runs.folder import SECONDS
@@ -29,10 +29,10 @@ def write_run(
     directions: tuple[str, ...] = (),
     **train: Any,
 ) -> None:
-    """A run as its training leaves it; unmasked values are half of the masked ones."""
+    """A run as its training leaves it; kept values are half of the filtered ones."""
     folder = house.runs_dir / name
     run = {"model": "m", "dataset": "d", "features": [], "fingerprint": "f", "created": name}
-    settings = {"monitor": "Recall@10", "monitor_seen": "masked", **train}
+    settings = {"monitor": "Recall@10", "monitor_seen": "filtered", **train}
     document = {"run": {**run, **(about or {})}, "train": settings, "model": {"dim": 8}}
     write_text(folder / "config.toml", tomli_w.dumps(document))
     rows = []
@@ -46,12 +46,12 @@ def write_run(
         for number, direction in enumerate(directions):
             rows.append((epoch, "validation", direction, "none", metric, value + number / 10))
         if not directions:
-            rows.append((epoch, "validation", "all", "masked", metric, value))
-            rows.append((epoch, "validation", "all", "unmasked", metric, value / 2))
+            rows.append((epoch, "validation", "all", "filtered", metric, value))
+            rows.append((epoch, "validation", "all", "kept", metric, value / 2))
     keys = ("epoch", "split", "targets", "seen", "metric", "value")
     more = {"phase": "train", "ranker": "m", "low": None, "high": None, "users": 4}
     table = [{**dict(zip(keys, row, strict=True)), **more} for row in rows]
-    write_table(folder / "metrics.parquet", pa.Table.from_pylist(table, schema=METRICS))
+    write_table(folder / "metrics.parquet", pa.Table.from_pylist(table, schema=METRICS_SCHEMA))
 
 
 def read(house: Warehouse, *names: str) -> list[Record]:
@@ -61,7 +61,7 @@ def read(house: Warehouse, *names: str) -> list[Record]:
 def test_a_curve_is_what_the_table_says(warehouse: Warehouse) -> None:
     write_run(warehouse, "a")
     (curve,) = read_curves(read(warehouse, "a"))
-    assert (curve.label, curve.metric) == ("a", "HR@10 (masked)")
+    assert (curve.label, curve.metric) == ("a", "HR@10 (filtered)")
     assert curve.loss.tolist() == [9, 4, 3, 2]
     assert curve.validated.tolist() == [1, 2, 4]
     assert curve.values.tolist() == [0.1, 0.3, 0.3]
@@ -71,10 +71,10 @@ def test_a_curve_is_what_the_table_says(warehouse: Warehouse) -> None:
     at_E, at_V = curve.at(by_time=True)
     assert at_E.tolist() == [2, 5, 9, 12]
     assert at_V.tolist() == [2, 5, 12]
-    (half,) = read_curves(read(warehouse, "a"), seen="unmasked", labels=["w. PT"])
+    (half,) = read_curves(read(warehouse, "a"), seen="kept", labels=["w. PT"])
     assert (half.label, half.metric, half.values.tolist()) == (
         "w. PT",
-        "HR@10 (unmasked)",
+        "HR@10 (kept)",
         [0.05, 0.15, 0.15],
     )
 

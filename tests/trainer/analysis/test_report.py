@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from features.atomic_files import write_table
-from features.schema import METRICS
+from features.schema import METRICS_SCHEMA
 from features.warehouse import Warehouse
 from tests.trainer import worlds
 from tests.trainer.analysis import test_compare
@@ -75,9 +75,9 @@ def evaluated(house: Warehouse, name: str, values: dict[str, float]) -> None:
         }
         for metric, value in values.items()
         for ranker, scale in (("m", 1), ("popularity", 4))
-        for seen in ("masked", "unmasked")
+        for seen in ("filtered", "kept")
     ]  # fmt: skip
-    write_table(path, pa.Table.from_pylist(held, schema=METRICS))
+    write_table(path, pa.Table.from_pylist(held, schema=METRICS_SCHEMA))
 
 
 def test_a_page_about_one_run(warehouse: Warehouse) -> None:
@@ -88,18 +88,18 @@ def test_a_page_about_one_run(warehouse: Warehouse) -> None:
     for row in (
         ["best epoch", "2"],
         ["parameters", "1,234"],
-        ["validation HR@10 (masked)", "0.3000"],
+        ["validation HR@10 (filtered)", "0.3000"],
         ["time until the best epoch", "5.0 s"],
         [
             "metric",
             "a",
-            "masked",
+            "filtered",
             "a",
-            "unmasked",
+            "kept",
             "popularity",
-            "masked",
+            "filtered",
             "popularity",
-            "unmasked",
+            "kept",
         ],
         ["HR@10", "0.4000", "[.3900, .4100]", "0.4000", "[.3900, .4100]", "0.1000", "0.1000"],
         ["note", "<b>&"],
@@ -112,8 +112,8 @@ def test_a_page_about_one_run(warehouse: Warehouse) -> None:
 
 
 def test_a_page_about_runs_that_differ(warehouse: Warehouse) -> None:
-    for name, masked in test_compare.RANKS.items():
-        test_compare.write_run(warehouse, name, masked)
+    for name, filtered in test_compare.RANKS.items():
+        test_compare.write_run(warehouse, name, filtered)
         write_run(warehouse, name, lr=0.1 if name == "a" else 0.2, seed=3)
         evaluated(warehouse, name, {"HR@10": 0.3 if name == "a" else 0.5})
     write_run(warehouse, "c", [(loss, value, None) for loss, value, _ in EPOCHS], lr=0.1, seed=3)

@@ -9,15 +9,15 @@ from hypothesis import strategies as st
 from features.dataset import Ints
 from tests.trainer import worlds
 from trainer.data.batches import ItemFeatures, Share
-from trainer.data.windows import WindowPlan, cut_batches, cut_windows
+from trainer.data.windows import WindowSampling, cut_batches, cut_windows
 
 histories = st.lists(st.integers(0, 30), min_size=1, max_size=12)
 
 
-def _cut(lengths: list[int], plan: WindowPlan, seed: int) -> tuple[Ints, Ints, Ints, Ints]:
+def _cut(lengths: list[int], sampling: WindowSampling, seed: int) -> tuple[Ints, Ints, Ints, Ints]:
     ends = np.cumsum(np.array(lengths, np.int64))
     starts = ends - np.array(lengths, np.int64)
-    window, size = cut_windows(starts, ends, plan, np.random.default_rng(seed))
+    window, size = cut_windows(starts, ends, sampling, np.random.default_rng(seed))
     return starts, ends, window, size
 
 
@@ -26,7 +26,7 @@ def _cut(lengths: list[int], plan: WindowPlan, seed: int) -> tuple[Ints, Ints, I
 def test_covering_windows_hold_every_target_and_no_stranger(
     lengths: list[int], length: int, seed: int
 ) -> None:
-    plan = WindowPlan(length=length, stride=length - 1, cover=True)
+    plan = WindowSampling(length=length, stride=length - 1, every_target=True)
     starts, ends, window, size = _cut(lengths, plan, seed)
     user = np.searchsorted(ends, window, side="right")
     assert (size >= 2).all()
@@ -44,7 +44,7 @@ def test_only_the_newest_targets_are_counted_twice(
     lengths: list[int], length: int, seed: int
 ) -> None:
     stride = length - 1
-    plan = WindowPlan(length=length, stride=stride, cover=True)
+    plan = WindowSampling(length=length, stride=stride, every_target=True)
     _, ends, window, size = _cut(lengths, plan, seed)
     counts = Counter(p for w, s in zip(window, size, strict=True) for p in range(w + 1, w + s))
     for end, n in zip(ends.tolist(), lengths, strict=True):
@@ -58,7 +58,7 @@ def test_only_the_newest_targets_are_counted_twice(
 
 def test_windows_count_half_a_window_twice_in_the_mean() -> None:
     """By hand: the shifts 0, 1 and 2 of a stride of 3 repeat 0, 2 and 1 targets."""
-    plan = WindowPlan(length=4, stride=3, cover=True)
+    plan = WindowSampling(length=4, stride=3, every_target=True)
     users = 3000
     _, _, _, size = _cut([13] * users, plan, 0)
     extra = (size - 1).sum() - 12 * users
@@ -75,7 +75,7 @@ def test_windows_count_half_a_window_twice_in_the_mean() -> None:
 def test_drawn_windows_stay_inside_and_differ_in_their_ends(
     lengths: list[int], length: int, stride: int, seed: int
 ) -> None:
-    plan = WindowPlan(length=length, stride=stride, cover=False)
+    plan = WindowSampling(length=length, stride=stride, every_target=False)
     starts, ends, window, size = _cut(lengths, plan, seed)
     user = np.searchsorted(ends, window, side="right")
     assert (size >= 2).all()
@@ -87,7 +87,7 @@ def test_drawn_windows_stay_inside_and_differ_in_their_ends(
 
 
 def test_over_many_epochs_every_end_is_drawn() -> None:
-    plan = WindowPlan(length=5, stride=4, cover=False)
+    plan = WindowSampling(length=5, stride=4, every_target=False)
     drawn: set[int] = set()
     for seed in range(60):
         _, _, window, size = _cut([11], plan, seed)
@@ -106,7 +106,7 @@ def test_batches_hold_each_window_once() -> None:
 def test_an_epoch_reads_training_interactions_only_and_is_a_function_of_its_number() -> None:
     world = worlds.dataset([[0, 1, 2, 3, 4], [5, 6], [7, 0, 8]], 10)
     data = worlds.training_data(world, worlds.features(10))
-    plan = WindowPlan(length=4, stride=3, cover=True)
+    plan = WindowSampling(length=4, stride=3, every_target=True)
 
     def seen(epoch: int, skip: int = 0) -> list[list[list[int]]]:
         _, batches = data.epoch(plan, batch_size=1, seed=3, epoch=epoch, skip=skip)
@@ -126,7 +126,7 @@ def test_an_epoch_reads_training_interactions_only_and_is_a_function_of_its_numb
 
 def test_two_processes_draw_different_things_and_the_first_what_one_alone_draws() -> None:
     data = worlds.training_data(worlds.cycles(n_items=12), worlds.features(12))
-    plan = WindowPlan(length=4, stride=3, cover=True)
+    plan = WindowSampling(length=4, stride=3, every_target=True)
     draws = []
     for share in (Share(), Share(rank=0, ranks=2), Share(rank=1, ranks=2)):
         batches = data.epoch(plan, batch_size=8, seed=1, epoch=2, share=share)[1]
@@ -181,7 +181,7 @@ def test_the_training_set_knows_training_pairs_alone() -> None:
 def test_each_row_of_a_batch_knows_its_user() -> None:
     world = worlds.cycles(users=20)
     data = worlds.training_data(world, worlds.features(12))
-    plan = WindowPlan(length=4, stride=3, cover=True)
+    plan = WindowSampling(length=4, stride=3, every_target=True)
     _, batches = data.epoch(plan, batch_size=7, seed=0, epoch=0)
     for batch in batches:
         for user, items, length in zip(

@@ -34,23 +34,23 @@ def test_popularity_counts_training_interactions_only() -> None:
     assert WORLD.train_counts.tolist() == [1, 4, 1, 0, 1, 0]
     ranks = popularity_ranks(WORLD, WORLD.held("test"))
     # target 3 (count 0) ties with 5; targets 0 (count 1) tie with 2 and 4, behind 1
-    assert ranks.unmasked.tolist() == [6, 4, 4]
-    assert ranks.masked.tolist() == [3, 2, 2]
+    assert ranks.kept.tolist() == [6, 4, 4]
+    assert ranks.filtered.tolist() == [3, 2, 2]
 
 
 def test_rows_of_the_metrics_table_say_what_they_are() -> None:
-    ranks = Ranks(unmasked=np.array([1, 20, 3]), masked=np.array([1, 10, 2]))
+    ranks = Ranks(kept=np.array([1, 20, 3]), filtered=np.array([1, 10, 2]))
     subset = np.array([True, True, False])
     rows = metric_rows("test", "cold", "model", ranks, subset)
     values = {(row["seen"], row["metric"]): row for row in rows}
-    assert values["masked", "HR@10"]["value"] == 1
-    assert values["unmasked", "HR@10"]["value"] == 1 / 2
-    assert values["masked", "MRR"]["value"] == pytest.approx((1 + 1 / 10) / 2)
-    assert values["unmasked", "MRR"]["value"] == pytest.approx((1 + 1 / 20) / 2)
+    assert values["filtered", "HR@10"]["value"] == 1
+    assert values["kept", "HR@10"]["value"] == 1 / 2
+    assert values["filtered", "MRR"]["value"] == pytest.approx((1 + 1 / 10) / 2)
+    assert values["kept", "MRR"]["value"] == pytest.approx((1 + 1 / 20) / 2)
     assert {row["users"] for row in rows} == {2}
     assert {(row["split"], row["targets"], row["ranker"], row["phase"]) for row in rows} == {
         ("test", "cold", "model", "eval")
     }
     # two users: a resample is a pair, so the outer 2.5% are the worst and the best pair
-    assert values["unmasked", "HR@10"]["low"] == 0
-    assert values["unmasked", "HR@10"]["high"] == 1
+    assert values["kept", "HR@10"]["low"] == 0
+    assert values["kept", "HR@10"]["high"] == 1

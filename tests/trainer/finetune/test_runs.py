@@ -26,7 +26,7 @@ from trainer.checkpoint import load_weights
 from trainer.evaluation.encode import encode_catalogue
 from trainer.finetune import split_encoder, upper_blocks
 from trainer.finetune.upper_blocks import UpperBlocks, cut
-from trainer.loop import Tick
+from trainer.loop import TrainProgress
 from trainer.models.registry import MODELS
 from trainer.optimizer import Optimizer
 from trainer.runs.evaluate import evaluate
@@ -86,7 +86,7 @@ def test_an_interrupted_training_goes_on_to_the_same_blocks(
     train(whole)
     cut_short = begin(warehouse, name="cut", schedule="cosine")
 
-    def interrupt(tick: Tick) -> None:
+    def interrupt(tick: TrainProgress) -> None:
         if tick.epoch == 1 and tick.step == 1:
             signal.raise_signal(signal.SIGINT)
 

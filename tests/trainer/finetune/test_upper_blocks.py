@@ -131,7 +131,7 @@ def test_a_text_encoder_trains_as_if_it_were_whole(
 def test_a_vision_encoder_trains_as_if_it_were_whole(
     house: Warehouse, tmp_path: Path, kind: str
 ) -> None:
-    # A masked autoencoder that masks nothing still shuffles: the mean of its tokens is the same.
+    # A filtered autoencoder that masks nothing still shuffles: the mean of its tokens is the same.
     more: dict[str, Any] = {"mask_ratio": 0.0} if kind == "ViTMAE" else {}
     folder = checkpoints.vision_folder(tmp_path / "eyes", kind=kind, **tuned.VISION, **more)
     model = shaken(folder)

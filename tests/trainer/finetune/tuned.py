@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from features.atomic_files import write_json, write_table
-from features.schema import INTERACTIONS
+from features.schema import INTERACTIONS_SCHEMA
 from features.warehouse import Warehouse
 from pipeline.extraction.job import extract
 from pipeline.extraction.options import Options
@@ -43,7 +43,7 @@ def world(warehouse: Warehouse, raw: Path) -> None:
         for position, item in enumerate(sequence)
     ]
     folder = warehouse.dataset_dir("tiny")
-    table = pa.Table.from_pylist(rows, INTERACTIONS)
+    table = pa.Table.from_pylist(rows, INTERACTIONS_SCHEMA)
     write_table(folder / "interactions" / "part-0.parquet", table)
     more = replace(info, users=len(SEQUENCES), interactions=len(rows))
     write_json(folder / "dataset.json", asdict(more))

@@ -61,7 +61,7 @@ def test_pieces_give_the_gradients_of_one_graph(
     features = ItemFeatures(n_items=N, vectors=doubled, present=held.present)
     settings = {"dropout": probability, "embed_dropout": probability, **options}
     model: Any = build("mmsrec", features, **settings).double().train()
-    model.adapt(features, TrainSet(counts_N=torch.arange(N), keys_J=torch.arange(N)))
+    model.fit_buffers(features, TrainSet(counts_N=torch.arange(N), keys_J=torch.arange(N)))
     monkeypatch.setattr(mmsrec, "_NUMBERS_IN_ALL", 0)
     monkeypatch.setattr(mmsrec, "_NUMBERS_AT_ONCE", 20 * model.config.dim)
     pieces = gradients(model, features)

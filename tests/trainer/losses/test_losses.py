@@ -240,4 +240,4 @@ def test_a_length_is_of_the_history_or_of_the_slots(name: str, history: int, win
     """sasrec reads ``length`` items; mmsrec's ``length`` holds the predicted slot as well."""
     model = build(name, worlds.features(N))
     assert model.history == history
-    assert model.plan.length == window
+    assert model.window_sampling.length == window

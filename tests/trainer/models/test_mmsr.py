@@ -274,13 +274,13 @@ def test_taste_in_the_texts_is_learned_from_the_texts_alone(
         data = worlds.training_data(dataset, features)
         optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
         for epoch in range(12):
-            for found in data.epoch(model.plan, batch_size=16, seed=1, epoch=epoch)[1]:
+            for found in data.epoch(model.window_sampling, batch_size=16, seed=1, epoch=epoch)[1]:
                 optimizer.zero_grad()
                 model.loss(found)["loss"].backward()
                 optimizer.step()
         encoded = encode(model, data, "test", 64)
         targets, seen = targets_of(dataset, encoded.held), seen_by(dataset, encoded.held)
-        means.append(rank(encoded.queries_ED, encoded.items_ND, targets, seen).masked.mean())
+        means.append(rank(encoded.queries_ED, encoded.items_ND, targets, seen).filtered.mean())
     by_text, by_picture = means
     assert by_text < 10  # chance is 21: half of the 42 items that are left
     assert by_picture > 14  # six unseen items: luck is not far from chance

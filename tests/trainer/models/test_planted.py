@@ -39,7 +39,7 @@ def world(seed: int = 0) -> tuple[Dataset, ItemFeatures]:
 
 
 def cold_ranks(name: str, folder: Path) -> tuple[float, float]:
-    """Mean masked rank of the unseen targets: by the model, by popularity."""
+    """Mean filtered rank of the unseen targets: by the model, by popularity."""
     dataset, features = world()
     settings, recommender = MODELS[name].load()
     more = {"stride": 2} if name == "mmsrec" else {}
@@ -55,8 +55,8 @@ def cold_ranks(name: str, folder: Path) -> tuple[float, float]:
     held = encoded.held
     targets, seen = targets_of(dataset, held), seen_by(dataset, held)
     assert dataset.cold[targets].all()
-    ranks = rank(encoded.queries_ED, encoded.items_ND, targets, seen).masked
-    return float(ranks.mean()), float(popularity_ranks(dataset, held).masked.mean())
+    ranks = rank(encoded.queries_ED, encoded.items_ND, targets, seen).filtered
+    return float(ranks.mean()), float(popularity_ranks(dataset, held).filtered.mean())
 
 
 @pytest.mark.slow

@@ -40,7 +40,7 @@ def trained(
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     data = worlds.training_data(dataset, features)
     for epoch in range(epochs):
-        for batch in data.epoch(model.plan, batch_size=16, seed=1, epoch=epoch)[1]:
+        for batch in data.epoch(model.window_sampling, batch_size=16, seed=1, epoch=epoch)[1]:
             optimizer.zero_grad()
             model.loss(batch)["loss"].backward()
             optimizer.step()
@@ -75,14 +75,14 @@ def taste(where: str, given: tuple[str, ...]) -> tuple[Dataset, ItemFeatures]:
 )
 def test_taste_in_one_modality_is_found_beside_noise_in_the_other(name: str, where: str) -> None:
     world = taste(where, ("image", "text"))
-    assert mean_rank(trained(name, world, 8, 5e-3), *world, "masked") < 4  # chance is 21
+    assert mean_rank(trained(name, world, 8, 5e-3), *world, "filtered") < 4  # chance is 21
 
 
 @pytest.mark.slow
 def test_taste_in_pictures_is_not_found_by_texts() -> None:
     world = taste("image", ("text",))
     # Six unseen items: luck is not far from chance.
-    assert mean_rank(trained("pmmrec", world, 8, 5e-3), *world, "masked") > 8
+    assert mean_rank(trained("pmmrec", world, 8, 5e-3), *world, "filtered") > 8
 
 
 def order() -> tuple[Dataset, ItemFeatures]:
@@ -103,6 +103,6 @@ def test_order_is_learned_from_features_that_mean_nothing(name: str, more: dict[
     model = trained(name, (dataset, features), 10, 1e-2, **more)
     turned = dataset.items.reshape(150, 8).copy()
     turned[:, :7] = turned[:, 6::-1]
-    assert mean_rank(model, dataset, features, "unmasked") < 2  # chance is 6.5
+    assert mean_rank(model, dataset, features, "kept") < 2  # chance is 6.5
     other = replace(dataset, items=turned.ravel())
-    assert mean_rank(model, other, features, "unmasked") > 4.5
+    assert mean_rank(model, other, features, "kept") > 4.5

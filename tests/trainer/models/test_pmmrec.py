@@ -277,11 +277,11 @@ def test_one_modality_has_nothing_to_fuse() -> None:
 def test_transfers_name_parameters() -> None:
     keys = list(build(worlds.features(N), **PRETRAIN).state_dict())
     for name in ("items", "users", "text", "image"):
-        for prefix in PMMRec.parts[name]:
+        for prefix in PMMRec.transfer_groups[name]:
             if prefix.startswith("backbones."):
                 continue  # see test_blocks.py
             assert any(key.startswith(prefix) for key in keys), prefix
-    assert {*PMMRec.by_modality, *PMMRec.from_end} <= set(keys)
+    assert {*PMMRec.modality_tables, *PMMRec.reverse_positions} <= set(keys)
 
 
 def test_the_catalogue_in_pieces_is_the_catalogue(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -266,7 +266,7 @@ def test_an_item_without_training_interactions_is_known_by_its_features_alone() 
     model: Any = build("mmsrec", features, ids=True)
     counts = torch.ones(N, dtype=torch.int64)
     counts[3] = 0
-    model.adapt(features, TrainSet(counts_N=counts, keys_J=torch.arange(N)))
+    model.fit_buffers(features, TrainSet(counts_N=counts, keys_J=torch.arange(N)))
     rows = sequences([[1, 3], [3]])
     before = model.encode_items(features), encode(model, rows, features)
     torch.nn.init.normal_(model.id.weight[3:4])

@@ -54,7 +54,7 @@ def test_only_items_seen_in_training_are_looked_at() -> None:
         model = build("mmsrec", held, whiten=True, ids=True)
         for vectors in held.vectors.values():
             vectors[[2, 3]] += garbage
-        model.adapt(held, train)
+        model.fit_buffers(held, train)
         found.append(dict(model.named_buffers()))
     assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
     assert not torch.equal(found[0]["whitening.text.matrix_WW"], torch.eye(5))

@@ -29,7 +29,7 @@ def test_lists_are_crossed_in_the_order_of_the_file(tmp_path: Path) -> None:
         """,
     )
     assert (found.rows, found.columns) == (["dnn"], ["dataset"])
-    assert (found.split, found.seen, found.metrics) == ("test", "masked", ["HR@10", "NDCG@10"])
+    assert (found.split, found.seen, found.metrics) == ("test", "filtered", ["HR@10", "NDCG@10"])
     assert len(found.combinations) == 8
     first, second = found.combinations[:2]
     assert first.keys == {"dataset": "a", "dnn": "false", "seed": "1"}
@@ -81,7 +81,7 @@ def test_a_table_is_an_axis_of_variants(tmp_path: Path) -> None:
         ("[runs]\nmodel = 'x'\ninit = 3", "init=3 must be text"),
         ("metrics = []\n[runs]\nmodel = 'x'", "metrics=[] leaves the table empty; name one"),
         ("split = 'dev'\n[runs]\nmodel = 'x'", "split='dev' is not known; known: validation"),
-        ("seen = 'both'\n[runs]\nmodel = 'x'", "seen='both' is not known; known: masked, unmasked"),
+        ("seen = 'both'\n[runs]\nmodel = 'x'", "seen='both' is not known; known: filtered, kept"),
         ("[runs]\nmodel = 'x'\nlr = []", "lr is empty"),
         ("[runs]\nmodel = 'x'\nlr = [1, 1]", "lr has one value twice"),
         ("[runs]\nmodel = 'x'\nlr = [[1]]", "lr=[1] must be text, a number"),

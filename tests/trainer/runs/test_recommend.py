@@ -14,7 +14,7 @@ from trainer.checkpoint import save_weights
 from trainer.data.batches import Sequences
 from trainer.data.feature_tables import choose_device
 from trainer.runs import recommend
-from trainer.runs.recommend import RECOMMENDATIONS, Adviser, write_all
+from trainer.runs.recommend import RECOMMENDATIONS, Predictor, write_all
 from trainer.runs.run import OpenRun, open_run, start_run
 
 N = 12
@@ -37,7 +37,7 @@ def house(warehouse: Warehouse) -> Warehouse:
     return warehouse
 
 
-def brute(run: OpenRun, history: list[int], k: int, unmasked: bool) -> list[int]:
+def brute(run: OpenRun, history: list[int], k: int, keep_seen: bool) -> list[int]:
     """The best items of a history, of which the model reads the end."""
     with torch.no_grad():
         items_ND = run.model.eval().encode_items(run.data.features).detach()
@@ -46,29 +46,29 @@ def brute(run: OpenRun, history: list[int], k: int, unmasked: bool) -> list[int]
         query = run.model.encode_sequences(items_ND, rows, run.data.features)[0]
     scores = items_ND.double().numpy() @ query.double().numpy()
     order = np.lexsort((np.arange(N), -scores)).tolist()
-    return [item for item in order if unmasked or item not in history][:k]
+    return [item for item in order if keep_seen or item not in history][:k]
 
 
-@pytest.mark.parametrize("unmasked", [False, True])
+@pytest.mark.parametrize("keep_seen", [False, True])
 @pytest.mark.parametrize("model", ["sasrec", "mmsrec"])
-def test_lists_are_those_of_plain_scores(house: Warehouse, model: str, unmasked: bool) -> None:
+def test_lists_are_those_of_plain_scores(house: Warehouse, model: str, keep_seen: bool) -> None:
     run = begin(house, model, "r")
-    adviser = Adviser(house, open_run(house, run.folder), index="faiss")
+    adviser = Predictor(house, open_run(house, run.folder), index="faiss")
     users = np.arange(20)
-    _, together = adviser.for_users(users, 4, unmasked=unmasked)
+    _, together = adviser.for_users(users, 4, keep_seen=keep_seen)
     for user in users.tolist():
         history = adviser.history(user).tolist()
-        wanted = brute(run, history, 4, unmasked)
-        _, alone = adviser.for_history(history, 4, unmasked=unmasked)
+        wanted = brute(run, history, 4, keep_seen)
+        _, alone = adviser.for_history(history, 4, keep_seen=keep_seen)
         assert alone[0][alone[0] >= 0].tolist() == wanted
         assert together[user][together[user] >= 0].tolist() == wanted
-        if not unmasked:
+        if not keep_seen:
             assert not set(wanted) & set(history)
 
 
 def test_similar_items_by_hand(house: Warehouse) -> None:
     run = begin(house, "sasrec", "r")
-    adviser = Adviser(house, run, index="torch")
+    adviser = Predictor(house, run, index="torch")
     vectors = adviser.items_ND.double().numpy()
     unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     cosines = unit @ unit[7]
@@ -82,7 +82,7 @@ def test_everybody_in_one_file(
     house: Warehouse, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Blocks change nothing; a list ends where no item is left; a failure leaves no file."""
-    adviser = Adviser(house, begin(house, "sasrec", "r"), index="torch")
+    adviser = Predictor(house, begin(house, "sasrec", "r"), index="torch")
     monkeypatch.setattr(recommend, "_BLOCK", 7)
     told: list[tuple[int, int]] = []
     path = tmp_path / "all.parquet"
@@ -108,7 +108,7 @@ def test_everybody_in_one_file(
 
 
 def test_what_cannot_be_asked(house: Warehouse) -> None:
-    adviser = Adviser(house, begin(house, "sasrec", "r"), index="torch")
+    adviser = Predictor(house, begin(house, "sasrec", "r"), index="torch")
     with pytest.raises(UserError, match=r"no user 'x' \(20 users, such as u0, u1, u2\); for a new"):
         adviser.user("x")
     with pytest.raises(UserError, match=r"no item 'x' \(12 items, such as i0, i1, i2\)"):
@@ -117,11 +117,11 @@ def test_what_cannot_be_asked(house: Warehouse) -> None:
         adviser.for_users(np.arange(2), 0)
     bare = start_run(house, "sasrec", "world", settings=SMALL, name="bare")
     with pytest.raises(UserError, match=r"model\.safetensors is not there"):
-        Adviser(house, bare, index="torch")
+        Predictor(house, bare, index="torch")
     small = [*SMALL, "fusion_heads=2"]
     before = start_run(house, "pmmrec", "world", settings=small, name="p", stage="pretrain")
     with pytest.raises(UserError, match="is a pre-training and recommends nothing"):
-        Adviser(house, before, index="torch")
+        Predictor(house, before, index="torch")
 
 
 def test_a_run_is_opened_on_another_device_than_it_was_trained_on(
@@ -138,6 +138,6 @@ def test_a_run_is_opened_on_another_device_than_it_was_trained_on(
     elsewhere = open_run(house, folder, "cuda:1")
     assert asked == ["cuda:1"]
     assert elsewhere.config.device == "cpu"  # what it was trained with is part of its identity
-    Adviser(house, elsewhere, index="torch")
+    Predictor(house, elsewhere, index="torch")
     with pytest.raises(UserError, match="device='cuda:99' cannot be used here"):
         choose_device("cuda:99")

@@ -17,10 +17,10 @@ from features.errors import UserError
 from features.sql_views import query
 from features.warehouse import Warehouse
 from tests.trainer import worlds
-from trainer.loop import EpochRow, Tick
+from trainer.loop import EpochRow, TrainProgress
 from trainer.runs import evaluate as evaluation
 from trainer.runs.evaluate import evaluate
-from trainer.runs.folder import claimed, record, replace_metrics, run_lock
+from trainer.runs.folder import create_run_dir, record, replace_metrics, run_lock
 from trainer.runs.read import read_metrics, read_record
 from trainer.runs.run import OpenRun, open_run, start_run, train
 
@@ -43,7 +43,7 @@ def begin(house: Warehouse, name: str = "r", *settings: str) -> OpenRun:
 def stop_at(count: int) -> Any:
     ticks = 0
 
-    def on_tick(tick: Tick) -> None:
+    def on_tick(tick: TrainProgress) -> None:
         nonlocal ticks
         ticks += 1
         if ticks == count:
@@ -58,7 +58,7 @@ def test_runs_that_begin_together_have_folders_of_their_own(tmp_path: Path) -> N
 
     def begin() -> None:
         barrier.wait()
-        with claimed(tmp_path / "runs", None, STAMP, "d-m") as folder:
+        with create_run_dir(tmp_path / "runs", None, STAMP, "d-m") as folder:
             found.append(folder)
 
     threads = [threading.Thread(target=begin) for _ in range(8)]
@@ -73,7 +73,7 @@ def test_runs_that_begin_together_have_folders_of_their_own(tmp_path: Path) -> N
 
 def test_a_name_is_claimed_once_and_given_back_on_failure(house: Warehouse) -> None:
     def claim() -> AbstractContextManager[Path]:
-        return claimed(house.runs_dir, "mine", STAMP, "d-m")
+        return create_run_dir(house.runs_dir, "mine", STAMP, "d-m")
 
     with suppress(RuntimeError), claim():
         assert house.runs() == []  # nobody sees it before it has its configuration
@@ -173,14 +173,14 @@ def test_cold_targets_and_popularity_by_hand(house: Warehouse) -> None:
     # or above it: rank 6, without the seen two rank 4. At test, 0 and 1 are seen, and of those
     # whose validation item was 2, that one too.
     expected = {
-        ("validation", "all", "unmasked"): (1 / 2 + 1 / 6) / 2,
-        ("validation", "all", "masked"): (1 / 1 + 1 / 4) / 2,
-        ("validation", "cold", "unmasked"): 1 / 6,
-        ("validation", "cold", "masked"): 1 / 4,
-        ("test", "all", "unmasked"): 1 / 6,
-        ("test", "all", "masked"): (1 / 4 + 1 / 3) / 2,
-        ("test", "cold", "unmasked"): 1 / 6,
-        ("test", "cold", "masked"): (1 / 4 + 1 / 3) / 2,
+        ("validation", "all", "kept"): (1 / 2 + 1 / 6) / 2,
+        ("validation", "all", "filtered"): (1 / 1 + 1 / 4) / 2,
+        ("validation", "cold", "kept"): 1 / 6,
+        ("validation", "cold", "filtered"): 1 / 4,
+        ("test", "all", "kept"): 1 / 6,
+        ("test", "all", "filtered"): (1 / 4 + 1 / 3) / 2,
+        ("test", "cold", "kept"): 1 / 6,
+        ("test", "cold", "filtered"): (1 / 4 + 1 / 3) / 2,
     }
     found = metrics(run.folder, phase="eval", ranker="popularity", metric="MRR")
     assert {(r["split"], r["targets"], r["seen"]): r["value"] for r in found} == pytest.approx(
@@ -238,15 +238,15 @@ def test_a_killed_evaluation_leaves_no_pair_of_two(
 
 def test_a_replayed_epoch_takes_the_place_of_what_it_wrote(tmp_path: Path) -> None:
     path = tmp_path / "metrics.parquet"
-    values = {("masked", "HR@10"): 0.5, ("unmasked", "HR@10"): 0.25}
+    values = {("filtered", "HR@10"): 0.5, ("kept", "HR@10"): 0.25}
     for epoch, loss in ((1, 3.0), (2, 2.0), (3, 1.0)):
         record(path, "m", EpochRow(epoch=epoch, losses={"loss": loss}, metrics=values, users=7))
     record(path, "m", EpochRow(epoch=2, losses={"loss": 2.5}, metrics={}, users=0))
     rows = pq.read_table(path).to_pylist()
     assert [(r["epoch"], r["split"], r["seen"], r["value"], r["users"]) for r in rows] == [
         (1, "train", "none", 3.0, None),
-        (1, "validation", "masked", 0.5, 7),
-        (1, "validation", "unmasked", 0.25, 7),
+        (1, "validation", "filtered", 0.5, 7),
+        (1, "validation", "kept", 0.25, 7),
         (2, "train", "none", 2.5, None),
     ]
 

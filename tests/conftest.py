@@ -1,4 +1,5 @@
 import os
+import signal
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # the hub's client looks once, when it is imported
@@ -36,3 +37,7 @@ def real_data() -> Path:
 # On a machine that others use too, how long one example takes says nothing.
 hypothesis.settings.register_profile("shared", deadline=None)
 hypothesis.settings.load_profile("shared")
+
+# A shell starts background jobs with SIGINT ignored, and `make test &` is one. Tests that send the
+# signal need Python's handler; child processes then start with the default one.
+signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -39,12 +39,14 @@ METRICS: dict[str, Callable[[npt.NDArray[np.int64], int], PerUser]] = {
     "HR": hit_rate,
     "NDCG": ndcg,
 }
-"""Metrics with a cut-off, by the name that stands before the @."""
+"""Metrics with a cut-off, by the name before the @."""
+CUTOFFS = (5, 10, 20, 50)
+"""The k of HR@k and NDCG@k in every table."""
+METRIC_NAMES = (*(f"{name}@{k}" for name in METRICS for k in CUTOFFS), "MRR")
+"""All metrics of a table, in the order of :func:`per_user`."""
 
 
-def per_user(
-    ranks: npt.NDArray[np.int64], cutoffs: Sequence[int] = (5, 10, 20, 50)
-) -> dict[str, PerUser]:
+def per_user(ranks: npt.NDArray[np.int64], cutoffs: Sequence[int] = CUTOFFS) -> dict[str, PerUser]:
     """Every metric of every user: "HR@5", ..., "NDCG@5", ..., "MRR", each (U,) float64.
 
     Args:

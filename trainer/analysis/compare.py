@@ -17,7 +17,7 @@ from features.atomic_files import read_errors
 from features.errors import UserError, unknown
 from features.schema import PREDICTIONS_SCHEMA
 from features.warehouse import Warehouse
-from retrieval.metrics import per_user
+from retrieval.metrics import METRIC_NAMES, per_user
 from retrieval.significance import PairedTest, paired_test
 from trainer.runs.read import Record, read_records
 
@@ -26,7 +26,6 @@ TARGETS = ("all", "cold")
 SEEN = ("filtered", "kept")
 SIGNS = 10_000
 """Random signs of a paired test."""
-METRICS = tuple(per_user(np.ones(1, np.int64)))
 SHOWN = ("HR@10", "HR@50", "NDCG@10", "NDCG@50", "MRR")
 
 Values = npt.NDArray[np.float64]
@@ -107,7 +106,7 @@ def compare(
     """
     for kind, value, known in (
         ("split", split, SPLITS), ("targets", targets, TARGETS), ("grouping", by, GROUPINGS),
-        *(("metric", metric, METRICS) for metric in metrics),
+        *(("metric", metric, METRIC_NAMES) for metric in metrics),
     ):  # fmt: skip
         if value not in known:
             raise unknown(kind, value, list(known))

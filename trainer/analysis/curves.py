@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from features.atomic_files import atomic_write
 from features.errors import UserError, unknown
-from trainer.analysis.compare import METRICS
+from retrieval.metrics import METRIC_NAMES
 from trainer.runs.folder import SECONDS
 from trainer.runs.read import Record, read_metrics
 
@@ -102,8 +102,8 @@ def read_curves(
     if labels and len(labels) != len(records):
         raise UserError(f"{len(labels)} labels for {len(records)} runs; give one for each, or none")
     names = list(labels) if labels else [record.name for record in records]
-    if metric is not None and _canonical(metric) not in METRICS:
-        raise unknown("metric", metric, list(METRICS))
+    if metric is not None and _canonical(metric) not in METRIC_NAMES:
+        raise unknown("metric", metric, list(METRIC_NAMES))
     if seen not in (None, "filtered", "kept"):
         raise unknown("ranking for --seen", str(seen), ["filtered", "kept"])
     if len(records) > MOST_RUNS:

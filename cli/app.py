@@ -24,7 +24,7 @@ from cli import (
     sql,
     train,
 )
-from cli.console import say
+from cli.console import notify
 from features.errors import UserError
 
 _UsageError: Any = typer.BadParameter.__base__  # of the click that typer brings
@@ -49,7 +49,9 @@ class Group(TyperGroup):
             return super().parse_args(ctx, args)
         except _UsageError as error:
             said = " ".join(error.format_message().split())
-            say(f"error: {said}; options stand after the command. See: {ctx.command_path} --help")
+            notify(
+                f"error: {said}; options stand after the command. See: {ctx.command_path} --help"
+            )
             raise typer.Exit(2) from None
 
     def invoke(self, ctx: Any) -> Any:
@@ -57,25 +59,27 @@ class Group(TyperGroup):
         try:
             return super().invoke(ctx)
         except UserError as error:
-            say(f"error: {error}")
+            notify(f"error: {error}")
             raise typer.Exit(2) from None
         except _UsageError as error:
             said = " ".join(error.format_message().split())
-            say(f"error: {said} See: {error.ctx.command_path if error.ctx else 'mmrec'} --help")
+            notify(f"error: {said} See: {error.ctx.command_path if error.ctx else 'mmrec'} --help")
             raise typer.Exit(2) from None
         except BrokenPipeError:
             raise  # whoever read the output has seen enough
         except OSError as error:  # a full disk, a folder that may not be written
             place = f"{error.filename}: " if error.filename else ""
-            say(f"error: {place}{error.strerror or error}; nothing that was whole before is lost")
+            notify(
+                f"error: {place}{error.strerror or error}; nothing that was whole before is lost"
+            )
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
-            say("interrupted")
+            notify("interrupted")
             raise typer.Exit(130) from None
         except RuntimeError as error:
             if str(error) != "Query interrupted":  # what DuckDB makes of Ctrl-C
                 raise
-            say("interrupted")
+            notify("interrupted")
             raise typer.Exit(130) from None
 
 

@@ -35,11 +35,11 @@ def backbones(json: JsonOption = False) -> None:
         lines += [[*fact, *first], *([""] * len(heads) + origin for origin in more)]
     console.table([*heads, "checkpoint", "licence"], lines)
     for note in dict.fromkeys(row["note"] for row in rows if row["note"]):
-        console.say(f"{', '.join(row['name'] for row in rows if row['note'] == note)}: {note}")
-    console.say(
+        console.notify(f"{', '.join(row['name'] for row in rows if row['note'] == note)}: {note}")
+    console.notify(
         "levels: pooled, tokens, layer-K; of clips, and of pairs by two towers, pooled alone"
     )
-    console.say(
+    console.notify(
         "beside these: open_clip:ARCH/TAG, hf:ORG/NAME, or a local folder with a saved model"
     )
 

@@ -23,7 +23,7 @@ out = Console(highlight=False, soft_wrap=True, width=_WIDTH)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
-def say(message: str) -> None:
+def notify(message: str) -> None:
     """Tell the person at the terminal something, on standard error."""
     err.print(message, markup=False)
 

@@ -19,16 +19,16 @@ def demo(json: JsonOption = False, root: WarehouseOption = None) -> None:
     from trainer.runs.run import start_run, train
 
     warehouse = Warehouse(root)
-    console.say("1. prepare: pictures, titles, clips, and users with a known taste")
+    console.notify("1. prepare: pictures, titles, clips, and users with a known taste")
     info = prepare.run_prepare(warehouse, "demo")
-    console.say("2. extract: the weightless backbone `hashed` over pictures, titles and clips")
+    console.notify("2. extract: the weightless backbone `hashed` over pictures, titles and clips")
     choices = Options(image="hashed", text="hashed", video="hashed")
     extracted = extract.run_extract(warehouse, "demo", choices)
     reports = {}
     for model, settings in _TRAININGS.items():
         features = ["image", "text"] if model == "mmsrec" else None
         run = start_run(warehouse, model, "demo", features=features, settings=settings)
-        console.say(f"3. train: {model}")
+        console.notify(f"3. train: {model}")
         watching = training_options.TrainWatch()
         try:
             ended = train(run, on_tick=watching)
@@ -48,7 +48,7 @@ def demo(json: JsonOption = False, root: WarehouseOption = None) -> None:
         console.out.print()
         evaluate.show_evaluated(report)
     console.out.print()
-    console.say("4. sql: " + " ".join(_STATEMENT.split()))
+    console.notify("4. sql: " + " ".join(_STATEMENT.split()))
     table = query(warehouse, _STATEMENT)
     console.table(table.column_names, zip(*(c.to_pylist() for c in table.columns), strict=True))
 

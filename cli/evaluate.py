@@ -44,7 +44,7 @@ def evaluate(
     warehouse = Warehouse(root)
     folder, why = warehouse.choose_run(run)
     if why != "given":
-        console.say(f"run: {folder.name} ({why})")
+        console.notify(f"run: {folder.name} ({why})")
     if protocol == "retrieval":
         _retrieve(warehouse, folder, dataset, device, json)
         return

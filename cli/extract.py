@@ -105,7 +105,7 @@ def extract(
                 f"{dataset} is not prepared, and a dry run writes nothing; run: mmrec prepare"
                 f" --dataset {dataset}"
             )
-        console.say(
+        console.notify(
             f"{dataset} is not prepared yet: preparing it from {warehouse.raw_dir(dataset)}"
         )
         info = run_prepare(warehouse, dataset)
@@ -113,11 +113,11 @@ def extract(
             show_prepared(info)
     name, why = warehouse.choose_dataset(dataset)
     if why != "given":
-        console.say(f"dataset: {name} ({why})")
+        console.notify(f"dataset: {name} ({why})")
     if dry_run:
         from pipeline.extraction.estimate import estimate
 
-        estimates = estimate(warehouse, name, options, say=console.say)
+        estimates = estimate(warehouse, name, options, notify=console.notify)
         if json:
             console.emit_json({"dataset": name, "tables": [asdict(one) for one in estimates]})
         else:
@@ -136,7 +136,7 @@ def run_extract(warehouse: Warehouse, dataset: str, options: "Options") -> "Extr
 
     watch = ExtractWatch()
     try:
-        return run(warehouse, dataset, options, progress=watch, say=console.say)
+        return run(warehouse, dataset, options, progress=watch, notify=console.notify)
     finally:
         watch.line.close()
 
@@ -156,7 +156,7 @@ def show_estimates(estimates: "list[Estimate]") -> None:
     )  # fmt: skip
     for one in estimates:
         failed = f", of which {one.failed} could not be used" if one.failed else ""
-        console.say(f"{one.modality}: from {one.probed} inputs{failed}; nothing was written")
+        console.notify(f"{one.modality}: from {one.probed} inputs{failed}; nothing was written")
 
 
 def show_extracted(report: "ExtractReport") -> None:
@@ -176,9 +176,9 @@ def show_extracted(report: "ExtractReport") -> None:
     )  # fmt: skip
     for row in report.tables:
         for reason, count in row.failed.items():
-            console.say(f"failed: {row.modality}, {count} x {reason}")
+            console.notify(f"failed: {row.modality}, {count} x {reason}")
         if row.partial:
-            console.say(f"partial: {row.partial} damaged clips were used up to the damage")
+            console.notify(f"partial: {row.partial} damaged clips were used up to the damage")
 
 
 class ExtractWatch:

@@ -64,14 +64,14 @@ def grid(
     failed = sum(one.state == "failed" for one in outcomes)
     if stopped:
         here = f" --warehouse {shlex.quote(str(warehouse))}" if warehouse else ""
-        console.say(
+        console.notify(
             f"stopped: {len(outcomes)} of {len(planned)} ended, all is kept;"
             f" go on with: mmrec grid {shlex.quote(str(file))}{here}"
         )
         raise typer.Exit(130)
-    console.say(f"all metrics of {len(outcomes) - failed} runs: {path}")
+    console.notify(f"all metrics of {len(outcomes) - failed} runs: {path}")
     if failed:
-        console.say(f"error: {failed} of {len(planned)} runs failed; the reasons stand above")
+        console.notify(f"error: {failed} of {len(planned)} runs failed; the reasons stand above")
         raise typer.Exit(2)
 
 
@@ -91,7 +91,7 @@ class _Watch:
         self.line.update(f"{self._where(number)}: {what}")
 
     def ended(self, outcome: "Outcome", asked: Grid) -> None:
-        """Leave a line of what a run gave, and say how long the rest may take."""
+        """Print the metrics of a finished run and the estimated time left."""
         number = self.planned.index(outcome.planned)
         if outcome.state == "failed":
             self.line.update(f"{self._where(number)}: failed: {outcome.message}", keep=True)
@@ -195,7 +195,7 @@ def _list(warehouse: Warehouse, asked: Grid, planned: "list[Planned]", json: boo
         [[*one.combination.keys.values(), one.run, state] for one, state in rows],
     )
     ended = sum(state == "finished" for _, state in rows)
-    console.say(f"{len(planned)} runs, {ended} of them finished; nothing was run")
+    console.notify(f"{len(planned)} runs, {ended} of them finished; nothing was run")
 
 
 def _document(

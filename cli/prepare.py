@@ -111,7 +111,7 @@ def run_prepare(
         format=format,
         files=files,
         unlisted=unlisted,
-        say=console.say,
+        notify=console.notify,
     )
 
 

@@ -60,7 +60,7 @@ def recommend(
     warehouse = Warehouse(root)
     folder, why = warehouse.choose_run(run)
     if why != "given":
-        console.say(f"run: {folder.name} ({why})")
+        console.notify(f"run: {folder.name} ({why})")
     from trainer.runs.recommend import Predictor
     from trainer.runs.run import open_run
 
@@ -92,7 +92,7 @@ def recommend(
         [[one.rank, one.item_id, one.text, one.score, one.cold] for one in suggestions],
     )
     if len(suggestions) < k:
-        console.say(f"no more than these {len(suggestions)} items are left")
+        console.notify(f"no more than these {len(suggestions)} items are left")
 
 
 def _items(adviser: "Predictor", history: list[str]) -> list[int]:
@@ -112,7 +112,7 @@ def _items(adviser: "Predictor", history: list[str]) -> list[int]:
 def _told(adviser: "Predictor", items: list[int]) -> dict[str, Any]:
     """Say on which history the list rests."""
     last = adviser.item_ids[items[-1]].as_py()
-    console.say(f"from a history of {len(items):,} items, the last one {last}")
+    console.notify(f"from a history of {len(items):,} items, the last one {last}")
     return {"history": len(items), "last": last}
 
 
@@ -131,5 +131,5 @@ def _write(adviser: "Predictor", out: Path, k: int, keep_seen: bool) -> dict[str
     finally:
         line.close()
     users = adviser.dataset.info.users
-    console.say(f"{rows:,} recommendations for {users:,} users: {out}")
+    console.notify(f"{rows:,} recommendations for {users:,} users: {out}")
     return {"out": str(out), "users": users, "rows": rows}

@@ -44,7 +44,7 @@ def report(
     warehouse = Warehouse(root)
     if not runs:
         folder, why = warehouse.choose_run(None)
-        console.say(f"run: {folder.name} ({why})")
+        console.notify(f"run: {folder.name} ({why})")
         runs = [folder.name]
     from trainer.analysis.curves import check_picture, draw, read_curves, save
     from trainer.runs.read import read_records

@@ -29,7 +29,7 @@ def sql(
     from features.sql_views import query
     from features.warehouse import Warehouse
 
-    table = query(Warehouse(root), statement, say=console.say)
+    table = query(Warehouse(root), statement, notify=console.notify)
     if csv:
         import pyarrow.csv as pa_csv
 
@@ -40,7 +40,7 @@ def sql(
         rows = table.slice(0, _MOST_ROWS)
         console.table(table.column_names, zip(*(c.to_pylist() for c in rows.columns), strict=True))
         if len(table) > _MOST_ROWS:
-            console.say(
+            console.notify(
                 f"{len(table):,} rows, the first {_MOST_ROWS} shown; --csv or --json for all"
             )
 

@@ -123,7 +123,7 @@ def _settled(request: Request) -> Request:
             )
         folder, why = request.warehouse.choose_run(request.run)
         if why != "given":
-            console.say(f"run: {folder.name} ({why})")
+            console.notify(f"run: {folder.name} ({why})")
         return replace(request, run=folder.name)
     if request.run is not None:
         raise UserError("--run names a run to go on with; add --resume, or give --name")
@@ -137,7 +137,7 @@ def _settled(request: Request) -> Request:
     chosen = [request.warehouse.choose_dataset(name) for name in given]
     for name, why in chosen:
         if why != "given":
-            console.say(f"dataset: {name} ({why})")
+            console.notify(f"dataset: {name} ({why})")
     return replace(request, datasets=[name for name, _ in chosen])
 
 
@@ -180,19 +180,19 @@ def _resumed(request: Request) -> "OpenRun":
 def _describe(run: "OpenRun") -> None:
     """Say what is trained on what, how many items it knows by nothing, and where it began."""
     reads = f" with {', '.join(run.tables)}" if run.tables else ""
-    console.say(
+    console.notify(
         f"run {run.folder.name}: {run.model_name} on {run.dataset}{reads},"
         f" {run.parameters:,} parameters, {run.data.device}"
     )
     if run.tables:
         counts, bare = run.data.features.coverage()
         have = ", ".join(f"{modality} {count:,}" for modality, count in counts.items())
-        console.say(f"of {run.data.features.n_items:,} items: {have}, none of these {bare:,}")
+        console.notify(f"of {run.data.features.n_items:,} items: {have}, none of these {bare:,}")
     if run.stage:
-        console.say(f"validated on {run.task.split(run.config)}")
+        console.notify(f"validated on {run.task.split(run.config)}")
     if run.taken:
         for line in run.taken.lines():
-            console.say(line)
+            console.notify(line)
 
 
 def _train(request: Request, run: "OpenRun") -> None:
@@ -208,15 +208,15 @@ def _train(request: Request, run: "OpenRun") -> None:
     if request.json and process_rank() == 0:
         console.emit_json(asdict(report))
     if report.finished and not watch.called:
-        console.say(f"run {report.run} is finished already; nothing was trained{_best(report)}")
+        console.notify(f"run {report.run} is finished already; nothing was trained{_best(report)}")
     elif report.finished:
-        console.say(f"finished: {_trained(report)}")
+        console.notify(f"finished: {_trained(report)}")
         if request.stage:
-            console.say(f"start from it: mmrec train --model {report.model} --init {report.run}")
+            console.notify(f"start from it: mmrec train --model {report.model} --init {report.run}")
     else:
         given = request.root
         here = f" --warehouse {shlex.quote(str(given))}" if given else ""
-        console.say(
+        console.notify(
             f"stopped: {_trained(report)};"
             f" go on with: mmrec {request.command} --resume --run {report.run}{here}"
         )

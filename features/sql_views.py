@@ -50,13 +50,13 @@ def _silent(message: str) -> None:
 
 
 def connect(
-    warehouse: Warehouse, say: Callable[[str], None] = _silent
+    warehouse: Warehouse, notify: Callable[[str], None] = _silent
 ) -> duckdb.DuckDBPyConnection:
     """Open DuckDB in memory with the views; it can read the warehouse and nothing else.
 
     Args:
         warehouse: What is shown.
-        say: Told in one line of each thing that is left out, and why.
+        notify: Told in one line of each thing that is left out, and why.
 
     Raises:
         UserError: There is no warehouse, or its tables cannot be read.
@@ -66,14 +66,16 @@ def connect(
     try:
         db.execute("SET enable_progress_bar = false")  # it goes among the results
         with read_errors(warehouse.root, "run again the command that wrote it"):
-            _views(db, warehouse, say)
+            _views(db, warehouse, notify)
     except BaseException:
         db.close()
         raise
     return db
 
 
-def _views(db: duckdb.DuckDBPyConnection, warehouse: Warehouse, say: Callable[[str], None]) -> None:
+def _views(
+    db: duckdb.DuckDBPyConnection, warehouse: Warehouse, notify: Callable[[str], None]
+) -> None:
     datasets: dict[str, DatasetInfo] = {}
     for name in warehouse.datasets():
         try:
@@ -82,7 +84,7 @@ def _views(db: duckdb.DuckDBPyConnection, warehouse: Warehouse, say: Callable[[s
                 _check_files(warehouse.dataset_dir(name) / table, f"mmrec prepare --dataset {name}")
             datasets[name] = info
         except UserError as error:
-            say(f"left out: {error}")
+            notify(f"left out: {error}")
     _view(db, "items", [_of(warehouse, name, "items") for name in datasets], ITEMS_SCHEMA)
     _view(
         db,
@@ -98,10 +100,10 @@ def _views(db: duckdb.DuckDBPyConnection, warehouse: Warehouse, say: Callable[[s
     columns = "dataset, user, item, position, split"
     empty = f"SELECT {columns} FROM (SELECT *, '' AS split FROM {_empty(INTERACTIONS_SCHEMA)})"
     db.execute(f"CREATE VIEW cold AS SELECT {columns} FROM ({_union(cold, empty)})")
-    _feature_views(db, warehouse, datasets, say)
+    _feature_views(db, warehouse, datasets, notify)
     # The index of an item changes with a preparation, its id does not.
     columns = ", ".join(f"f.{name}" for name in FAILURES_SCHEMA.names if name != "item")
-    broken = [name for name in datasets if not _has_failures(warehouse, name, say)]
+    broken = [name for name in datasets if not _has_failures(warehouse, name, notify)]
     failed = [
         f"SELECT i.dataset, i.item, {columns} FROM ({_of(warehouse, name, 'failures')}) f"
         f" JOIN items i ON i.dataset = {quoted(name)} AND i.item_id = f.item_id"
@@ -109,7 +111,7 @@ def _views(db: duckdb.DuckDBPyConnection, warehouse: Warehouse, say: Callable[[s
         if name not in broken
     ]
     _view(db, "failures", failed, FAILURES_SCHEMA)
-    _run_views(db, warehouse, datasets, say)
+    _run_views(db, warehouse, datasets, notify)
     # Files are checked by the pattern that names them, hence the pattern of the root beside it.
     roots = (str(warehouse.root), exact_pattern(warehouse.root))
     db.execute(f"SET allowed_directories = [{', '.join(map(quoted, roots))}]")
@@ -120,13 +122,13 @@ def _views(db: duckdb.DuckDBPyConnection, warehouse: Warehouse, say: Callable[[s
     db.execute("SET lock_configuration = true")
 
 
-def query(warehouse: Warehouse, sql: str, say: Callable[[str], None] = _silent) -> pa.Table:
+def query(warehouse: Warehouse, sql: str, notify: Callable[[str], None] = _silent) -> pa.Table:
     """Run one reading statement over the views.
 
     Args:
         warehouse: What is asked.
         sql: One SELECT, DESCRIBE or SHOW.
-        say: Told of what the views leave out.
+        notify: Told of what the views leave out.
 
     Returns:
         The answer; a column name that came twice has a number in its later places.
@@ -134,7 +136,7 @@ def query(warehouse: Warehouse, sql: str, say: Callable[[str], None] = _silent) 
     Raises:
         UserError: The statement cannot be parsed, would write, or fails.
     """
-    db = connect(warehouse, say)
+    db = connect(warehouse, notify)
     try:
         try:
             sql.encode()
@@ -229,7 +231,7 @@ def _feature_views(
     db: duckdb.DuckDBPyConnection,
     warehouse: Warehouse,
     datasets: dict[str, DatasetInfo],
-    say: Callable[[str], None],
+    notify: Callable[[str], None],
 ) -> None:
     store = FeatureStore(warehouse)
     tables: list[tuple[FeatureTable, int]] = []
@@ -239,7 +241,7 @@ def _feature_views(
                 table.check(info.fingerprint, info.inputs_of(table.modality))
                 tables.append((table, read_provenance(table.parts()[0]).dim))
             except UserError as error:
-                say(f"left out: {error}")
+                notify(f"left out: {error}")
     plain = Counter(view_name(table) for table, _ in tables)
     names = {
         table.path: view_name(table) + (_tag(table) if plain[view_name(table)] > 1 else "")
@@ -305,14 +307,14 @@ def _run_views(
     db: duckdb.DuckDBPyConnection,
     warehouse: Warehouse,
     datasets: dict[str, DatasetInfo],
-    say: Callable[[str], None],
+    notify: Callable[[str], None],
 ) -> None:
     rows: list[dict[str, Any]] = []
     order = {name: info.fingerprint for name, info in datasets.items()}
     schemas = {"metrics": METRICS_SCHEMA, "predictions": PREDICTIONS_SCHEMA}
     sources: dict[str, list[str]] = {kind: [] for kind in schemas}
     for folder in warehouse.no_runs():
-        say(f"left out: {folder}, which has no config.toml: it was killed when it began")
+        notify(f"left out: {folder}, which has no config.toml: it was killed when it began")
     for name in warehouse.runs():
         folder = warehouse.runs_dir / name
         try:
@@ -324,14 +326,14 @@ def _run_views(
                         if names != schemas[kind].names:
                             raise ValueError(f"its columns are {', '.join(names) or 'none'}")
         except UserError as error:
-            say(f"left out: {error}")
+            notify(f"left out: {error}")
             continue
         rows.append(row)
         for kind, queries in sources.items():
             path = folder / f"{kind}.parquet"
             if kind == "predictions" and order.get(row["dataset"], "") != row["fingerprint"]:
                 if path.exists():
-                    say(
+                    notify(
                         f"left out: the predictions of {name}, whose items are those of another"
                         f" preparation of {row['dataset']}; train again"
                     )
@@ -370,14 +372,14 @@ def _check_files(folder: Path, remedy: str) -> None:
             pq.read_schema(path)
 
 
-def _has_failures(warehouse: Warehouse, name: str, say: Callable[[str], None]) -> bool:
+def _has_failures(warehouse: Warehouse, name: str, notify: Callable[[str], None]) -> bool:
     folder = warehouse.dataset_dir(name) / "failures"
     if not any(folder.glob("*.parquet")):
         return False
     try:
         _check_files(folder, f"mmrec extract --dataset {name}")
     except UserError as error:
-        say(f"left out: {error}")
+        notify(f"left out: {error}")
         return False
     return True
 

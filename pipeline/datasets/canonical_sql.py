@@ -27,7 +27,7 @@ def settle_unlisted(
     db: duckdb.DuckDBPyConnection,
     choice: str,
     files: Files,
-    say: Callable[[str], None],
+    notify: Callable[[str], None],
 ) -> None:
     """Settle interactions whose item is not listed."""
     db.execute(
@@ -48,10 +48,10 @@ def settle_unlisted(
         )
     if choice == "keep":
         db.execute("INSERT INTO raw_items (item_id) SELECT item_id FROM unlisted")
-        say(f"{what}; kept without text and picture")
+        notify(f"{what}; kept without text and picture")
     else:
         db.execute("DELETE FROM raw_interactions WHERE item_id IN (SELECT item_id FROM unlisted)")
-        say(f"{what}; their interactions are left out")
+        notify(f"{what}; their interactions are left out")
 
 
 def _id_order(column: str) -> str:

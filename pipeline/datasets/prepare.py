@@ -57,7 +57,7 @@ def prepare(
     format: str | None = None,
     files: Mapping[str, str] | None = None,
     unlisted: str = "refuse",
-    say: Callable[[str], None] = _silent,
+    notify: Callable[[str], None] = _silent,
 ) -> DatasetInfo:
     """Write the canonical tables of a dataset, replacing those of an earlier preparation.
 
@@ -77,7 +77,7 @@ def prepare(
         files: Role to path, replacing the names that are looked for.
         unlisted: What becomes of interactions with an item that the items' file does not list:
             ``refuse``, ``keep`` (an item without text or picture) or ``drop``.
-        say: Takes one line of what was noticed, for the person who prepares.
+        notify: Takes one line of what was noticed, for the person who prepares.
 
     Raises:
         UserError: A file is missing or damaged, contradicts another, or nothing is left.
@@ -103,15 +103,15 @@ def prepare(
         from pipeline.datasets.demo import make_demo
 
         make_demo(root)
-        say(f"made the demo's raw files in {root}")
+        notify(f"made the demo's raw files in {root}")
     found = locate(name, how, root, files or {})
     with _staging(warehouse, target) as stage:
         with _database(stage) as db:
             told = IMPORTERS[how.importer](db, root, found)
             check(db, found)
             for note in told.notes:
-                say(note)
-            settle_unlisted(db, unlisted, found, say)
+                notify(note)
+            settle_unlisted(db, unlisted, found, notify)
             index_ids(db)
             filter_core(db, k, name)
             if told.blobs:
@@ -126,7 +126,7 @@ def prepare(
             )
             write_tables(db, stage)
             for line in remarks(db, info):
-                say(line)
+                notify(line)
         _swap(home, stage, info)
     return info
 

@@ -76,7 +76,7 @@ class Encoder:
         book: Knows what is encoded already, and takes the rest down.
         media: Where pictures and clips are read.
         report: Called after every batch.
-        say: Told what the person at the terminal should know.
+        notify: Told what the person at the terminal should know.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class Encoder:
         book: Deduplicator,
         media: Media,
         report: Callable[[ExtractionCounts], None],
-        say: Callable[[str], None],
+        notify: Callable[[str], None],
     ) -> None:
         self._backbone = backbone
         self._choices = choices
@@ -96,7 +96,7 @@ class Encoder:
         self._batch = choices.batch_size
         self._room = math.inf  # inputs, times tokens of the longest text, that memory has room for
         self._report = report
-        self._say = say
+        self._notify = notify
 
     def run(self, inputs: Iterable[tuple[int, Input]]) -> None:
         """Encode ``(item, input)`` pairs; twins of other items come last."""
@@ -253,7 +253,7 @@ class Encoder:
                     " bfloat16 or a smaller backbone (what is encoded is kept)"
                 )
             self._room = cost // 2
-            self._say(f"out of memory with {size} inputs ({reason}); going on with {half}")
+            self._notify(f"out of memory with {size} inputs ({reason}); going on with {half}")
             _free()
         parts = [
             InputBatch(images=batch.images[start:end], texts=batch.texts[start:end])

@@ -84,14 +84,14 @@ def estimate(
     dataset: str,
     options: Options,
     *,
-    say: Callable[[str], None] = lambda line: None,
+    notify: Callable[[str], None] = lambda line: None,
 ) -> list[Estimate]:
     """Read and encode a few inputs of each modality, spread over the dataset.
 
     Raises:
         UserError: As :func:`pipeline.extraction.job.extract`.
     """
-    job, models = open_job(warehouse, dataset, options, say=say)
+    job, models = open_job(warehouse, dataset, options, notify=notify)
     with quiet_decoders():
         return [_estimate(job, modality, backbone) for modality, backbone in models.items()]
 
@@ -112,7 +112,7 @@ def _estimate(job: Job, modality: str, backbone: Backbone) -> Estimate:
                 book=book,
                 media=media,
                 report=_ignore,
-                say=job.say,
+                notify=job.notify,
             )
             started = time.monotonic()
             encoder.run(part)

@@ -43,7 +43,7 @@ def extract(
     options: Options,
     *,
     progress: Callable[[ExtractProgress], None] | None = None,
-    say: Callable[[str], None] = lambda line: None,
+    notify: Callable[[str], None] = lambda line: None,
 ) -> ExtractReport:
     """Encode a prepared dataset; run again, it does only what is missing or has changed.
 
@@ -52,7 +52,7 @@ def extract(
         dataset: Name of a prepared dataset.
         options: What is extracted, and how.
         progress: Called with the state of the job.
-        say: Told what the person at the terminal should know.
+        notify: Told what the person at the terminal should know.
 
     Raises:
         UserError: The dataset is not prepared, has nothing of a modality, its raw files are gone,
@@ -60,7 +60,7 @@ def extract(
             another provenance; with ``strict``, an input cannot be used.
     """
     with _frugal():
-        job, models = open_job(warehouse, dataset, options, progress=progress, say=say)
+        job, models = open_job(warehouse, dataset, options, progress=progress, notify=notify)
         with quiet_decoders(), _engine(options):
             reports = [job.run(modality, backbone) for modality, backbone in models.items()]
     return ExtractReport(dataset=dataset, tables=tuple(reports))
@@ -94,7 +94,7 @@ def open_job(
     options: Options,
     *,
     progress: Callable[[ExtractProgress], None] | None = None,
-    say: Callable[[str], None] = lambda line: None,
+    notify: Callable[[str], None] = lambda line: None,
 ) -> tuple["Job", dict[str, Backbone]]:
     """Load all that an extraction needs: the job, and the backbone of each modality.
 
@@ -125,7 +125,12 @@ def open_job(
                 raise UserError(f"{error}, or {same}, which has no weights") from None
         _check_level(loaded[name], modality, options.level)
     job = Job(
-        warehouse=warehouse, info=info, items=items, options=options, progress=progress, say=say
+        warehouse=warehouse,
+        info=info,
+        items=items,
+        options=options,
+        progress=progress,
+        notify=notify,
     )
     return job, {modality: loaded[name] for modality, name in wanted.items()}
 
@@ -160,7 +165,7 @@ class Job:
     items: Items
     options: Options
     progress: Callable[[ExtractProgress], None] | None
-    say: Callable[[str], None]
+    notify: Callable[[str], None]
 
     def run(self, modality: str, backbone: Backbone) -> ModalityReport:
         """Extract one modality into its table."""
@@ -256,7 +261,7 @@ class Job:
                 workers=self.options.workers or ray_engine.default_workers(device),
                 width=None if pooled else backbone.token_dim(choices.level, modality),
                 report=report,
-                say=self.say,
+                notify=self.notify,
             )
             return
         media = self.media()
@@ -267,7 +272,7 @@ class Job:
                 book=book,
                 media=media,
                 report=report,
-                say=self.say,
+                notify=self.notify,
             )
             encoder.run(inputs)
         finally:

@@ -114,7 +114,7 @@ class Worker:
             book=book,
             media=self._media,
             report=_ignore,
-            say=said.append,
+            notify=said.append,
         )
         with quiet_decoders():
             encoder.run(_pairs(shard))
@@ -154,7 +154,7 @@ def run(
     workers: int,
     width: int | None,
     report: Callable[[ExtractionCounts], None],
-    say: Callable[[str], None],
+    notify: Callable[[str], None],
 ) -> None:
     """Encode ``(item, input)`` pairs with actors inside a session, and take their results down.
 
@@ -165,7 +165,7 @@ def run(
         workers: How many actors.
         width: D of a token; none: one vector an input.
         report: Called with what is known so far.
-        say: Told what the person at the terminal should know.
+        notify: Told what the person at the terminal should know.
     """
     data = import_module("ray.data")
     pairs = list(inputs)
@@ -192,7 +192,7 @@ def run(
             item = row["item"]
             if item == _NOBODY:
                 if row["reason"] not in heard:  # each shard finds it out anew
-                    say(row["reason"])
+                    notify(row["reason"])
                 heard.add(row["reason"])
                 continue
             _book(book, row, todo[item], _source(of_item[item]), width)

@@ -88,7 +88,7 @@ open_clip.get_tokenizer(f"local-dir:{sys.argv[1]}")
 """
 
 
-def say(section: str, what: str, figure: str, goal: str = "") -> None:
+def print_figure(section: str, what: str, figure: str, goal: str = "") -> None:
     """Print one row."""
     print(f"{section:8} {what:52} {figure:>32}  {goal}", flush=True)
 
@@ -160,9 +160,13 @@ def compare(section: str, what: str, n: int, bare: Callable[[], None], run: Any,
     bare()  # warm
     # Ratios near 1 need more rounds than the machine's other work spoils.
     (cpu_bare, wall_bare), (cpu, wall) = best(bare, run, rounds=3 * ROUNDS)
-    say(section, f"{what}: bare forward", f"{n / cpu_bare:.1f}/s CPU, {n / wall_bare:.1f}/s clock")
-    say(section, f"{what}: extract", f"{n / cpu:.1f}/s CPU, {n / wall:.1f}/s clock")
-    say(section, f"{what}: ratio", f"{cpu_bare / cpu:.3f} CPU, {wall_bare / wall:.3f} clock", goal)
+    print_figure(
+        section, f"{what}: bare forward", f"{n / cpu_bare:.1f}/s CPU, {n / wall_bare:.1f}/s clock"
+    )
+    print_figure(section, f"{what}: extract", f"{n / cpu:.1f}/s CPU, {n / wall:.1f}/s clock")
+    print_figure(
+        section, f"{what}: ratio", f"{cpu_bare / cpu:.3f} CPU, {wall_bare / wall:.3f} clock", goal
+    )
 
 
 # -- the sections ---------------------------------------------------------------------------
@@ -215,7 +219,7 @@ def ceiling(root: Path, n: int = 256) -> None:
     torch.set_num_threads(1)
     house = inputs.house(root, pictures=n)
     size = np.mean([path.stat().st_size for path in (root / "raw").iterdir()]) / 1000
-    say("ceiling", f"JPEG 640x480, {size:.0f} kB, one core", "")
+    print_figure("ceiling", f"JPEG 640x480, {size:.0f} kB, one core", "")
     data = [path.read_bytes() for path in sorted((root / "raw").iterdir())]
     transform = image_transform_v2(PreprocessCfg(), is_train=False)
     processor = transformers.ViTImageProcessor()
@@ -241,13 +245,15 @@ def ceiling(root: Path, n: int = 256) -> None:
         (base, _), (exact, exact_wall), (fast, fast_wall) = best(
             plain, job(house, "image"), drafted, rounds=3 * ROUNDS
         )
-        say("ceiling", f"{library}: plain loop of PIL and its transform", f"{n / base:.0f}/s CPU")
+        print_figure(
+            "ceiling", f"{library}: plain loop of PIL and its transform", f"{n / base:.0f}/s CPU"
+        )
         for what, cpu, wall, goal in (
             ("exact", exact, exact_wall, ">= 250/s where plain is 210/s: 1.19"),
             ("draft", fast, fast_wall, ">= 375/s where plain is 210/s: 1.79"),
         ):
             figure = f"{n / cpu:.0f}/s CPU, {n / wall:.0f}/s clock, {base / cpu:.2f}"
-            say("ceiling", f"{library}: extract, {what}, and over plain", figure, goal)
+            print_figure("ceiling", f"{library}: extract, {what}, and over plain", figure, goal)
 
 
 def startup(root: Path) -> None:
@@ -268,9 +274,13 @@ def startup(root: Path) -> None:
             after = resource.getrusage(resource.RUSAGE_CHILDREN)
             cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
             took[what] = min(took[what], cpu)
-    say("startup", "importing the libraries, loading the weights", f"{took['load']:.2f} CPU s")
+    print_figure(
+        "startup", "importing the libraries, loading the weights", f"{took['load']:.2f} CPU s"
+    )
     more = took["extract"] - took["load"]
-    say("startup", "mmrec extract of one picture, beyond that", f"{more:.2f} CPU s", "<= 5 s")
+    print_figure(
+        "startup", "mmrec extract of one picture, beyond that", f"{more:.2f} CPU s", "<= 5 s"
+    )
 
 
 def video(root: Path, seconds: int = 60) -> None:
@@ -299,7 +309,7 @@ def video(root: Path, seconds: int = 60) -> None:
         (base, _), (cpu, _) = best(plain, ours)
         what = f"{seconds} s of 640x360, a keyframe each {gop} frames"
         figure = f"{1 / base:.2f} and {1 / cpu:.2f} clips/s, {base / cpu:.2f}"
-        say("video", f"{what}: PyAV, sampling", figure)
+        print_figure("video", f"{what}: PyAV, sampling", figure)
 
 
 def memory(root: Path, n: int = 100_000) -> None:
@@ -312,9 +322,9 @@ def memory(root: Path, n: int = 100_000) -> None:
             (less, low), (more, high) = (once(house, modality, backbone) for house in houses)
             name = f"{modality}, {what}"
             figure = f"{low:.0f} and {high:.0f} MiB, {high / low:.3f}"
-            say("memory", f"{name}: peak at {n // 10} and {n} items", figure, "<= 1.10")
+            print_figure("memory", f"{name}: peak at {n // 10} and {n} items", figure, "<= 1.10")
             figure = f"{less:.1f} and {more:.1f} CPU s, {more / less / 10:.3f}"
-            say("memory", f"{name}: time, and each item's over linear", figure, "about 1")
+            print_figure("memory", f"{name}: time, and each item's over linear", figure, "about 1")
 
 
 def once(house: Warehouse, modality: str, backbone: str) -> tuple[float, float]:
@@ -350,7 +360,7 @@ class _Clock:
 def gpu(root: Path, n: int = 6000) -> None:
     """Pictures a second on a CUDA device, and where the time goes."""
     if not torch.cuda.is_available():
-        say("gpu", "no CUDA device here", "")
+        print_figure("gpu", "no CUDA device here", "")
         return
     house = inputs.house(root, pictures=500)
     from tests.pipeline.backbones.tiny import prepare
@@ -367,7 +377,9 @@ def gpu(root: Path, n: int = 6000) -> None:
         bare = bare_images(backbone, [backbone.image(decode_image(one)) for one in data])
         bare()
         ((_, wall),) = best(bare)
-        say("gpu", f"CLIP ViT-B/32 {compute}: bare forward and copies", f"{512 / wall:.0f}/s")
+        print_figure(
+            "gpu", f"CLIP ViT-B/32 {compute}: bare forward and copies", f"{512 / wall:.0f}/s"
+        )
         loaded(backbone)
         for what, way in (("exact", None), ("draft", draft)):
             run = job(house, "image")
@@ -377,7 +389,7 @@ def gpu(root: Path, n: int = 6000) -> None:
             else:
                 ((cpu, wall),) = best(run)
             figure = f"{n / wall:.0f}/s clock, {n / cpu:.0f}/s a CPU second"
-            say("gpu", f"CLIP ViT-B/32 {compute}: extract, {what}", figure)
+            print_figure("gpu", f"CLIP ViT-B/32 {compute}: extract, {what}", figure)
     clock = _Clock()
     plain = vars(encoder)["decode_image"], backbone.image, backbone.embed
     vars(encoder)["decode_image"] = clock.watch("decode", plain[0], time.thread_time)
@@ -392,10 +404,14 @@ def gpu(root: Path, n: int = 6000) -> None:
     cores = len(os.sched_getaffinity(0))
     for what, seconds in clock.seconds.items():
         if what in ("decode", "resize"):
-            say("gpu", f"of {wall:.2f} s: {what}, of {cores} cores", f"{seconds / cores:.2f} s")
+            print_figure(
+                "gpu", f"of {wall:.2f} s: {what}, of {cores} cores", f"{seconds / cores:.2f} s"
+            )
         else:
-            say("gpu", f"of {wall:.2f} s: {what}", f"{seconds:.2f} s")
-            say("gpu", "waiting for pictures, books and writing", f"{wall - seconds:.2f} s")
+            print_figure("gpu", f"of {wall:.2f} s: {what}", f"{seconds:.2f} s")
+            print_figure(
+                "gpu", "waiting for pictures, books and writing", f"{wall - seconds:.2f} s"
+            )
 
 
 SECTIONS: dict[str, Callable[..., None]] = {
@@ -409,7 +425,9 @@ def main() -> None:
     parser.add_argument("sections", nargs="*", help=", ".join(SECTIONS))
     parser.add_argument("--items", type=int, help="instead of the section's own number")
     given = parser.parse_args()
-    say("machine", f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}", "")
+    print_figure(
+        "machine", f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}", ""
+    )
     for name in given.sections or SECTIONS:
         more = {"n": given.items} if given.items else {}
         with tempfile.TemporaryDirectory() as folder:

@@ -99,7 +99,7 @@ def test_repeated_pairs_count_and_stay(warehouse: Warehouse, tmp_path: Path) -> 
         "items.csv": ITEMS,
     }
     said: list[str] = []
-    info = prepared(warehouse, tmp_path / "raw", files, k_core=3, say=said.append)
+    info = prepared(warehouse, tmp_path / "raw", files, k_core=3, notify=said.append)
     assert sequences_of(warehouse) == {"u": ["a", "a", "a"]}
     assert info.tied == pytest.approx(1 / 3)
     assert info.summary()["sparsity"] == 0  # of one pair that comes three times

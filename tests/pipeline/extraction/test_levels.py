@@ -340,7 +340,7 @@ def test_out_of_memory_halves_the_batch_goes_on_and_says_so(
     monkeypatch.setitem(BACKBONES, "tight", entry(backbone))
     said: list[str] = []
     given: dict[str, Any] = {modality: "tight", "batch_size": 2 if modality == "text" else 8}
-    report = extract(warehouse, "tiny", Options(**given), say=said.append).tables[0]
+    report = extract(warehouse, "tiny", Options(**given), notify=said.append).tables[0]
     assert report.encoded == n
     assert backbone.refused == len(said) == 2  # it is remembered: 8, 4, and from then on 2
     assert "out of memory with 8 inputs" in said[0]

@@ -131,7 +131,7 @@ def test_strict_and_a_worker_that_cannot_work_are_one_line(world: Warehouse) -> 
             workers=1,
             width=None,
             report=ray_engine._ignore,
-            say=print,
+            notify=print,
         )
 
 

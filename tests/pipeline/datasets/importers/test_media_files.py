@@ -122,7 +122,7 @@ def test_what_the_table_of_items_names_wins_and_is_told(
     items = "item_id,image\na,./images/a.png\nb,other/b.png\nc,\n"
     files = {f"images/{name}.png": "x" for name in "abc"}
     content = {"interactions.csv": INTERACTIONS, "items.csv": items, **files}
-    prepared(warehouse, tmp_path / "raw", content, say=said.append)
+    prepared(warehouse, tmp_path / "raw", content, notify=said.append)
     assert images_of(warehouse) == ["images/a.png", "other/b.png", "images/c.png"]
     assert (
         "1 item with pictures both named by the table of items and found among the files"
@@ -142,7 +142,7 @@ def test_of_several_files_of_one_item_the_first_by_name_counts(
     }  # fmt: skip
     said: list[str] = []
     content = {"interactions.csv": INTERACTIONS, "items.csv": ITEMS, **files}
-    prepared(warehouse, tmp_path / "raw", content, say=said.append)
+    prepared(warehouse, tmp_path / "raw", content, notify=said.append)
     assert images_of(warehouse) == ["images/a.jpg", None, "images/c.gif"]
     assert said[0] == (
         "2 items with several pictures (such as 'a', 'c'); of each, the first by name is taken"

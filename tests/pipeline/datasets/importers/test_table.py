@@ -209,7 +209,7 @@ def test_dates_and_times_of_parquet(
     rows = {"user_id": ["u", "u"], "item_id": ["a", "b"], "timestamp": times.cast(kind)}
     pq.write_table(pa.table(rows), raw / "interactions.parquet")
     said: list[str] = []
-    info = prepared(warehouse, raw, {}, say=said.append)
+    info = prepared(warehouse, raw, {}, notify=said.append)
     assert info.timestamps
     assert sequences_of(warehouse) == {"u": ["b", "a"]}
     table = pq.read_table(warehouse.dataset_dir("mine") / "interactions")

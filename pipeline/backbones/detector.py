@@ -23,7 +23,7 @@ from torchvision.models.detection.image_list import ImageList
 from features.checkpoint_fingerprint import fingerprint
 from pipeline.backbones import hub, torch_utils
 from pipeline.backbones.base import UnavailableError
-from pipeline.media.images import one_line
+from pipeline.media.errors import one_line
 
 MOST = 36
 """Regions of a picture at most, those with the best scores first; as VisualBERT's authors took."""

@@ -26,7 +26,7 @@ from pipeline.backbones import hub, torch_utils
 from pipeline.backbones.base import POOLED, InputBatch, TokenIds, Vectors, split_pooling
 from pipeline.backbones.image_transforms import of_open_clip
 from pipeline.backbones.open_clip_towers import OpenClipHiddenStates, Text, visual
-from pipeline.media.images import one_line
+from pipeline.media.errors import one_line
 
 _WEIGHTS = (".safetensors", ".bin", ".pth")
 CONFIG = "open_clip_config.json"

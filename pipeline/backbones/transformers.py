@@ -24,7 +24,7 @@ from pipeline.backbones.base import POOLED, TOKENS, InputBatch, TokenIds, Vector
 from pipeline.backbones.hidden_states import HiddenStates
 from pipeline.backbones.processors import OWN_CODE, PictureInput, TextInput
 from pipeline.backbones.sentence_pooling import recipe
-from pipeline.media.images import one_line
+from pipeline.media.errors import one_line
 
 _HEADS = ("pooler", "mask_token", "position_ids")  # may be missing: they are not used
 _OWN = "the model's own pooling"

@@ -12,7 +12,7 @@ from PIL import Image
 
 from features.errors import UserError
 from pipeline.extraction.digests import Digests, digest
-from pipeline.media.images import MediaError
+from pipeline.media.errors import MediaError
 
 _SOURCE = 120  # characters of a text that a failure remembers
 

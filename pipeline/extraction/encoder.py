@@ -23,8 +23,10 @@ from pipeline.extraction.deduplication import (
     content_hash,
     is_out_of_memory,
 )
-from pipeline.media.images import Media, MediaError, decode_image, one_line
-from pipeline.media.video import sample
+from pipeline.media.errors import MediaError, one_line
+from pipeline.media.images import decode_image
+from pipeline.media.reader import MediaReader
+from pipeline.media.video import sample_frames
 
 TEXT_WINDOW = 4096  # texts that are sorted by length together
 TEXT_MOST = 1 << 16  # characters of a text that a backbone is given; tokenizers take what they get
@@ -85,7 +87,7 @@ class Encoder:
         backbone: Backbone,
         choices: EncodeOptions,
         book: Deduplicator,
-        media: Media,
+        media: MediaReader,
         report: Callable[[ExtractionCounts], None],
         notify: Callable[[str], None],
     ) -> None:
@@ -136,7 +138,7 @@ class Encoder:
                     loaded.content = _clip_hash(stream)
                     if self._book.claim(item, loaded.content):
                         stream.seek(0)
-                        loaded.inputs, loaded.partial = sample(
+                        loaded.inputs, loaded.partial = sample_frames(
                             stream, self._prepare, self._choices.frames
                         )
                 return loaded
@@ -269,7 +271,7 @@ class Encoder:
         return list(vectors_BD)
 
 
-def read_picture(media: Media, given: Input) -> tuple[str, bytes | Image.Image]:
+def read_picture(media: MediaReader, given: Input) -> tuple[str, bytes | Image.Image]:
     """Read a picture, or that of a pair: the fingerprint of the content, and what was read.
 
     Raises:
@@ -283,7 +285,7 @@ def read_picture(media: Media, given: Input) -> tuple[str, bytes | Image.Image]:
     return content, data
 
 
-def hash_clip(media: Media, source: str) -> str:
+def hash_clip(media: MediaReader, source: str) -> str:
     """Read a clip for the fingerprint of its content.
 
     Raises:

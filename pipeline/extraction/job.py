@@ -30,9 +30,9 @@ from pipeline.extraction.items import Items, choose
 from pipeline.extraction.options import Options
 from pipeline.extraction.reports import ExtractProgress, ExtractReport, ModalityReport
 from pipeline.extraction.table_writer import FeatureTableWriter
-from pipeline.media.images import DRAFT, Media, quiet_decoders
-from pipeline.media.images import PREPROCESSING as OF_PICTURES
-from pipeline.media.video import preprocessing as of_clips
+from pipeline.media.images import DRAFT_PREPROCESSING, IMAGE_PREPROCESSING, quiet_decoders
+from pipeline.media.reader import MediaReader
+from pipeline.media.video import describe_sampling
 
 SECONDS_A_TICK = 0.1
 
@@ -278,9 +278,9 @@ class Job:
         finally:
             media.close()
 
-    def media(self) -> Media:
+    def media(self) -> MediaReader:
         """Open what pictures and clips are read from; the caller closes it."""
-        return Media(Path(self.info.raw), self.warehouse.dataset_dir(self.info.name))
+        return MediaReader(Path(self.info.raw), self.warehouse.dataset_dir(self.info.name))
 
     def choices(self, backbone: Backbone, modality: str) -> EncodeOptions:
         """How this backbone encodes this modality."""
@@ -341,10 +341,12 @@ class Job:
 
 def provenance_of(backbone: Backbone, modality: str, options: Options) -> Provenance:
     """What a table of this modality by this backbone is made with."""
-    pictures = OF_PICTURES + (f"; {DRAFT}" if options.decode == "draft" else "")
+    pictures = IMAGE_PREPROCESSING + (
+        f"; {DRAFT_PREPROCESSING}" if options.decode == "draft" else ""
+    )
     words = f"at most {TEXT_MOST} characters"
     first = {
-        "text": words, "video": of_clips(options.frames), "joint": f"{pictures}; {words}",
+        "text": words, "video": describe_sampling(options.frames), "joint": f"{pictures}; {words}",
     }.get(modality, pictures)  # fmt: skip
     pooling = backbone.pooling(modality, options.level)
     pooled = options.level == POOLED

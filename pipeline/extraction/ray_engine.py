@@ -29,7 +29,9 @@ from features.errors import UserError
 from pipeline.backbones.registry import load_backbone
 from pipeline.extraction.deduplication import Deduplicator, ExtractionCounts, content_hash
 from pipeline.extraction.encoder import EncodeOptions, Encoder, Input, hash_clip, read_picture
-from pipeline.media.images import Media, MediaError, quiet_decoders
+from pipeline.media.errors import MediaError
+from pipeline.media.images import quiet_decoders
+from pipeline.media.reader import MediaReader
 
 _NOBODY = -1  # in place of an item: its reason is for the person at the terminal
 HASHED_EACH = 512  # inputs of a shard that is only read
@@ -101,7 +103,7 @@ class Worker:
     def __init__(self, work: Work) -> None:
         self._backbone = load_backbone(work.backbone, device=work.device, compute=work.compute)
         self._choices = work.choices
-        self._media = Media(work.raw, work.prepared)
+        self._media = MediaReader(work.raw, work.prepared)
 
     def __call__(self, shard: pa.Table) -> pa.Table:
         """Encode a shard of (item, source, text) into rows of what was found."""
@@ -130,7 +132,7 @@ class Worker:
 
 def read_shard(shard: pa.Table, work: Work) -> pa.Table:
     """A task: read a shard of (item, source, text) for the fingerprints of its content."""
-    media = Media(work.raw, work.prepared)
+    media = MediaReader(work.raw, work.prepared)
     rows = []
     for item, given in _pairs(shard):
         row: dict[str, Any] = {"item": item}

@@ -1,8 +1,8 @@
-"""Covers in an LMDB, as NineRec, MoRec and PMMRec release them: pickled objects with raw pixels.
+"""Read images from an LMDB as NineRec, MoRec and PMMRec release them: pickled raw pixels.
 
-A pickle is a program, and unpickling one from a stranger runs it. Nothing is unpickled here: the
-few instructions that such an image needs are interpreted as data, on a stack that can hold numbers,
-strings, bytes, tuples and dicts and nothing else. Any other instruction is refused before it acts.
+A pickle is a program: unpickling untrusted data would run it. This module does not unpickle. It
+interprets as data the few instructions that such an image needs, on a stack of numbers, strings,
+bytes, tuples and dicts. Any other instruction is refused before it has an effect.
 """
 
 import pickletools
@@ -17,7 +17,8 @@ from PIL import Image
 from features.errors import UserError
 
 CLASS = "LMDB_Image"
-MAX_PIXELS = 178_956_970  # Pillow's own limit against decompression bombs
+MAX_LMDB_PIXELS = 178_956_970
+"""Size limit of one image: Pillow's own limit against decompression bombs."""
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
@@ -26,10 +27,13 @@ class MissingKeyError(UserError):
 
 
 class LmdbImages:
-    """One LMDB of covers, opened once, read only; not to be carried over a fork.
+    """One LMDB of images, open for reading. A forked process must open its own.
+
+    Args:
+        path: The LMDB: a folder, or a single file.
 
     Raises:
-        UserError: It is no LMDB.
+        UserError: The path is no readable LMDB.
     """
 
     def __init__(self, path: Path) -> None:
@@ -59,45 +63,47 @@ class LmdbImages:
         self.close()
 
     def close(self) -> None:
-        """Unmap the file."""
+        """Close the LMDB."""
         self._env.close()
 
     def keys(self) -> Iterator[str]:
-        """Every key that can be an item's id, in the file's order."""
+        """Yield every key that can be the id of an item, in the order of the file."""
         with self._env.begin() as transaction, transaction.cursor() as cursor:
             for key in cursor.iternext(keys=True, values=False):
-                # Releases also keep their own lists under __keys__ and __len__.
+                # Some releases store their own lists under __keys__ and __len__.
                 if not key.startswith(b"__"):
                     yield bytes(key).decode("utf-8", "replace")
 
     def get(self, key: str) -> Image.Image | bytes:
-        """One cover: an image, or the bytes of an encoded one where the LMDB holds those.
+        """Return one image: its pixels, or the encoded bytes if the LMDB holds encoded images.
 
         Raises:
-            MissingKeyError: There is no such key.
-            UserError: Its value is not an image and nothing else.
+            MissingKeyError: The LMDB has no such key.
+            UserError: The value is a pickle of anything but an image.
         """
         with self._env.begin() as transaction:
             value = transaction.get(key.encode())
         if value is None:
             raise MissingKeyError(f"{self.path} has no key {key!r}; prepare the dataset again")
-        if not value.startswith(b"\x80"):  # every pickle since protocol 2 begins so, no image does
+        if not value.startswith(
+            b"\x80"
+        ):  # the first byte of a pickle since protocol 2, and of no image
             return bytes(value)
         return read_lmdb_image(value, f"{self.path}#{key}")
 
 
 def read_lmdb_image(data: bytes, where: str) -> Image.Image:
-    """Make an image of a pickled ``LMDB_Image`` (channels, size, image), executing nothing.
+    """Read a pickled ``LMDB_Image`` (channels, size, image) without unpickling it.
 
     Args:
         data: The pickle.
-        where: What the message calls it.
+        where: Name of the pickle in error messages.
 
     Raises:
-        UserError: The pickle holds anything else.
+        UserError: The pickle holds anything but one image.
     """
     try:
-        state = _state(data)
+        state = _interpret(data)
     except _RefusedError as error:
         raise UserError(
             f"{where} is not a pickled {CLASS} ({error}); refused, not loaded"
@@ -114,7 +120,7 @@ def read_lmdb_image(data: bytes, where: str) -> Image.Image:
     if (
         channels not in _MODES
         or min(size) < 1
-        or height * width > MAX_PIXELS
+        or height * width > MAX_LMDB_PIXELS
         or height * width * channels != len(pixels)
     ):
         raise UserError(
@@ -125,15 +131,15 @@ def read_lmdb_image(data: bytes, where: str) -> Image.Image:
 
 
 class _RefusedError(Exception):
-    """The pickle wants more than an image needs."""
+    """The pickle contains more than an image needs."""
 
 
 class _Class(NamedTuple):
-    """Stands for the one class on the stack; nothing is imported."""
+    """Placeholder of the class on the stack; nothing is imported."""
 
 
 class _Instance:
-    """Stands for the one object: its state once it has been built."""
+    """Placeholder of the object on the stack: its attributes once they are set."""
 
     __slots__ = ("state",)
 
@@ -152,15 +158,15 @@ _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
-def _state(data: bytes) -> dict[str, Any]:
-    """Interpret the pickle of one object; its attributes."""
+def _interpret(data: bytes) -> dict[str, Any]:
+    """Return the attributes of the one object that a pickle holds."""
     stack: list[Any] = []
     memo: dict[int, Any] = {}
     try:
         for opcode, argument, _ in pickletools.genops(data):
             if opcode.name == "STOP":
                 break
-            _step(opcode.name, argument, stack, memo)
+            _apply(opcode.name, argument, stack, memo)
         (instance,) = stack
     except _RefusedError:
         raise
@@ -171,7 +177,7 @@ def _state(data: bytes) -> dict[str, Any]:
     return instance.state
 
 
-def _step(name: str, argument: Any, stack: list[Any], memo: dict[int, Any]) -> None:
+def _apply(name: str, argument: Any, stack: list[Any], memo: dict[int, Any]) -> None:
     if name in ("PROTO", "FRAME"):
         return
     if name in _VALUES:
@@ -212,8 +218,8 @@ def _step(name: str, argument: Any, stack: list[Any], memo: dict[int, Any]) -> N
             raise _RefusedError(f"it names {module[:40]!r} {called[:40]!r}")
         stack.append(_Class())
     elif name == "NEWOBJ":
-        arguments, made = stack.pop(), stack.pop()
-        if not isinstance(made, _Class) or arguments != ():
+        arguments, kind = stack.pop(), stack.pop()
+        if not isinstance(kind, _Class) or arguments != ():
             raise _RefusedError("it makes another object")
         stack.append(_Instance())
     elif name == "BUILD":
@@ -227,8 +233,8 @@ def _step(name: str, argument: Any, stack: list[Any], memo: dict[int, Any]) -> N
 
 
 def _to_mark(stack: list[Any]) -> list[Any]:
-    """Take everything above the last mark, and the mark."""
-    place = max(index for index, value in enumerate(stack) if value is _MARK)
-    above = stack[place + 1 :]
-    del stack[place:]
+    """Remove the last mark and everything above it; return what was above it."""
+    mark = max(index for index, value in enumerate(stack) if value is _MARK)
+    above = stack[mark + 1 :]
+    del stack[mark:]
     return above

@@ -1,15 +1,16 @@
-"""What a reference to a picture or clip may name: a file below the raw root, or a part of one.
+"""References to images and videos: a file below the folder of raw files, or a part of one.
 
 ``covers/1.jpg``
-    A file below the raw root.
+    A file below the raw folder.
 ``covers.tar#1.jpg``, ``covers.lmdb#1``
     A member of a tar, or a key of an LMDB.
 ``outside:/data/covers/1.jpg``
-    A file (or a part of one) in a folder elsewhere that the user named by ``--file``.
+    A file (or a part of one) in another folder that the user named by ``--file``.
 ``prepared:media/images.tar#5f0c...``
     A part of a file that ``mmrec prepare`` wrote into the dataset's own folder.
 
-The last two come from us only; a table of items that uses them, or leaves the raw root, is refused.
+Only mmrec itself writes the last two. A table of items that uses them, or that leaves the raw
+folder, is refused.
 """
 
 import os
@@ -23,10 +24,10 @@ _LMDB_MAGIC = (16, b"\xde\xc0\xef\xbe")  # offset and bytes
 _TAR_MAGIC = (257, b"ustar")
 
 
-def inside(root: Path, path: str) -> str | None:
-    """Give ``path`` relative to ``root``, or nothing when it leads elsewhere.
+def relative_path(root: Path, path: str) -> str | None:
+    """Return ``path`` relative to ``root``, or None if it leads out of ``root``.
 
-    Only the words count: a symbolic link below the root is the user's own doing.
+    Only the text of the path is checked. The user may have put symbolic links below the root.
     """
     if not path.startswith("/") and ".." not in path and "./" not in path:
         return path
@@ -37,25 +38,25 @@ def inside(root: Path, path: str) -> str | None:
     return None
 
 
-def settle(root: Path, reference: str) -> str | None:
-    """Make a stranger's reference relative to ``root``; nothing when it leads elsewhere."""
+def relative_reference(root: Path, reference: str) -> str | None:
+    """Return a reference from raw data relative to ``root``, or None if it leads out of it."""
     if reference.startswith((OUTSIDE, PREPARED)):
         return None
-    path, mark, key = _parted(reference)
-    tail = inside(root, path)
+    path, mark, key = _split_container(reference)
+    tail = relative_path(root, path)
     return None if tail is None else tail + mark + key
 
 
-def _parted(reference: str) -> tuple[str, str, str]:
-    """Split a reference to a part of a container at the container's name."""
+def _split_container(reference: str) -> tuple[str, str, str]:
+    """Split a reference after the name of a container: (path, ``#`` or empty, key)."""
     lowered = reference.lower()
     ends = [lowered.find(f"{suffix}#") + len(suffix) for suffix in CONTAINERS if suffix in lowered]
     end = min((end for end in ends if lowered[end : end + 1] == "#"), default=len(reference))
     return reference[:end], reference[end : end + 1], reference[end + 1 :]
 
 
-def container(path: Path) -> Literal["tar", "lmdb"] | None:
-    """What kind of container ``path`` is, by its first bytes; nothing when it is another file."""
+def container_kind(path: Path) -> Literal["tar", "lmdb"] | None:
+    """Return the kind of container by the file's first bytes, or None for another file."""
     try:
         if path.is_dir():
             return "lmdb" if (path / "data.mdb").is_file() else None
@@ -68,5 +69,5 @@ def container(path: Path) -> Literal["tar", "lmdb"] | None:
     for kind, (offset, magic) in (("lmdb", _LMDB_MAGIC), ("tar", _TAR_MAGIC)):
         if start[offset : offset + len(magic)] == magic:
             return kind  # type: ignore[return-value]
-    # Tars of before 1988 bear no mark.
+    # Tars of before 1988 have no magic bytes.
     return "tar" if path.suffix.lower() == ".tar" else None

@@ -1,4 +1,4 @@
-"""Pictures in a tar, read in place: an index of offsets, nothing unpacked, no name ever a path."""
+"""Read images from a tar in place, by an index of offsets. Nothing is unpacked."""
 
 import io
 import os
@@ -17,8 +17,8 @@ from features.errors import UserError
 _MOST_HEADER = 1 << 20  # bytes of one header; names are shorter
 
 
-class Member(NamedTuple):
-    """One plain file of a tar."""
+class TarMember(NamedTuple):
+    """One regular file of a tar."""
 
     name: str
     """Without a leading ``./``."""
@@ -30,22 +30,22 @@ class MissingMemberError(UserError):
     """The tar has no such member."""
 
 
-def members(path: Path) -> Iterator[Member]:
-    """Give the plain files of a tar in its order; links, devices and holes are left out.
+def tar_members(path: Path) -> Iterator[TarMember]:
+    """Yield the regular files of a tar in its order, without links, devices and sparse files.
 
     Raises:
-        UserError: It is no tar, or a compressed one.
+        UserError: The path is no tar, or a compressed one.
     """
     try:
         with (
             _Headers(io.FileIO(path)) as stream,
             tarfile.open(fileobj=stream, mode="r:", errors="surrogateescape") as tar,
         ):
-            while (found := tar.next()) is not None:
-                # Or it would remember all of them.
+            while (entry := tar.next()) is not None:
+                # tarfile would keep all entries in memory.
                 tar.members = []  # type: ignore[attr-defined]
-                if found.isreg() and not found.issparse():
-                    yield Member(found.name.removeprefix("./"), found.offset_data, found.size)
+                if entry.isreg() and not entry.issparse():
+                    yield TarMember(entry.name.removeprefix("./"), entry.offset_data, entry.size)
     except (tarfile.TarError, OSError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
@@ -55,7 +55,7 @@ def members(path: Path) -> Iterator[Member]:
 
 
 class _Headers(io.BufferedReader):
-    """A file of which only headers can be read, so that a false length costs no memory."""
+    """A file that limits each read to the size of a header: a false length costs no memory."""
 
     def read(self, size: int | None = -1) -> bytes:
         if size is None or not 0 <= size <= _MOST_HEADER:
@@ -64,22 +64,25 @@ class _Headers(io.BufferedReader):
 
 
 class TarImages:
-    """One tar, indexed once; 24 bytes of memory a member. Reads from any number of threads.
+    """One tar, indexed once with 24 bytes of memory a member. Threads may read concurrently.
+
+    Args:
+        path: An uncompressed tar.
 
     Raises:
-        UserError: It is no tar.
+        UserError: The path is no tar.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        names, places = array("Q"), array("q")
-        for member in members(path):
-            names.append(_number(member.name))
-            places.extend((member.offset, member.size))
-        numbers = np.frombuffer(names, dtype=np.uint64) if names else np.zeros(0, np.uint64)
-        order = np.argsort(numbers, kind="stable")
-        self._numbers = numbers[order]
-        self._places = np.frombuffer(places or b"", dtype=np.int64).reshape(-1, 2)[order]
+        names, extents = array("Q"), array("q")
+        for member in tar_members(path):
+            names.append(_name_hash(member.name))
+            extents.extend((member.offset, member.size))
+        hashes = np.frombuffer(names, dtype=np.uint64) if names else np.zeros(0, np.uint64)
+        order = np.argsort(hashes, kind="stable")
+        self._hashes = hashes[order]
+        self._extents = np.frombuffer(extents or b"", dtype=np.int64).reshape(-1, 2)[order]
         self._file = os.open(path, os.O_RDONLY)
 
     def __enter__(self) -> Self:
@@ -98,35 +101,35 @@ class TarImages:
         os.close(self._file)
 
     def size(self, name: str) -> int:
-        """Bytes of one member.
+        """Return the bytes of one member.
 
         Raises:
-            MissingMemberError: There is none of this name.
+            MissingMemberError: The tar has no member of this name.
         """
-        return int(self._places[self._find(name)][1])
+        return int(self._extents[self._row(name)][1])
 
     def get(self, name: str) -> bytes:
-        """One member; of several with one name, the last, as ``tar`` itself would have it.
+        """Return one member; of several with one name, the last, as ``tar`` itself does.
 
         Raises:
-            MissingMemberError: There is none of this name.
-            UserError: The tar ends within it.
+            MissingMemberError: The tar has no member of this name.
+            UserError: The tar ends within the member.
         """
-        offset, size = map(int, self._places[self._find(name)])
-        data = os.pread(self._file, size, offset)  # needs no lock: it moves no position
+        offset, size = map(int, self._extents[self._row(name)])
+        data = os.pread(self._file, size, offset)  # pread moves no file position and needs no lock
         if len(data) < size:
             raise UserError(f"{self.path} ends within {name!r}; copy it again")
         return data
 
-    def _find(self, name: str) -> int:
-        number = np.uint64(_number(name.removeprefix("./")))
-        place = int(np.searchsorted(self._numbers, number, side="right")) - 1
-        if place < 0 or self._numbers[place] != number:
+    def _row(self, name: str) -> int:
+        sought = np.uint64(_name_hash(name.removeprefix("./")))
+        row = int(np.searchsorted(self._hashes, sought, side="right")) - 1
+        if row < 0 or self._hashes[row] != sought:
             raise MissingMemberError(f"{self.path} has no member {name!r}; prepare the data again")
-        return place
+        return row
 
 
-def _number(name: str) -> int:
-    """Stand in for a name: 64 bits, of which no two of one tar will be the same by chance."""
+def _name_hash(name: str) -> int:
+    """Return a 64-bit hash of a name. A collision within one tar is negligibly unlikely."""
     data = name.encode("utf-8", "surrogateescape")
     return int.from_bytes(blake2b(data, digest_size=8).digest())

@@ -1,6 +1,6 @@
-"""Clips as frames: one a second by timestamp, or so many evenly spread, upright.
+"""Sample the frames of videos: one a second by timestamp, or a number of evenly spread ones.
 
-A damaged file is used up to where it is damaged.
+The frames before the damage of a damaged file are used.
 """
 
 import bisect
@@ -15,52 +15,55 @@ from av.stream import Disposition
 from PIL import Image
 from PIL.Image import Transpose
 
-from pipeline.media.images import MediaError, check_size, one_line
+from pipeline.media.errors import MediaError, one_line
+from pipeline.media.images import check_size
 
 MAX_FRAMES = 128
-MAX_PIXELS = 36_000_000  # of one frame: 8K has 33 million, and a decoder holds up to 17 of them
+"""Limit of the frames of one video when they are sampled once a second."""
+MAX_FRAME_PIXELS = 36_000_000
+"""Size limit of one frame. 8K has 33 million pixels; a decoder holds up to 17 frames."""
 
-
-def preprocessing(frames: int | None) -> str:
-    """Say how :func:`sample` chooses, for a table's provenance."""
-    if frames is None:
-        return f"1 frame a second, at most {MAX_FRAMES} and then evenly spread, upright, RGB"
-    return f"{frames} evenly spread frames, upright, RGB"
-
-
-_SLACK = 2.0  # seconds that a last frame is shown, or that a header errs
-_TICK = 1e-6  # seconds; rounding of timestamps
+_SLACK = 2.0  # seconds: how long a last frame is shown, or the error of a header
+_ROUNDING = 1e-6  # seconds: rounding of timestamps
 _TURNS = {90: Transpose.ROTATE_90, 180: Transpose.ROTATE_180, 270: Transpose.ROTATE_270}
 
 
-def sample(
+def describe_sampling(count: int | None) -> str:
+    """Describe :func:`sample_frames` for a table's provenance."""
+    if count is None:
+        return f"1 frame a second, at most {MAX_FRAMES} and then evenly spread, upright, RGB"
+    return f"{count} evenly spread frames, upright, RGB"
+
+
+def sample_frames(
     stream: BinaryIO, prepare: Callable[[Image.Image], Any], count: int | None = None
 ) -> tuple[list[Any], bool]:
-    """Decode the sampled frames of a clip, and prepare each at once, so that none is kept whole.
+    """Decode the sampled frames of a video and prepare each one as soon as it is decoded.
 
-    The frame for second t is the first one shown at t or later, counted from the clip's first
-    frame. A clip of more than ``MAX_FRAMES`` seconds is sampled at a longer, even distance.
+    The frame for second t is the first one shown at t or later, counted from the first frame of
+    the video. A video of more than ``MAX_FRAMES`` seconds is sampled at a longer, even distance.
 
     Args:
         stream: The file, at its beginning.
-        prepare: What becomes of a frame.
-        count: Take so many frames instead, the first one shown at the middle or later of each of
-            ``count`` equal stretches of the clip; a clip of fewer frames gives each once.
+        prepare: Converts a frame into the value to return. Frames themselves are not kept.
+        count: If given, the number of frames: the video is divided into ``count`` equal
+            stretches, and the first frame shown at the middle of each or later is taken. A video
+            of fewer frames gives each of them once.
 
     Returns:
-        The prepared frames, at least one, and whether the file is damaged: then they are those
-        before the damage.
+        The prepared frames, at least one, and True if the file is damaged. The frames of a
+        damaged file are those before the damage.
 
     Raises:
-        MediaError: Not one frame can be decoded.
+        MediaError: No frame can be decoded.
     """
     prepared: list[Any] = []
     try:
-        # A playlist is a clip to FFmpeg too, and would have it open other files and addresses.
+        # FFmpeg would open the files and addresses that a playlist names.
         with av.open(stream, options={"protocol_whitelist": "none"}) as container:
             assert isinstance(container, InputContainer)
-            for frame in _frames(container, count):
-                prepared.append(prepare(_picture(frame)))
+            for frame in _sampled(container, count):
+                prepared.append(prepare(_to_image(frame)))
     except MediaError:
         raise
     except (av.FFmpegError, _DamagedError):
@@ -75,35 +78,31 @@ def sample(
 
 
 class _DamagedError(Exception):
-    """From here on, frames are guesses of the decoder, or the file ends too early."""
+    """The file ends too early, or the decoder guesses the frames from here on."""
 
 
-def _frames(container: InputContainer, count: int | None) -> Iterator[av.VideoFrame]:
-    """Give the sampled frames in order, seeking only when a keyframe lies ahead."""
-    stream = _stream(container)
-    stream.codec_context.thread_count = 1  # clips are decoded side by side instead
-    # The size in the header may not be the one that frames turn out to have.
-    stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
-    keys = _keys(stream)
-    length = _length(container, stream)
-    span = length or (container.duration or 0) / 1_000_000
-    if count is not None and not span:
-        raise MediaError("decode", "the file does not say how long it is")
-    step = max(1.0, (container.duration or 0) / 1_000_000 / MAX_FRAMES)
-    step, first = (step, 0.0) if count is None else (span / count, span / count / 2)
+def _sampled(container: InputContainer, count: int | None) -> Iterator[av.VideoFrame]:
+    """Yield the sampled frames in order; seek only where a keyframe lies ahead."""
+    stream = _video_stream(container)
+    stream.codec_context.thread_count = 1  # several videos are decoded at the same time instead
+    # The size in the header may differ from the size of the frames.
+    stream.codec_context.options = {"max_pixels": str(MAX_FRAME_PIXELS)}
+    keys = _keyframe_times(stream)
+    length = _promised_seconds(container, stream)
+    first, step = _sampling_times(container, length, count)
     start: float | None = None
     time = 0.0
-    wanted, taken, position, sought = first, 0, 0, False
+    target, taken, position, has_sought = first, 0, 0, False
     frames = container.decode(stream)
     while (frame := next(frames, None)) is not None:
         position += 1
         time = frame.time if frame.time is not None else position / (stream.average_rate or 25)
         start = time if start is None else start
-        if time - start < wanted - _TICK:
-            sought = False
+        if time - start < target - _ROUNDING:
+            has_sought = False
             continue
-        if sought and time - start > wanted + _TICK:  # too far: the index is not what it seems
-            keys, sought = [], False
+        if has_sought and time - start > target + _ROUNDING:  # the index is wrong: use none
+            keys, has_sought = [], False
             _seek(container, stream, start)
             frames = container.decode(stream)
             continue
@@ -113,26 +112,40 @@ def _frames(container: InputContainer, count: int | None) -> Iterator[av.VideoFr
         taken += 1
         if taken == (count or MAX_FRAMES):
             return
-        wanted = first + (math.floor((time - start - first) / step + _TICK) + 1) * step
-        # The index knows when keyframes are decoded; shown they are later, by as much as the first.
+        passed = math.floor((time - start - first) / step + _ROUNDING)
+        target = first + (passed + 1) * step
+        # The index holds decoding times. Frames are shown later, by the delay of the first one.
         delay = start - keys[0] if keys else 0.0
-        best = bisect.bisect_right(keys, start + wanted - delay + _TICK)
-        sought = best > bisect.bisect_right(keys, time - delay + _TICK)
-        if sought:
+        best = bisect.bisect_right(keys, start + target - delay + _ROUNDING)
+        has_sought = best > bisect.bisect_right(keys, time - delay + _ROUNDING)
+        if has_sought:
             _seek(container, stream, keys[best - 1] + delay)
             frames = container.decode(stream)
     if start is not None and time - start + _SLACK < length:
         raise _DamagedError
 
 
-def _length(container: InputContainer, stream: av.VideoStream) -> float:
-    """Seconds of pictures that the file promises, 0 when it promises nothing."""
+def _sampling_times(
+    container: InputContainer, length: float, count: int | None
+) -> tuple[float, float]:
+    """Return the time of the first sampled frame and the distance to the next, in seconds."""
+    duration = (container.duration or 0) / 1_000_000
+    if count is None:
+        return 0.0, max(1.0, duration / MAX_FRAMES)
+    span = length or duration
+    if not span:
+        raise MediaError("decode", "the length is missing from the file")
+    return span / count / 2, span / count
+
+
+def _promised_seconds(container: InputContainer, stream: av.VideoStream) -> float:
+    """Return the seconds of video that the file's header promises, or 0 if it has none."""
     if stream.duration is not None and stream.time_base is not None:
         return float(stream.duration * stream.time_base)
-    told = re.fullmatch(r"(\d+):(\d+):(\d+\.\d+)", stream.metadata.get("DURATION", ""))
-    if told:
-        return int(told[1]) * 3600 + int(told[2]) * 60 + float(told[3])
-    # The file's is that of its longest stream, which may be sound.
+    tag = re.fullmatch(r"(\d+):(\d+):(\d+\.\d+)", stream.metadata.get("DURATION", ""))
+    if tag:
+        return int(tag[1]) * 3600 + int(tag[2]) * 60 + float(tag[3])
+    # The duration of the file is that of its longest stream, which may be the sound.
     return 0.0 if container.streams.audio else (container.duration or 0) / 1_000_000
 
 
@@ -141,24 +154,24 @@ def _seek(container: InputContainer, stream: av.VideoStream, seconds: float) -> 
     container.seek(math.ceil(seconds / stream.time_base), stream=stream)
 
 
-def _stream(container: InputContainer) -> av.VideoStream:
+def _video_stream(container: InputContainer) -> av.VideoStream:
     for stream in container.streams.video:
         if not stream.disposition & Disposition.attached_pic:
-            check_size(stream.codec_context.width, stream.codec_context.height, MAX_PIXELS)
+            check_size(stream.codec_context.width, stream.codec_context.height, MAX_FRAME_PIXELS)
             return stream
     raise MediaError("decode", "no video stream")
 
 
-def _keys(stream: av.VideoStream) -> list[float]:
-    """Times of the keyframes, where the file has an index of them."""
+def _keyframe_times(stream: av.VideoStream) -> list[float]:
+    """Return the times of the keyframes in seconds; empty if the file has no index."""
     if stream.time_base is None:
         return []
-    found = [entry.timestamp for entry in stream.index_entries if entry.is_keyframe]
-    return sorted(float(timestamp * stream.time_base) for timestamp in found)
+    timestamps = [entry.timestamp for entry in stream.index_entries if entry.is_keyframe]
+    return sorted(float(timestamp * stream.time_base) for timestamp in timestamps)
 
 
-def _picture(frame: av.VideoFrame) -> Image.Image:
-    check_size(frame.width, frame.height, MAX_PIXELS)
-    picture: Image.Image = frame.to_image()  # type: ignore[no-untyped-call]
-    turn = _TURNS.get(round(frame.rotation) % 360)  # counter-clockwise, as Pillow's are
-    return picture if turn is None else picture.transpose(turn)
+def _to_image(frame: av.VideoFrame) -> Image.Image:
+    check_size(frame.width, frame.height, MAX_FRAME_PIXELS)
+    image: Image.Image = frame.to_image()  # type: ignore[no-untyped-call]
+    turn = _TURNS.get(round(frame.rotation) % 360)  # counter-clockwise, as in Pillow
+    return image if turn is None else image.transpose(turn)

@@ -56,7 +56,7 @@ from pipeline.extraction.job import extract
 from pipeline.extraction.options import Options
 from pipeline.extraction.reports import ExtractReport
 from pipeline.media.images import decode_image
-from pipeline.media.video import sample
+from pipeline.media.video import sample_frames
 from tests.benchmarks import inputs
 from tests.pipeline.extraction.fakes import entry
 
@@ -207,7 +207,7 @@ def clips(root: Path, n: int = 6) -> None:
     frames: list[Any] = []
     for i in range(n):
         with (root / "raw" / f"{i}.mp4").open("rb") as stream:
-            frames.extend(sample(stream, backbone.image)[0])
+            frames.extend(sample_frames(stream, backbone.image)[0])
     run = job(house, "video")
     compare("clips", "CLIP ViT-B/32, 11 frames each", n, bare_images(backbone, frames), run, "")
 
@@ -294,7 +294,7 @@ def video(root: Path, seconds: int = 60) -> None:
 
         def ours(path: Path = path) -> None:
             with path.open("rb") as stream:
-                assert len(sample(stream, small)[0]) == seconds
+                assert len(sample_frames(stream, small)[0]) == seconds
 
         def plain(path: Path = path) -> None:
             kept = 0

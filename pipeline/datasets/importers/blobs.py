@@ -22,7 +22,7 @@ from features.dataset import quoted
 from features.errors import UserError
 from pipeline.datasets.importers.base import Blobs
 from pipeline.datasets.importers.raw_sql import ident
-from pipeline.media.references import PREPARED, settle
+from pipeline.media.references import PREPARED, relative_reference
 
 MEDIA = "media"
 """The folder of a dataset that holds what preparing copied."""
@@ -97,7 +97,7 @@ def _copied(
             stream.write(bytes(-len(data) % tarfile.BLOCKSIZE))
             yield row, f"{PREPARED}{MEDIA}/{_NAME}#{name}"
         elif path:
-            reference = settle(root, path)
+            reference = relative_reference(root, path)
             if reference is None:
                 raise UserError(
                     f"{blobs.path}, row {row + 1}: {blobs.column} {path[:120]!r} leads outside"

@@ -11,8 +11,8 @@ from features.errors import UserError
 from pipeline.datasets.importers.base import Files, many, some
 from pipeline.datasets.importers.raw_sql import one
 from pipeline.media.lmdb import LmdbImages
-from pipeline.media.references import OUTSIDE, container, inside, settle
-from pipeline.media.tar import members
+from pipeline.media.references import OUTSIDE, container_kind, relative_path, relative_reference
+from pipeline.media.tar import tar_members
 
 IMAGES = frozenset(
     (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".ppm")
@@ -39,7 +39,10 @@ def create_items(db: duckdb.DuckDBPyConnection, root: Path, files: Files) -> tup
             something that holds no pictures or clips.
     """
     db.create_function(
-        "settle", lambda reference: settle(root, reference) or "", ["VARCHAR"], "VARCHAR"
+        "settle",
+        lambda reference: relative_reference(root, reference) or "",
+        ["VARCHAR"],
+        "VARCHAR",
     )
     notes = []
     for column, (role, word) in _KINDS.items():
@@ -107,7 +110,7 @@ def _list(db: duckdb.DuckDBPyConnection, root: Path, role: str, places: tuple[Pa
     paths: list[str] = []
     for place in places:
         base = _reference(root, place)
-        kind = container(place)
+        kind = container_kind(place)
         if role == "videos" and (kind or not place.is_dir()):
             raise UserError(f"{place} is no folder; clips are read from files only, unpack it")
         if kind == "tar":
@@ -138,7 +141,7 @@ def _list(db: duckdb.DuckDBPyConnection, root: Path, role: str, places: tuple[Pa
 
 def _reference(root: Path, place: Path) -> str:
     """What stands for ``place`` in references: relative where it is below the root."""
-    found = inside(root, os.path.abspath(place))
+    found = relative_path(root, os.path.abspath(place))
     return found if found is not None else f"{OUTSIDE}{place.resolve()}"
 
 
@@ -148,7 +151,7 @@ def _id(path: str) -> str:
 
 def _names(path: Path) -> Iterator[str]:
     """The pictures of a tar; hidden ones and those in hidden folders do not count."""
-    for member in members(path):
+    for member in tar_members(path):
         parts = member.name.split("/")
         suffix = os.path.splitext(parts[-1])[1].lower()
         hidden = any(part.startswith(".") for part in parts)

@@ -280,7 +280,7 @@ def test_what_cannot_be_used_becomes_a_row_and_is_tried_again(
     report = run(tiny, image="watched")
     assert counts(report) == (2, 0, 0, 0, 4)
     assert report.failed == {
-        "not a picture in a known format": 2, "file not found": 1, "is a folder": 1,
+        "not an image in a known format": 2, "file not found": 1, "is a folder": 1,
     }  # fmt: skip
     rows = failures(tiny)
     assert [(row["item_id"], row["stage"], row["source"]) for row in rows] == [

@@ -28,7 +28,7 @@ from pipeline.media.images import decode_image
 from tests.pipeline.backbones.checkpoints import bert_folder
 from tests.pipeline.backbones.tiny import picture, prepare
 from tests.pipeline.extraction.fakes import Watched, entry
-from tests.pipeline.media.test_video import clip
+from tests.pipeline.media.videos import write_video
 
 IDS = ["a", "b", "c", "d", "e", "f"]
 TEXT = ["red shoes", "blue shoes", None, "  ", "red shoes", "a very green hat"]
@@ -242,7 +242,7 @@ def test_sql_shows_tokens_beside_the_features(tiny: Warehouse, watched: Watched)
 def test_what_does_not_fit_is_refused(
     warehouse: Warehouse, raw: Path, given: dict[str, Any], message: str
 ) -> None:
-    clip(raw / "0.mp4", frames=50)
+    write_video(raw / "0.mp4", frames=50)
     prepare(warehouse, raw, ids=["a"], text=["x"], image=["0.png"], video=["0.mp4"])
     with pytest.raises(UserError, match=message):
         run(warehouse, **given)
@@ -282,7 +282,7 @@ def test_a_bad_picture_fails_its_pair(tiny: Warehouse, raw: Path) -> None:
     (raw / "1.png").write_bytes(b"no picture")
     report = run(tiny, joint="hashed")
     assert counts(report) == (2, 1, 0, 2, 1)
-    assert report.failed == {"not a picture in a known format": 1}
+    assert report.failed == {"not an image in a known format": 1}
 
 
 # -- strict, memory, dry runs, frames, drafts -------------------------------------------------
@@ -292,7 +292,7 @@ def test_strict_stops_at_the_first_failure_and_keeps_what_is_encoded(
     tiny: Warehouse, raw: Path, watched: Watched
 ) -> None:
     (raw / "2.png").write_bytes(b"no picture")
-    with pytest.raises(UserError, match=r"item 'c', '2\.png': not a picture .*leave --strict out"):
+    with pytest.raises(UserError, match=r"item 'c', '2\.png': not an image .*leave --strict out"):
         run(tiny, image="watched", strict=True, batch_size=1)
     picture(raw / "2.png", 9)
     report = run(tiny, image="watched", strict=True, batch_size=1)
@@ -428,7 +428,7 @@ def test_a_dry_run_writes_nothing_and_estimates_what_is_written(
 
 
 def test_frames_are_spread_evenly(warehouse: Warehouse, raw: Path) -> None:
-    clip(raw / "0.mp4", frames=250)
+    write_video(raw / "0.mp4", frames=250)
     prepare(warehouse, raw, ids=["a"], video=["0.mp4"])
     run(warehouse, video="hashed", frames=4)
     found = table(warehouse, "video", "pooled", "hashed")
@@ -441,7 +441,7 @@ def test_frames_are_spread_evenly(warehouse: Warehouse, raw: Path) -> None:
 
 
 def test_clips_of_damaged_files_are_marked(warehouse: Warehouse, raw: Path) -> None:
-    whole = clip(raw / "0.mkv", frames=100, fps=10, gop=10, noise=50).read_bytes()
+    whole = write_video(raw / "0.mkv", frames=100, fps=10, gop=10, noise=50).read_bytes()
     for name in ("1.mkv", "2.mkv"):
         (raw / name).write_bytes(whole[: int(len(whole) * 0.6)])
     prepare(

@@ -21,7 +21,7 @@ from pipeline.extraction.job import extract
 from pipeline.extraction.options import Options
 from pipeline.extraction.reports import ExtractReport
 from tests.pipeline.backbones.tiny import picture, prepare
-from tests.pipeline.media.test_video import clip
+from tests.pipeline.media.videos import write_video
 
 pytestmark = pytest.mark.heavy
 
@@ -47,7 +47,7 @@ def world(warehouse: Warehouse, tmp_path: Path) -> Warehouse:
     (raw / "8.png").write_bytes(b"no picture")
     clips: list[str | None] = [None] * N
     for n in range(3):
-        clips[n] = clip(raw / f"{n}.mkv", frames=150 + n, gop=10, noise=9).name
+        clips[n] = write_video(raw / f"{n}.mkv", frames=150 + n, gop=10, noise=9).name
     whole = (raw / "1.mkv").read_bytes()
     (raw / "1.mkv").write_bytes(whole[: len(whole) // 3])
     texts = [f"number {n % 40}" for n in range(N)]
@@ -85,7 +85,7 @@ class Mortal(ray_engine.Worker):
     """Dies at its first shard, once."""
 
     def __call__(self, shard: pa.Table) -> pa.Table:
-        mark = Path(self._media.root, "died")
+        mark = Path(self._media.raw, "died")
         if not mark.exists():
             mark.write_text("once")
             os._exit(1)
@@ -105,7 +105,7 @@ def test_two_workers_write_the_table_of_one_process_and_one_may_die(
         for field in ("encoded", "shared", "reused", "absent", "failed", "partial", "bytes"):
             assert getattr(ours, field) == getattr(theirs, field), field
     assert local.tables[0].encoded == 49
-    assert local.tables[0].failed == {"not a picture in a known format": 2, "file not found": 1}
+    assert local.tables[0].failed == {"not an image in a known format": 2, "file not found": 1}
     assert local.tables[1].partial == 1
     again = extract(world, "tiny", Options(image="hashed", batch_size=4, engine="ray")).tables[0]
     assert (again.encoded, again.shared, again.reused) == (0, 0, 57)

@@ -1,7 +1,5 @@
 import io
 import math
-import os
-import pickle
 import subprocess
 import sys
 import threading
@@ -9,20 +7,16 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import lmdb
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from features.store import FeatureStore
-from features.warehouse import Warehouse
-from pipeline.extraction.job import extract
-from pipeline.extraction.options import Options
 from pipeline.media import images
-from pipeline.media.images import DRAFTED, Media, MediaError, decode_image, quiet_decoders
-from tests.pipeline.backbones.tiny import prepare
+from pipeline.media.errors import MediaError
+from pipeline.media.images import DRAFTED, PixelBudget, decode_image, quiet_decoders
+from pipeline.media.reader import MediaReader
 
 # The first letter of the alphabet that has no symmetry: every orientation is told apart.
 LETTER_F = np.array([[0, 0, 0], [0, 255, 255], [0, 0, 255], [0, 255, 255]], dtype=np.uint8)
@@ -37,9 +31,9 @@ def encoded(image: Image.Image, kind: str, **more: object) -> bytes:
 def decoded(
     image: Image.Image, kind: str, **more: object
 ) -> "np.ndarray[tuple[int, ...], np.dtype[np.uint8]]":
-    found = decode_image(encoded(image, kind, **more))
-    assert found.mode == "RGB"
-    return np.asarray(found)
+    rgb = decode_image(encoded(image, kind, **more))
+    assert rgb.mode == "RGB"
+    return np.asarray(rgb)
 
 
 def refused(data: bytes) -> str:
@@ -51,16 +45,16 @@ def refused(data: bytes) -> str:
 
 
 def photo(size: tuple[int, int], **more: object) -> bytes:
-    """A JPEG of smooth colours, from which every eighth pixel could be foretold."""
+    """Return a JPEG of smooth colours, which scaling down hardly changes."""
     coarse = np.random.RandomState(0).randint(0, 256, (5, 6, 3), dtype=np.uint8)
-    picture = Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
-    return encoded(picture, "JPEG", quality=95, **more)
+    smooth = Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
+    return encoded(smooth, "JPEG", quality=95, **more)
 
 
-def test_no_picture_is_a_program() -> None:
+def test_no_image_is_a_program() -> None:
     # Of those that have one, Ghostscript would run this for ever.
     assert refused(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n{} loop\n%%EOF\n") == (
-        "not a picture in a known format"
+        "not an image in a known format"
     )
 
 
@@ -80,11 +74,11 @@ def test_a_draft_keeps_what_the_model_needs(
     size: tuple[int, int], draft: int | None, expected: tuple[int, int]
 ) -> None:
     data = photo(size)
-    found = decode_image(data, draft)
-    assert (found.mode, found.size) == ("RGB", expected)
-    assert found.info.get(DRAFTED, False) == (expected != size)
+    image = decode_image(data, draft)
+    assert (image.mode, image.size) == ("RGB", expected)
+    assert image.info.get(DRAFTED, False) == (expected != size)
     full = decode_image(data).resize(expected, Image.Resampling.BOX)
-    assert np.abs(np.asarray(found).astype(int) - np.asarray(full)).mean() < 3
+    assert np.abs(np.asarray(image).astype(int) - np.asarray(full)).mean() < 3
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -101,18 +95,18 @@ def test_a_draft_is_turned_upright_too(orientation: int) -> None:
 
 
 def test_a_draft_of_anything_else_is_the_whole() -> None:
-    picture = Image.fromarray(np.random.RandomState(0).randint(0, 256, (64, 64, 3), dtype=np.uint8))
+    noise = Image.fromarray(np.random.RandomState(0).randint(0, 256, (64, 64, 3), dtype=np.uint8))
     for kind in ("PNG", "WEBP", "GIF", "TIFF"):
-        data = encoded(picture, kind)
+        data = encoded(noise, kind)
         assert decode_image(data, 8).tobytes() == decode_image(data).tobytes()
-    assert decode_image(picture.copy(), 8).size == (64, 64)  # pixels of an LMDB
+    assert decode_image(noise.copy(), 8).size == (64, 64)  # pixels of an LMDB
     for mode in ("L", "CMYK"):
-        data = encoded(picture.convert(mode), "JPEG")
-        found = decode_image(data, 16)
-        assert (found.mode, found.size, found.info[DRAFTED]) == ("RGB", (16, 16), True)
+        data = encoded(noise.convert(mode), "JPEG")
+        image = decode_image(data, 16)
+        assert (image.mode, image.size, image.info[DRAFTED]) == ("RGB", (16, 16), True)
 
 
-def test_plain_pictures_are_not_touched() -> None:
+def test_plain_images_are_not_touched() -> None:
     pixels = np.random.RandomState(0).randint(0, 256, (5, 7, 3), dtype=np.uint8)
     assert (decoded(Image.fromarray(pixels), "PNG") == pixels).all()
 
@@ -193,7 +187,7 @@ def test_of_an_animation_the_first_frame_counts() -> None:
 def test_bombs_and_slivers_are_refused_before_they_are_decoded(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(images, "MAX_PIXELS", 3_000_000)
+    monkeypatch.setattr(images, "MAX_IMAGE_PIXELS", 3_000_000)
 
     def never(self: Image.Image) -> None:
         raise AssertionError("decoded")
@@ -205,51 +199,62 @@ def test_bombs_and_slivers_are_refused_before_they_are_decoded(
     assert refused(thin) == "more than 500 times as long as wide"
 
 
-def test_threads_share_the_memory_for_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(images, "_decoding", images._Budget(100))
+def test_threads_share_a_budget_of_pixels() -> None:
+    budget = PixelBudget(100)
     at_once = most = 0
     counting = threading.Lock()
 
-    def rgb(image: Image.Image) -> Image.Image:
+    def decode(pixels: int) -> None:
         nonlocal at_once, most
-        with counting:
-            at_once += image.width * image.height
-            most = max(most, at_once)
-        time.sleep(0.002)
-        with counting:
-            at_once -= image.width * image.height
-        return image
+        with budget.reserve(pixels):
+            with counting:
+                at_once += min(pixels, 100)
+                most = max(most, at_once)
+            time.sleep(0.002)
+            with counting:
+                at_once -= min(pixels, 100)
 
-    monkeypatch.setattr(images, "_rgb", rgb)
-    pictures = [encoded(Image.new("RGB", (side, side)), "PNG") for side in (4, 5, 6, 7, 9, 10) * 3]
     with ThreadPoolExecutor(8) as pool:
-        assert len(list(pool.map(decode_image, pictures))) == 18
+        list(pool.map(decode, [16, 25, 36, 49, 81, 100, 1000] * 3))
     assert 50 < most <= 100
-    monkeypatch.setattr(images, "_decoding", images._Budget(10))
-    assert decode_image(pictures[-1]).size == (10, 10)  # more than all there is: alone
+    assert at_once == 0
 
 
-# Not the peak that getrusage tells: a child inherits that of the process that started it.
+def test_decoding_waits_for_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    budget = PixelBudget(100)
+    monkeypatch.setattr(images, "decoding_budget", budget)
+    data = encoded(Image.new("RGB", (10, 10)), "PNG")
+    with ThreadPoolExecutor(1) as pool:
+        with budget.reserve(1):
+            image = pool.submit(decode_image, data)
+            time.sleep(0.05)
+            assert not image.done()
+        assert image.result(timeout=60).size == (10, 10)
+
+
+# The peak of getrusage is no measure here: a child inherits that of its parent.
 _PEAK = """
 import re, sys
 from pathlib import Path
-from pipeline.media.images import Media, MediaError, decode_image, quiet_decoders
-from pipeline.media.video import sample
+from pipeline.media.errors import MediaError
+from pipeline.media.images import decode_image, quiet_decoders
+from pipeline.media.reader import MediaReader
+from pipeline.media.video import sample_frames
 
 def peak():
     return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) // 1024
 
 folder, before = Path(sys.argv[1]), peak()
-shelf = Media(folder)
+media = MediaReader(folder)
 with quiet_decoders():
     for path in sorted(folder.rglob("*.*")):
         name = str(path.relative_to(folder))
         try:
             if path.suffix in (".mp4", ".mkv", ".mov", ".avi"):
-                with shelf.open(name) as stream:
-                    sample(stream, lambda picture: picture.resize((224, 224)))
+                with media.open(name) as stream:
+                    sample_frames(stream, lambda image: image.resize((224, 224)))
             else:
-                decode_image(shelf.read(name))
+                decode_image(media.read(name))
         except MediaError:
             pass
 print(peak() - before)
@@ -257,16 +262,16 @@ print(peak() - before)
 
 
 def peak(folder: Path) -> int:
-    """MiB that a process of its own needs beyond its start to decode all of a folder."""
+    """Return the MiB that a new process needs to decode all files of a folder."""
     if not Path("/proc/self/status").exists():
-        pytest.skip("this system does not tell the peak of a process's memory")
+        pytest.skip("this system has no /proc/self/status")
     command = [sys.executable, "-c", _PEAK, str(folder)]
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
 @pytest.mark.slow
-def test_the_largest_pictures_stay_within_bounds(tmp_path: Path) -> None:
-    side = math.isqrt(images.MAX_PIXELS)
+def test_the_largest_images_stay_within_bounds(tmp_path: Path) -> None:
+    side = math.isqrt(images.MAX_IMAGE_PIXELS)
     Image.new("RGBA", (side, side), (9, 9, 9, 9)).save(tmp_path / "a.png", compress_level=1)
     Image.new("1", (50_000, 50_000)).save(tmp_path / "c.png", compress_level=1)
     with (tmp_path / "d.png").open("wb") as stream:
@@ -274,7 +279,7 @@ def test_the_largest_pictures_stay_within_bounds(tmp_path: Path) -> None:
         stream.truncate(1 << 33)
     for name, refusal in (("c.png", "more than 89 megapixels"), ("d.png", "file larger")):
         with pytest.raises(MediaError, match=refusal):
-            decode_image(Media(tmp_path).read(name))
+            decode_image(MediaReader(tmp_path).read(name))
     assert peak(tmp_path) < 12.5 * side * side / (1 << 20)
 
 
@@ -283,21 +288,12 @@ def test_odd_files_stay_within_bounds(real_data: Path) -> None:
     assert peak(real_data / "weird") < 200
 
 
-def test_every_odd_file_is_a_vector_or_a_failure(warehouse: Warehouse, real_data: Path) -> None:
-    raw = real_data / "weird"
-    names = [f"images/{path.name}" for path in sorted((raw / "images").iterdir())]
-    prepare(warehouse, raw, ids=names, image=names)
-    report = extract(warehouse, "tiny", Options(image="hashed")).tables[0]
-    assert sum(report.failed.values()) == 8
-    assert report.encoded + report.shared == len(names) - 8
-
-
 def test_damage_has_a_reason_that_can_be_counted() -> None:
     noise = Image.fromarray(np.random.RandomState(0).randint(0, 256, (64, 64, 3), dtype=np.uint8))
     whole = encoded(noise, "JPEG")
     assert refused(whole[:-600]) == "truncated file"
     assert refused(whole[:-300]) == "truncated file"
-    assert refused(b"<html>not found</html>") == "not a picture in a known format"
+    assert refused(b"<html>not image</html>") == "not an image in a known format"
 
 
 @settings(max_examples=60, deadline=None)
@@ -305,7 +301,7 @@ def test_damage_has_a_reason_that_can_be_counted() -> None:
     data=st.data(),
     kind=st.sampled_from(["PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP"]),
 )
-def test_whatever_the_damage_there_is_a_picture_or_a_reason(data: st.DataObject, kind: str) -> None:
+def test_whatever_the_damage_there_is_an_image_or_a_reason(data: st.DataObject, kind: str) -> None:
     whole = bytearray(encoded(Image.new("RGB", (16, 16), "teal"), kind))
     for _ in range(data.draw(st.integers(1, 8))):
         whole[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.integers(0, 255))
@@ -317,77 +313,15 @@ def test_whatever_the_damage_there_is_a_picture_or_a_reason(data: st.DataObject,
     assert outcome == "RGB" or 3 < len(outcome) <= 160
 
 
-def test_files_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "empty.jpg").touch()
-    (tmp_path / "folder.jpg").mkdir()
-    os.mkfifo(tmp_path / "pipe.jpg")  # reading it would wait for ever
-    (tmp_path / "big.jpg").write_bytes(b"x" * 2_000_000)
-    monkeypatch.setattr(images, "MAX_BYTES", 1 << 20)
-    shelf = Media(tmp_path)
-    for name, reason in {
-        "empty.jpg": "empty file",
-        "folder.jpg": "is a folder",
-        "pipe.jpg": "is no plain file",
-        "big.jpg": "file larger than 1 MiB",
-        "none.jpg": "file not found",
-        "none.lmdb#1": "file not found",
-        "empty.jpg/under": "NotADirectoryError: ",
-        "nu\0ll.jpg": "ValueError: embedded null byte",
-    }.items():
-        with pytest.raises(MediaError) as caught:
-            shelf.read(name)
-        assert caught.value.stage == "read"
-        assert caught.value.reason.startswith(reason)
-    for name in ("empty.jpg", "folder.jpg", "pipe.jpg", "none.jpg"):
-        with pytest.raises(MediaError):
-            shelf.open(name)
-
-
-class LMDB_Image:  # noqa: N801 - the name that released LMDBs bear
-    def __init__(self, image: Image.Image) -> None:
-        self.channels = len(image.getbands())
-        self.size = (image.height, image.width)
-        self.image = image.tobytes()
-
-
-def test_pictures_in_an_lmdb(tmp_path: Path, warehouse: Warehouse) -> None:
-    path = tmp_path / "raw" / "covers.lmdb"
-    path.parent.mkdir()
-    picture = Image.fromarray(np.random.RandomState(0).randint(0, 256, (12, 9, 3), dtype=np.uint8))
-    file = encoded(picture, "PNG")
-    with lmdb.open(str(path), subdir=False, map_size=1 << 20) as env, env.begin(write=True) as put:
-        put.put(b"v#1", file)
-        put.put(b"v2", pickle.dumps(LMDB_Image(picture), protocol=5))
-        put.put(b"bad", b"\x80\x04cposix\nsystem\n.")
-    shelf = Media(path.parent)
-    assert shelf.read("covers.lmdb#v#1") == file
-    shelf.close()
-    assert shelf.read("covers.lmdb#v#1") == file  # opened again
-    shelf.close()
-    ids = ["v#1", "v2", "v3", "bad", "again"]
-    references = [f"covers.lmdb#{key}" for key in [*ids[:4], "v2"]]
-    info = prepare(warehouse, path.parent, ids=ids, image=references)
-    report = extract(warehouse, "tiny", Options(image="hashed")).tables[0]
-    assert (report.encoded, report.shared) == (2, 1)
-    assert report.failed == {
-        "no such key in the LMDB": 1,
-        "not a picture of the kind that LMDBs hold": 1,
-    }
-    table = FeatureStore(warehouse).table("tiny", "hashed", "image")
-    vectors = table.read(info.items, info.fingerprint, info.inputs["image"]).vectors
-    assert (vectors[1] == vectors[4]).all()
-    assert np.abs(vectors[0] - vectors[1]).max() < 1e-3  # the same pixels in another dress
-
-
-def test_every_odd_file_gives_a_picture_or_a_reason(real_data: Path) -> None:
+def test_every_odd_file_gives_an_image_or_a_reason(real_data: Path) -> None:
     folder = real_data / "weird" / "images"
     refusals = {}
     with quiet_decoders():
         for path in sorted(folder.iterdir()):
             try:
-                found = decode_image(Media(folder).read(path.name))
-                assert found.mode == "RGB"
-                assert np.asarray(found).std() > 0 or min(found.size) <= 10
+                image = decode_image(MediaReader(folder).read(path.name))
+                assert image.mode == "RGB"
+                assert np.asarray(image).std() > 0 or min(image.size) <= 10
             except MediaError as error:
                 refusals[path.name] = error.reason
     assert refusals == {
@@ -396,15 +330,15 @@ def test_every_odd_file_gives_a_picture_or_a_reason(real_data: Path) -> None:
         " image file",
         "decompression_bomb.gif": "more than 89 megapixels",
         "empty.jpg": "empty file",
-        "libtiff_segfault.tif": "not a picture in a known format",
+        "libtiff_segfault.tif": "not an image in a known format",
         "png_decompression_dos.png": "ValueError: Decompressed data too large for"
         " PngImagePlugin.MAX_TEXT_CHUNK",
         "truncated_jpeg.jpg": "truncated file",
-        "unknown_compression_method.png": "not a picture in a known format",
+        "unknown_compression_method.png": "not an image in a known format",
     }
 
 
-def test_the_same_picture_in_every_dress_looks_the_same(real_data: Path) -> None:
+def test_the_same_image_in_every_dress_looks_the_same(real_data: Path) -> None:
     folder = real_data / "weird" / "images"
     plain = np.asarray(decode_image((folder / "hopper.png").read_bytes())).astype(int)
     dresses = [

@@ -19,7 +19,8 @@ from features.warehouse import Warehouse
 from pipeline.datasets.importers import blobs
 from pipeline.extraction.job import extract
 from pipeline.extraction.options import Options
-from pipeline.media.images import Media, MediaError
+from pipeline.media.errors import MediaError
+from pipeline.media.reader import MediaReader
 from pipeline.media.tar import MissingMemberError, TarImages
 from tests.pipeline.backbones import tiny
 from tests.pipeline.datasets.raws import INTERACTIONS, ITEMS, folder, items_of, prepared
@@ -46,7 +47,7 @@ def images_of(warehouse: Warehouse) -> list[str | None]:
     return [row["image"] for row in items_of(warehouse)]
 
 
-def refused(media: Media, reference: str) -> str:
+def refused(media: MediaReader, reference: str) -> str:
     with pytest.raises(MediaError) as caught:
         media.read(reference)
     assert "\n" not in caught.value.reason
@@ -87,7 +88,7 @@ def test_what_leads_outside_is_never_read(tmp_path: Path) -> None:
     tar(tmp_path / "secret.tar", {"1.png": picture(0)})
     # Folders that look like containers would make a way out of their members' names.
     raw = folder(tmp_path / "raw", {"in.png": "x", "in.tar#/x": "", "in.tar#x/x": ""})
-    media = Media(raw, raw)
+    media = MediaReader(raw, raw)
     for reference in (
         "../secret.png", "x/../../secret.png", f"{tmp_path}/secret.png", "../secret.tar#1.png",
         "prepared:../secret.png", "in.png#../../../secret.png", "in.tar#/../../secret.png",
@@ -96,7 +97,7 @@ def test_what_leads_outside_is_never_read(tmp_path: Path) -> None:
         assert refused(media, reference) == "leads outside the raw folder", reference
     with pytest.raises(MediaError, match="leads outside"):
         media.open("../secret.png")
-    assert refused(Media(tmp_path), "prepared:secret.png") == "leads outside the raw folder"
+    assert refused(MediaReader(tmp_path), "prepared:secret.png") == "leads outside the raw folder"
 
 
 def test_ways_that_come_back_and_links_are_fine(warehouse: Warehouse, tmp_path: Path) -> None:
@@ -111,7 +112,7 @@ def test_ways_that_come_back_and_links_are_fine(warehouse: Warehouse, tmp_path: 
     raw.symlink_to(real)
     info = prepared(warehouse, raw, {})
     assert images_of(warehouse) == ["link/a.png", "link/b.png", "images/more/c.png"]
-    media = Media(Path(info.raw))
+    media = MediaReader(Path(info.raw))
     assert [media.read(str(one)) for one in images_of(warehouse)] == [b"A", b"B", b"C"]
 
 
@@ -153,7 +154,7 @@ def test_a_plain_file_may_be_named_like_a_part_of_a_container(tmp_path: Path) ->
     raw = folder(tmp_path, {"x.lmdb#1.png": "plain", "my.tar#dir/2.png": "two", "f.png": "f"})
     tar(raw / "my.tar", {"dir/2.png": b"hidden by the file", "3.png": b"three"})
     tar(raw / "odd#name.bin", {"a#b.png": b"by its content"})
-    media = Media(raw)
+    media = MediaReader(raw)
     assert media.read("x.lmdb#1.png") == b"plain"
     assert media.read("my.tar#dir/2.png") == b"two"
     assert media.read("my.tar#3.png") == b"three"
@@ -213,7 +214,7 @@ def test_members_that_are_no_plain_files_are_not_there(tmp_path: Path) -> None:
 def test_many_threads_read_one_tar(tmp_path: Path) -> None:
     content = {f"{i}.png": bytes([i]) * (5000 + i) for i in range(200)}
     tar(tmp_path / "a.tar", content)
-    media, wrong = Media(tmp_path), []
+    media, wrong = MediaReader(tmp_path), []
 
     def read(start: int) -> None:
         for i in range(200):
@@ -235,12 +236,12 @@ def test_damaged_tars_have_reasons(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / "cut.tar").write_bytes(whole[:-3000])
     (tmp_path / "no.tar").write_bytes(b"no tar" * 500)
     (tmp_path / "none.tar").touch()
-    monkeypatch.setattr("pipeline.media.images.MAX_BYTES", 4096)
-    media = Media(tmp_path)
+    monkeypatch.setattr("pipeline.media.reader.MAX_FILE_BYTES", 4096)
+    media = MediaReader(tmp_path)
     assert media.read("whole.tar#a") == b"x" * 600
     assert refused(media, "whole.tar#e") == "empty file"
     assert refused(media, "whole.tar#b") == "file larger than 0 MiB"
-    monkeypatch.setattr("pipeline.media.images.MAX_BYTES", 1 << 20)
+    monkeypatch.setattr("pipeline.media.reader.MAX_FILE_BYTES", 1 << 20)
     assert media.read("whole.tar#b") == b"y" * 5000
     os.truncate(tmp_path / "whole.tar", 3000)
     assert refused(media, "whole.tar#b") == "truncated tar"
@@ -348,7 +349,7 @@ def test_bytes_in_the_table_from_raw_to_vectors(
     ]
     assert items_of(warehouse)[0]["attributes"] == '{"title":"a"}'
     assert found[2] == found[3] != found[5]
-    media = Media(raw, warehouse.dataset_dir("mine"))
+    media = MediaReader(raw, warehouse.dataset_dir("mine"))
     assert media.read(str(found[5])) == picture(1)
     media.close()
     with tarfile.open(warehouse.dataset_dir("mine") / "media" / "images.tar") as written:

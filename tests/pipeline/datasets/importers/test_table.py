@@ -6,7 +6,7 @@ import pytest
 
 from features.errors import UserError
 from features.warehouse import Warehouse
-from pipeline.media.images import Media
+from pipeline.media.reader import MediaReader
 from tests.pipeline.datasets.raws import (
     INTERACTIONS,
     ITEMS,
@@ -180,7 +180,7 @@ def test_files_and_folders_by_option(warehouse: Warehouse, tmp_path: Path) -> No
     (item,) = items_of(warehouse)
     art = tmp_path / "elsewhere" / "art" / "a.png"
     assert (item["text"], item["image"]) == ("A", f"outside:{art}")
-    assert Media(tmp_path / "raw").read(item["image"]) == b"x"
+    assert MediaReader(tmp_path / "raw").read(item["image"]) == b"x"
 
 
 SECOND = 1_577_836_800  # 2020-01-01

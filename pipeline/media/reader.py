@@ -1,0 +1,149 @@
+"""Read the bytes that a reference names: a file, a member of a tar or a key of an LMDB."""
+
+import io
+import os
+import stat
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import lmdb
+from PIL import Image
+
+from features.errors import UserError
+from pipeline.media.errors import MediaError, media_errors, one_line
+from pipeline.media.lmdb import LmdbImages, MissingKeyError
+from pipeline.media.references import OUTSIDE, PREPARED, container_kind, relative_path
+from pipeline.media.tar import MissingMemberError, TarImages
+
+MAX_FILE_BYTES = 256 << 20
+"""Size limit of one encoded image."""
+
+
+class MediaReader:
+    """Read images and open videos by reference (see :mod:`pipeline.media.references`).
+
+    Containers are opened once and shared by all threads.
+
+    Args:
+        raw: The folder of the raw files. No file outside it is read.
+        prepared: The dataset's own folder, which holds the images that preparation copied from a
+            table.
+    """
+
+    def __init__(self, raw: Path, prepared: Path | None = None) -> None:
+        self.raw = raw
+        self._prepared = prepared
+        self._containers: dict[Path, LmdbImages | TarImages | MediaError] = {}
+        self._opening = threading.Lock()
+
+    def read(self, reference: str) -> bytes | Image.Image:
+        """Read one image.
+
+        Returns:
+            The encoded image, or its pixels if an LMDB holds pixels.
+
+        Raises:
+            MediaError: The image cannot be read, or is larger than :data:`MAX_FILE_BYTES`.
+        """
+        path = self._path(reference)
+        # The name of a plain file may look like a reference into a container.
+        if "#" in reference and (path is None or not os.path.isfile(path)):
+            end = reference.find("#")
+            while end != -1:
+                prefix = self._path(reference[:end])
+                if prefix is not None and (images := self._container(prefix)) is not None:
+                    return _read_member(images, reference[end + 1 :])
+                end = reference.find("#", end + 1)
+        path = _require_path(path)
+        _check_file(path, MAX_FILE_BYTES)
+        with media_errors():
+            return path.read_bytes()
+
+    def open(self, reference: str) -> io.BufferedReader:
+        """Open one video.
+
+        Raises:
+            MediaError: The file cannot be read.
+        """
+        path = _require_path(self._path(reference))
+        _check_file(path)
+        with media_errors():
+            return path.open("rb")
+
+    def close(self) -> None:
+        """Close the open containers."""
+        for images in self._containers.values():
+            if not isinstance(images, MediaError):
+                images.close()
+        self._containers.clear()
+
+    def _path(self, reference: str) -> Path | None:
+        """Return the path of a reference, or None if the reference leaves the allowed folders."""
+        if reference.startswith(OUTSIDE):
+            return Path(reference.removeprefix(OUTSIDE))
+        base: Path | None = self.raw
+        if reference.startswith(PREPARED):
+            base, reference = self._prepared, reference.removeprefix(PREPARED)
+        tail = relative_path(base, reference) if base is not None else None
+        return base / tail if base is not None and tail is not None else None
+
+    def _container(self, path: Path) -> LmdbImages | TarImages | None:
+        """Return the open container at a path, or None if the path is no container."""
+        with self._opening:
+            if path not in self._containers:
+                kind = container_kind(path)
+                if kind is None:
+                    return None
+                try:
+                    self._containers[path] = _OPEN[kind](path)
+                except (UserError, OSError):
+                    self._containers[path] = MediaError("read", f"not a readable {kind}")
+            images = self._containers[path]
+        if isinstance(images, MediaError):
+            raise images
+        return images
+
+
+_OPEN: dict[str, Callable[[Path], LmdbImages | TarImages]] = {"lmdb": LmdbImages, "tar": TarImages}
+
+
+def _require_path(path: Path | None) -> Path:
+    if path is None:
+        raise MediaError("read", "leads outside the raw folder")
+    return path
+
+
+def _read_member(images: LmdbImages | TarImages, name: str) -> bytes | Image.Image:
+    try:
+        if isinstance(images, TarImages):
+            _check_bytes(images.size(name), MAX_FILE_BYTES)
+        return images.get(name)
+    except MissingKeyError:
+        raise MediaError("read", "no such key in the LMDB") from None
+    except MissingMemberError:
+        raise MediaError("read", "no such member in the tar") from None
+    except UserError:
+        if isinstance(images, TarImages):
+            raise MediaError("read", "truncated tar") from None
+        raise MediaError("decode", "not an image of the kind that LMDBs hold") from None
+    except (lmdb.Error, OSError) as error:
+        raise MediaError("read", one_line(error)) from None
+
+
+def _check_file(path: Path, max_bytes: int | None = None) -> None:
+    """Raise MediaError unless the path is a regular file: reading a pipe might never end."""
+    with media_errors():
+        status = path.stat()
+    if stat.S_ISDIR(status.st_mode):
+        raise MediaError("read", "is a folder")
+    if not stat.S_ISREG(status.st_mode):
+        raise MediaError("read", "is no regular file")
+    _check_bytes(status.st_size, max_bytes)
+
+
+def _check_bytes(size: int, max_bytes: int | None) -> None:
+    if size == 0:
+        raise MediaError("read", "empty file")
+    if max_bytes is not None and size > max_bytes:
+        raise MediaError("read", f"file larger than {max_bytes >> 20} MiB")

@@ -11,6 +11,7 @@ from typer.core import TyperGroup
 from cli import (
     backbones,
     compare,
+    datasets,
     demo,
     doctor,
     evaluate,
@@ -91,7 +92,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Multimodal sequential recommendation: extract features once, train lightly, rank all.",
 )
-app.command("datasets")(prepare.datasets)
+app.command("datasets")(datasets.datasets)
 app.command("prepare")(prepare.prepare)
 app.command("backbones")(backbones.backbones)
 app.command("extract")(extract.extract)

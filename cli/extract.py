@@ -1,4 +1,4 @@
-"""``mmrec datasets``, ``prepare``, ``backbones`` and ``extract``: stage 1."""
+"""``mmrec extract``."""
 
 import time
 from dataclasses import asdict
@@ -97,9 +97,10 @@ def extract(
     )
     warehouse = Warehouse(root)
     if dataset is not None and not warehouse.is_prepared(dataset):
-        from pipeline.datasets.registry import plan
+        from pipeline.datasets.prepare import PrepareOptions
+        from pipeline.datasets.registry import find_dataset
 
-        plan(warehouse.check_name(dataset), None)  # a name that nobody knows is refused first
+        find_dataset(warehouse.check_name(dataset))  # refuse an unknown name first
         if dry_run:
             raise UserError(
                 f"{dataset} is not prepared, and a dry run writes nothing; run: mmrec prepare"
@@ -108,7 +109,7 @@ def extract(
         console.notify(
             f"{dataset} is not prepared yet: preparing it from {warehouse.raw_dir(dataset)}"
         )
-        info = run_prepare(warehouse, dataset)
+        info = run_prepare(warehouse, PrepareOptions(dataset=dataset))
         if not json:
             show_prepared(info)
     name, why = warehouse.choose_dataset(dataset)

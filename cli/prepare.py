@@ -1,4 +1,4 @@
-"""``mmrec datasets`` and ``mmrec prepare``."""
+"""``mmrec prepare``."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,41 +11,7 @@ from features.errors import UserError
 from features.warehouse import DatasetInfo, Warehouse
 
 if TYPE_CHECKING:
-    pass
-
-
-def datasets(json: JsonOption = False, root: WarehouseOption = None) -> None:
-    """List the known datasets: where their raw files are expected, and what is prepared."""
-    from pipeline.datasets.prepare import describe
-
-    rows = describe(Warehouse(root))
-    if json:
-        console.emit_json(rows)
-        return
-    console.table(
-        ["dataset", "raw files", "prepared", "users", "items", "interactions", "k-core"],
-        [
-            [
-                row["dataset"], "there" if row["raw_found"] else "-",
-                "damaged" if row["damaged"] else row["prepared"],
-                row["users"], row["items"], row["interactions"], row["k_core"],
-            ]
-            for row in rows
-        ],
-    )  # fmt: skip
-    console.out.print(
-        "\nwhere the raw files are looked for (another folder: --raw), and their source"
-    )
-    for row in rows:
-        files = "; ".join(map(_role, row["expected"].items()))
-        console.out.print(f"  {row['dataset']} ({row['format']}): {row['raw']}", markup=False)
-        console.out.print(f"    {files or 'as prepared'}", markup=False)
-        console.out.print(f"    from {row['source']}", markup=False)
-
-
-def _role(entry: tuple[str, list[str]]) -> str:
-    role, names = entry
-    return f"{role}: {' or '.join(names)}"
+    from pipeline.datasets.prepare import PrepareOptions
 
 
 def prepare(
@@ -53,15 +19,15 @@ def prepare(
     raw: Annotated[Path | None, typer.Option("--raw", help="Folder of the raw files.")] = None,
     name: Annotated[
         str | None,
-        typer.Option("--name", help="What it is called here, to keep several preparations."),
+        typer.Option("--name", help="Name of the result, to keep several preparations."),
     ] = None,
     k_core: Annotated[
         int | None,
-        typer.Option("--k-core", help="Users and items keep at least this many; 0: all."),
+        typer.Option("--k-core", help="Minimum interactions of users and items; 0: keep all."),
     ] = None,
     format: Annotated[
         str | None,
-        typer.Option("--format", help="Importer of a dataset of your own: see the README."),
+        typer.Option("--format", help="Importer of your own data; see: mmrec datasets."),
     ] = None,
     file: Annotated[
         list[str] | None,
@@ -75,48 +41,41 @@ def prepare(
     root: WarehouseOption = None,
 ) -> None:
     """Read raw files, apply the k-core, order by time, and write the canonical tables."""
+    from pipeline.datasets.prepare import PrepareOptions
+
     warehouse = Warehouse(root)
-    info = run_prepare(warehouse, dataset, raw, k_core, format, file, unlisted, name)
+    options = PrepareOptions(
+        dataset=dataset,
+        name=name,
+        raw=raw,
+        k_core=k_core,
+        format=format,
+        files=dict(map(_role_and_path, file or [])),
+        unlisted=unlisted,
+    )
+    info = run_prepare(warehouse, options)
     if json:
         console.emit_json(info.summary())
     else:
         show_prepared(info)
 
 
-def run_prepare(
-    warehouse: Warehouse,
-    dataset: str,
-    raw: Path | None = None,
-    k_core: int | None = None,
-    format: str | None = None,
-    file: list[str] | None = None,
-    unlisted: str = "refuse",
-    name: str | None = None,
-) -> DatasetInfo:
-    """Prepare a dataset; files are ``role=path``."""
+def _role_and_path(text: str) -> tuple[str, str]:
+    role, equals, path = text.partition("=")
+    if not equals:
+        raise UserError(f"--file {text!r} must look like ROLE=PATH, such as items=items.csv")
+    return role, path
+
+
+def run_prepare(warehouse: Warehouse, options: "PrepareOptions") -> DatasetInfo:
+    """Prepare a dataset and print messages on standard error."""
     from pipeline.datasets.prepare import prepare as run
 
-    files = {}
-    for entry in file or []:
-        role, equals, path = entry.partition("=")
-        if not equals:
-            raise UserError(f"--file {entry!r} must look like ROLE=PATH, such as items=items.csv")
-        files[role] = path
-    return run(
-        warehouse,
-        dataset,
-        to=name,
-        raw=raw,
-        k_core=k_core,
-        format=format,
-        files=files,
-        unlisted=unlisted,
-        notify=console.notify,
-    )
+    return run(warehouse, options, notify=console.notify)
 
 
 def show_prepared(info: DatasetInfo) -> None:
-    """Print what a prepared dataset holds."""
+    """Print the size of a prepared dataset."""
     figures = info.summary()
     console.table(
         ["dataset", "users", "items", "interactions", "average length", "sparsity", "k-core"],

@@ -1,8 +1,8 @@
-"""From the two raw tables to the canonical ones, in DuckDB SQL: k-core, order, dense indices.
+"""DuckDB SQL from the two raw tables to the canonical ones: k-core, order, dense indices.
 
-The steps are called one after another on one connection, each leaving its tables to the next.
-Exact duplicates of an interaction (same user, item and time) are kept, as in the published 5-core
-sets, and counted among the remarks.
+The functions are called in the order of this file on one connection; each leaves its tables to the
+next. Interactions that agree in user, item and time are kept, as in the published 5-core sets, and
+counted by :func:`data_notes`.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,54 +14,78 @@ import pyarrow.parquet as pq
 
 from features.atomic_files import atomic_write
 from features.errors import UserError
+from features.registry import Registry
 from features.schema import INTERACTIONS_SCHEMA, ITEMS_SCHEMA, MODALITIES
 from features.warehouse import DatasetInfo
-from pipeline.datasets.importers.base import Files, many, some
-from pipeline.datasets.importers.raw_sql import one
+from pipeline.datasets.importers.base import Files, plural, quote_all
+from pipeline.datasets.importers.raw_sql import fetch_row
 
-UNLISTED = ("refuse", "keep", "drop")
 ROW_GROUP = 131_072
 
 
-def settle_unlisted(
-    db: duckdb.DuckDBPyConnection,
-    choice: str,
-    files: Files,
-    notify: Callable[[str], None],
-) -> None:
-    """Settle interactions whose item is not listed."""
+# -- interactions with items that are not listed --------------------------------------------
+
+
+def handle_unlisted(db: duckdb.DuckDBPyConnection, choice: str, files: Files) -> Iterator[str]:
+    """Handle interactions whose item is not in ``raw_items``; yield messages for the user.
+
+    Args:
+        db: A connection with the raw tables.
+        choice: A name in ``UNLISTED``.
+        files: The raw files, for messages.
+
+    Raises:
+        UserError: There are such items, and the choice is ``refuse``.
+    """
     db.execute(
         "CREATE TABLE unlisted AS SELECT item_id, count(*) AS n FROM raw_interactions"
         " ANTI JOIN raw_items USING (item_id) GROUP BY item_id"
     )
-    items, rows, such = one(
+    items, rows, examples = fetch_row(
         db, "SELECT count(*), sum(n), list(item_id ORDER BY item_id)[:3] FROM unlisted"
     )
-    if not items:
-        return
-    what = f"{many(items, 'item')} of {many(rows, 'interaction')} (such as {some(such)}) not listed"
-    if choice == "refuse":
-        listing = files["items"][0]
-        raise UserError(
-            f"{what} in {listing}; add them, or give --unlisted keep (without text and picture)"
-            " or --unlisted drop (without their interactions)"
+    if items:
+        facts = (
+            f"{plural(items, 'item')} of {plural(rows, 'interaction')}"
+            f" (such as {quote_all(examples)}) not listed"
         )
-    if choice == "keep":
-        db.execute("INSERT INTO raw_items (item_id) SELECT item_id FROM unlisted")
-        notify(f"{what}; kept without text and picture")
-    else:
-        db.execute("DELETE FROM raw_interactions WHERE item_id IN (SELECT item_id FROM unlisted)")
-        notify(f"{what}; their interactions are left out")
+        yield UNLISTED.find(choice)(db, facts, files)
+
+
+def _refuse(db: duckdb.DuckDBPyConnection, facts: str, files: Files) -> str:
+    raise UserError(
+        f"{facts} in {files['items'][0]}; add them, or give --unlisted keep (without text and"
+        " image) or --unlisted drop (without their interactions)"
+    )
+
+
+def _keep(db: duckdb.DuckDBPyConnection, facts: str, files: Files) -> str:
+    db.execute("INSERT INTO raw_items (item_id) SELECT item_id FROM unlisted")
+    return f"{facts}; kept without text and image"
+
+
+def _drop(db: duckdb.DuckDBPyConnection, facts: str, files: Files) -> str:
+    db.execute("DELETE FROM raw_interactions WHERE item_id IN (SELECT item_id FROM unlisted)")
+    return f"{facts}; their interactions are dropped"
+
+
+UNLISTED: Registry[Callable[[duckdb.DuckDBPyConnection, str, Files], str]] = Registry(
+    "choice for --unlisted", {"refuse": _refuse, "keep": _keep, "drop": _drop}
+)
+"""Choice of ``--unlisted`` to a function that applies it and returns a message."""
+
+
+# -- indices and k-core ---------------------------------------------------------------------
 
 
 def _id_order(column: str) -> str:
-    """SQL that sorts ids as a person would: 2 before 10, numbers before words."""
+    """Return SQL that sorts numeric ids by value and before all other ids."""
     number = f"CASE WHEN regexp_full_match({column}, '[0-9]{{1,18}}') THEN {column}::BIGINT END"
     return f"{number} NULLS LAST, {column}"
 
 
 def index_ids(db: duckdb.DuckDBPyConnection) -> None:
-    """Replace ids by integers in the order of the ids: ``core`` (u, i, timestamp, ordinal)."""
+    """Create ``core`` (u, i, timestamp, ordinal): integers in the order of the ids replace them."""
     for key, column, source in (
         ("u", "user_id", "raw_interactions"),
         ("i", "item_id", "raw_items"),
@@ -79,38 +103,50 @@ def index_ids(db: duckdb.DuckDBPyConnection) -> None:
 
 
 def filter_core(db: duckdb.DuckDBPyConnection, k: int, name: str) -> None:
-    """Iterate the k-core on users and items until nothing changes."""
-    before = one(db, "SELECT count(DISTINCT u), count(DISTINCT i), count(*) FROM core")
+    """Delete users and items with fewer than ``k`` interactions until none is left in ``core``.
+
+    Args:
+        db: A connection with the table ``core``.
+        k: Minimum number of interactions; 0 and 1 delete nothing.
+        name: The dataset, for messages.
+
+    Raises:
+        UserError: No interaction is left.
+    """
+    before = fetch_row(db, "SELECT count(DISTINCT u), count(DISTINCT i), count(*) FROM core")
     while k > 1:
-        few = f"HAVING count(*) < {k}"
-        (gone,) = db.execute(
-            f"DELETE FROM core WHERE u IN (SELECT u FROM core GROUP BY u {few})"
-            f" OR i IN (SELECT i FROM core GROUP BY i {few})"
+        too_few = f"HAVING count(*) < {k}"
+        (deleted,) = db.execute(
+            f"DELETE FROM core WHERE u IN (SELECT u FROM core GROUP BY u {too_few})"
+            f" OR i IN (SELECT i FROM core GROUP BY i {too_few})"
         ).fetchall()[0]
-        if not gone:
+        if not deleted:
             break
-    if one(db, "SELECT count(*) FROM core")[0] == 0:
+    if fetch_row(db, "SELECT count(*) FROM core")[0] == 0:
         users, items, rows = before
         raise UserError(
-            f"nothing is left of {name} after the {k}-core ({many(users, 'user')},"
-            f" {many(items, 'item')}, {many(rows, 'interaction')} before it);"
+            f"nothing is left of {name} after the {k}-core ({plural(users, 'user')},"
+            f" {plural(items, 'item')}, {plural(rows, 'interaction')} before it);"
             " give a smaller --k-core"
         )
 
 
-def make_tables(
-    db: duckdb.DuckDBPyConnection, *, name: str, format: str, raw: str, k: int, timestamps: bool
-) -> DatasetInfo:
-    """Make ``users`` and ``items``, dense, and ``ordered``; say what they hold."""
+def create_tables(db: duckdb.DuckDBPyConnection, k: int) -> None:
+    """Create ``users`` (u, user_id, user), ``items`` (i, item_id, item) and ``ordered``.
+
+    ``user`` and ``item`` are dense. ``ordered`` (u, i, timestamp, position, tie) has the
+    interactions of each user in the order of time; ``tie`` marks those with the time of the one
+    before.
+    """
     db.execute(
         "CREATE TABLE users AS SELECT u, user_id, (row_number() OVER (ORDER BY u) - 1)::INTEGER"
         " AS user FROM user_ids SEMI JOIN core USING (u)"
     )
-    # Without a filter the whole catalogue stays, also what nobody has clicked yet.
-    only = "" if k == 0 else " SEMI JOIN core USING (i)"
+    # Without a filter the whole catalogue remains, including items without an interaction.
+    core_only = "" if k == 0 else " SEMI JOIN core USING (i)"
     db.execute(
         "CREATE TABLE items AS SELECT i, item_id, (row_number() OVER (ORDER BY i) - 1)::INTEGER"
-        f" AS item FROM item_ids{only}"
+        f" AS item FROM item_ids{core_only}"
     )
     db.execute(
         "CREATE TABLE ordered AS SELECT u, i, timestamp,"
@@ -119,15 +155,24 @@ def make_tables(
         " FROM core WINDOW each AS (PARTITION BY u ORDER BY timestamp, ordinal)"
     )
     db.execute("DROP TABLE core")
-    (users,) = one(db, "SELECT count(*) FROM users")
-    (items,) = one(db, "SELECT count(*) FROM items")
-    interactions, ties = one(db, "SELECT count(*), count(*) FILTER (WHERE tie) FROM ordered")
-    (fingerprint,) = one(
+
+
+# -- facts ----------------------------------------------------------------------------------
+
+
+def describe_tables(
+    db: duckdb.DuckDBPyConnection, *, name: str, format: str, raw: str, k: int, timestamps: bool
+) -> DatasetInfo:
+    """Return the content of ``dataset.json``: the arguments, counts and fingerprints."""
+    (users,) = fetch_row(db, "SELECT count(*) FROM users")
+    (items,) = fetch_row(db, "SELECT count(*) FROM items")
+    interactions, ties = fetch_row(db, "SELECT count(*), count(*) FILTER (WHERE tie) FROM ordered")
+    (fingerprint,) = fetch_row(
         db,
         "SELECT sha256(string_agg(strlen(item_id) || ':' || item_id, '' ORDER BY item)) FROM items",
     )
-    # Of each row a number, of all numbers one: in bounded memory, and the same in any order.
-    hashes = one(
+    # XOR over a hash of each row needs little memory and does not depend on the order.
+    hashes = fetch_row(
         db,
         "SELECT "
         + ", ".join(
@@ -151,35 +196,41 @@ def make_tables(
     )
 
 
-def remarks(db: duckdb.DuckDBPyConnection, info: DatasetInfo) -> Iterator[str]:
-    """What a person should know about the tables."""
-    texts, images, videos, unseen = one(
+def data_notes(db: duckdb.DuckDBPyConnection, info: DatasetInfo) -> Iterator[str]:
+    """Yield messages for the user about the content of the tables, one line each."""
+    texts, images, videos, without = fetch_row(
         db,
         "SELECT count(text), count(image), count(video), count(*) FILTER (WHERE i NOT IN"
         " (SELECT i FROM ordered)) FROM items JOIN raw_items USING (item_id)",
     )
     yield (
-        f"of {many(info.items, 'item')}, {texts} with text, {images} with a picture,"
-        f" {videos} with a clip"
+        f"of {plural(info.items, 'item')}, {texts} with text, {images} with an image,"
+        f" {videos} with a video"
     )
-    if unseen:
-        yield f"{many(unseen, 'item')} without an interaction"
+    if without:
+        yield f"{plural(without, 'item')} without an interaction"
     if not info.timestamps:
-        yield "no timestamps: the order of the raw file is the order of time"
+        yield "no timestamps: interactions are in the order of the raw file"
         return
-    (rows,) = one(
+    (rows,) = fetch_row(
         db,
         "SELECT count(*) - count(DISTINCT (u, i, timestamp)) FROM ordered"
         " SEMI JOIN (SELECT DISTINCT u, timestamp FROM ordered WHERE tie) USING (u, timestamp)",
     )
     if rows:
-        yield f"{many(rows, 'interaction')} the same as another in user, item and time; kept"
+        yield f"{plural(rows, 'interaction')} equal to another in user, item and time; kept"
     if info.tied:
-        yield f"{info.tied:.1%} of the interactions have the time of the one before; input order"
+        yield (
+            f"{info.tied:.1%} of the interactions have the time of the one before them;"
+            " these are in the order of the raw file"
+        )
+
+
+# -- Parquet --------------------------------------------------------------------------------
 
 
 def write_tables(db: duckdb.DuckDBPyConnection, stage: Path) -> None:
-    """Stream both tables into Parquet, sorted."""
+    """Write ``items`` and ``interactions`` below the folder ``stage`` as sorted Parquet files."""
     _stream(
         db,
         "SELECT item, item_id, text, image, video, attributes FROM items"
@@ -198,11 +249,11 @@ def write_tables(db: duckdb.DuckDBPyConnection, stage: Path) -> None:
 
 def _stream(db: duckdb.DuckDBPyConnection, sql: str, schema: pa.Schema, path: Path) -> None:
     with (
-        atomic_write(path) as beside,
-        pq.ParquetWriter(beside, schema, write_page_checksum=True) as writer,
+        atomic_write(path) as temporary,
+        pq.ParquetWriter(temporary, schema, write_page_checksum=True) as writer,
     ):
         for batch in db.sql(sql).to_arrow_reader(ROW_GROUP):
-            # DuckDB knows no NOT NULL in a result; the schema does, and a null here would be ours.
+            # Results of DuckDB have no NOT NULL; a null here would be an error of this module.
             assert not any(
                 batch.column(field.name).null_count for field in schema if not field.nullable
             )

@@ -1,248 +1,186 @@
-"""Raw files to canonical tables: the importer, the SQL, and how the result takes its place."""
+"""Preparation of a dataset: from raw files to the canonical tables."""
 
 import os
-import secrets
-import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import duckdb
 import pyarrow as pa
 
-from features.atomic_files import database, lock, remove_leftovers, sync_folder, write_json
-from features.errors import UserError, unknown
-from features.warehouse import MARKER, DatasetInfo, Warehouse
+from features.atomic_files import database
+from features.errors import UserError
+from features.warehouse import DatasetInfo, Warehouse
 from pipeline.datasets.canonical_sql import (
     UNLISTED,
+    create_tables,
+    data_notes,
+    describe_tables,
     filter_core,
+    handle_unlisted,
     index_ids,
-    make_tables,
-    remarks,
-    settle_unlisted,
     write_tables,
 )
-from pipeline.datasets.importers import bili, movielens, sequences, table
-from pipeline.datasets.importers.base import Importer, check
-from pipeline.datasets.importers.blobs import MEDIA, store_blobs
-from pipeline.datasets.importers.raw_sql import lacks_room
-from pipeline.datasets.registry import DATASETS, locate, plan
+from pipeline.datasets.importers.base import check_raw_tables
+from pipeline.datasets.importers.image_column import MEDIA, copy_image_column
+from pipeline.datasets.importers.raw_sql import is_out_of_space
+from pipeline.datasets.importers.text_sql import install_text_functions
+from pipeline.datasets.raw_files import locate_files, raw_format
+from pipeline.datasets.registry import DATASETS
+from pipeline.datasets.swap import finish_swap, staging, swap_tables
 
-IMPORTERS: dict[str, Importer] = {
-    "movielens": movielens.read,
-    "sequences": sequences.read,
-    "bili": bili.read,
-    "table": table.read,
-}
-MEMORY = "2GB"  # DuckDB's buffers; beyond it, it spills
-_PARTS = ("items", "interactions", MEDIA)
-_LOCK = ".prepare.lock"
-_READY = ".prepared"
-"""A folder of new tables, whole, on their way to their places."""
+MEMORY = "2GB"  # of DuckDB; it spills to disk beyond this
 
 
-def _silent(message: str) -> None:
-    """Say nothing."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PrepareOptions:
+    """The dataset to prepare, and the way to prepare it.
+
+    Raises:
+        UserError: The k-core is negative, or ``unlisted`` is unknown.
+    """
+
+    dataset: str
+    """A known dataset, or any name together with ``format``."""
+    name: str | None = None
+    """Name of the prepared dataset, to keep several preparations; None: as ``dataset``."""
+    raw: Path | None = None
+    """The raw folder; None: that of the last preparation, else the one in the warehouse."""
+    k_core: int | None = None
+    """Minimum interactions of every user and item. 1 removes items without an interaction, 0 keeps
+    them. None: as the dataset is registered, or 0 for a given format."""
+    format: str | None = None
+    """Name of an importer, for one's own data. None: that of the last preparation, else the one
+    that the dataset is registered with."""
+    files: Mapping[str, str] = field(default_factory=dict)
+    """Role of a raw file to a path that replaces the expected names."""
+    unlisted: str = "refuse"
+    """Treatment of interactions whose item is not in the file of items: ``refuse``, ``keep`` (the
+    item has no text and no image) or ``drop``."""
+
+    def __post_init__(self) -> None:
+        if self.k_core is not None and self.k_core < 0:
+            raise UserError(
+                f"--k-core {self.k_core} is negative; give 0 for no filter, or 5 as most papers do"
+            )
+        UNLISTED.find(self.unlisted)
+
+    @property
+    def target(self) -> str:
+        """The name of the prepared dataset."""
+        return self.dataset if self.name is None else self.name
+
+
+def _ignore(message: str) -> None:
+    """Ignore a message."""
 
 
 def prepare(
-    warehouse: Warehouse,
-    name: str,
-    *,
-    to: str | None = None,
-    raw: Path | None = None,
-    k_core: int | None = None,
-    format: str | None = None,
-    files: Mapping[str, str] | None = None,
-    unlisted: str = "refuse",
-    notify: Callable[[str], None] = _silent,
+    warehouse: Warehouse, options: PrepareOptions, *, notify: Callable[[str], None] = _ignore
 ) -> DatasetInfo:
     """Write the canonical tables of a dataset, replacing those of an earlier preparation.
 
-    The same input gives the same bytes. After a failure the earlier tables stand untouched; what
-    a kill among the renames at its end has left undone, the next call completes.
+    The same input gives the same bytes. After an error the earlier tables are unchanged. If the
+    process is killed while it replaces them, the next call completes the replacement.
 
     Args:
-        warehouse: Where they go.
-        name: A known dataset, or any name together with ``format``.
-        to: What the prepared dataset is called, so that several preparations of one stand beside
-            each other; by default ``name``.
-        raw: The raw folder; by default that of the last preparation of ``name``, else the
-            warehouse's own for it.
-        k_core: Users and items with fewer interactions go, again and again until none is left. 1
-            leaves out items that nobody has, 0 keeps them; by default what suits the dataset.
-        format: A layout, for data of one's own; prepared again, it keeps its own.
-        files: Role to path, replacing the names that are looked for.
-        unlisted: What becomes of interactions with an item that the items' file does not list:
-            ``refuse``, ``keep`` (an item without text or picture) or ``drop``.
-        notify: Takes one line of what was noticed, for the person who prepares.
+        warehouse: The warehouse that gets the tables.
+        options: The dataset and the way to prepare it.
+        notify: Called with one line for each message to the user.
 
     Raises:
-        UserError: A file is missing or damaged, contradicts another, or nothing is left.
-    """
-    target = name if to is None else to
-    home = warehouse.dataset_dir(target)
-    if target != name and target in DATASETS:
-        raise UserError(f"--name {target} is a dataset of its own; give another name")
-    if (home / _READY).exists():
-        with lock(home / _LOCK, f"the dataset {target}"):
-            _complete(home)
-    earlier = _earlier(warehouse, name)
-    if earlier and (name not in DATASETS or earlier.format != DATASETS[name].importer):
-        format = format or earlier.format
-    how = plan(name, format)
-    k = how.k_core if k_core is None else k_core
-    if k < 0:
-        raise UserError(f"--k-core {k} is negative; give 0 for no filter, or 5 as most papers do")
-    if unlisted not in UNLISTED:
-        raise unknown("choice for --unlisted", unlisted, list(UNLISTED))
-    root = raw or (Path(earlier.raw) if earlier else warehouse.raw_dir(name))
-    if name == "demo" and format is None and not root.exists():
-        from pipeline.datasets.demo import make_demo
+        UserError: A file is missing, damaged or contradicts another, or no interaction is left.
 
-        make_demo(root)
-        notify(f"made the demo's raw files in {root}")
-    found = locate(name, how, root, files or {})
-    with _staging(warehouse, target) as stage:
+    Examples:
+        >>> prepare(Warehouse("warehouse"), PrepareOptions(dataset="demo")).users  # doctest: +SKIP
+        2000
+    """
+    folder = warehouse.dataset_dir(options.target)
+    if options.target != options.dataset and options.target in DATASETS:
+        raise UserError(f"--name {options.target} is a dataset of its own; give another name")
+    finish_swap(folder, options.target)
+    earlier = earlier_info(warehouse, options.dataset)
+    format = options.format or _own_format(options.dataset, earlier)
+    layout = raw_format(options.dataset, format)
+    k = layout.k_core if options.k_core is None else options.k_core
+    root = options.raw or (Path(earlier.raw) if earlier else warehouse.raw_dir(options.dataset))
+    if format is None and not root.exists():
+        _generate(options.dataset, root, notify)
+    files = locate_files(options.dataset, layout, root, options.files)
+    with staging(warehouse, options.target) as stage:
         with _database(stage) as db:
-            told = IMPORTERS[how.importer](db, root, found)
-            check(db, found)
-            for note in told.notes:
+            result = layout.importer.read(db, root, files)
+            check_raw_tables(db, files)
+            for note in chain(result.notes, handle_unlisted(db, options.unlisted, files)):
                 notify(note)
-            settle_unlisted(db, unlisted, found, notify)
             index_ids(db)
-            filter_core(db, k, name)
-            if told.blobs:
-                store_blobs(db, told.blobs, root, stage / MEDIA, all_items=k == 0)
-            info = make_tables(
+            filter_core(db, k, options.dataset)
+            if result.images:
+                copy_image_column(db, result.images, root, stage / MEDIA, all_items=k == 0)
+            create_tables(db, k)
+            info = describe_tables(
                 db,
-                name=target,
-                format=how.importer,
+                name=options.target,
+                format=layout.name,
                 raw=str(root.resolve()),
                 k=k,
-                timestamps=told.timestamps,
+                timestamps=result.timestamps,
             )
             write_tables(db, stage)
-            for line in remarks(db, info):
-                notify(line)
-        _swap(home, stage, info)
+            for note in data_notes(db, info):
+                notify(note)
+        swap_tables(folder, stage, info)
     return info
 
 
-def describe(warehouse: Warehouse) -> list[dict[str, Any]]:
-    """One row for each known or prepared dataset: what it is, what is there, what is prepared."""
-    prepared = set(warehouse.datasets())
-    rows = []
-    for name in [*DATASETS, *sorted(prepared - set(DATASETS))]:
-        known = DATASETS.get(name)
-        info = _earlier(warehouse, name)
-        root = Path(info.raw) if info else warehouse.raw_dir(name)
-        row: dict[str, Any] = {
-            "dataset": name,
-            "format": known.importer if known else info.format if info else "",
-            "source": known.source if known else "your own",
-            "raw": str(root),
-            "expected": {},
-            "raw_found": root.is_dir(),
-            "prepared": info is not None,
-            "damaged": info is None and warehouse.is_prepared(name),
-            "users": info.users if info else None,
-            "items": info.items if info else None,
-            "interactions": info.interactions if info else None,
-            "k_core": info.k_core if info else known.k_core if known else None,
-        }
-        if known:
-            how = plan(name, None)
-            row["expected"] = {role: list(how.files[role]) for role in how.needed}
-            try:
-                locate(name, how, root, {})
-            except UserError:
-                row["raw_found"] = False
-        rows.append(row)
-    return rows
-
-
-def _earlier(warehouse: Warehouse, name: str) -> DatasetInfo | None:
-    """What an earlier preparation says; a damaged one says nothing and will be replaced."""
+def earlier_info(warehouse: Warehouse, name: str) -> DatasetInfo | None:
+    """Return the facts about an earlier preparation; None if there is none or it is damaged."""
     try:
         return warehouse.info(name) if warehouse.is_prepared(name) else None
     except UserError:
         return None
 
 
-@contextmanager
-def _staging(warehouse: Warehouse, name: str) -> Iterator[Path]:
-    """A folder beside the tables that vanishes, and with it all traces when nothing came of it."""
-    folder = warehouse.dataset_dir(name)
-    new_root, new_folder = not warehouse.root.exists(), not folder.exists()
-    new_marker = not (warehouse.root / MARKER).exists()
-    warehouse.create()
-    with lock(folder / _LOCK, f"the dataset {name}"):
-        remove_leftovers(folder)
-        stage = folder / f".prepare.{secrets.token_hex(4)}.tmp"
-        stage.mkdir()
-        try:
-            yield stage
-        except BaseException:
-            if new_folder:
-                shutil.rmtree(folder)
-            if new_marker and [path.name for path in warehouse.root.iterdir()] == [MARKER]:
-                (warehouse.root / MARKER).unlink()
-                if new_root:
-                    warehouse.root.rmdir()
-            raise
-        finally:
-            shutil.rmtree(stage, ignore_errors=True)
+def _own_format(dataset: str, earlier: DatasetInfo | None) -> str | None:
+    """Return the format of the earlier preparation if it is not the one that is registered."""
+    if earlier is None:
+        return None
+    known = DATASETS.get(dataset)
+    return None if known and known.importer == earlier.format else earlier.format
+
+
+def _generate(dataset: str, root: Path, notify: Callable[[str], None]) -> None:
+    """Write the raw files of a dataset that the program makes itself."""
+    known = DATASETS.get(dataset)
+    if known and known.generate:
+        known.generate(root)
+        notify(f"made the raw files of {dataset} in {root}")
 
 
 @contextmanager
 def _database(stage: Path) -> Iterator[duckdb.DuckDBPyConnection]:
-    """DuckDB in memory, bounded, that spills into the stage and loads nothing from anywhere."""
+    """Open DuckDB in bounded memory; it spills into ``stage`` and loads no extensions.
+
+    Raises:
+        UserError: There is not enough memory or disk space.
+    """
     with database() as db:
         db.execute(f"SET memory_limit = '{MEMORY}'")
         db.execute(f"SET threads = {min(os.cpu_count() or 1, 8)}")
         db.execute("SET preserve_insertion_order = true")
         db.execute("SET autoinstall_known_extensions = false")
         db.execute("SET temp_directory = $spill", {"spill": str(stage / "spill")})
+        install_text_functions(db)
         try:
             yield db
         except (duckdb.Error, pa.ArrowException) as error:
-            if not lacks_room(error):
+            if not is_out_of_space(error):
                 raise
             reason = str(error).splitlines()[0][:160]
             raise UserError(
                 f"no room for preparing in {MEMORY} of memory and on the disk of {stage.parent}"
-                f" ({reason}); free some there or give another --warehouse; what was there stands"
+                f" ({reason}); free disk space or give another --warehouse; the earlier tables are"
+                " unchanged"
             ) from None
-
-
-def _swap(folder: Path, stage: Path, info: DatasetInfo) -> None:
-    """Put the new tables in place of the old; up to one rename these stand, from it on those."""
-    for part in _PARTS:
-        (stage / part).mkdir(exist_ok=True)  # an empty one takes the old one's place as well
-    write_json(stage / "dataset.json", asdict(info))
-    os.replace(stage, folder / _READY)
-    sync_folder(folder)
-    _complete(folder)
-
-
-def _complete(folder: Path) -> None:
-    """Move what is ready to its place, from wherever a kill has stopped it."""
-    ready = folder / _READY
-    if not ready.exists():
-        return
-    if (ready / "dataset.json").exists():
-        (folder / "dataset.json").unlink(missing_ok=True)  # while anything moves, nothing is whole
-        for part in _PARTS:
-            if (ready / part).exists():
-                if (folder / part).exists():
-                    os.replace(folder / part, ready / f"old-{part}")
-                os.replace(ready / part, folder / part)
-        with suppress(OSError):  # it holds something, or a kill came after this
-            (folder / MEDIA).rmdir()
-        sync_folder(folder)  # the tables before what says that they are whole
-        os.replace(ready / "dataset.json", folder / "dataset.json")
-        sync_folder(folder)
-    shutil.rmtree(ready)

@@ -1,15 +1,15 @@
-"""What every importer delivers, and the checks that hold for all of them.
+"""The contract of an importer, and the checks that every importer's tables pass.
 
-An importer is a function ``read(db, root, files) -> Raw``. It is given files that exist and leaves
-two DuckDB tables behind; what is between is SQL over the raw files, never an object per row:
+An importer reads raw files of one layout and leaves two DuckDB tables. The function ``read`` gets
+only files that exist. It works in SQL over the raw files and makes no Python object per row.
 
 ``raw_interactions(user_id VARCHAR, item_id VARCHAR, timestamp BIGINT, ordinal BIGINT)``
-    ``timestamp`` is NULL throughout where the layout has none; ``ordinal`` is the order of the raw
-    file, which decides between equal times and is the whole order where there are none.
+    ``timestamp`` is NULL in every row if the layout has no times. ``ordinal`` is the order of the
+    raw file; it orders equal times, and all interactions if there are no times.
 
 ``raw_items(item_id VARCHAR, text VARCHAR, image VARCHAR, video VARCHAR, attributes VARCHAR)``
-    Anything but the id may be NULL. ``image`` and ``video`` are references
-    (:mod:`pipeline.media.references`); ``attributes`` is one JSON object.
+    Every column but the id may be NULL. ``image`` and ``video`` are references
+    (:mod:`pipeline.media.references`). ``attributes`` is one JSON object.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,74 +19,110 @@ from pathlib import Path
 import duckdb
 
 from features.errors import UserError
-from pipeline.datasets.importers.raw_sql import one
+from pipeline.datasets.importers.raw_sql import fetch_row
 
 Files = Mapping[str, tuple[Path, ...]]
-"""Role (``interactions``, ``items``, ``images``, ``videos``, ``plots``) to the paths found."""
+"""Role of a file (``interactions``, ``items``, ``images``, ``videos``, ...) to existing paths."""
+
+FOLDER_ROLES = ("images", "videos")
+"""Roles that may have several paths: every match of the first pattern that matches."""
+
+IMAGE_PATTERNS = (
+    "images", "covers", "posters*", "images.tar", "covers.tar", "images.lmdb", "covers.lmdb",
+)  # fmt: skip
+"""Usual names of the folder or container of an item's images."""
+
+VIDEO_PATTERNS = ("videos", "clips")
+"""Usual names of the folder of an item's videos."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Raw:
-    """What an importer says about the two tables it left."""
-
-    timestamps: bool
-    """Whether interactions bear a time."""
-    notes: tuple[str, ...] = ()
-    """One line each, for the person who prepares."""
-    blobs: "Blobs | None" = None
-    """Pictures that stand in the items' file itself; ``raw_items.image`` does not have them."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Blobs:
-    """A column of encoded pictures in a Parquet file."""
+class ImageColumn:
+    """A column of encoded images in a Parquet file."""
 
     path: Path
     item: str
-    """The column of item ids."""
+    """Name of the column of item ids."""
     column: str
-    """Binary, or the struct (bytes, path) that Hugging Face's ``datasets`` writes."""
+    """Name of the column of images: binary, or the struct (bytes, path) of Hugging Face."""
 
 
-Importer = Callable[[duckdb.DuckDBPyConnection, Path, Files], Raw]
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImportResult:
+    """Facts about the two tables that an importer made."""
+
+    timestamps: bool
+    """Whether interactions have a time."""
+    notes: tuple[str, ...] = ()
+    """Messages for the user, one line each."""
+    images: ImageColumn | None = None
+    """Images that are bytes in the file of items; ``raw_items.image`` is NULL for them."""
 
 
-def check(db: duckdb.DuckDBPyConnection, files: Files) -> None:
-    """Refuse raw tables that contradict themselves.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Importer:
+    """A raw layout: the files that it consists of, and the function that reads them.
+
+    Examples:
+        >>> importer = Importer(
+        ...     summary="one line 'user,item' for each interaction",
+        ...     files={"interactions": ("log.txt",)},
+        ...     required=("interactions",),
+        ...     read=lambda db, root, files: ImportResult(timestamps=False),
+        ... )
+        >>> importer.files["interactions"]
+        ('log.txt',)
+    """
+
+    summary: str
+    """One line for ``mmrec datasets``."""
+    files: Mapping[str, tuple[str, ...]]
+    """Role to file name patterns relative to the raw folder; the first that matches wins."""
+    read: Callable[[duckdb.DuckDBPyConnection, Path, Files], ImportResult]
+    """Make ``raw_interactions`` and ``raw_items`` from the raw folder and its files.
+
+    Raises a UserError if a file is damaged or has another layout.
+    """
+    required: tuple[str, ...] = ("interactions", "items")
+    """Roles without which a dataset cannot be prepared."""
+
+
+def check_raw_tables(db: duckdb.DuckDBPyConnection, files: Files) -> None:
+    """Check the tables of an importer.
 
     Raises:
-        UserError: No interaction at all, an empty id, or an item that is listed twice.
+        UserError: There is no interaction, an id is empty, or an item is listed twice.
     """
     source = files["interactions"][0]
-    if one(db, "SELECT count(*) FROM raw_interactions")[0] == 0:
+    if fetch_row(db, "SELECT count(*) FROM raw_interactions")[0] == 0:
         raise UserError(f"{source} holds no interaction; give another by --file interactions=PATH")
     for column in ("user_id", "item_id"):
-        (empty,) = one(
+        (row,) = fetch_row(
             db, f"SELECT min(ordinal) FROM raw_interactions WHERE coalesce({column}, '') = ''"
         )
-        if empty is not None:
-            raise UserError(f"{source}, row {empty + 1}: {column} is empty; fill or remove it")
-    items = files["items"][0] if files.get("items") else source
-    (nameless,) = one(db, "SELECT count(*) FROM raw_items WHERE coalesce(item_id, '') = ''")
-    if nameless:
-        raise UserError(f"{items}: {many(nameless, 'item')} without an id; fill or remove it")
-    repeated, such = one(
+        if row is not None:
+            raise UserError(f"{source}, row {row + 1}: {column} is empty; fill or remove it")
+    listing = files["items"][0] if files.get("items") else source
+    (unnamed,) = fetch_row(db, "SELECT count(*) FROM raw_items WHERE coalesce(item_id, '') = ''")
+    if unnamed:
+        raise UserError(f"{listing}: {plural(unnamed, 'item')} without an id; fill or remove it")
+    repeated, examples = fetch_row(
         db,
         "SELECT count(*), list(item_id ORDER BY item_id)[:3]"
         " FROM (SELECT item_id FROM raw_items GROUP BY item_id HAVING count(*) > 1)",
     )
     if repeated:
         raise UserError(
-            f"{items} lists {many(repeated, 'item')} more than once (such as {some(such)});"
-            " keep one row for each"
+            f"{listing} lists {plural(repeated, 'item')} more than once"
+            f" (such as {quote_all(examples)}); keep one row for each"
         )
 
 
-def many(count: int, noun: str) -> str:
-    """``1 item``, ``2 items``."""
+def plural(count: int, noun: str) -> str:
+    """Return the count with its noun: ``1 item``, ``2 items``."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
-def some(values: list[str]) -> str:
-    """A few values for a message."""
+def quote_all(values: list[str]) -> str:
+    """Return the values in quotes, separated by commas, for a message."""
     return ", ".join(repr(value) for value in values)

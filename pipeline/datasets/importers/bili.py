@@ -1,7 +1,7 @@
-"""The layout in which PMMRec, MMSR and NineRec release Bili, Kwai, HM and Amazon.
+"""Importer of the layout in which PMMRec, MMSR and NineRec release Bili, Kwai, HM and Amazon.
 
 Users: a TSV of ``user<TAB>item item ...``, oldest first. Items: a TSV or CSV whose first column is
-the id and whose second is the title, with or without a line of names. Covers: a folder of files
+the id and whose second column is the title, with or without a header. Covers: a folder of files
 named by item id, or an LMDB of pickled images under the item ids.
 """
 
@@ -10,41 +10,57 @@ from pathlib import Path
 import duckdb
 
 from features.errors import UserError
-from pipeline.datasets.importers.base import Blobs, Files, Raw
-from pipeline.datasets.importers.items import IDS, create_described, create_from
-from pipeline.datasets.importers.media_files import create_items
-from pipeline.datasets.importers.raw_sql import delimited_sql, first_row
+from pipeline.datasets.importers.base import (
+    VIDEO_PATTERNS,
+    Files,
+    ImageColumn,
+    Importer,
+    ImportResult,
+)
+from pipeline.datasets.importers.items import ID_COLUMNS, create_described, create_described_from
+from pipeline.datasets.importers.media_files import create_raw_items
+from pipeline.datasets.importers.raw_sql import delimited_sql, read_first_row
 from pipeline.datasets.importers.sequences import create_from_sequences
-from pipeline.datasets.importers.text_sql import install
 
-_FORMS = {".tsv": ("\t", ""), ".csv": (",", '"')}  # delimiter and quote
+_DELIMITER_AND_QUOTE = {".tsv": ("\t", ""), ".csv": (",", '"')}
 
 
-def read(db: duckdb.DuckDBPyConnection, root: Path, files: Files) -> Raw:
+def read(db: duckdb.DuckDBPyConnection, root: Path, files: Files) -> ImportResult:
     """Read users, items and covers.
 
     Raises:
         UserError: A file is damaged, or a user has two lines.
     """
-    install(db)
     create_from_sequences(db, files["interactions"][0])
-    blobs = _items(db, files["items"][0])
-    notes = create_items(db, root, files)
-    return Raw(timestamps=False, notes=notes, blobs=blobs)
+    images = _create_described(db, files["items"][0])
+    return ImportResult(timestamps=False, notes=create_raw_items(db, root, files), images=images)
 
 
-def _items(db: duckdb.DuckDBPyConnection, path: Path) -> Blobs | None:
-    form = _FORMS.get(path.suffix.lower())
-    if form is None:
-        raise UserError(f"{path} is none of {', '.join(_FORMS)}; convert it to one of them")
-    delimiter, quote = form
-    first = first_row(path, delimiter, quote)
-    if len(first) < 2:
+def _create_described(db: duckdb.DuckDBPyConnection, path: Path) -> ImageColumn | None:
+    suffix = path.suffix.lower()
+    if suffix not in _DELIMITER_AND_QUOTE:
+        known = ", ".join(_DELIMITER_AND_QUOTE)
+        raise UserError(f"{path} is none of {known}; convert it to one of them")
+    delimiter, quote = _DELIMITER_AND_QUOTE[suffix]
+    first_row = read_first_row(path, delimiter, quote)
+    if len(first_row) < 2:
         raise UserError(
             f"{path}, line 1: one column where an id and a title are expected; correct the file"
         )
-    if first[0].strip().lower() in {name.lower() for name in IDS}:
-        return create_described(db, path).blobs
-    names = ["item_id", "title", *(f"column_{index}" for index in range(3, len(first) + 1))]
+    if first_row[0].strip().lower() in {name.lower() for name in ID_COLUMNS}:
+        return create_described(db, path).images
+    names = ["item_id", "title", *(f"column_{index}" for index in range(3, len(first_row) + 1))]
     source = delimited_sql(path, names, delimiter=delimiter, quote=quote)
-    return create_from(db, path, source, names).blobs
+    return create_described_from(db, path, source, names).images
+
+
+IMPORTER = Importer(
+    summary="users, items and covers as PMMRec, MMSR and NineRec release them",
+    files={
+        "interactions": ("*users*.tsv", "*behaviour*.tsv", "*behavior*.tsv"),
+        "items": ("*items*.tsv", "*items*.csv", "*item*.tsv", "*item*.csv"),
+        "images": ("*.lmdb", "*cover*", "images"),
+        "videos": VIDEO_PATTERNS,
+    },
+    read=read,
+)

@@ -1,7 +1,8 @@
-"""A file that describes items, of any of the kinds we read, as the table ``described``.
+"""Files that describe items, read into the table ``described``.
 
-``described(item_id, text, image, video, attributes)``: the text is made of the columns in
-``WORDS`` that are there; everything but the id and the paths also stands in the attributes.
+``described(item_id, text, image, video, attributes)``. The text joins the columns in
+``TEXT_COLUMNS`` that the file has. The attributes are a JSON object of every column but the id,
+the image and the video.
 """
 
 import re
@@ -13,85 +14,88 @@ import duckdb
 
 from features.dataset import quoted
 from features.errors import UserError
-from pipeline.datasets.importers.base import Blobs
+from pipeline.datasets.importers.base import ImageColumn
 from pipeline.datasets.importers.raw_sql import (
     TABLES,
-    column,
-    create,
-    ident,
+    create_table,
+    fetch_row,
+    find_column,
+    find_optional_column,
     lines_sql,
-    one,
-    optional,
+    quote_identifier,
     table_sql,
 )
 from pipeline.datasets.importers.text_sql import sentence_sql
 
-IDS = ("item_id", "item", "id", "itemId", "movieId", "asin")
-WORDS = ("title", "text", "name", "brand", "categories", "category", "genres", "description")
-"""Columns that become the text of an item, in this order."""
+ID_COLUMNS = ("item_id", "item", "id", "itemId", "movieId", "asin")
+TEXT_COLUMNS = ("title", "text", "name", "brand", "categories", "category", "genres", "description")
+"""Columns that form the text of an item, in this order."""
 _STRUCTS = ("STRUCT(bytes BLOB, path VARCHAR)", "STRUCT(path VARCHAR, bytes BLOB)")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Described:
-    """What a file of items turned out to have."""
+class ItemsFile:
+    """Facts about a file of items."""
 
-    words: bool
-    """Whether there is a column of words."""
-    blobs: Blobs | None = None
-    """Its pictures, if it has them as bytes; ``described.image`` is NULL then."""
+    has_text: bool
+    """Whether the file has one of ``TEXT_COLUMNS``."""
+    images: ImageColumn | None = None
+    """Column of images that are bytes; ``described.image`` is NULL then."""
 
 
-def create_described(db: duckdb.DuckDBPyConnection, path: Path) -> Described:
-    """Make ``described`` from a JSONL, CSV, TSV or Parquet file with named columns.
+def create_described(db: duckdb.DuckDBPyConnection, path: Path) -> ItemsFile:
+    """Create ``described`` from a JSONL, CSV, TSV or Parquet file with named columns.
 
     Raises:
-        UserError: The file is damaged, has no column of ids, or has pictures in a column of a type
-            that we cannot read.
+        UserError: The file is damaged, has no column of ids, or the type of its column of images
+            cannot be read.
     """
     if path.suffix.lower() in (".jsonl", ".ndjson"):
-        return _from_jsonl(db, path)
+        return _create_from_jsonl(db, path)
     if path.suffix.lower() not in TABLES:
         raise UserError(f"{path} is none of .jsonl, {', '.join(TABLES)}; convert it to one")
     source, names = table_sql(db, path)
-    return create_from(db, path, source, names)
+    return create_described_from(db, path, source, names)
 
 
-def create_from(
+def create_described_from(
     db: duckdb.DuckDBPyConnection, path: Path, source: str, names: Sequence[str]
-) -> Described:
-    """Make ``described`` from SQL that reads the columns ``names`` of ``path``."""
-    item = column(path, names, *IDS)
+) -> ItemsFile:
+    """Create ``described`` from SQL that reads the columns ``names`` of ``path``.
+
+    Raises:
+        UserError: As :func:`create_described`.
+    """
+    item = find_column(path, names, *ID_COLUMNS)
     types = {name: str(kind) for name, kind, *_ in db.sql(f"DESCRIBE FROM {source}").fetchall()}
-    blobs = _blobs(path, item, types)
-    binary = {name for name, kind in types.items() if "BLOB" in kind}
-    plain = [name for name in names if name not in binary]  # bytes are no words and no attributes
-    words, select = _select(plain, lambda name: f"{ident(name)}::VARCHAR")
-    paths = {name.lower() for name in ("image", "video")}
+    images = _find_image_column(path, item, types)
+    # Bytes are neither text nor attributes.
+    columns = [name for name in names if "BLOB" not in types[name]]
+    has_text, select = _select_sql(columns, lambda name: f"{quote_identifier(name)}::VARCHAR")
     pairs = ", ".join(
-        f"{quoted(name)}, {ident(name)}"
-        for name in plain
-        if name != item and name.lower() not in paths
+        f"{quoted(name)}, {quote_identifier(name)}"
+        for name in columns
+        if name != item and name.lower() not in ("image", "video")
     )
-    create(
+    create_table(
         db,
         "described",
-        f"SELECT {ident(item)}::VARCHAR AS item_id, {select},"
+        f"SELECT {quote_identifier(item)}::VARCHAR AS item_id, {select},"
         f" json_merge_patch('{{}}', json_object({pairs}))::VARCHAR AS attributes FROM {source}",
         path,
     )
-    return Described(words=words, blobs=blobs)
+    return ItemsFile(has_text=has_text, images=images)
 
 
-def _blobs(path: Path, item: str, types: Mapping[str, str]) -> Blobs | None:
-    """Say where the pictures are, if they are bytes.
+def _find_image_column(path: Path, item: str, types: Mapping[str, str]) -> ImageColumn | None:
+    """Return the column of images if its values are bytes.
 
     Raises:
-        UserError: A column that should hold references or bytes holds something else.
+        UserError: The column of images or of videos holds neither references nor bytes.
     """
-    image, video = (optional(list(types), name) for name in ("image", "video"))
+    image, video = (find_optional_column(list(types), name) for name in ("image", "video"))
     if image is not None and types[image] in ("BLOB", *_STRUCTS):
-        return Blobs(path=path, item=item, column=image)
+        return ImageColumn(path=path, item=item, column=image)
     for name in (image, video):
         if name is not None and re.search(r"BLOB|STRUCT|MAP|\[", types[name]):
             raise UserError(
@@ -101,64 +105,74 @@ def _blobs(path: Path, item: str, types: Mapping[str, str]) -> Blobs | None:
     return None
 
 
-def _from_jsonl(db: duckdb.DuckDBPyConnection, path: Path) -> Described:
-    create(
+def _create_from_jsonl(db: duckdb.DuckDBPyConnection, path: Path) -> ItemsFile:
+    create_table(
         db,
         "_lines",
-        "SELECT place, line FROM (SELECT row_number() OVER () AS place, line"
+        "SELECT number, line FROM (SELECT row_number() OVER () AS number, line"
         f" FROM {lines_sql(path)}) WHERE trim(line) <> ''",
         path,
     )
-    (place,) = one(
+    (number,) = fetch_row(
         db,
-        "SELECT min(place) FROM _lines"
+        "SELECT min(number) FROM _lines"
         " WHERE NOT json_valid(line) OR json_type(TRY_CAST(line AS JSON)) <> 'OBJECT'",
     )
-    if place is not None:
-        raise UserError(f"{path}, line {place}: not a JSON object; correct the line")
+    if number is not None:
+        raise UserError(f"{path}, line {number}: not a JSON object; correct the line")
     keys = db.sql("SELECT DISTINCT unnest(json_keys(line)) AS name FROM _lines ORDER BY name")
     names = [name for (name,) in keys.fetchall()]
-    item = column(path, names, *IDS)
-    words, select = _select(names, _json_words_sql)
-    apart = [item, *(found for key in ("image", "video") if (found := optional(names, key)))]
-    without = ", ".join(f"{quoted(name)}, NULL" for name in apart)
+    item = find_column(path, names, *ID_COLUMNS)
+    has_text, select = _select_sql(names, _json_text_sql)
+    media = (find_optional_column(names, name) for name in ("image", "video"))
+    removed = ", ".join(f"{quoted(name)}, NULL" for name in (item, *media) if name is not None)
     db.execute(
         f"CREATE TABLE described AS SELECT json_extract_string(line, {_path(item)}) AS item_id,"
-        f" {select}, json_merge_patch(line, json_object({without}))::VARCHAR AS attributes"
-        " FROM _lines ORDER BY place"
+        f" {select}, json_merge_patch(line, json_object({removed}))::VARCHAR AS attributes"
+        " FROM _lines ORDER BY number"
     )
     db.execute("DROP TABLE _lines")
-    return Described(words=words)
+    return ItemsFile(has_text=has_text)
 
 
-def _select(names: Sequence[str], value: Callable[[str], str]) -> tuple[bool, str]:
-    """SQL of text, image and video from those columns that are there."""
-    words = [found for name in WORDS if (found := optional(names, name))]
-    text = sentence_sql(*map(value, words)) if words else "NULL::VARCHAR"
-    paths = {
-        name: f"nullif({value(found)}, '')" if (found := optional(names, name)) else "NULL::VARCHAR"
-        for name in ("image", "video")
-    }
-    return bool(words), f"{text} AS text, {paths['image']} AS image, {paths['video']} AS video"
+def _select_sql(names: Sequence[str], value: Callable[[str], str]) -> tuple[bool, str]:
+    """Return whether a column of text exists, and SQL of text, image and video.
+
+    Args:
+        names: The columns of the file.
+        value: Return SQL of the value of a column.
+    """
+    parts = [
+        value(column)
+        for name in TEXT_COLUMNS
+        if (column := find_optional_column(names, name)) is not None
+    ]
+    selected = [f"{sentence_sql(*parts)} AS text" if parts else "NULL::VARCHAR AS text"]
+    for name in ("image", "video"):
+        column = find_optional_column(names, name)
+        reference = "NULL::VARCHAR" if column is None else f"nullif({value(column)}, '')"
+        selected.append(f"{reference} AS {name}")
+    return bool(parts), ", ".join(selected)
 
 
 def _path(name: str, tail: str = "") -> str:
-    """The JSON path of one key, as an SQL string."""
+    """Return the JSON path of a key as an SQL string."""
     escaped = name.replace('"', '\\"')
     return quoted(f'$."{escaped}"{tail}')
 
 
-def _json_words_sql(name: str) -> str:
-    """SQL of a JSON value as words: a string, or a list (of lists) of strings without repetition.
+def _json_text_sql(name: str) -> str:
+    """Return SQL of a JSON value as text: a string, or the distinct strings of a (nested) list.
 
-    Amazon gives each item a list of paths through its categories, which share their beginning.
+    Amazon gives each item a list of paths through its categories; the paths share their first
+    categories.
     """
     flat = f"json_extract_string(line, {_path(name, '[*]')})"
     nested = f"json_extract_string(line, {_path(name, '[*][*]')})"
-    words = (
+    values = (
         f"CASE WHEN json_type(line, {_path(name, '[0]')}) = 'ARRAY' THEN {nested} ELSE {flat} END"
     )
-    distinct = f"list_filter({words}, lambda word, place: list_position({words}, word) = place)"
+    distinct = f"list_filter({values}, lambda value, place: list_position({values}, value) = place)"
     return (
         f"CASE WHEN json_type(line, {_path(name)}) = 'ARRAY'"
         f" THEN array_to_string({distinct}, ', ')"

@@ -1,4 +1,4 @@
-"""Pictures and clips of items: one listing of a folder or container, joined to the items in SQL."""
+"""Images and videos in folders and containers: listed once, joined to the items in SQL."""
 
 import os
 from collections.abc import Iterator
@@ -8,35 +8,39 @@ import duckdb
 import pyarrow as pa
 
 from features.errors import UserError
-from pipeline.datasets.importers.base import Files, many, some
-from pipeline.datasets.importers.raw_sql import one
+from pipeline.datasets.importers.base import Files, plural, quote_all
+from pipeline.datasets.importers.raw_sql import fetch_row
 from pipeline.media.lmdb import LmdbImages
 from pipeline.media.references import OUTSIDE, container_kind, relative_path, relative_reference
 from pipeline.media.tar import tar_members
 
-IMAGES = frozenset(
+_IMAGE_SUFFIXES = frozenset(
     (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".ppm")
 )
-VIDEOS = frozenset(
+_VIDEO_SUFFIXES = frozenset(
     (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".flv", ".3gp")
 )
-_KINDS = {"image": ("images", "pictures"), "video": ("videos", "clips")}  # role, and a word
+_ROLES = {"image": "images", "video": "videos"}
+"""Column of ``described`` to the role of its files."""
 
 
-def create_items(db: duckdb.DuckDBPyConnection, root: Path, files: Files) -> tuple[str, ...]:
-    """Make ``raw_items`` of ``described`` and of the pictures and clips in folders and containers.
+def create_raw_items(db: duckdb.DuckDBPyConnection, root: Path, files: Files) -> tuple[str, ...]:
+    """Create ``raw_items`` from ``described`` and the images and videos in folders and containers.
+
+    A reference in the file of items wins over a file that is named by the item id.
 
     Args:
-        db: Where ``described`` (item_id, text, image, video, attributes) is.
+        db: A connection with the table ``described`` (item_id, text, image, video, attributes).
         root: The raw root, to which references are relative.
-        files: The roles ``images`` and ``videos`` are listed; ``items`` is named in messages.
+        files: The paths of each role. ``images`` and ``videos`` are listed, ``items`` is for
+            messages.
 
     Returns:
-        One line for each thing that the person who prepares should know.
+        Messages for the user, one line each.
 
     Raises:
-        UserError: A reference of the items' file leads outside the raw root, or a role names
-            something that holds no pictures or clips.
+        UserError: A reference in the file of items leads outside the raw root, or a path of a role
+            holds no images or videos.
     """
     db.create_function(
         "settle",
@@ -45,135 +49,141 @@ def create_items(db: duckdb.DuckDBPyConnection, root: Path, files: Files) -> tup
         "VARCHAR",
     )
     notes = []
-    for column, (role, word) in _KINDS.items():
+    for column, role in _ROLES.items():
         _check_inside(db, root, files, column)
-        _list(db, root, role, files.get(role, ()))
-        count, such = one(
+        _create_listing(db, root, role, files.get(role, ()))
+        count, examples = fetch_row(
             db,
             f"SELECT count(*), list(item_id ORDER BY item_id)[:3] FROM {role}"
             " SEMI JOIN described USING (item_id) WHERE n > 1",
         )
         if count:
             notes.append(
-                f"{many(count, 'item')} with several {word} (such as {some(such)});"
-                " of each, the first by name is taken"
+                f"{plural(count, 'item')} with several {role} (such as {quote_all(examples)});"
+                " the first by name is used"
             )
-    # A reference that the items' file gives wins over a file that bears the item's id.
     db.execute(
         "CREATE TABLE raw_items AS SELECT i.item_id, i.text,"
-        f" coalesce({_settled('i.image')}, p.path) AS image,"
-        f" coalesce({_settled('i.video')}, v.path) AS video, i.attributes"
+        f" coalesce({_settled_sql('i.image')}, p.path) AS image,"
+        f" coalesce({_settled_sql('i.video')}, v.path) AS video, i.attributes"
         " FROM described i LEFT JOIN images p USING (item_id) LEFT JOIN videos v USING (item_id)"
     )
-    for column, (role, word) in _KINDS.items():
-        count, such = one(
+    for column, role in _ROLES.items():
+        count, examples = fetch_row(
             db,
             f"SELECT count(*), list(item_id ORDER BY item_id)[:3] FROM raw_items r"
             f" JOIN {role} f USING (item_id) WHERE r.{column} <> f.path",
         )
         if count:
             notes.append(
-                f"{many(count, 'item')} with {word} both named by the table of items and found"
-                f" among the files (such as {some(such)}); the table's are taken"
+                f"{plural(count, 'item')} with {role} both in the table of items and among the"
+                f" files (such as {quote_all(examples)}); those in the table are used"
             )
     return tuple(notes)
 
 
-def _settled(value: str) -> str:
-    """SQL of a reference relative to the root, '' when it leads elsewhere."""
-    # The condition spares nearly all rows the way through Python.
-    odd = f"{value}[1] = '/' OR regexp_matches({value}, '[.]/|[.][.]|:')"
-    return f"CASE WHEN {odd} THEN settle({value}) ELSE {value} END"
+def _settled_sql(value: str) -> str:
+    """Return SQL of a reference relative to the root; '' if the reference leads outside it."""
+    # Only rows that may lead outside call the Python function.
+    suspect = f"{value}[1] = '/' OR regexp_matches({value}, '[.]/|[.][.]|:')"
+    return f"CASE WHEN {suspect} THEN settle({value}) ELSE {value} END"
 
 
 def _check_inside(db: duckdb.DuckDBPyConnection, root: Path, files: Files, column: str) -> None:
-    found = db.sql(
-        f"SELECT item_id, {column} FROM described WHERE {_settled(column)} = '' LIMIT 1"
+    outside = db.sql(
+        f"SELECT item_id, {column} FROM described WHERE {_settled_sql(column)} = '' LIMIT 1"
     ).fetchall()
-    if found:
-        ((item, reference),) = found
+    if outside:
+        ((item, reference),) = outside
         source = files["items"][0] if files.get("items") else root
-        role, _ = _KINDS[column]
         raise UserError(
             f"{source}: the {column} {reference[:120]!r} of item {item!r} leads outside {root};"
-            f" put it below that folder, or name its folder by --file {role}=PATH"
+            f" move it below that folder, or give its folder by --file {_ROLES[column]}=PATH"
         )
 
 
-def _list(db: duckdb.DuckDBPyConnection, root: Path, role: str, places: tuple[Path, ...]) -> None:
-    """Make the table ``role`` (item_id, path, n), one row for each item id.
+def _create_listing(
+    db: duckdb.DuckDBPyConnection, root: Path, role: str, paths: tuple[Path, ...]
+) -> None:
+    """Create the table ``role`` (item_id, path, n) with one row for each item id.
 
-    A file's name without its ending is the item's id, also within a tar; in an LMDB the key is.
-    Of the ``n`` files of one item, the first folder's wins, then the first in alphabetical order.
+    The item id is the name of a file without its suffix, also within a tar, or the key of an LMDB.
+    If an item has several files (``n``), the first folder wins, then the first file by name.
     """
-    ids: list[str] = []
-    paths: list[str] = []
-    for place in places:
-        base = _reference(root, place)
-        kind = container_kind(place)
-        if role == "videos" and (kind or not place.is_dir()):
-            raise UserError(f"{place} is no folder; clips are read from files only, unpack it")
-        if kind == "tar":
-            for name in sorted(_names(place)):
-                ids.append(_id(name))
-                paths.append(f"{base}#{name}")
-        elif kind == "lmdb" or place.suffix == ".lmdb":
-            with LmdbImages(place) as covers:
-                keys = list(covers.keys())
-            ids.extend(keys)
-            paths.extend(f"{base}#{key}" for key in keys)
-        elif place.is_dir():
-            for path in _files(place, IMAGES if role == "images" else VIDEOS):
-                ids.append(_id(path))
-                paths.append(os.path.join(base, os.path.relpath(path, place)))
-        else:
-            raise UserError(f"{place} is no folder, tar or LMDB; give one by --file {role}=PATH")
+    listed = [entry for path in paths for entry in _list(root, role, path)]
     listing = pa.table(
-        {"item_id": pa.array(ids, pa.string()), "path": pa.array(paths, pa.string())}
+        {
+            "item_id": pa.array([item_id for item_id, _ in listed], pa.string()),
+            "path": pa.array([reference for _, reference in listed], pa.string()),
+        }
     )
     db.register("_listing", listing)
     db.execute(
-        f"CREATE TABLE {role} AS SELECT item_id, arg_min(path, place) AS path, count(*) AS n"
-        " FROM (SELECT *, row_number() OVER () AS place FROM _listing) GROUP BY item_id"
+        f"CREATE TABLE {role} AS SELECT item_id, arg_min(path, row) AS path, count(*) AS n"
+        " FROM (SELECT *, row_number() OVER () AS row FROM _listing) GROUP BY item_id"
     )
     db.unregister("_listing")
 
 
-def _reference(root: Path, place: Path) -> str:
-    """What stands for ``place`` in references: relative where it is below the root."""
-    found = relative_path(root, os.path.abspath(place))
-    return found if found is not None else f"{OUTSIDE}{place.resolve()}"
+def _list(root: Path, role: str, path: Path) -> Iterator[tuple[str, str]]:
+    """Yield (item id, reference) of each file in a folder or container.
+
+    Raises:
+        UserError: ``path`` is neither a folder nor a container that the role can have.
+    """
+    base = _reference(root, path)
+    kind = container_kind(path)
+    if role == "videos" and (kind or not path.is_dir()):
+        raise UserError(f"{path} is no folder; videos are read from files only, unpack it")
+    if kind == "tar":
+        for name in sorted(_image_names(path)):
+            yield _item_id(name), f"{base}#{name}"
+    elif kind == "lmdb" or path.suffix == ".lmdb":
+        with LmdbImages(path) as images:
+            yield from ((key, f"{base}#{key}") for key in list(images.keys()))
+    elif path.is_dir():
+        suffixes = _IMAGE_SUFFIXES if role == "images" else _VIDEO_SUFFIXES
+        for file in _files(path, suffixes):
+            yield _item_id(file), os.path.join(base, os.path.relpath(file, path))
+    else:
+        raise UserError(f"{path} is no folder, tar or LMDB; give one by --file {role}=PATH")
 
 
-def _id(path: str) -> str:
+def _reference(root: Path, path: Path) -> str:
+    """Return the reference of ``path``: relative if the path is below the root."""
+    relative = relative_path(root, os.path.abspath(path))
+    return relative if relative is not None else f"{OUTSIDE}{path.resolve()}"
+
+
+def _item_id(path: str) -> str:
     return os.path.splitext(os.path.basename(path))[0]
 
 
-def _names(path: Path) -> Iterator[str]:
-    """The pictures of a tar; hidden ones and those in hidden folders do not count."""
+def _image_names(path: Path) -> Iterator[str]:
+    """Yield the images in a tar, without hidden ones and those in hidden folders."""
     for member in tar_members(path):
         parts = member.name.split("/")
         suffix = os.path.splitext(parts[-1])[1].lower()
         hidden = any(part.startswith(".") for part in parts)
-        if suffix in IMAGES and not hidden and _is_utf8(member.name):
+        if suffix in _IMAGE_SUFFIXES and not hidden and _is_utf8(member.name):
             yield member.name
 
 
 def _files(folder: Path, suffixes: frozenset[str]) -> Iterator[str]:
-    """The files below a folder, through links to folders, each folder once."""
-    seen: set[tuple[int, int]] = set()
-    for here, below, names in os.walk(folder, followlinks=True):
-        status = os.stat(here)
-        if (status.st_dev, status.st_ino) in seen:
-            below.clear()
+    """Yield the files below a folder; links to folders are followed, each folder once."""
+    visited: set[tuple[int, int]] = set()
+    for parent, children, names in os.walk(folder, followlinks=True):
+        status = os.stat(parent)
+        if (status.st_dev, status.st_ino) in visited:
+            children.clear()
             continue
-        seen.add((status.st_dev, status.st_ino))
-        below[:] = sorted(name for name in below if not name.startswith("."))
+        visited.add((status.st_dev, status.st_ino))
+        children[:] = sorted(name for name in children if not name.startswith("."))
         for name in sorted(names):
             suffix = os.path.splitext(name)[1].lower()
-            # A name that is not UTF-8 can be no item's id.
+            # Item ids are UTF-8, so a name that is not cannot match one.
             if suffix in suffixes and not name.startswith(".") and _is_utf8(name):
-                yield os.path.join(here, name)
+                yield os.path.join(parent, name)
 
 
 def _is_utf8(name: str) -> bool:

@@ -1,8 +1,8 @@
-"""MovieLens as GroupLens releases it: ml-100k, ml-1m, ml-latest-small.
+"""Importer of MovieLens as GroupLens releases it: ml-100k, ml-1m, ml-latest-small.
 
-The file's ending tells the layout: ``u.data`` / ``u.item``, ``ratings.dat`` / ``movies.dat``,
-``ratings.csv`` / ``movies.csv``; interactions in a ``.txt`` are one line a user, oldest first.
-Every rating is a positive interaction, whatever its value.
+The suffix of a file determines how the file is read: ``u.data`` and ``u.item``, ``ratings.dat``
+and ``movies.dat``, ``ratings.csv`` and ``movies.csv``. Interactions in a ``.txt`` file are one
+line for each user, oldest first. Every rating is a positive interaction.
 """
 
 from pathlib import Path
@@ -11,20 +11,21 @@ import duckdb
 
 from features.dataset import quoted
 from features.errors import UserError
-from pipeline.datasets.importers.base import Files, Raw
-from pipeline.datasets.importers.media_files import create_items
+from pipeline.datasets.importers.base import Files, Importer, ImportResult
+from pipeline.datasets.importers.media_files import create_raw_items
 from pipeline.datasets.importers.raw_sql import (
-    column,
-    create,
     create_interactions,
+    create_table,
     delimited_sql,
-    ident,
+    find_column,
+    quote_identifier,
     table_sql,
 )
 from pipeline.datasets.importers.sequences import create_from_sequences
-from pipeline.datasets.importers.text_sql import install, sentence_sql
+from pipeline.datasets.importers.text_sql import sentence_sql
 
-# The flags of u.item, in the order of u.genre.
+_DELIMITER = {".data": "\t", ".dat": "::"}
+# Columns of flags in u.item, in the order of u.genre.
 GENRES = (
     "unknown", "Action", "Adventure", "Animation", "Children's", "Comedy", "Crime", "Documentary",
     "Drama", "Fantasy", "Film-Noir", "Horror", "Musical", "Mystery", "Romance", "Sci-Fi",
@@ -36,19 +37,18 @@ PLOTS = (
 )  # fmt: skip
 
 
-def read(db: duckdb.DuckDBPyConnection, root: Path, files: Files) -> Raw:
-    """Read ratings, movies, pictures named by movie id and, where there are any, plots.
+def read(db: duckdb.DuckDBPyConnection, root: Path, files: Files) -> ImportResult:
+    """Read ratings, movies, images named by movie id and, optionally, plots.
 
     The text of a movie is its title, its genres and its plot.
 
     Raises:
-        UserError: A file is damaged or of another layout.
+        UserError: A file is damaged or has another layout.
     """
-    install(db)
-    timestamps = _interactions(db, files["interactions"][0])
-    _movies(db, files["items"][0])
+    timestamps = _create_interactions(db, files["interactions"][0])
+    _create_movies(db, files["items"][0])
     plots = files.get("plots", ())
-    _plots(db, plots[0] if plots else None)
+    _create_plots(db, plots[0] if plots else None)
     genres = "array_to_string(m.genres, ', ')"
     db.execute(
         "CREATE TABLE described AS SELECT m.item_id,"
@@ -59,10 +59,11 @@ def read(db: duckdb.DuckDBPyConnection, root: Path, files: Files) -> Raw:
         " 'actors', e.actors))::VARCHAR AS attributes"
         " FROM movies m LEFT JOIN plots e ON e.id = m.item_id"
     )
-    return Raw(timestamps=timestamps, notes=create_items(db, root, files))
+    return ImportResult(timestamps=timestamps, notes=create_raw_items(db, root, files))
 
 
-def _interactions(db: duckdb.DuckDBPyConnection, path: Path) -> bool:
+def _create_interactions(db: duckdb.DuckDBPyConnection, path: Path) -> bool:
+    """Create ``raw_interactions`` and return True if the file has times."""
     suffix = path.suffix.lower()
     if suffix == ".txt":
         create_from_sequences(db, path)
@@ -70,7 +71,8 @@ def _interactions(db: duckdb.DuckDBPyConnection, path: Path) -> bool:
     if suffix == ".csv":
         source, names = table_sql(db, path)
         user, item, time = (
-            ident(column(path, names, name)) for name in ("userId", "movieId", "timestamp")
+            quote_identifier(find_column(path, names, name))
+            for name in ("userId", "movieId", "timestamp")
         )
     elif suffix in _DELIMITER:
         source = delimited_sql(
@@ -78,23 +80,23 @@ def _interactions(db: duckdb.DuckDBPyConnection, path: Path) -> bool:
         )
         user, item, time = "user", "item", "time"
     else:
-        raise UserError(f"{path} ends in none of .data, .dat, .csv, .txt; rename it to what it is")
-    create_interactions(db, path, source, user, item, time)
+        raise UserError(
+            f"{path} ends in none of .data, .dat, .csv, .txt; rename it to match its format"
+        )
+    create_interactions(db, path, source, user=user, item=item, time=time)
     return True
 
 
-_DELIMITER = {".data": "\t", ".dat": "::"}
-
-
-def _movies(db: duckdb.DuckDBPyConnection, path: Path) -> None:
-    """Make ``movies`` (item_id, title, genres: a list)."""
+def _create_movies(db: duckdb.DuckDBPyConnection, path: Path) -> None:
+    """Create ``movies`` (item_id, title, genres: a list)."""
     suffix = path.suffix.lower()
     if suffix == ".csv":
         source, names = table_sql(db, path)
         item, title, genres = (
-            ident(column(path, names, name)) for name in ("movieId", "title", "genres")
+            quote_identifier(find_column(path, names, name))
+            for name in ("movieId", "title", "genres")
         )
-        listed = f"string_split(nullif({genres}, '(no genres listed)'), '|')"
+        genre_list = f"string_split(nullif({genres}, '(no genres listed)'), '|')"
     elif suffix == ".item":
         flags = [f"g{index}" for index in range(len(GENRES))]
         names = ["item", "title", "released", "video_released", "url", *flags]
@@ -104,20 +106,20 @@ def _movies(db: duckdb.DuckDBPyConnection, path: Path) -> None:
             for flag, genre in zip(flags[1:], GENRES[1:], strict=True)
         )
         item, title = "item", "title"
-        listed = f"list_filter([{cases}], lambda genre: genre IS NOT NULL)"
+        genre_list = f"list_filter([{cases}], lambda genre: genre IS NOT NULL)"
     elif suffix == ".dat":
         source = delimited_sql(
             path, ["item", "title", "genres"], delimiter="::", encoding="latin-1"
         )
-        item, title, listed = "item", "title", "string_split(genres, '|')"
+        item, title, genre_list = "item", "title", "string_split(genres, '|')"
     else:
-        raise UserError(f"{path} ends in none of .item, .dat, .csv; rename it to what it is")
-    select = f"SELECT {item} AS item_id, {title} AS title, {listed} AS genres FROM {source}"
-    create(db, "movies", select, path)
+        raise UserError(f"{path} ends in none of .item, .dat, .csv; rename it to match its format")
+    select = f"SELECT {item} AS item_id, {title} AS title, {genre_list} AS genres FROM {source}"
+    create_table(db, "movies", select, path)
 
 
-def _plots(db: duckdb.DuckDBPyConnection, path: Path | None) -> None:
-    """Make ``plots``, one row for each movie that has one, empty when there is no file."""
+def _create_plots(db: duckdb.DuckDBPyConnection, path: Path | None) -> None:
+    """Create ``plots`` with a row for each movie that has one; without a file it is empty."""
     if path is None:
         columns = ", ".join(f"NULL::VARCHAR AS {name}" for name in PLOTS)
         db.execute(f"CREATE TABLE plots AS SELECT {columns} WHERE false")
@@ -126,4 +128,17 @@ def _plots(db: duckdb.DuckDBPyConnection, path: Path | None) -> None:
     known = ", ".join(
         f"any_value(nullif({name}, 'N/A')) AS {name}" for name in PLOTS if name != "id"
     )
-    create(db, "plots", f"SELECT id, {known} FROM {source} GROUP BY id", path)
+    create_table(db, "plots", f"SELECT id, {known} FROM {source} GROUP BY id", path)
+
+
+IMPORTER = Importer(
+    summary="ratings and movies as GroupLens releases them",
+    files={
+        "interactions": ("u.data", "ratings.dat", "ratings.csv", "*sequences*.txt"),
+        "items": ("u.item", "movies.dat", "movies.csv"),
+        "images": ("posters*", "images"),
+        "videos": ("trailers", "videos"),
+        "plots": ("movies_extrainfos.dat",),
+    },
+    read=read,
+)

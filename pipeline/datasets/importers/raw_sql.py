@@ -1,4 +1,4 @@
-"""Raw text and Parquet files as SQL; what is wrong with one is said with its file and line."""
+"""SQL over raw text and Parquet files, with errors that name the file and the line."""
 
 import csv
 import re
@@ -14,17 +14,17 @@ from features.errors import UserError
 MAX_LINE = 64 * 1024 * 1024  # bytes; one user of a sequences file is one line
 _DELIMITERS = {".csv": ",", ".tsv": "\t", ".tab": "\t"}
 TABLES = (*_DELIMITERS, ".parquet")
-_ECHO = re.compile(r".*CSV Error on Line|Original Line:")  # the line itself may be without end
+_ECHO = re.compile(r".*CSV Error on Line|Original Line:")  # these repeat a line of any length
 
 
-def one(db: duckdb.DuckDBPyConnection, sql: str) -> tuple[Any, ...]:
-    """The only row of a query."""
+def fetch_row(db: duckdb.DuckDBPyConnection, sql: str) -> tuple[Any, ...]:
+    """Return the only row of a query."""
     (row,) = db.sql(sql).fetchall()
     return tuple(row)
 
 
-def ident(name: str) -> str:
-    """Quote a column's name for SQL."""
+def quote_identifier(name: str) -> str:
+    """Quote the name of a column for SQL."""
     return '"' + name.replace('"', '""') + '"'
 
 
@@ -38,7 +38,17 @@ def delimited_sql(
     encoding: str = "utf-8",
     limits: str = "",
 ) -> str:
-    """SQL that reads a delimited file, every column as VARCHAR; nothing is guessed."""
+    """Return SQL that reads a delimited file with every column as VARCHAR.
+
+    Args:
+        path: The file.
+        columns: Names of all its columns.
+        delimiter: Text between two columns.
+        header: Whether the first line holds names and is skipped.
+        quote: Quote character, or empty if quotes are ordinary characters.
+        encoding: Encoding of the file.
+        limits: Further arguments of ``read_csv``.
+    """
     names = ", ".join(f"{quoted(name)}: 'VARCHAR'" for name in columns)
     return (
         f"read_csv({quoted(str(path))}, auto_detect = false, columns = {{{names}}},"
@@ -49,18 +59,18 @@ def delimited_sql(
 
 
 def lines_sql(path: Path) -> str:
-    """SQL that reads a text file line by line into one column, ``line``; NULL for an empty one."""
-    # The delimiter is one that no text holds; not strict, for lines that end in different ways.
-    # The buffer would be sixteen of the longest lines, for each thread.
+    """Return SQL that reads a text file into one column ``line``; an empty line is NULL."""
+    # No text contains this delimiter. strict_mode = false accepts mixed line endings. The default
+    # buffer would hold sixteen of the longest lines for each thread.
     limits = f", strict_mode = false, max_line_size = {MAX_LINE}, buffer_size = {2 * MAX_LINE}"
     return delimited_sql(path, ["line"], delimiter="\x1f\x1e", limits=limits)
 
 
 def table_sql(db: duckdb.DuckDBPyConnection, path: Path) -> tuple[str, list[str]]:
-    """SQL that reads a CSV, TSV or Parquet file with named columns, and the names.
+    """Return SQL that reads a CSV, TSV or Parquet file with named columns, and the names.
 
     Raises:
-        UserError: Another kind of file, or one without usable names.
+        UserError: The file is of another kind, or its header cannot be used.
     """
     suffix = path.suffix.lower()
     if suffix == ".parquet":
@@ -68,34 +78,34 @@ def table_sql(db: duckdb.DuckDBPyConnection, path: Path) -> tuple[str, list[str]
         try:
             return sql, list(db.sql(f"SELECT * FROM {sql} LIMIT 0").columns)
         except duckdb.Error as error:
-            raise explained(error, path) from None
+            raise file_error(error, path) from None
     if suffix not in _DELIMITERS:
         raise UserError(f"{path} is none of {', '.join(TABLES)}; convert it to one of them")
     delimiter = _DELIMITERS[suffix]
-    names = header(path, delimiter)
-    # Titles in TSV files hold single quote marks more often than quoted tabs.
+    names = read_header(path, delimiter)
+    # In TSV files a stray quote in a title is more common than a quoted tab.
     quote = '"' if delimiter == "," else ""
     return delimited_sql(path, names, delimiter=delimiter, header=True, quote=quote), names
 
 
-def header(path: Path, delimiter: str) -> list[str]:
-    """The first line of a delimited file, split.
+def read_header(path: Path, delimiter: str) -> list[str]:
+    """Return the names in the first line of a delimited file.
 
     Raises:
-        UserError: There is none, or two columns bear one name.
+        UserError: The line is empty, or two columns have the same name.
     """
-    names = [name.strip() for name in first_row(path, delimiter, '"')]
+    names = [name.strip() for name in read_first_row(path, delimiter, '"')]
     lowered = [name.lower() for name in names]
     if not any(names) or len(set(lowered)) < len(names):
         raise UserError(
-            f"{path}, line 1: {', '.join(map(repr, names)) or 'nothing'} cannot be the names of"
-            " the columns; give every column a name of its own"
+            f"{path}, line 1: {', '.join(map(repr, names)) or 'an empty line'} cannot name the"
+            " columns; give every column a name of its own"
         )
     return names
 
 
-def first_row(path: Path, delimiter: str, quote: str) -> list[str]:
-    """The first line of a delimited file, split; empty when there is none.
+def read_first_row(path: Path, delimiter: str, quote: str) -> list[str]:
+    """Return the first line of a delimited file as a list; an empty file gives an empty list.
 
     Raises:
         UserError: The line is not UTF-8.
@@ -109,81 +119,87 @@ def first_row(path: Path, delimiter: str, quote: str) -> list[str]:
         raise UserError(f"{path}, line 1: not UTF-8; save the file as UTF-8") from None
 
 
-def column(path: Path, columns: Sequence[str], *names: str) -> str:
-    """The first of ``names`` among the columns of a file, however it is capitalised.
+def find_column(path: Path, columns: Sequence[str], *names: str) -> str:
+    """Return the first of ``names`` among the columns of a file; case does not matter.
 
     Raises:
-        UserError: None of them is there.
+        UserError: The file has none of them.
     """
-    found = optional(columns, *names)
-    if found is None:
+    name = find_optional_column(columns, *names)
+    if name is None:
         raise UserError(
             f"{path} has no column {' or '.join(map(repr, names))};"
-            f" its columns are {', '.join(columns)}; rename one"
+            f" its columns are {', '.join(columns)}; rename one of them"
         )
-    return found
+    return name
 
 
-def optional(columns: Sequence[str], *names: str) -> str | None:
-    """The first of ``names`` among ``columns``, or nothing."""
+def find_optional_column(columns: Sequence[str], *names: str) -> str | None:
+    """Return the first of ``names`` among ``columns``, or None; case does not matter."""
     by_lower = {name.lower(): name for name in columns}
     return next((by_lower[name.lower()] for name in names if name.lower() in by_lower), None)
 
 
-def create(db: duckdb.DuckDBPyConnection, table: str, select: str, path: Path) -> None:
-    """Make a table from SQL that reads ``path``.
+def create_table(db: duckdb.DuckDBPyConnection, table: str, select: str, path: Path) -> None:
+    """Create a table from SQL that reads ``path``.
 
     Raises:
-        UserError: The file is not what it should be.
+        UserError: The file cannot be read as the SQL expects it.
     """
     try:
         db.execute(f"CREATE TABLE {table} AS {select}")
     except duckdb.Error as error:
-        if lacks_room(error):
-            raise  # nothing is wrong with the file
-        raise explained(error, path) from None
+        if is_out_of_space(error):
+            raise  # the file is not at fault
+        raise file_error(error, path) from None
 
 
-def lacks_room(error: Exception) -> bool:
-    """Whether DuckDB has come to the end of its memory or of the disk; Arrow hands it on."""
+def is_out_of_space(error: Exception) -> bool:
+    """Return True if DuckDB has no memory or disk space left; Arrow wraps the same messages."""
     text = str(error)
     return isinstance(error, duckdb.OutOfMemoryException) or any(
-        words in text for words in ("Out of Memory Error", "No space left on device")
+        phrase in text for phrase in ("Out of Memory Error", "No space left on device")
     )
 
 
 def create_interactions(
-    db: duckdb.DuckDBPyConnection, path: Path, source: str, user: str, item: str, time: str | None
+    db: duckdb.DuckDBPyConnection,
+    path: Path,
+    source: str,
+    *,
+    user: str,
+    item: str,
+    time: str | None,
 ) -> None:
-    """Make ``raw_interactions`` from one row per interaction.
+    """Create ``raw_interactions`` from one row for each interaction.
 
     Args:
-        db: Where the table goes.
+        db: The connection that gets the table.
         path: The file, for messages.
-        source: SQL that reads it.
-        user: SQL of the user's id.
-        item: SQL of the item's id.
-        time: SQL of the time, NULL or a whole number of any unit; none: no column of times.
+        source: SQL that reads the file.
+        user: SQL of the user id.
+        item: SQL of the item id.
+        time: SQL of the time as a whole number of any unit; None if the file has no times.
 
     Raises:
         UserError: The file is damaged, or a time is not a whole number.
     """
-    create(
+    create_table(
         db,
         "raw_interactions",
         f"SELECT {user}::VARCHAR AS user_id, {item}::VARCHAR AS item_id,"
-        f" {whole_number_sql(time) if time else 'NULL::BIGINT'} AS timestamp,"
+        f" {integer_sql(time) if time else 'NULL::BIGINT'} AS timestamp,"
         f" row_number() OVER () - 1 AS ordinal FROM {source}",
         path,
     )
     if time is None:
         return
-    (place,) = one(db, "SELECT min(ordinal) FROM raw_interactions WHERE timestamp IS NULL")
-    if place is not None:
-        (bad,) = one(db, f"SELECT {time}::VARCHAR FROM {source} LIMIT 1 OFFSET {place}")
-        value = repr(bad) if bad is not None else "empty"
+    (row,) = fetch_row(db, "SELECT min(ordinal) FROM raw_interactions WHERE timestamp IS NULL")
+    if row is not None:
+        (text,) = fetch_row(db, f"SELECT {time}::VARCHAR FROM {source} LIMIT 1 OFFSET {row}")
+        value = repr(text) if text is not None else "empty"
         raise UserError(
-            f"{path}, row {place + 1}: the timestamp is {value}, not a whole number;"
+            f"{path}, row {row + 1}: the timestamp is {value}, not a whole number;"
             " write times as integers (such as Unix seconds), or leave the column out"
         )
 
@@ -198,19 +214,21 @@ _UNITS = {
 }
 
 
-def whole_time(db: duckdb.DuckDBPyConnection, source: str, name: str) -> tuple[str, str | None]:
-    """SQL of a column of times as whole numbers, and their unit where the column has a type."""
-    ((_, kind, *_),) = db.sql(f"DESCRIBE SELECT {ident(name)} FROM {source}").fetchall()
+def integer_time_sql(
+    db: duckdb.DuckDBPyConnection, source: str, name: str
+) -> tuple[str, str | None]:
+    """Return SQL of a column of times as whole numbers, and the unit if the column is typed."""
+    ((_, kind, *_),) = db.sql(f"DESCRIBE SELECT {quote_identifier(name)} FROM {source}").fetchall()
     if kind not in _UNITS:
-        return ident(name), None
+        return quote_identifier(name), None
     unit, sql = _UNITS[kind]
-    # Infinity is a time to DuckDB, and no number of units.
-    whole = sql.format(ident(name))
-    return f"CASE WHEN isfinite({ident(name)}) THEN {whole} END", unit
+    # DuckDB has infinite times; they have no number of units.
+    column = quote_identifier(name)
+    return f"CASE WHEN isfinite({column}) THEN {sql.format(column)} END", unit
 
 
-def whole_number_sql(value: str) -> str:
-    """SQL that gives a BIGINT for a whole number, NULL for anything else (a cast would round)."""
+def integer_sql(value: str) -> str:
+    """Return SQL that is a BIGINT for a whole number and NULL otherwise; a cast would round."""
     number = f"TRY_CAST({value} AS DOUBLE)"
     return (
         f"CASE WHEN isfinite({number}) AND {number} = trunc({number})"
@@ -218,8 +236,8 @@ def whole_number_sql(value: str) -> str:
     )
 
 
-def explained(error: duckdb.Error, path: Path) -> UserError:
-    """Turn what DuckDB says about a file into one line."""
+def file_error(error: duckdb.Error, path: Path) -> UserError:
+    """Return the error of DuckDB about a file as one line with a remedy."""
     text = str(error)
     line = re.search(r"CSV Error on Line: (\d+)", text)
     longer = re.search(r"Maximum line size of (\d+) bytes exceeded", text)
@@ -235,12 +253,12 @@ def explained(error: duckdb.Error, path: Path) -> UserError:
     elif "unicode" in text.lower() or "not utf-8" in text.lower():
         reason, remedy = "not UTF-8", "save the file as UTF-8"
     elif "state machine" in text:
-        reason, remedy = "lines that end in different ways, or a stray quote", "write it again"
+        reason, remedy = "mixed line endings or a stray quote", "correct the file"
     elif "quote" in text.splitlines()[0].lower() or "unterminated quote" in text.lower():
         reason, remedy = "a quote is not closed", "correct the line"
     else:
-        said = [part for part in text.splitlines() if part and not _ECHO.match(part)]
-        reason = said[0].partition(" Error: ")[2] or said[0] if said else type(error).__name__
+        lines = [part for part in text.splitlines() if part and not _ECHO.match(part)]
+        reason = lines[0].partition(" Error: ")[2] or lines[0] if lines else type(error).__name__
         remedy = "correct the file"
     place = f"{path}, line {line[1]}" if line else f"{path}"
     return UserError(f"{place}: {reason}; {remedy}")

@@ -1,7 +1,8 @@
-"""One line for each user, items oldest first: ``user item item ...`` (SASRec, S3-Rec, MicroLens).
+"""Importer of one line for each user: ``user item item ...``, oldest first.
 
-Space or tab separates. Items, where they are described, stand in a JSONL, CSV, TSV or Parquet file;
-pictures and clips in folders, named by item id.
+SASRec, S3-Rec and MicroLens are released in this layout. Spaces or tabs separate the ids. A
+JSONL, CSV, TSV or Parquet file may describe the items. Images and videos are files named by item
+id.
 """
 
 from pathlib import Path
@@ -9,64 +10,81 @@ from pathlib import Path
 import duckdb
 
 from features.errors import UserError
-from pipeline.datasets.importers.base import Files, Raw, many, some
+from pipeline.datasets.importers.base import (
+    IMAGE_PATTERNS,
+    VIDEO_PATTERNS,
+    Files,
+    Importer,
+    ImportResult,
+    plural,
+    quote_all,
+)
 from pipeline.datasets.importers.items import create_described
-from pipeline.datasets.importers.media_files import create_items
-from pipeline.datasets.importers.raw_sql import create, lines_sql, one
-from pipeline.datasets.importers.text_sql import install
+from pipeline.datasets.importers.media_files import create_raw_items
+from pipeline.datasets.importers.raw_sql import create_table, fetch_row, lines_sql
 
 
-def read(db: duckdb.DuckDBPyConnection, root: Path, files: Files) -> Raw:
-    """Read sequences; without a file of items, the items are those that the sequences name.
+def read(db: duckdb.DuckDBPyConnection, root: Path, files: Files) -> ImportResult:
+    """Read the sequences; without a file of items, the items are those of the sequences.
 
     Raises:
         UserError: A file is damaged, or a user has two lines.
     """
-    install(db)
     create_from_sequences(db, files["interactions"][0])
-    items = files.get("items", ())
-    blobs = None
-    if items:
-        blobs = create_described(db, items[0]).blobs
+    images = None
+    if files.get("items"):
+        images = create_described(db, files["items"][0]).images
     else:
         db.execute(
             "CREATE TABLE described AS SELECT DISTINCT item_id, NULL::VARCHAR AS text,"
             " NULL::VARCHAR AS image, NULL::VARCHAR AS video, NULL::VARCHAR AS attributes"
             " FROM raw_interactions"
         )
-    notes = create_items(db, root, files)
-    return Raw(timestamps=False, notes=notes, blobs=blobs)
+    return ImportResult(timestamps=False, notes=create_raw_items(db, root, files), images=images)
 
 
 def create_from_sequences(db: duckdb.DuckDBPyConnection, path: Path) -> None:
-    """Make ``raw_interactions`` from one line for each user.
+    """Create ``raw_interactions`` from one line for each user.
 
     Raises:
         UserError: The file is damaged, or a user has two lines.
     """
-    create(
+    create_table(
         db,
         "_lines",
-        "SELECT row_number() OVER () - 1 AS place, list_filter(string_split("
-        "replace(line, chr(9), ' '), ' '), lambda word: word <> '') AS words"
+        "SELECT row_number() OVER () - 1 AS row, list_filter(string_split("
+        "replace(line, chr(9), ' '), ' '), lambda id: id <> '') AS ids"
         f" FROM {lines_sql(path)}",
         path,
     )
-    repeated, such, place = one(
+    repeated, examples, row = fetch_row(
         db,
         "SELECT count(*), list(user_id ORDER BY second)[:3], min(second) FROM"
-        " (SELECT words[1] AS user_id, max(place) AS second FROM _lines"
-        " WHERE len(words) > 0 GROUP BY 1 HAVING count(*) > 1)",
+        " (SELECT ids[1] AS user_id, max(row) AS second FROM _lines"
+        " WHERE len(ids) > 0 GROUP BY 1 HAVING count(*) > 1)",
     )
     if repeated:
         raise UserError(
-            f"{path}, line {place + 1}: {many(repeated, 'user')} with more than one line"
-            f" (such as {some(such)}); join the lines of each user"
+            f"{path}, line {row + 1}: {plural(repeated, 'user')} with more than one line"
+            f" (such as {quote_all(examples)}); join the lines of each user"
         )
-    # The place of the line and the place in it, in one number that grows with both.
+    # The ordinal grows with the line, and within a line with the step.
     db.execute(
         "CREATE TABLE raw_interactions AS SELECT user_id, item_id, NULL::BIGINT AS timestamp,"
-        " place * 4294967296 + step AS ordinal FROM (SELECT words[1] AS user_id, place,"
-        " unnest(words[2:]) AS item_id, generate_subscripts(words[2:], 1) AS step FROM _lines)"
+        " row * 4294967296 + step AS ordinal FROM (SELECT ids[1] AS user_id, row,"
+        " unnest(ids[2:]) AS item_id, generate_subscripts(ids[2:], 1) AS step FROM _lines)"
     )
     db.execute("DROP TABLE _lines")
+
+
+IMPORTER = Importer(
+    summary="a line 'user item item ...' for each user, oldest first (SASRec, S3-Rec, MicroLens)",
+    files={
+        "interactions": ("sequences.txt", "sequences.tsv", "*_pairs.tsv"),
+        "items": ("items.jsonl", "items.csv", "items.tsv", "items.parquet"),
+        "images": IMAGE_PATTERNS,
+        "videos": VIDEO_PATTERNS,
+    },
+    required=("interactions",),
+    read=read,
+)

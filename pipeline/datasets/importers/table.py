@@ -1,12 +1,16 @@
-"""One's own tables: ``interactions.(csv|tsv|parquet)`` and ``items.(csv|tsv|parquet|jsonl)``.
+"""Importer of one's own tables: ``interactions`` and ``items`` as CSV, TSV or Parquet.
 
-``interactions`` has the columns ``user_id``, ``item_id`` and, optionally, ``timestamp`` (a whole
-number of any unit, or a date or time of a Parquet file); without it the order of the rows is the
-order of time. ``items`` has ``item_id`` and, optionally, words (see
-:data:`pipeline.datasets.importers.items.WORDS`), ``image`` and ``video`` (references as in
-:mod:`pipeline.media.references`; in a Parquet file, pictures may also be bytes); every other column
-is kept as an attribute. Pictures and clips may also lie in folders ``images`` and ``videos``, named
-by item id, pictures in ``images.tar`` or ``images.lmdb`` as well.
+``interactions`` has the columns ``user_id``, ``item_id`` and, optionally, ``timestamp``: a whole
+number of any unit, or a date or time of a Parquet file. Without timestamps the rows are in the
+order of time.
+
+``items`` has the column ``item_id`` and, optionally, columns of text (see
+:data:`pipeline.datasets.importers.items.TEXT_COLUMNS`), ``image`` and ``video``. These two hold
+references (:mod:`pipeline.media.references`); in a Parquet file images may also be bytes. Every
+other column becomes an attribute. ``items`` may be JSONL as well.
+
+Images and videos may also be files in the folders ``images`` and ``videos``, named by item id.
+Images may also be in ``images.tar`` or ``images.lmdb``.
 """
 
 from pathlib import Path
@@ -14,44 +18,69 @@ from pathlib import Path
 import duckdb
 
 from features.errors import UserError
-from pipeline.datasets.importers.base import Files, Raw, many
-from pipeline.datasets.importers.items import create_described
-from pipeline.datasets.importers.media_files import create_items
-from pipeline.datasets.importers.raw_sql import (
-    column,
-    create_interactions,
-    ident,
-    one,
-    optional,
-    table_sql,
-    whole_time,
+from pipeline.datasets.importers.base import (
+    IMAGE_PATTERNS,
+    VIDEO_PATTERNS,
+    Files,
+    Importer,
+    ImportResult,
+    plural,
 )
-from pipeline.datasets.importers.text_sql import install
+from pipeline.datasets.importers.items import create_described
+from pipeline.datasets.importers.media_files import create_raw_items
+from pipeline.datasets.importers.raw_sql import (
+    create_interactions,
+    fetch_row,
+    find_column,
+    find_optional_column,
+    integer_time_sql,
+    quote_identifier,
+    table_sql,
+)
 
 
-def read(db: duckdb.DuckDBPyConnection, root: Path, files: Files) -> Raw:
+def read(db: duckdb.DuckDBPyConnection, root: Path, files: Files) -> ImportResult:
     """Read the two tables.
 
     Raises:
-        UserError: A file is damaged, a column is missing, a time is not a whole number, or a
-            column of words is empty throughout.
+        UserError: A file is damaged, a column is missing, a time is not a whole number, or every
+            value in the columns of text is empty.
     """
-    install(db)
-    path = files["interactions"][0]
-    source, names = table_sql(db, path)
-    user, item = (ident(column(path, names, name)) for name in ("user_id", "item_id"))
-    time = optional(names, "timestamp")
-    whole, unit = whole_time(db, source, time) if time else (None, None)
-    create_interactions(db, path, source, user, item, whole)
-    items = files["items"][0]
-    found = create_described(db, items)
-    (described, texts) = one(db, "SELECT count(*), count(text) FROM described")
-    if found.words and described and not texts:
+    unit = _create_interactions(db, files["interactions"][0])
+    listing = files["items"][0]
+    items = create_described(db, listing)
+    n_items, n_texts = fetch_row(db, "SELECT count(*), count(text) FROM described")
+    if items.has_text and n_items and not n_texts:
         raise UserError(
-            f"{items}: the column of text is empty in all of {many(described, 'item')};"
+            f"{listing}: the column of text is empty in all of {plural(n_items, 'item')};"
             " fill the column, or leave it out for a catalogue without text"
         )
-    notes = create_items(db, root, files)
+    notes = create_raw_items(db, root, files)
     if unit:
-        notes = (f"times are kept as {unit} since 1970", *notes)
-    return Raw(timestamps=time is not None, notes=notes, blobs=found.blobs)
+        notes = (f"timestamps are stored as {unit} since 1970", *notes)
+    (timestamps,) = fetch_row(db, "SELECT count(timestamp) FROM raw_interactions")
+    return ImportResult(timestamps=timestamps > 0, notes=notes, images=items.images)
+
+
+def _create_interactions(db: duckdb.DuckDBPyConnection, path: Path) -> str | None:
+    """Create ``raw_interactions`` and return the unit of a typed column of times."""
+    source, names = table_sql(db, path)
+    user, item = (
+        quote_identifier(find_column(path, names, name)) for name in ("user_id", "item_id")
+    )
+    column = find_optional_column(names, "timestamp")
+    time, unit = integer_time_sql(db, source, column) if column else (None, None)
+    create_interactions(db, path, source, user=user, item=item, time=time)
+    return unit
+
+
+IMPORTER = Importer(
+    summary="interactions (user_id, item_id, timestamp) and items (item_id, title, ...)",
+    files={
+        "interactions": ("interactions.parquet", "interactions.csv", "interactions.tsv"),
+        "items": ("items.parquet", "items.csv", "items.tsv", "items.jsonl"),
+        "images": IMAGE_PATTERNS,
+        "videos": VIDEO_PATTERNS,
+    },
+    read=read,
+)

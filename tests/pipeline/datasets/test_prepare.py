@@ -3,6 +3,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import pipeline.datasets.prepare
+import pipeline.datasets.swap
 from features.atomic_files import lock
 from features.errors import UserError
 from features.schema import INTERACTIONS_SCHEMA, ITEMS_SCHEMA
 from features.warehouse import DatasetInfo, Warehouse
 from pipeline.datasets.canonical_sql import filter_core
-from pipeline.datasets.prepare import describe, prepare
+from pipeline.datasets.listing import list_datasets
+from pipeline.datasets.prepare import PrepareOptions, prepare
+from pipeline.datasets.registry import DATASETS
 from tests.pipeline.datasets.raws import (
     INTERACTIONS,
     ITEMS,
@@ -77,20 +81,24 @@ def test_the_core_unravels_a_chain(warehouse: Warehouse, tmp_path: Path) -> None
 def test_names_keep_several_cores_of_one_dataset(warehouse: Warehouse, tmp_path: Path) -> None:
     sequences = "1 1 2 3\n2 1 2\n3 1\n"
     raw = folder(tmp_path / "raw", {"Beauty.txt": sequences})
-    whole = prepare(warehouse, "amazon-beauty", raw=raw, k_core=1)
-    two = prepare(warehouse, "amazon-beauty", to="beauty-2", k_core=2)  # the folder is remembered
+    whole = prepare(warehouse, PrepareOptions(dataset="amazon-beauty", raw=raw, k_core=1))
+    two = prepare(
+        warehouse, PrepareOptions(dataset="amazon-beauty", name="beauty-2", k_core=2)
+    )  # the folder is remembered
     assert (whole.users, two.users, two.name, two.raw) == (3, 2, "beauty-2", str(raw))
     assert warehouse.info("amazon-beauty") == whole
     assert sequences_of(warehouse, "beauty-2") == {"1": ["1", "2"], "2": ["1", "2"]}
     own = prepared(
         warehouse, tmp_path / "own", {"interactions.csv": INTERACTIONS, "items.csv": ITEMS}
     )
-    again = prepare(warehouse, "mine", to="mine-2", k_core=1)  # and the format of one's own
+    again = prepare(
+        warehouse, PrepareOptions(dataset="mine", name="mine-2", k_core=1)
+    )  # and the format of one's own
     assert (again.format, again.users) == (own.format, own.users)
     with pytest.raises(UserError, match="--name ml-1m is a dataset of its own"):
-        prepare(warehouse, "amazon-beauty", to="ml-1m")
+        prepare(warehouse, PrepareOptions(dataset="amazon-beauty", name="ml-1m"))
     with pytest.raises(UserError, match="cannot be a folder"):
-        prepare(warehouse, "amazon-beauty", to="../x")
+        prepare(warehouse, PrepareOptions(dataset="amazon-beauty", name="../x"))
 
 
 def test_repeated_pairs_count_and_stay(warehouse: Warehouse, tmp_path: Path) -> None:
@@ -98,12 +106,12 @@ def test_repeated_pairs_count_and_stay(warehouse: Warehouse, tmp_path: Path) -> 
         "interactions.csv": "user_id,item_id,timestamp\nu,a,1\nu,a,2\nu,a,2\nv,b,1\n",
         "items.csv": ITEMS,
     }
-    said: list[str] = []
-    info = prepared(warehouse, tmp_path / "raw", files, k_core=3, notify=said.append)
+    notes: list[str] = []
+    info = prepared(warehouse, tmp_path / "raw", files, k_core=3, notify=notes.append)
     assert sequences_of(warehouse) == {"u": ["a", "a", "a"]}
     assert info.tied == pytest.approx(1 / 3)
     assert info.summary()["sparsity"] == 0  # of one pair that comes three times
-    assert any("1 interaction the same as another" in line for line in said)
+    assert any("1 interaction equal to another" in note for note in notes)
 
 
 @pytest.mark.parametrize(("k", "items"), [(0, ["a", "b", "c", "d"]), (1, ["a", "b", "c"])])
@@ -160,7 +168,7 @@ def test_the_order_of_a_large_file_is_kept(warehouse: Warehouse, tmp_path: Path)
             f"COPY (SELECT 'user-' || (i % 5) AS user_id, (i * i) % 7 AS item_id, 'pad{'x' * 20}'"
             f" AS more FROM range({count}) t(i)) TO '{raw / 'interactions.csv'}' (HEADER)"
         )
-    prepare(warehouse, "mine", raw=raw, format="table")
+    prepare(warehouse, PrepareOptions(dataset="mine", raw=raw, format="table"))
     table = pq.read_table(warehouse.dataset_dir("mine") / "interactions")
     items = table["item"].to_numpy().reshape(5, count // 5)
     for user in range(5):
@@ -204,7 +212,10 @@ def test_tables_have_the_schemas_and_equal_bytes(
     assert warehouse.info("mine") == info
     before = _bytes(home)
     monkeypatch.setattr(os, "cpu_count", lambda: 1)  # the number of threads must not show
-    assert prepare(warehouse, "mine", raw=tmp_path / "raw", format="table") == info
+    assert (
+        prepare(warehouse, PrepareOptions(dataset="mine", raw=tmp_path / "raw", format="table"))
+        == info
+    )
     assert _bytes(home) == before
     leftovers = [path.name for path in home.iterdir() if path.name.endswith(".tmp")]
     assert leftovers == []
@@ -231,12 +242,14 @@ def test_another_core_replaces_the_tables_and_keeps_the_features(
     prepared(warehouse, tmp_path / "raw", {"interactions.csv": SQUARE, "items.csv": ITEMS})
     kept = warehouse.dataset_dir("mine") / "features" / "kept"
     kept.mkdir(parents=True)
-    prepare(warehouse, "mine", raw=tmp_path / "raw", format="table", k_core=2)
+    prepare(
+        warehouse, PrepareOptions(dataset="mine", raw=tmp_path / "raw", format="table", k_core=2)
+    )
     assert sequences_of(warehouse) == {"u": ["a", "b"], "v": ["a", "b"]}
     assert kept.is_dir()
 
 
-@pytest.mark.parametrize("place", ["IMPORTERS", "filter_core", "write_tables"])
+@pytest.mark.parametrize("place", ["check_raw_tables", "filter_core", "write_tables"])
 def test_a_failure_leaves_the_earlier_tables(
     warehouse: Warehouse, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
@@ -247,10 +260,12 @@ def test_a_failure_leaves_the_earlier_tables(
     def fail(*_: Any) -> None:
         raise RuntimeError("the disk is full")
 
-    broken: Any = {"table": fail} if place == "IMPORTERS" else fail
-    monkeypatch.setattr(pipeline.datasets.prepare, place, broken)
+    monkeypatch.setattr(pipeline.datasets.prepare, place, fail)
     with pytest.raises(RuntimeError):
-        prepare(warehouse, "mine", raw=tmp_path / "raw", format="table", k_core=1)
+        prepare(
+            warehouse,
+            PrepareOptions(dataset="mine", raw=tmp_path / "raw", format="table", k_core=1),
+        )
     assert _bytes(warehouse.dataset_dir("mine")) == before
 
 
@@ -270,7 +285,7 @@ def test_an_end_of_memory_or_disk_is_one_line_and_leaves_no_trace(
         "items.csv": "item_id,title\n" + items,
     }
     monkeypatch.setattr(pipeline.datasets.prepare, "MEMORY", "4MB")
-    with pytest.raises(UserError, match=r"^no room for preparing in 4MB .*/new/mine .*what was"):
+    with pytest.raises(UserError, match=r"4MB of memory.*/new/mine .*--warehouse"):
         prepared(warehouse, tmp_path / "raw", large)
     if earlier:
         assert _bytes(warehouse.dataset_dir("mine")) == before
@@ -288,7 +303,7 @@ def test_the_last_renames_are_synced_in_their_order(
         assert folder == home
         seen.append(sorted(path.name for path in folder.iterdir() if path.name[0] != "."))
 
-    monkeypatch.setattr(pipeline.datasets.prepare, "sync_folder", sync)
+    monkeypatch.setattr(pipeline.datasets.swap, "sync_folder", sync)
     prepared(warehouse, tmp_path / "raw", {"interactions.csv": INTERACTIONS, "items.csv": ITEMS})
     tables = ["interactions", "items"]
     assert seen == [[], tables, ["dataset.json", *tables]]
@@ -302,7 +317,7 @@ def test_a_failure_leaves_nothing_where_nothing_was(tmp_path: Path) -> None:
     assert not warehouse.root.exists()
     prepared(warehouse, tmp_path / "raw", files, unlisted="drop")
     with pytest.raises(UserError):
-        prepare(warehouse, "other", raw=tmp_path / "raw", format="table")
+        prepare(warehouse, PrepareOptions(dataset="other", raw=tmp_path / "raw", format="table"))
     assert not warehouse.dataset_dir("other").exists()
     assert warehouse.datasets() == ["mine"]
 
@@ -325,7 +340,7 @@ def test_a_kill_among_the_last_steps_leaves_the_old_tables_or_the_new(
     old_raw = {"interactions.csv": INTERACTIONS, "items.csv": ITEMS}
     new_raw = {**old_raw, "interactions.csv": INTERACTIONS + "w,a,9\n"}
     steps = [(os, "replace"), (shutil, "rmtree"), (Path, "unlink"), (Path, "rmdir")]
-    swap = pipeline.datasets.prepare._swap
+    swap = pipeline.datasets.swap.swap_tables
     found = []
     for last in range(100):
         shutil.rmtree(home, ignore_errors=True)
@@ -348,14 +363,14 @@ def test_a_kill_among_the_last_steps_leaves_the_old_tables_or_the_new(
                     patch.setattr(owner, name, counted(getattr(owner, name)))
                 swap(*given)
 
-        monkeypatch.setattr(pipeline.datasets.prepare, "_swap", swap_counted)
+        monkeypatch.setattr(pipeline.datasets.prepare, "swap_tables", swap_counted)
         try:
             prepared(warehouse, tmp_path / "raw", new_raw)
             break
         except KilledError:
-            monkeypatch.setattr(pipeline.datasets.prepare, "_swap", swap)
+            monkeypatch.setattr(pipeline.datasets.prepare, "swap_tables", swap)
         with pytest.raises(UserError, match="is no folder"):
-            prepare(warehouse, "mine", raw=tmp_path / "none")
+            prepare(warehouse, PrepareOptions(dataset="mine", raw=tmp_path / "none"))
         info = warehouse.info("mine")
         assert info.users == 2 + (info != old)
         assert list(sequences_of(warehouse)) == ["u", "v", "w"][: info.users]
@@ -437,21 +452,19 @@ def test_options_that_cannot_be(tmp_path: Path, options: dict[str, Any], expecte
 
 def test_a_name_that_cannot_be_a_folder(warehouse: Warehouse, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be a folder"):
-        prepare(warehouse, "../mine", raw=tmp_path, format="table")
+        prepare(warehouse, PrepareOptions(dataset="../mine", raw=tmp_path, format="table"))
 
 
 # -- the list -------------------------------------------------------------------------------
 
 
-def test_describe_lists_what_is_known_and_what_is_prepared(
-    warehouse: Warehouse, tmp_path: Path
-) -> None:
+def test_known_and_prepared_datasets_are_listed(warehouse: Warehouse, tmp_path: Path) -> None:
     info = prepared(
         warehouse, tmp_path / "raw", {"interactions.csv": INTERACTIONS, "items.csv": ITEMS}
     )
     folder(warehouse.raw_dir("ml-100k"), {"u.data": "1\t2\t3\t4\n", "u.item": "x"})
     folder(warehouse.raw_dir("ml-1m"), {"users.dat": ""})
-    rows = {row["dataset"]: row for row in describe(warehouse)}
+    rows = {row["dataset"]: row for row in list_datasets(warehouse)}
     assert json.dumps(rows)  # one JSON document
     assert rows["ml-100k"]["raw_found"]
     assert not rows["ml-1m"]["raw_found"]
@@ -467,18 +480,16 @@ def test_describe_lists_what_is_known_and_what_is_prepared(
 def test_the_demo_makes_its_raw_files_once(
     warehouse: Warehouse, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import pipeline.datasets.demo
-
     made: list[Path] = []
 
     def make(raw: Path) -> None:
         made.append(raw)
         folder(raw, {"interactions.csv": INTERACTIONS, "items.csv": ITEMS})
 
-    monkeypatch.setattr(pipeline.datasets.demo, "make_demo", make)
-    first = prepare(warehouse, "demo")
+    monkeypatch.setitem(DATASETS, "demo", replace(DATASETS["demo"], generate=make))
+    first = prepare(warehouse, PrepareOptions(dataset="demo"))
     assert isinstance(first, DatasetInfo)
-    assert prepare(warehouse, "demo") == first
+    assert prepare(warehouse, PrepareOptions(dataset="demo")) == first
     assert made == [warehouse.raw_dir("demo")]
 
 
@@ -487,11 +498,13 @@ def test_a_dataset_of_ones_own_is_prepared_again_as_it_was(
 ) -> None:
     raw = {"items.csv": ITEMS, "interactions.csv": INTERACTIONS}
     first = prepared(warehouse, tmp_path / "raw", raw)
-    assert prepare(warehouse, "mine", k_core=first.k_core) == first
-    known = prepare(warehouse, "hm", raw=tmp_path / "raw", format="table")
-    assert prepare(warehouse, "hm") == known  # not in the layout that its name stands for
+    assert prepare(warehouse, PrepareOptions(dataset="mine", k_core=first.k_core)) == first
+    known = prepare(warehouse, PrepareOptions(dataset="hm", raw=tmp_path / "raw", format="table"))
+    assert (
+        prepare(warehouse, PrepareOptions(dataset="hm")) == known
+    )  # not in the layout that its name stands for
     (tmp_path / "raw" / "items.csv").write_text(ITEMS.replace("Apple", "Apricot"))
-    again = prepare(warehouse, "mine", k_core=first.k_core)
+    again = prepare(warehouse, PrepareOptions(dataset="mine", k_core=first.k_core))
     assert again.fingerprint == first.fingerprint
     assert again.inputs["text"] != first.inputs["text"]
     assert again.inputs["image"] == first.inputs["image"]
@@ -505,6 +518,6 @@ def test_a_damaged_description_is_replaced(warehouse: Warehouse, tmp_path: Path)
         path.write_text(damaged)
         with pytest.raises(UserError, match="is damaged"):
             warehouse.info("mine")
-        (row,) = [row for row in describe(warehouse) if row["dataset"] == "mine"]
+        (row,) = [row for row in list_datasets(warehouse) if row["dataset"] == "mine"]
         assert (row["prepared"], row["damaged"]) == (False, True)
         assert prepared(warehouse, tmp_path / "raw", raw) == first

@@ -18,9 +18,9 @@ from PIL import Image
 
 from features.errors import UserError
 from features.warehouse import Warehouse
-from pipeline.datasets.prepare import prepare
+from pipeline.datasets.prepare import PrepareOptions, prepare
 from pipeline.media.lmdb import LmdbImages, read_lmdb_image
-from tests.pipeline.datasets.raws import folder, items_of, sequences_of
+from tests.pipeline.datasets.raws import folder, items_of, prepared, sequences_of
 
 USERS = "u1\tv2 v1 v2\nu2\tv1\n"
 PIXELS = np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3)
@@ -69,7 +69,7 @@ def _lmdb(path: Path, values: dict[str, bytes], *, subdir: bool) -> Path:
 )
 def test_users_and_items(warehouse: Warehouse, tmp_path: Path, name: str, items: str) -> None:
     raw = folder(tmp_path / "raw", {"x_users.tsv": USERS, name: items, "QB_cover/v2.jpg": "x"})
-    info = prepare(warehouse, "bili", raw=raw)
+    info = prepare(warehouse, PrepareOptions(dataset="bili", raw=raw))
     assert (info.users, info.items, info.interactions, info.k_core) == (2, 2, 4, 1)
     assert sequences_of(warehouse, "bili") == {"u1": ["v2", "v1", "v2"], "u2": ["v1"]}
     rows = items_of(warehouse, "bili")
@@ -84,7 +84,7 @@ def test_covers_in_an_lmdb(
     raw = folder(tmp_path / "raw", {"x_users.tsv": USERS, "x_items.tsv": "v1\tA\nv2\tB\n"})
     values = {"v1": pickled(PIXELS), "__keys__": pickle.dumps(["v1"]), "__len__": pickle.dumps(1)}
     _lmdb(raw / "x_images.lmdb", values, subdir=subdir)
-    prepare(warehouse, "hm", raw=raw)
+    prepare(warehouse, PrepareOptions(dataset="hm", raw=raw))
     assert [row["image"] for row in items_of(warehouse, "hm")] == ["x_images.lmdb#v1", None]
     with LmdbImages(raw / "x_images.lmdb") as covers:
         assert list(covers.keys()) == ["v1"]
@@ -127,7 +127,7 @@ def test_mistakes(
 ) -> None:
     good: dict[str, str | bytes] = {"x_users.tsv": USERS, "x_items.tsv": "v1\tA\nv2\tB\n"}
     with pytest.raises(UserError) as caught:
-        prepare(warehouse, "kwai", raw=folder(tmp_path / "raw", {**good, **content}))
+        prepared(warehouse, tmp_path / "raw", {**good, **content}, dataset="kwai", format=None)
     assert expected in str(caught.value)
 
 

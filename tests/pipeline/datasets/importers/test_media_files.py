@@ -16,7 +16,7 @@ from PIL import Image
 from features.errors import UserError
 from features.store import FeatureStore
 from features.warehouse import Warehouse
-from pipeline.datasets.importers import blobs
+from pipeline.datasets.importers import image_column
 from pipeline.extraction.job import extract
 from pipeline.extraction.options import Options
 from pipeline.media.errors import MediaError
@@ -77,10 +77,9 @@ def test_what_leads_outside_is_refused_at_prepare(
     with pytest.raises(UserError) as caught:
         prepared(warehouse, raw, dict(content))
     role = {"image": "images", "video": "videos"}[column]
-    assert str(caught.value) == (
-        f"{raw / 'items.csv'}: the {column} {reference!r} of item 'b' leads outside {raw};"
-        f" put it below that folder, or name its folder by --file {role}=PATH"
-    )
+    message = str(caught.value)
+    assert message.startswith(f"{raw / 'items.csv'}: the {column} {reference!r} of item 'b'")
+    assert f"--file {role}=PATH" in message
 
 
 def test_what_leads_outside_is_never_read(tmp_path: Path) -> None:
@@ -119,16 +118,14 @@ def test_ways_that_come_back_and_links_are_fine(warehouse: Warehouse, tmp_path: 
 def test_what_the_table_of_items_names_wins_and_is_told(
     warehouse: Warehouse, tmp_path: Path
 ) -> None:
-    said: list[str] = []
+    notes: list[str] = []
     items = "item_id,image\na,./images/a.png\nb,other/b.png\nc,\n"
     files = {f"images/{name}.png": "x" for name in "abc"}
     content = {"interactions.csv": INTERACTIONS, "items.csv": items, **files}
-    prepared(warehouse, tmp_path / "raw", content, notify=said.append)
+    prepared(warehouse, tmp_path / "raw", content, notify=notes.append)
     assert images_of(warehouse) == ["images/a.png", "other/b.png", "images/c.png"]
-    assert (
-        "1 item with pictures both named by the table of items and found among the files"
-        " (such as 'b'); the table's are taken"
-    ) in said
+    (note,) = [note for note in notes if "'b'" in note]
+    assert note.startswith("1 item with images both in the table of items and among the files")
 
 
 def test_of_several_files_of_one_item_the_first_by_name_counts(
@@ -141,13 +138,11 @@ def test_of_several_files_of_one_item_the_first_by_name_counts(
             "unlisted.gif", "unlisted.png",
         )
     }  # fmt: skip
-    said: list[str] = []
+    notes: list[str] = []
     content = {"interactions.csv": INTERACTIONS, "items.csv": ITEMS, **files}
-    prepared(warehouse, tmp_path / "raw", content, notify=said.append)
+    prepared(warehouse, tmp_path / "raw", content, notify=notes.append)
     assert images_of(warehouse) == ["images/a.jpg", None, "images/c.gif"]
-    assert said[0] == (
-        "2 items with several pictures (such as 'a', 'c'); of each, the first by name is taken"
-    )
+    assert notes[0].startswith("2 items with several images (such as 'a', 'c')")
 
 
 def test_a_plain_file_may_be_named_like_a_part_of_a_container(tmp_path: Path) -> None:
@@ -324,8 +319,8 @@ def blob_items(raw: Path, values: pa.Array, ids: list[str], **options: int) -> N
 def test_bytes_in_the_table_from_raw_to_vectors(
     warehouse: Warehouse, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    monkeypatch.setattr(blobs, "_ROWS", 2)
-    monkeypatch.setattr(blobs, "_REFERENCES", 2)
+    monkeypatch.setattr(image_column, "_ROWS", 2)
+    monkeypatch.setattr(image_column, "_REFERENCES", 2)
     clicks = "user_id,item_id\n" + "".join(f"u,{name}\n" for name in "fedcba")
     raw = folder(tmp_path / "raw", {"interactions.csv": clicks, "more/e.png": picture(5)})
     ids = ["f", "gone", "a", "c", "b", "e", "d"]  # neither in order of ids nor all of them kept
@@ -376,10 +371,9 @@ def test_paths_in_a_struct_stay_inside(warehouse: Warehouse, tmp_path: Path) -> 
     blob_items(raw, pa.array(rows, kind), ["a", "b", "c"])
     with pytest.raises(UserError) as caught:
         prepared(warehouse, raw, {})
-    assert str(caught.value) == (
-        f"{raw / 'items.parquet'}, row 2: Image '../../x.png' leads outside {raw};"
-        " put it below that folder, or its bytes into the table"
-    )
+    message = str(caught.value)
+    assert message.startswith(f"{raw / 'items.parquet'}, row 2: Image '../../x.png'")
+    assert "outside" in message
     assert not (warehouse.dataset_dir("mine")).exists()
 
 
@@ -401,12 +395,12 @@ def test_copying_pictures_takes_memory_for_a_few(
     ids = ["a", "b", "c", *(f"x{i}" for i in range(61))]
     table = pa.table({"item_id": ids, "image": data})
     pq.write_table(table, raw / "items.parquet", use_dictionary=False, write_batch_size=1)
-    monkeypatch.setattr(blobs, "_ROWS", 2)
+    monkeypatch.setattr(image_column, "_ROWS", 2)
     del data, table
     pool = pa.default_memory_pool()
     before = pool.bytes_allocated()
     most = 0
-    plain = blobs._copied
+    plain = image_column._copy_rows
 
     def watched(*given: object) -> object:
         nonlocal most
@@ -414,7 +408,7 @@ def test_copying_pictures_takes_memory_for_a_few(
             most = max(most, pool.bytes_allocated() - before)
             yield pair
 
-    monkeypatch.setattr(blobs, "_copied", watched)
+    monkeypatch.setattr(image_column, "_copy_rows", watched)
     prepared(warehouse, raw, {})
     assert len(set(images_of(warehouse))) == 64
     assert most < 16 << 20  # of 64 MiB

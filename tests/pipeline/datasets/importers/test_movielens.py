@@ -5,8 +5,8 @@ import pytest
 
 from features.errors import UserError
 from features.warehouse import Warehouse
-from pipeline.datasets.prepare import prepare
-from tests.pipeline.datasets.raws import folder, items_of, sequences_of
+from pipeline.datasets.prepare import PrepareOptions, prepare
+from tests.pipeline.datasets.raws import folder, items_of, prepared, sequences_of
 
 FLAGS = "0|1|0|1|0|0|0|0|0|0|0|0|0|0|0|0|0|0|0"  # Action, Animation
 ML100K: dict[str, str | bytes] = {
@@ -44,7 +44,7 @@ def test_the_three_layouts(
     content: dict[str, str | bytes],
     texts: list[str],
 ) -> None:
-    info = prepare(warehouse, name, raw=folder(tmp_path / "raw", content), k_core=0)
+    info = prepared(warehouse, tmp_path / "raw", content, dataset=name, format=None, k_core=0)
     assert sequences_of(warehouse, name) == {"7": ["1", "2"], "8": ["1"]}
     assert [row["text"] for row in items_of(warehouse, name)] == texts
     assert (info.timestamps, info.format) == (True, "movielens")
@@ -56,7 +56,7 @@ def test_the_three_layouts(
 def test_the_default_is_the_five_core(warehouse: Warehouse, tmp_path: Path) -> None:
     raw = folder(tmp_path / "raw", ML1M)
     with pytest.raises(UserError, match="5-core"):
-        prepare(warehouse, "ml-1m", raw=raw)
+        prepare(warehouse, PrepareOptions(dataset="ml-1m", raw=raw))
 
 
 def test_posters_and_plots(warehouse: Warehouse, tmp_path: Path) -> None:
@@ -70,7 +70,7 @@ def test_posters_and_plots(warehouse: Warehouse, tmp_path: Path) -> None:
         "posters/2.jpg": "x",
         "posters_extra/1.jpg": "x",
     }
-    prepare(warehouse, "ml-1m", raw=folder(tmp_path / "raw", content), k_core=0)
+    prepared(warehouse, tmp_path / "raw", content, dataset="ml-1m", format=None, k_core=0)
     first, second = items_of(warehouse, "ml-1m")
     assert first["text"] == "Amélie (2001). Action, Animation. She helps all."
     assert (first["image"], second["image"]) == ("posters_extra/1.jpg", "posters/2.jpg")
@@ -83,19 +83,19 @@ def test_chronological_sequences_stand_in_for_ratings(warehouse: Warehouse, tmp_
     sequences = "7 2 1 2\n8 1\n"
     content = {"movies.dat": ML1M["movies.dat"], "ml1m_sequences_chronological.txt": sequences}
     raw = folder(tmp_path / "raw", content)
-    info = prepare(warehouse, "ml-1m", raw=raw, k_core=0)
+    info = prepare(warehouse, PrepareOptions(dataset="ml-1m", raw=raw, k_core=0))
     assert sequences_of(warehouse, "ml-1m") == {"7": ["2", "1", "2"], "8": ["1"]}
     assert not info.timestamps
     folder(raw, ML1M)  # the ratings win when they are there
-    assert prepare(warehouse, "ml-1m", raw=raw, k_core=0).timestamps
+    assert prepare(warehouse, PrepareOptions(dataset="ml-1m", raw=raw, k_core=0)).timestamps
 
 
 def test_another_dataset_is_not_taken_for_this_one(warehouse: Warehouse, tmp_path: Path) -> None:
     raw = folder(tmp_path / "raw", ML100K)
     with pytest.raises(UserError, match=r"expected ratings\.dat or ml1m_sequences_chron"):
-        prepare(warehouse, "ml-1m", raw=raw)
+        prepare(warehouse, PrepareOptions(dataset="ml-1m", raw=raw))
     with pytest.raises(UserError, match=r"expected ratings\.csv"):
-        prepare(warehouse, "ml-latest-small", raw=raw)
+        prepare(warehouse, PrepareOptions(dataset="ml-latest-small", raw=raw))
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_mistakes(
 ) -> None:
     raw = folder(tmp_path / "raw", {**ML1M, **content})
     with pytest.raises(UserError) as caught:
-        prepare(warehouse, "ml-1m", raw=raw, k_core=0)
+        prepare(warehouse, PrepareOptions(dataset="ml-1m", raw=raw, k_core=0))
     assert expected in str(caught.value)
 
 
@@ -120,4 +120,4 @@ def test_mistakes(
 def test_an_ending_that_tells_no_layout(warehouse: Warehouse, tmp_path: Path, role: str) -> None:
     raw = folder(tmp_path / "raw", {**ML1M, "odd.xyz": "1::2::3::4\n"})
     with pytest.raises(UserError, match=r"odd\.xyz ends in none of"):
-        prepare(warehouse, "ml-1m", raw=raw, files={role: "odd.xyz"})
+        prepare(warehouse, PrepareOptions(dataset="ml-1m", raw=raw, files={role: "odd.xyz"}))

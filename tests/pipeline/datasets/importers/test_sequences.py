@@ -4,7 +4,7 @@ import pytest
 
 from features.errors import UserError
 from features.warehouse import Warehouse
-from pipeline.datasets.prepare import prepare
+from pipeline.datasets.prepare import PrepareOptions, prepare
 from tests.pipeline.datasets.raws import folder, items_of, prepared, sequences_of
 
 
@@ -117,7 +117,7 @@ def test_a_file_name_that_is_not_utf8_is_no_item(warehouse: Warehouse, tmp_path:
         (raw / "images" / b"\xff.jpg".decode("utf-8", "surrogateescape")).touch()
     except OSError:
         pytest.skip("this file system takes UTF-8 names only")
-    prepare(warehouse, "mine", raw=raw, format="sequences")
+    prepare(warehouse, PrepareOptions(dataset="mine", raw=raw, format="sequences"))
     assert [row["image"] for row in items_of(warehouse)] == ["images/a.jpg"]
 
 
@@ -145,7 +145,9 @@ def test_real_datasets_have_the_published_counts(
     counts: tuple[int, int, int],
     media: tuple[int, int, int],
 ) -> None:
-    info = prepare(warehouse, name, raw=real_data / folder_name, k_core=k_core)
+    info = prepare(
+        warehouse, PrepareOptions(dataset=name, raw=real_data / folder_name, k_core=k_core)
+    )
     assert (info.users, info.items, info.interactions) == counts
     rows = items_of(warehouse, name)
     have = tuple(sum(row[key] is not None for row in rows) for key in ("text", "image", "video"))

@@ -1,0 +1,133 @@
+"""Images that are bytes in a Parquet file, copied into one tar in the folder of the dataset.
+
+Reading one row of a Parquet file means reading the rows before it in its row group. Encoding items
+in their own order from the raw file would read the file many times. The name of a member of the
+tar is the hash of its bytes: equal images have equal references.
+"""
+
+import hashlib
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import duckdb
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from features.atomic_files import atomic_write
+from features.dataset import quoted
+from features.errors import UserError
+from pipeline.datasets.importers.base import ImageColumn
+from pipeline.datasets.importers.raw_sql import quote_identifier
+from pipeline.media.references import PREPARED, relative_reference
+
+MEDIA = "media"
+"""Folder in a dataset that holds copied media."""
+_NAME = "images.tar"
+_ROWS = 16  # images in memory at once
+_REFERENCES = 4096  # references in memory at once
+
+
+def copy_image_column(
+    db: duckdb.DuckDBPyConnection,
+    images: ImageColumn,
+    root: Path,
+    folder: Path,
+    *,
+    all_items: bool,
+) -> None:
+    """Copy the images of the remaining items and set their references in ``raw_items``.
+
+    Args:
+        db: A connection with the tables ``raw_items``, ``item_ids`` and ``core``.
+        images: The column of images.
+        root: The raw root, for rows that have a path instead of bytes.
+        folder: The folder that gets the tar.
+        all_items: Whether items without an interaction remain.
+
+    Raises:
+        UserError: The file is damaged, or a path in the column leads outside the root.
+    """
+    source = f"read_parquet({quoted(str(images.path))}, file_row_number = true)"
+    item = f"{quote_identifier(images.item)}::VARCHAR"
+    core_only = "" if all_items else " SEMI JOIN core USING (i)"
+    rows = db.sql(
+        f"SELECT file_row_number AS row FROM {source}"
+        f" WHERE {item} IN (SELECT item_id FROM item_ids{core_only}) ORDER BY row"
+    ).fetchnumpy()["row"]
+    db.execute("CREATE TABLE _images (row BIGINT, image VARCHAR)")
+    with atomic_write(folder / _NAME) as temporary, temporary.open("wb") as stream:
+        for chunk in _tables(_copy_rows(images, root, np.asarray(rows), stream)):
+            db.register("_chunk", chunk)
+            db.execute("INSERT INTO _images SELECT * FROM _chunk")
+            db.unregister("_chunk")
+        stream.write(bytes(2 * tarfile.BLOCKSIZE))
+    db.execute(
+        "UPDATE raw_items SET image = copied.image FROM"
+        f" (SELECT {item} AS item_id, image"
+        f" FROM (SELECT {quote_identifier(images.item)}, file_row_number FROM {source})"
+        " JOIN _images ON row = file_row_number) copied"
+        " WHERE raw_items.item_id = copied.item_id"
+    )
+    db.execute("DROP TABLE _images")
+
+
+def _tables(pairs: Iterator[tuple[int, str]]) -> Iterator[pa.Table]:
+    """Collect (row, reference) pairs into tables of at most ``_REFERENCES`` rows."""
+    rows: list[int] = []
+    images: list[str] = []
+    for row, image in pairs:
+        rows.append(row)
+        images.append(image)
+        if len(rows) == _REFERENCES:
+            yield pa.table({"row": rows, "image": images})
+            rows, images = [], []
+    if rows:
+        yield pa.table({"row": rows, "image": images})
+
+
+def _copy_rows(
+    images: ImageColumn, root: Path, rows: npt.NDArray[np.int64], stream: BinaryIO
+) -> Iterator[tuple[int, str]]:
+    """Copy the images of ``rows`` to the stream; yield (row, reference) of each image."""
+    for row, value in _values(images, rows):
+        data, path = (value["bytes"], value["path"]) if isinstance(value, dict) else (value, None)
+        if data is not None:
+            name = hashlib.sha256(data).hexdigest()[:32]
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            stream.write(member.tobuf(tarfile.GNU_FORMAT))
+            stream.write(data)
+            stream.write(bytes(-len(data) % tarfile.BLOCKSIZE))
+            yield row, f"{PREPARED}{MEDIA}/{_NAME}#{name}"
+        elif path:
+            reference = relative_reference(root, path)
+            if reference is None:
+                raise UserError(
+                    f"{images.path}, row {row + 1}: {images.column} {path[:120]!r} leads outside"
+                    f" {root}; move the file below that folder, or put its bytes into the table"
+                )
+            yield row, reference
+
+
+def _values(images: ImageColumn, rows: npt.NDArray[np.int64]) -> Iterator[tuple[int, Any]]:
+    """Yield (row, value) of ``rows``; a few rows are in memory at once."""
+    start = 0
+    try:
+        # With pre_buffer whole row groups would be in memory.
+        with pq.ParquetFile(images.path, buffer_size=1 << 20, pre_buffer=False) as file:
+            batches = file.iter_batches(_ROWS, columns=[images.column], use_threads=False)
+            for batch in batches:
+                low, high = np.searchsorted(rows, (start, start + len(batch)))
+                column = batch.column(0)
+                for row in rows[low:high].tolist():
+                    value = column[row - start].as_py()
+                    if value is not None:
+                        yield row, value
+                start += len(batch)
+    except (pa.ArrowException, OSError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"{images.path}: {reason}; copy the file again") from None

@@ -1,0 +1,22 @@
+"""The registry of importers: one entry for each raw layout.
+
+A new layout is one file in this folder and one line here. An installed package adds one by an
+entry point of the group ``mmrec.importers`` that refers to an
+:class:`~pipeline.datasets.importers.base.Importer`.
+"""
+
+from features.registry import Registry
+from pipeline.datasets.importers import bili, movielens, sequences, table
+from pipeline.datasets.importers.base import Importer
+
+IMPORTERS: Registry[Importer] = Registry(
+    "format",
+    {
+        "movielens": movielens.IMPORTER,
+        "sequences": sequences.IMPORTER,
+        "bili": bili.IMPORTER,
+        "table": table.IMPORTER,
+    },
+    group="mmrec.importers",
+)
+"""Name of a layout, as ``--format`` takes it, to its importer."""

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from retrieval.blocks import each_block
+from retrieval.sparse_scores import SparseScores
 
 if TYPE_CHECKING:
     import torch
@@ -140,13 +141,30 @@ def _rows_at_once(matrix_RD: torch.Tensor) -> int:
 
 
 class TargetScores:
-    """Each user's target against the catalogue: what an item must score to rank above it.
+    """Canonical score of each user's target, to which the other items are compared.
 
-    The last word on any pair is `at_least`, which compares canonical float64 scores. Everything
-    else only decides, with a bound that is never wrong, which pairs need no last word.
+    The canonical score of a pair is the float64 inner product of `exact_scores` plus the pair's
+    float64 correction, rounded once. `at_least` compares canonical scores. `margin` bounds the
+    error of scores in lower precision, so that only close pairs need `at_least`.
+
+    Args:
+        queries: (U, D) fp32.
+        items: (N, D) fp32, on the same device.
+        targets: (U,) item of each user.
+        correction: Scores added to the inner products; none if None.
+
+    Raises:
+        ValueError: Shapes, dtypes, devices, targets or items of the correction that do not fit,
+            vectors with NaN or infinity, or scores beyond fp32.
     """
 
-    def __init__(self, queries: Matrix, items: Matrix, targets: Indices) -> None:
+    def __init__(
+        self,
+        queries: Matrix,
+        items: Matrix,
+        targets: Indices,
+        correction: SparseScores | None = None,
+    ) -> None:
         import torch
 
         self.query_UD = as_matrix("queries", queries)
@@ -162,33 +180,83 @@ class TargetScores:
             raise ValueError("items are empty: there is nothing to rank")
         target_U = as_indices("targets", targets)
         check_targets(target_U, users, count)
+        if correction is not None:
+            correction.check(users, count)
         self.device, self.dim = self.query_UD.device, dim
         self.target_U = torch.from_numpy(target_U.copy()).to(self.device)
         self.query_length_U = row_norms("queries", self.query_UD)
         self.item_length_N = row_norms("items", self.item_ND)
-        refuse_overflow(self.query_length_U, self.item_length_N)
+        refuse_overflow(self.query_length_U, self.item_length_N, correction)
         self.score_U = torch.empty(users, dtype=torch.float64, device=self.device)
+        self.target_value_U: torch.Tensor | None = None
+        """(U,) correction of the target, float64; None without a correction."""
+        if correction is not None:
+            self.target_value_U = torch.zeros_like(self.score_U)
         row_U = torch.arange(users, device=self.device)
 
         def score(part: slice) -> None:
             self.score_U[part] = exact_scores(
                 self.query_UD, self.item_ND, row_U[part], self.target_U[part]
             )
+            if correction is not None and self.target_value_U is not None:
+                values = correction.values_at(part.start, target_U[part])
+                self.target_value_U[part] = torch.from_numpy(values).to(self.device)
+                self.score_U[part] += self.target_value_U[part]
 
         each_block(score, users, 512 if self.device.type == "cpu" else 2**20, self.device)
 
     def margin(self, users: slice, longest: torch.Tensor, roundoff: float) -> torch.Tensor:
-        """(B,) float64: beyond this a difference to the target's score has the right sign."""
+        """Return the difference to the target's score beyond which its sign is certain.
+
+        The difference is an uncorrected item's score minus the target's canonical score, both in
+        the format of `roundoff`.
+
+        Args:
+            users: B users.
+            longest: Length of the longest item vector among the items.
+            roundoff: Unit roundoff of the format that the scores are computed in.
+
+        Returns:
+            (B,) float64.
+        """
         length_B = self.query_length_U[users]
         target_length_B = self.item_length_N[self.target_U[users]]
         theirs_B = error_bound(self.dim, length_B, longest, roundoff)
         # The target's own score is canonical; all it suffers is one rounding to the format.
-        return theirs_B + 8 * roundoff * length_B * target_length_B
+        margin_B = theirs_B + 8 * roundoff * length_B * target_length_B
+        if self.target_value_U is not None:
+            margin_B += 8 * roundoff * self.target_value_U[users].abs()
+        return margin_B
 
-    def at_least(self, user_P: torch.Tensor, item_P: torch.Tensor) -> torch.Tensor:
-        """(P,) bool: the item scores no less than the user's target."""
+    def at_least(
+        self, user_P: torch.Tensor, item_P: torch.Tensor, value_P: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return for each pair whether the item scores no less than the user's target.
+
+        Args:
+            user_P: (P,) user of each pair.
+            item_P: (P,) item of each pair.
+            value_P: (P,) correction of each pair, float64; 0 if None.
+
+        Returns:
+            (P,) bool.
+        """
         scores_P = exact_scores(self.query_UD, self.item_ND, user_P, item_P)
+        if value_P is not None:
+            scores_P += value_P
         return scores_P >= self.score_U[user_P]
+
+    def equals_target(
+        self, user_P: torch.Tensor, item_P: torch.Tensor, value_P: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return for each pair whether the item's vector and correction are the target's.
+
+        Such an item ties with the target, whatever the query. Arguments as in `at_least`.
+        """
+        same_P = self.vector_N[item_P] == self.vector_N[self.target_U[user_P]]
+        if self.target_value_U is not None:
+            same_P &= self.target_value_U[user_P] == (0.0 if value_P is None else value_P)
+        return same_P
 
     @cached_property
     def vector_N(self) -> torch.Tensor:
@@ -209,8 +277,14 @@ def check_targets(target_U: npt.NDArray[np.int64], users: int, items: int) -> No
         raise ValueError(f"target {target_U[row]} of row {row} is outside 0..{items - 1}")
 
 
-def refuse_overflow(query_length_U: torch.Tensor, item_length_N: torch.Tensor) -> None:
+def refuse_overflow(
+    query_length_U: torch.Tensor,
+    item_length_N: torch.Tensor,
+    correction: SparseScores | None = None,
+) -> None:
     """Raise ValueError when a score, or a difference of two, can leave fp32's range."""
     largest = float(query_length_U.max()) * float(item_length_N.max()) if len(query_length_U) else 0
+    if correction is not None and len(correction.values):
+        largest += max(float(correction.values.max()), -float(correction.values.min()))
     if largest >= 2.0**126:
         raise ValueError(f"scores can reach {largest:.1e}, more than float32 holds: scale down")

@@ -1,4 +1,4 @@
-"""Indexes over a catalogue: the best items of each query, and ranks with their help.
+"""Indexes over a catalogue: the best items of each query.
 
 Every index here is exact, and all of them agree to the last bit: an index only proposes candidates,
 by fp32 scores of its own; a proven error bound says which candidates can matter, and canonical
@@ -18,50 +18,60 @@ import numpy.typing as npt
 from retrieval.blocks import each_block, plain_fp32
 from retrieval.exact_scores import (
     FP32_ROUNDOFF,
-    TargetScores,
-    as_indices,
     as_matrix,
     error_bound,
     exact_scores,
     refuse_overflow,
     row_norms,
 )
-from retrieval.ranking import Ranks, SeenItems, rank, seen_pairs
+from retrieval.pairs import CorrectedPairs, contains, most_pairs, seen_pairs
+from retrieval.seen_items import SeenItems
+from retrieval.sparse_scores import SparseScores
 
 if TYPE_CHECKING:
     import torch
 
-    from retrieval.exact_scores import Indices, Matrix
+    from retrieval.exact_scores import Matrix
+    from retrieval.pairs import Pairs
 
 Found = tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]
 
-_CUTOFF = 50  # the deepest cut-off among the metrics' defaults
 _SPARE = 16  # candidates beyond those asked for, so that the last one's rivals are among them
-_DEEP = 2048  # candidates a query; past it FAISS's heaps cost more than a product and a top-k
+LONGEST_LIST = (
+    2048  # candidates a query; past it FAISS's heaps cost more than a product and a top-k
+)
 
 
 class Index(Protocol):
-    """A catalogue that can be asked for the best items."""
+    """A catalogue that returns the best items of a query."""
 
-    def search(self, queries: Matrix, k: int, exclude: SeenItems | None = None) -> Found:
-        """The k items of largest inner product with each query, exactly.
+    def search(
+        self,
+        queries: Matrix,
+        k: int,
+        exclude: SeenItems | None = None,
+        correction: SparseScores | None = None,
+    ) -> Found:
+        """Return the k items with the highest scores of each query, exactly.
 
-        Order: score descending, item ascending among equals, where scores are float64 inner
-        products of the fp32 vectors, summed in a fixed order. It depends neither on the index, nor
-        on the block, the threads or the device.
+        A score is an inner product plus the correction. Order: score descending, item ascending
+        among equals, where scores are float64 inner products of the fp32 vectors, summed in a fixed
+        order, plus the float64 correction. The order depends neither on the index, nor on the
+        block, the threads or the device.
 
         Args:
             queries: (U, D) fp32.
             k: Items to a query, at least 1.
             exclude: Items to leave out, user by user; none when None.
+            correction: Scores that are added to the inner products; none when None.
 
         Returns:
             (U, k) fp32 scores, the canonical ones rounded once, and (U, k) int64 items. Where a
             user has fewer than k items left, the tail holds score -inf and item -1.
 
         Raises:
-            ValueError: Shapes, dtypes or excluded items that do not fit, vectors with NaN or
-                infinity, or scores beyond fp32.
+            ValueError: Shapes, dtypes, excluded or corrected items that do not fit, vectors with
+                NaN or infinity, or scores beyond fp32.
         """
         ...
 
@@ -76,7 +86,13 @@ class TorchIndex:
             raise ValueError("items are empty: there is nothing to search")
         self._length_N = row_norms("items", self.item_ND)
 
-    def search(self, queries: Matrix, k: int, exclude: SeenItems | None = None) -> Found:
+    def search(
+        self,
+        queries: Matrix,
+        k: int,
+        exclude: SeenItems | None = None,
+        correction: SparseScores | None = None,
+    ) -> Found:
         """See `Index.search`."""
         query_UD = as_matrix("queries", queries).to(self.item_ND.device)
         (users, dim), (count, item_dim) = query_UD.shape, self.item_ND.shape
@@ -86,13 +102,22 @@ class TorchIndex:
             raise ValueError(f"k is {k}: it must be at least 1")
         if exclude is not None:
             exclude.check(users, count)
+        if correction is not None:
+            correction.check(users, count)
         scores = np.full((users, k), -np.inf, np.float32)
         items = np.full((users, k), -1, np.int64)
         step = max(1, min(512, 2**22 // (k + _SPARE)))
 
         def search_block(part: slice) -> None:
+            query_BD = query_UD[part]
+            length_B = row_norms("queries", query_BD)
+            rows = None if correction is None else correction.rows(part.start, part.stop)
+            refuse_overflow(length_B, self._length_N, rows)
             seen = seen_pairs(exclude, part, count, query_UD.device)
-            self._search_block(query_UD[part], seen, scores[part], items[part])
+            corrected = None
+            if correction is not None:
+                corrected = CorrectedPairs.of_block(correction, part, seen, count)
+            self._search_block(query_BD, length_B, seen, corrected, (scores[part], items[part]))
 
         with plain_fp32(query_UD.device):
             each_block(search_block, users, step, query_UD.device)
@@ -101,50 +126,92 @@ class TorchIndex:
     def _search_block(
         self,
         query_BD: torch.Tensor,
-        seen: tuple[torch.Tensor, torch.Tensor],
-        scores_BK: npt.NDArray[np.float32],
-        items_BK: npt.NDArray[np.int64],
+        length_B: torch.Tensor,
+        seen: Pairs,
+        corrected: CorrectedPairs | None,
+        out: Found,
     ) -> None:
-        """Fill in the results of one block of users."""
+        """Write the (B, K) scores and items of one block of users into `out`."""
         import torch
 
-        k = items_BK.shape[1]
-        length_B = row_norms("queries", query_BD)
-        refuse_overflow(length_B, self._length_N)
-        score_BF, item_BF, bound_B = self._candidates(query_BD, k + _SPARE, seen)
+        k = out[1].shape[1]
+        left_out = may_lead = seen
+        best = None
+        if corrected is not None:
+            left_out = corrected.with_seen(seen)
+            may_lead = corrected.with_seen(seen, corrected.value < 0)
+            best = self._best_corrected(query_BD, corrected, k)
+        score_BF, item_BF, bound_B = self._candidates(query_BD, k + _SPARE, left_out, may_lead)
         # The k-th candidate and an item below it can both be off, towards each other.
         longest = self._length_N.max()
         margin_B = 2 * error_bound(query_BD.shape[1], length_B, longest, FP32_ROUNDOFF)
-        floor_B = torch.full_like(margin_B, -torch.inf)
-        if score_BF.shape[1] >= k:
-            floor_B = score_BF[:, k - 1].double() - margin_B
+        floor_B = _kth_score(score_BF, k, best) - margin_B
         kept_BF = (score_BF >= floor_B[:, None]) & (score_BF > -torch.inf)
         row_P, column_P = kept_BF.nonzero(as_tuple=True)
         exact_BF = torch.full_like(score_BF, -torch.inf, dtype=torch.float64)
         exact_BF[kept_BF] = exact_scores(query_BD, self.item_ND, row_P, item_BF[row_P, column_P])
-        item_BF, by_item = item_BF.sort(1)
-        exact_BF, by_score = exact_BF.gather(1, by_item).sort(dim=1, descending=True, stable=True)
-        item_BF = item_BF.gather(1, by_score).masked_fill_(exact_BF == -torch.inf, -1)
-        width = min(k, item_BF.shape[1])
-        scores_BK[:, :width] = exact_BF[:, :width].float().cpu().numpy()
-        items_BK[:, :width] = item_BF[:, :width].cpu().numpy()
+        if best is not None:
+            exact_BF, item_BF = torch.cat([exact_BF, best[0]], 1), torch.cat([item_BF, best[1]], 1)
+        _write_best(exact_BF, item_BF, out)
         # An item that was not fetched could belong to the best: many equals, or very near ones.
         for row in (bound_B >= floor_B).logical_and_(bound_B > -torch.inf).nonzero()[:, 0].tolist():
             score_N = torch.mv(self.item_ND, query_BD[row])
-            score_N[seen[1][seen[0] == row]] = -torch.inf
+            score_N[left_out[1][left_out[0] == row]] = -torch.inf
             item_P = (score_N >= floor_B[row]).nonzero()[:, 0]
-            user_P = torch.full_like(item_P, row)
-            exact_P = exact_scores(query_BD, self.item_ND, user_P, item_P)
-            exact_P, order_P = exact_P.sort(descending=True, stable=True)
-            scores_BK[row] = exact_P[:k].float().cpu().numpy()
-            items_BK[row] = item_P[order_P[:k]].cpu().numpy()
+            exact_P = exact_scores(query_BD, self.item_ND, torch.full_like(item_P, row), item_P)
+            if best is not None:
+                exact_P, item_P = (
+                    torch.cat([exact_P, best[0][row]]),
+                    torch.cat([item_P, best[1][row]]),
+                )
+            _write_best(exact_P[None], item_P[None], (out[0][row, None], out[1][row, None]))
+
+    def _best_corrected(
+        self, query_BD: torch.Tensor, corrected: CorrectedPairs, k: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the k best corrected items of each user that the user has not seen.
+
+        Returns:
+            (B, W) canonical scores, descending, and (B, W) items, W <= k. Where a user has fewer
+            such items, the tail holds score -inf and item -1.
+        """
+        import torch
+
+        pairs = corrected.where(~corrected.is_seen)
+        score_P = exact_scores(query_BD, self.item_ND, pairs.row, pairs.item) + pairs.value
+        # The pairs ascend by item; two stable sorts give the order by row, score and item.
+        order_P = score_P.argsort(descending=True, stable=True)
+        order_P = order_P[pairs.row[order_P].argsort(stable=True)]
+        row_P = pairs.row[order_P]
+        count_B = row_P.bincount(minlength=len(query_BD))
+        place_P = (
+            torch.arange(len(row_P), device=row_P.device) - (count_B.cumsum(0) - count_B)[row_P]
+        )
+        width = min(k, int(count_B.max())) if len(count_B) else 0
+        score_BW = query_BD.new_full((len(query_BD), width), -torch.inf, dtype=torch.float64)
+        item_BW = torch.full_like(score_BW, -1, dtype=torch.int64)
+        first_P = place_P < width
+        place = row_P[first_P], place_P[first_P]
+        score_BW[place] = score_P[order_P[first_P]]
+        item_BW[place] = pairs.item[order_P[first_P]]
+        return score_BW, item_BW
 
     def _candidates(
-        self, query_BD: torch.Tensor, fetch: int, seen: tuple[torch.Tensor, torch.Tensor]
+        self, query_BD: torch.Tensor, fetch: int, left_out: Pairs, may_lead: Pairs
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(B, F) fp32 scores in descending order, -inf for a seen item, (B, F) items, (B,) bound.
+        """Return the items with the highest inner products that are not left out.
 
-        At least `fetch` unseen items, if there are so many; no item outside scores above the bound.
+        Args:
+            query_BD: Queries.
+            fetch: Number of items to return for each query, if there are so many. A left-out item
+                with a high inner product counts as one of them, unless it is in `may_lead`.
+            left_out: Distinct (row, item) to leave out: the seen items and the corrected ones.
+            may_lead: Those of them that can have a high inner product without a high score: the
+                seen items and those with a negative correction.
+
+        Returns:
+            (B, F) fp32 scores in descending order, -inf for a left-out item, (B, F) items, and the
+            (B,) bound: no item outside, except for left-out ones, scores above it.
         """
         import torch
 
@@ -153,14 +220,39 @@ class TorchIndex:
         best_item_BF = torch.zeros_like(best_BF, dtype=torch.int64)
         for low in range(0, count, tile):
             score_BC = torch.mm(query_BD, self.item_ND[low : low + tile].T)
-            here = (seen[1] >= low) & (seen[1] < low + tile)
-            score_BC[seen[0][here], seen[1][here] - low] = -torch.inf
+            in_tile = (left_out[1] >= low) & (left_out[1] < low + tile)
+            score_BC[left_out[0][in_tile], left_out[1][in_tile] - low] = -torch.inf
             score_BC, item_BC = score_BC.topk(min(fetch, score_BC.shape[1]), dim=1)
             merged = torch.cat([best_BF, score_BC], 1)
             best_BF, order = merged.topk(min(fetch, merged.shape[1]), dim=1)
             best_item_BF = torch.cat([best_item_BF, item_BC + low], 1).gather(1, order)
-        whole = best_BF.shape[1] == count
-        return best_BF, best_item_BF, best_BF[:, -1] - (torch.inf if whole else 0.0)
+        is_complete = best_BF.shape[1] == count
+        return best_BF, best_item_BF, best_BF[:, -1] - (torch.inf if is_complete else 0.0)
+
+
+def _kth_score(
+    score_BF: torch.Tensor, k: int, best: tuple[torch.Tensor, torch.Tensor] | None
+) -> torch.Tensor:
+    """Return the (B,) k-th highest score of candidates and corrected items, -inf if fewer."""
+    import torch
+
+    if best is not None:
+        score_BF = torch.cat([score_BF.double(), best[0]], 1).sort(1, descending=True)[0]
+    if score_BF.shape[1] < k:
+        return score_BF.new_full((len(score_BF),), -torch.inf, dtype=torch.float64)
+    return score_BF[:, k - 1].double()
+
+
+def _write_best(exact_BF: torch.Tensor, item_BF: torch.Tensor, out: Found) -> None:
+    """Write the best of (B, F) canonical scores and items into `out`, in the order of `search`."""
+    import torch
+
+    item_BF, by_item = item_BF.sort(1)
+    exact_BF, by_score = exact_BF.gather(1, by_item).sort(dim=1, descending=True, stable=True)
+    item_BF = item_BF.gather(1, by_score).masked_fill_(exact_BF == -torch.inf, -1)
+    width = min(out[1].shape[1], item_BF.shape[1])
+    out[0][:, :width] = exact_BF[:, :width].float().cpu().numpy()
+    out[1][:, :width] = item_BF[:, :width].cpu().numpy()
 
 
 class FaissIndex(TorchIndex):
@@ -190,17 +282,17 @@ class FaissIndex(TorchIndex):
         return torch.from_numpy(score_BF).to(device), torch.from_numpy(item_BF).to(device)
 
     def _candidates(
-        self, query_BD: torch.Tensor, fetch: int, seen: tuple[torch.Tensor, torch.Tensor]
+        self, query_BD: torch.Tensor, fetch: int, left_out: Pairs, may_lead: Pairs
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         import torch
 
         count = len(self.item_ND)
-        enough = min(fetch + _most_seen(seen[0]), count)
-        if enough > _DEEP:
-            return super()._candidates(query_BD, fetch, seen)
+        enough = min(fetch + most_pairs(may_lead[0]), count)
+        if enough > LONGEST_LIST:
+            return super()._candidates(query_BD, fetch, left_out, may_lead)
         score_BF, item_BF = self.fetch(query_BD, enough)
         bound_B = score_BF[:, -1] - (torch.inf if enough == count else 0.0)
-        score_BF = score_BF.masked_fill(_is_seen(item_BF, seen, count), -torch.inf)
+        score_BF = score_BF.masked_fill(contains(left_out, item_BF, count), -torch.inf)
         score_BF, order = score_BF.sort(1, descending=True)
         return score_BF, item_BF.gather(1, order), bound_B
 
@@ -214,94 +306,11 @@ def make_index(name: str, items: Matrix) -> Index:
     Raises:
         ValueError: An unknown name, or items that are not a finite fp32 matrix.
     """
-    return _maker(name)(items)
+    return find_index(name)(items)
 
 
-def _maker(name: str) -> Callable[[Matrix], Index]:
+def find_index(name: str) -> Callable[[Matrix], Index]:
+    """Return the class of the index of this name; raise ValueError if there is none."""
     if name not in INDEXES:
         raise ValueError(f"unknown index {name!r}; known: {', '.join(sorted(INDEXES))}")
     return INDEXES[name]
-
-
-def rank_with(
-    index: str, queries: Matrix, items: Matrix, targets: Indices, exclude: SeenItems | None = None
-) -> Ranks:
-    """The ranks of `retrieval.ranking.rank`, found with the help of an index: always the same.
-
-    `torch` counts, as `rank` does. `faiss` fetches the top of each user's list: 50 items, the
-    deepest of the default cut-offs, plus those that the user may have seen (at most 2,048 in all).
-    When the last item fetched scores below the target by more than the error bound, the target's
-    rank can be read off the list, with close calls settled by canonical scores as in `rank`. Every
-    other user's target is ranked by `rank` itself: FAISS saves no work for those, it only adds
-    some, so the better the model, the more it helps.
-
-    Raises:
-        ValueError: An unknown index, and whatever `rank` refuses.
-    """
-    maker = _maker(index)
-    if maker is not FaissIndex:
-        return rank(queries, items, targets, exclude)
-    contest = TargetScores(queries, items, targets)
-    users, count = len(contest.query_UD), len(contest.item_ND)
-    if exclude is not None:
-        exclude.check(users, count)
-    flat = FaissIndex(contest.item_ND)
-    kept, filtered = np.zeros(users, np.int64), np.zeros(users, np.int64)
-
-    def read_block(part: slice) -> None:
-        seen = seen_pairs(exclude, part, count, contest.device)
-        kept[part], filtered[part] = _read_off(contest, flat, part, seen)
-
-    with plain_fp32(contest.device):
-        each_block(read_block, users, 1024, contest.device)
-    left = np.flatnonzero(kept == 0)
-    if len(left):
-        counted = rank(
-            contest.query_UD[left],
-            contest.item_ND,
-            as_indices("targets", targets)[left],
-            exclude.take(left) if exclude is not None else None,
-        )
-        kept[left], filtered[left] = counted.kept, counted.filtered
-    return Ranks(kept=kept, filtered=filtered)
-
-
-def _read_off(
-    contest: TargetScores,
-    flat: FaissIndex,
-    users: slice,
-    seen: tuple[torch.Tensor, torch.Tensor],
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """(B,) kept and (B,) filtered ranks; 0 where the list ends before the target's place."""
-    import torch
-
-    count = len(contest.item_ND)
-    fetch = min(count, _DEEP, _CUTOFF + _most_seen(seen[0]))
-    score_BF, item_BF = flat.fetch(contest.query_UD[users], fetch)
-    ahead_BF = score_BF.double() - contest.score_U[users, None]
-    margin_B = contest.margin(users, contest.item_length_N.max(), FP32_ROUNDOFF)[:, None]
-    closed_B = (ahead_BF[:, -1:] < -margin_B)[:, 0]
-    if fetch == count:
-        closed_B = torch.ones_like(closed_B)
-    rival_BF = (item_BF != contest.target_U[users, None]) & closed_B[:, None]
-    above_BF = (ahead_BF > margin_B) & rival_BF
-    row_P, column_P = ((ahead_BF.abs() <= margin_B) & rival_BF).nonzero(as_tuple=True)
-    above_BF[row_P, column_P] = contest.at_least(row_P + users.start, item_BF[row_P, column_P])
-    kept_B = (1 + above_BF.sum(1)) * closed_B
-    seen_above_B = (above_BF & _is_seen(item_BF, seen, count)).sum(1)
-    return kept_B.cpu().numpy(), (kept_B - seen_above_B).cpu().numpy()
-
-
-def _most_seen(row_P: torch.Tensor) -> int:
-    """The largest number of items that one row has seen."""
-    return int(row_P.bincount().max()) if len(row_P) else 0
-
-
-def _is_seen(
-    item_BF: torch.Tensor, seen: tuple[torch.Tensor, torch.Tensor], count: int
-) -> torch.Tensor:
-    """(B, F) bool: the row has seen the item."""
-    import torch
-
-    row_B = torch.arange(len(item_BF), device=item_BF.device)
-    return torch.isin(row_B[:, None] * count + item_BF, seen[0] * count + seen[1])

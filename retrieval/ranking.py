@@ -21,6 +21,9 @@ from retrieval.exact_scores import (
     as_numpy,
     check_targets,
 )
+from retrieval.pairs import CorrectedPairs, seen_pairs
+from retrieval.seen_items import SeenItems
+from retrieval.sparse_scores import SparseScores
 
 if TYPE_CHECKING:
     import torch
@@ -28,54 +31,6 @@ if TYPE_CHECKING:
     from retrieval.exact_scores import Indices, Matrix
 
 _GROUP = 32  # columns that share one minimum when the close calls of a tile are looked for
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SeenItems:
-    """Items that each user has already met, as compressed rows (CSR)."""
-
-    items: npt.NDArray[np.int64]
-    """(nnz,) item of each entry; a user's own entries may repeat and need no order."""
-    offsets: npt.NDArray[np.int64]
-    """(U + 1,) user u owns items[offsets[u]:offsets[u + 1]]."""
-
-    def __post_init__(self) -> None:
-        """Refuse anything but well-formed compressed rows."""
-        for name, values in (("items", self.items), ("offsets", self.offsets)):
-            if not isinstance(values, np.ndarray) or values.dtype != np.int64 or values.ndim != 1:
-                raise ValueError(f"seen {name} must be a one-dimensional int64 numpy array")
-        if len(self.offsets) == 0 or self.offsets[0] != 0 or self.offsets[-1] != len(self.items):
-            raise ValueError(f"seen offsets must run from 0 to {len(self.items)}, the entry count")
-        if (np.diff(self.offsets) < 0).any():
-            raise ValueError("seen offsets must not decrease")
-
-    def __len__(self) -> int:
-        """Number of users."""
-        return len(self.offsets) - 1
-
-    def check(self, users: int, items: int) -> None:
-        """Raise ValueError unless this fits a matrix of users x items."""
-        if len(self) != users:
-            raise ValueError(f"exclude covers {len(self)} users but there are {users}")
-        if len(self.items) and not 0 <= self.items.min() <= self.items.max() < items:
-            low, high = self.items.min(), self.items.max()
-            raise ValueError(f"exclude holds items {low}..{high}, outside 0..{items - 1}")
-
-    def take(self, users: npt.NDArray[np.int64]) -> SeenItems:
-        """The rows of these users, in this order."""
-        starts, lengths = self.offsets[users], np.diff(self.offsets)[users]
-        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
-        inside = np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths)
-        return SeenItems(items=self.items[np.repeat(starts, lengths) + inside], offsets=offsets)
-
-    def pairs(
-        self, start: int, stop: int, items: int
-    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Distinct (row, item) of the users start..stop-1, sorted; row 0 is user `start`."""
-        lengths = np.diff(self.offsets[start : stop + 1])
-        rows = np.repeat(np.arange(len(lengths)), lengths)
-        keys = np.unique(rows * items + self.items[self.offsets[start] : self.offsets[stop]])
-        return keys // items, keys % items
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,29 +49,33 @@ def rank(
     targets: Indices,
     exclude: SeenItems | None = None,
     *,
+    correction: SparseScores | None = None,
     block: tuple[int, int] | None = None,
 ) -> Ranks:
-    """Rank each user's target among all items by inner product, exactly, from one scoring pass.
+    """Rank each user's target among all items, exactly, from one scoring pass.
 
-    rank = 1 + the number of other items that score at least as much as the target. The fp32 matrix
-    product decides every pair that its error bound allows it to decide; the rest (in general a few
-    in 10,000) are compared as float64 inner products of the fp32 vectors, summed in a fixed order.
-    So the ranks depend neither on the block, nor on the threads, the BLAS or the device.
+    A score is an inner product plus the correction. rank = 1 + the number of other items that
+    score at least as much as the target. The fp32 matrix product decides every pair that its error
+    bound allows it to decide. The rest (in general a few in 10,000) are compared by canonical
+    scores: float64 inner products of the fp32 vectors, summed in a fixed order, plus the float64
+    correction. So the ranks depend neither on the block, nor on the threads, the BLAS or the
+    device.
 
     Args:
         queries: (U, D) fp32, torch on any device or numpy.
         items: (N, D) fp32, on the same device.
         targets: (U,) the item that each user really took.
         exclude: Items that the filtered rank leaves out; none when None.
+        correction: Scores that are added to the inner products; none when None.
         block: Users and items of one tile of scores; memory is a few such tiles to a thread.
 
     Raises:
-        ValueError: Shapes, dtypes, devices, targets or excluded items that do not fit, vectors
-            with NaN or infinity, or scores beyond fp32.
+        ValueError: Shapes, dtypes, devices, targets, excluded or corrected items that do not fit,
+            vectors with NaN or infinity, or scores beyond fp32.
     """
     import torch
 
-    contest = TargetScores(queries, items, targets)
+    contest = TargetScores(queries, items, targets, correction)
     users, count = len(contest.query_UD), len(contest.item_ND)
     if exclude is not None:
         exclude.check(users, count)
@@ -133,10 +92,13 @@ def rank(
 
     def count_block(part: slice) -> None:
         seen = seen_pairs(exclude, part, count, contest.device)
+        corrected = None
+        if correction is not None:
+            corrected = CorrectedPairs.of_block(correction, part, seen, count, contest.target_U)
         scratch = torch.empty((part.stop - part.start) * width, device=contest.device)
         for low in range(0, count, width):
             tile = slice(low, min(low + width, count))
-            above_B, seen_above_B = _count_tile(contest, part, tile, seen, scratch)
+            above_B, seen_above_B = _count_tile(contest, part, tile, seen, corrected, scratch)
             above_U[part] += above_B
             seen_above_U[part] += seen_above_B
 
@@ -146,27 +108,15 @@ def rank(
     return Ranks(kept=kept, filtered=kept - seen_above_U.cpu().numpy())
 
 
-def seen_pairs(
-    exclude: SeenItems | None, users: slice, items: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Distinct (row in the block of users, item) to leave out, on the device."""
-    import torch
-
-    if exclude is None:
-        nothing = torch.zeros(0, dtype=torch.int64, device=device)
-        return nothing, nothing
-    row, item = exclude.pairs(users.start, users.stop, items)
-    return torch.from_numpy(row).to(device), torch.from_numpy(item).to(device)
-
-
 def _count_tile(
     contest: TargetScores,
     users: slice,
     tile: slice,
     seen: tuple[torch.Tensor, torch.Tensor],
+    corrected: CorrectedPairs | None,
     scratch: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(B,) items of the tile at or above each target, and (B,) the seen ones among them.
+    """Count the (B,) items of a tile at or above each target, and (B,) the seen ones among them.
 
     `scratch` (>= B * C,) sets the precision of the product, and saves fresh memory for each tile.
     """
@@ -183,23 +133,63 @@ def _count_tile(
     score_BC[own_row, target_B[own_row] - tile.start] = -torch.inf
     roundoff = FP32_ROUNDOFF if dtype == torch.float32 else FP64_ROUNDOFF
     longest = contest.item_length_N[tile].max()
-    margin_B = contest.margin(users, longest, roundoff).to(dtype)
+    margin_B = contest.margin(users, longest, roundoff)
+    close = 0
+    if corrected is not None:
+        pairs = corrected.between(tile)
+        above_P, close_P = _compare_corrected(contest, users, tile, pairs, score_BC, margin_B)
+        close = int(close_P.sum())
+    margin_B = margin_B.to(dtype)
     above_B, row, column = _compare(score_BC, contest.score_U[users].to(dtype), margin_B)
-    many = len(row) > 1024 + score_BC.numel() // 64
+    many = len(row) + close > 1024 + score_BC.numel() // 64
     if many and dtype == torch.float32:
         # Vectors that have all but collapsed onto one another: float64 settles most of it.
         return _count_tile(
-            contest, users, tile, seen, torch.empty_like(scratch, dtype=torch.float64)
+            contest, users, tile, seen, corrected, torch.empty_like(scratch, dtype=torch.float64)
         )
 
-    above_B += _settled(contest, users, row, column + tile.start, many)
-    here = (seen[1] >= tile.start) & (seen[1] < tile.stop)
-    seen_row, seen_item = seen[0][here], seen[1][here]
+    def count(row_P: torch.Tensor) -> torch.Tensor:
+        return torch.bincount(row_P, minlength=len(above_B))
+
+    above_B += count(row[_at_least(contest, users, row, column + tile.start, many)])
+    in_tile = (seen[1] >= tile.start) & (seen[1] < tile.stop)
+    seen_row, seen_item = seen[0][in_tile], seen[1][in_tile]
     ahead = score_BC[seen_row, seen_item - tile.start]  # by now less the target's score
-    seen_above_B = torch.bincount(seen_row[ahead > margin_B[seen_row]], minlength=len(above_B))
-    close = ahead.abs() <= margin_B[seen_row]
-    seen_above_B += _settled(contest, users, seen_row[close], seen_item[close], many)
+    seen_above_B = count(seen_row[ahead > margin_B[seen_row]])
+    near = ahead.abs() <= margin_B[seen_row]
+    seen_row, seen_item = seen_row[near], seen_item[near]
+    seen_above_B += count(seen_row[_at_least(contest, users, seen_row, seen_item, many)])
+    if corrected is not None:
+        pair = pairs.where(close_P)
+        above_P[close_P] = _at_least(contest, users, pair.row, pair.item, many, pair.value)
+        above_B += count(pairs.row[above_P])
+        seen_above_B += count(pairs.row[above_P & pairs.is_seen])
     return above_B, seen_above_B
+
+
+def _compare_corrected(
+    contest: TargetScores,
+    users: slice,
+    tile: slice,
+    pairs: CorrectedPairs,
+    score_BC: torch.Tensor,
+    margin_B: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compare the corrected pairs of a tile with the target, and set their scores to -inf.
+
+    The value is added in float64, so that a large value does not blur its own pair or any other.
+
+    Returns:
+        (P,) whether a pair is above the target by more than the margin, (P,) whether it is close.
+    """
+    import torch
+
+    place = pairs.row, pairs.item - tile.start
+    ahead_P = score_BC[place].double() + pairs.value - contest.score_U[users][pairs.row]
+    score_BC[place] = -torch.inf
+    # Twice the margin covers the float64 roundings that depend on the length of the vectors.
+    margin_P = 2 * margin_B[pairs.row] + 8 * FP64_ROUNDOFF * pairs.value.abs()
+    return ahead_P > margin_P, ahead_P.abs() <= margin_P
 
 
 def _compare(
@@ -237,22 +227,26 @@ def _compare(
     return above_B, row, torch.cat([member * width + group_Q[near_Q], rest + _GROUP * width])
 
 
-def _settled(
-    contest: TargetScores, users: slice, row_P: torch.Tensor, item_P: torch.Tensor, many: bool
+def _at_least(
+    contest: TargetScores,
+    users: slice,
+    row_P: torch.Tensor,
+    item_P: torch.Tensor,
+    many: bool,
+    value_P: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """(B,) how many of the close pairs are at or above the target, by their canonical scores."""
-    import torch
+    """Return for each close pair whether its canonical score is at least the target's, (P,) bool.
 
+    With many pairs, those that equal the target in vector and correction need no score.
+    """
     user_P = row_P + users.start
-    if many:
-        # Items that share the target's vector tie with it, whatever the query.
-        same_P = contest.vector_N[item_P] == contest.vector_N[contest.target_U[user_P]]
-        other_P = (~same_P).nonzero()[:, 0]
-        same_P[other_P] = contest.at_least(user_P[other_P], item_P[other_P])
-        counted_P = row_P[same_P]
-    else:
-        counted_P = row_P[contest.at_least(user_P, item_P)]
-    return torch.bincount(counted_P, minlength=users.stop - users.start)
+    if not many:
+        return contest.at_least(user_P, item_P, value_P)
+    above_P = contest.equals_target(user_P, item_P, value_P)
+    rest = (~above_P).nonzero()[:, 0]
+    rest_value = None if value_P is None else value_P[rest]
+    above_P[rest] = contest.at_least(user_P[rest], item_P[rest], rest_value)
+    return above_P
 
 
 def rank_static(

@@ -20,8 +20,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from retrieval.indexes import make_index, rank_with
-from retrieval.ranking import SeenItems, rank
+from retrieval.index_ranking import rank_with
+from retrieval.indexes import make_index
+from retrieval.ranking import rank
+from retrieval.seen_items import SeenItems
 
 BLOCK = 512
 

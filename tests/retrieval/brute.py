@@ -8,7 +8,7 @@ from itertools import chain
 import numpy as np
 import numpy.typing as npt
 
-from retrieval.ranking import SeenItems
+from retrieval.seen_items import SeenItems
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from retrieval.blocks import each_block
-from retrieval.indexes import INDEXES, make_index, rank_with
+from retrieval.index_ranking import rank_with
+from retrieval.indexes import INDEXES, make_index
 from retrieval.ranking import rank
 from tests.retrieval import brute
 

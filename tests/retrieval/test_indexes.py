@@ -1,11 +1,15 @@
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retrieval.indexes import INDEXES, FaissIndex, make_index, rank_with
-from retrieval.ranking import SeenItems, rank
+from retrieval.index_ranking import rank_with
+from retrieval.indexes import INDEXES, FaissIndex, make_index
+from retrieval.ranking import Ranks, rank
+from retrieval.seen_items import SeenItems
 from tests.retrieval import brute
 from tests.retrieval.brute import Floats, make_seen
 
@@ -107,11 +111,11 @@ def test_faiss_reads_ranks_off_its_list_where_it_may(monkeypatch: pytest.MonkeyP
     expected = rank(queries, items, targets, seen)
     counted: list[int] = []
 
-    def watched(left: Floats, *rest: object) -> object:
+    def watched(left: Floats, *rest: Any, **options: Any) -> Ranks:
         counted.append(len(left))
-        return rank(left, *rest)  # type: ignore[arg-type]
+        return rank(left, *rest, **options)
 
-    monkeypatch.setattr("retrieval.indexes.rank", watched)
+    monkeypatch.setattr("retrieval.index_ranking.rank", watched)
     found = rank_with("faiss", queries, items, targets, seen)
     assert counted == [3]
     np.testing.assert_array_equal(found.kept, expected.kept)

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from retrieval.blocks import plain_fp32
 from retrieval.exact_scores import TargetScores, error_bound, exact_scores, row_norms
-from retrieval.ranking import Ranks, SeenItems, rank, rank_static
+from retrieval.ranking import Ranks, rank, rank_static
+from retrieval.seen_items import SeenItems
 from tests.retrieval import brute
 from tests.retrieval.brute import Floats, Ints, make_seen
 
@@ -122,10 +123,10 @@ def test_a_collapsed_model_is_ranked_through_float64(
     settled = 0
     at_least = TargetScores.at_least
 
-    def counting(contest: TargetScores, user_P: torch.Tensor, item_P: torch.Tensor) -> torch.Tensor:
+    def counting(scores: TargetScores, user_P: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
         nonlocal settled
         settled += len(user_P)
-        return at_least(contest, user_P, item_P)
+        return at_least(scores, user_P, *rest)
 
     monkeypatch.setattr(TargetScores, "at_least", counting)
     same(rank(queries, items, targets, make_seen(lists)), expected)

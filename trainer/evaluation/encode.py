@@ -11,7 +11,8 @@ from torch import Tensor
 
 from features.dataset import Dataset, EvalSplit, Ints
 from features.errors import UserError
-from retrieval.ranking import Ranks, SeenItems, rank_static
+from retrieval.ranking import Ranks, rank_static
+from retrieval.seen_items import SeenItems
 from trainer.data.batches import TrainingData
 from trainer.models.base import Recommender
 

@@ -17,7 +17,7 @@ from features.dataset import Dataset, EvalSplit, load_items, load_user_ids
 from features.errors import UserError
 from features.schema import PREDICTIONS_SCHEMA
 from features.warehouse import Warehouse
-from retrieval.indexes import rank_with
+from retrieval.index_ranking import rank_with
 from retrieval.metrics import per_user
 from retrieval.ranking import Ranks
 from retrieval.significance import bootstrap

@@ -23,7 +23,7 @@ from features.dataset import EvalSplit, Ints, load_items, load_user_ids
 from features.errors import UserError
 from features.warehouse import Warehouse
 from retrieval.indexes import Found, Index, make_index
-from retrieval.ranking import SeenItems
+from retrieval.seen_items import SeenItems
 from trainer.checkpoint import load_weights
 from trainer.data.batches import Sequences
 from trainer.evaluation.encode import encode_catalogue, encode_histories, seen_by

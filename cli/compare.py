@@ -38,7 +38,7 @@ def compare(
     from trainer.analysis.compare import SHOWN
     from trainer.analysis.compare import compare as go
 
-    line = console.Line()
+    line = console.ProgressLine()
     try:
         found = go(
             warehouse,
@@ -65,12 +65,11 @@ def show_compared(found: "Comparison") -> None:
     cold = "" if found.targets == "all" else f", {found.targets} targets only"
     console.out.print(
         f"{found.dataset}, {found.split}{cold}: {found.users:,} users;"
-        f" difference: to {reference.label}",
-        markup=False,
+        f" difference: to {reference.label}"
     )
     for system in found.systems:
         if len(system.runs) > 1:
-            console.out.print(f"{system.label}: {', '.join(system.runs)}", markup=False)
+            console.out.print(f"{system.label}: {', '.join(system.runs)}")
     for seen in SEEN:
         console.out.print()
         console.table(
@@ -98,8 +97,7 @@ def show_compared(found: "Comparison") -> None:
         "  difference: mean over users with its 95% bootstrap interval; p: two-sided paired\n"
         f"  randomisation test over users, {SIGNS:,} random signs, so at least"
         f" {1 / (1 + SIGNS):.4f}; not corrected\n"
-        "  for their number, and silent on the luck of a training seed",
-        markup=False,
+        "  for their number, and silent on the luck of a training seed"
     )
 
 

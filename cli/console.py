@@ -1,4 +1,4 @@
-"""How results and progress look: tables on standard output, messages on standard error."""
+"""Print results on standard output, messages and progress on standard error."""
 
 import json
 import math
@@ -7,123 +7,151 @@ import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from decimal import Decimal
-from typing import Any
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
 
-from rich.cells import cell_len, set_cell_size
-from rich.console import Console
+from rich.console import Console, RenderableType
+from rich.measure import Measurement
+from rich.table import Table
+from rich.text import Text
 
-# Without a terminal nothing is wrapped at 80 columns: a pipe has no width.
-_LONGEST = 80  # characters of one cell; --json and --csv give all
-_NARROW = 12  # characters to which a cell of text may be cut on a narrow terminal
-_WIDTH = None if sys.stdout.isatty() else 200
-_NUMBER = re.compile(
-    r"-|[-+]?[\d,.]+(e[-+]?\d+)?%?( \[.*\])?|\[.*\]"
-)  # with its interval; a vector
-out = Console(highlight=False, soft_wrap=True, width=_WIDTH)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+if TYPE_CHECKING:
+    from rich.live import Live
+
+_MAX_CELL = 80  # characters of one cell; --json and --csv print the whole value
+_MIN_COLUMN = 12  # characters that a text column keeps on a narrow terminal
+_UNBOUNDED = 10_000  # width of a file or a pipe, where no line is wrapped or cut
+_BAR_WIDTH = 16
+_REFRESH_SECONDS = 0.1  # between two states of a live line
+# A dash for no value; a number with its interval or spread, the best one marked; a vector.
+_NUMBER = re.compile(r"-|\*?[-+]?[\d,.]+(e[-+]?\d+)?%?( \[.*\]| ?(±|\+-)[\d.]+)?|\[.*\]")
+
+
+def _console(*, stderr: bool) -> Console:
+    """Return a console that prints text as it is, without wrapping: commands can be copied."""
+    stream = sys.stderr if stderr else sys.stdout
+    width = None if stream.isatty() else _UNBOUNDED
+    return Console(
+        stderr=stderr, highlight=False, markup=False, emoji=False, soft_wrap=True, width=width
+    )
+
+
+out = _console(stderr=False)
+err = _console(stderr=True)
 
 
 def notify(message: str) -> None:
-    """Tell the person at the terminal something, on standard error."""
-    err.print(message, markup=False)
+    """Print a message for the user on standard error."""
+    err.print(message)
 
 
 def emit_json(document: Any) -> None:
-    """Print the one JSON document of a command; what is no number becomes null."""
-    unicode = (sys.stdout.encoding or "").lower().startswith("utf")
-    sys.stdout.write(json.dumps(_finite(document), ensure_ascii=not unicode, default=str) + "\n")
+    """Print a document as one line of JSON; NaN and infinities become null."""
+    text = json.dumps(_jsonable(document), ensure_ascii=not _has_unicode(out), default=str)
+    sys.stdout.write(text + "\n")
 
 
-def _finite(value: Any) -> Any:
+def _jsonable(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
-    if isinstance(value, Decimal):  # sums of integers come as these
+    if isinstance(value, Decimal):  # DuckDB returns sums of integers as decimals
         return int(value) if value == value.to_integral_value() else float(value)
     if isinstance(value, Mapping):
-        return {str(key): _finite(entry) for key, entry in value.items()}
+        return {str(key): _jsonable(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(entry) for entry in value]
+        return [_jsonable(entry) for entry in value]
     return value
 
 
 def table(
-    columns: Sequence[str], rows: Iterable[Sequence[Any]], *, title: str | None = None
+    columns: Sequence[str],
+    rows: Iterable[Sequence[Any]],
+    *,
+    title: str | None = None,
+    wrap: bool = True,
+    transpose: bool = False,
 ) -> None:
-    """Print a table; numbers are aligned on the right and whole, long texts give way to them."""
-    cells = [[cell(value) for value in row] for row in rows]
-    numeric = [
-        bool(cells) and all(_is_number(row[index]) for row in cells)
-        for index in range(len(columns))
-    ]
-    widths = [
-        max(map(cell_len, (*column.split("\n"), *(row[index] for row in cells))))
-        for index, column in enumerate(columns)
-    ]
-    natural = list(widths)
-    while sum(widths) + 2 * (len(widths) - 1) > out.width:
-        wide = [i for i, width in enumerate(widths) if width > _NARROW and not numeric[i]]
-        if not wide:
-            widths = natural  # the terminal wraps these lines
-            break
-        widths[max(wide, key=widths.__getitem__)] -= 1
-    heads = [column.split("\n") for column in columns]
-    tallest = max(map(len, heads))
-    heads = [[""] * (tallest - len(head)) + head for head in heads]
+    """Print a table.
+
+    Columns of numbers are aligned on the right and are never cut. On a terminal that is too
+    narrow, columns of text become narrower.
+
+    Args:
+        columns: Headings; a line break divides a heading into two lines.
+        rows: One value a column. ``rich.text.Text`` keeps its style, other values are formatted.
+        title: Printed above the table.
+        wrap: Continue long texts on the next line; otherwise cut them.
+        transpose: Print the columns as rows where the terminal is too narrow for all of them.
+    """
+    cells = [[_cell(value) for value in row] for row in rows]
+    if transpose and table_width(columns, cells) > out.width:
+        headings, *cells = [list(line) for line in zip(map(Text, columns), *cells, strict=True)]
+        columns = [heading.plain for heading in headings]
     if title:
-        out.print(title, style="bold", markup=False)
-    for head in zip(*heads, strict=True):
-        out.print(_row(head, widths, numeric), style="bold", markup=False)
-    for row in cells:
-        out.print(_row(row, widths, numeric), markup=False)
+        out.print(title, style="bold")
+    with out.capture() as capture:
+        out.print(_rich_table(columns, cells, wrap=wrap))
+    for line in capture.get().splitlines():
+        out.file.write(line.rstrip() + "\n")  # rich fills the last column with spaces
 
 
-def sheet(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Print a table of few rows, on its side where the terminal is too narrow for it."""
-    lines = [columns, *([cell(value) for value in row] for row in rows)]
-    widths = [max(map(cell_len, column)) for column in zip(*lines, strict=True)]
-    if sum(widths) + 2 * (len(widths) - 1) > out.width:
-        columns, *rows = list(zip(columns, *rows, strict=True))
-    table(columns, rows)
+def table_width(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> int:
+    """Return the width in characters of a table that is neither wrapped nor cut."""
+    cells = [[_cell(value) for value in row] for row in rows]
+    options = out.options.update(width=_UNBOUNDED)
+    return Measurement.get(out, options, _rich_table(columns, cells, wrap=True)).maximum
 
 
-def _row(texts: Sequence[str], widths: Sequence[int], numeric: Sequence[bool]) -> str:
-    """One line; widths are those of a terminal, where some characters take two columns."""
-    fitted = []
-    for text, width, right in zip(texts, widths, numeric, strict=True):
-        shown = text if cell_len(text) <= width else set_cell_size(text, width - 1) + "…"
-        space = " " * (width - cell_len(shown))
-        fitted.append(space + shown if right else shown + space)
-    return "  ".join(fitted).rstrip()
+def _rich_table(columns: Sequence[str], rows: Sequence[Sequence[Text]], *, wrap: bool) -> Table:
+    built = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for index, column in enumerate(columns):
+        texts = [row[index] for row in rows]
+        width = max(text.cell_len for text in (*map(Text, column.split("\n")), *texts))
+        is_numeric = bool(texts) and all(_NUMBER.fullmatch(text.plain) for text in texts)
+        built.add_column(
+            Text(column),
+            justify="right" if is_numeric else "left",
+            no_wrap=is_numeric,
+            min_width=width if is_numeric else min(width, _MIN_COLUMN),
+            overflow="fold",
+        )
+    for row in rows:
+        for text in row:
+            if not wrap:
+                text.no_wrap = True
+                text.overflow = "ellipsis" if _has_unicode(out) else "crop"
+        built.add_row(*row)
+    return built
 
 
-def cell(value: Any) -> str:
-    """How one value stands in a table."""
+def _cell(value: Any) -> Text:
+    return value if isinstance(value, Text) else Text(format_value(value))
+
+
+def format_value(value: Any) -> str:
+    """Return a value as tables print it, at most 80 characters long."""
     if value is None:
         return "-"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, Decimal):
-        value = _finite(value)
+        value = _jsonable(value)
     if isinstance(value, float):
         return f"{value:,.4f}" if abs(value) < 1000 else f"{value:,.1f}"
     if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, list | tuple) and len(value) > 4:
-        head = ", ".join(cell(entry) for entry in value[:3])
+        head = ", ".join(format_value(entry) for entry in value[:3])
         return f"[{head}, ... {len(value)}]"
     text = " ".join(str(value).split())
-    return text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..."
+    return text if len(text) <= _MAX_CELL else text[: _MAX_CELL - 3] + "..."
 
 
-def _is_number(text: str) -> bool:
-    return _NUMBER.fullmatch(text) is not None
-
-
-def seconds(value: float) -> str:
-    """A duration for people: ``8s``, ``3m20s``, ``2h05m``."""
-    if not math.isfinite(value):
+def format_duration(seconds: float) -> str:
+    """Return a duration in the largest units that matter: ``8s``, ``3m20s``, ``2h05m``."""
+    if not math.isfinite(seconds):
         return "?"
-    whole = round(value)
+    whole = round(seconds)
     if whole < 60:
         return f"{whole}s"
     if whole < 3600:
@@ -131,52 +159,83 @@ def seconds(value: float) -> str:
     return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
 
 
-def bar(done: int, total: int, width: int = 16) -> str:
-    """A bar for a live line, with a space behind it; nothing where there is no terminal."""
-    if not err.is_terminal or not total:
-        return ""
-    filled = width * min(done, total) // total
-    return "━" * filled + "╌" * (width - filled) + " "
+def format_spread(deviation: float) -> str:
+    """Return a standard deviation with its sign: ``±.0123``, or ``+-.0123`` without Unicode."""
+    return ("±" if _has_unicode(out) else "+-") + f"{deviation:.4f}".replace("0.", ".", 1)
 
 
-def fit(head: str, name: str, bar: str, tail: str) -> str:
-    """Make a live line that the terminal has room for: the bar goes, then some of the name."""
-    if not err.is_terminal:
-        return f"{head}{name}: {tail}"
-    room = err.width - 3 - len(head) - len(tail)
-    if len(name) + len(bar) > room:
-        bar = ""
-    if len(name) > room:
-        name = name[: max(3, room - 1)] + "…"
-    return f"{head}{name}: {bar}{tail}"
+def _has_unicode(console: Console) -> bool:
+    return console.encoding.startswith("utf")
 
 
-class Line:
-    """One live line on standard error; without a terminal, a plain line now and then."""
+class ProgressLine:
+    """Progress of one task on standard error.
 
-    def __init__(self, every: float = 30.0) -> None:
-        self._live = err.is_terminal
-        self._every = every if not self._live else 0.1
-        self._last = -math.inf
-        self._open = False
+    A terminal shows one line that is replaced at each update. A file or a pipe receives a plain
+    line at most once in ``interval`` seconds.
 
-    def update(self, text: str, *, keep: bool = False) -> None:
-        """Show ``text`` in place of what was there; ``keep`` leaves it and begins a new line."""
+    Args:
+        interval: Seconds between two lines where standard error is not a terminal.
+
+    Examples:
+        >>> with ProgressLine() as progress:
+        ...     progress.update("encoding items", share=0.5)
+    """
+
+    def __init__(self, interval: float = 30.0) -> None:
+        self._is_live = err.is_terminal and not err.is_dumb_terminal
+        self._interval = _REFRESH_SECONDS if self._is_live else interval
+        self._shown_at = -math.inf
+        self._live: Live | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def update(self, text: str, *, share: float | None = None, keep: bool = False) -> None:
+        """Replace the line.
+
+        Args:
+            text: The new line.
+            share: Part of the work that is done, from 0 to 1; a terminal shows it as a bar.
+            keep: Print the line for good, whenever the last one was printed.
+        """
         now = time.monotonic()
-        if not keep and now - self._last < self._every:
+        if not keep and now - self._shown_at < self._interval:
             return
-        self._last = now
-        if not self._live:
-            err.print(text, markup=False)
+        self._shown_at = now
+        if keep or not self._is_live:
+            self.close()
+            err.print(text)
             return
-        shown = text + "\n" if keep else text[: max(20, err.width - 1)]
-        sys.stderr.write("\r\x1b[2K" + shown)
-        sys.stderr.flush()
-        self._open = not keep
+        if self._live is None:
+            from rich.live import Live
+
+            self._live = Live(
+                console=err, auto_refresh=False, transient=True, redirect_stdout=False
+            )
+            self._live.start()
+        self._live.update(_with_bar(text, share), refresh=True)
 
     def close(self) -> None:
-        """End the live line, so that what follows begins on a line of its own."""
-        if self._open:
-            sys.stderr.write("\r\x1b[2K")
-            sys.stderr.flush()
-            self._open = False
+        """Remove the line from the terminal."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+
+def _with_bar(text: str, share: float | None) -> RenderableType:
+    if share is None:
+        return Text(text)
+    from rich.progress_bar import ProgressBar
+
+    line = Table.grid(padding=(0, 1, 0, 0))
+    line.add_row(ProgressBar(total=1.0, completed=share, width=_BAR_WIDTH), Text(text))
+    return line

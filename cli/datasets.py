@@ -40,13 +40,13 @@ def datasets(json: JsonOption = False, root: WarehouseOption = None) -> None:
             f"{role}: {' or '.join(patterns)}" for role, patterns in row["expected"].items()
         )
         name = f"{row['dataset']}{_added_by(row['origin'])}"
-        console.out.print(f"  {name} ({row['format']}): {row['raw']}", markup=False)
-        console.out.print(f"    {files or 'as prepared'}", markup=False)
-        console.out.print(f"    from {row['source']}", markup=False)
+        console.out.print(f"  {name} ({row['format']}): {row['raw']}")
+        console.out.print(f"    {files or 'as prepared'}")
+        console.out.print(f"    from {row['source']}")
     console.out.print("\nformats of your own data (--format)")
     for name, importer in IMPORTERS.items():
         added_by = _added_by(IMPORTERS.origin(name))
-        console.out.print(f"  {name}{added_by}: {importer.summary}", markup=False)
+        console.out.print(f"  {name}{added_by}: {importer.summary}")
 
 
 def _added_by(origin: str | None) -> str:

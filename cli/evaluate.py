@@ -61,17 +61,14 @@ def _retrieve(
     from trainer.runs.evaluate_cross_modal import evaluate_retrieval
     from trainer.runs.run import open_run
 
-    line = console.Line(every=0.0)
-    try:
+    with console.ProgressLine(interval=0.0) as line:
         run = open_run(warehouse, folder, device)
         report = evaluate_retrieval(warehouse, run, dataset=dataset, on_stage=line.update)
-    finally:
-        line.close()
     if json:
         console.emit_json(asdict(report))
         return
     reads = ", ".join(report.features)
-    console.out.print(f"run {report.run}: {report.model}, {reads}; {report.dataset}", markup=False)
+    console.out.print(f"run {report.run}: {report.model}, {reads}; {report.dataset}")
     cells = {(r["split"], r["targets"], r["metric"], r["ranker"]): r for r in report.rows}
     rankers = list(dict.fromkeys(r["ranker"] for r in report.rows))
     metrics = list(dict.fromkeys(r["metric"] for r in report.rows))
@@ -85,7 +82,7 @@ def _retrieve(
         )
     console.out.print()
     for text in report.protocol:
-        console.out.print(f"  {text}", markup=False)
+        console.out.print(f"  {text}")
 
 
 def run_evaluate(
@@ -95,19 +92,15 @@ def run_evaluate(
     from trainer.runs.evaluate import evaluate as go
     from trainer.runs.run import open_run
 
-    line = console.Line(every=0.0)
-    try:
+    with console.ProgressLine(interval=0.0) as line:
         return go(warehouse, open_run(warehouse, folder, device), index=index, on_stage=line.update)
-    finally:
-        line.close()
 
 
 def show_evaluated(report: "EvalReport") -> None:
     """Print the metrics with both rankings side by side, the reference, and the protocol."""
     reads = f", {', '.join(report.features)}" if report.features else ""
     console.out.print(
-        f"run {report.run}: {report.model} on {report.dataset}{reads}; index {report.index}",
-        markup=False,
+        f"run {report.run}: {report.model} on {report.dataset}{reads}; index {report.index}"
     )
     cells = {
         (r["split"], r["targets"], r["metric"], r["ranker"], r["seen"]): r for r in report.rows
@@ -132,7 +125,7 @@ def show_evaluated(report: "EvalReport") -> None:
         )
     console.out.print()
     for line in report.protocol:
-        console.out.print(f"  {line}", markup=False)
+        console.out.print(f"  {line}")
 
 
 def _interval(row: dict[str, Any]) -> str:

@@ -144,16 +144,17 @@ def run_extract(warehouse: Warehouse, dataset: str, options: "Options") -> "Extr
 
 def show_estimates(estimates: "list[Estimate]") -> None:
     """Print what an extraction would cost."""
-    console.sheet(
+    console.table(
         ["modality", "backbone", "level", "dim", "items", "absent", "rows", "tokens", "MB", "time"],
         [
             [
                 one.modality, one.backbone, one.level, one.dim, one.items, one.absent, one.rows,
                 None if one.tokens is None else f"{one.tokens:.1f}", f"{one.bytes / 1e6:.1f}",
-                console.seconds(one.seconds),
+                console.format_duration(one.seconds),
             ]
             for one in estimates
         ],
+        transpose=True,
     )  # fmt: skip
     for one in estimates:
         failed = f", of which {one.failed} could not be used" if one.failed else ""
@@ -163,7 +164,7 @@ def show_estimates(estimates: "list[Estimate]") -> None:
 def show_extracted(report: "ExtractReport") -> None:
     """Print what an extraction did, and why inputs failed."""
     levels = ["level"] if any(row.level != "pooled" for row in report.tables) else []
-    console.sheet(
+    console.table(
         ["modality", "backbone", *levels, "dim", "items", "encoded", "shared", "reused", "absent",
          "failed", "items/s", "MB"],
         [
@@ -174,6 +175,7 @@ def show_extracted(report: "ExtractReport") -> None:
             ]
             for row in report.tables
         ],
+        transpose=True,
     )  # fmt: skip
     for row in report.tables:
         for reason, count in row.failed.items():
@@ -186,7 +188,7 @@ class ExtractWatch:
     """The live line of an extraction: rate, time left, failures so far."""
 
     def __init__(self) -> None:
-        self.line = console.Line()
+        self.line = console.ProgressLine()
         self._began: dict[str, tuple[float, int]] = {}
         self._ended: set[str] = set()
 
@@ -197,13 +199,14 @@ class ExtractWatch:
         rate = (state.done - first) / (now - began) if now > began else 0.0
         pace = ""
         if rate:
-            left = console.seconds((state.total - state.done) / rate)
+            left = console.format_duration((state.total - state.done) / rate)
             pace = f" {rate:,.1f}/s, {left} left,"
-        bar = console.bar(state.done, state.total)
-        tail = f"{state.done:,} of {state.total:,},{pace} {state.failed} failed"
-        text = console.fit(f"{state.modality} by ", state.backbone, bar, tail)
+        text = (
+            f"{state.modality} by {state.backbone}:"
+            f" {state.done:,} of {state.total:,},{pace} {state.failed} failed"
+        )
         ended = state.done >= state.total
         if not (ended and state.modality in self._ended):
-            self.line.update(text, keep=ended)
+            self.line.update(text, share=state.done / max(1, state.total), keep=ended)
         if ended:
             self._ended.add(state.modality)

@@ -1,4 +1,4 @@
-"""``mmrec grid``: a table of combinations, run one by one and printed as papers print them."""
+"""``mmrec grid``: train and evaluate every combination of a TOML file, and print one table."""
 
 import shlex
 from collections.abc import Sequence
@@ -11,216 +11,239 @@ from rich.text import Text
 from cli import console
 from cli.options import JsonOption, WarehouseOption
 from features.warehouse import Warehouse
-from trainer.runs.grid_file import Grid, Pivot, pivot, read_grid
+from trainer.runs.grid_file import Cell, Grid, Pivot, pivot, read_grid
 
 if TYPE_CHECKING:
     from trainer.loop import TrainProgress
     from trainer.runs.grid import Outcome, Planned
 
-_GAP = "  "
+_RANKING = {
+    "filtered": "seen items are filtered from the ranking",
+    "kept": "seen items are kept in the ranking",
+}
 
 
 def grid(
-    file: Annotated[Path, typer.Argument(help="TOML file; a list in [runs] is an axis.")],
+    file: Annotated[Path, typer.Argument(help="TOML file; each list in [runs] is an axis.")],
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only list the combinations and their runs.")
+        bool, typer.Option("--dry-run", help="List the combinations and their runs; run nothing.")
     ] = False,
     out: Annotated[
-        Path | None, typer.Option("--out", help="Parquet of all metrics; else beside FILE.")
+        Path | None,
+        typer.Option("--out", help="Parquet file of all metrics; default: FILE with .parquet."),
     ] = None,
     json: JsonOption = False,
     root: WarehouseOption = None,
 ) -> None:
-    """Train and evaluate every combination of a table; what has ended is not run again."""
-    asked = read_grid(file)
+    """Train and evaluate every combination of a table; finished runs are reused."""
+    spec = read_grid(file)
     warehouse = Warehouse(root)
     warehouse.require()
-    from trainer.runs.grid import Stopped, plan_grid, run_grid, write_result
+    from trainer.runs.grid import plan_grid, write_result
 
-    planned = plan_grid(warehouse, asked)
+    planned = plan_grid(warehouse, spec)
     if dry_run:
-        _list(warehouse, asked, planned, json)
+        _list_runs(warehouse, spec, planned, json)
         return
-    watch = _Watch(planned)
-    outcomes: list[Outcome] = []
-    stopped = False
-    try:
-        for outcome in run_grid(warehouse, planned, on_tick=watch.tick):
-            outcomes.append(outcome)
-            watch.ended(outcome, asked)
-    except (Stopped, KeyboardInterrupt):
-        stopped = True
-    finally:
-        watch.line.close()
+    outcomes, is_stopped = _run_all(warehouse, spec, planned)
     path = out or file.with_suffix(".parquet")
-    write_result(path, asked, outcomes)
-    values = [one.values(asked.split, asked.seen) for one in outcomes]
-    values += [None] * (len(planned) - len(outcomes))
+    write_result(path, spec, outcomes)
     if json:
-        console.emit_json(_document(asked, planned, outcomes, path))
+        console.emit_json(_document(spec, planned, outcomes, path))
     else:
-        names = dict.fromkeys(one.dataset for one in planned)
-        show_pivot(asked, pivot(asked, values), list(names))
-    failed = sum(one.state == "failed" for one in outcomes)
-    if stopped:
-        here = f" --warehouse {shlex.quote(str(warehouse))}" if warehouse else ""
+        values = [outcome.values(spec.split, spec.seen) for outcome in outcomes]
+        values += [None] * (len(planned) - len(outcomes))
+        datasets = dict.fromkeys(entry.dataset for entry in planned)
+        show_pivot(spec, pivot(spec, values), list(datasets))
+    if is_stopped:
+        option = f" --warehouse {shlex.quote(str(root))}" if root else ""
         console.notify(
-            f"stopped: {len(outcomes)} of {len(planned)} ended, all is kept;"
-            f" go on with: mmrec grid {shlex.quote(str(file))}{here}"
+            f"stopped: {len(outcomes)} of {len(planned)} runs ended, and everything is saved;"
+            f" resume with: mmrec grid {shlex.quote(str(file))}{option}"
         )
         raise typer.Exit(130)
+    failed = sum(outcome.state == "failed" for outcome in outcomes)
     console.notify(f"all metrics of {len(outcomes) - failed} runs: {path}")
     if failed:
-        console.notify(f"error: {failed} of {len(planned)} runs failed; the reasons stand above")
+        console.notify(f"error: {failed} of {len(planned)} runs failed; see the reasons above")
         raise typer.Exit(2)
 
 
-class _Watch:
-    """The live line of a grid; each run that ends leaves a line."""
+def _run_all(
+    warehouse: Warehouse, spec: Grid, planned: "list[Planned]"
+) -> "tuple[list[Outcome], bool]":
+    """Run all combinations; return the outcomes, and whether the user interrupted the grid."""
+    from trainer.runs.grid import Stopped, run_grid
 
-    def __init__(self, planned: "list[Planned]") -> None:
-        self.planned = planned
-        self.line = console.Line()
-        self.spent: list[float] = []
+    outcomes: list[Outcome] = []
+    with console.ProgressLine() as line:
+        progress = _GridProgress(spec, planned, line)
+        try:
+            for outcome in run_grid(warehouse, planned, on_tick=progress.show_step):
+                outcomes.append(outcome)
+                progress.show_outcome(outcome)
+        except (Stopped, KeyboardInterrupt):
+            return outcomes, True
+    return outcomes, False
 
-    def tick(self, number: int, tick: "TrainProgress | str") -> None:
-        """Show what the run is doing."""
-        what = tick
-        if not isinstance(tick, str):
-            what = f"epoch {tick.epoch}/{tick.epochs}  loss {tick.loss:.4f}"
-        self.line.update(f"{self._where(number)}: {what}")
 
-    def ended(self, outcome: "Outcome", asked: Grid) -> None:
-        """Print the metrics of a finished run and the estimated time left."""
-        number = self.planned.index(outcome.planned)
+class _GridProgress:
+    """Progress of a grid: one live line, and one line that stays for each run that ended."""
+
+    def __init__(self, spec: Grid, planned: "list[Planned]", line: console.ProgressLine) -> None:
+        self._spec = spec
+        self._planned = planned
+        self._line = line
+        self._durations: list[float] = []
+
+    def show_step(self, number: int, step: "TrainProgress | str") -> None:
+        """Show the state of the current run."""
+        if not isinstance(step, str):
+            step = f"epoch {step.epoch}/{step.epochs}  loss {step.loss:.4f}"
+        self._line.update(f"{self._prefix(number)}: {step}", share=number / len(self._planned))
+
+    def show_outcome(self, outcome: "Outcome") -> None:
+        """Print the metrics of a run that ended and the estimated time left."""
+        number = self._planned.index(outcome.planned)
         if outcome.state == "failed":
-            self.line.update(f"{self._where(number)}: failed: {outcome.message}", keep=True)
+            self._line.update(f"{self._prefix(number)}: failed: {outcome.message}", keep=True)
             return
-        values = outcome.values(asked.split, asked.seen) or {}
-        figures = " ".join(f"{metric} {values[metric]:.4f}" for metric in asked.metrics)
-        took = "reused"
+        values = outcome.values(self._spec.split, self._spec.seen) or {}
+        figures = " ".join(f"{metric} {values[metric]:.4f}" for metric in self._spec.metrics)
+        duration = "reused"
         if outcome.state == "finished":
-            self.spent.append(outcome.seconds)
-            rest = (len(self.planned) - number - 1) * sum(self.spent) / len(self.spent)
-            took = f"{console.seconds(outcome.seconds)}, {console.seconds(rest)} left"
-        self.line.update(f"{self._where(number)}: {figures} ({took})", keep=True)
+            self._durations.append(outcome.seconds)
+            mean = sum(self._durations) / len(self._durations)
+            left = console.format_duration((len(self._planned) - number - 1) * mean)
+            duration = f"{console.format_duration(outcome.seconds)}, {left} left"
+        self._line.update(f"{self._prefix(number)}: {figures} ({duration})", keep=True)
 
-    def _where(self, number: int) -> str:
-        return f"{number + 1}/{len(self.planned)} {self.planned[number].combination.label}"
+    def _prefix(self, number: int) -> str:
+        return f"{number + 1}/{len(self._planned)} {self._planned[number].combination.label}"
 
 
-def show_pivot(asked: Grid, table: Pivot, datasets: Sequence[str]) -> None:
-    """Print the table; where it is wider than the terminal, its columns in several pieces."""
-    seen = "out of" if asked.seen == "filtered" else "left in"
-    seeds = ", mean ± deviation over seeds" if any(c.spread for c in table.cells.values()) else ""
-    where = "" if "dataset" in (*asked.rows, *asked.columns) else f"{', '.join(datasets)}, "
-    title = f"{where}{asked.split} split, {asked.seen}: seen items are {seen} the ranking{seeds}"
-    console.out.print(title, style="bold", markup=False)
-    labels = _labels(asked, table)
-    pieces: list[list[list[Text]]] = [list(labels)]
-    for column in table.column_keys:
-        group = _group(asked, table, column)
-        if len(pieces[-1]) > len(labels) and _width([*pieces[-1], *group]) > console.out.width:
-            pieces.append(list(labels))
-        pieces[-1] += group
-    for index, piece in enumerate(pieces):
-        if index:
+def show_pivot(spec: Grid, table: Pivot, datasets: Sequence[str]) -> None:
+    """Print the table of a grid.
+
+    Columns that do not fit beside each other on the terminal are printed in several tables below
+    each other; each of them repeats the columns that name the rows.
+    """
+    dataset = "" if "dataset" in (*spec.rows, *spec.columns) else f"{', '.join(datasets)}, "
+    is_mean = any(cell.spread is not None for cell in table.cells.values())
+    seeds = ", mean and standard deviation over seeds" if is_mean else ""
+    console.out.print(
+        f"{dataset}{spec.split} split, {spec.seen}: {_RANKING[spec.seen]}{seeds}", style="bold"
+    )
+    labels = _label_columns(spec, table)
+    parts: list[list[_Column]] = []
+    for key in table.column_keys:
+        columns = _metric_columns(spec, table, key)
+        if not parts or _width([*labels, *parts[-1], *columns]) > console.out.width:
+            parts.append([])
+        parts[-1] += columns
+    for number, part in enumerate(parts):
+        if number:
             console.out.print()
-        _print(piece, len(labels))
+        console.table(*_by_rows([*labels, *part]))
 
 
-def _labels(asked: Grid, table: Pivot) -> list[list[Text]]:
-    """The columns that name the rows; what stands in the row above is not repeated."""
-    labels = []
-    for index, key in enumerate(asked.rows):
-        column = [Text(""), Text(key, "bold")]
-        above: tuple[str, ...] = ()
+_Column = tuple[str, list[Text]]
+"""Heading and cells, one for each row of the table."""
+
+
+def _label_columns(spec: Grid, table: Pivot) -> list[_Column]:
+    """Return the columns that name the rows; a name equal to the one above is left out."""
+    columns = []
+    for index, key in enumerate(spec.rows):
+        cells = []
+        previous: tuple[str, ...] = ()
         for row in table.row_keys:
-            repeated = row[: index + 1] == above and index < len(asked.rows) - 1
-            column.append(Text("" if repeated else row[index]))
-            above = row[: index + 1]
-        labels.append(column)
-    return labels
+            is_repeated = row[: index + 1] == previous and index < len(spec.rows) - 1
+            cells.append(Text("" if is_repeated else row[index]))
+            previous = row[: index + 1]
+        columns.append((key, cells))
+    return columns
 
 
-def _group(asked: Grid, table: Pivot, column: tuple[str, ...]) -> list[list[Text]]:
-    """The columns of one column key, a column for each metric."""
-    group = []
-    for index, metric in enumerate(asked.metrics):
-        cells = [Text(" ".join(column) if index == 0 else "", "bold"), Text(metric, "bold")]
-        for row in table.row_keys:
-            cell = table.cells.get((row, column, metric))
-            if cell is None:
-                cells.append(Text("-"))
-                continue
-            spread = "" if cell.spread is None else f"±{cell.spread:.4f}".replace("0.", ".")
-            # Without a terminal there is no bold: the best one is marked by a star.
-            star = "*" if cell.best and not console.out.is_terminal else ""
-            cells.append(Text(f"{star}{cell.value:.4f}{spread}", "bold" if cell.best else ""))
-        group.append(cells)
-    return group
+def _metric_columns(spec: Grid, table: Pivot, key: tuple[str, ...]) -> list[_Column]:
+    """Return the columns of one column key, one for each metric; the first one names the key."""
+    columns = []
+    for index, metric in enumerate(spec.metrics):
+        cells = [_metric_cell(table.cells.get((row, key, metric))) for row in table.row_keys]
+        name = " ".join(key) if index == 0 else ""
+        columns.append((f"{name}\n{metric}" if name else metric, cells))
+    return columns
 
 
-def _width(columns: list[list[Text]]) -> int:
-    widths = [max(cell.cell_len for cell in column) for column in columns]
-    return sum(widths) + len(_GAP) * (len(columns) - 1)
+def _metric_cell(cell: Cell | None) -> Text:
+    if cell is None:
+        return Text("-")
+    spread = "" if cell.spread is None else console.format_spread(cell.spread)
+    star = "*" if cell.best and not console.out.is_terminal else ""  # a file has no bold text
+    return Text(f"{star}{cell.value:.4f}{spread}", "bold" if cell.best else "")
 
 
-def _print(columns: list[list[Text]], labels: int) -> None:
-    for cells in zip(*columns, strict=True):
-        line = Text()
-        for index, (cell, column) in enumerate(zip(cells, columns, strict=True)):
-            space = Text(" " * (max(one.cell_len for one in column) - cell.cell_len))
-            line += cell + space if index < labels else space + cell
-            line += Text(_GAP if index < len(columns) - 1 else "")
-        line.rstrip()
-        if line.plain:
-            console.out.print(line)
+def _by_rows(columns: Sequence[_Column]) -> tuple[list[str], list[tuple[Text, ...]]]:
+    """Return the headings and the rows."""
+    return (
+        [heading for heading, _ in columns],
+        list(zip(*(cells for _, cells in columns), strict=True)),
+    )
 
 
-def _list(warehouse: Warehouse, asked: Grid, planned: "list[Planned]", json: bool) -> None:
+def _width(columns: Sequence[_Column]) -> int:
+    return console.table_width(*_by_rows(columns))
+
+
+def _list_runs(warehouse: Warehouse, spec: Grid, planned: "list[Planned]", json: bool) -> None:
+    """Print the runs of a grid and their states."""
     from trainer.runs.grid import is_begun, is_done
 
-    rows = []
-    for one in planned:
-        begun = "begun" if is_begun(warehouse, one) else "new"
-        rows.append((one, "finished" if is_done(warehouse, one) else begun))
+    states = []
+    for entry in planned:
+        unfinished = "begun" if is_begun(warehouse, entry) else "new"
+        states.append("finished" if is_done(warehouse, entry) else unfinished)
     if json:
-        found = [{**one.combination.keys, "run": one.run, "state": state} for one, state in rows]
-        console.emit_json({"grid": str(asked.path), "runs": found})
+        runs = [
+            {**entry.combination.keys, "run": entry.run, "state": state}
+            for entry, state in zip(planned, states, strict=True)
+        ]
+        console.emit_json({"grid": str(spec.path), "runs": runs})
         return
-    keys = list(asked.combinations[0].keys)
     console.table(
-        [*keys, "run", "state"],
-        [[*one.combination.keys.values(), one.run, state] for one, state in rows],
+        [*spec.combinations[0].keys, "run", "state"],
+        [
+            [*entry.combination.keys.values(), entry.run, state]
+            for entry, state in zip(planned, states, strict=True)
+        ],
     )
-    ended = sum(state == "finished" for _, state in rows)
-    console.notify(f"{len(planned)} runs, {ended} of them finished; nothing was run")
+    console.notify(
+        f"{len(planned)} runs, {states.count('finished')} of them finished; nothing was run"
+    )
 
 
 def _document(
-    asked: Grid, planned: "list[Planned]", outcomes: "list[Outcome]", path: Path
+    spec: Grid, planned: "list[Planned]", outcomes: "list[Outcome]", path: Path
 ) -> dict[str, Any]:
     ended = {outcome.planned.run: outcome for outcome in outcomes}
     runs = []
-    for one in planned:
-        outcome = ended.get(one.run)
-        values = outcome.values(asked.split, asked.seen) if outcome else None
+    for entry in planned:
+        outcome = ended.get(entry.run)
         runs.append(
             {
-                **one.combination.keys,
-                "run": one.run,
+                **entry.combination.keys,
+                "run": entry.run,
                 "state": outcome.state if outcome else "left",
                 "message": (outcome.message if outcome else "") or None,
-                "metrics": values,
+                "metrics": outcome.values(spec.split, spec.seen) if outcome else None,
             }
         )
     return {
-        "grid": str(asked.path),
-        "split": asked.split,
-        "seen": asked.seen,
-        "rows": asked.rows,
-        "columns": asked.columns,
+        "grid": str(spec.path),
+        "split": spec.split,
+        "seen": spec.seen,
+        "rows": spec.rows,
+        "columns": spec.columns,
         "result": str(path),
         "runs": runs,
     }

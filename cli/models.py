@@ -37,16 +37,16 @@ def models(json: JsonOption = False) -> None:
         console.emit_json({"models": documents, "train": loop})
         return
     for entry in documents:
-        console.out.print(f"{entry['model']}: {entry['summary']}", markup=False)
-        console.out.print(_settings({**entry["settings"], **entry["train"]}), markup=False)
+        console.out.print(f"{entry['model']}: {entry['summary']}")
+        console.out.print(_settings({**entry["settings"], **entry["train"]}))
         if entry["pretrain"]:
-            console.out.print("  mmrec pretrain:", markup=False)
-            console.out.print(_settings(entry["pretrain"], "    "), markup=False)
-        console.out.print(f"  --transfer: {', '.join(entry['transfers'])}", markup=False)
+            console.out.print("  mmrec pretrain:")
+            console.out.print(_settings(entry["pretrain"], "    "))
+        console.out.print(f"  --transfer: {', '.join(entry['transfers'])}")
         for what, words in entry["variants"].items():
-            console.out.print(f"  {what}: {words}", markup=False)
-    console.out.print("the loop, for all of them where they do not say otherwise:", markup=False)
-    console.out.print(_settings(loop), markup=False)
+            console.out.print(f"  {what}: {words}")
+    console.out.print("the loop, for all of them where they do not say otherwise:")
+    console.out.print(_settings(loop))
 
 
 def _settings(values: dict[str, Any], indent: str = "  ") -> str:

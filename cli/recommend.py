@@ -119,11 +119,11 @@ def _told(adviser: "Predictor", items: list[int]) -> dict[str, Any]:
 def _write(adviser: "Predictor", out: Path, k: int, keep_seen: bool) -> dict[str, Any]:
     from trainer.runs.recommend import write_all
 
-    line, began = console.Line(), time.monotonic()
+    line, began = console.ProgressLine(), time.monotonic()
 
     def tell(done: int, total: int) -> None:
         rate = done / max(1e-9, time.monotonic() - began)
-        left = console.seconds((total - done) / rate)
+        left = console.format_duration((total - done) / rate)
         line.update(f"{done:,} of {total:,} users, {rate:,.0f}/s, {left} left")
 
     try:

@@ -67,4 +67,4 @@ def report(
     if json:
         console.emit_json({"runs": runs, "file": str(path)})
     else:
-        console.out.print(str(path), markup=False)
+        console.out.print(str(path))

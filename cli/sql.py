@@ -38,7 +38,8 @@ def sql(
         console.emit_json(table.to_pylist())
     else:
         rows = table.slice(0, _MOST_ROWS)
-        console.table(table.column_names, zip(*(c.to_pylist() for c in rows.columns), strict=True))
+        values = [column.to_pylist() for column in rows.columns]
+        console.table(table.column_names, zip(*values, strict=True), wrap=False)
         if len(table) > _MOST_ROWS:
             console.notify(
                 f"{len(table):,} rows, the first {_MOST_ROWS} shown; --csv or --json for all"

@@ -227,7 +227,7 @@ class TrainWatch:
     """The live line of a training: losses, rate, time left; each validated epoch stays."""
 
     def __init__(self) -> None:
-        self.line = console.Line()
+        self.line = console.ProgressLine()
         self.called = False
 
     def __call__(self, tick: "TrainProgress") -> None:
@@ -243,13 +243,13 @@ class TrainWatch:
             text += f"  validation {figures}  best epoch {tick.best_epoch}"
             self.line.update(text, keep=True)
         else:
-            left = console.seconds(tick.left)
+            left = console.format_duration(tick.left)
             self.line.update(f"{text}  step {tick.step}/{tick.steps}, {left} left in this epoch")
 
 
 def _trained(report: "TrainReport") -> str:
     epochs = "1 epoch" if report.epochs == 1 else f"{report.epochs} epochs"
-    return f"{epochs} in {console.seconds(report.seconds)}{_best(report)}"
+    return f"{epochs} in {console.format_duration(report.seconds)}{_best(report)}"
 
 
 def _best(report: "TrainReport") -> str:

@@ -39,18 +39,3 @@ def test_the_closing_table_fits_the_terminal(monkeypatch: pytest.MonkeyPatch, wi
     assert len(lines) == (2 if width == 200 else 12)
     for word in ("1,000,000", "900,000", "25,000", "15,000", "10,000", "900.0", "69120.0"):
         assert any(word in line for line in lines)
-
-
-@pytest.mark.parametrize("columns", [80, 120])
-def test_a_live_line_keeps_its_figures(monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
-    err = Console(file=io.StringIO(), force_terminal=True, width=columns)
-    monkeypatch.setattr(console, "err", err)
-    tail = "456,789 of 1,000,000, 1,234.5/s, 3h20m left, 1234 failed"
-    name = "open_clip:ViT-B-32/laion2b_s34b_b79k"
-    line = console.fit("image by ", name, console.bar(1, 2), tail)
-    assert len(line) < columns
-    assert line.endswith(tail)
-    assert line.startswith("image by open_clip")
-    assert name in line or columns == 80
-    short = console.fit("text by ", "bert", console.bar(1, 2), "1 of 2, 0 failed")
-    assert short == "text by bert: ━━━━━━━━╌╌╌╌╌╌╌╌ 1 of 2, 0 failed"

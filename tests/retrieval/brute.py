@@ -35,6 +35,19 @@ def ranks(
     return np.array(kept), np.array(filtered)
 
 
+def top(
+    scores: npt.NDArray[np.float64], k: int, seen: list[set[int]]
+) -> tuple[list[list[int]], Floats]:
+    """Items, padded with -1, and fp32 scores, padded with -inf, by a sort of a (U, N) matrix."""
+    items, values = [], np.full((len(scores), k), -np.inf, np.float32)
+    for place, (row, gone) in enumerate(zip(scores, seen, strict=True)):
+        left = [item for item in range(len(row)) if item not in gone]
+        order = sorted(left, key=lambda item: (-row[item], item))[:k]
+        items.append(order + [-1] * (k - len(order)))
+        values[place, : len(order)] = row[order]
+    return items, values
+
+
 def make_seen(lists: list[list[int]]) -> SeenItems:
     offsets = np.cumsum([0, *map(len, lists)], dtype=np.int64)
     return SeenItems(items=np.array([*chain(*lists)], np.int64), offsets=offsets)

@@ -14,22 +14,13 @@ from tests.retrieval import brute
 from tests.retrieval.brute import Floats, make_seen
 
 
-def expected_items(queries: Floats, items: Floats, k: int, gone: list[set[int]]) -> list[list[int]]:
-    scores = brute.all_scores(queries, items)
-    rows = []
-    for row, out in zip(scores, gone, strict=True):
-        best = sorted((j for j in range(len(row)) if j not in out), key=lambda j: (-row[j], j))[:k]
-        rows.append(best + [-1] * (k - len(best)))
-    return rows
-
-
 def check_search(
     name: str, queries: Floats, items: Floats, k: int, lists: list[list[int]] | None
 ) -> None:
     seen = None if lists is None else make_seen(lists)
     scores, found = make_index(name, items).search(queries, k, seen)
     gone = [set(one) for one in lists] if lists else [set[int]() for _ in queries]
-    assert found.tolist() == expected_items(queries, items, k, gone)
+    assert found.tolist() == brute.top(brute.all_scores(queries, items), k, gone)[0]
     assert scores.dtype == np.float32
     assert found.dtype == np.int64
     for query, row, line in zip(queries, found.tolist(), scores.tolist(), strict=True):

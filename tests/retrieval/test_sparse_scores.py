@@ -30,17 +30,6 @@ def canonical(queries: Floats, items: Floats, values_UN: Scores) -> Scores:
     return scores.numpy().reshape(values_UN.shape) + values_UN
 
 
-def best(scores_UN: Scores, k: int, gone: list[set[int]]) -> tuple[list[list[int]], Floats]:
-    """Sort every score of every user."""
-    items, values = [], np.full((len(scores_UN), k), -np.inf, np.float32)
-    for row, (scores, out) in enumerate(zip(scores_UN, gone, strict=True)):
-        left = [item for item in range(len(scores)) if item not in out]
-        order = sorted(left, key=lambda item: (-scores[item], item))
-        items.append(order[:k] + [-1] * (k - len(order)))
-        values[row, : len(order[:k])] = scores[order[:k]]
-    return items, values
-
-
 def corrections(
     rng: np.random.Generator, scores_UN: Scores, targets: Ints, lists: list[list[int]]
 ) -> Scores:
@@ -82,7 +71,7 @@ def check(
         for ranks in found:
             np.testing.assert_array_equal(ranks.kept, kept)
             np.testing.assert_array_equal(ranks.filtered, filtered)
-        expected_items, expected_scores = best(scores_UN, k, gone)
+        expected_items, expected_scores = brute.top(scores_UN, k, gone)
         for name in INDEXES:
             found_scores, found_items = make_index(name, items).search(queries, k, seen, correction)
             assert found_items.tolist() == expected_items

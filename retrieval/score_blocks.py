@@ -1,0 +1,182 @@
+"""Ranks and best items by scores that are no inner product.
+
+A callback gives the scores, block by block: `score(rows, item_begin, item_end)` returns the
+(B, C) scores of the users of the slice `rows` for the items item_begin..item_end-1. All blocks of
+some users follow one another, in the order of the items, so that the callback can keep what it
+computed from those users. Scores are compared as they are, in their own dtype.
+
+Shape suffixes: U users, B users of one block, N items, C items of one block, K items returned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from retrieval.exact_scores import as_indices, check_targets
+from retrieval.indexes import Found
+from retrieval.pairs import seen_pairs
+from retrieval.ranking import Ranks
+from retrieval.seen_items import SeenItems
+
+if TYPE_CHECKING:
+    import torch
+
+    from retrieval.exact_scores import Indices
+
+    Scores: TypeAlias = torch.Tensor | npt.NDArray[np.floating] | npt.NDArray[np.integer]
+    ScoreBlock: TypeAlias = Callable[[slice, int, int], Scores]
+
+_SCORES_AT_ONCE = 2**25  # elements of the (B, N) scores of one block of users
+_SPARE = 16  # items beyond k, so that equal scores at the k-th place are among them
+
+
+def rank_scores(
+    score: ScoreBlock,
+    targets: Indices,
+    items: int,
+    exclude: SeenItems | None = None,
+    *,
+    block: tuple[int, int] | None = None,
+) -> Ranks:
+    """Rank each user's target among all items by the scores of a callback.
+
+    rank = 1 + the number of other items that score at least as much as the target. Each score is
+    computed once. Memory is the scores of one block of users, at most 2^25 for the default block.
+
+    Args:
+        score: Callback, see the module's description.
+        targets: (U,) the item that each user really took.
+        items: Number of items.
+        exclude: Items that the filtered rank leaves out; none when None.
+        block: Users that are ranked together, and items of one call of `score`.
+
+    Raises:
+        ValueError: Targets, excluded items or blocks that do not fit, or scores that are not a
+            finite (B, C) matrix of real numbers.
+
+    Examples:
+        >>> scores = np.array([[0.1, 0.7, 0.7]])
+        >>> rank_scores(lambda rows, begin, end: scores[rows, begin:end], np.array([1]), 3).kept
+        array([2])
+    """
+    import torch
+
+    target_U = as_indices("targets", targets)
+    users = len(target_U)
+    check_targets(target_U, users, items)
+    if exclude is not None:
+        exclude.check(users, items)
+    kept, filtered = np.empty(users, np.int64), np.empty(users, np.int64)
+    for rows, score_BN in _rows_of_scores(score, users, items, block):
+        target_B = torch.from_numpy(target_U[rows].copy()).to(score_BN.device)
+        target_score_B = score_BN.gather(1, target_B[:, None])
+        above_B = (score_BN >= target_score_B).sum(1)  # the target itself is one of them
+        row_P, item_P = seen_pairs(exclude, rows, items, score_BN.device)
+        seen_P = (score_BN[row_P, item_P] >= target_score_B[row_P, 0]) & (item_P != target_B[row_P])
+        seen_above_B = torch.bincount(row_P[seen_P], minlength=len(above_B))
+        kept[rows] = above_B.cpu().numpy()
+        filtered[rows] = (above_B - seen_above_B).cpu().numpy()
+    return Ranks(kept=kept, filtered=filtered)
+
+
+def top_scores(
+    score: ScoreBlock,
+    users: int,
+    items: int,
+    k: int,
+    exclude: SeenItems | None = None,
+    *,
+    block: tuple[int, int] | None = None,
+) -> Found:
+    """Return the k items with the highest scores of a callback for each user.
+
+    Order: score descending, item ascending among equals. Memory as for `rank_scores`.
+
+    Args:
+        score: Callback, see the module's description.
+        users: Number of users.
+        items: Number of items.
+        k: Items for each user, at least 1.
+        exclude: Items to leave out, user by user; none when None.
+        block: Users that are searched together, and items of one call of `score`.
+
+    Returns:
+        (U, k) fp32 scores and (U, k) int64 items. Where a user has fewer than k items left, the
+        tail holds score -inf and item -1.
+
+    Raises:
+        ValueError: k, excluded items or blocks that do not fit, or scores that are not a finite
+            (B, C) matrix of real numbers within float32.
+
+    Examples:
+        >>> scores = np.array([[0.25, 0.75, 0.75]])
+        >>> top_scores(lambda rows, begin, end: scores[rows, begin:end], 1, 3, 2)[1]
+        array([[1, 2]])
+    """
+    import torch
+
+    if k < 1:
+        raise ValueError(f"k is {k}: it must be at least 1")
+    if exclude is not None:
+        exclude.check(users, items)
+    top_scores_UK = np.full((users, k), -np.inf, np.float32)
+    top_items_UK = np.full((users, k), -1, np.int64)
+    width = min(k, items)
+    for rows, score_BN in _rows_of_scores(score, users, items, block):
+        if not (score_BN.abs() < 2.0**126).all():
+            raise ValueError("scores are larger than float32 holds: scale down")
+        score_BN[seen_pairs(exclude, rows, items, score_BN.device)] = -torch.inf
+        score_BF, item_BF = score_BN.topk(min(k + _SPARE, items), dim=1)
+        item_BF, by_item = item_BF.sort(1)
+        score_BF, by_score = score_BF.gather(1, by_item).sort(dim=1, descending=True, stable=True)
+        item_BF = item_BF.gather(1, by_score)
+        # More items share the k-th score than were fetched: any of them may be missing.
+        if score_BF.shape[1] < items:
+            for row in (score_BF[:, -1] == score_BF[:, width - 1]).nonzero()[:, 0].tolist():
+                order_N = score_BN[row].argsort(descending=True, stable=True)
+                item_BF[row] = order_N[: item_BF.shape[1]]
+        score_BK, item_BK = score_BF[:, :width], item_BF[:, :width]
+        top_scores_UK[rows, :width] = score_BK.float().cpu().numpy()
+        top_items_UK[rows, :width] = item_BK.masked_fill(score_BK == -torch.inf, -1).cpu().numpy()
+    return top_scores_UK, top_items_UK
+
+
+def _rows_of_scores(
+    score: ScoreBlock, users: int, items: int, block: tuple[int, int] | None
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Yield each block of users and its (B, N) floating-point scores, which may be changed."""
+    import torch
+
+    if items < 1:
+        raise ValueError("items are empty: there is nothing to rank")
+    if block is None:
+        block = (max(1, min(512, _SCORES_AT_ONCE // items)), 4096)
+    if min(block) < 1:
+        raise ValueError(f"block is {block}: both sides must be at least 1")
+    for start in range(0, users, block[0]):
+        rows = slice(start, min(start + block[0], users))
+        score_BN: torch.Tensor | None = None
+        for begin in range(0, items, block[1]):
+            end = min(begin + block[1], items)
+            score_BC = torch.as_tensor(score(rows, begin, end)).detach()
+            if score_BC.shape != (rows.stop - start, end - begin) or score_BC.is_complex():
+                raise ValueError(
+                    f"scores of users {start}..{rows.stop - 1} and items {begin}..{end - 1} are "
+                    f"{score_BC.dtype} of shape {tuple(score_BC.shape)}: expected real (B, C)"
+                )
+            if not torch.isfinite(score_BC).all():
+                raise ValueError(
+                    f"scores of users {start}..{rows.stop - 1} and items {begin}..{end - 1} hold "
+                    "NaN or infinity"
+                )
+            if not score_BC.is_floating_point():
+                score_BC = score_BC.double()
+            if score_BN is None:
+                score_BN = score_BC.new_empty((len(score_BC), items))
+            score_BN[:, begin:end] = score_BC
+        assert score_BN is not None
+        yield rows, score_BN

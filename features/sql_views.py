@@ -26,6 +26,7 @@ from features.atomic_files import read_errors
 from features.dataset import exact_pattern, parquet_sql, quoted
 from features.errors import UserError
 from features.provenance import LATER, LIGHT, read_provenance
+from features.result_tables import metrics_sql, predictions_sql
 from features.schema import (
     FAILURES_SCHEMA,
     INTERACTIONS_SCHEMA,
@@ -42,6 +43,7 @@ VIEWS = (
     "predictions",
 )  # fmt: skip
 MEMORY = "8GB"  # of DuckDB's own; beyond it, it spills
+_RESULTS = {"metrics": metrics_sql, "predictions": predictions_sql}
 _RUN_COLUMNS = ("run", "dataset", "model", "created", "seed", "features", "parameters")
 
 
@@ -319,30 +321,25 @@ def _run_views(
         folder = warehouse.runs_dir / name
         try:
             row = _run_row(folder)
-            for kind in sources:
-                if (folder / f"{kind}.parquet").exists():
-                    with read_errors(folder / f"{kind}.parquet", "evaluate the run again"):
-                        names = pq.read_schema(folder / f"{kind}.parquet").names
-                        if names != schemas[kind].names:
-                            raise ValueError(f"its columns are {', '.join(names) or 'none'}")
+            selects = {}
+            for kind, select in _RESULTS.items():
+                path = folder / f"{kind}.parquet"
+                if path.exists():
+                    with read_errors(path, "evaluate the run again"):
+                        selects[kind] = select(folder)
         except UserError as error:
             notify(f"left out: {error}")
             continue
         rows.append(row)
-        for kind, queries in sources.items():
-            path = folder / f"{kind}.parquet"
-            if kind == "predictions" and order.get(row["dataset"], "") != row["fingerprint"]:
-                if path.exists():
-                    notify(
-                        f"left out: the predictions of {name}, whose items are those of another"
-                        f" preparation of {row['dataset']}; train again"
-                    )
-                continue
-            if path.exists():
-                queries.append(
-                    f"SELECT {quoted(name)} AS run, {quoted(row['dataset'])} AS dataset, *"
-                    f" FROM {parquet_sql(folder, path.name)}"
-                )
+        if order.get(row["dataset"], "") != row["fingerprint"] and "predictions" in selects:
+            del selects["predictions"]
+            notify(
+                f"left out: the predictions of {name}, whose items are those of another"
+                f" preparation of {row['dataset']}; train again"
+            )
+        columns = f"{quoted(name)} AS run, {quoted(row['dataset'])} AS dataset, *"
+        for kind, source in selects.items():
+            sources[kind].append(f"SELECT {columns} FROM ({source})")
     for kind, schema in schemas.items():
         with_dataset = pa.schema([pa.field("dataset", pa.string()), *schema])
         empty = f"SELECT * FROM {_empty(with_dataset, first='run')}"

@@ -11,11 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from features.atomic_files import read_errors
 from features.errors import UserError, unknown
-from features.schema import PREDICTIONS_SCHEMA
+from features.result_tables import read_predictions_table
 from features.warehouse import Warehouse
 from retrieval.metrics import METRIC_NAMES, per_user
 from retrieval.significance import PairedTest, paired_test
@@ -213,7 +212,7 @@ def _aligned(records: Sequence[Record], split: str) -> tuple[_Users, _Ranks]:
     for record in records:
         path = record.folder / "predictions.parquet"
         with read_errors(path, f"run: mmrec eval --run {record.name}"):
-            table = pq.read_table(path, schema=PREDICTIONS_SCHEMA)
+            table = read_predictions_table(path)
             table = table.filter(pc.field("split") == split).sort_by("user")
             columns = {name: table.column(name).to_numpy() for name in table.column_names}
         found = np.stack([columns[key] for key in ("user", "item", "history")], axis=1)

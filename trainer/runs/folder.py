@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from features.atomic_files import lock, read_errors, write_table
 from features.errors import UserError
+from features.result_tables import read_metrics_table
 from features.schema import METRICS_SCHEMA
 from features.warehouse import Warehouse
 
@@ -152,7 +152,4 @@ def held_metrics(path: Path, remedy: str = "remove it") -> list[dict[str, Any]]:
     if not path.exists():
         return []
     with read_errors(path, remedy):
-        table = pq.read_table(path)
-        if not table.schema.equals(METRICS_SCHEMA):
-            raise ValueError(f"its columns are {', '.join(table.schema.names) or 'none'}")
-    return list(table.to_pylist())
+        return list(read_metrics_table(path).to_pylist())

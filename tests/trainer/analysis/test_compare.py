@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import tomli_w
 from safetensors.numpy import save_file
@@ -88,6 +89,15 @@ def test_values_and_differences_by_hand(house: Warehouse) -> None:
     assert second.test.difference == pytest.approx((-1 / 2 + 7 / 44 - 17 / 60) / 4)
     mine = 1 / np.array(RANKS["b"]) - 1 / np.array(RANKS["a"])
     assert second.test == paired_test(mine, np.zeros(4))
+
+
+def test_predictions_of_version_0_1_are_compared(house: Warehouse) -> None:
+    expected = compare(house, ["a", "b"]).lines
+    path = house.runs_dir / "b" / "predictions.parquet"
+    table = pq.read_table(path)
+    old = {"rank_filtered": "rank_masked", "rank_kept": "rank_unmasked"}
+    pq.write_table(table.rename_columns([old.get(n, n) for n in table.column_names]), path)
+    assert compare(house, ["a", "b"]).lines == expected
 
 
 def test_the_other_split_and_cold_targets(house: Warehouse) -> None:

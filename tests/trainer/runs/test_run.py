@@ -251,6 +251,18 @@ def test_a_replayed_epoch_takes_the_place_of_what_it_wrote(tmp_path: Path) -> No
     ]
 
 
+def test_an_epoch_is_added_to_a_table_of_version_0_1(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.parquet"
+    values = {("filtered", "HR@10"): 0.5, ("kept", "HR@10"): 0.25}
+    record(path, "m", EpochRow(epoch=1, losses={}, metrics=values, users=7))
+    table = pq.read_table(path)
+    old = pa.array(["masked", "unmasked"])
+    pq.write_table(table.set_column(5, table.schema.field("seen"), old), path)
+    record(path, "m", EpochRow(epoch=2, losses={}, metrics=values, users=7))
+    rows = pq.read_table(path).to_pylist()
+    assert [row["seen"] for row in rows] == ["filtered", "kept"] * 2
+
+
 def test_an_evaluation_leaves_the_rows_of_retrieval(house: Warehouse) -> None:
     run = begin(house)
     train(run)

@@ -31,8 +31,9 @@ from torch.nn import functional
 from features.errors import UserError
 from trainer.data.batches import Batch, ItemFeatures, Sequences, TrainSet
 from trainer.data.windows import WindowSampling
-from trainer.kernels.activation_checkpoint import in_pieces, linear
-from trainer.kernels.fused_cpu import dropout, plain
+from trainer.kernels.activation_checkpoint import checkpoint_elementwise
+from trainer.kernels.dispatch import use_kernels
+from trainer.kernels.elementwise import dropout
 from trainer.losses.softmax import draw_candidates, full_softmax, part_softmax
 from trainer.mmsrec_config import CORRUPTIONS, MMSRecConfig
 from trainer.models.base import Catalogue, Recommender
@@ -276,7 +277,7 @@ class MMSRec(Recommender):
         """
         dim = self.config.dim
         whole = tokens * dim <= _NUMBERS_IN_ALL
-        if whole or plain(self.mask) or self.transformer.compiled:
+        if whole or not use_kernels(self.mask) or self.transformer.compiled:
             return 0
         return max(1, _NUMBERS_AT_ONCE // dim)
 
@@ -303,7 +304,8 @@ class MMSRec(Recommender):
             return run(order_B, *of_item), order_B
         order_B = lengths_B.argsort(stable=True)
         size = max(1, piece // width)
-        return in_pieces(run, order_B.split(size), self.parameters(), of_item), order_B
+        parts = [checkpoint_elementwise(run, row_B, *of_item) for row_B in order_B.split(size)]
+        return torch.cat(parts), order_B
 
     def _encode_each(self, item_K: Tensor, features: ItemFeatures) -> Tensor:
         """Encode some items, each once: (K, D), with gradients."""
@@ -324,11 +326,15 @@ class MMSRec(Recommender):
         if self.config.ids:
             of_ids = self._identity(item_K[order_K]).split([len(item_B) for item_B in pieces])
 
-        def run(piece: tuple[int, Tensor], *of_ids: Tensor) -> Tensor:
-            number, item_B = piece
-            return self._encode_alone(item_B, features, of_ids[number : number + 1])
+        def run(item_B: Tensor, *of_ids: Tensor) -> Tensor:
+            return self._encode_alone(item_B, features, of_ids)
 
-        found_KD = in_pieces(run, list(enumerate(pieces)), self.parameters(), of_ids)
+        found_KD = torch.cat(
+            [
+                checkpoint_elementwise(run, item_B, *of_ids[number : number + 1])
+                for number, item_B in enumerate(pieces)
+            ]
+        )
         return found_KD.index_select(0, order_K.argsort())
 
     def _encode_alone(
@@ -456,5 +462,5 @@ class _Head(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         layer, norm = self
         assert isinstance(layer, nn.Linear)
-        normed: Tensor = norm(linear(layer, x))
+        normed: Tensor = norm(layer(x))
         return normed

@@ -28,7 +28,7 @@ from trainer.checks import (
 )
 from trainer.data.batches import Batch, ItemFeatures, Sequences
 from trainer.data.windows import WindowSampling
-from trainer.kernels.fused_cpu import dropout
+from trainer.kernels.elementwise import dropout
 from trainer.losses.softmax import draw_candidates, full_softmax, part_softmax
 from trainer.models.base import Catalogue, Recommender
 from trainer.modules.transformer import Transformer, initialise, positions_from_end

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from trainer.kernels.fused_cpu import dropout
+from trainer.kernels.elementwise import dropout
 from trainer.modules.tokens import Tokens, masked_mean
-from trainer.modules.transformer import Block
+from trainer.modules.transformer import TransformerBlock
 
 _SHARED = "shared"
 
@@ -175,7 +175,7 @@ class MergeAttention(nn.Module):
         x_KSD, mask_KS = _with_cls(x_KSD, mask_KS, self.cls)
         keys_KS = None if bool(mask_KS.all()) else mask_KS
         for block in self.blocks:
-            x_KSD = block(x_KSD, keys_KS, False)
+            x_KSD = block(x_KSD, keys_KS)
         return masked_mean(x_KSD, mask_KS) if self.cls is None else x_KSD[:, 0]
 
 
@@ -207,7 +207,7 @@ class CoAttention(nn.Module):
         masks = [one[1] for one in typed]
         for layer, cross in enumerate(self.cross):
             x = [cross(x[i], x[1 - i], masks[1 - i]) for i in range(2)]
-            x = [self.own[2 * layer + i](x[i], masks[i], False) for i in range(2)]
+            x = [self.own[2 * layer + i](x[i], masks[i]) for i in range(2)]
         pooled = [x[i][:, 0] if len(self.cls) else masked_mean(x[i], masks[i]) for i in range(2)]
         fused: Tensor = self.map(torch.cat(pooled, dim=-1))
         return fused
@@ -279,13 +279,14 @@ def _two(names: Sequence[str]) -> None:
     assert len(names) == 2, names
 
 
-def _block(config: FusionConfig) -> Block:
-    return Block(
+def _block(config: FusionConfig) -> TransformerBlock:
+    return TransformerBlock(
         dim=config.dim,
         heads=config.heads,
         hidden=config.hidden,
         dropout=config.dropout,
         attention_dropout=config.dropout,
+        causal=False,
     )
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from trainer.data.batches import Sequences
-from trainer.kernels.fused_cpu import dropout
+from trainer.kernels.elementwise import dropout
 from trainer.modules.transformer import Transformer, positions_from_end
 
 _KERNEL = 3  # of NextItNet's convolutions

@@ -1,34 +1,42 @@
-"""The transformer that the sequence towers share.
+"""The transformer encoder that the sequence encoders and the attention fusions share.
 
-Legend: B batch, T tokens, D width, H heads, E width of a head, M tokens whose output is wanted.
+Legend: B batch, T tokens, D width, F width of the feed-forward network, M selected tokens.
 """
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from trainer.kernels.activation_checkpoint import linear
-from trainer.kernels.fused_cpu import add_norm, attend_pairs, dropout, gelu_dropout, plain
+from trainer.kernels.attention import self_attention
+from trainer.kernels.elementwise import add_norm, gelu_dropout
 
 
-class Block(nn.Module):
-    """Self-attention and a feed-forward network, each with dropout, a residual and a LayerNorm.
+class TransformerBlock(nn.Module):
+    """A post-LN transformer block (Vaswani et al., 2017) with GELU, as in BERT.
 
     Args:
         dim: Width D; a multiple of ``heads``.
-        heads: Attention heads H.
-        hidden: Width of the feed-forward network.
-        dropout: Probability, on the feed-forward's inside and both outputs.
-        attention_dropout: Probability, on attention weights.
+        heads: Number of attention heads.
+        hidden: Width F of the feed-forward network.
+        dropout: Probability inside the feed-forward network and on the output of both sublayers.
+        attention_dropout: Probability on the attention weights.
+        causal: Whether a token attends only to itself and the tokens before it.
     """
 
     def __init__(
-        self, *, dim: int, heads: int, hidden: int, dropout: float, attention_dropout: float
+        self,
+        *,
+        dim: int,
+        heads: int,
+        hidden: int,
+        dropout: float,
+        attention_dropout: float,
+        causal: bool,
     ) -> None:
         super().__init__()
         self.heads = heads
         self.dropout = dropout
         self.attention_dropout = attention_dropout
+        self.causal = causal
         self.qkv = nn.Linear(dim, 3 * dim)
         self.out = nn.Linear(dim, dim)
         self.up = nn.Linear(dim, hidden)
@@ -37,78 +45,48 @@ class Block(nn.Module):
         self.norm_feed = nn.LayerNorm(dim)
 
     def forward(
-        self,
-        x_BTD: Tensor,
-        keys: Tensor | None,
-        causal: bool,
-        at_M: Tensor | None = None,
+        self, x_BTD: Tensor, mask: Tensor | None = None, selected_M: Tensor | None = None
     ) -> Tensor:
         """Apply the block.
 
         Args:
             x_BTD: Tokens.
-            keys: True where a token may be attended to, (B, T) by all, or (B or 1, T, T) by each;
-                ``None``: everywhere, and always so where ``causal``.
-            causal: Whether a token sees only itself and what stands before it.
-            at_M: Which tokens the outputs are wanted of, as numbers in B x T; ``None``: of all.
+            mask: True where a token may be attended to, (B, T) or (B or 1, T, T), see
+                :func:`trainer.kernels.attention.self_attention`; ``None`` in a causal block.
+            selected_M: Indices of tokens in the flattened B x T. Only the outputs of these tokens
+                are computed; ``None``: those of all tokens.
 
         Returns:
-            (B, T, D), or with ``at_M`` (M, D).
+            (B, T, D), or (M, D) with ``selected_M``.
         """
-        mixed_BTD = self._mix(x_BTD, keys, causal)
-        if at_M is not None:
-            x_BTD, mixed_BTD = (x.flatten(0, 1).index_select(0, at_M) for x in (x_BTD, mixed_BTD))
-        p = self.dropout if self.training else 0.0
-        x_BTD = add_norm(x_BTD, linear(self.out, mixed_BTD), self.norm_attention, p)
-        inner_BTF = gelu_dropout(linear(self.up, x_BTD), p)
-        return add_norm(x_BTD, linear(self.down, inner_BTF), self.norm_feed, p)
-
-    def _mix(self, x_BTD: Tensor, keys: Tensor | None, causal: bool) -> Tensor:
-        """The values, weighted by attention: (B, T, D)."""
-        assert keys is None or not causal
-        B, T, D = x_BTD.shape
-        E = D // self.heads
-        p = self.attention_dropout if self.training else 0.0
-        if T == 2 and keys is None and not causal and not plain(x_BTD):
-            query_BTD = linear(self.qkv, x_BTD, slice(0, D))
-            key_BD = linear(self.qkv, x_BTD[:, 0] - x_BTD[:, 1], slice(D, 2 * D), bias=False)
-            value_BTD = linear(self.qkv, x_BTD, slice(2 * D, 3 * D))
-            mixed_BTHE = attend_pairs(
-                query_BTD.view(B, T, self.heads, E),
-                key_BD.view(B, self.heads, E),
-                value_BTD.view(B, T, self.heads, E),
-                p,
-            )
-            return mixed_BTHE.view(B, T, D)
-        query_BHTE, key_BHTE, value_BHTE = (
-            linear(self.qkv, x_BTD).view(B, T, 3, self.heads, E).permute(2, 0, 3, 1, 4)
+        probability = self.dropout if self.training else 0.0
+        attended = self_attention(
+            x_BTD,
+            self.qkv,
+            self.heads,
+            mask=mask,
+            causal=self.causal,
+            probability=self.attention_dropout if self.training else 0.0,
         )
-        mask = None if keys is None else keys[:, None] if keys.ndim == 3 else keys[:, None, None]
-        if p and not plain(x_BTD):
-            mixed_BHTE = _attend(query_BHTE, key_BHTE, value_BHTE, mask, causal, p)
-        else:
-            mixed_BHTE = functional.scaled_dot_product_attention(
-                query_BHTE,
-                key_BHTE,
-                value_BHTE,
-                attn_mask=mask,
-                dropout_p=p,
-                is_causal=causal,
-            )
-        return mixed_BHTE.transpose(1, 2).reshape(B, T, D)
+        x = x_BTD
+        if selected_M is not None:
+            x, attended = (t.flatten(0, 1).index_select(0, selected_M) for t in (x, attended))
+        x = add_norm(x, self.out(attended), self.norm_attention, probability)
+        hidden = gelu_dropout(self.up(x), probability)
+        return add_norm(x, self.down(hidden), self.norm_feed, probability)
 
 
 class Transformer(nn.Module):
-    """A stack of post-LN blocks and one LayerNorm after it.
+    """A stack of post-LN blocks and a final LayerNorm.
 
     Args:
         layers: Number of blocks.
-        dim: Width D.
-        heads: Attention heads.
-        hidden: Width of the feed-forward networks.
-        dropout: Probability.
-        attention_dropout: Probability, on attention weights.
-        causal: Whether a token sees only itself and what stands before it.
+        dim: Width D; a multiple of ``heads``.
+        heads: Number of attention heads.
+        hidden: Width F of the feed-forward networks.
+        dropout: Probability inside the feed-forward networks and on the output of each sublayer.
+        attention_dropout: Probability on the attention weights.
+        causal: Whether a token attends only to itself and the tokens before it.
     """
 
     def __init__(
@@ -123,14 +101,14 @@ class Transformer(nn.Module):
         causal: bool,
     ) -> None:
         super().__init__()
-        self.causal = causal
         self.blocks = nn.ModuleList(
-            Block(
+            TransformerBlock(
                 dim=dim,
                 heads=heads,
                 hidden=hidden,
                 dropout=dropout,
                 attention_dropout=attention_dropout,
+                causal=causal,
             )
             for _ in range(layers)
         )
@@ -138,29 +116,35 @@ class Transformer(nn.Module):
 
     @property
     def compiled(self) -> bool:
-        """Whether ``torch.compile`` has it."""
+        """True after :meth:`compile` was called."""
         return self._compiled_call_impl is not None
 
     def forward(
-        self, x_BTD: Tensor, keys: Tensor | None = None, at_BT: Tensor | None = None
+        self, x_BTD: Tensor, mask: Tensor | None = None, selected_BT: Tensor | None = None
     ) -> Tensor:
-        """Encode (B, T, D).
+        """Encode tokens.
 
-        A causal stack needs no ``keys`` where padding stands on the right: no token looks there.
-        Another one needs them, true where a token may be attended to: (B, T) by all tokens, or
-        (B or 1, T, T), which token by which. With ``at_BT``, bool, only the outputs of those M
-        tokens are computed and given, row by row: (M, D).
+        Args:
+            x_BTD: Tokens.
+            mask: True where a token may be attended to, (B, T) or (B or 1, T, T), see
+                :func:`trainer.kernels.attention.self_attention`. A causal stack takes no mask: with
+                padding on the right, no token attends to padding.
+            selected_BT: (B, T) bool. The last block computes only the outputs of the M tokens where
+                it is true; ``None``: those of all tokens.
+
+        Returns:
+            (B, T, D), or with ``selected_BT`` (M, D), row by row.
         """
-        at_M = None if at_BT is None else at_BT.flatten().nonzero()[:, 0]
-        last = len(self.blocks) - 1
-        for number, block in enumerate(self.blocks):
-            x_BTD = block(x_BTD, keys, self.causal, at_M if number == last else None)
-        normed: Tensor = self.norm(x_BTD)
+        selected_M = None if selected_BT is None else selected_BT.flatten().nonzero()[:, 0]
+        *first, last = self.blocks
+        for block in first:
+            x_BTD = block(x_BTD, mask)
+        normed: Tensor = self.norm(last(x_BTD, mask, selected_M))
         return normed
 
 
 def initialise(module: nn.Module, std: float = 0.02) -> None:
-    """Draw linear and embedding weights from N(0, std); biases 0, LayerNorm (1, 0)."""
+    """Draw the weights of linear layers and embeddings from N(0, std); set biases to 0."""
     for part in module.modules():
         if isinstance(part, nn.Linear | nn.Embedding):
             nn.init.normal_(part.weight, std=std)
@@ -169,27 +153,10 @@ def initialise(module: nn.Module, std: float = 0.02) -> None:
 
 
 def positions_from_end(lengths_B: Tensor, width: int) -> Tensor:
-    """(B, width) position of each slot counted from the sequence's last item, which is 0.
+    """Return each slot's position counted from the last item of its sequence, which has position 0.
 
-    Slots of padding, which stand after the last item, are 0 too.
+    Returns:
+        (B, width) int64; 0 in the slots of padding, which follow the last item.
     """
     columns_L = torch.arange(width, device=lengths_B.device)
     return (lengths_B[:, None] - 1 - columns_L).clamp_min(0)
-
-
-def _attend(
-    query_BHTE: Tensor,
-    key_BHTE: Tensor,
-    value_BHTE: Tensor,
-    mask: Tensor | None,
-    causal: bool,
-    probability: float,
-) -> Tensor:
-    """Attention with dropout on its weights: torch's own draws the mask slowly on a CPU."""
-    T, E = query_BHTE.shape[-2:]
-    score_BHTT = (query_BHTE * E**-0.5) @ key_BHTE.transpose(-1, -2)
-    if causal:
-        mask = torch.ones(T, T, dtype=torch.bool, device=score_BHTT.device).tril()
-    if mask is not None:
-        score_BHTT = score_BHTT.masked_fill(~mask, -torch.inf)
-    return dropout(score_BHTT.softmax(-1), probability, training=True) @ value_BHTE

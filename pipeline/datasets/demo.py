@@ -1,12 +1,12 @@
-"""A small dataset made by the program, so that everything can be tried offline.
+"""The demo: a small dataset made by the program, so that everything can be tried offline.
 
-Every item has a taste and a topic. The taste is only in its picture and clip (a colour and a
-shape), the topic only in its title (words of one field). Every user keeps to one taste most of the
-time, and goes from topic to topic in one fixed order most of the time. So the next item is known by
-the taste of the user and the topic of the last item: whoever sees pictures, titles and order
-predicts well, popularity does not. A tenth of the items is new: combinations of a taste and a topic
-that there were not before. They have a few training interactions or none, but are the target of
-some users, who can only be served by what the items show.
+Every item has a taste and a topic. Its image and video show only the taste (a colour and a shape);
+its title shows only the topic (words of one field). Most of the time a user stays with one taste
+and goes through the topics in a fixed order. The taste of the user and the topic of the last item
+therefore predict the next item: a model that uses images, titles and order predicts well, and
+popularity does not. A tenth of the items is new: these items combine a taste and a topic that no
+other item combines. They have few or no training interactions and are the targets of some users,
+so only their content can predict them.
 """
 
 import csv
@@ -38,15 +38,15 @@ TOPICS = {
     "garden": "blossom seedling orchard rose compost meadow trellis pollen",
 }
 FILLERS = ("the", "a", "new", "first", "little", "great", "last", "long", "quiet", "bright", "old")
-SIZE = 96  # pixels, a side
+SIZE = 96  # side of an image in pixels
 NEW_SHARE = 0.1
-FOLLOWS = 0.85  # how often a user keeps to the taste, and to the order of the topics
+FOLLOWS = 0.85  # probability that a user stays with the taste, and with the order of topics
 START = 1_700_000_000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DemoItem:
-    """What is true of one item; the files show it, the tables do not say it."""
+    """The hidden properties of one item: its files show them, the tables do not contain them."""
 
     item_id: str
     taste: int
@@ -55,19 +55,19 @@ class DemoItem:
 
 
 def make_demo(raw: Path, *, users: int = 2000, items: int = 432, seed: int = 0) -> list[DemoItem]:
-    """Write the raw files in the ``table`` layout; the same seed gives the same dataset.
+    """Write the raw files of the demo in the ``table`` layout.
 
     Args:
-        raw: The folder to make; it appears when all is written.
-        users: How many users, 8 to 18 interactions each.
-        items: How many items.
-        seed: Of every random choice.
+        raw: The folder to make; it appears when all files are written.
+        users: Number of users; each has 8 to 18 interactions.
+        items: Number of items.
+        seed: Seed of every random choice; the same seed gives the same bytes.
 
     Returns:
-        The items with what is true of them.
+        The items with their hidden properties, in the order of their ids.
 
     Raises:
-        UserError: ``raw`` exists, or there are too few items for every taste and topic.
+        UserError: ``raw`` exists, or there are fewer than four items for each taste and topic.
     """
     cells = len(TASTES) * len(TOPICS)
     if items < 4 * cells:
@@ -76,28 +76,28 @@ def make_demo(raw: Path, *, users: int = 2000, items: int = 432, seed: int = 0) 
         raise UserError(f"{raw} exists already; remove it to make the demo's files again")
     random = np.random.default_rng(seed)
     catalogue = _catalogue(items, random)
-    beside = raw.with_name(f".{raw.name}.{secrets.token_hex(4)}.tmp")
-    beside.mkdir(parents=True)
+    temporary = raw.with_name(f".{raw.name}.{secrets.token_hex(4)}.tmp")
+    temporary.mkdir(parents=True)
     try:
-        _write_items(beside, catalogue, random)
-        _write_interactions(beside, catalogue, users, random)
-        os.replace(beside, raw)
+        _write_items(temporary, catalogue, random)
+        _write_interactions(temporary, catalogue, users, random)
+        os.replace(temporary, raw)
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
     return catalogue
 
 
 def _catalogue(items: int, random: np.random.Generator) -> list[DemoItem]:
-    """Spread the items evenly over the cells; all items of some cells are new."""
+    """Distribute the items evenly over the cells (taste, topic); a cell is new as a whole."""
     cells = len(TASTES) * len(TOPICS)
     order = random.permutation(items)
     new = random.choice(cells, round(cells * NEW_SHARE), replace=False)
     catalogue: list[DemoItem] = []
-    for place in range(items):
-        cell = place % cells
+    for index in range(items):
+        cell = index % cells
         catalogue.append(
             DemoItem(
-                item_id=f"i{order[place] + 1:04d}",
+                item_id=f"i{order[index] + 1:04d}",
                 taste=cell % len(TASTES),
                 topic=cell // len(TASTES),
                 new=bool(np.isin(cell, new)),
@@ -115,38 +115,39 @@ def _write_interactions(
     cells: dict[tuple[int, int], list[int]] = {}
     for index, item in enumerate(catalogue):
         cells.setdefault((item.taste, item.topic), []).append(index)
-    # Within a cell some items are more liked than others, so that popularity is not quite blind.
+    # Within a cell some items are more popular than others, so popularity predicts a little.
     appeal = random.gamma(1.5, 1.0, len(catalogue)) + 0.2
     trained = np.zeros(len(catalogue), dtype=np.int64)
-    # Half of the new items are never trained on, the other half a few times.
-    most = np.where(np.arange(len(catalogue)) % 2 == 0, 0, 4)
-    most[[not item.new for item in catalogue]] = np.iinfo(np.int64).max
+    # Half of the new items have no training interaction, the others at most four.
+    limit = np.where(np.arange(len(catalogue)) % 2 == 0, 0, 4)
+    limit[[not item.new for item in catalogue]] = np.iinfo(np.int64).max
     rows: list[tuple[str, str, int]] = []
     for user in range(users):
         length = int(random.integers(8, 19))
-        taste = int(random.integers(len(TASTES)))
+        user_taste = int(random.integers(len(TASTES)))
         topic = int(random.integers(len(TOPICS)))
         time = START + int(random.integers(30 * 86_400))
         seen: set[int] = set()
         for step in range(length):
             follows = random.random(2) < FOLLOWS
-            here = taste if follows[0] else int(random.integers(len(TASTES)))
+            taste = user_taste if follows[0] else int(random.integers(len(TASTES)))
             topic = (topic + 1) % len(TOPICS) if follows[1] else int(random.integers(len(TOPICS)))
             held_out = step >= length - 2
+            # While the cell has no item left, try the same topic with another taste.
             while not (
-                open_ := [
+                candidates := [
                     index
-                    for index in cells[here, topic]
-                    if index not in seen and (held_out or trained[index] < most[index])
+                    for index in cells[taste, topic]
+                    if index not in seen and (held_out or trained[index] < limit[index])
                 ]
-            ):  # what is not there yet, or used up: the same topic in another taste
-                here = int(random.integers(len(TASTES)))
-            weight = appeal[open_]
-            chosen = int(random.choice(open_, p=weight / weight.sum()))
+            ):
+                taste = int(random.integers(len(TASTES)))
+            weight = appeal[candidates]
+            chosen = int(random.choice(candidates, p=weight / weight.sum()))
             trained[chosen] += not held_out
             seen.add(chosen)
             rows.append((f"u{user + 1:05d}", catalogue[chosen].item_id, time))
-            # Some interactions bear the time of the one before: the order of the file decides.
+            # Some interactions have the time of the one before; the order of the file orders them.
             time += int(random.integers(0, 4)) * 3600
     with (raw / "interactions.csv").open("w", encoding="utf-8", newline="") as stream:
         writer = csv.writer(stream)
@@ -154,17 +155,17 @@ def _write_interactions(
         writer.writerows(rows)
 
 
-# -- what items show ------------------------------------------------------------------------
+# -- content of items -----------------------------------------------------------------------
 
 
 def _write_items(raw: Path, catalogue: list[DemoItem], random: np.random.Generator) -> None:
     (raw / "images").mkdir()
     (raw / "videos").mkdir()
     fields = [words.split() for words in TOPICS.values()]
-    without_picture = set(random.choice(len(catalogue), len(catalogue) // 12, replace=False))
+    without_image = set(random.choice(len(catalogue), len(catalogue) // 12, replace=False))
     without_title = set(random.choice(len(catalogue), len(catalogue) // 12, replace=False))
-    with_clip = set(random.choice(len(catalogue), len(catalogue) // 10, replace=False))
-    broken = next(index for index in range(len(catalogue)) if index not in without_picture)
+    with_video = set(random.choice(len(catalogue), len(catalogue) // 10, replace=False))
+    broken = next(index for index in range(len(catalogue)) if index not in without_image)
     with (raw / "items.csv").open("w", encoding="utf-8", newline="") as stream:
         writer = csv.writer(stream)
         writer.writerow(["item_id", "title", "image", "video", "price"])
@@ -174,31 +175,31 @@ def _write_items(raw: Path, catalogue: list[DemoItem], random: np.random.Generat
                 *random.choice(fields[item.topic], 3, replace=False),
             ]
             title = " ".join(str(word) for word in words).capitalize()
-            picture, clip = f"images/{item.item_id}.png", f"videos/{item.item_id}.mp4"
-            frame = _picture(item.taste, random)
-            if index not in without_picture:
-                frame.save(raw / picture)
+            image, video = f"images/{item.item_id}.png", f"videos/{item.item_id}.mp4"
+            drawing = _draw(item.taste, random)
+            if index not in without_image:
+                drawing.save(raw / image)
                 if index == broken:
-                    whole = (raw / picture).read_bytes()
-                    (raw / picture).write_bytes(whole[: len(whole) // 2])
-            if index in with_clip:
-                _clip(raw / clip, item.taste, random)
+                    content = (raw / image).read_bytes()
+                    (raw / image).write_bytes(content[: len(content) // 2])
+            if index in with_video:
+                _write_video(raw / video, item.taste, random)
             writer.writerow(
                 [
                     item.item_id,
                     "" if index in without_title else title,
-                    "" if index in without_picture else picture,
-                    clip if index in with_clip else "",
+                    "" if index in without_image else image,
+                    video if index in with_video else "",
                     f"{random.integers(100, 5000) / 100:.2f}",
                 ]
             )
 
 
-def _picture(taste: int, random: np.random.Generator, turn: float = 0.0) -> Image.Image:
-    """One coloured shape on pale noise, somewhere near the middle."""
+def _draw(taste: int, random: np.random.Generator, turn: float = 0.0) -> Image.Image:
+    """Draw a coloured shape on pale noise near the middle of an image."""
     colour, shape = TASTES[taste]
-    ground: npt.NDArray[np.uint8] = random.integers(225, 256, (SIZE, SIZE, 3)).astype(np.uint8)
-    image = Image.fromarray(ground)
+    background: npt.NDArray[np.uint8] = random.integers(225, 256, (SIZE, SIZE, 3)).astype(np.uint8)
+    image = Image.fromarray(background)
     draw = ImageDraw.Draw(image)
     x, y = (SIZE / 2 + offset for offset in random.uniform(-10, 10, 2))
     radius = random.uniform(26, 36)
@@ -218,17 +219,17 @@ def _picture(taste: int, random: np.random.Generator, turn: float = 0.0) -> Imag
     return image
 
 
-def _clip(path: Path, taste: int, random: np.random.Generator) -> None:
-    """Two to three seconds of the shape turning, four frames a second, MPEG-4."""
+def _write_video(path: Path, taste: int, random: np.random.Generator) -> None:
+    """Write two to three seconds of the turning shape as MPEG-4 with four frames a second."""
     import av
 
     with av.open(str(path), "w", options={"fflags": "+bitexact"}) as container:
         stream: Any = container.add_stream("mpeg4", rate=4)
         stream.width = stream.height = SIZE
         stream.pix_fmt = "yuv420p"
-        stream.codec_context.flags |= 1 << 23  # AV_CODEC_FLAG_BITEXACT: the same file each time
+        stream.codec_context.flags |= 1 << 23  # AV_CODEC_FLAG_BITEXACT: equal bytes each time
         for step in range(int(random.integers(8, 13))):
-            picture = np.asarray(_picture(taste, random, turn=step * math.pi / 12))
-            frame = av.VideoFrame.from_ndarray(picture)
+            drawing = np.asarray(_draw(taste, random, turn=step * math.pi / 12))
+            frame = av.VideoFrame.from_ndarray(drawing)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())

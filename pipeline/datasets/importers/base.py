@@ -61,7 +61,7 @@ class ImportResult:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Importer:
-    """A raw layout: the files that it consists of, and the function that reads them.
+    r"""A raw layout: the files that it consists of, and the function that reads them.
 
     Examples:
         >>> importer = Importer(
@@ -69,6 +69,7 @@ class Importer:
         ...     files={"interactions": ("log.txt",)},
         ...     required=("interactions",),
         ...     read=lambda db, root, files: ImportResult(timestamps=False),
+        ...     example={"log.txt": "ann,shoe\nann,hat\n"},
         ... )
         >>> importer.files["interactions"]
         ('log.txt',)
@@ -83,6 +84,9 @@ class Importer:
 
     Raises a UserError if a file is damaged or has another layout.
     """
+    example: Mapping[str, str]
+    """A tiny dataset of this layout: file name to content. It documents the layout, and the tests
+    prepare it."""
     required: tuple[str, ...] = ("interactions", "items")
     """Roles without which a dataset cannot be prepared."""
 

@@ -63,4 +63,8 @@ IMPORTER = Importer(
         "videos": VIDEO_PATTERNS,
     },
     read=read,
+    example={
+        "bili_users.tsv": "ann\tv1 v2\nbob\tv2\n",
+        "bili_items.tsv": "v1\tA red shoe\nv2\tA hat\n",
+    },
 )

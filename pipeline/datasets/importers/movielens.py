@@ -141,4 +141,8 @@ IMPORTER = Importer(
         "plots": ("movies_extrainfos.dat",),
     },
     read=read,
+    example={
+        "ratings.csv": "userId,movieId,rating,timestamp\n1,10,5,100\n1,20,3,200\n2,10,4,150\n",
+        "movies.csv": "movieId,title,genres\n10,Alien (1979),Horror|Sci-Fi\n20,Brazil,Comedy\n",
+    },
 )

@@ -87,4 +87,8 @@ IMPORTER = Importer(
     },
     required=("interactions",),
     read=read,
+    example={
+        "sequences.txt": "ann shoe hat\nbob hat\n",
+        "items.jsonl": '{"id": "shoe", "title": "Red shoe"}\n{"id": "hat", "title": "Hat"}\n',
+    },
 )

@@ -83,4 +83,8 @@ IMPORTER = Importer(
         "videos": VIDEO_PATTERNS,
     },
     read=read,
+    example={
+        "interactions.csv": "user_id,item_id,timestamp\nann,shoe,100\nann,hat,200\nbob,hat,150\n",
+        "items.csv": "item_id,title\nshoe,Red shoe\nhat,Hat\n",
+    },
 )

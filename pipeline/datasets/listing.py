@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from features.errors import UserError
-from features.warehouse import DatasetInfo, Warehouse
+from features.warehouse import Warehouse
 from pipeline.datasets.prepare import earlier_info
 from pipeline.datasets.raw_files import locate_files, raw_format
 from pipeline.datasets.registry import DATASETS
@@ -36,21 +36,16 @@ def _row(warehouse: Warehouse, name: str) -> dict[str, Any]:
         "raw_found": root.is_dir(),
         "prepared": info is not None,
         "damaged": info is None and warehouse.is_prepared(name),
-        "k_core": None,
         "error": None,
-        **_counts(info),
     }
+    for key in ("users", "items", "interactions", "k_core"):
+        row[key] = getattr(info, key) if info else None
     if name in DATASETS:
         known = DATASETS[name]
         row.update(format=known.importer, source=known.source, origin=DATASETS.origin(name))
         row["k_core"] = info.k_core if info else known.k_core
         row.update(_expected(name, root))
     return row
-
-
-def _counts(info: DatasetInfo | None) -> dict[str, int | None]:
-    keys = ("users", "items", "interactions", "k_core")
-    return {key: getattr(info, key) if info else None for key in keys}
 
 
 def _expected(name: str, root: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""``mmrec compare``: runs side by side, with what the users drawn can say of the difference."""
+"""``mmrec compare``: metrics of several runs, with paired tests of their differences."""
 
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
@@ -11,96 +11,101 @@ from features.warehouse import Warehouse
 
 if TYPE_CHECKING:
     from retrieval.significance import PairedTest
-    from trainer.analysis.compare import Comparison
+    from trainer.analysis.compare import Comparison, SystemMetric
 
-_SEEN = {"filtered": "out of", "kept": "left in"}
+_TITLES = {
+    "filtered": "filtered: seen items are filtered from the ranking",
+    "kept": "kept: seen items are kept in the ranking",
+}
 
 
 def compare(
     runs: Annotated[list[str], typer.Argument(help="Evaluated runs; the first is the reference.")],
     split: Annotated[str, typer.Option("--split", help="test or validation.")] = "test",
     targets: Annotated[
-        str, typer.Option("--targets", help="all, or cold: fewer than 10 training interactions.")
+        str,
+        typer.Option("--targets", help="all, or cold (fewer than 10 training interactions)."),
     ] = "all",
     metric: Annotated[
         list[str] | None,
-        typer.Option("--metric", help="Such as NDCG@20; repeatable. Else @10, @50 and MRR."),
+        typer.Option(
+            "--metric",
+            help="Metric such as NDCG@20; repeatable. Default: HR and NDCG at 10 and 50, and MRR.",
+        ),
     ] = None,
     by: Annotated[
         str,
-        typer.Option("--by", help="Runs as one: run (none), model, settings (all but the seed)."),
+        typer.Option(
+            "--by", help="Runs averaged as one: run (none), model, or settings (all but the seed)."
+        ),
     ] = "run",
     json: JsonOption = False,
     root: WarehouseOption = None,
 ) -> None:
-    """Compare runs on the same users: the difference, its interval, and a paired test."""
+    """Compare runs on the same users: difference, confidence interval, paired test."""
     warehouse = Warehouse(root)
-    from trainer.analysis.compare import SHOWN
-    from trainer.analysis.compare import compare as go
+    from trainer.analysis.compare import DEFAULT_METRICS
+    from trainer.analysis.compare import compare as compare_runs
 
-    line = console.ProgressLine()
-    try:
-        found = go(
+    with console.ProgressLine() as line:
+        comparison = compare_runs(
             warehouse,
             runs,
             split=split,
             targets=targets,
-            metrics=metric or SHOWN,
+            metrics=metric or DEFAULT_METRICS,
             by=by,
             on_stage=line.update,
         )
-    finally:
-        line.close()
     if json:
-        console.emit_json(asdict(found))
+        console.emit_json(asdict(comparison))
     else:
-        show_compared(found)
+        show_comparison(comparison)
 
 
-def show_compared(found: "Comparison") -> None:
-    """Print a table for each ranking, the reference first in each group of lines."""
+def show_comparison(comparison: "Comparison") -> None:
+    """Print a table for each ranking; the reference is the first row of each metric."""
     from trainer.analysis.compare import SEEN, SIGNS
 
-    reference, *_ = found.systems
-    cold = "" if found.targets == "all" else f", {found.targets} targets only"
+    reference = comparison.systems[0].label
+    cold = "" if comparison.targets == "all" else f", {comparison.targets} targets only"
     console.out.print(
-        f"{found.dataset}, {found.split}{cold}: {found.users:,} users;"
-        f" difference: to {reference.label}"
+        f"{comparison.dataset}, {comparison.split}{cold}: {comparison.users:,} users;"
+        f" differences to {reference}"
     )
-    for system in found.systems:
+    for system in comparison.systems:
         if len(system.runs) > 1:
             console.out.print(f"{system.label}: {', '.join(system.runs)}")
     for seen in SEEN:
         console.out.print()
         console.table(
             ["metric", "run", "value", "difference", "p"],
-            [
-                [
-                    line.metric if line.system == reference.label else "",
-                    line.system,
-                    f"{line.value:.4f}" + ("" if line.spread is None else f" ±{line.spread:.4f}"),
-                    None if line.test is None else _difference(line.test),
-                    None if line.test is None else f"{line.test.p_value:.4f}",
-                ]
-                for line in found.lines
-                if line.seen == seen
-            ],
-            title=f"{seen}: items the user has seen are {_SEEN[seen]} the ranking",
+            [_row(line, reference) for line in comparison.lines if line.seen == seen],
+            title=_TITLES[seen],
         )
-    spread = any(line.spread is not None for line in found.lines)
-    if spread:
-        console.out.print(
-            "\n  ±: deviation over runs; of several runs, each user's mean is compared"
+    console.out.print()
+    if any(line.spread is not None for line in comparison.lines):
+        console.print_note(
+            "±: standard deviation over runs; the difference is between each user's mean over runs."
         )
-    console.out.print(
-        f"{'' if spread else chr(10)}"
-        "  difference: mean over users with its 95% bootstrap interval; p: two-sided paired\n"
-        f"  randomisation test over users, {SIGNS:,} random signs, so at least"
-        f" {1 / (1 + SIGNS):.4f}; not corrected\n"
-        "  for their number, and silent on the luck of a training seed"
+    console.print_note("difference: mean over users with its 95% bootstrap interval.")
+    console.print_note(
+        f"p: two-sided paired randomisation test over users with {SIGNS:,} random signs, so at"
+        f" least {1 / (1 + SIGNS):.4f}; not corrected for the number of tests. Neither covers the"
+        " variation between training seeds."
     )
 
 
+def _row(line: "SystemMetric", reference: str) -> list[str | None]:
+    spread = "" if line.spread is None else f" {console.format_spread(line.spread)}"
+    return [
+        line.metric if line.system == reference else "",
+        line.system,
+        f"{line.value:.4f}{spread}",
+        None if line.test is None else _difference(line.test),
+        None if line.test is None else f"{line.test.p_value:.4f}",
+    ]
+
+
 def _difference(test: "PairedTest") -> str:
-    low, high = (f"{value:.4f}".replace("0.", ".", 1) for value in (test.low, test.high))
-    return f"{test.difference:+.4f} [{low}, {high}]"
+    return f"{test.difference:+.4f} {console.format_interval(test.low, test.high)}"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from rich.console import Console, RenderableType
 from rich.measure import Measurement
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -43,6 +44,11 @@ err = _console(stderr=True)
 def notify(message: str) -> None:
     """Print a message for the user on standard error."""
     err.print(message)
+
+
+def print_note(text: str) -> None:
+    """Print an indented remark below a result; a terminal wraps it between words."""
+    out.print(Padding(text, (0, 0, 0, 2), expand=False), soft_wrap=False)
 
 
 def emit_json(document: Any) -> None:
@@ -162,6 +168,11 @@ def format_duration(seconds: float) -> str:
 def format_spread(deviation: float) -> str:
     """Return a standard deviation with its sign: ``±.0123``, or ``+-.0123`` without Unicode."""
     return ("±" if _has_unicode(out) else "+-") + f"{deviation:.4f}".replace("0.", ".", 1)
+
+
+def format_interval(low: float, high: float) -> str:
+    """Return a confidence interval without leading zeros: ``[.0123, .0456]``."""
+    return "[" + ", ".join(f"{bound:.4f}".replace("0.", ".", 1) for bound in (low, high)) + "]"
 
 
 def _has_unicode(console: Console) -> bool:

@@ -1,4 +1,4 @@
-"""``mmrec report``: a page about runs, and their convergence curves as a picture."""
+"""``mmrec report``: an HTML page about runs, or an image of their convergence curves."""
 
 from pathlib import Path
 from typing import Annotated
@@ -13,57 +13,59 @@ from features.warehouse import Warehouse
 
 def report(
     runs: Annotated[
-        list[str] | None, typer.Argument(help="Runs, side by side; else the last one.")
+        list[str] | None, typer.Argument(help="Runs to show together; default: the last one.")
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option("--out", help="The page; else report.html in the first run's folder."),
+        typer.Option("--out", help="HTML file; default: report.html in the first run's folder."),
     ] = None,
     curves: Annotated[
         Path | None,
-        typer.Option("--curves", help="Draw only the curves: FILE.png, .svg or .pdf."),
+        typer.Option("--curves", help="Draw only the curves into FILE.png, .svg or .pdf."),
     ] = None,
     label: Annotated[
         list[str] | None,
-        typer.Option("--label", help="What a run is called; one for each run, in order."),
+        typer.Option("--label", help="Name of a run on the page; one for each run, in order."),
     ] = None,
     metric: Annotated[
         str | None,
-        typer.Option("--metric", help="Of the curves; else what the runs were stopped by."),
+        typer.Option("--metric", help="Metric of the curves; default: that of early stopping."),
     ] = None,
     seen: Annotated[
-        str | None, typer.Option("--seen", help="filtered or kept, of the curves.")
+        str | None,
+        typer.Option("--seen", help="Ranking of the curves: seen items filtered or kept."),
     ] = None,
     json: JsonOption = False,
     root: WarehouseOption = None,
 ) -> None:
-    """Write a page about runs: curves by epoch and time, test table, settings, features.
+    """Write a page about runs: curves, test metrics, differences, settings, features.
 
-    The page is one file that loads nothing from anywhere.
+    The page is one HTML file that loads nothing from the network.
     """
     warehouse = Warehouse(root)
     if not runs:
-        folder, why = warehouse.choose_run(None)
-        console.notify(f"run: {folder.name} ({why})")
+        folder, reason = warehouse.choose_run(None)
+        console.notify(f"run: {folder.name} ({reason})")
         runs = [folder.name]
-    from trainer.analysis.curves import check_picture, draw, read_curves, save
+    from trainer.analysis.curves import read_curves
+    from trainer.analysis.figures import check_image_path, draw_curves, save_figure
     from trainer.runs.read import read_records
 
     if curves is not None:
-        check_picture(curves)
+        check_image_path(curves)
         if out is not None:
-            raise UserError("--curves draws only the picture; leave --out out, or give --out alone")
+            raise UserError("--curves draws only the image; leave --out out, or give --out alone")
     records = read_records(warehouse, runs)
-    found = read_curves(records, metric=metric, seen=seen, labels=label)
+    curve_data = read_curves(records, metric=metric, seen=seen, labels=label)
     if curves is not None:
         path = curves
-        save(draw(found), path)
+        save_figure(draw_curves(curve_data), path)
     else:
         from features.atomic_files import write_text
         from trainer.analysis.report import build_report
 
         path = out or records[0].folder / "report.html"
-        write_text(path, build_report(warehouse, records, found))
+        write_text(path, build_report(warehouse, records, curve_data))
     if json:
         console.emit_json({"runs": runs, "file": str(path)})
     else:

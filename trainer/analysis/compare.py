@@ -1,11 +1,12 @@
-"""Runs side by side: their metrics over the same users, and whether the difference is luck.
+"""Compare runs on the same users: metrics, differences, and paired tests of the differences.
 
-Each run's ``predictions.parquet`` holds the rank of every user's target, so two runs are compared
-user by user. The sample are the users: several runs that differ in their seed can stand as one
-system, the mean of each user's values over them, and their spread is told beside it.
+The ``predictions.parquet`` of each run holds the rank of every user's target, so two runs are
+compared user by user. The sample is the users. Several runs, such as runs that differ only in
+their seed, can form one system: its value for a user is the mean over its runs, and the standard
+deviation over its runs is reported separately.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,14 +25,14 @@ SPLITS = ("validation", "test")
 TARGETS = ("all", "cold")
 SEEN = ("filtered", "kept")
 SIGNS = 10_000
-"""Random signs of a paired test."""
-SHOWN = ("HR@10", "HR@50", "NDCG@10", "NDCG@50", "MRR")
+"""Number of random sign assignments of a paired test."""
+DEFAULT_METRICS = ("HR@10", "HR@50", "NDCG@10", "NDCG@50", "MRR")
 
 Values = npt.NDArray[np.float64]
 
 
-def _settings(record: Record) -> str:
-    """All that decides a run but its seed."""
+def _settings_key(record: Record) -> str:
+    """Return everything that decides the result of a run except its seed."""
     settings = {key: value for key, value in record.settings.items() if key != "seed"}
     init = record.about.get("init", {})
     return repr((record.about["model"], record.about["features"], sorted(settings.items()), init))
@@ -40,43 +41,43 @@ def _settings(record: Record) -> str:
 GROUPINGS: dict[str, Callable[[Record], str]] = {
     "run": lambda record: record.name,
     "model": lambda record: str(record.about["model"]),
-    "settings": _settings,
+    "settings": _settings_key,
 }
-"""What makes runs one system: themselves, their model, or all but the seed."""
+"""Name of a grouping -> the key that all runs of one system share."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class System:
-    """What stands in the comparison as one."""
+    """One side of a comparison: a run, or several runs whose values are averaged."""
 
     label: str
     runs: list[str]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Line:
-    """One system's value of one metric, and how far it is from the first system's."""
+class SystemMetric:
+    """Value of one metric for one system, and its difference to the first system."""
 
     metric: str
     seen: str
     system: str
     value: float
     spread: float | None
-    """Standard deviation over the system's runs; nothing of one run."""
+    """Standard deviation over the runs of the system; None for a single run."""
     test: PairedTest | None
-    """System minus the first one; nothing for that one."""
+    """Test of this system minus the first system; None for the first system."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Comparison:
-    """What ``mmrec compare`` prints."""
+    """Result of :func:`compare`."""
 
     dataset: str
     split: str
     targets: str
     users: int
     systems: list[System]
-    lines: list[Line]
+    lines: list[SystemMetric]
 
 
 def compare(
@@ -85,23 +86,23 @@ def compare(
     *,
     split: str = "test",
     targets: str = "all",
-    metrics: Sequence[str] = SHOWN,
+    metrics: Sequence[str] = DEFAULT_METRICS,
     by: str = "run",
     on_stage: Callable[[str], None] = lambda stage: None,
 ) -> Comparison:
-    """Compare evaluated runs of one preparation, user by user.
+    """Compare evaluated runs of one preparation of a dataset, user by user.
 
     Args:
-        warehouse: Holds the runs.
-        names: The runs; what the first one belongs to is what the others are compared with.
+        warehouse: The warehouse of the runs.
+        names: Names of the runs. The system of the first run is the reference.
         split: ``test`` or ``validation``.
         targets: ``all``, or ``cold``: users whose target has fewer than 10 training interactions.
         metrics: Names such as ``NDCG@10``.
-        by: A name in ``GROUPINGS``.
-        on_stage: Told what is being done.
+        by: Name of a grouping in :data:`GROUPINGS`; runs with one key form one system.
+        on_stage: Receives the name of each step.
 
     Raises:
-        UserError: A run is not known, not evaluated, or not of the same data as the first one.
+        UserError: A run is unknown, is not evaluated, or has other data than the first run.
     """
     for kind, value, known in (
         ("split", split, SPLITS), ("targets", targets, TARGETS), ("grouping", by, GROUPINGS),
@@ -110,44 +111,22 @@ def compare(
         if value not in known:
             raise unknown(kind, value, list(known))
     records = read_records(warehouse, names)
-    groups: dict[str, list[Record]] = {}
+    systems = _group(records, by)
     for record in records:
-        groups.setdefault(GROUPINGS[by](record), []).append(record)
-    if len(groups) < 2:
-        what = "is one run" if len(records) == 1 else f"are one system, taken by {by}"
-        raise UserError(f"{', '.join(names)} {what}; name another run to compare with")
-    for record in records:
-        _check(records[0], record)
-    users, ranks = _aligned(records, split)
+        _check_comparable(records[0], record)
+    users, ranks = _read_ranks(records, split)
     chosen = np.ones(len(users.cold), bool) if targets == "all" else users.cold
     if not chosen.any():
         raise UserError(f"the {split} split has no target that is {targets}; leave --targets out")
-    systems = [_system(by, members) for members in groups.values()]
     lines = []
     for seen in SEEN:
-        values = [
-            [
-                {m: v for m, v in per_user(ranks[r.name][seen][chosen]).items() if m in metrics}
-                for r in members
-            ]
-            for members in groups.values()
-        ]
+        values = {
+            system.label: [per_user(ranks[name][seen][chosen]) for name in system.runs]
+            for system in systems
+        }
         for metric in dict.fromkeys(metrics):
             on_stage(f"paired tests of {metric}, {seen}")
-            means = [np.mean([found[metric] for found in held], axis=0) for held in values]
-            for system, held, mean in zip(systems, values, means, strict=True):
-                over = [float(found[metric].mean()) for found in held]
-                first = system is systems[0]
-                lines.append(
-                    Line(
-                        metric=metric,
-                        seen=seen,
-                        system=system.label,
-                        value=float(mean.mean()),
-                        spread=float(np.std(over, ddof=1)) if len(over) > 1 else None,
-                        test=None if first else paired_test(mean, means[0], samples=SIGNS),
-                    )
-                )
+            lines += _compare_metric(metric, seen, values)
     return Comparison(
         dataset=records[0].about["dataset"],
         split=split,
@@ -158,37 +137,84 @@ def compare(
     )
 
 
-def _system(by: str, members: Sequence[Record]) -> System:
-    names = [record.name for record in members]
-    label = str(members[0].about["model"]) if by == "model" else names[0]
-    return System(label=f"{label} x{len(names)}" if len(names) > 1 else label, runs=names)
+def _group(records: Sequence[Record], by: str) -> list[System]:
+    """Return the systems that the runs form, in the order of the runs."""
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        groups.setdefault(GROUPINGS[by](record), []).append(record)
+    if len(groups) < 2:
+        listed = ", ".join(record.name for record in records)
+        problem = "is one run" if len(records) == 1 else f"are one system when grouped by {by}"
+        raise UserError(f"{listed} {problem}; name another run to compare with")
+    systems = []
+    for members in groups.values():
+        names = [record.name for record in members]
+        label = str(members[0].about["model"]) if by == "model" else names[0]
+        label = f"{label} x{len(names)}" if len(names) > 1 else label
+        systems.append(System(label=label, runs=names))
+    return systems
 
 
-def _check(first: Record, record: Record) -> None:
-    """Refuse a run that cannot be compared with the first one, and say what can be done."""
+def _compare_metric(
+    metric: str, seen: str, values: Mapping[str, Sequence[Mapping[str, Values]]]
+) -> list[SystemMetric]:
+    """Compare all systems by one metric.
+
+    Args:
+        metric: Name of the metric.
+        seen: ``filtered`` or ``kept``.
+        values: Label of each system -> for each of its runs, metric -> (E,) values of the users.
+    """
+    means = {
+        label: np.mean([run[metric] for run in runs], axis=0) for label, runs in values.items()
+    }
+    reference = next(iter(values))
+    lines = []
+    for label, runs in values.items():
+        run_means = [float(run[metric].mean()) for run in runs]
+        is_reference = label == reference
+        lines.append(
+            SystemMetric(
+                metric=metric,
+                seen=seen,
+                system=label,
+                value=float(means[label].mean()),
+                spread=float(np.std(run_means, ddof=1)) if len(run_means) > 1 else None,
+                test=(
+                    None
+                    if is_reference
+                    else paired_test(means[label], means[reference], samples=SIGNS)
+                ),
+            )
+        )
+    return lines
+
+
+def _check_comparable(first: Record, record: Record) -> None:
+    """Refuse a run whose users or items differ from those of the first run."""
     if record.pretraining:
         raise UserError(
-            f"run {record.name!r} is a pre-training and recommends nothing; compare runs that"
+            f"run {record.name!r} is a pre-training and does not rank items; compare runs that"
             f" start from it: mmrec train --model {record.about['model']} --init {record.name}"
         )
-    here, there = record.about["dataset"], first.about["dataset"]
-    if here != there:
+    dataset, first_dataset = record.about["dataset"], first.about["dataset"]
+    if dataset != first_dataset:
         raise UserError(
-            f"run {record.name!r} is of dataset {here!r}, run {first.name!r} of {there!r};"
-            " compare runs of one dataset"
+            f"run {record.name!r} is of dataset {dataset!r}, run {first.name!r} of"
+            f" {first_dataset!r}; compare runs of one dataset"
         )
     if not (record.folder / "predictions.parquet").exists():
         raise UserError(
             f"run {record.name!r} is not evaluated; run: mmrec eval --run {record.name}"
         )
-    for key, held, other in (
+    for key, value, first_value in (
         ("items", record.about["fingerprint"], first.about["fingerprint"]),
         ("interactions", *(r.identity.get("interactions") for r in (record, first))),
     ):
-        if held != other:
+        if value != first_value:
             raise UserError(
-                f"run {record.name!r} was trained on another preparation of {here!r} than run"
-                f" {first.name!r} ({key} {held}, not {other}); train one of them again"
+                f"run {record.name!r} was trained on another preparation of {dataset!r} than run"
+                f" {first.name!r} ({key} {value}, not {first_value}); train one of them again"
             )
 
 
@@ -197,16 +223,17 @@ class _Users:
     """The evaluated users of a split, in ascending order."""
 
     target: npt.NDArray[np.int32]
-    """(E, 3) user, item and history length."""
+    """(E, 3) user, item, and length of the history."""
     cold: npt.NDArray[np.bool_]
-    """(E,)."""
+    """(E,) whether the target is cold."""
 
 
 _Ranks = dict[str, dict[str, npt.NDArray[np.int64]]]
+"""Run -> ``filtered`` or ``kept`` -> (E,) ranks."""
 
 
-def _aligned(records: Sequence[Record], split: str) -> tuple[_Users, _Ranks]:
-    """Read every run's ranks of a split: name -> ``filtered`` | ``kept`` -> (E,)."""
+def _read_ranks(records: Sequence[Record], split: str) -> tuple[_Users, _Ranks]:
+    """Read the ranks of every run; all runs must have the same users and targets."""
     ranks: _Ranks = {}
     users: _Users | None = None
     for record in records:
@@ -215,13 +242,13 @@ def _aligned(records: Sequence[Record], split: str) -> tuple[_Users, _Ranks]:
             table = read_predictions_table(path)
             table = table.filter(pc.field("split") == split).sort_by("user")
             columns = {name: table.column(name).to_numpy() for name in table.column_names}
-        found = np.stack([columns[key] for key in ("user", "item", "history")], axis=1)
+        target = np.stack([columns[key] for key in ("user", "item", "history")], axis=1)
         if users is None:
-            users = _Users(target=found, cold=columns["cold"])
-        elif not np.array_equal(users.target, found):
+            users = _Users(target=target, cold=columns["cold"])
+        elif not np.array_equal(users.target, target):
             raise UserError(
                 f"runs {records[0].name!r} and {record.name!r} were evaluated on other users or"
-                f" targets; run mmrec eval --run NAME for both"
+                " targets; run mmrec eval --run NAME for both"
             )
         ranks[record.name] = {seen: columns[f"rank_{seen}"].astype(np.int64) for seen in SEEN}
     assert users is not None

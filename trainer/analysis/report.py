@@ -1,73 +1,117 @@
-"""A page about one run or several: what was trained, how it went, and what came of it."""
+"""Build the HTML page of ``mmrec report``: overview, curves, test metrics, settings, protocol.
 
+Each section is computed here as plain tables and texts; ``report.html.j2`` arranges them.
+"""
+
+import importlib.metadata
 import io
 import re
-from collections.abc import Callable, Iterable, Sequence
-from html import escape
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
 from features.errors import UserError
 from features.warehouse import Warehouse
 from trainer.analysis.compare import SEEN, SIGNS, Comparison, compare
-from trainer.analysis.curves import Curve, draw, write
-from trainer.analysis.html import Markup, document, note, table
+from trainer.analysis.curves import Curve
+from trainer.analysis.figures import draw_curves, write_figure
 from trainer.evaluation.protocol import protocol_lines
 from trainer.runs.read import Record, read_metrics
 
 _REFERENCES = ("popularity", "untrained", "features")
-"""Rankers that stand beside the model, behind the runs."""
+"""Reference rankers; tables show them after the runs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A cell with a metric or a difference, and its interval where there is one."""
+
+    value: float
+    low: float | None
+    high: float | None
+    is_best: bool = False
+    is_signed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class PageTable:
+    """A table of the page; the first column names the rows."""
+
+    headings: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+    caption: str = ""
+
+    def is_numeric(self, column: int) -> bool:
+        """Return whether all cells of a column are numbers; such a column is aligned right."""
+        cells = [row[column] for row in self.rows]
+        return bool(cells) and all(isinstance(c, int | float | Estimate | None) for c in cells)
 
 
 def build_report(warehouse: Warehouse, records: Sequence[Record], curves: Sequence[Curve]) -> str:
-    """Write the page.
+    """Build the page about runs.
 
     Args:
-        warehouse: Holds the runs, and may hold their datasets.
+        warehouse: The warehouse of the runs, and of their datasets where they still exist.
         records: The runs.
-        curves: One for each of them, with what it is called on the page.
+        curves: One curve for each run, with the label of the run on the page.
 
     Returns:
-        The whole HTML document; equal runs give equal pages.
+        The whole HTML document, which loads nothing. Equal runs give equal documents.
     """
-    names = [curve.label for curve in curves]
-    title = names[0] if len(names) == 1 else f"{len(names)} runs: {', '.join(names)}"
-    sections = [
-        f"<h1>{escape(title)}</h1>",
-        _overview(records, curves),
-        "<h2>Convergence</h2>",
-        _figure(curves),
-        "<h2>Test</h2>",
-        *_tests(records, names),
-        *_comparisons(warehouse, records, names),
-        "<h2>Settings</h2>",
-        *_settings(records, names),
-        "<h2>Features</h2>",
-        *_features(records, names),
-        "<h2>Protocol</h2>",
-        *_protocol(warehouse, records),
-    ]
-    return document(title, sections)
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"figure": _figure_text, "bound": _bound_text}
+    labels = [curve.label for curve in curves]
+    return environment.get_template("report.html.j2").render(
+        title=labels[0] if len(labels) == 1 else f"{len(labels)} runs: {', '.join(labels)}",
+        version=importlib.metadata.version("mmrec"),
+        overview=_overview(records, curves),
+        figure=_figure(curves),
+        figure_notes=_figure_notes(curves),
+        features=_features(records, labels),
+        **_tests(records, labels),
+        **_comparisons(warehouse, records, labels),
+        **_settings(records, labels),
+        **_protocols(warehouse, records),
+    )
 
 
-def _overview(records: Sequence[Record], curves: Sequence[Curve]) -> str:
+def _figure_text(value: Any, *, signed: bool = False) -> str:
+    if isinstance(value, float):
+        return f"{value:{'+' if signed else ''}.4f}" if np.isfinite(value) else "-"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _bound_text(value: float) -> str:
+    return f"{value:.4f}".replace("0.", ".", 1)
+
+
+def _overview(records: Sequence[Record], curves: Sequence[Curve]) -> PageTable:
     facts: dict[str, Callable[[Record, Curve], Any]] = {
         "run": lambda record, curve: record.name,
         "model": lambda record, curve: record.about["model"],
         "stage": lambda record, curve: record.about.get("stage"),
         "dataset": lambda record, curve: record.about["dataset"],
         "features": lambda record, curve: ", ".join(record.about["features"]) or "item ids",
-        "started from": lambda record, curve: _origin(record),
+        "initial weights": lambda record, curve: _initial_weights(record),
         "begun (UTC)": lambda record, curve: str(record.about.get("created", ""))[:19],
         "parameters": lambda record, curve: record.about.get("parameters"),
         "epochs": lambda record, curve: len(curve.loss),
-        "best epoch": lambda record, curve: (
-            int(curve.validated[curve.best]) if curve.best >= 0 else None
-        ),
-        f"validation {curves[0].metric}": lambda record, curve: (
-            float(curve.values[curve.best]) if curve.best >= 0 else None
-        ),
-        "time until the best epoch": lambda record, curve: _time(curve, until_best=True),
-        "time in all": lambda record, curve: _time(curve, until_best=False),
+        "best epoch": lambda record, curve: curve.best_epoch,
+        f"validation {curves[0].metric}": lambda record, curve: curve.best_value,
+        "time until the best epoch": lambda record, curve: _duration(curve, curve.best_epoch),
+        "time in all": lambda record, curve: _duration(curve, len(curve.loss)),
     }
     pairs = list(zip(records, curves, strict=True))
     if all(record.name == curve.label for record, curve in pairs):
@@ -76,22 +120,19 @@ def _overview(records: Sequence[Record], curves: Sequence[Curve]) -> str:
         [name, *(fact(record, curve) for record, curve in pairs)] for name, fact in facts.items()
     ]
     rows = [row for row in rows if any(value is not None for value in row[1:])]
-    heads = ["", *(curve.label for curve in curves)]
-    if len(curves) == 1:
-        heads = []
-    return table(heads, rows)
+    return PageTable(["", *(curve.label for curve in curves)] if len(curves) > 1 else [], rows)
 
 
-def _origin(record: Record) -> str | None:
+def _initial_weights(record: Record) -> str | None:
     init = record.about.get("init")
     return f"{init['run']} ({init['transfer']})" if isinstance(init, dict) else None
 
 
-def _time(curve: Curve, *, until_best: bool) -> str | None:
-    if curve.seconds is None or (until_best and curve.best < 0):
+def _duration(curve: Curve, epoch: int | None) -> str | None:
+    """Return the time until the end of an epoch, as text."""
+    if curve.seconds is None or epoch is None:
         return None
-    last = int(curve.validated[curve.best]) - 1 if until_best else -1
-    seconds = float(curve.seconds[last])
+    seconds = float(curve.seconds[epoch - 1])
     if seconds < 60:
         return f"{seconds:.1f} s"
     whole = round(seconds)
@@ -100,201 +141,212 @@ def _time(curve: Curve, *, until_best: bool) -> str | None:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
-def _figure(curves: Sequence[Curve]) -> str:
+def _figure(curves: Sequence[Curve]) -> Markup:
+    """Return the curves as SVG for use inside HTML."""
     stream = io.BytesIO()
-    write(draw(curves), stream, "svg")
+    write_figure(draw_curves(curves), stream, "svg")
     text = stream.getvalue().decode("utf-8")
     text = text[text.index("<svg") :].strip()
     text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
-    # The page decides how wide it is; its own measures are those of paper.
-    text = re.sub(r'^<svg [^>]*?(viewBox="[^"]*")[^>]*>', r"<svg \1 VERSION>", text, count=1)
-    about = 'role="img" aria-label="training loss and validation metric by epoch and by time"'
-    spaces = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
-    text = text.replace("VERSION>", f"{spaces} {about}>", 1)
-    notes = ["Rings: the epoch whose weights are kept, the best one on validation."]
-    if len(curves) > 1:
-        notes.append("Times are of the machine, and of what else ran on it.")
-        notes.append("Losses can be compared only between runs of one objective.")
-    without = [curve.label for curve in curves if curve.seconds is None]
-    if without:
-        notes.append(f"No times were kept of: {', '.join(without)}.")
-    return f"<figure>\n{text}\n<figcaption>{escape(' '.join(notes))}</figcaption>\n</figure>"
-
-
-def _tests(records: Sequence[Record], names: Sequence[str]) -> Iterable[str]:
-    """For each dataset and each kind of targets, a row for each metric."""
-    held = [
-        [row for row in read_metrics(record) if (row["phase"], row["split"]) == ("eval", "test")]
-        for record in records
-    ]
-    for record, name, rows in zip(records, names, held, strict=True):
-        if not rows:
-            what = "eval --protocol retrieval" if record.pretraining else "eval"
-            remedy = f"mmrec {what} --run {record.name}"
-            yield note(f"{name} is not evaluated; run: {remedy}")
-    groups = dict.fromkeys(
-        (record.about["dataset"], row["targets"], row["users"], row["seen"])
-        for record, rows in zip(records, held, strict=True)
-        for row in rows
+    attributes = (
+        'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" role="img"'
+        ' aria-label="training loss and validation metric by epoch and by time"'
     )
-    if len(records) == 1:  # both rankings of one run fit beside each other
-        groups = dict.fromkeys((*group[:3], "") for group in groups)
-    for group in groups:
-        dataset, targets, users, seen = group
-        columns: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
-        for record, name, rows in zip(records, names, held, strict=True):
-            for row in rows:
-                found = (record.about["dataset"], row["targets"], row["users"], row["seen"])
-                if found[:3] == group[:3] and seen in ("", row["seen"]):
-                    who = name if row["ranker"] == record.about["model"] else row["ranker"]
-                    columns.setdefault((who, row["seen"]), {})[row["metric"]] = row
-        order = sorted(columns, key=lambda column: column[0] in _REFERENCES)
-        shown = []
-        for metric in dict.fromkeys(metric for column in columns.values() for metric in column):
-            cells = {column: columns[column][metric] for column in order}
-            top = {where: _best(cells, where) for _, where in order}
-            shown.append([metric, *(_interval(cells[c], top[c[1]]) for c in order)])
-        heads = [
-            f"{who}\n{where}" if seen == "" and where != "none" else who for who, where in order
+    # The width and height of the figure are those of paper; here the page decides.
+    opening = r'^<svg [^>]*?(viewBox="[^"]*")[^>]*>'
+    return Markup(re.sub(opening, rf"<svg \1 {attributes}>", text, count=1))
+
+
+def _figure_notes(curves: Sequence[Curve]) -> list[str]:
+    notes = ["A ring marks the best epoch on validation, whose weights are kept."]
+    if len(curves) > 1:
+        notes.append("Times depend on the machine and on its load.")
+        notes.append("Losses are comparable only between runs of one objective.")
+    untimed = [curve.label for curve in curves if curve.seconds is None]
+    if untimed:
+        notes.append(f"Runs without recorded times: {', '.join(untimed)}.")
+    return notes
+
+
+_Rows = Sequence[dict[str, Any]]
+_Ranker = tuple[str, str]
+"""Label of a run or name of a reference ranker, and ``filtered``, ``kept`` or ``none``."""
+
+
+def _tests(records: Sequence[Record], labels: Sequence[str]) -> dict[str, Any]:
+    """Return tables of the test metrics, those of one dataset and target group together."""
+    notes = []
+    groups: dict[tuple[str, str, int], dict[_Ranker, dict[str, dict[str, Any]]]] = {}
+    for record, label in zip(records, labels, strict=True):
+        rows = [
+            row for row in read_metrics(record) if (row["phase"], row["split"]) == ("eval", "test")
         ]
-        kind = {"all": "all targets", "cold": "cold targets only"}.get(targets, targets)
-        ranking = f", {seen}" if seen not in ("", "none") else ""
-        unit = "items" if any(where == "none" for _, where in order) else "users"
-        caption = f"{dataset}, {kind}{ranking}: {users:,} {unit}"
-        yield table(["metric", *heads], shown, caption=caption)
-
-
-def _best(cells: dict[tuple[str, str], dict[str, Any]], seen: str) -> float | None:
-    """The highest value in a row, where several runs are in it."""
-    values = [
-        row["value"]
-        for (_, where), row in cells.items()
-        if where == seen and row["ranker"] not in _REFERENCES
+        if not rows:
+            command = "eval --protocol retrieval" if record.pretraining else "eval"
+            notes.append(f"{label} is not evaluated; run: mmrec {command} --run {record.name}")
+        for row in rows:
+            group = groups.setdefault((record.about["dataset"], row["targets"], row["users"]), {})
+            ranker = label if row["ranker"] == record.about["model"] else row["ranker"]
+            group.setdefault((ranker, row["seen"]), {})[row["metric"]] = row
+    tables = [
+        _test_tables(f"{dataset}, {_target_group(targets)}", count, rankers)
+        for (dataset, targets, count), rankers in groups.items()
     ]
-    return max(values) if len(values) > 1 else None
+    return {"test_notes": notes, "test_tables": tables}
 
 
-def _interval(row: dict[str, Any], best: float | None) -> Markup:
-    found = f"{row['value']:.4f}"
-    if row["value"] == best:
-        found = f"<b>{found}</b>"
-    if row["low"] is None or row["ranker"] == _REFERENCES[0]:
-        return Markup(found)
-    low, high = (f"{row[key]:.4f}".replace("0.", ".", 1) for key in ("low", "high"))
-    return Markup(f"{found} <small>[{low}, {high}]</small>")
+def _target_group(targets: str) -> str:
+    return {"all": "all targets", "cold": "cold targets only"}.get(targets, targets)
+
+
+def _test_tables(
+    caption: str, count: int, rankers: dict[_Ranker, dict[str, dict[str, Any]]]
+) -> list[PageTable]:
+    """Return a table for each ranking (seen items filtered, kept, or neither)."""
+    tables = []
+    for seen in dict.fromkeys(seen for _, seen in rankers):
+        columns = {name: metrics for (name, kind), metrics in rankers.items() if kind == seen}
+        order = sorted(columns, key=lambda name: name in _REFERENCES)
+        rows = []
+        for metric in dict.fromkeys(metric for column in columns.values() for metric in column):
+            cells = [columns[name].get(metric) for name in order]
+            rows.append([metric, *_estimates(cells)])
+        ranking = "" if seen == "none" else f", seen items {seen}"
+        unit = "items" if seen == "none" else "users"
+        headings = ["metric", *order]
+        tables.append(PageTable(headings, rows, f"{caption}{ranking}: {count:,} {unit}"))
+    return tables
+
+
+def _estimates(cells: Sequence[dict[str, Any] | None]) -> list[Estimate | None]:
+    """Return the cells of a row; the highest value of several runs is marked."""
+    runs = [cell for cell in cells if cell is not None and cell["ranker"] not in _REFERENCES]
+    best = max((cell["value"] for cell in runs), default=0.0) if len(runs) > 1 else 0.0
+    estimates: list[Estimate | None] = []
+    for cell in cells:
+        if cell is None:
+            estimates.append(None)
+            continue
+        has_interval = cell["ranker"] != _REFERENCES[0]
+        estimates.append(
+            Estimate(
+                value=cell["value"],
+                low=cell["low"] if has_interval else None,
+                high=cell["high"] if has_interval else None,
+                is_best=cell in runs and cell["value"] == best > 0,
+            )
+        )
+    return estimates
 
 
 def _comparisons(
-    warehouse: Warehouse, records: Sequence[Record], names: Sequence[str]
-) -> Iterable[str]:
-    called = {record.name: name for record, name in zip(records, names, strict=True)}
+    warehouse: Warehouse, records: Sequence[Record], labels: Sequence[str]
+) -> dict[str, Any]:
+    """Compare the evaluated runs of each dataset with the first one of them."""
+    label_of = {record.name: label for record, label in zip(records, labels, strict=True)}
     evaluated = [r for r in records if (r.folder / "predictions.parquet").exists()]
+    comparisons, notes = [], []
     for dataset in dict.fromkeys(record.about["dataset"] for record in evaluated):
-        runs = [record.name for record in evaluated if record.about["dataset"] == dataset]
-        if len(runs) < 2:
+        names = [record.name for record in evaluated if record.about["dataset"] == dataset]
+        if len(names) < 2:
             continue
         try:
-            found = compare(warehouse, runs)
+            comparison = compare(warehouse, names)
         except UserError as error:
-            yield note(f"not compared: {error}")
+            notes.append(f"The runs on {dataset} are not compared: {error}")
             continue
-        first = called[found.systems[0].label]
-        yield f"<h2>Differences to {escape(first)} on {escape(dataset)}</h2>"
-        yield _compared(found, called)
-        yield note(
-            "Mean over users with its 95% bootstrap interval; p: two-sided paired randomisation"
-            f" test over users, {SIGNS:,} random signs, not corrected for the number of tests, and"
-            " silent on the luck of a training seed."
+        reference = label_of[comparison.systems[0].label]
+        comparisons.append(
+            {
+                "heading": f"Differences to {reference} on {dataset}",
+                "table": _differences(comparison, label_of),
+                "notes": [
+                    "Mean over users with its 95% bootstrap interval. p: two-sided paired"
+                    f" randomisation test over users with {SIGNS:,} random signs, not corrected for"
+                    " the number of tests. Neither covers the variation between training seeds."
+                ],
+            }
         )
+    return {"comparisons": comparisons, "comparison_notes": notes}
 
 
-def _compared(found: Comparison, called: dict[str, str]) -> str:
-    cells = {(line.metric, line.seen, line.system): line.test for line in found.lines}
+def _differences(comparison: Comparison, label_of: dict[str, str]) -> PageTable:
+    tests = {(line.metric, line.seen, line.system): line.test for line in comparison.lines}
     rows = []
-    for metric in dict.fromkeys(line.metric for line in found.lines):
-        for number, system in enumerate(found.systems[1:]):
-            row: list[Any] = [metric if number == 0 else "", called[system.label]]
+    for metric in dict.fromkeys(line.metric for line in comparison.lines):
+        for number, system in enumerate(comparison.systems[1:]):
+            row: list[Any] = [metric if number == 0 else "", label_of[system.label]]
             for seen in SEEN:
-                test = cells[metric, seen, system.label]
+                test = tests[metric, seen, system.label]
                 assert test is not None
-                low, high = (f"{x:.4f}".replace("0.", ".", 1) for x in (test.low, test.high))
-                row.append(Markup(f"{test.difference:+.4f} <small>[{low}, {high}]</small>"))
-                row.append(Markup(f"{test.p_value:.4f}"))
+                row.append(Estimate(test.difference, test.low, test.high, is_signed=True))
+                row.append(test.p_value)
             rows.append(row)
-    heads = ["metric", "run", *(head for seen in SEEN for head in (seen, "p"))]
-    return table(heads, rows)
+    return PageTable(["metric", "run", *(name for seen in SEEN for name in (seen, "p"))], rows)
 
 
-def _settings(records: Sequence[Record], names: Sequence[str]) -> Iterable[str]:
-    """What differs first; the rest, or all of one run, folded away."""
+def _settings(records: Sequence[Record], labels: Sequence[str]) -> dict[str, Any]:
+    """Return the settings in which several runs differ, and the other settings."""
     keys = dict.fromkeys(key for record in records for key in record.settings)
-    rows = {key: [record.settings.get(key) for record in records] for key in keys}
-    differing = {key for key, values in rows.items() if any(v != values[0] for v in values)}
+    values = {key: [record.settings.get(key) for record in records] for key in keys}
+    different = [key for key in keys if any(value != values[key][0] for value in values[key])]
+    shared = [[key, _setting_text(values[key][0])] for key in keys if key not in different]
+    table = None
     if len(records) > 1:
-        yield table(
-            ["setting", *names],
-            [[key, *map(_setting, rows[key])] for key in rows if key in differing],
-            caption="What differs" if differing else "Nothing differs",
-        )
-    rest = [[key, _setting(values[0])] for key, values in rows.items() if key not in differing]
-    what = "What all of them share" if len(records) > 1 else "All settings"
-    yield f"<details{'' if len(records) > 1 else ' open'}><summary>{what}</summary>"
-    yield table(["setting", "value"], rest)
-    yield "</details>"
+        rows = [[key, *map(_setting_text, values[key])] for key in different]
+        caption = "Settings that differ" if different else "No setting differs"
+        table = PageTable(["setting", *labels], rows, caption)
+    return {"different_settings": table, "shared_settings": PageTable(["setting", "value"], shared)}
 
 
-def _setting(value: Any) -> str:
+def _setting_text(value: Any) -> str:
     return "-" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _features(records: Sequence[Record], names: Sequence[str]) -> Iterable[str]:
-    """Where the vectors came from, as the weights remember it; equal tables stand once."""
+def _features(records: Sequence[Record], labels: Sequence[str]) -> PageTable | None:
+    """Return the provenance of the feature tables, as recorded with the weights."""
     readers: dict[tuple[tuple[str, str], ...], list[str]] = {}
-    for record, name in zip(records, names, strict=True):
+    for record, label in zip(records, labels, strict=True):
         for entry in record.identity.get("features", []):
-            key = tuple((str(k), str(v)) for k, v in sorted(entry.items()))
-            readers.setdefault(key, []).append(name)
+            provenance = tuple((str(key), str(value)) for key, value in sorted(entry.items()))
+            readers.setdefault(provenance, []).append(label)
     if not readers:
-        yield note("Item ids alone, or no weights yet.")
-        return
-    tables = [dict(key) for key in readers]
-    order = ("modality", "backbone", "level", "checkpoint", "preprocessing", "pooling")
-    keys = [*order, *sorted({key for one in tables for key in one} - {*order})]
+        return None
+    tables = [dict(provenance) for provenance in readers]
+    first = ("modality", "backbone", "level", "checkpoint", "preprocessing", "pooling")
+    keys = [*first, *sorted({key for table in tables for key in table} - {*first})]
     rows: list[list[Any]] = [
-        [key, *(one.get(key) for one in tables)]
+        [key, *(table.get(key) for table in tables)]
         for key in keys
-        if any(key in one for one in tables)
+        if any(key in table for table in tables)
     ]
     if len(records) > 1:
-        rows.append(["read by", *(", ".join(who) for who in readers.values())])
-    yield table([], rows)
+        rows.append(["read by", *(", ".join(names) for names in readers.values())])
+    return PageTable([], rows)
 
 
-def _protocol(warehouse: Warehouse, records: Sequence[Record]) -> Iterable[str]:
+def _protocols(warehouse: Warehouse, records: Sequence[Record]) -> dict[str, Any]:
+    """Return the counts and the evaluation protocol of each dataset."""
+    protocols, notes = [], []
     for dataset in dict.fromkeys(record.about["dataset"] for record in records):
         members = [record for record in records if record.about["dataset"] == dataset]
         try:
             info = warehouse.info(dataset)
         except UserError:
-            yield note(f"{dataset} is not in this warehouse any more, or is several datasets.")
+            notes.append(f"{dataset} is no longer in this warehouse, or is several datasets.")
             continue
         if any(record.about["fingerprint"] != info.fingerprint for record in members):
-            yield note(f"{dataset} has been prepared anew since; its protocol may have changed.")
+            notes.append(f"{dataset} was prepared again after training; its protocol may differ.")
             continue
-        figures = info.summary()
-        yield table(
-            ["dataset", "users", "items", "interactions", "average length", "sparsity"],
-            [
-                [
-                    dataset,
-                    info.users,
-                    info.items,
-                    info.interactions,
-                    Markup(f"{figures['average_length']:.2f}"),
-                    Markup(f"{figures['sparsity']:.4%}"),
-                ]
-            ],
+        summary = info.summary()
+        counts = [info.users, info.items, info.interactions]
+        shares = [f"{summary['average_length']:.2f}", f"{summary['sparsity']:.4%}"]
+        headings = ["dataset", "users", "items", "interactions", "average length", "sparsity"]
+        is_ranked = not all(record.pretraining for record in members)
+        protocols.append(
+            {
+                "table": PageTable(headings, [[dataset, *counts, *shares]]),
+                "lines": protocol_lines(info) if is_ranked else [],
+            }
         )
-        if not all(record.pretraining for record in members):
-            lines = "".join(f"<li>{escape(line)}</li>" for line in protocol_lines(info))
-            yield f"<ul>{lines}</ul>"
+    return {"protocols": protocols, "protocol_notes": notes}

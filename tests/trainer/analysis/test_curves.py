@@ -11,7 +11,8 @@ from features.atomic_files import write_table, write_text
 from features.errors import UserError
 from features.schema import METRICS_SCHEMA
 from features.warehouse import Warehouse
-from trainer.analysis.curves import MOST_RUNS, draw, read_curves, save
+from trainer.analysis.curves import read_curves
+from trainer.analysis.figures import MAX_RUNS, draw_curves, save_figure
 from trainer.runs.folder import SECONDS
 from trainer.runs.read import Record, read_records
 
@@ -94,7 +95,7 @@ def test_figures_show_every_run(warehouse: Warehouse, tmp_path: Path) -> None:
     write_run(warehouse, "b", [(loss, value, None) for loss, value, _ in EPOCHS])
     write_run(warehouse, "c", EPOCHS[:1], about={"dataset": "e"})
     curves = read_curves(read(warehouse, "a", "b", "c"))
-    figure = draw(curves)
+    figure = draw_curves(curves)
     shown = [[len(axes.lines) for axes in figure.axes[i : i + 2]] for i in range(0, 8, 2)]
     # By epoch a curve and a ring for a and b; by time for a alone; then c in both.
     assert shown == [[4, 2], [4, 2], [2, 2], [2, 2]]
@@ -106,9 +107,9 @@ def test_figures_show_every_run(warehouse: Warehouse, tmp_path: Path) -> None:
         "best epoch: kept weights",
     ]  # fmt: skip
     (without,) = read_curves(read(warehouse, "b"))
-    assert len(draw([without]).axes) == 2
+    assert len(draw_curves([without]).axes) == 2
     for name in ("one.svg", "two.svg", "a.pdf", "a.png"):
-        save(draw([without]), tmp_path / name)
+        save_figure(draw_curves([without]), tmp_path / name)
     assert (tmp_path / "one.svg").read_bytes() == (tmp_path / "two.svg").read_bytes()
     assert (tmp_path / "a.pdf").read_bytes().startswith(b"%PDF")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
@@ -116,7 +117,7 @@ def test_figures_show_every_run(warehouse: Warehouse, tmp_path: Path) -> None:
 
 def test_a_first_loss_that_would_press_the_others_flat_is_told(warehouse: Warehouse) -> None:
     write_run(warehouse, "a", [(90.0, 0.1, 1.0), *((1 + i / 10, 0.1, 1.0) for i in range(6))])
-    axes = draw(read_curves(read(warehouse, "a"))).axes[0]
+    axes = draw_curves(read_curves(read(warehouse, "a"))).axes[0]
     assert axes.get_ylim()[1] < 2
     assert [text.get_text() for text in axes.texts] == ["epoch 1, above: 90.00"]
 
@@ -131,12 +132,12 @@ def test_what_cannot_be_drawn(warehouse: Warehouse, tmp_path: Path) -> None:
         (["a"], {"metric": "MRR"}, r"run 'a' has no MRR on validation; it has: HR@10"),
         (["a"], {"seen": "x"}, "unknown ranking for --seen 'x'"),
         (["a"], {"labels": ["x", "y"]}, "2 labels for 1 runs"),
-        (["none"], {}, "'none' has no finished epoch to draw; go on with it: mmrec train --resume"),
+        (["none"], {}, "'none' has no finished epoch to draw.*: mmrec train --resume"),
         (["a", "p"], {}, "run 'p' was validated by Recall@10, text to vision and back, run 'a' by"),
     ):
         with pytest.raises(UserError, match=message):
             read_curves(read(warehouse, *names), **settings)
     with pytest.raises(UserError, match="at most 21"):
-        read_curves(read(warehouse, "a") * (MOST_RUNS + 1))
+        draw_curves(read_curves(read(warehouse, "a") * (MAX_RUNS + 1)))
     with pytest.raises(UserError, match=r"end it in \.png, \.svg, \.pdf"):
-        save(draw(read_curves(read(warehouse, "a"))), tmp_path / "x.jpg")
+        save_figure(draw_curves(read_curves(read(warehouse, "a"))), tmp_path / "x.jpg")

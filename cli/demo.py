@@ -16,14 +16,14 @@ def demo(json: JsonOption = False, root: WarehouseOption = None) -> None:
 
     from features.sql_views import query
     from pipeline.datasets.prepare import PrepareOptions
-    from pipeline.extraction.options import Options
+    from pipeline.extraction.options import ExtractOptions
     from trainer.runs.run import start_run, train
 
     warehouse = Warehouse(root)
     console.notify("1. prepare: pictures, titles, clips, and users with a known taste")
     info = prepare.run_prepare(warehouse, PrepareOptions(dataset="demo"))
     console.notify("2. extract: the weightless backbone `hashed` over pictures, titles and clips")
-    choices = Options(image="hashed", text="hashed", video="hashed")
+    choices = ExtractOptions(image="hashed", text="hashed", video="hashed")
     extracted = extract.run_extract(warehouse, "demo", choices)
     reports = {}
     for model, settings in _TRAININGS.items():

@@ -1,4 +1,4 @@
-"""Work that runs ahead of the model, and batches that waste no padding."""
+"""Run work in threads ahead of the model, and form batches of texts with little padding."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -15,41 +15,40 @@ Out = TypeVar("Out")
 def prefetch(
     work: Callable[[In], Out], inputs: Iterable[In], *, threads: int, ahead: int
 ) -> Iterator[Out]:
-    """Run ``work`` in threads and give its results in the order of ``inputs``.
+    """Run ``work`` in threads and yield its results in the order of ``inputs``.
 
-    At most ``ahead`` inputs are taken and not yet given back, so memory stays flat however slow
-    the consumer is.
+    At most ``ahead`` results are in memory or under way, however slow the consumer is.
     """
-    waiting: deque[Future[Out]] = deque()
+    pending: deque[Future[Out]] = deque()
     pool = ThreadPoolExecutor(threads, thread_name_prefix="prefetch")
     try:
-        for one in inputs:
-            waiting.append(pool.submit(work, one))
-            if len(waiting) >= ahead:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+        for value in inputs:
+            pending.append(pool.submit(work, value))
+            if len(pending) >= ahead:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def token_batches(
-    lengths: npt.NDArray[np.int64], *, budget: int, most: int
+    lengths: npt.NDArray[np.int64], *, max_tokens: int, max_texts: int
 ) -> Iterator[npt.NDArray[np.int64]]:
-    """Split texts into batches of like length, the longest first.
+    """Split texts into batches of similar length, the longest first.
 
     Args:
         lengths: (R,) tokens of each text.
-        budget: Tokens of a batch, padding included; a longer text stands alone.
-        most: Texts of a batch.
+        max_tokens: Tokens of a batch, padding included. A longer text is a batch of its own.
+        max_texts: Texts of a batch.
 
     Yields:
-        Indices into ``lengths``; every text is in exactly one batch.
+        Indices into ``lengths``. Every text is in exactly one batch.
     """
     order = np.argsort(-lengths, kind="stable")
     start = 0
     while start < len(order):
         longest = max(1, int(lengths[order[start]]))
-        size = max(1, min(most, budget // longest))
+        size = max(1, min(max_texts, max_tokens // longest))
         yield order[start : start + size]
         start += size

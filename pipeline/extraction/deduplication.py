@@ -1,36 +1,60 @@
-"""What became of every input of one extraction: encoded, shared, reused or failed."""
+"""Encode identical content once, and count what happens to every input of an extraction.
+
+A content is known by its hash: 32 hexadecimal digits in plain sets and lists. One hash takes some
+125 bytes of memory, so that 10 million items take 1.2 GB.
+
+Legend: T tokens of an input, D width of the embedding.
+"""
 
 import hashlib
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
 from features.errors import UserError
-from pipeline.extraction.digests import Digests, digest
 from pipeline.media.errors import MediaError
 
-_SOURCE = 120  # characters of a text that a failure remembers
+_MAX_SOURCE_CHARS = 120  # characters of a text that a failure keeps
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EncodedRow:
+    """One row of a feature table: the vector of one item, or its tokens."""
+
+    item: int
+    content: str
+    """Content hash of the input."""
+    vector: npt.NDArray[Any]
+    """(D,), or (T, D) at a level of tokens."""
+    frames: int | None = None
+    """Frames of a video."""
+    tokens: int | None = None
+    """Tokens of a text; at a level of tokens, those of any input."""
+    partial: bool | None = None
+    """Of a video: True if its file is damaged and only the frames before the damage are used."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Failure:
-    """An input that could not be used."""
+    """An input that cannot be used."""
 
     item: int
     stage: str
     """``read``, ``decode`` or ``encode``."""
     reason: str
     source: str
+    """The reference, or the beginning of the text."""
 
 
 @dataclass(kw_only=True, slots=True)
 class ExtractionCounts:
-    """What became of the items so far."""
+    """Counts of the items processed so far, by outcome."""
 
     encoded: int = 0
     shared: int = 0
@@ -40,152 +64,129 @@ class ExtractionCounts:
 
     @property
     def done(self) -> int:
-        """Items whose fate is known."""
+        """Number of items whose outcome is known."""
         return self.encoded + self.shared + self.reused + len(self.failures)
 
 
-class Rows(Protocol):
-    """The rows of a feature table, as deduplication needs them.
-
-    See :class:`pipeline.extraction.table_writer.FeatureTableWriter`.
-    """
+class RowStore(ABC):
+    """The rows that a :class:`Deduplicator` reads and adds; by default it starts empty."""
 
     def has(self, item: int, content: str) -> bool:
-        """Whether the item's own row was made from this content."""
-        ...
+        """Return True if the item has a row from an earlier run, made from this content."""
+        return False
 
-    def knows(self, content: str) -> bool:
-        """Whether some row was made from this content before this run."""
-        ...
+    def has_content(self, content: str) -> bool:
+        """Return True if an earlier run has stored a row made from this content."""
+        return False
 
-    def keep(self, item: int) -> None:
-        """Say that the item's row, when it has one, is not stale."""
-        ...
+    def keep(self, item: int) -> None:  # noqa: B027 - an empty store has nothing to keep
+        """Keep the item's row from an earlier run, if there is one."""
 
-    def add(
-        self,
-        item: int,
-        content: str,
-        vector: npt.NDArray[Any],
-        *,
-        frames: int | None = None,
-        tokens: int | None = None,
-        partial: bool | None = None,
-    ) -> None:
-        """Take one new vector, or its tokens."""
-        ...
+    @abstractmethod
+    def add(self, row: EncodedRow) -> None:
+        """Add one new row."""
 
-    def copy(self, wanted: dict[int, str]) -> int:
-        """Give items the stored vector of the same content."""
-        ...
+    @abstractmethod
+    def copy(self, contents: dict[int, str]) -> None:
+        """Give each item (key) a copy of the row of its content (value)."""
 
 
 class Deduplicator:
-    """Knows which content is encoded already, and takes down what happens to the rest.
+    """Decide which inputs are encoded, pass the results to the rows, and count the outcomes.
 
     Args:
-        ledger: The table's rows, old and new.
-        dtype: How vectors are stored.
-        strict: Gives an item's name; with it the first failure ends the job.
-        room: How many contents to foresee.
+        rows: The rows of the table, of earlier runs and of this one.
+        dtype: Type of a stored element, such as ``float16``.
+        item_id: Return the id of an item, for messages.
+        strict: Raise an error at the first failure.
     """
 
     def __init__(
-        self, ledger: Rows, dtype: str, strict: Callable[[int], str] | None = None, room: int = 0
+        self,
+        rows: RowStore,
+        dtype: str,
+        *,
+        item_id: Callable[[int], str] = str,
+        strict: bool = False,
     ) -> None:
-        self.tally = ExtractionCounts()
-        self._ledger = ledger
+        self.counts = ExtractionCounts()
+        self._rows = rows
         self._dtype = np.dtype(dtype)
+        self._item_id = item_id
         self._strict = strict
-        self._claimed = Digests(room)  # contents that this run encodes, or could not
+        self._claimed: set[str] = set()  # contents that this run encodes or has failed to encode
         self._claiming = threading.Lock()
-        self._twins: dict[int, tuple[str, str]] = {}  # item: (content, source) met before
-        self._bad: dict[str, tuple[str, str]] = {}  # content: (stage, reason)
+        self._duplicates: dict[int, tuple[str, str]] = {}  # item: (content, source)
+        self._failed: dict[str, tuple[str, str]] = {}  # content: (stage, reason)
 
     def claim(self, item: int, content: str) -> bool:
-        """Whether this item is the one that encodes this content; called in several threads."""
-        if self._ledger.has(item, content) or self._ledger.knows(content):
+        """Return True if the caller must encode this content. Threads may call concurrently."""
+        if self._rows.has(item, content) or self._rows.has_content(content):
             return False
         with self._claiming:
-            return self._claimed.add(digest(content))
+            is_new = content not in self._claimed
+            self._claimed.add(content)
+            return is_new
 
-    def known(self, item: int, content: str, source: str) -> None:
-        """Book an input that needs no encoding: it has its row, or another item's will do."""
-        if self._ledger.has(item, content):
-            self._ledger.keep(item)
-            self.tally.reused += 1
+    def skip(self, item: int, content: str, source: str) -> None:
+        """Record an input that :meth:`claim` refused: it has a row, or a duplicate has one."""
+        if self._rows.has(item, content):
+            self._rows.keep(item)
+            self.counts.reused += 1
         else:
-            self._twins[item] = (content, source[:_SOURCE])
+            self._duplicates[item] = (content, source[:_MAX_SOURCE_CHARS])
 
-    def take(
-        self,
-        item: int,
-        content: str,
-        vector: npt.NDArray[np.float32],
-        source: str,
-        *,
-        frames: int | None = None,
-        tokens: int | None = None,
-        partial: bool | None = None,
-    ) -> None:
-        """Book one new vector (D,), or its tokens (T, D); partial: whether of a damaged clip."""
+    def add(self, row: EncodedRow, source: str) -> None:
+        """Record a new float32 vector: store it, or record a failure if it cannot be stored."""
         with np.errstate(over="ignore"):
-            stored = vector.astype(self._dtype)
+            stored = row.vector.astype(self._dtype)
         if not np.isfinite(stored).all():
-            inside = bool(np.isfinite(vector).all())
-            reason = f"beyond the range of {self._dtype}" if inside else "not a finite vector"
-            self.fail(item, content, MediaError("encode", reason), source)
+            is_finite = bool(np.isfinite(row.vector).all())
+            reason = f"beyond the range of {self._dtype}" if is_finite else "not a finite vector"
+            self.fail(row.item, row.content, MediaError("encode", reason), source)
             return
-        self._ledger.add(item, content, stored, frames=frames, tokens=tokens, partial=partial)
-        self.tally.encoded += 1
-        self.tally.partial += bool(partial)
+        self._rows.add(replace(row, vector=stored))
+        self.counts.encoded += 1
+        self.counts.partial += bool(row.partial)
 
-    def unread(self, item: int, error: MediaError, source: str) -> None:
-        """Book an input that could not be read: what the table has of it may well be right."""
-        self._ledger.keep(item)
+    def fail_unread(self, item: int, error: MediaError, source: str) -> None:
+        """Record an input that cannot be read. Its row from an earlier run is kept."""
+        self._rows.keep(item)
         self.fail(item, "", error, source)
 
     def fail(self, item: int, content: str, error: MediaError, source: str) -> None:
-        """Book an input that cannot be used.
+        """Record an input that cannot be used.
 
         Raises:
-            UserError: The job is a strict one.
+            UserError: ``strict`` is set.
         """
-        if self._strict is not None:
+        source = source[:_MAX_SOURCE_CHARS]
+        if self._strict:
             raise UserError(
-                f"item {self._strict(item)!r}, {source[:_SOURCE]!r}: {error.reason}"
-                f" ({error.stage}); mend it, or leave --strict out (what is encoded is kept)"
+                f"item {self._item_id(item)!r}, {source!r}: {error.reason} ({error.stage});"
+                " repair the input, or leave --strict out (encoded items are kept)"
             )
         if content:
-            self._bad[content] = (error.stage, error.reason)
-        failure = Failure(
-            item=item, stage=error.stage, reason=error.reason, source=source[:_SOURCE]
+            self._failed[content] = (error.stage, error.reason)
+        self.counts.failures.append(
+            Failure(item=item, stage=error.stage, reason=error.reason, source=source)
         )
-        self.tally.failures.append(failure)
 
     def share(self) -> None:
-        """Give the twins the vector, or the failure, of the item that has the same content."""
-        wanted: dict[int, str] = {}
-        for item, (content, source) in self._twins.items():
-            if content in self._bad:
-                self.fail(item, content, MediaError(*self._bad[content]), source)
+        """Give each duplicate the vector, or the failure, of the item with the same content."""
+        contents: dict[int, str] = {}
+        for item, (content, source) in self._duplicates.items():
+            if content in self._failed:
+                self.fail(item, content, MediaError(*self._failed[content]), source)
             else:
-                wanted[item] = content
-        if wanted:
-            self._ledger.copy(wanted)
-            self.tally.shared += len(wanted)
+                contents[item] = content
+        if contents:
+            self._rows.copy(contents)
+            self.counts.shared += len(contents)
 
 
 def content_hash(data: bytes | Image.Image) -> str:
-    """Give the 128-bit fingerprint of an input's content, as 32 hexadecimal digits."""
+    """Return the 128-bit hash of an input's content as 32 hexadecimal digits."""
     if isinstance(data, Image.Image):
         data = f"{data.mode} {data.size}".encode() + data.tobytes()
     return hashlib.sha256(data).hexdigest()[:32]
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a forward pass may succeed with fewer inputs; torch's classes are not imported."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return True
-    words = ("out of memory", "not enough memory", "can't allocate memory")
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)

@@ -1,29 +1,26 @@
-"""What an extraction will cost, from a short probe; nothing is written."""
+"""Estimate the items, bytes and time of an extraction from a short probe. Nothing is written."""
 
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
-
-import numpy.typing as npt
 
 from features.warehouse import Warehouse
-from pipeline.backbones.base import POOLED, Backbone
-from pipeline.extraction.deduplication import Deduplicator, ExtractionCounts
-from pipeline.extraction.encoder import Encoder
-from pipeline.extraction.job import Job, open_job
-from pipeline.extraction.options import Options
+from pipeline.extraction.deduplication import Deduplicator, EncodedRow, RowStore
+from pipeline.extraction.encoder import InputEncoder
+from pipeline.extraction.options import ExtractOptions
+from pipeline.extraction.plan import ExtractionPlan, plan_extraction
 from pipeline.media.images import quiet_decoders
+from pipeline.media.reader import MediaReader
 
-_PROBED = {"image": 2, "joint": 2, "text": 8, "video": 0}  # batches; of clips a few
-_CLIPS = 4
-_LIGHT = 64  # bytes of a row beside its embedding
+_PROBE_BATCHES = {"image": 2, "joint": 2, "text": 8}
+_PROBE_VIDEOS = 4
+_OTHER_BYTES = 64  # bytes of a row without its embedding
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Estimate:
-    """What one table will cost when none of it is there yet."""
+class ExtractionEstimate:
+    """Estimated cost of one table that does not exist yet."""
 
     modality: str
     backbone: str
@@ -32,110 +29,93 @@ class Estimate:
     items: int
     """Items of the dataset."""
     rows: int
-    """Items that have this modality."""
+    """Items that have an input of this modality."""
     absent: int
+    """Items that have none."""
     tokens: float | None
-    """Mean tokens of a row, where the level is not pooled."""
+    """Mean tokens of a row; None at the level ``pooled``."""
     bytes: int
-    """Of the table on disk."""
+    """Size of the table on disk."""
     seconds: float
-    """Without loading the backbone; on an idle machine like this one."""
+    """Wall time on an idle machine like this one, without loading the backbone."""
     probed: int
-    """Inputs that were really read and encoded for this."""
+    """Inputs that were read and encoded for the estimate."""
     failed: int
-    """Of these."""
+    """Inputs of these that could not be used."""
 
 
-class _Probe:
-    """Counts what a ledger would write."""
+class _CountedRows(RowStore):
+    """Count the rows that an extraction would write."""
 
     def __init__(self) -> None:
-        self.rows = self.bytes = self.tokens = 0
+        self.n_rows = self.n_bytes = self.n_tokens = 0
 
-    def has(self, item: int, content: str) -> bool:
-        return False
+    def add(self, row: EncodedRow) -> None:
+        self.n_rows += 1
+        self.n_bytes += row.vector.nbytes + _OTHER_BYTES
+        self.n_tokens += row.tokens or 0
 
-    def knows(self, content: str) -> bool:
-        return False
-
-    def keep(self, item: int) -> None:
+    def copy(self, contents: dict[int, str]) -> None:
         pass
 
-    def add(
-        self,
-        item: int,
-        content: str,
-        vector: npt.NDArray[Any],
-        *,
-        frames: int | None = None,
-        tokens: int | None = None,
-        partial: bool | None = None,
-    ) -> None:
-        self.rows += 1
-        self.bytes += vector.nbytes + _LIGHT
-        self.tokens += tokens or 0
 
-    def copy(self, wanted: dict[int, str]) -> int:
-        return len(wanted)
-
-
-def estimate(
+def estimate_extraction(
     warehouse: Warehouse,
     dataset: str,
-    options: Options,
+    options: ExtractOptions,
     *,
     notify: Callable[[str], None] = lambda line: None,
-) -> list[Estimate]:
-    """Read and encode a few inputs of each modality, spread over the dataset.
+) -> list[ExtractionEstimate]:
+    """Read and encode a few inputs of each modality, spread over the dataset, in this process.
 
     Raises:
-        UserError: As :func:`pipeline.extraction.job.extract`.
+        UserError: As :func:`pipeline.extraction.job.extract_features`.
     """
-    job, models = open_job(warehouse, dataset, options, notify=notify)
+    plan = plan_extraction(warehouse, dataset, options)
     with quiet_decoders():
-        return [_estimate(job, modality, backbone) for modality, backbone in models.items()]
+        return [_probe(plan, modality, notify) for modality in plan.backbones]
 
 
-def _estimate(job: Job, modality: str, backbone: Backbone) -> Estimate:
-    rows = job.items.counts[modality]
-    choices = job.choices(backbone, modality)
-    most = min(rows, _PROBED[modality] * choices.batch_size or _CLIPS)
-    chosen = list(islice(job.items.present(modality), 0, None, max(1, rows // most)))[:most]
-    media = job.media()
+def _probe(
+    plan: ExtractionPlan, modality: str, notify: Callable[[str], None]
+) -> ExtractionEstimate:
+    n_inputs = plan.items.counts[modality]
+    task = plan.task(modality)
+    size = _PROBE_BATCHES.get(modality, 0) * task.options.batch_size or _PROBE_VIDEOS
+    size = min(n_inputs, size)
+    inputs = list(islice(plan.items.inputs(modality), 0, None, max(1, n_inputs // size)))[:size]
+    media = MediaReader(task.raw, task.prepared)
     try:
-        for part in (chosen[:1], chosen):  # the first pass warms up
-            probe = _Probe()
-            book = Deduplicator(probe, job.options.dtype, job.name if job.options.strict else None)
-            encoder = Encoder(
-                backbone=backbone,
-                choices=choices,
-                book=book,
+        for subset in (inputs[:1], inputs):  # the first pass warms up
+            rows = _CountedRows()
+            deduplicator = Deduplicator(
+                rows, plan.options.dtype, item_id=plan.item_id, strict=plan.options.strict
+            )
+            encoder = InputEncoder(
+                backbone=task.backbone,
+                options=task.options,
+                deduplicator=deduplicator,
                 media=media,
-                report=_ignore,
-                notify=job.notify,
+                report=lambda counts: None,
+                notify=notify,
             )
             started = time.monotonic()
-            encoder.run(part)
+            encoder.encode(subset)
             seconds = time.monotonic() - started
     finally:
         media.close()
-    share = rows / max(1, len(chosen))
-    pooled = choices.level == POOLED
-    return Estimate(
+    scale = n_inputs / max(1, len(inputs))
+    return ExtractionEstimate(
         modality=modality,
-        backbone=backbone.name,
-        level=choices.level,
-        dim=backbone.dim if pooled else backbone.token_dim(choices.level, modality),
-        items=len(job.items),
-        rows=rows,
-        absent=len(job.items) - rows,
-        tokens=None if pooled else probe.tokens / max(1, probe.rows),
-        bytes=round(probe.bytes * share),
-        seconds=seconds * share,
-        probed=len(chosen),
-        failed=len(book.tally.failures),
+        backbone=task.backbone.name,
+        level=task.options.level,
+        dim=task.token_dim or task.backbone.dim,
+        items=len(plan.items),
+        rows=n_inputs,
+        absent=len(plan.items) - n_inputs,
+        tokens=None if task.options.is_pooled else rows.n_tokens / max(1, rows.n_rows),
+        bytes=round(rows.n_bytes * scale),
+        seconds=seconds * scale,
+        probed=len(inputs),
+        failed=len(deduplicator.counts.failures),
     )
-
-
-def _ignore(tally: ExtractionCounts) -> None:
-    pass

@@ -1,78 +1,90 @@
-"""What an extraction is told: backbones, level, and how inputs are read and vectors stored."""
+"""Options of an extraction: the backbones, the level, and how inputs are read and stored.
+
+Every choice that a user types is an entry of a registry.
+"""
 
 import re
 from dataclasses import dataclass
 
-from features.errors import UserError, unknown
+from features.errors import UserError
+from features.registry import Registry
 from pipeline.backbones.base import POOLED
+from pipeline.extraction.engines import ENGINES
 
-DTYPES = ("float16", "float32")
-COMPUTES = ("float32", "bfloat16")
-DECODES = ("exact", "draft")
-ENGINES = ("local", "ray")
-DEVICES = ("cpu", "cuda", "mps", "xpu")
-MOST_FRAMES = 1024
+DTYPES = Registry("dtype", {"float16": "2 bytes", "float32": "4 bytes"})
+"""Types of a stored element, and their size."""
+COMPUTE_TYPES = Registry("compute type", {"float32": "full precision", "bfloat16": "autocast"})
+"""Arithmetic of the forward pass."""
+DECODE_MODES = Registry(
+    "decode mode",
+    {"exact": "all pixels", "draft": "JPEGs of twice the size or more are scaled down in decoding"},
+)
+"""Ways to decode an image."""
+DEVICES = Registry(
+    "device", {"cpu": "processor", "cuda": "NVIDIA GPU", "mps": "Apple GPU", "xpu": "Intel GPU"}
+)
+"""Kinds of devices; ``:N`` after the name selects one of several."""
+MAX_FRAMES = 1024
+"""Largest number of evenly spread frames of a video."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Options:
-    """How the tables of one extraction are made; what changes a vector is in their provenance."""
+class ExtractOptions:
+    """Options of one extraction. Those that change a vector are part of its provenance.
+
+    Raises:
+        UserError: A choice is unknown, or a number is out of its range.
+    """
 
     image: str | None = None
-    """Backbone for pictures (see :mod:`pipeline.backbones.registry`)."""
+    """Backbone for images (see :mod:`pipeline.backbones.registry`)."""
     text: str | None = None
     """Backbone for texts."""
     video: str | None = None
-    """Backbone for clips; it sees their frames, and their vectors are averaged."""
+    """Backbone for videos. It encodes the frames, and their vectors are averaged."""
     joint: str | None = None
-    """Backbone that looks at an item's picture and text together. When no backbone is given: CLIP
-    ViT-B/32 for pictures and texts, as far as there are any."""
+    """Backbone that encodes an item's image and text together. Without any backbone, CLIP ViT-B/32
+    encodes the images and the texts."""
     level: str = POOLED
-    """``pooled``: one vector an input; ``tokens``: those of the last layer; ``layer-K``: the hidden
-    states after block K, so that the blocks above can be trained without those below."""
+    """``pooled``: one vector for an input; ``tokens``: the tokens of the last layer; ``layer-K``:
+    the hidden states after block K, so that the blocks above can be trained without those below."""
     frames: int | None = None
-    """Of each clip, evenly spread; none: one a second."""
+    """Evenly spread frames of each video. None takes one a second."""
     decode: str = "exact"
-    """``exact``, or ``draft``: JPEGs of twice the size or more are scaled down in decoding."""
+    """A name of :data:`DECODE_MODES`."""
     dtype: str = "float16"
-    """How the vectors are stored: ``float16`` or ``float32``."""
+    """A name of :data:`DTYPES`."""
     compute: str = "float32"
-    """Arithmetic of the forward pass: ``float32`` or ``bfloat16`` (autocast)."""
+    """A name of :data:`COMPUTE_TYPES`."""
     device: str | None = None
-    """Where the model runs; a CUDA device when there is one, else the CPU."""
+    """A name of :data:`DEVICES`, with ``:N`` if wanted. None takes a CUDA device or else the
+    CPU."""
     batch_size: int | None = None
-    """Pictures, frames or texts of a forward pass; 32 on a CPU, 256 on a GPU."""
+    """Images, frames or texts of a forward pass. None takes 32 on a CPU and 256 on a GPU."""
     overwrite: bool = False
-    """Redo a table whose vectors were made otherwise (another checkpoint, dtype, ...) instead of
-    refusing."""
+    """Extract a table again if its vectors have another provenance (checkpoint, dtype, ...)."""
     strict: bool = False
     """Stop at the first input that cannot be used."""
     engine: str = "local"
-    """``local``: this process; ``ray``: actors of Ray Data, here or on a cluster."""
+    """A name of :data:`pipeline.extraction.engines.ENGINES`."""
     workers: int | None = None
-    """Actors of Ray; else one for each GPU here, or for every four cores."""
+    """Actors of Ray. None takes one for each GPU of this machine, or for every four cores."""
 
     def __post_init__(self) -> None:
-        for what, value, known in (
-            ("dtype", self.dtype, DTYPES),
-            ("compute", self.compute, COMPUTES),
-            ("decode", self.decode, DECODES),
-            ("engine", self.engine, ENGINES),
-        ):
-            if value not in known:
-                raise unknown(what, value, list(known))
-        # A backbone without weights would not look at it.
-        if self.device is not None and re.sub(r":\d+$", "", self.device) not in DEVICES:
-            raise unknown("device", self.device, list(DEVICES))
+        DTYPES.find(self.dtype)
+        COMPUTE_TYPES.find(self.compute)
+        DECODE_MODES.find(self.decode)
+        ENGINES.find(self.engine)
+        if self.device is not None:  # a backbone without weights does not check its device
+            DEVICES.find(re.sub(r":\d+$", "", self.device))
         if self.batch_size is not None and self.batch_size < 1:
-            raise UserError(f"batch size {self.batch_size} is too small; give 1 or more")
+            raise UserError(f"--batch-size {self.batch_size} is too small; give 1 or more")
         if self.workers is not None and (self.engine == "local" or self.workers < 1):
             raise UserError(f"--workers {self.workers} needs --engine ray, and 1 or more")
-        if self.frames is not None and not 1 <= self.frames <= MOST_FRAMES:
-            raise UserError(f"--frames {self.frames} is not possible; give 1 to {MOST_FRAMES}")
+        if self.frames is not None and not 1 <= self.frames <= MAX_FRAMES:
+            raise UserError(f"--frames {self.frames} is out of range; give 1 to {MAX_FRAMES}")
 
-    def backbones(self) -> dict[str, str | None]:
-        """The backbone asked for, by modality."""
-        return {
-            "image": self.image, "text": self.text, "video": self.video, "joint": self.joint,
-        }  # fmt: skip
+    def backbones(self) -> dict[str, str]:
+        """Return the names of the chosen backbones by modality."""
+        names = {"image": self.image, "text": self.text, "video": self.video, "joint": self.joint}
+        return {modality: name for modality, name in names.items() if name is not None}

@@ -1,11 +1,17 @@
-"""What an extraction tells: how far it is, and what has become of every item."""
+"""Report the progress and the result of an extraction."""
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
+
+from pipeline.extraction.deduplication import ExtractionCounts
+
+SECONDS_BETWEEN_REPORTS = 0.1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModalityReport:
-    """What became of one modality's items: all of them are in exactly one of the counts."""
+    """Result of one modality. Every item is in exactly one of the counts."""
 
     modality: str
     backbone: str
@@ -14,17 +20,17 @@ class ModalityReport:
     items: int
     """Items of the dataset = encoded + shared + reused + absent + failed."""
     encoded: int
-    """Went through the backbone in this run."""
+    """Items that this run encoded."""
     shared: int
-    """Got the vector of another item with the same content."""
+    """Items that got the vector of another item with the same content."""
     reused: int
-    """Had their vector from an earlier run."""
+    """Items that had their vector from an earlier run."""
     absent: int
-    """Have no input of this modality."""
+    """Items without an input of this modality."""
     failed: dict[str, int]
     """Inputs that could not be used, by reason."""
     partial: int
-    """Of the encoded: clips used up to where their file is damaged."""
+    """Encoded videos of which only the frames before the damage were used."""
     seconds: float
     """Wall time of the job, without loading the backbone."""
     rate: float
@@ -32,12 +38,12 @@ class ModalityReport:
     bytes: int
     """Size of the table on disk."""
     path: str
-    """The table's folder."""
+    """Folder of the table."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExtractReport:
-    """What one run of the extraction did."""
+    """Result of one extraction."""
 
     dataset: str
     tables: tuple[ModalityReport, ...]
@@ -45,12 +51,55 @@ class ExtractReport:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExtractProgress:
-    """How far one modality is; given to the callback some times a second, and at its end."""
+    """Progress of one modality, reported some times a second and at the end."""
 
     modality: str
     backbone: str
     done: int
+    """Items whose outcome is known."""
     total: int
-    """Items that have this modality."""
+    """Items that have an input of this modality."""
     encoded: int
     failed: int
+
+
+class ProgressReporter:
+    """Convert counts to progress, at most once every :data:`SECONDS_BETWEEN_REPORTS`.
+
+    Args:
+        modality: The modality.
+        backbone: Name of the backbone.
+        total: Items that have an input of this modality.
+        progress: Called with the progress; None reports nothing.
+    """
+
+    def __init__(
+        self,
+        modality: str,
+        backbone: str,
+        total: int,
+        progress: Callable[[ExtractProgress], None] | None,
+    ) -> None:
+        self._modality = modality
+        self._backbone = backbone
+        self._total = total
+        self._progress = progress
+        self._last = 0.0
+
+    def __call__(self, counts: ExtractionCounts) -> None:
+        """Report the counts, if it is time or all items are done."""
+        now = time.monotonic()
+        is_early = now - self._last < SECONDS_BETWEEN_REPORTS and counts.done < self._total
+        if self._progress is None or is_early:
+            return
+        self._last = now
+        self._progress(
+            ExtractProgress(
+                modality=self._modality,
+                backbone=self._backbone,
+                done=counts.done,
+                total=self._total,
+                encoded=counts.encoded,
+                failed=len(counts.failures),
+            )
+        )

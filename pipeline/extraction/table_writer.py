@@ -1,52 +1,38 @@
-"""One feature table while it is being extracted: what it holds, what is new, what is stale.
+"""Write one feature table: add new rows, reuse the rows of earlier runs, drop stale ones.
 
-Rows are matched with the dataset by ``item_id`` and with the input by its content hash, so a row
-survives a kill, another preparation of the dataset, and a second item with the same content. The
-order of steps makes every kill harmless: new rows are appended before old ones are dropped, a
-later part is the newer one, and the manifest is away for as long as anything changes.
+Rows are matched with the dataset by ``item_id`` and with the input by its content hash. A row
+therefore survives a kill, another preparation of the dataset, and a second item with the same
+content. Every kill is harmless, because of the order of the steps: new rows are appended before
+stale ones are dropped, of two rows of one item the one in the later part is valid, and the
+manifest is removed while anything changes.
 
 Legend: N items of the dataset, R rows of the table, T tokens of an item, D width.
 """
 
 import time
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from features.arrow_columns import embedding_array, positions, token_array
 from features.provenance import Provenance
 from features.schema import feature_schema
 from features.store import BYTES_PER_PART, ROWS_PER_PART, FeatureTable
-from pipeline.extraction.digests import DTYPE, digest, digests, place
+from pipeline.extraction.deduplication import EncodedRow, RowStore
 
 SECONDS_PER_PART = 30.0
-"""A part is written after this much work even when it is small: what a kill can cost."""
+"""Seconds after which a part is written even if it is small: the most work that a kill costs."""
 
 
-@dataclass(kw_only=True, slots=True)
-class _Buffer:
-    """Rows that wait for their part."""
-
-    items: list[int] = field(default_factory=list)
-    hashes: list[str] = field(default_factory=list)
-    frames: list[int | None] = field(default_factory=list)
-    tokens: list[int | None] = field(default_factory=list)
-    partial: list[bool | None] = field(default_factory=list)
-    vectors: list[npt.NDArray[Any]] = field(default_factory=list)
-    bytes: int = 0
-    since: float = field(default_factory=time.monotonic)
-
-
-class FeatureTableWriter:
-    """The rows of one table, by item and by content.
+class FeatureTableWriter(RowStore):
+    """The rows of one feature table, by item and by content.
 
     Args:
-        table: The table; the caller holds its lock.
-        provenance: What new rows are made with; rows that are there have the same identity.
+        table: The table. The caller holds its lock.
+        provenance: Provenance of new rows; the rows of the table have the same identity.
         item_ids: (N,) the dataset's item ids, in the order of ``item``.
     """
 
@@ -56,189 +42,172 @@ class FeatureTableWriter:
         self.table = table
         self.provenance = provenance
         self._item_ids = item_ids
-        self._changed = False
-        self._buffer = _Buffer()
-        self._settle()
-        light = table.light(["item", "content_hash"])
-        item = light["item"].to_numpy()
-        hashes = digests(light["content_hash"])
-        # 33 bytes for each item, and no object.
-        self._own = np.zeros(len(item_ids), DTYPE)  # content of each item's row
-        self._own[item] = hashes
-        self._stored = np.sort(hashes)
-        self._stale = np.zeros(len(item_ids), np.bool_)  # until the item's content is seen again
-        self._stale[item] = True
+        self._waiting: list[EncodedRow] = []
+        self._waiting_bytes = 0
+        self._waiting_since = 0.0
+        self._match_items()
+        self._content: list[str | None] = [None] * len(item_ids)  # of each item's stored row
+        self._stored: set[str] = set()  # the contents of all stored rows
+        self._is_stale = np.zeros(len(item_ids), np.bool_)  # until the content is seen again
+        for batch in table.light(["item", "content_hash"]).to_batches():
+            items, contents = batch["item"].to_pylist(), batch["content_hash"].to_pylist()
+            for item, content in zip(items, contents, strict=True):
+                self._content[item] = content
+            self._stored.update(contents)
+            self._is_stale[items] = True
 
-    def _settle(self) -> None:
-        """Bring what earlier runs left to the present items: one row an item, new indices."""
+    def _match_items(self) -> None:
+        """Renumber stored rows by the present dataset; drop those of items that are gone."""
         light = self.table.light(["item", "item_id"])
         if not len(light):
             return
-        now = positions(light.column("item_id"), self._item_ids)
-        order = np.arange(len(now))
+        item = positions(light.column("item_id"), self._item_ids)
+        row = np.arange(len(item))
         last = np.full(len(self._item_ids) + 1, -1)
-        last[now] = order  # the last assignment stays: a later part is the newer one
-        keep = (now >= 0) & (last[now] == order)
-        moved = now != light.column("item").to_numpy()
+        last[item] = row  # the last assignment is valid: that of the later part
+        keep = (item >= 0) & (last[item] == row)
+        has_moved = item != light.column("item").to_numpy()
         part_of = light.column("part").to_numpy()
         for number, part in enumerate(self.table.parts()):
-            mine = part_of == number
-            if (moved | ~keep)[mine].any():
-                self._change()
-                self.table.rewrite(part, keep[mine], now[mine])
+            in_part = part_of == number
+            if (has_moved | ~keep)[in_part].any():
+                self.table.unfinish()
+                self.table.rewrite(part, keep[in_part], item[in_part])
 
-    def _change(self) -> None:
-        self._changed = True
-        self.table.unfinish()
-
-    # -- what is there ----------------------------------------------------------------------
+    # -- stored rows ------------------------------------------------------------------------
 
     def has(self, item: int, content: str) -> bool:
-        """Whether the item's own row was made from this content."""
-        return bool(self._own[item] == digest(content))
+        """Return True if the item's stored row was made from this content."""
+        return self._content[item] == content
 
-    def knows(self, content: str) -> bool:
-        """Whether some row was made from this content before this run."""
-        return place(digest(content), self._stored) >= 0
+    def has_content(self, content: str) -> bool:
+        """Return True if an earlier run has stored a row made from this content."""
+        return content in self._stored
 
     def keep(self, item: int) -> None:
-        """Say that the item's row, when it has one, is not stale."""
-        self._stale[item] = False
+        """Keep the item's stored row, if there is one."""
+        self._is_stale[item] = False
 
-    # -- what is new ------------------------------------------------------------------------
+    # -- new rows ---------------------------------------------------------------------------
 
-    def add(
-        self,
-        item: int,
-        content: str,
-        vector: npt.NDArray[Any],
-        *,
-        frames: int | None = None,
-        tokens: int | None = None,
-        partial: bool | None = None,
-    ) -> None:
-        """Take one new vector (D,), or its tokens (T, D), already in the dtype of the table.
+    def add(self, row: EncodedRow) -> None:
+        """Add one new row, its vector already in the dtype of the table.
 
-        Parts are written when they are full, and when it is time.
+        A part is written when it is full, and after :data:`SECONDS_PER_PART`.
         """
-        if not self._buffer.items:
-            self._buffer.since = time.monotonic()
-        self._buffer.items.append(item)
-        self._buffer.hashes.append(content)
-        self._buffer.frames.append(frames)
-        self._buffer.tokens.append(tokens)
-        self._buffer.partial.append(partial)
-        self._buffer.vectors.append(vector)
-        self._buffer.bytes += vector.nbytes
-        waited = time.monotonic() - self._buffer.since
-        full = len(self._buffer.items) == ROWS_PER_PART
-        if full or self._buffer.bytes >= BYTES_PER_PART or waited >= SECONDS_PER_PART:
+        if not self._waiting:
+            self._waiting_since = time.monotonic()
+        self._waiting.append(row)
+        self._waiting_bytes += row.vector.nbytes
+        is_full = len(self._waiting) == ROWS_PER_PART or self._waiting_bytes >= BYTES_PER_PART
+        if is_full or time.monotonic() - self._waiting_since >= SECONDS_PER_PART:
             self.flush()
 
     def flush(self) -> None:
-        """Write what waits as one part, its rows in the order of items."""
-        waiting = self._buffer
-        if not waiting.items:
+        """Write the waiting rows as one part, in the order of items."""
+        rows = sorted(self._waiting, key=lambda row: row.item)
+        if not rows:
             return
-        item = np.asarray(waiting.items, dtype=np.int32)
+        item = pa.array([row.item for row in rows], pa.int32())
+        vectors = [row.vector for row in rows]
+        made = self.provenance
         columns = [
-            pa.array(item),
-            self._item_ids.take(pa.array(item)).combine_chunks(),
-            pa.array(waiting.hashes, pa.string()),
-            pa.array(waiting.frames, pa.int32()),
-            pa.array(waiting.tokens, pa.int32()),
-            pa.array(waiting.partial, pa.bool_()),
-            embedding_array(np.stack(waiting.vectors))
-            if self.provenance.level == "pooled"
-            else token_array(waiting.vectors),
+            item,
+            self._item_ids.take(item).combine_chunks(),
+            pa.array([row.content for row in rows], pa.string()),
+            pa.array([row.frames for row in rows], pa.int32()),
+            pa.array([row.tokens for row in rows], pa.int32()),
+            pa.array([row.partial for row in rows], pa.bool_()),
+            embedding_array(np.stack(vectors)) if made.level == "pooled" else token_array(vectors),
         ]
-        self._append(pa.Table.from_arrays(columns, schema=self._schema).take(np.argsort(item)))
-        self._buffer = _Buffer()  # only now: an interrupted flush can be done again
-        self._stale[item] = False
+        schema = feature_schema(made.dim, made.dtype, made.level)
+        self._append(pa.Table.from_arrays(columns, schema=schema))
+        self._waiting, self._waiting_bytes = [], 0  # after writing: a flush can be repeated
+        self._is_stale[item.to_numpy()] = False
         pa.default_memory_pool().release_unused()  # Arrow keeps some 30 MB of each
 
-    @property
-    def _schema(self) -> pa.Schema:
-        made = self.provenance
-        return feature_schema(made.dim, made.dtype, made.level)
-
     def _append(self, rows: pa.Table) -> None:
-        self._change()
+        self.table.unfinish()
         self.table.append(rows, self.provenance)
 
-    # -- bringing it to an end --------------------------------------------------------------
+    def copy(self, contents: dict[int, str]) -> None:
+        """Give each item (key) a copy of the stored row of its content (value)."""
+        self.flush()
+        items = np.fromiter(contents.keys(), np.int32, len(contents))
+        sought = pa.array(contents.values(), pa.string())
+        is_missing = np.ones(len(items), np.bool_)
+        for part in self.table.parts():
+            stored = self.table.rows(part, ["content_hash"])["content_hash"].combine_chunks()
+            source = pc.index_in(sought, value_set=stored)  # row of the part, or null
+            indices = np.flatnonzero(is_missing & source.is_valid().to_numpy(zero_copy_only=False))
+            if not len(indices):
+                continue
+            is_missing[indices] = False
+            self._append_copies(self.table.rows(part), source, items, indices)
+        assert not is_missing.any()
+        self._is_stale[items] = False
 
-    def copy(self, wanted: dict[int, str]) -> int:
-        """Give items the stored vector of the same content; return how many got one.
+    def _append_copies(self, rows: pa.Table, source: pa.Array, items: Any, indices: Any) -> None:
+        """Append ``rows[source[i]]`` as the row of ``items[i]`` for each i of ``indices``."""
+        step = max(1, min(ROWS_PER_PART, BYTES_PER_PART * len(rows) // rows.nbytes))
+        for start in range(0, len(indices), step):
+            chosen = indices[start : start + step]
+            chosen = chosen[np.argsort(items[chosen])]
+            item = pa.array(items[chosen])
+            ids = self._item_ids.take(item).combine_chunks()
+            copies = rows.take(source.take(pa.array(chosen)))
+            copies = copies.set_column(0, copies.schema.field(0), item)
+            self._append(copies.set_column(1, copies.schema.field(1), ids))
+
+    # -- completing the table ---------------------------------------------------------------
+
+    def finish(self, fingerprint: str, inputs: str, source: dict[str, Any]) -> None:
+        """Drop stale rows, join small parts, and write the manifest of the complete table.
 
         Args:
-            wanted: Content hash by item, for contents that stand in the table by now.
+            fingerprint: Fingerprint of the dataset's preparation.
+            inputs: Fingerprint of the inputs of this modality.
+            source: Origin of the backbone's weights. Used by ``--tune-blocks`` to load its upper
+                blocks.
         """
         self.flush()
-        items = np.fromiter(wanted.keys(), np.int32, len(wanted))
-        sought = np.fromiter(map(digest, wanted.values()), DTYPE, len(wanted))
-        missing = np.ones(len(wanted), np.bool_)
-        for part in self.table.parts():
-            there = digests(self.table.rows(part, ["content_hash"])["content_hash"])
-            order = np.argsort(there)
-            source = np.searchsorted(there, sought, sorter=order).clip(max=len(there) - 1)
-            here = np.flatnonzero(missing & (there[order[source]] == sought))
-            if not len(here):
-                continue
-            missing[here] = False
-            rows = self.table.rows(part)
-            most = max(1, min(ROWS_PER_PART, BYTES_PER_PART * len(rows) // rows.nbytes))
-            for start in range(0, len(here), most):
-                chosen = here[start : start + most]
-                chosen = chosen[np.argsort(items[chosen])]
-                made = rows.take(order[source[chosen]])
-                item = pa.array(items[chosen])
-                made = made.set_column(0, made.schema.field(0), item)
-                ids = self._item_ids.take(item).combine_chunks()
-                self._append(made.set_column(1, made.schema.field(1), ids))
-        assert not missing.any()
-        self._stale[items] = False
-        return len(wanted)
-
-    def finish(self, fingerprint: str, inputs: str, **more: Any) -> None:
-        """Drop what is stale, join small parts, and say that the table is complete."""
-        self.flush()
         self._drop_stale()
-        self._join()
-        self.table.finish(fingerprint, self.provenance, inputs=inputs, **more)
+        self._join_parts()
+        self.table.finish(fingerprint, self.provenance, inputs=inputs, source=source)
 
     def _drop_stale(self) -> None:
-        """Remove the rows of items whose content is gone or has another row by now."""
+        """Remove the rows whose content is gone, or whose item has a row in a later part."""
         light = self.table.light(["item"])
         item = light["item"].to_numpy()
         last = np.full(len(self._item_ids), -1)
         last[item] = np.arange(len(item))
-        drop = self._stale[item] | (last[item] != np.arange(len(item)))
+        drop = self._is_stale[item] | (last[item] != np.arange(len(item)))
         part_of = light["part"].to_numpy()
         for number, part in enumerate(self.table.parts()):
-            mine = part_of == number
-            if drop[mine].any():
-                self._change()
-                self.table.rewrite(part, ~drop[mine], item[mine])
-        self._stale[:] = False
+            in_part = part_of == number
+            if drop[in_part].any():
+                self.table.unfinish()
+                self.table.rewrite(part, ~drop[in_part], item[in_part])
+        self._is_stale[:] = False
 
-    def _join(self) -> None:
-        """Write neighbouring small parts as one; a kill between leaves twins, not gaps."""
+    def _join_parts(self) -> None:
+        """Write neighbouring small parts as one. A kill in between leaves rows twice, no gaps."""
         parts = self.table.parts()
-        pooled = self.provenance.level == "pooled"
+        is_pooled = self.provenance.level == "pooled"
         groups: list[list[int]] = []
         rows_left = bytes_left = 0
         for number, part in enumerate(parts):
-            rows, size = pq.read_metadata(part).num_rows, 0 if pooled else part.stat().st_size
-            if rows > rows_left or size > bytes_left:
+            n_rows = pq.read_metadata(part).num_rows
+            n_bytes = 0 if is_pooled else part.stat().st_size
+            if n_rows > rows_left or n_bytes > bytes_left:
                 groups.append([])
                 rows_left, bytes_left = ROWS_PER_PART, BYTES_PER_PART
             groups[-1].append(number)
-            rows_left, bytes_left = rows_left - rows, bytes_left - size
+            rows_left, bytes_left = rows_left - n_rows, bytes_left - n_bytes
         for group in groups:
             if len(group) < 2:
                 continue
-            whole = pa.concat_tables([self.table.rows(parts[number]) for number in group])
-            self._append(whole.replace_schema_metadata(None).sort_by("item").combine_chunks())
+            joined = pa.concat_tables([self.table.rows(parts[number]) for number in group])
+            self._append(joined.replace_schema_metadata(None).sort_by("item").combine_chunks())
             for number in group:
                 parts[number].unlink()

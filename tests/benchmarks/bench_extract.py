@@ -50,10 +50,11 @@ from features.warehouse import Warehouse
 from pipeline.backbones.base import Backbone, InputBatch
 from pipeline.backbones.image_transforms import Pixels, of_open_clip, of_processor
 from pipeline.backbones.registry import BACKBONES, load_backbone
-from pipeline.extraction import encoder
+from pipeline.extraction import loading
 from pipeline.extraction.batching import token_batches
-from pipeline.extraction.job import extract
-from pipeline.extraction.options import Options
+from pipeline.extraction.encoder import TOKENS_PER_TEXT
+from pipeline.extraction.job import extract_features
+from pipeline.extraction.options import ExtractOptions
 from pipeline.extraction.reports import ExtractReport
 from pipeline.media.images import decode_image
 from pipeline.media.video import sample_frames
@@ -66,8 +67,8 @@ ROUNDS = 2
 _AGAIN = """
 import re, sys, time
 from features.warehouse import Warehouse
-from pipeline.extraction.job import extract
-from pipeline.extraction.options import Options
+from pipeline.extraction.job import extract_features
+from pipeline.extraction.options import ExtractOptions
 from pathlib import Path
 house, modality, backbone = sys.argv[1:]
 if backbone != "hashed":
@@ -75,7 +76,7 @@ if backbone != "hashed":
     from tests.pipeline.fakes import Brief, entry
     BACKBONES["brief"], backbone = entry(Brief(load_backbone(backbone))), "brief"
 start = time.process_time()
-extract(Warehouse(Path(house)), "tiny", Options(**{modality: backbone}))
+extract_features(Warehouse(Path(house)), "tiny", ExtractOptions(**{modality: backbone}))
 took = time.process_time() - start
 status = Path("/proc/self/status").read_text()
 print(took, int(re.search(r"VmHWM:\\s+(\\d+)", status)[1]) / 1024)
@@ -111,7 +112,7 @@ def job(house: Warehouse, modality: str) -> Callable[[], ExtractReport]:
 
     def run() -> ExtractReport:
         shutil.rmtree(house.dataset_dir("tiny") / "features", ignore_errors=True)
-        report = extract(house, "tiny", Options(**given))
+        report = extract_features(house, "tiny", ExtractOptions(**given))
         (table,) = report.tables
         assert table.encoded == table.items  # or the ratio is that of other work
         return report
@@ -136,7 +137,7 @@ def bare_texts(backbone: Backbone, texts: list[str]) -> Callable[[], None]:
     tokens = backbone.texts(texts)
     lengths = np.asarray([len(ids) for ids in tokens])
     size = backbone.batch_size
-    batches = list(token_batches(lengths, budget=size * encoder.TOKENS_EACH, most=4 * size))
+    batches = list(token_batches(lengths, max_tokens=size * TOKENS_PER_TEXT, max_texts=4 * size))
 
     def loop() -> None:
         for chosen in batches:
@@ -148,12 +149,12 @@ def bare_texts(backbone: Backbone, texts: list[str]) -> Callable[[], None]:
 @contextmanager
 def draft() -> Iterator[None]:
     """Decode as ``--decode draft`` does."""
-    plain = vars(encoder)["decode_image"]
-    vars(encoder)["decode_image"] = lambda data, *rest: decode_image(data, 224)
+    plain = vars(loading)["decode_image"]
+    vars(loading)["decode_image"] = lambda data, *rest: decode_image(data, 224)
     try:
         yield
     finally:
-        vars(encoder)["decode_image"] = plain
+        vars(loading)["decode_image"] = plain
 
 
 def compare(section: str, what: str, n: int, bare: Callable[[], None], run: Any, goal: str) -> None:
@@ -391,8 +392,8 @@ def gpu(root: Path, n: int = 6000) -> None:
             figure = f"{n / wall:.0f}/s clock, {n / cpu:.0f}/s a CPU second"
             print_figure("gpu", f"CLIP ViT-B/32 {compute}: extract, {what}", figure)
     clock = _Clock()
-    plain = vars(encoder)["decode_image"], backbone.image, backbone.embed
-    vars(encoder)["decode_image"] = clock.watch("decode", plain[0], time.thread_time)
+    plain = vars(loading)["decode_image"], backbone.image, backbone.embed
+    vars(loading)["decode_image"] = clock.watch("decode", plain[0], time.thread_time)
     backbone.image = clock.watch("resize", plain[1], time.thread_time)
     backbone.embed = clock.watch("copy, forward, copy back", plain[2], time.perf_counter, sync=True)
     try:
@@ -400,7 +401,7 @@ def gpu(root: Path, n: int = 6000) -> None:
         job(house, "image")()
         wall = time.perf_counter() - start
     finally:
-        vars(encoder)["decode_image"], backbone.image, backbone.embed = plain
+        vars(loading)["decode_image"], backbone.image, backbone.embed = plain
     cores = len(os.sched_getaffinity(0))
     for what, seconds in clock.seconds.items():
         if what in ("decode", "resize"):

@@ -20,7 +20,7 @@ def test_a_dry_run_does_not_prepare(tmp_path: Path) -> None:
     words = ["extract", "--dataset", "demo", "--dry-run", "--warehouse", str(root)]
     result = runner.invoke(app, words)
     assert result.exit_code == 2
-    assert "a dry run writes nothing; run: mmrec prepare --dataset demo" in result.stderr
+    assert "run: mmrec prepare --dataset demo" in result.stderr
     assert not root.exists()
 
 

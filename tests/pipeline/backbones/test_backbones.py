@@ -28,8 +28,8 @@ from pipeline.backbones import hub
 from pipeline.backbones.base import Backbone, InputBatch
 from pipeline.backbones.hashed import Hashed
 from pipeline.backbones.registry import BACKBONES, check_modality, list_backbones, load_backbone
-from pipeline.extraction.job import extract
-from pipeline.extraction.options import Options
+from pipeline.extraction.job import extract_features
+from pipeline.extraction.options import ExtractOptions
 from tests.pipeline.backbones.checkpoints import (
     CLIP_CONFIG,
     bert_folder,
@@ -652,7 +652,7 @@ def test_a_wrong_pairing_is_refused_by_name(warehouse: Warehouse, tmp_path: Path
     picture(tmp_path / "raw" / "a.png", 0)
     prepare(warehouse, tmp_path / "raw", ids=["a"], image=["a.png"], text=["a"])
     with pytest.raises(UserError, match=r"'.*my-bert' takes text, not image; for --image give one"):
-        extract(warehouse, "tiny", Options(image=str(folder), device="cpu"))
+        extract_features(warehouse, "tiny", ExtractOptions(image=str(folder), device="cpu"))
 
 
 def test_a_device_that_is_not_there(clip: Path) -> None:
@@ -673,10 +673,10 @@ def test_a_table_of_a_real_model_equals_a_bare_loop(
         picture(raw / name, seed, size=(30 + seed, 60 - 3 * seed))
     texts = [f"{'very ' * (i % 5)}nice thing number {i}" for i in range(11)]
     info = prepare(warehouse, raw, ids=names, image=names, text=texts)
-    extract(
+    extract_features(
         warehouse,
         "tiny",
-        Options(image=str(clip), text=str(clip), dtype=dtype, batch_size=4, device="cpu"),
+        ExtractOptions(image=str(clip), text=str(clip), dtype=dtype, batch_size=4, device="cpu"),
     )
     model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{clip}")
     tokenizer = open_clip.get_tokenizer(f"local-dir:{clip}")
@@ -703,7 +703,9 @@ def test_every_odd_picture_gives_a_vector_or_a_reason(
     names = sorted(path.name for path in raw.iterdir())
     prepare(warehouse, raw, ids=names, image=names)
     folder = clip if library == "open_clip" else vision_folder(tmp_path / "vit")
-    report = extract(warehouse, "tiny", Options(image=str(folder), device="cpu")).tables[0]
+    report = extract_features(
+        warehouse, "tiny", ExtractOptions(image=str(folder), device="cpu")
+    ).tables[0]
     assert report.encoded == len(names) - 8  # those that test_media names
     assert sum(report.failed.values()) == 8
 
@@ -722,18 +724,20 @@ def test_a_transform_that_fails_is_a_failure_of_its_item(
         picture(tmp_path / f"{seed}.png", seed, size=(width, 10))
     names = [f"{seed}.png" for seed in range(3)]
     prepare(warehouse, tmp_path, ids=names, image=names)
-    report = extract(warehouse, "tiny", Options(image="hashed")).tables[0]
+    report = extract_features(warehouse, "tiny", ExtractOptions(image="hashed")).tables[0]
     assert (report.encoded, report.failed) == (2, {"ValueError: 13 is no width": 1})
 
 
 def test_two_folders_of_one_name_do_not_mix(warehouse: Warehouse, tmp_path: Path) -> None:
     prepare(warehouse, tmp_path, ids=["a"], text=["a"])
-    extract(
-        warehouse, "tiny", Options(text=str(bert_folder(tmp_path / "x" / "model")), device="cpu")
+    extract_features(
+        warehouse,
+        "tiny",
+        ExtractOptions(text=str(bert_folder(tmp_path / "x" / "model")), device="cpu"),
     )
     other = bert_folder(tmp_path / "y" / "model", seed=1)
     with pytest.raises(UserError, match=r"text=model of tiny holds other vectors \(checkpoint"):
-        extract(warehouse, "tiny", Options(text=str(other), device="cpu"))
+        extract_features(warehouse, "tiny", ExtractOptions(text=str(other), device="cpu"))
 
 
 HASHED_TEXT = [0.079709, 0.201385, 0.076899]

@@ -26,11 +26,11 @@ def test_results_come_in_order_and_never_too_many_are_under_way() -> None:
         time.sleep(0.002 if number % 3 else 0.0)
         return number * number
 
-    found = []
+    results = []
     for result in prefetch(work, source(), threads=4, ahead=7):
         given_back += 1
-        found.append(result)
-    assert found == [number * number for number in range(50)]
+        results.append(result)
+    assert results == [number * number for number in range(50)]
     assert most <= 8  # seven waiting, and the one that is being asked for
 
 
@@ -56,22 +56,22 @@ def test_stopping_early_ends_the_threads() -> None:
 
 def test_batches_by_hand() -> None:
     lengths = np.array([3, 10, 2, 9, 3])
-    batches = [batch.tolist() for batch in token_batches(lengths, budget=20, most=3)]
+    batches = [batch.tolist() for batch in token_batches(lengths, max_tokens=20, max_texts=3)]
     assert batches == [[1, 3], [0, 4, 2]]  # 10 + 9 padded to 20, then three of at most 3
 
 
 @given(
     lengths=st.lists(st.integers(1, 90), max_size=60),
-    budget=st.integers(1, 300),
-    most=st.integers(1, 20),
+    max_tokens=st.integers(1, 300),
+    max_texts=st.integers(1, 20),
 )
 def test_every_text_is_in_one_batch_within_the_budget(
-    lengths: list[int], budget: int, most: int
+    lengths: list[int], max_tokens: int, max_texts: int
 ) -> None:
     array = np.asarray(lengths, dtype=np.int64)
-    batches = list(token_batches(array, budget=budget, most=most))
+    batches = list(token_batches(array, max_tokens=max_tokens, max_texts=max_texts))
     together = [index for batch in batches for index in batch.tolist()]
     assert sorted(together) == list(range(len(lengths)))
     for batch in batches:
-        assert len(batch) <= most
-        assert len(batch) == 1 or len(batch) * array[batch].max() <= budget
+        assert len(batch) <= max_texts
+        assert len(batch) == 1 or len(batch) * array[batch].max() <= max_tokens

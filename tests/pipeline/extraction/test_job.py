@@ -24,9 +24,9 @@ from pipeline.backbones.hashed import Hashed
 from pipeline.backbones.registry import BACKBONES
 from pipeline.extraction import table_writer
 from pipeline.extraction.deduplication import content_hash
-from pipeline.extraction.encoder import TEXT_MOST
-from pipeline.extraction.job import extract as run_job
-from pipeline.extraction.options import Options
+from pipeline.extraction.job import extract_features
+from pipeline.extraction.loading import MAX_TEXT_CHARS
+from pipeline.extraction.options import ExtractOptions
 from pipeline.extraction.reports import ExtractProgress, ExtractReport, ModalityReport
 from pipeline.media.images import decode_image
 from tests.pipeline.backbones.tiny import picture, prepare
@@ -58,21 +58,23 @@ def watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Watched:
     return backbone
 
 
-def extract(house: Warehouse, dataset: str, progress: Any = None, **given: Any) -> ExtractReport:
-    return run_job(house, dataset, Options(**given), progress=progress)
+def extract(
+    warehouse: Warehouse, dataset: str, progress: Any = None, **options: Any
+) -> ExtractReport:
+    return extract_features(warehouse, dataset, ExtractOptions(**options), progress=progress)
 
 
-def run(house: Warehouse, **given: Any) -> ModalityReport:
-    return extract(house, "tiny", **given).tables[0]
+def run(warehouse: Warehouse, **options: Any) -> ModalityReport:
+    return extract(warehouse, "tiny", **options).tables[0]
 
 
-def table(house: Warehouse, modality: str, backbone: str = "watched") -> FeatureTable:
-    return FeatureStore(house).table("tiny", backbone, modality)
+def table(warehouse: Warehouse, modality: str, backbone: str = "watched") -> FeatureTable:
+    return FeatureStore(warehouse).table("tiny", backbone, modality)
 
 
-def read(house: Warehouse, modality: str, backbone: str = "watched") -> FeatureMatrix:
-    info = house.info("tiny")
-    return table(house, modality, backbone).read(
+def read(warehouse: Warehouse, modality: str, backbone: str = "watched") -> FeatureMatrix:
+    info = warehouse.info("tiny")
+    return table(warehouse, modality, backbone).read(
         info.items, info.fingerprint, info.inputs[modality]
     )
 
@@ -86,9 +88,9 @@ def counts(report: ModalityReport) -> tuple[int, int, int, int, int]:
     return report.encoded, report.shared, report.reused, report.absent, failed
 
 
-def failures(house: Warehouse) -> list[dict[str, object]]:
+def failures(warehouse: Warehouse) -> list[dict[str, object]]:
     rows: list[dict[str, object]] = sql_views.query(
-        house, "SELECT * FROM failures ORDER BY modality, item"
+        warehouse, "SELECT * FROM failures ORDER BY modality, item"
     ).to_pylist()
     return rows
 
@@ -254,18 +256,18 @@ def test_a_text_without_end_is_cut_before_it_is_tokenised(
         return Hashed().texts(some)
 
     monkeypatch.setattr(watched, "texts", texts)
-    long = "red shoes " * TEXT_MOST
+    long = "red shoes " * MAX_TEXT_CHARS
     prepare(tiny, raw, ids=IDS, text=[long, "red shoes", *TEXT[2:]], image=IMAGE)
     counted = counts(run(tiny, **{modality: "watched"}))
     assert counted[0] == {"text": 3, "joint": 4}[modality]
-    assert max(map(len, given)) == TEXT_MOST
-    assert long[:TEXT_MOST] in given
+    assert max(map(len, given)) == MAX_TEXT_CHARS
+    assert long[:MAX_TEXT_CHARS] in given
     light = table(tiny, modality).light(["item", "content_hash"]).to_pylist()
     if modality == "text":
         assert light[0]["content_hash"] == content_hash(long.encode())
     provenance = table(tiny, modality).provenance()
     assert provenance is not None
-    assert f"at most {TEXT_MOST} characters" in provenance.preprocessing
+    assert f"at most {MAX_TEXT_CHARS} characters" in provenance.preprocessing
 
 
 # -- failures -------------------------------------------------------------------------------
@@ -331,7 +333,7 @@ def test_a_column_of_which_nothing_can_be_used(tiny: Warehouse, raw: Path) -> No
     assert counts(report) == (0, 0, 0, 0, 2)
     assert (report.bytes, report.rate) == (0, 0.0)
     assert len(failures(tiny)) == 2
-    with pytest.raises(UserError, match="image=hashed of tiny holds no vector"):
+    with pytest.raises(UserError, match=r"image=hashed of tiny .*no vector"):
         read(tiny, "image", "hashed")
 
 
@@ -390,7 +392,7 @@ def test_other_vectors_are_not_mixed_nor_thrown_away(
     assert read(tiny, "text").provenance == old
     assert counts(run(tiny, text="watched", overwrite=True)) == (3, 1, 0, 2, 0)
     assert read(tiny, "text").provenance.checkpoint == "watched-2"
-    with pytest.raises(UserError, match="dtype 'float16' and 'float32'"):
+    with pytest.raises(UserError, match=r"'float16' and 'float32'.*--overwrite"):
         run(tiny, text="watched", dtype="float32")
 
 
@@ -398,7 +400,7 @@ def test_a_second_extraction_of_the_same_table_is_refused(
     tiny: Warehouse, watched: Watched
 ) -> None:
     with lock(table(tiny, "text").path / ".lock", "it"):
-        with pytest.raises(UserError, match="another process is writing the feature table"):
+        with pytest.raises(UserError, match=r"text=watched of tiny .*wait"):
             run(tiny, text="watched")
         assert watched.seen() == []
         assert counts(run(tiny, image="watched"))[0] == 4  # another table is free
@@ -407,17 +409,15 @@ def test_a_second_extraction_of_the_same_table_is_refused(
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"video": "hashed"}, r"column video of tiny is empty for all 6 items.*image, text"),
-        ({"text": "hashedd"}, "unknown backbone 'hashedd'; known: hashed, "),
-        ({"image": "bert"}, "backbone 'bert' takes text, not image; for --image give one of"),
-        ({"text": "hashed", "dtype": "int8"}, "unknown dtype 'int8'; known: float16, float32"),
-        ({"text": "hashed", "compute": "fp8"}, "unknown compute 'fp8'"),
-        ({"text": "hashed", "batch_size": 0}, "batch size 0 is too small"),
+        ({"video": "hashed"}, r"video of tiny .* 6 items.*--video.*image, text"),
+        ({"text": "hashedd"}, r"'hashedd'.*hashed"),
+        ({"image": "bert"}, r"'bert'.*--image"),
+        ({"text": "hashed", "dtype": "int8"}, r"dtype 'int8'.*float16, float32"),
+        ({"text": "hashed", "compute": "fp8"}, r"compute type 'fp8'.*float32, bfloat16"),
+        ({"text": "hashed", "batch_size": 0}, r"--batch-size 0 .*1 or more"),
     ],
 )
-def test_mistakes_are_said_in_one_line(
-    tiny: Warehouse, given: dict[str, object], message: str
-) -> None:
+def test_a_mistake_is_one_line(tiny: Warehouse, given: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         run(tiny, **given)
     assert "\n" not in str(caught.value)
@@ -426,10 +426,10 @@ def test_mistakes_are_said_in_one_line(
 
 def test_a_text_column_of_nothing_is_refused(warehouse: Warehouse, raw: Path) -> None:
     prepare(warehouse, raw, ids=["a", "b"], text=[None, " "], image=["0.png", None])
-    with pytest.raises(UserError, match=r"text of tiny is empty for all 2 items; leave out --text"):
+    with pytest.raises(UserError, match=r"text of tiny .* 2 items.*--text"):
         run(warehouse, text="hashed")
     prepare(warehouse, raw, ids=["a", "b"])
-    with pytest.raises(UserError, match="no item of tiny has a picture or a text"):
+    with pytest.raises(UserError, match=r"tiny .*--video"):
         run(warehouse)
 
 
@@ -438,7 +438,7 @@ def test_raw_files_that_moved_are_one_error_and_not_a_failure_each(
 ) -> None:
     run(tiny, image="watched")
     raw.rename(raw.with_name("moved"))
-    with pytest.raises(UserError, match=r"raw files of tiny are no longer in .*raw; put them back"):
+    with pytest.raises(UserError, match=r"tiny .*raw; .*mmrec prepare"):
         run(tiny, image="watched")
     assert counts(run(tiny, text="watched"))[0] == 3  # texts need no raw files
     assert read(tiny, "image").present.sum() == 5
@@ -449,7 +449,7 @@ def test_the_default_is_clip_and_says_what_works_without_it(
 ) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    advice = "give a local folder, or {}, which has no weights"
+    advice = "local folder, or {}"
     with pytest.raises(UserError, match=advice.format("--image hashed --text hashed")):
         run(tiny)
     with pytest.raises(UserError, match=advice.format("--text hashed")):
@@ -462,9 +462,9 @@ def test_the_default_is_clip_and_says_what_works_without_it(
 # -- parts, interruptions, progress ---------------------------------------------------------
 
 
-def many(house: Warehouse, raw: Path, n: int) -> list[str]:
+def many(warehouse: Warehouse, raw: Path, n: int) -> list[str]:
     texts = [f"title number {i} of {n}" for i in range(n)]
-    prepare(house, raw, ids=[f"id{i}" for i in range(n)], text=texts)
+    prepare(warehouse, raw, ids=[f"id{i}" for i in range(n)], text=texts)
     return texts
 
 
@@ -529,14 +529,15 @@ from pathlib import Path
 from features.warehouse import Warehouse
 from pipeline.extraction import table_writer
 from pipeline.backbones.registry import BACKBONES
-from pipeline.extraction.job import extract
-from pipeline.extraction.options import Options
+from pipeline.extraction.job import extract_features
+from pipeline.extraction.options import ExtractOptions
 from tests.pipeline.extraction.fakes import Watched, entry
 
 root, log, modality, level = sys.argv[1:]
 table_writer.SECONDS_PER_PART = 0.05
 BACKBONES["watched"] = entry(Watched("watched", Path(log), seconds=0.02))
-extract(Warehouse(root), "tiny", Options(batch_size=4, level=level, **{modality: "watched"}))
+options = ExtractOptions(batch_size=4, level=level, **{modality: "watched"})
+extract_features(Warehouse(root), "tiny", options)
 """
 
 

@@ -3,6 +3,7 @@
 import os
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +16,12 @@ from features.warehouse import Warehouse
 from pipeline.backbones.base import InputBatch, Vectors
 from pipeline.backbones.hashed import Hashed
 from pipeline.extraction import ray_engine
-from pipeline.extraction.deduplication import Deduplicator
-from pipeline.extraction.encoder import EncodeOptions
-from pipeline.extraction.job import extract
-from pipeline.extraction.options import Options
+from pipeline.extraction.deduplication import Deduplicator, EncodedRow, RowStore
+from pipeline.extraction.job import extract_features
+from pipeline.extraction.options import ExtractOptions
+from pipeline.extraction.ray_engine import EncodeWorker, RayEngine, WorkerConfig, record_result
 from pipeline.extraction.reports import ExtractReport
+from pipeline.extraction.tasks import EncodeOptions, EncodeTask
 from tests.pipeline.backbones.tiny import picture, prepare
 from tests.pipeline.media.videos import write_video
 
@@ -45,47 +47,63 @@ def world(warehouse: Warehouse, tmp_path: Path) -> Warehouse:
     images = [picture(raw / f"{n % 50}.png", n % 50).name for n in range(N)]
     images[7] = "missing.png"
     (raw / "8.png").write_bytes(b"no picture")
-    clips: list[str | None] = [None] * N
+    videos: list[str | None] = [None] * N
     for n in range(3):
-        clips[n] = write_video(raw / f"{n}.mkv", frames=150 + n, gop=10, noise=9).name
+        videos[n] = write_video(raw / f"{n}.mkv", frames=150 + n, gop=10, noise=9).name
     whole = (raw / "1.mkv").read_bytes()
     (raw / "1.mkv").write_bytes(whole[: len(whole) // 3])
     texts = [f"number {n % 40}" for n in range(N)]
-    prepare(warehouse, raw, ids=[f"i{n}" for n in range(N)], text=texts, image=images, video=clips)
+    prepare(warehouse, raw, ids=[f"i{n}" for n in range(N)], text=texts, image=images, video=videos)
     return warehouse
 
 
-def rows(house: Warehouse, modality: str, level: str) -> pa.Table:
-    table = FeatureStore(house).table("tiny", "hashed", modality, level)
+def rows(warehouse: Warehouse, modality: str, level: str) -> pa.Table:
+    table = FeatureStore(warehouse).table("tiny", "hashed", modality, level)
     parts = [pa.parquet.read_table(part) for part in table.parts()]
     return pa.concat_tables(parts).sort_by("item").replace_schema_metadata(None)
 
 
-def both(house: Warehouse, options: Options) -> tuple[ExtractReport, ExtractReport]:
+def both(warehouse: Warehouse, options: ExtractOptions) -> tuple[ExtractReport, ExtractReport]:
     """Extract locally, keep the rows, and again on two workers."""
-    local = extract(house, "tiny", options)
-    kept = [rows(house, one.modality, one.level) for one in local.tables]
-    for one in local.tables:
-        FeatureStore(house).table("tiny", "hashed", one.modality, one.level).clear()
-    again = {name: getattr(options, name) for name in Options.__slots__}
-    far = extract(house, "tiny", Options(**{**again, "engine": "ray", "workers": 2}))
-    for one, before in zip(far.tables, kept, strict=True):
-        assert rows(house, one.modality, one.level).equals(before)
-    return local, far
+    local = extract_features(warehouse, "tiny", options)
+    local_rows = [rows(warehouse, table.modality, table.level) for table in local.tables]
+    for table in local.tables:
+        FeatureStore(warehouse).table("tiny", "hashed", table.modality, table.level).clear()
+    remote = extract_features(warehouse, "tiny", replace(options, engine="ray", workers=2))
+    for table, before in zip(remote.tables, local_rows, strict=True):
+        assert rows(warehouse, table.modality, table.level).equals(before)
+    return local, remote
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 @pytest.mark.filterwarnings("ignore")
 def test_two_workers_write_the_tokens_that_one_process_writes(world: Warehouse) -> None:
-    both(world, Options(joint="hashed", level="tokens", batch_size=4))
+    both(world, ExtractOptions(joint="hashed", level="tokens", batch_size=4))
 
 
-class Mortal(ray_engine.Worker):
-    """Dies at its first shard, once."""
+class ListedRows(RowStore):
+    """Rows in memory."""
+
+    def __init__(self) -> None:
+        self.rows: list[EncodedRow] = []
+
+    def add(self, row: EncodedRow) -> None:
+        self.rows.append(row)
+
+    def copy(self, contents: dict[int, str]) -> None:
+        raise NotImplementedError
+
+
+class MortalWorker(EncodeWorker):
+    """A worker that dies at its first shard, once."""
+
+    def __init__(self, config: WorkerConfig) -> None:
+        super().__init__(config)
+        self.raw = config.raw
 
     def __call__(self, shard: pa.Table) -> pa.Table:
-        mark = Path(self._media.raw, "died")
+        mark = self.raw / "died"
         if not mark.exists():
             mark.write_text("once")
             os._exit(1)
@@ -98,16 +116,17 @@ class Mortal(ray_engine.Worker):
 def test_two_workers_write_the_table_of_one_process_and_one_may_die(
     world: Warehouse, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(ray_engine, "Worker", Mortal)
-    local, far = both(world, Options(image="hashed", video="hashed", batch_size=4))
+    monkeypatch.setattr(ray_engine, "EncodeWorker", MortalWorker)
+    local, remote = both(world, ExtractOptions(image="hashed", video="hashed", batch_size=4))
     assert (tmp_path / "raw" / "died").exists()
-    for ours, theirs in zip(local.tables, far.tables, strict=True):
+    for ours, theirs in zip(local.tables, remote.tables, strict=True):
         for field in ("encoded", "shared", "reused", "absent", "failed", "partial", "bytes"):
             assert getattr(ours, field) == getattr(theirs, field), field
     assert local.tables[0].encoded == 49
     assert local.tables[0].failed == {"not an image in a known format": 2, "file not found": 1}
     assert local.tables[1].partial == 1
-    again = extract(world, "tiny", Options(image="hashed", batch_size=4, engine="ray")).tables[0]
+    options = ExtractOptions(image="hashed", batch_size=4, engine="ray")
+    again = extract_features(world, "tiny", options).tables[0]
     assert (again.encoded, again.shared, again.reused) == (0, 0, 57)
 
 
@@ -116,30 +135,25 @@ def test_two_workers_write_the_table_of_one_process_and_one_may_die(
 @pytest.mark.filterwarnings("ignore")
 def test_strict_and_a_worker_that_cannot_work_are_one_line(world: Warehouse) -> None:
     with pytest.raises(UserError, match=r"item 'i7', 'missing\.png': file not found"):
-        extract(world, "tiny", Options(image="hashed", engine="ray", strict=True))
-    work = ray_engine.Work(
-        backbone="no such backbone", device=None, compute="float32",
-        choices=EncodeOptions(modality="text", batch_size=4, threads=1),
+        extract_features(world, "tiny", ExtractOptions(image="hashed", engine="ray", strict=True))
+    task = EncodeTask(
+        backbone=Hashed(), backbone_name="no such backbone", device=None, compute="float32",
+        options=EncodeOptions(modality="text", batch_size=4, threads=1), workers=1,
         raw=Path(), prepared=Path(),
     )  # fmt: skip
-    found = Deduplicator(ray_engine._Found(), "float32")
-    with pytest.raises(UserError, match="a worker of Ray cannot work"), ray_engine.session():
-        ray_engine.run(
-            work,
-            [(0, "x")],
-            book=found,
-            workers=1,
-            width=None,
-            report=ray_engine._ignore,
-            notify=print,
+    engine = RayEngine()
+    deduplicator = Deduplicator(ListedRows(), "float32")
+    with pytest.raises(UserError, match=r"worker of Ray .*--engine"), engine.session():
+        engine.encode(
+            task, [(0, "x")], deduplicator=deduplicator, report=lambda counts: None, notify=print
         )
 
 
 def test_what_ray_is_told_without_being_asked_for() -> None:
     with pytest.raises(UserError, match="--workers 2 needs --engine ray"):
-        Options(workers=2)
-    with pytest.raises(UserError, match="unknown engine 'spark'"):
-        Options(engine="spark")
+        ExtractOptions(workers=2)
+    with pytest.raises(UserError, match=r"'spark'; known: local, ray"):
+        ExtractOptions(engine="spark")
     assert ray_engine.default_workers("cpu") >= 1
 
 
@@ -154,7 +168,7 @@ def test_a_worker_has_a_gpu_of_its_own_where_there_are_any(
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    assert ray_engine.place(given) == placed
+    assert ray_engine.worker_device(given) == placed
     if placed == "cuda":
         assert ray_engine.default_workers(placed) == gpus
 
@@ -167,29 +181,30 @@ def test_a_worker_says_when_it_goes_on_with_less(monkeypatch: pytest.MonkeyPatch
 
     whole = Hashed.embed
     monkeypatch.setattr(Hashed, "embed", embed)
-    choices = EncodeOptions(modality="text", batch_size=4, threads=1)
-    work = ray_engine.Work(
-        backbone="hashed", device=None, compute="float32", choices=choices, raw=Path(),
+    config = WorkerConfig(
+        backbone_name="hashed", device=None, compute="float32",
+        options=EncodeOptions(modality="text", batch_size=4, threads=1), raw=Path(),
         prepared=Path(),
     )  # fmt: skip
-    (shard,) = ray_engine._shards([(item, f"text {item}") for item in range(4)], 9)
-    found = ray_engine.Worker(work)(shard).to_pylist()
-    assert [row["item"] for row in found] == [0, 1, 2, 3, -1]
-    assert all(row["vector"] for row in found[:4])
-    assert "out of memory with 4 inputs" in found[4]["reason"]
+    (shard,) = ray_engine.make_shards({item: f"text {item}" for item in range(4)}, 9)
+    results = EncodeWorker(config)(shard).to_pylist()
+    assert [row["item"] for row in results] == [0, 1, 2, 3, -1]
+    assert all(row["vector"] for row in results[:4])
+    assert "out of memory with 4 inputs" in results[4]["reason"]
 
 
 def test_vectors_travel_as_they_are() -> None:
-    found = ray_engine._Found()
-    book = Deduplicator(found, "float32")
+    rows = ListedRows()
+    deduplicator = Deduplicator(rows, "float32")
     vector = np.arange(6, dtype=np.float32)
-    row = {
+    result = {
         "item": 3, "content": "c", "vector": vector.tobytes(), "frames": None, "tokens": 2,
         "partial": False, "stage": None, "reason": None,
     }  # fmt: skip
-    ray_engine._book(book, {**row, "item": 4}, "other", "s", 3)
-    assert book.tally.failures[0].reason == "changed while it was read"
-    ray_engine._book(book, row, "c", "s", 3)
-    stored = np.frombuffer(found.rows[3]["vector"], np.float32)
-    assert (stored == vector).all()
-    assert found.rows[3]["tokens"] == 2
+    record_result(deduplicator, {**result, "item": 4}, "other", "s", 3)
+    assert deduplicator.counts.failures[0].reason == "changed while it was read"
+    record_result(deduplicator, result, "c", "s", 3)
+    (row,) = rows.rows
+    assert row.item == 3
+    assert (row.vector == vector.reshape(2, 3)).all()
+    assert row.tokens == 2

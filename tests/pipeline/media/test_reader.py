@@ -9,8 +9,8 @@ from PIL import Image
 
 from features.store import FeatureStore
 from features.warehouse import Warehouse
-from pipeline.extraction.job import extract
-from pipeline.extraction.options import Options
+from pipeline.extraction.job import extract_features
+from pipeline.extraction.options import ExtractOptions
 from pipeline.media import reader
 from pipeline.media.errors import MediaError
 from pipeline.media.reader import MediaReader
@@ -68,7 +68,7 @@ def test_images_in_an_lmdb(tmp_path: Path, warehouse: Warehouse) -> None:
     ids = ["v#1", "v2", "v3", "bad", "again"]
     references = [f"covers.lmdb#{key}" for key in [*ids[:4], "v2"]]
     info = prepare(warehouse, path.parent, ids=ids, image=references)
-    report = extract(warehouse, "tiny", Options(image="hashed")).tables[0]
+    report = extract_features(warehouse, "tiny", ExtractOptions(image="hashed")).tables[0]
     assert (report.encoded, report.shared) == (2, 1)
     assert report.failed == {
         "no such key in the LMDB": 1,
@@ -84,6 +84,6 @@ def test_every_odd_file_is_a_vector_or_a_failure(warehouse: Warehouse, real_data
     raw = real_data / "weird"
     names = [f"images/{path.name}" for path in sorted((raw / "images").iterdir())]
     prepare(warehouse, raw, ids=names, image=names)
-    report = extract(warehouse, "tiny", Options(image="hashed")).tables[0]
+    report = extract_features(warehouse, "tiny", ExtractOptions(image="hashed")).tables[0]
     assert sum(report.failed.values()) == 8
     assert report.encoded + report.shared == len(names) - 8

@@ -10,8 +10,8 @@ from features.store import FeatureStore
 from features.warehouse import Warehouse
 from pipeline.backbones.base import InputBatch
 from pipeline.backbones.hashed import Hashed
-from pipeline.extraction.job import extract
-from pipeline.extraction.options import Options
+from pipeline.extraction.job import extract_features
+from pipeline.extraction.options import ExtractOptions
 from pipeline.media import video
 from pipeline.media.errors import MediaError
 from pipeline.media.video import sample_frames
@@ -163,7 +163,9 @@ def test_a_video_is_the_mean_of_its_frames(warehouse: Warehouse, tmp_path: Path)
         warehouse, raw, ids=list("abcde"), video=["a.mp4", "b.mp4", "c.mp4", None, "a.mp4"]
     )
     # Batches of 4 frames: video a spans two of them, and its end shares one with video b.
-    report = extract(warehouse, "tiny", Options(video="hashed", batch_size=4)).tables[0]
+    report = extract_features(
+        warehouse, "tiny", ExtractOptions(video="hashed", batch_size=4)
+    ).tables[0]
     assert (report.encoded, report.shared, report.absent) == (2, 1, 1)
     assert report.failed == {"no frame can be decoded": 1}
     table = FeatureStore(warehouse).table("tiny", "hashed", "video")

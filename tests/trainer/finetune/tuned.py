@@ -17,8 +17,8 @@ from torch import Tensor
 from features.atomic_files import write_json, write_table
 from features.schema import INTERACTIONS_SCHEMA
 from features.warehouse import Warehouse
-from pipeline.extraction.job import extract
-from pipeline.extraction.options import Options
+from pipeline.extraction.job import extract_features
+from pipeline.extraction.options import ExtractOptions
 from tests.pipeline.backbones import tiny
 from trainer.data.token_features import TokenFeatures
 
@@ -52,8 +52,8 @@ def world(warehouse: Warehouse, raw: Path) -> None:
 def extracted(warehouse: Warehouse, level: str, **backbones: Path) -> None:
     """Extract what our pipeline makes of a checkpoint, in float32."""
     names: dict[str, Any] = {modality: str(folder) for modality, folder in backbones.items()}
-    options = Options(level=level, dtype="float32", device="cpu", **names)
-    extract(warehouse, "tiny", options)
+    options = ExtractOptions(level=level, dtype="float32", device="cpu", **names)
+    extract_features(warehouse, "tiny", options)
 
 
 class Whole(TokenFeatures):

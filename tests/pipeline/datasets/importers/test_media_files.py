@@ -17,8 +17,8 @@ from features.errors import UserError
 from features.store import FeatureStore
 from features.warehouse import Warehouse
 from pipeline.datasets.importers import image_column
-from pipeline.extraction.job import extract
-from pipeline.extraction.options import Options
+from pipeline.extraction.job import extract_features
+from pipeline.extraction.options import ExtractOptions
 from pipeline.media.errors import MediaError
 from pipeline.media.reader import MediaReader
 from pipeline.media.tar import MissingMemberError, TarImages
@@ -267,14 +267,14 @@ def test_pictures_in_a_tar_from_raw_to_vectors(warehouse: Warehouse, tmp_path: P
     assert images_of(warehouse) == [
         "images.tar#z/a.png", "more.tar#deep/file.png", "images.tar#/abs/c.png",
     ]  # fmt: skip
-    report = extract(warehouse, "mine", Options(image="hashed")).tables[0]
+    report = extract_features(warehouse, "mine", ExtractOptions(image="hashed")).tables[0]
     assert (report.encoded, report.failed) == (3, {})
     vectors = vectors_of(warehouse, info.inputs)
     plain = folder(tmp_path / "plain", {f"{i}.png": picture(i) for i in (9, 2, 3)})
     same = tiny.prepare(
         warehouse, plain, ids=list("abc"), image=["9.png", "2.png", "3.png"], name="plain"
     )
-    extract(warehouse, "plain", Options(image="hashed"))
+    extract_features(warehouse, "plain", ExtractOptions(image="hashed"))
     assert (vectors == vectors_of(warehouse, same.inputs, "plain")).all()
 
 
@@ -284,7 +284,9 @@ def test_a_tar_elsewhere_by_option(warehouse: Warehouse, tmp_path: Path) -> None
     place = str(tmp_path / "disk" / "covers.tar")
     prepared(warehouse, tmp_path / "raw", content, files={"images": place})
     assert images_of(warehouse) == [f"outside:{place}#a.png", None, None]
-    assert extract(warehouse, "mine", Options(image="hashed")).tables[0].encoded == 1
+    assert (
+        extract_features(warehouse, "mine", ExtractOptions(image="hashed")).tables[0].encoded == 1
+    )
 
 
 def vectors_of(
@@ -303,7 +305,9 @@ def test_an_lmdb_folder_by_option(warehouse: Warehouse, tmp_path: Path) -> None:
     content: dict[str, str | bytes] = {"interactions.csv": INTERACTIONS, "items.csv": ITEMS}
     prepared(warehouse, tmp_path / "raw", content, files={"images": "store"})
     assert images_of(warehouse) == ["store#a", None, None]
-    assert extract(warehouse, "mine", Options(image="hashed")).tables[0].encoded == 1
+    assert (
+        extract_features(warehouse, "mine", ExtractOptions(image="hashed")).tables[0].encoded == 1
+    )
 
 
 # -- bytes in the table of items ------------------------------------------------------------
@@ -349,7 +353,7 @@ def test_bytes_in_the_table_from_raw_to_vectors(
     media.close()
     with tarfile.open(warehouse.dataset_dir("mine") / "media" / "images.tar") as written:
         assert len(written.getnames()) == 4  # not the one that was filtered out
-    report = extract(warehouse, "mine", Options(image="hashed")).tables[0]
+    report = extract_features(warehouse, "mine", ExtractOptions(image="hashed")).tables[0]
     assert (report.encoded, report.shared) == ((3, 1) if kind != "bytes" else (2, 1))
     assert report.failed == {"empty file": 1}
     tables = {path.name: path.read_bytes() for path in warehouse.root.rglob("*/media/*")}

@@ -1,0 +1,84 @@
+"""Run the forward pass of a backbone within the memory of its device.
+
+Legend: B inputs of a batch, T tokens of an input, D width of the embedding.
+"""
+
+import gc
+import math
+import sys
+from collections.abc import Callable, Sequence
+
+from features.errors import UserError
+from pipeline.backbones.base import POOLED, Backbone, InputBatch, Vectors
+from pipeline.media.errors import one_line
+
+
+class ForwardPass:
+    """Encode batches; divide a batch that the device has no memory for.
+
+    The size that fits is remembered for later batches.
+
+    Args:
+        backbone: The backbone.
+        level: ``pooled``, ``tokens`` or ``layer-K``.
+        notify: Called with a message when a batch is divided.
+    """
+
+    def __init__(self, backbone: Backbone, level: str, notify: Callable[[str], None]) -> None:
+        self._backbone = backbone
+        self._level = level
+        self._notify = notify
+        self._max_cost = math.inf  # inputs, times tokens of the longest text
+
+    def __call__(self, batch: InputBatch) -> Sequence[Vectors]:
+        """Return one vector (D,) for each input, or its tokens (T, D).
+
+        Raises:
+            UserError: The device has no memory for a single input.
+        """
+        size = max(len(batch.images), len(batch.texts))
+        half = size // 2
+        cost = size * max(map(len, batch.texts), default=1)
+        if size < 2 or cost <= self._max_cost:
+            try:
+                return self._run(batch, size)
+            except Exception as error:
+                if not _is_out_of_memory(error):
+                    raise
+                reason = one_line(error)
+            if size < 2:
+                raise UserError(
+                    f"out of memory with a single input ({reason}); give --device cpu, --compute"
+                    " bfloat16 or a smaller backbone (encoded items are kept)"
+                )
+            self._max_cost = cost // 2
+            self._notify(f"out of memory with {size} inputs ({reason}); continuing with {half}")
+            _free_memory()
+        parts = [
+            InputBatch(images=batch.images[start:end], texts=batch.texts[start:end])
+            for start, end in ((0, half), (half, size))
+        ]
+        return [vector for part in parts for vector in self(part)]
+
+    def _run(self, batch: InputBatch, size: int) -> Sequence[Vectors]:
+        if self._level != POOLED:
+            return self._backbone.tokens(batch, self._level)
+        vectors_BD = self._backbone.embed(batch)
+        assert vectors_BD.shape == (size, self._backbone.dim)
+        return list(vectors_BD)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Return True if a smaller batch may succeed. torch's own class is not imported."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    phrases = ("out of memory", "not enough memory", "can't allocate memory")
+    return isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in phrases)
+
+
+def _free_memory() -> None:
+    """Release the memory of a failed forward pass. torch is not imported for it."""
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,165 @@
+"""Plan an extraction: check the dataset and the options, and load the backbones."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from features.errors import UserError
+from features.provenance import Provenance
+from features.registry import Registry
+from features.schema import MODALITIES
+from features.warehouse import DatasetInfo, Warehouse
+from pipeline.backbones.base import Backbone, UnavailableError
+from pipeline.backbones.registry import DEFAULT, check_modality, load_backbone, wrong_modality
+from pipeline.extraction.items import ItemInputs
+from pipeline.extraction.loading import MAX_TEXT_CHARS
+from pipeline.extraction.options import ExtractOptions
+from pipeline.extraction.tasks import EncodeOptions, EncodeTask
+from pipeline.media.images import DRAFT_PREPROCESSING, IMAGE_PREPROCESSING
+from pipeline.media.video import describe_sampling
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExtractionPlan:
+    """The dataset, the options and the loaded backbones of one extraction."""
+
+    warehouse: Warehouse
+    info: DatasetInfo
+    items: ItemInputs
+    options: ExtractOptions
+    names: dict[str, str]
+    """Name of the backbone by modality, as the user gave it."""
+    backbones: dict[str, Backbone]
+    """Loaded backbone by modality."""
+
+    def task(self, modality: str) -> EncodeTask:
+        """Return the task of encoding one modality."""
+        backbone = self.backbones[modality]
+        return EncodeTask(
+            backbone=backbone,
+            backbone_name=self.names[modality],
+            options=EncodeOptions(
+                modality=modality,
+                level=self.options.level,
+                batch_size=self.options.batch_size or backbone.batch_size,
+                threads=_count_cores(),
+                draft=backbone.input_size if self.options.decode == "draft" else None,
+                frames=self.options.frames,
+            ),
+            device=self.options.device,
+            compute=self.options.compute,
+            workers=self.options.workers,
+            raw=Path(self.info.raw),
+            prepared=self.warehouse.dataset_dir(self.info.name),
+        )
+
+    def item_id(self, item: int) -> str:
+        """Return the id of an item."""
+        return str(self.items.ids[item].as_py())
+
+
+def plan_extraction(warehouse: Warehouse, dataset: str, options: ExtractOptions) -> ExtractionPlan:
+    """Check everything that can be checked before the work, and load all backbones.
+
+    Raises:
+        UserError: The dataset is not prepared or has no input of a modality, its raw files are
+            missing, or a backbone is unknown, unavailable or does not take a modality or level.
+    """
+    info = warehouse.info(dataset)
+    items = ItemInputs(warehouse, dataset)
+    names = _choose_backbones(info.name, items, options.backbones())
+    if set(names) - {"text"} and not Path(info.raw).is_dir():
+        raise UserError(
+            f"the raw files of {dataset} are no longer in {info.raw}; put them back or run:"
+            f" mmrec prepare --dataset {dataset} --raw DIR"
+        )
+    if options.frames is not None and "video" not in names:
+        raise UserError("--frames applies to videos; give --video BACKBONE too, or leave it out")
+    if options.decode == "draft" and not {"image", "joint"} & set(names):
+        raise UserError("--decode draft applies to images; give --image BACKBONE, or leave it out")
+    return ExtractionPlan(
+        warehouse=warehouse,
+        info=info,
+        items=items,
+        options=options,
+        names=names,
+        backbones=_load_backbones(names, options),
+    )
+
+
+def provenance_of(task: EncodeTask, dtype: str) -> Provenance:
+    """Return the provenance of the table that a task makes."""
+    backbone, options = task.backbone, task.options
+    image = IMAGE_PREPROCESSING + (f"; {DRAFT_PREPROCESSING}" if options.draft is not None else "")
+    text = f"at most {MAX_TEXT_CHARS} characters"
+    reading = {
+        "image": image,
+        "text": text,
+        "video": describe_sampling(options.frames),
+        "joint": f"{image}; {text}",
+    }[options.modality]
+    pooling = backbone.pooling(options.modality, options.level)
+    return Provenance(
+        backbone=backbone.name,
+        checkpoint=backbone.checkpoint,
+        preprocessing=f"{reading}; {backbone.preprocessing(options.modality)}",
+        pooling=f"{pooling}; mean over frames" if options.modality == "video" else pooling,
+        modality=options.modality,
+        level=options.level,
+        compute=backbone.compute,
+        dtype=dtype,
+        dim=task.token_dim or backbone.dim,
+        libraries=backbone.libraries,
+    )
+
+
+def _choose_backbones(dataset: str, items: ItemInputs, names: dict[str, str]) -> dict[str, str]:
+    """Return the backbone of each modality; without any choice, CLIP for images and texts."""
+    counts = items.counts
+    if not names:
+        names = {modality: DEFAULT for modality in ("image", "text") if counts[modality]}
+        if not names:
+            raise UserError(
+                f"no item of {dataset} has an image or a text; prepare the dataset again with"
+                " some, or give --video BACKBONE"
+            )
+    for modality in names:
+        if counts[modality]:
+            continue
+        if modality == "joint":
+            raise UserError(
+                f"no item of {dataset} has both an image and a text, which --joint needs;"
+                " leave it out or prepare the dataset again with both"
+            )
+        filled = ", ".join(name for name in MODALITIES if counts[name]) or "none"
+        raise UserError(
+            f"the column {modality} of {dataset} is empty for all {len(items)} items;"
+            f" leave out --{modality} (filled columns: {filled}) or prepare the dataset again"
+        )
+    return names
+
+
+def _load_backbones(names: dict[str, str], options: ExtractOptions) -> dict[str, Backbone]:
+    """Load each backbone once; all of them before the work, so that a missing one shows early."""
+    loaded: dict[str, Backbone] = {}
+    for modality, name in names.items():
+        check_modality(name, modality)
+        if name not in loaded:
+            try:
+                loaded[name] = load_backbone(name, device=options.device, compute=options.compute)
+            except UnavailableError as error:
+                same = " ".join(f"--{key} hashed" for key in names if names[key] == name)
+                raise UserError(f"{error}, or {same}, which has no weights") from None
+        _check_level(loaded[name], modality, options.level)
+    return {modality: loaded[name] for modality, name in names.items()}
+
+
+def _check_level(backbone: Backbone, modality: str, level: str) -> None:
+    if modality not in backbone.modalities:
+        raise wrong_modality(backbone.name, backbone.modalities, modality)
+    kind = f"{modality} level of backbone {backbone.name!r}:"
+    Registry(kind, dict.fromkeys(backbone.levels(modality), modality)).find(level)
+
+
+def _count_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -4,8 +4,7 @@ import pytest
 
 from features.errors import UserError
 from features.warehouse import Warehouse
-from pipeline.datasets.prepare import PrepareOptions, prepare
-from tests.pipeline.datasets.raws import folder, items_of, prepared, sequences_of
+from tests.pipeline.datasets.raws import items_of, prepared, sequences_of
 
 
 def _prepared(warehouse: Warehouse, tmp_path: Path, **content: str | bytes) -> None:
@@ -86,77 +85,3 @@ def test_titles_in_tsv_may_hold_quotes(warehouse: Warehouse, tmp_path: Path) -> 
         items_dot_tsv='id\ttitle\na\t7" disc\nb\t"\n',
     )
     assert [row["text"] for row in items_of(warehouse)] == ['7" disc', '"']
-
-
-def test_media_lie_in_folders_by_item_id(warehouse: Warehouse, tmp_path: Path) -> None:
-    content = {
-        "sequences.txt": "1 a b c a.b ü\n",
-        "posters/a.jpg": "x",
-        "posters/c.txt": "x",
-        "posters/.b.jpg": "x",
-        "posters_extra/b.png": "x",
-        "posters_extra/deep/a.jpg": "x",
-        "posters_extra/deep/a.b.webp": "x",
-        "posters_extra/ü.jpg": "x",
-        "videos/c.MP4": "x",
-        "videos/a.jpg": "x",
-    }
-    prepared(warehouse, tmp_path / "raw", content, format="sequences")
-    assert {row["item_id"]: (row["image"], row["video"]) for row in items_of(warehouse)} == {
-        "a": ("posters/a.jpg", None),
-        "b": ("posters_extra/b.png", None),
-        "c": (None, "videos/c.MP4"),
-        "a.b": ("posters_extra/deep/a.b.webp", None),
-        "ü": ("posters_extra/ü.jpg", None),
-    }
-
-
-def test_a_file_name_that_is_not_utf8_is_no_item(warehouse: Warehouse, tmp_path: Path) -> None:
-    raw = folder(tmp_path / "raw", {"sequences.txt": "1 a\n", "images/a.jpg": "x"})
-    try:
-        (raw / "images" / b"\xff.jpg".decode("utf-8", "surrogateescape")).touch()
-    except OSError:
-        pytest.skip("this file system takes UTF-8 names only")
-    prepare(warehouse, PrepareOptions(dataset="mine", raw=raw, format="sequences"))
-    assert [row["image"] for row in items_of(warehouse)] == ["images/a.jpg"]
-
-
-# -- the real files -------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "folder_name", "k_core", "counts", "media"),
-    [
-        ("ml-100k", "ml100k", None, (943, 1349, 99287), (1349, 0, 0)),
-        ("ml-1m", "ml1m", None, (6040, 3416, 999611), (3416, 3415, 0)),
-        ("ml-latest-small", "ml_latest_small", 1, (610, 9724, 100836), (9724, 0, 0)),
-        ("amazon-beauty", "amazon", None, (22363, 12101, 198502), (12101, 0, 0)),
-        ("amazon-sports", "amazon", None, (35598, 18357, 296337), (0, 0, 0)),
-        ("microlens-50k", "microlens50k", None, (50000, 19220, 359708), (19220, 0, 3)),
-    ],
-)
-def test_real_datasets_have_the_published_counts(
-    warehouse: Warehouse,
-    real_data: Path,
-    name: str,
-    folder_name: str,
-    k_core: int | None,
-    counts: tuple[int, int, int],
-    media: tuple[int, int, int],
-) -> None:
-    info = prepare(
-        warehouse, PrepareOptions(dataset=name, raw=real_data / folder_name, k_core=k_core)
-    )
-    assert (info.users, info.items, info.interactions) == counts
-    rows = items_of(warehouse, name)
-    have = tuple(sum(row[key] is not None for row in rows) for key in ("text", "image", "video"))
-    assert have == media
-    if name == "ml-1m":
-        (bare,) = [row["item_id"] for row in rows if row["image"] is None]
-        assert bare == "3027"
-        text = (real_data / folder_name / "ml1m_sequences_chronological.txt").read_text()
-        assert sequences_of(warehouse, name)["1"] == text.splitlines()[0].split()[1:]
-    if name == "amazon-beauty":
-        untitled = next(row for row in rows if row["item_id"] == "495")
-        assert untitled["text"] == "Beauty, Hair Care, Styling Products, Hair Sprays"

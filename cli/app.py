@@ -1,9 +1,9 @@
-"""The ``mmrec`` command: its parts, and how every error ends."""
+"""The ``mmrec`` command: its subcommands, and one way to report errors for all of them."""
 
 import io
 import os
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -28,14 +28,15 @@ from cli import (
 from cli.console import notify
 from features.errors import UserError
 
-_UsageError: Any = typer.BadParameter.__base__  # of the click that typer brings
+_UsageError: Any = typer.BadParameter.__base__  # typer does not export its usage error
+_RENAMED = {"--unmasked": "--keep-seen"}  # options of earlier versions
 
 
 class Group(TyperGroup):
-    """Turns the user's mistakes into one line and exit code 2, whichever command they are in."""
+    """The commands; a mistake of the user in any of them is one line and exit code 2."""
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """Find a command; the help of a flag names no type, for it takes no value."""
+        """Return a command whose flags show no type in the help text, since they take no value."""
         command = super().get_command(ctx, cmd_name)
         for option in getattr(command, "params", ()):
             if getattr(option, "is_flag", False) and option.metavar is None:
@@ -43,45 +44,54 @@ class Group(TyperGroup):
         return command
 
     def parse_args(self, ctx: Any, args: list[str]) -> Any:
-        """Read what stands before the command, where no option but --help belongs."""
+        """Parse the words before the command; no option but ``--help`` is valid there."""
         if not args:
-            return super().parse_args(ctx, args)  # which is help
+            return super().parse_args(ctx, args)  # prints the help text
         try:
             return super().parse_args(ctx, args)
         except _UsageError as error:
-            said = " ".join(error.format_message().split())
-            notify(
-                f"error: {said}; options stand after the command. See: {ctx.command_path} --help"
-            )
-            raise typer.Exit(2) from None
+            reason = " ".join(error.format_message().split())
+            _fail(f"{reason}; give options after the command. See: {ctx.command_path} --help")
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
         try:
             return super().invoke(ctx)
         except UserError as error:
-            notify(f"error: {error}")
-            raise typer.Exit(2) from None
+            _fail(str(error))
         except _UsageError as error:
-            said = " ".join(error.format_message().split())
-            notify(f"error: {said} See: {error.ctx.command_path if error.ctx else 'mmrec'} --help")
-            raise typer.Exit(2) from None
+            _fail(_usage_message(error))
         except BrokenPipeError:
-            raise  # whoever read the output has seen enough
-        except OSError as error:  # a full disk, a folder that may not be written
+            raise  # the reader of the output has closed it: typer ends quietly
+        except OSError as error:  # such as a full disk or a read-only folder
             place = f"{error.filename}: " if error.filename else ""
-            notify(
-                f"error: {place}{error.strerror or error}; nothing that was whole before is lost"
+            _fail(
+                f"{place}{error.strerror or error}; files that were complete before are unchanged"
             )
-            raise typer.Exit(2) from None
         except KeyboardInterrupt:
-            notify("interrupted")
-            raise typer.Exit(130) from None
+            _interrupted()
         except RuntimeError as error:
-            if str(error) != "Query interrupted":  # what DuckDB makes of Ctrl-C
+            if str(error) != "Query interrupted":  # DuckDB raises this error at Ctrl-C
                 raise
-            notify("interrupted")
-            raise typer.Exit(130) from None
+            _interrupted()
+
+
+def _usage_message(error: Any) -> str:
+    old_name = getattr(error, "option_name", None)
+    if old_name in _RENAMED:
+        return f"option {old_name} has a new name; give {_RENAMED[old_name]}"
+    reason = " ".join(error.format_message().split())
+    return f"{reason} See: {error.ctx.command_path if error.ctx else 'mmrec'} --help"
+
+
+def _fail(message: str) -> NoReturn:
+    notify(f"error: {message}")
+    raise typer.Exit(2) from None
+
+
+def _interrupted() -> NoReturn:
+    notify("interrupted")
+    raise typer.Exit(130) from None
 
 
 app = typer.Typer(
@@ -110,12 +120,12 @@ app.command("doctor")(doctor.doctor)
 
 
 def main() -> None:
-    """Entry point of the console script."""
-    # On cores that are shared, threads that spin while they wait cost more than all the work; it
-    # must be said before torch is loaded.
+    """Run the command line; the entry point of the console script."""
+    # Threads of torch that spin while they wait slow down shared cores. The variable takes effect
+    # only if it is set before torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a terminal without UTF-8 shows escapes
+        if isinstance(stream, io.TextIOWrapper):  # a terminal without Unicode shows escapes
             stream.reconfigure(errors="backslashreplace")
     app()
 

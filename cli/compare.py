@@ -69,13 +69,13 @@ def show_comparison(comparison: "Comparison") -> None:
 
     reference = comparison.systems[0].label
     cold = "" if comparison.targets == "all" else f", {comparison.targets} targets only"
-    console.out.print(
+    console.print_text(
         f"{comparison.dataset}, {comparison.split}{cold}: {comparison.users:,} users;"
         f" differences to {reference}"
     )
     for system in comparison.systems:
         if len(system.runs) > 1:
-            console.out.print(f"{system.label}: {', '.join(system.runs)}")
+            console.print_text(f"{system.label}: {', '.join(system.runs)}")
     for seen in SEEN:
         console.out.print()
         console.table(
@@ -85,14 +85,16 @@ def show_comparison(comparison: "Comparison") -> None:
         )
     console.out.print()
     if any(line.spread is not None for line in comparison.lines):
-        console.print_note(
-            "±: standard deviation over runs; the difference is between each user's mean over runs."
+        console.print_text(
+            "±: standard deviation over runs; differences are between means over runs.",
+            indent=2,
         )
-    console.print_note("difference: mean over users with its 95% bootstrap interval.")
-    console.print_note(
+    console.print_text("difference: mean over users with its 95% bootstrap interval.", indent=2)
+    console.print_text(
         f"p: two-sided paired randomisation test over users with {SIGNS:,} random signs, so at"
         f" least {1 / (1 + SIGNS):.4f}; not corrected for the number of tests. Neither covers the"
-        " variation between training seeds."
+        " variation between training seeds.",
+        indent=2,
     )
 
 

@@ -46,9 +46,9 @@ def notify(message: str) -> None:
     err.print(message)
 
 
-def print_note(text: str) -> None:
-    """Print an indented remark below a result; a terminal wraps it between words."""
-    out.print(Padding(text, (0, 0, 0, 2), expand=False), soft_wrap=False)
+def print_text(text: str, *, indent: int = 0) -> None:
+    """Print a paragraph on standard output; a terminal wraps it between words."""
+    out.print(Padding(text, (0, 0, 0, indent), expand=False), soft_wrap=False)
 
 
 def emit_json(document: Any) -> None:
@@ -99,6 +99,42 @@ def table(
         out.print(_rich_table(columns, cells, wrap=wrap))
     for line in capture.get().splitlines():
         out.file.write(line.rstrip() + "\n")  # rich fills the last column with spaces
+
+
+Column = tuple[str, Sequence[Any]]
+"""Heading and cells of a column."""
+
+
+def stacked_tables(
+    labels: Sequence[Column], groups: Sequence[Sequence[Column]], *, title: str | None = None
+) -> None:
+    """Print a table whose columns may need more room than the terminal has.
+
+    Groups that do not fit beside each other are printed in several tables, one below the other.
+
+    Args:
+        labels: The columns that name the rows; each table repeats them.
+        groups: The other columns; the columns of one group stay together.
+        title: Printed above the first table.
+    """
+    parts: list[list[Column]] = []
+    for group in groups:
+        if not parts or _width_of([*labels, *parts[-1], *group]) > out.width:
+            parts.append([])
+        parts[-1] += group
+    for number, part in enumerate(parts):
+        if number:
+            out.print()
+        table(*_headings_and_rows([*labels, *part]), title=None if number else title)
+
+
+def _width_of(columns: Sequence[Column]) -> int:
+    return table_width(*_headings_and_rows(columns))
+
+
+def _headings_and_rows(columns: Sequence[Column]) -> tuple[list[str], list[tuple[Any, ...]]]:
+    headings = [heading for heading, _ in columns]
+    return headings, list(zip(*(cells for _, cells in columns), strict=True))
 
 
 def table_width(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> int:

@@ -1,6 +1,5 @@
-"""``mmrec models``, ``train`` and ``eval``: stage 2."""
+"""``mmrec eval``: rank the held-out targets of a run, and print the metrics."""
 
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -8,7 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cli import console
-from cli.options import DeviceOption, JsonOption, WarehouseOption
+from cli.options import (
+    DeviceOption,
+    IndexOption,
+    JsonOption,
+    TrainedRunOption,
+    WarehouseOption,
+    choose_run,
+)
 from features.errors import UserError, unknown
 from features.warehouse import Warehouse
 
@@ -19,20 +25,23 @@ _PROTOCOLS = ("ranking", "retrieval")
 
 
 def evaluate(
-    index: Annotated[str, typer.Option("--index", help="What ranks the catalogue.")] = "faiss",
-    run: Annotated[str | None, typer.Option("--run", help="Else the last one.")] = None,
+    index: IndexOption = "faiss",
+    run: TrainedRunOption = None,
     protocol: Annotated[
         str,
-        typer.Option("--protocol", help="ranking: held-out targets; retrieval: text to vision."),
+        typer.Option(
+            "--protocol", help="ranking of held-out targets, or retrieval of vision by text."
+        ),
     ] = "ranking",
     dataset: Annotated[
-        str | None, typer.Option("--dataset", help="With retrieval: the items of another dataset.")
+        str | None,
+        typer.Option("--dataset", help="With --protocol retrieval: items of another dataset."),
     ] = None,
     device: DeviceOption = None,
     json: JsonOption = False,
     root: WarehouseOption = None,
 ) -> None:
-    """Rank every held-out target of a run in the full catalogue, validation and test."""
+    """Evaluate a run: rank every validation and test target in the full catalogue."""
     from retrieval.indexes import INDEXES
 
     if index not in INDEXES:
@@ -40,11 +49,9 @@ def evaluate(
     if protocol not in _PROTOCOLS:
         raise unknown("protocol", protocol, list(_PROTOCOLS))
     if dataset is not None and protocol == "ranking":
-        raise UserError(f"--dataset {dataset} goes with --protocol retrieval; a run has its own")
+        raise UserError(f"--dataset {dataset} goes with --protocol retrieval; leave it out")
     warehouse = Warehouse(root)
-    folder, why = warehouse.choose_run(run)
-    if why != "given":
-        console.notify(f"run: {folder.name} ({why})")
+    folder = choose_run(warehouse, run)
     if protocol == "retrieval":
         _retrieve(warehouse, folder, dataset, device, json)
         return
@@ -67,8 +74,8 @@ def _retrieve(
     if json:
         console.emit_json(asdict(report))
         return
-    reads = ", ".join(report.features)
-    console.out.print(f"run {report.run}: {report.model}, {reads}; {report.dataset}")
+    features = ", ".join(report.features)
+    console.print_text(f"run {report.run}: {report.model}, {features}; {report.dataset}")
     cells = {(r["split"], r["targets"], r["metric"], r["ranker"]): r for r in report.rows}
     rankers = list(dict.fromkeys(r["ranker"] for r in report.rows))
     metrics = list(dict.fromkeys(r["metric"] for r in report.rows))
@@ -82,52 +89,54 @@ def _retrieve(
         )
     console.out.print()
     for text in report.protocol:
-        console.out.print(f"  {text}")
+        console.print_text(text, indent=2)
 
 
 def run_evaluate(
     warehouse: Warehouse, folder: Path, index: str, device: str | None = None
 ) -> "EvalReport":
-    """Evaluate a run, telling on one live line what is being done."""
-    from trainer.runs.evaluate import evaluate as go
+    """Evaluate a run, and show the current step on a live line."""
+    from trainer.runs.evaluate import evaluate as evaluate_run
     from trainer.runs.run import open_run
 
     with console.ProgressLine(interval=0.0) as line:
-        return go(warehouse, open_run(warehouse, folder, device), index=index, on_stage=line.update)
+        opened = open_run(warehouse, folder, device)
+        return evaluate_run(warehouse, opened, index=index, on_stage=line.update)
 
 
 def show_evaluated(report: "EvalReport") -> None:
-    """Print the metrics with both rankings side by side, the reference, and the protocol."""
-    reads = f", {', '.join(report.features)}" if report.features else ""
-    console.out.print(
-        f"run {report.run}: {report.model} on {report.dataset}{reads}; index {report.index}"
+    """Print both rankings of the model and of the reference, and the protocol."""
+    features = f", {', '.join(report.features)}" if report.features else ""
+    console.print_text(
+        f"run {report.run}: {report.model} on {report.dataset}{features}; index {report.index}"
     )
     cells = {
         (r["split"], r["targets"], r["metric"], r["ranker"], r["seen"]): r for r in report.rows
     }
     groups = dict.fromkeys((r["split"], r["targets"], r["users"]) for r in report.rows)
     metrics = list(dict.fromkeys(r["metric"] for r in report.rows))
-    columns = [(r, s) for r in (report.model, "popularity") for s in ("filtered", "kept")]
-    shown: dict[str, Callable[[dict[str, Any]], Any]] = {
-        report.model: _interval,
-        "popularity": lambda row: row["value"],
-    }
+    rankers = list(dict.fromkeys(r["ranker"] for r in report.rows))
+
+    def column(group: tuple[str, str], ranker: str, seen: str) -> console.Column:
+        rows = [cells[*group, metric, ranker, seen] for metric in metrics]
+        values = map(_interval, rows) if ranker == report.model else (r["value"] for r in rows)
+        return f"{ranker}\n{seen}", list(values)
+
     for split, targets, users in groups:
         kind = "" if targets == "all" else ", cold targets only"
         console.out.print()
-        console.table(
-            ["metric", *(f"{ranker}\n{seen}" for ranker, seen in columns)],
+        console.stacked_tables(
+            [("metric", metrics)],
             [
-                [metric, *(shown[c[0]](cells[split, targets, metric, *c]) for c in columns)]
-                for metric in metrics
+                [column((split, targets), ranker, seen) for seen in ("filtered", "kept")]
+                for ranker in rankers
             ],
             title=f"{split}{kind}: {users:,} users",
         )
     console.out.print()
-    for line in report.protocol:
-        console.out.print(f"  {line}")
+    for text in report.protocol:
+        console.print_text(text, indent=2)
 
 
 def _interval(row: dict[str, Any]) -> str:
-    low, high = (f"{row[key]:.4f}".removeprefix("0") for key in ("low", "high"))
-    return f"{row['value']:.4f} [{low}, {high}]"
+    return f"{row['value']:.4f} {console.format_interval(row['low'], row['high'])}"

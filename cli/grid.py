@@ -123,37 +123,21 @@ class _GridProgress:
 
 
 def show_pivot(spec: Grid, table: Pivot, datasets: Sequence[str]) -> None:
-    """Print the table of a grid.
-
-    Columns that do not fit beside each other on the terminal are printed in several tables below
-    each other; each of them repeats the columns that name the rows.
-    """
+    """Print the table of a grid; the best value of each column is marked."""
     dataset = "" if "dataset" in (*spec.rows, *spec.columns) else f"{', '.join(datasets)}, "
     is_mean = any(cell.spread is not None for cell in table.cells.values())
     seeds = ", mean and standard deviation over seeds" if is_mean else ""
-    console.out.print(
-        f"{dataset}{spec.split} split, {spec.seen}: {_RANKING[spec.seen]}{seeds}", style="bold"
+    title = f"{dataset}{spec.split} split, {spec.seen}: {_RANKING[spec.seen]}{seeds}"
+    console.out.print(title, style="bold", soft_wrap=False)
+    console.stacked_tables(
+        _label_columns(spec, table),
+        [_metric_columns(spec, table, key) for key in table.column_keys],
     )
-    labels = _label_columns(spec, table)
-    parts: list[list[_Column]] = []
-    for key in table.column_keys:
-        columns = _metric_columns(spec, table, key)
-        if not parts or _width([*labels, *parts[-1], *columns]) > console.out.width:
-            parts.append([])
-        parts[-1] += columns
-    for number, part in enumerate(parts):
-        if number:
-            console.out.print()
-        console.table(*_by_rows([*labels, *part]))
 
 
-_Column = tuple[str, list[Text]]
-"""Heading and cells, one for each row of the table."""
-
-
-def _label_columns(spec: Grid, table: Pivot) -> list[_Column]:
+def _label_columns(spec: Grid, table: Pivot) -> list[console.Column]:
     """Return the columns that name the rows; a name equal to the one above is left out."""
-    columns = []
+    columns: list[console.Column] = []
     for index, key in enumerate(spec.rows):
         cells = []
         previous: tuple[str, ...] = ()
@@ -165,9 +149,9 @@ def _label_columns(spec: Grid, table: Pivot) -> list[_Column]:
     return columns
 
 
-def _metric_columns(spec: Grid, table: Pivot, key: tuple[str, ...]) -> list[_Column]:
+def _metric_columns(spec: Grid, table: Pivot, key: tuple[str, ...]) -> list[console.Column]:
     """Return the columns of one column key, one for each metric; the first one names the key."""
-    columns = []
+    columns: list[console.Column] = []
     for index, metric in enumerate(spec.metrics):
         cells = [_metric_cell(table.cells.get((row, key, metric))) for row in table.row_keys]
         name = " ".join(key) if index == 0 else ""
@@ -181,18 +165,6 @@ def _metric_cell(cell: Cell | None) -> Text:
     spread = "" if cell.spread is None else console.format_spread(cell.spread)
     star = "*" if cell.best and not console.out.is_terminal else ""  # a file has no bold text
     return Text(f"{star}{cell.value:.4f}{spread}", "bold" if cell.best else "")
-
-
-def _by_rows(columns: Sequence[_Column]) -> tuple[list[str], list[tuple[Text, ...]]]:
-    """Return the headings and the rows."""
-    return (
-        [heading for heading, _ in columns],
-        list(zip(*(cells for _, cells in columns), strict=True)),
-    )
-
-
-def _width(columns: Sequence[_Column]) -> int:
-    return console.table_width(*_by_rows(columns))
 
 
 def _list_runs(warehouse: Warehouse, spec: Grid, planned: "list[Planned]", json: bool) -> None:

@@ -1,56 +1,78 @@
-"""``mmrec models``."""
+"""``mmrec models``: the recommenders, and the settings of one of them."""
 
-import textwrap
-from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.text import Text
 
 from cli import console
 from cli.options import JsonOption
 
 if TYPE_CHECKING:
-    pass
+    from trainer.runs.describe import ModelDescription, Setting
 
 
-def models(json: JsonOption = False) -> None:
-    """List the recommenders and their settings for --set."""
-    from trainer.config import TrainConfig
-    from trainer.models.registry import MODELS
-    from trainer.tasks.pretrain import pretrain_defaults
+def models(
+    name: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", help="Print the settings of this model.")
+    ] = None,
+    json: JsonOption = False,
+) -> None:
+    """List the recommenders, or print the settings of one recommender."""
+    from trainer.runs.describe import broken_models, describe_model, list_models
 
-    documents: list[dict[str, Any]] = []
-    for name, model in MODELS.items():
-        settings, recommender = model.load()
-        own = {field.name: field.default for field in fields(settings)}
-        documents.append(
-            {
-                "model": name,
-                "summary": model.summary,
-                "settings": own,
-                "train": dict(model.train),
-                "pretrain": pretrain_defaults(model),
-                "transfers": ["full", *recommender.transfer_groups],
-                "variants": dict(model.variants),
-            }
-        )
-    loop = {field.name: field.default for field in fields(TrainConfig)}
-    if json:
-        console.emit_json({"models": documents, "train": loop})
+    if name is not None:
+        description = describe_model(name)
+        if json:
+            console.emit_json(asdict(description))
+        else:
+            show_model(description)
         return
-    for entry in documents:
-        console.out.print(f"{entry['model']}: {entry['summary']}")
-        console.out.print(_settings({**entry["settings"], **entry["train"]}))
-        if entry["pretrain"]:
-            console.out.print("  mmrec pretrain:")
-            console.out.print(_settings(entry["pretrain"], "    "))
-        console.out.print(f"  --transfer: {', '.join(entry['transfers'])}")
-        for what, words in entry["variants"].items():
-            console.out.print(f"  {what}: {words}")
-    console.out.print("the loop, for all of them where they do not say otherwise:")
-    console.out.print(_settings(loop))
+    summaries = list_models()
+    if json:
+        document = [asdict(summary) for summary in summaries]
+        console.emit_json({"models": document, "broken": broken_models()})
+        return
+    console.table(
+        ["model", "summary", "origin"],
+        [[entry.model, Text(entry.summary), entry.origin] for entry in summaries],
+    )
+    for broken, reason in broken_models().items():
+        console.notify(f"{broken} cannot be used: {reason}")
+    console.notify("settings of one model: mmrec models MODEL")
 
 
-def _settings(values: dict[str, Any], indent: str = "  ") -> str:
-    from trainer.runs.grid_file import text
+def show_model(description: "ModelDescription") -> None:
+    """Print the settings of a recommender, its pre-training, transfers and variants."""
+    console.print_text(f"{description.model}: {description.summary} ({description.origin})")
+    _show_settings("settings of the model (--set NAME=VALUE)", description.settings)
+    _show_settings("settings of the training (--set NAME=VALUE)", description.training)
+    if description.pretraining:
+        _show_settings(
+            "mmrec pretrain: its own settings and other defaults", description.pretraining
+        )
+    console.out.print()
+    console.out.print("--transfer (with --init RUN)", style="bold")
+    console.print_text(", ".join(description.transfers), indent=2)
+    if description.variants:
+        console.out.print()
+        console.table(
+            ["variant", "options"],
+            [[Text(name), Text(options)] for name, options in description.variants.items()],
+        )
 
-    words = [f"{key}={text(value)}" for key, value in values.items()]
-    return textwrap.fill(" ".join(words), 79, initial_indent=indent, subsequent_indent=indent)
+
+def _show_settings(title: str, settings: "Sequence[Setting]") -> None:
+    console.out.print()
+    console.table(
+        ["name", "default", "meaning"],
+        [[entry.name, Text(_value(entry.default)), Text(entry.meaning)] for entry in settings],
+        title=title,
+    )
+
+
+def _value(default: object) -> str:
+    """Return a default as ``--set`` takes it."""
+    return str(default).lower() if isinstance(default, bool) else str(default)

@@ -5,20 +5,43 @@ from typing import Annotated
 
 import typer
 
+from cli import console
+from features.warehouse import Warehouse
+
 WarehouseOption = Annotated[
     Path | None,
     typer.Option(
         "--warehouse",
-        help="Data root; else $MMREC_WAREHOUSE, else ./warehouse.",
+        help="Data folder; default: $MMREC_WAREHOUSE, else ./warehouse.",
         show_default=False,
     ),
 ]
 DatasetOption = Annotated[
     str | None,
-    typer.Option("--dataset", help="Else the only one, else the last one extracted."),
+    typer.Option("--dataset", help="Dataset; default: the only one, else the last extracted."),
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
+TrainedRunOption = Annotated[
+    str | None, typer.Option("--run", help="Name of a run; default: the last one.")
+]
+IndexOption = Annotated[
+    str, typer.Option("--index", help="Search index: faiss or torch; both are exact.")
+]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print one JSON document on standard output.")
+]
 DeviceOption = Annotated[
     str | None,
-    typer.Option("--device", help="auto, cpu, cuda or cuda:N; else where the run was trained."),
+    typer.Option("--device", help="auto, cpu, cuda or cuda:N; default: the device of the run."),
 ]
+
+
+def choose_run(warehouse: Warehouse, name: str | None) -> Path:
+    """Return the folder of the named run, else of the last run, and tell the user which it is.
+
+    Raises:
+        UserError: There is no such run.
+    """
+    folder, reason = warehouse.choose_run(name)
+    if reason != "given":
+        console.notify(f"run: {folder.name} ({reason})")
+    return folder

@@ -1,4 +1,4 @@
-"""``mmrec recommend``: what to show next, from a trained run."""
+"""``mmrec recommend``: recommend items with a trained run."""
 
 import time
 from dataclasses import asdict
@@ -8,128 +8,141 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cli import console
-from cli.options import DeviceOption, JsonOption, WarehouseOption
+from cli.options import (
+    DeviceOption,
+    IndexOption,
+    JsonOption,
+    TrainedRunOption,
+    WarehouseOption,
+    choose_run,
+)
 from features.errors import UserError, unknown
 from features.warehouse import Warehouse
 
 if TYPE_CHECKING:
-    from trainer.runs.recommend import Predictor
+    from trainer.runs.recommend import Predictor, Suggestion
 
-_ASKS = "--user USER_ID, --history ITEM_ID,ITEM_ID,..., --all, or --similar ITEM_ID"
+_REQUESTS = "--user USER_ID, --history ITEM_ID,ITEM_ID,..., --all, or --similar ITEM_ID"
 
 
 def recommend(
-    user: Annotated[
-        str | None, typer.Option("--user", help="A user of the dataset, by id.")
-    ] = None,
+    user: Annotated[str | None, typer.Option("--user", help="Id of a user of the dataset.")] = None,
     history: Annotated[
         list[str] | None,
-        typer.Option("--history", help="ITEM_ID,ITEM_ID,... of anyone, oldest first; repeatable."),
+        typer.Option("--history", help="ITEM_ID,ITEM_ID,... oldest first; repeatable."),
     ] = None,
-    all: Annotated[bool, typer.Option("--all", help="Every user; needs --out.")] = False,
+    all: Annotated[
+        bool, typer.Option("--all", help="Recommend to every user; needs --out.")
+    ] = False,
     similar: Annotated[
-        str | None, typer.Option("--similar", help="Items like this one, by the run's vectors.")
+        str | None, typer.Option("--similar", help="Id of an item: find items like it.")
     ] = None,
-    k: Annotated[int, typer.Option("--k", help="Length of a list.")] = 10,
+    k: Annotated[int, typer.Option("--k", help="Number of items for each user.")] = 10,
     keep_seen: Annotated[
-        bool, typer.Option("--keep-seen", help="Items that the user has had may come again.")
+        bool, typer.Option("--keep-seen", help="Also recommend items of the user's history.")
     ] = False,
     out: Annotated[
-        Path | None, typer.Option("--out", help="With --all: the Parquet file to write.")
+        Path | None, typer.Option("--out", help="With --all: Parquet file to write.")
     ] = None,
-    run: Annotated[str | None, typer.Option("--run", help="Else the last one.")] = None,
-    index: Annotated[str, typer.Option("--index", help="What searches the catalogue.")] = "faiss",
+    run: TrainedRunOption = None,
+    index: IndexOption = "faiss",
     device: DeviceOption = None,
     json: JsonOption = False,
     root: WarehouseOption = None,
 ) -> None:
-    """Recommend items to a user, to a history, or to everybody; or find items like one.
+    """Recommend items to a user, to a history or to all users, or find similar items.
 
-    Items without any interaction are in the catalogue too.
+    Items without interactions are recommended too.
     """
     from retrieval.indexes import INDEXES
 
     if index not in INDEXES:
         raise unknown("index", index, list(INDEXES))
     if sum((user is not None, bool(history), all, similar is not None)) != 1:
-        raise UserError(f"give one of {_ASKS}")
+        raise UserError(f"give one of {_REQUESTS}")
     if all != (out is not None):
         raise UserError("--all and --out FILE.parquet go together")
     if k < 1:
-        raise UserError(f"--k {k} is no length of a list; give at least 1")
+        raise UserError(f"--k {k} is not a number of items; give at least 1")
     warehouse = Warehouse(root)
-    folder, why = warehouse.choose_run(run)
-    if why != "given":
-        console.notify(f"run: {folder.name} ({why})")
+    folder = choose_run(warehouse, run)
     from trainer.runs.recommend import Predictor
     from trainer.runs.run import open_run
 
-    adviser = Predictor(warehouse, open_run(warehouse, folder, device), index=index)
-    document: dict[str, Any] = {"run": folder.name, "dataset": adviser.run.dataset}
+    predictor = Predictor(warehouse, open_run(warehouse, folder, device), index=index)
+    document: dict[str, Any] = {"run": folder.name, "dataset": predictor.run.dataset}
     if out is not None:
-        document |= _write(adviser, out, k, keep_seen)
+        document |= _write_all(predictor, out, k, keep_seen)
         if json:
             console.emit_json(document)
         return
-    if user is not None:
-        items = adviser.history(adviser.user(user)).tolist()
-        document |= {"user": user, **_told(adviser, items)}
-        found = adviser.for_history(items, k, keep_seen=keep_seen)
-    elif history:
-        items = _items(adviser, history)
-        document |= _told(adviser, items)
-        found = adviser.for_history(items, k, keep_seen=keep_seen)
-    else:
-        assert similar is not None
-        found = adviser.similar(adviser.item(similar), k)
+    if similar is not None:
         document |= {"similar": similar}
-    suggestions = adviser.named(found)
+        suggestions = predictor.named(predictor.similar(predictor.item(similar), k))
+    else:
+        items = _history(predictor, user, history or [])
+        document |= _describe_history(predictor, user, items)
+        suggestions = predictor.named(predictor.for_history(items, k, keep_seen=keep_seen))
     if json:
-        console.emit_json({**document, "items": [asdict(one) for one in suggestions]})
-        return
-    console.table(
-        ["rank", "item_id", "text", "score" if similar is None else "cosine", "cold"],
-        [[one.rank, one.item_id, one.text, one.score, one.cold] for one in suggestions],
-    )
-    if len(suggestions) < k:
-        console.notify(f"no more than these {len(suggestions)} items are left")
+        console.emit_json({**document, "items": [asdict(entry) for entry in suggestions]})
+    else:
+        _show(suggestions, k, score="cosine" if similar is not None else "score")
 
 
-def _items(adviser: "Predictor", history: list[str]) -> list[int]:
-    """The items of a history; an id that has a comma in it is given by an option of its own."""
-    known = set(adviser.item_ids.to_pylist()) if any("," in entry for entry in history) else set()
+def _history(predictor: "Predictor", user: str | None, history: list[str]) -> list[int]:
+    """Return the items of a user of the dataset, or of the values of ``--history``.
+
+    A value that is itself an item id is not divided at its commas.
+    """
+    if user is not None:
+        items: list[int] = predictor.history(predictor.user(user)).tolist()
+        return items
+    has_comma = any("," in value for value in history)
+    known = set(predictor.item_ids.to_pylist()) if has_comma else set()
     ids = [
         part.strip()
-        for entry in history
-        for part in ([entry] if entry in known else entry.split(","))
+        for value in history
+        for part in ([value] if value in known else value.split(","))
         if part.strip()
     ]
     if not ids:
         raise UserError("--history names no item; give ITEM_ID,ITEM_ID,..., the oldest first")
-    return [adviser.item(one) for one in ids]
+    return [predictor.item(item_id) for item_id in ids]
 
 
-def _told(adviser: "Predictor", items: list[int]) -> dict[str, Any]:
-    """Say on which history the list rests."""
-    last = adviser.item_ids[items[-1]].as_py()
+def _describe_history(predictor: "Predictor", user: str | None, items: list[int]) -> dict[str, Any]:
+    """Tell the user which history is used, and return the same facts for the JSON document."""
+    last = predictor.item_ids[items[-1]].as_py()
     console.notify(f"from a history of {len(items):,} items, the last one {last}")
-    return {"history": len(items), "last": last}
+    facts: dict[str, Any] = {"history": len(items), "last": last}
+    return facts if user is None else {"user": user, **facts}
 
 
-def _write(adviser: "Predictor", out: Path, k: int, keep_seen: bool) -> dict[str, Any]:
+def _show(suggestions: "list[Suggestion]", k: int, *, score: str) -> None:
+    console.table(
+        ["rank", "item_id", "text", score, "cold"],
+        [[entry.rank, entry.item_id, entry.text, entry.score, entry.cold] for entry in suggestions],
+        wrap=False,
+    )
+    if len(suggestions) < k:
+        console.notify(f"there are no more than these {len(suggestions)} items")
+
+
+def _write_all(predictor: "Predictor", out: Path, k: int, keep_seen: bool) -> dict[str, Any]:
+    """Write the recommendations of all users, and return the counts for the JSON document."""
     from trainer.runs.recommend import write_all
 
-    line, began = console.ProgressLine(), time.monotonic()
+    start = time.monotonic()
+    with console.ProgressLine() as line:
 
-    def tell(done: int, total: int) -> None:
-        rate = done / max(1e-9, time.monotonic() - began)
-        left = console.format_duration((total - done) / rate)
-        line.update(f"{done:,} of {total:,} users, {rate:,.0f}/s, {left} left")
+        def show_progress(done: int, total: int) -> None:
+            rate = done / max(1e-9, time.monotonic() - start)
+            left = console.format_duration((total - done) / rate)
+            line.update(
+                f"{done:,} of {total:,} users, {rate:,.0f}/s, {left} left", share=done / total
+            )
 
-    try:
-        rows = write_all(adviser, out, k, keep_seen=keep_seen, on_users=tell)
-    finally:
-        line.close()
-    users = adviser.dataset.info.users
+        rows = write_all(predictor, out, k, keep_seen=keep_seen, on_users=show_progress)
+    users = predictor.dataset.info.users
     console.notify(f"{rows:,} recommendations for {users:,} users: {out}")
     return {"out": str(out), "users": users, "rows": rows}

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from cli import console
-from cli.options import JsonOption, WarehouseOption
+from cli.options import JsonOption, WarehouseOption, choose_run
 from features.errors import UserError
 from features.warehouse import Warehouse
 
@@ -44,9 +44,7 @@ def report(
     """
     warehouse = Warehouse(root)
     if not runs:
-        folder, reason = warehouse.choose_run(None)
-        console.notify(f"run: {folder.name} ({reason})")
-        runs = [folder.name]
+        runs = [choose_run(warehouse, None).name]
     from trainer.analysis.curves import read_curves
     from trainer.analysis.figures import check_image_path, draw_curves, save_figure
     from trainer.runs.read import read_records

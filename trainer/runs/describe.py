@@ -1,0 +1,135 @@
+"""Describe the recommenders: a short list without torch, and all settings of one of them."""
+
+import ast
+import inspect
+import itertools
+import textwrap
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from trainer.models.registry import MODELS, find_model
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelSummary:
+    """One line of ``mmrec models``."""
+
+    model: str
+    summary: str
+    origin: str
+    """Name and version of the package that brings the recommender; ``mmrec`` for our own."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Setting:
+    """A setting for ``--set``."""
+
+    name: str
+    default: Any
+    meaning: str
+    """The docstring of the field, on one line."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelDescription:
+    """What ``mmrec models NAME`` prints."""
+
+    model: str
+    summary: str
+    origin: str
+    settings: list[Setting]
+    """Settings of the recommender."""
+    training: list[Setting]
+    """Settings of the training loop, with the defaults that hold for this recommender."""
+    pretraining: list[Setting]
+    """Settings of ``mmrec pretrain`` alone, and settings whose default differs there."""
+    transfers: list[str]
+    """Values of ``--transfer``."""
+    variants: dict[str, str]
+    """Published and recommended variants -> the options that ask for them."""
+
+
+def list_models() -> list[ModelSummary]:
+    """Return the known recommenders; does not import torch."""
+    return [
+        ModelSummary(model=name, summary=entry.summary, origin=_origin(name))
+        for name, entry in MODELS.items()
+    ]
+
+
+def broken_models() -> dict[str, str]:
+    """Return the recommenders of installed packages that cannot be used, and the reasons."""
+    return dict(getattr(MODELS, "broken", {}))
+
+
+def describe_model(name: str) -> ModelDescription:
+    """Return the settings of a recommender; imports torch.
+
+    Raises:
+        UserError: No recommender has the name.
+    """
+    entry = find_model(name)
+    from trainer.config import TrainConfig
+    from trainer.tasks.pretrain import pretrain_config, pretrain_defaults
+
+    config, recommender = entry.load()
+    settings = _settings(config)
+    training = _settings(TrainConfig, entry.train)
+    known = [*settings, *training, *(s for part in pretrain_config(entry) for s in _settings(part))]
+    meanings = {setting.name: setting.meaning for setting in known}
+    return ModelDescription(
+        model=name,
+        summary=entry.summary,
+        origin=_origin(name),
+        settings=settings,
+        training=training,
+        pretraining=[
+            Setting(name=key, default=value, meaning=meanings.get(key, ""))
+            for key, value in pretrain_defaults(entry).items()
+        ],
+        transfers=["full", *recommender.transfer_groups],
+        variants=dict(entry.variants),
+    )
+
+
+def _origin(name: str) -> str:
+    origin = getattr(MODELS, "origin", None)
+    return "mmrec" if origin is None else str(origin(name))
+
+
+def _settings(config: Any, defaults: Mapping[str, Any] | None = None) -> list[Setting]:
+    """Return the settings of a configuration class; ``defaults`` replace those of the class."""
+    meanings = _field_docstrings(config)
+    values = {field.name: field.default for field in fields(config)} | dict(defaults or {})
+    return [
+        Setting(name=field.name, default=values[field.name], meaning=meanings.get(field.name, ""))
+        for field in fields(config)
+    ]
+
+
+def _field_docstrings(config: Any) -> dict[str, str]:
+    """Return the docstring below each field of a class and of its bases."""
+    docstrings: dict[str, str] = {}
+    for base in reversed(inspect.getmro(config)):
+        try:
+            source = inspect.getsource(base)
+        except (OSError, TypeError):  # a class without a source file
+            continue
+        (tree,) = ast.parse(textwrap.dedent(source)).body
+        if isinstance(tree, ast.ClassDef):
+            docstrings |= dict(_documented_fields(tree.body))
+    return docstrings
+
+
+def _documented_fields(body: list[ast.stmt]) -> Iterable[tuple[str, str]]:
+    for statement, following in itertools.pairwise(body):
+        if (
+            isinstance(statement, ast.AnnAssign)
+            and isinstance(statement.target, ast.Name)
+            and isinstance(following, ast.Expr)
+            and isinstance(following.value, ast.Constant)
+            and isinstance(following.value.value, str)
+        ):
+            meaning = " ".join(following.value.value.replace("``", "").split())
+            yield statement.target.id, meaning

@@ -24,9 +24,8 @@ import torch
 
 from tests.trainer import worlds
 from trainer.data.batches import ItemFeatures
-from trainer.mmsrec_config import MMSRecConfig
 from trainer.models.base import Catalogue
-from trainer.models.mmsrec import MMSRec
+from trainer.models.mmsrec import MMSRec, MMSRecConfig
 
 BATCH, LENGTH, ITEMS, DIM = 1024, 20, 12_101, 512
 STEPS = {"step": 2, "growth": 4}  # of the four batches of an epoch, which hold similar lengths

@@ -24,10 +24,9 @@ from trainer.distributed import (
     world_size,
 )
 from trainer.loop import TrainProgress, fit
-from trainer.mmsrec_config import MMSRecConfig
 from trainer.models import mmsr
 from trainer.models.base import Catalogue
-from trainer.models.mmsrec import MMSRec
+from trainer.models.mmsrec import MMSRec, MMSRecConfig
 from trainer.models.registry import MODELS
 from trainer.tasks.alignment import AlignConfig, Alignment
 from trainer.tasks.next_item import NextItem

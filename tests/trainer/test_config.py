@@ -6,7 +6,7 @@ import pytest
 
 from features.errors import UserError
 from trainer.config import TrainConfig, build, build_all
-from trainer.mmsrec_config import MMSRecConfig
+from trainer.models.mmsrec import MMSRecConfig
 from trainer.models.registry import MODELS
 from trainer.models.sasrec import SASRecConfig
 from trainer.tasks.pretrain import pretrain_config

@@ -43,8 +43,7 @@ def _sasrec() -> tuple[Any, Any]:
 
 
 def _mmsrec() -> tuple[Any, Any]:
-    from trainer.mmsrec_config import MMSRecConfig
-    from trainer.models.mmsrec import MMSRec
+    from trainer.models.mmsrec import MMSRec, MMSRecConfig
 
     return MMSRecConfig, MMSRec
 

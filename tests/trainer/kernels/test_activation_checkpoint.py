@@ -8,11 +8,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.trainer import worlds
 from tests.trainer.models.test_recommenders import build, sequences
 from trainer.data.batches import ItemFeatures, TrainSet
-from trainer.kernels.activation_checkpoint import checkpoint_elementwise
+from trainer.kernels.activation_checkpoint import checkpoint_elementwise, tokens_per_chunk
 from trainer.kernels.dispatch import plain_forms
 from trainer.kernels.elementwise import dropout
 from trainer.losses.softmax import cross_entropy_reference
 from trainer.models import mmsrec
+from trainer.modules import multimodal_encoder
 
 N = 13
 
@@ -60,11 +61,12 @@ def test_chunks_of_mmsrec_give_the_gradients_of_one_graph(
     if not probability:
         with plain_forms():
             expected = losses_and_gradients(model, features)
-    monkeypatch.setattr(mmsrec, "_NUMBERS_IN_ALL", 0)
-    monkeypatch.setattr(mmsrec, "_NUMBERS_AT_ONCE", 20 * model.config.dim)
+    monkeypatch.setattr(multimodal_encoder, "tokens_per_chunk", lambda weight, tokens: 20)
     chunked = losses_and_gradients(model, features)
     if probability:
-        monkeypatch.setattr(mmsrec, "checkpoint_elementwise", lambda run, *inputs: run(*inputs))
+        monkeypatch.setattr(
+            multimodal_encoder, "checkpoint_elementwise", lambda run, *inputs: run(*inputs)
+        )
         expected = losses_and_gradients(model, features)
     torch.testing.assert_close(chunked, expected)
 
@@ -108,3 +110,14 @@ def test_frozen_weights_stay_frozen() -> None:
     output.sum().backward()
     assert frozen.weight.grad is None
     assert trained.weight.grad is not None
+
+
+def test_chunks_are_for_many_tokens_with_gradients_on_a_cpu() -> None:
+    weight = torch.zeros(512)
+    assert tokens_per_chunk(weight, 10_000) == 1024
+    assert tokens_per_chunk(weight, 1000) == 0
+    with torch.no_grad():
+        assert tokens_per_chunk(weight, 10_000) == 0
+    with plain_forms():
+        assert tokens_per_chunk(weight, 10_000) == 0
+    assert tokens_per_chunk(weight.to("meta"), 10_000) == 0

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from tests.trainer import worlds
-from tests.trainer.models.test_recommenders import build, sequences
+from tests.trainer.models.test_recommenders import build, queries_of_the_loss, sequences
 from trainer.data.batches import ItemFeatures
 from trainer.modules.transformer import initialise
 
@@ -219,20 +219,10 @@ def test_mmsrec_predicts_the_next_item_from_each_prefix(missing: str, ids: bool)
 def test_the_share_of_predicted_positions_is_what_was_asked_for() -> None:
     features = worlds.features(N, missing=False)
     model: Any = build("mmsrec", features, mask_ratio=0.2)
-    counts = []
-    encode_at = model._encode
-
-    def spy(tokens: tuple[Tensor, Tensor], at: Tensor) -> Tensor:
-        if at.shape[1] > 1:  # not the item tower's
-            counts.append(int(at.sum()))
-        found: Tensor = encode_at(tokens, at)
-        return found
-
-    model._encode = spy
     rows = sequences([[1, 2, 3, 4, 5, 6]] * 400)
-    generator = torch.Generator().manual_seed(0)
-    model.loss(worlds.batch(rows, features, generator))
-    assert sum(counts) == pytest.approx(400 * (1 + 0.2 * 5), rel=0.1)
+    with queries_of_the_loss() as queries:
+        model.loss(worlds.batch(rows, features, torch.Generator().manual_seed(0)))
+    assert len(queries[0]) == pytest.approx(400 * (1 + 0.2 * 5), rel=0.1)
 
 
 @pytest.mark.parametrize(("name", "history", "window"), [("sasrec", 6, 7), ("mmsrec", 5, 6)])

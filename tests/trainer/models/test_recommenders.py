@@ -1,5 +1,7 @@
 """One contract test that every recommender inherits by standing in the table."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -9,6 +11,7 @@ from torch import Tensor
 
 from tests.trainer import worlds
 from trainer.data.batches import ItemFeatures, Sequences, TrainSet
+from trainer.losses.softmax import full_softmax
 from trainer.models import mmsrec
 from trainer.models.base import Catalogue, Recommender
 from trainer.models.registry import MODELS
@@ -57,6 +60,20 @@ def sequences(rows: list[list[int]], padding: int = 0, width: int = 0) -> Sequen
 def encode(model: Recommender, rows: Sequences, features: ItemFeatures) -> Tensor:
     with torch.no_grad():
         return model.encode_sequences(model.encode_items(features), rows, features)
+
+
+@contextmanager
+def queries_of_the_loss() -> Iterator[list[Tensor]]:
+    """Collect the queries (M, D) that mmsrec passes to its softmax."""
+    queries: list[Tensor] = []
+
+    def spy(query_MD: Tensor, *args: Any) -> Tensor:
+        queries.append(query_MD)
+        return full_softmax(query_MD, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mmsrec, "full_softmax", spy)
+        yield queries
 
 
 @pytest.fixture(params=[*MODELS, *OPTIONS])
@@ -144,9 +161,9 @@ def test_what_predicts_the_next_item_never_looks_ahead() -> None:
     model: Any = build("mmsrec, next", features)
 
     def predicted(row: list[int]) -> Tensor:
-        batch = worlds.batch(sequences([row]), features, torch.Generator())
-        found: Tensor = model._next(batch)[0]
-        return found
+        with queries_of_the_loss() as queries:
+            model.loss(worlds.batch(sequences([row]), features, torch.Generator()))
+        return queries[0]
 
     one, other = predicted([1, 2, 3, 4, 5]), predicted([1, 2, 3, 9, 5])
     assert len(one) == 4
@@ -158,38 +175,20 @@ def test_what_predicts_the_next_item_never_looks_ahead() -> None:
 def test_the_hidden_item_does_not_leak_into_its_prediction() -> None:
     features = worlds.features(N, missing=False)
     model: Any = build("mmsrec", features, mask_ratio=0.0)  # only the last item is predicted
-    seen: list[Tensor] = []
-    encode_at = model._encode
-
-    def spy(tokens: tuple[Tensor, Tensor], at: Tensor) -> Tensor:
-        found: Tensor = encode_at(tokens, at)
-        seen.append(found)
-        return found
-
-    model._encode = spy
-    for last in (4, 9):
-        generator = torch.Generator().manual_seed(2)
-        rows = sequences([[1, 2, 3, last]])
-        model.loss(worlds.batch(rows, features, generator))
-    torch.testing.assert_close(seen[0], seen[2])  # [1] and [3] are the item tower's
+    with queries_of_the_loss() as queries:
+        for last in (4, 9):
+            rows = sequences([[1, 2, 3, last]])
+            model.loss(worlds.batch(rows, features, torch.Generator().manual_seed(2)))
+    torch.testing.assert_close(queries[0], queries[1])
 
 
 def test_training_query_equals_evaluation_query() -> None:
     features = worlds.features(N)
     model: Any = build("mmsrec", features, mask_ratio=0.0)
-    seen: list[Tensor] = []
-    encode_at = model._encode
-
-    def spy(tokens: tuple[Tensor, Tensor], at: Tensor) -> Tensor:
-        found: Tensor = encode_at(tokens, at)
-        seen.append(found)
-        return found
-
-    model._encode = spy
-    generator = torch.Generator().manual_seed(2)
-    model.loss(worlds.batch(sequences([[1, 2, 3, 4]]), features, generator))
-    query = torch.nn.functional.normalize(seen[0], dim=-1)
-    torch.testing.assert_close(query, encode(model, sequences([[1, 2, 3]]), features))
+    with queries_of_the_loss() as queries:
+        rows = sequences([[1, 2, 3, 4]])
+        model.loss(worlds.batch(rows, features, torch.Generator().manual_seed(2)))
+    torch.testing.assert_close(queries[0], encode(model, sequences([[1, 2, 3]]), features))
 
 
 @pytest.mark.parametrize("missing", ["drop", "mask"])
@@ -220,7 +219,7 @@ def test_the_catalogue_in_pieces_is_the_catalogue(monkeypatch: pytest.MonkeyPatc
     model = build("mmsrec", features)
     with torch.no_grad():
         whole = model.encode_items(features)
-        monkeypatch.setattr(mmsrec, "_ITEMS_AT_ONCE", 5)
+        monkeypatch.setattr(mmsrec, "_ITEMS_PER_BLOCK", 5)
         pieces = model.encode_items(features)
     torch.testing.assert_close(pieces, whole, rtol=1e-6, atol=1e-6)
     assert len(whole) == N

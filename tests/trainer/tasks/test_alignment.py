@@ -17,9 +17,8 @@ from trainer.config import TrainConfig
 from trainer.data.batches import ItemFeatures, Share
 from trainer.evaluation.cross_modal import both_ways, recalls, retrieve
 from trainer.loop import EpochRow, fit
-from trainer.mmsrec_config import MMSRecConfig
 from trainer.models.base import Catalogue
-from trainer.models.mmsrec import MMSRec
+from trainer.models.mmsrec import MMSRec, MMSRecConfig
 from trainer.tasks.alignment import AlignConfig, Alignment, contrast
 
 SMALL: dict[str, Any] = {"dim": 16, "heads": 2, "hidden": 16, "length": 5, "dropout": 0.1}

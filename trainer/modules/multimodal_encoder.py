@@ -1,0 +1,338 @@
+"""One transformer that encodes items and sequences alike, from one token for each modality.
+
+An item is one token for each of its modalities; a sequence is the tokens of its items. Both pass
+through the same transformer. The vector of a slot is the element-wise maximum over the outputs of
+its tokens. An item is encoded as a sequence of length 1.
+
+Legend: B batch, L sequence length, N items of the catalogue, K items to encode, C tokens of an item
+(modalities), D width, W width of features, T = L * C tokens of a sequence, M selected slots.
+"""
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from trainer.data.batches import ItemFeatures, Sequences, TrainSet
+from trainer.kernels.activation_checkpoint import checkpoint_elementwise, tokens_per_chunk
+from trainer.kernels.elementwise import dropout
+from trainer.modules.transformer import Transformer, initialise, positions_from_end
+from trainer.modules.whitening import Whitening
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MultimodalEncoderConfig:
+    """Sizes and options of the encoder; sizes and dropout are those of MMSRec's paper."""
+
+    dim: int = 512
+    """Width of tokens, transformer and shared space."""
+    layers: int = 2
+    """Transformer blocks."""
+    heads: int = 8
+    """Attention heads."""
+    hidden: int = 1024
+    """Width of the feed-forward networks."""
+    length: int = 20
+    """Most items of a sequence, the slot of the predicted item included."""
+    dropout: float = 0.5
+    """Probability inside the transformer (0.2 for dense data such as ML-1M)."""
+    embed_dropout: float = 0.2
+    """Probability on the embedded tokens."""
+    missing: str = "drop"
+    """``drop``: a missing modality has no token; ``mask``: it is the mask token (the paper)."""
+    ids: bool = False
+    """Add a learned vector of each item to its tokens and to its vector. An item without training
+    interactions has none and is encoded from its features alone."""
+    whiten: bool = False
+    """Whiten the features of each modality, fitted on the items of the training interactions."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ItemVectors:
+    """The inputs of the transformer that depend on an item alone."""
+
+    modalities: Sequence[Tensor]
+    """(K, D) for each modality: its projected features."""
+    identity_KD: Tensor | None
+    """(K, D) learned vectors, with ``ids``."""
+
+
+class MultimodalEncoder(nn.Module):
+    """Encode items and slots of sequences into one space.
+
+    Args:
+        config: Sizes and options.
+        n_items: Number of items N; the size of the table of learned vectors.
+        widths: Modality -> width W of its features; at least one.
+        causal: Whether a token attends only to tokens of its own item and of items before it.
+    """
+
+    known_N: Tensor
+
+    def __init__(
+        self,
+        config: MultimodalEncoderConfig,
+        n_items: int,
+        widths: Mapping[str, int],
+        *,
+        causal: bool,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.causal = causal
+        self.names = tuple(widths)
+        dim = config.dim
+        self.inputs = nn.ModuleDict({name: _Head(widths[name], dim) for name in self.names})
+        if config.whiten:
+            self.whitening = nn.ModuleDict({name: Whitening(widths[name]) for name in self.names})
+        if config.ids:
+            self.id = nn.Embedding(n_items, dim)
+            self.register_buffer("known_N", torch.ones(n_items, dtype=torch.bool))
+        self.outputs = nn.ModuleDict({name: _Head(dim, dim) for name in self.names})
+        self.instead = nn.Embedding(2, dim)  # the mask token; the token of an item without features
+        self.position = nn.Embedding(config.length, dim)
+        self.modality = nn.Embedding(len(self.names), dim)
+        self.norm = nn.LayerNorm(dim)
+        self.transformer = Transformer(
+            layers=config.layers,
+            dim=dim,
+            heads=config.heads,
+            hidden=config.hidden,
+            dropout=config.dropout,
+            attention_dropout=config.dropout,
+            causal=False,  # the mask that `causal` needs is one of items, not of tokens
+        )
+        initialise(self)
+
+    @property
+    def mask_token_D(self) -> Tensor:
+        """(D,) the token of a hidden item, in every modality."""
+        return self.instead.weight[0]
+
+    def fit_buffers(self, features: ItemFeatures, train: TrainSet) -> None:
+        """Fit the whitening, and store which items have a learned vector.
+
+        Args:
+            features: Of the whole catalogue.
+            train: The training interactions.
+        """
+        known_N = train.counts_N > 0
+        if self.config.ids:
+            self.known_N.copy_(known_N)
+        if self.config.whiten:
+            for name, whitening in self.whitening.items():
+                assert isinstance(whitening, Whitening)
+                whitening.fit(features.vectors[name][features.present[name] & known_N])
+
+    def embed_modality(self, name: str, item_K: Tensor, features: ItemFeatures) -> Tensor:
+        """Return the projected features of one modality: (K, D)."""
+        x_KW = features.vectors[name][item_K]
+        if self.config.whiten:
+            x_KW = self.whitening[name](x_KW)
+        projected_KD: Tensor = self.inputs[name](x_KW)
+        return projected_KD
+
+    def embed_identity(self, item_K: Tensor) -> Tensor:
+        """Return the learned vectors (K, D); zero for items without training interactions."""
+        identity_KD: Tensor = self.id(item_K) * self.known_N[item_K, None]
+        return identity_KD
+
+    def embed_items(
+        self, item_K: Tensor, features: ItemFeatures, identity_KD: Tensor | None = None
+    ) -> ItemVectors:
+        """Return the vectors that depend on an item alone.
+
+        Args:
+            item_K: (K,) int64.
+            features: Of the whole catalogue.
+            identity_KD: The learned vectors, if they have been looked up.
+        """
+        modalities = [self.embed_modality(name, item_K, features) for name in self.names]
+        if self.config.ids and identity_KD is None:
+            identity_KD = self.embed_identity(item_K)
+        return ItemVectors(modalities=modalities, identity_KD=identity_KD)
+
+    def embed_slots(
+        self,
+        sequences: Sequences,
+        row_BL: Tensor,
+        items: ItemVectors,
+        features: ItemFeatures,
+        hidden_BL: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Embed the tokens of sequences.
+
+        A hidden slot holds the mask token in every modality. An item without any modality has a
+        token of its own: with the mask token, its vector would be close to every query.
+
+        Args:
+            sequences: Items of the slots.
+            row_BL: (B, L) int64, the row of each slot's item in ``items``.
+            items: The vectors of the distinct items.
+            features: Of the whole catalogue.
+            hidden_BL: (B, L) bool, the hidden slots; ``None``: no slot is hidden.
+
+        Returns:
+            (B, L, C, D) tokens, and (B, L, C) bool, true where a token exists.
+        """
+        items_BL, valid_BL = sequences.items_BL, sequences.mask_BL
+        if hidden_BL is None:
+            hidden_BL = torch.zeros_like(valid_BL)
+        present_BLC = self._present(items_BL, features)
+        empty_BL = ~present_BLC.any(-1)
+        instead_BL = torch.zeros_like(items_BL)
+        if self.config.missing == "drop":
+            instead_BL = (empty_BL & ~hidden_BL).long()
+        replaced_BLC = (hidden_BL | empty_BL)[..., None].expand_as(present_BLC)
+        if self.config.missing == "mask":
+            replaced_BLC = replaced_BLC | ~present_BLC
+        # Not `x_KD[row_BL]`: its backward pass adds in an order that depends on the threads.
+        tokens_BLCD = torch.stack([functional.embedding(row_BL, x) for x in items.modalities], 2)
+        # The causal encoder always reads `instead`, so that every step gives it a gradient.
+        if self.causal or bool(replaced_BLC.any()):
+            instead_BLD = self.instead(instead_BL)
+            tokens_BLCD = torch.where(replaced_BLC[..., None], instead_BLD[:, :, None], tokens_BLCD)
+        positions_BL = positions_from_end(sequences.lengths_B, items_BL.shape[1])
+        tokens_BLCD = tokens_BLCD + self.position(positions_BL)[:, :, None] + self.modality.weight
+        if items.identity_KD is not None:
+            identity_BLD = functional.embedding(row_BL, items.identity_KD)
+            identity_BLD = identity_BLD.masked_fill(hidden_BL[..., None], 0)
+            # Elements of a token are of about size 1, those of a unit vector of about 1 / sqrt(D):
+            # the factor gives an identity the same weight in both.
+            tokens_BLCD = tokens_BLCD + (math.sqrt(self.config.dim) * identity_BLD)[:, :, None]
+        tokens_BLCD = dropout(self.norm(tokens_BLCD), self.config.embed_dropout, self.training)
+        return tokens_BLCD, (present_BLC | replaced_BLC) & valid_BL[..., None]
+
+    def encode_slots(self, tokens_BLCD: Tensor, exists_BLC: Tensor, selected_BL: Tensor) -> Tensor:
+        """Run the transformer and return the vectors of the selected slots.
+
+        Returns:
+            (M, D) of length 1, row by row.
+        """
+        B, L, C, D = tokens_BLCD.shape
+        mask = None if bool(exists_BLC.all()) else exists_BLC.view(B, L * C)
+        if self.causal and L > 1:
+            item_T = torch.arange(L, device=tokens_BLCD.device).repeat_interleave(C)
+            before_TT = item_T <= item_T[:, None]
+            mask = before_TT[None] if mask is None else before_TT & mask[:, None]
+        selected_BT = selected_BL[..., None].expand(B, L, C).reshape(B, L * C)
+        states = self.transformer(tokens_BLCD.view(B, L * C, D), mask, selected_BT)
+        return self.pool(states.view(-1, C, D), exists_BLC[selected_BL], self.names)
+
+    def pool(self, states_MCD: Tensor, exists_MC: Tensor, names: Sequence[str]) -> Tensor:
+        """Return the element-wise maximum over the output heads of the tokens that exist.
+
+        Args:
+            states_MCD: Outputs of the transformer.
+            exists_MC: True where a token exists; at least once in each row.
+            names: The modality of each of the C tokens.
+
+        Returns:
+            (M, D) of length 1.
+        """
+        heads = [self.outputs[name](states_MCD[:, c]) for c, name in enumerate(names)]
+        lowest = torch.finfo(heads[0].dtype).min
+        if not bool(exists_MC.all()):
+            heads = [x.masked_fill(~exists_MC[:, c, None], lowest) for c, x in enumerate(heads)]
+        return functional.normalize(functools.reduce(torch.maximum, heads), dim=-1)
+
+    def encode_sequence_slots(
+        self,
+        sequences: Sequences,
+        features: ItemFeatures,
+        hidden_BL: Tensor | None,
+        selected_BL: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Encode the selected slots of sequences, in chunks of sequences of similar length.
+
+        Args:
+            sequences: Items of the slots.
+            features: Of the whole catalogue.
+            hidden_BL: (B, L) bool, the slots that hold the mask token; ``None``: no slot.
+            selected_BL: (B, L) bool, the slots to encode.
+
+        Returns:
+            (M, D) of length 1, sequence by sequence in an order (B,) int64, which comes with them.
+        """
+        item_K, row_BL = sequences.items_BL.unique(return_inverse=True)
+        items = self.embed_items(item_K, features)
+        lengths_B = sequences.lengths_B
+        if hidden_BL is None:
+            hidden_BL = torch.zeros_like(selected_BL)
+
+        def encode(order_B: Tensor) -> Tensor:
+            items_BL, rows_BL, hides_BL, selects_BL = (
+                x_BL[order_B, : int(lengths_B[order_B].max())]
+                for x_BL in (sequences.items_BL, row_BL, hidden_BL, selected_BL)
+            )
+            chunk = Sequences(items_BL=items_BL, lengths_B=lengths_B[order_B])
+            tokens = self.embed_slots(chunk, rows_BL, items, features, hides_BL)
+            return self.encode_slots(*tokens, selects_BL)
+
+        width = len(self.names) * sequences.items_BL.shape[1]  # tokens of a sequence
+        size = self._tokens_per_chunk(len(lengths_B) * width)
+        if not size:
+            order_B = torch.arange(len(lengths_B), device=lengths_B.device)
+            return encode(order_B), order_B
+        order_B = lengths_B.argsort(stable=True)
+        chunks = order_B.split(max(1, size // width))
+        return torch.cat([checkpoint_elementwise(encode, chunk_B) for chunk_B in chunks]), order_B
+
+    def encode_each_item(self, item_K: Tensor, features: ItemFeatures) -> Tensor:
+        """Encode each item as a sequence of length 1, in chunks: (K, D) of length 1."""
+        size = self._tokens_per_chunk(len(item_K) * len(self.names))
+        if not size:
+            return self._encode_items(item_K, features)
+        # Items with all modalities need no attention mask: they come first, in chunks of their own.
+        complete_K = self._present(item_K, features).all(-1)
+        order_K = complete_K.int().argsort(stable=True, descending=True)
+        chunks = [
+            chunk_B
+            for part in item_K[order_K].split([int(complete_K.sum()), int((~complete_K).sum())])
+            for chunk_B in part.split(max(1, size // len(self.names)))
+            if len(chunk_B)
+        ]
+        # Looked up at once: the gradient of one lookup is as large as the whole table.
+        identities: Sequence[Tensor | None] = [None] * len(chunks)
+        if self.config.ids:
+            identities = self.embed_identity(item_K[order_K]).split([len(c) for c in chunks])
+        vectors = [
+            checkpoint_elementwise(
+                functools.partial(self._encode_items, features=features, identity_BD=identity_BD),
+                chunk_B,
+            )
+            for chunk_B, identity_BD in zip(chunks, identities, strict=True)
+        ]
+        return torch.cat(vectors).index_select(0, order_K.argsort())
+
+    def _encode_items(
+        self, item_B: Tensor, features: ItemFeatures, identity_BD: Tensor | None = None
+    ) -> Tensor:
+        sequences = Sequences(items_BL=item_B[:, None], lengths_B=torch.ones_like(item_B))
+        row_B1 = torch.arange(len(item_B), device=item_B.device)[:, None]
+        items = self.embed_items(item_B, features, identity_BD)
+        tokens = self.embed_slots(sequences, row_B1, items, features)
+        vector_BD = self.encode_slots(*tokens, sequences.mask_BL)
+        if items.identity_KD is not None:
+            vector_BD = functional.normalize(vector_BD + items.identity_KD, dim=-1)
+        return vector_BD
+
+    def _present(self, items: Tensor, features: ItemFeatures) -> Tensor:
+        """Return which modalities items have: bool, with one more dimension C."""
+        return torch.stack([features.present[name][items] for name in self.names], -1)
+
+    def _tokens_per_chunk(self, tokens: int) -> int:
+        if self.transformer.compiled:
+            return 0
+        return tokens_per_chunk(self.mask_token_D, tokens)
+
+
+class _Head(nn.Sequential):
+    """A linear layer and a LayerNorm."""
+
+    def __init__(self, width: int, dim: int) -> None:
+        super().__init__(nn.Linear(width, dim), nn.LayerNorm(dim))

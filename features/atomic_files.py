@@ -1,6 +1,5 @@
 """Files that are whole or absent: written beside, synced, renamed."""
 
-import fcntl
 import json
 import os
 import secrets
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import duckdb
+import filelock
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -115,17 +115,30 @@ def database() -> Iterator[duckdb.DuckDBPyConnection]:
 
 @contextmanager
 def lock(path: Path, what: str) -> Iterator[None]:
-    """Hold ``path`` as an advisory lock that the system frees when the process dies.
+    """Hold ``path`` as an advisory lock; the system frees the lock when the process dies.
+
+    A lock that another process holds is not waited for.
+
+    Args:
+        path: File that is locked. It is created if necessary, and stays.
+        what: What the lock guards, for messages.
 
     Raises:
-        UserError: Another process holds it.
+        UserError: Another process holds the lock, or the file cannot be created or locked.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"another process is writing {what} ({path}); wait for it or stop it"
-            ) from None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file_lock = filelock.FileLock(path, blocking=False)
+        file_lock.acquire()
+    except filelock.Timeout:
+        raise UserError(
+            f"another process is writing {what} ({path}); wait for it or stop it"
+        ) from None
+    except OSError as error:
+        raise UserError(
+            f"{what} cannot be locked ({path}: {error.strerror}); make the folder writable"
+        ) from None
+    try:
         yield
+    finally:
+        file_lock.release()

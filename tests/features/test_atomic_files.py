@@ -1,3 +1,4 @@
+import errno
 import os
 import signal
 import subprocess
@@ -98,6 +99,33 @@ def test_a_second_holder_is_refused_until_the_first_is_gone(tmp_path: Path) -> N
         other.wait()
     with lock(path, "it"):  # the system frees it, whatever the holder died of
         pass
+
+
+def test_a_lock_that_cannot_be_made_is_refused_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="it cannot be locked"), lock(tmp_path / "file" / "a", "it"):
+        pass
+
+    def read_only(*arguments: object) -> int:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(os, "open", read_only)
+    with pytest.raises(UserError, match=r"Read-only.*writable"), lock(tmp_path / "a", "it"):
+        pass
+
+
+def test_a_lock_is_free_again_after_an_error(tmp_path: Path) -> None:
+    def fail() -> None:
+        with lock(tmp_path / "a", "it"):
+            with pytest.raises(UserError, match="another process"), lock(tmp_path / "a", "it"):
+                pass
+            raise RuntimeError("halfway")
+
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="halfway"):
+            fail()
 
 
 def test_files_have_the_usual_mode_and_databases_no_progress_bar(tmp_path: Path) -> None:

@@ -62,3 +62,12 @@ def sequences_of(warehouse: Warehouse, name: str = "mine") -> dict[str, list[str
     assert users == sorted(users)
     assert set(users) == set(range(len(sequences)))
     return sequences
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """Return path to content of every file below a folder."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }

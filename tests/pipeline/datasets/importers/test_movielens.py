@@ -55,7 +55,7 @@ def test_the_three_layouts(
 
 def test_the_default_is_the_five_core(warehouse: Warehouse, tmp_path: Path) -> None:
     raw = folder(tmp_path / "raw", ML1M)
-    with pytest.raises(UserError, match="5-core"):
+    with pytest.raises(UserError, match=r"5-core.*--k-core"):
         prepare(warehouse, PrepareOptions(dataset="ml-1m", raw=raw))
 
 
@@ -92,32 +92,31 @@ def test_chronological_sequences_stand_in_for_ratings(warehouse: Warehouse, tmp_
 
 def test_another_dataset_is_not_taken_for_this_one(warehouse: Warehouse, tmp_path: Path) -> None:
     raw = folder(tmp_path / "raw", ML100K)
-    with pytest.raises(UserError, match=r"expected ratings\.dat or ml1m_sequences_chron"):
+    with pytest.raises(UserError, match=r"ratings\.dat or ml1m_sequences.*--file"):
         prepare(warehouse, PrepareOptions(dataset="ml-1m", raw=raw))
-    with pytest.raises(UserError, match=r"expected ratings\.csv"):
+    with pytest.raises(UserError, match=r"ratings\.csv.*--file"):
         prepare(warehouse, PrepareOptions(dataset="ml-latest-small", raw=raw))
 
 
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        ({"ratings.dat": "1::1::3::x\n"}, "ratings.dat, row 1: the timestamp is 'x'"),
-        ({"ratings.dat": "1::1::3\n"}, "ratings.dat, line 1: 3 columns where 4 are expected"),
-        ({"ratings.dat": "1::9::3::4\n"}, "1 item of 1 interaction (such as '9') not listed"),
-        ({"movies.dat": "1::a\n"}, "movies.dat, line 1: 2 columns where 3 are expected"),
+        ({"ratings.dat": "1::1::3::x\n"}, r"ratings\.dat, row 1: .*'x'.*integers"),
+        ({"ratings.dat": "1::1::3\n"}, r"ratings\.dat, line 1: 3 columns.*4"),
+        ({"ratings.dat": "1::9::3::4\n"}, r"1 item of 1 interaction .*'9'.*--unlisted"),
+        ({"movies.dat": "1::a\n"}, r"movies\.dat, line 1: 2 columns.*3"),
     ],
 )
 def test_mistakes(
     warehouse: Warehouse, tmp_path: Path, content: dict[str, str | bytes], expected: str
 ) -> None:
     raw = folder(tmp_path / "raw", {**ML1M, **content})
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError, match=expected):
         prepare(warehouse, PrepareOptions(dataset="ml-1m", raw=raw, k_core=0))
-    assert expected in str(caught.value)
 
 
 @pytest.mark.parametrize("role", ["interactions", "items"])
 def test_an_ending_that_tells_no_layout(warehouse: Warehouse, tmp_path: Path, role: str) -> None:
     raw = folder(tmp_path / "raw", {**ML1M, "odd.xyz": "1::2::3::4\n"})
-    with pytest.raises(UserError, match=r"odd\.xyz ends in none of"):
+    with pytest.raises(UserError, match=r"odd\.xyz .*rename"):
         prepare(warehouse, PrepareOptions(dataset="ml-1m", raw=raw, files={role: "odd.xyz"}))

@@ -27,13 +27,13 @@ def test_a_very_long_line(warehouse: Warehouse, tmp_path: Path) -> None:
 
 
 def test_two_lines_of_one_user(warehouse: Warehouse, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"line 4: 1 user with more than one line \(such as '1'\)"):
+    with pytest.raises(UserError, match=r"line 4: 1 user .*'1'.*join"):
         _prepared(warehouse, tmp_path, sequences_dot_txt="1 a\n2 b\n\n1 c\n")
 
 
 @pytest.mark.parametrize("text", ["", "1\n2\n", "\n\n"])
 def test_no_interaction(warehouse: Warehouse, tmp_path: Path, text: str) -> None:
-    with pytest.raises(UserError, match="holds no interaction"):
+    with pytest.raises(UserError, match=r"sequences\.txt .*--file interactions"):
         _prepared(warehouse, tmp_path, sequences_dot_txt=text)
 
 
@@ -60,21 +60,20 @@ def test_items_from_jsonl(warehouse: Warehouse, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("items", "expected"),
     [
-        ('{"id": "a"}\n{"id":\n', "line 2: not a JSON object"),
-        ('{"id": "a"}\n\n[1]\n', "line 3: not a JSON object"),
-        ('"a"\n', "line 1: not a JSON object"),
-        ('{"no": "a"}\n', "its columns are no;"),
-        ('{"id": "a"}\n{"title": "b"}\n', "1 item without an id"),
-        ('{"id": "a"}\n{"id": "a"}\n', "lists 1 item more than once"),
-        (b'{"id": "a"}\n{"id": "\xff"}\n', "line 2: not UTF-8"),
+        ('{"id": "a"}\n{"id":\n', "line 2: .*JSON object"),
+        ('{"id": "a"}\n\n[1]\n', "line 3: .*JSON object"),
+        ('"a"\n', "line 1: .*JSON object"),
+        ('{"no": "a"}\n', r"'item_id'.* no;.*rename"),
+        ('{"id": "a"}\n{"title": "b"}\n', "1 item without an id.*remove"),
+        ('{"id": "a"}\n{"id": "a"}\n', "1 item more than once .*'a'"),
+        (b'{"id": "a"}\n{"id": "\xff"}\n', "line 2: .*UTF-8"),
     ],
 )
 def test_mistakes_in_jsonl(
     warehouse: Warehouse, tmp_path: Path, items: str | bytes, expected: str
 ) -> None:
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError, match=expected):
         _prepared(warehouse, tmp_path, sequences_dot_txt="1 a\n", items_dot_jsonl=items)
-    assert expected in str(caught.value)
 
 
 def test_titles_in_tsv_may_hold_quotes(warehouse: Warehouse, tmp_path: Path) -> None:

@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import pyarrow as pa
@@ -111,33 +112,33 @@ def test_anything_else_is_no_time(tmp_path: Path, time: str) -> None:
     interactions = INTERACTIONS + f"w,a,{time}\nw,b,nonsense\n"
     message = _refused(tmp_path, {"interactions.csv": interactions, "items.csv": ITEMS})
     value = repr(time) if time else "empty"
-    assert message.startswith(f"interactions.csv, row 5: the timestamp is {value}, not a whole")
+    assert message.startswith("interactions.csv, row 5: ")
+    assert value in message
+    assert "integers" in message
 
 
 @pytest.mark.parametrize(
     ("name", "text", "expected"),
     [
-        ("interactions.csv", "uid,item_id\nu,a\n", "interactions.csv has no column 'user_id';"
-         " its columns are uid, item_id;"),
-        ("interactions.csv", "user_id;item_id\nu;a\n", "its columns are user_id;item_id;"),
-        ("interactions.csv", "", "interactions.csv, line 1: an empty line cannot name"),
-        ("interactions.csv", "user_id,item_id\n", "interactions.csv holds no interaction"),
-        ("interactions.csv", "user_id,item_id\nu,a\n,b\n", "row 2: user_id is empty"),
-        ("interactions.csv", "user_id,item_id\nu,a\nu,\n", "row 2: item_id is empty"),
-        ("interactions.csv", "user_id,item_id\nu,a\nu\n", "line 3: 1 columns where 2 are"),
-        ("interactions.csv", "user_id,item_id\nu,a\nu,b,c\n", "line 3: 3 columns where 2 are"),
-        ("items.csv", "item_id,title,Title\na,x,y\n", "line 1: 'item_id', 'title', 'Title' cannot"),
-        ("items.csv", "name,title\na,x\n", "items.csv has no column 'item_id' or "),
-        ("items.csv", ITEMS + "b,again\nc,again\n", "items.csv lists 2 items more than once"
-         " (such as 'b', 'c');"),
-        ("items.csv", ITEMS + ",nobody\n", "items.csv: 1 item without an id"),
-        ("items.csv", "item_id,title\na,\nb,\nc,  \n", "the column of text is empty in all of 3"),
-        ("items.csv", 'item_id,title\na,"x\nb,y\nc,z\n', "line 2: a quote is not closed"),
+        ("interactions.csv", "uid,item_id\nu,a\n", r"interactions\.csv .*'user_id'.*uid, item_id;"),
+        ("interactions.csv", "user_id;item_id\nu;a\n", "'user_id'.* user_id;item_id;.*rename"),
+        ("interactions.csv", "", r"interactions\.csv, line 1: .*empty.*name"),
+        ("interactions.csv", "user_id,item_id\n", r"interactions\.csv .*--file interactions=PATH"),
+        ("interactions.csv", "user_id,item_id\nu,a\n,b\n", "row 2: user_id .*remove"),
+        ("interactions.csv", "user_id,item_id\nu,a\nu,\n", "row 2: item_id .*remove"),
+        ("interactions.csv", "user_id,item_id\nu,a\nu\n", "line 3: 1 columns.*2.*correct"),
+        ("interactions.csv", "user_id,item_id\nu,a\nu,b,c\n", "line 3: 3 columns.*2.*correct"),
+        ("items.csv", "item_id,title,Title\na,x,y\n", "line 1: 'item_id', 'title', 'Title' .*name"),
+        ("items.csv", "name,title\na,x\n", r"items\.csv .*'item_id' or .*name, title.*rename"),
+        ("items.csv", ITEMS + "b,again\nc,again\n", r"items\.csv .*2 items .*'b', 'c'.*keep"),
+        ("items.csv", ITEMS + ",nobody\n", r"items\.csv: 1 item without an id.*remove"),
+        ("items.csv", "item_id,title\na,\nb,\nc,  \n", r"items\.csv: .*empty.*3 items.*fill"),
+        ("items.csv", 'item_id,title\na,"x\nb,y\nc,z\n', "line 2: .*quote.*correct"),
     ],
 )  # fmt: skip
 def test_mistakes_in_the_files(tmp_path: Path, name: str, text: str, expected: str) -> None:
     content: dict[str, str | bytes] = {"interactions.csv": INTERACTIONS, "items.csv": ITEMS}
-    assert expected in _refused(tmp_path, {**content, name: text})
+    assert re.search(expected, _refused(tmp_path, {**content, name: text}))
 
 
 @pytest.mark.parametrize(
@@ -151,7 +152,8 @@ def test_mistakes_in_the_files(tmp_path: Path, name: str, text: str, expected: s
 def test_text_that_is_not_utf8(tmp_path: Path, name: str, text: bytes, line: int) -> None:
     content: dict[str, str | bytes] = {"interactions.csv": INTERACTIONS, "items.csv": ITEMS}
     message = _refused(tmp_path, {**content, name: text})
-    assert message.startswith(f"{name}, line {line}: not UTF-8")
+    assert message.startswith(f"{name}, line {line}: ")
+    assert "UTF-8" in message
 
 
 def test_a_file_that_is_no_parquet(tmp_path: Path) -> None:
@@ -222,4 +224,4 @@ def test_a_time_that_is_missing_in_parquet(tmp_path: Path) -> None:
     times = pa.array([SECOND, None], pa.timestamp("us"))
     rows = {"user_id": ["u", "u"], "item_id": ["a", "b"], "timestamp": times}
     pq.write_table(pa.table(rows), raw / "interactions.parquet")
-    assert _refused(tmp_path, {}).startswith("interactions.parquet, row 2: the timestamp is empty")
+    assert _refused(tmp_path, {}).startswith("interactions.parquet, row 2: the timestamp")

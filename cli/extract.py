@@ -17,23 +17,25 @@ if TYPE_CHECKING:
     from pipeline.extraction.options import ExtractOptions
     from pipeline.extraction.reports import ExtractProgress, ExtractReport
 
-Text = str | None
-Count = int | None
+OptionalStr = str | None
+OptionalInt = int | None
 
 
 def extract(
     dataset: DatasetOption = None,
-    image: Annotated[Text, Option(help="Backbone for images.")] = None,
-    text: Annotated[Text, Option(help="Backbone for texts.")] = None,
-    video: Annotated[Text, Option(help="Backbone for videos, 1 frame a second.")] = None,
-    joint: Annotated[Text, Option(help="Backbone for image and text together.")] = None,
+    image: Annotated[OptionalStr, Option(help="Backbone for images.")] = None,
+    text: Annotated[OptionalStr, Option(help="Backbone for texts.")] = None,
+    video: Annotated[OptionalStr, Option(help="Backbone for videos, 1 frame a second.")] = None,
+    joint: Annotated[OptionalStr, Option(help="Backbone for image and text together.")] = None,
     level: Annotated[str, Option(help="pooled, tokens, or layer-K: after block K.")] = "pooled",
-    frames: Annotated[Count, Option(help="Evenly spread frames of a video.")] = None,
+    frames: Annotated[OptionalInt, Option(help="Evenly spread frames of a video.")] = None,
     decode: Annotated[str, Option(help="exact, or draft: scale JPEGs in decoding.")] = "exact",
     dtype: Annotated[str, Option(help="Type of a stored element: float16 or float32.")] = "float16",
     compute: Annotated[str, Option(help="Forward pass: float32 or bfloat16.")] = "float32",
-    device: Annotated[Text, Option(help="cpu, cuda, ...; default: cuda if available.")] = None,
-    batch_size: Annotated[Count, Option(help="Inputs of a forward pass.")] = None,
+    device: Annotated[
+        OptionalStr, Option(help="cpu, cuda, ...; default: cuda if available.")
+    ] = None,
+    batch_size: Annotated[OptionalInt, Option(help="Inputs of a forward pass.")] = None,
     overwrite: Annotated[
         bool, Option("--overwrite", help="Redo a table whose vectors were made otherwise.")
     ] = False,
@@ -41,7 +43,7 @@ def extract(
         bool, Option("--strict", help="Stop at the first input that cannot be used.")
     ] = False,
     engine: Annotated[str, Option(help="local, or ray: actors, here or on a cluster.")] = "local",
-    workers: Annotated[Count, Option(help="Actors of --engine ray.")] = None,
+    workers: Annotated[OptionalInt, Option(help="Actors of --engine ray.")] = None,
     estimate: Annotated[
         bool, Option("--dry-run", help="Only estimate items, bytes and time from a short probe.")
     ] = False,

@@ -18,7 +18,7 @@ from PIL.Image import Transpose
 from pipeline.media.errors import MediaError, one_line
 from pipeline.media.images import check_size
 
-MAX_FRAMES = 128
+MAX_SAMPLED_FRAMES = 128
 """Limit of the frames of one video when they are sampled once a second."""
 MAX_FRAME_PIXELS = 36_000_000
 """Size limit of one frame. 8K has 33 million pixels; a decoder holds up to 17 frames."""
@@ -31,7 +31,9 @@ _TURNS = {90: Transpose.ROTATE_90, 180: Transpose.ROTATE_180, 270: Transpose.ROT
 def describe_sampling(count: int | None) -> str:
     """Describe :func:`sample_frames` for a table's provenance."""
     if count is None:
-        return f"1 frame a second, at most {MAX_FRAMES} and then evenly spread, upright, RGB"
+        return (
+            f"1 frame a second, at most {MAX_SAMPLED_FRAMES} and then evenly spread, upright, RGB"
+        )
     return f"{count} evenly spread frames, upright, RGB"
 
 
@@ -41,7 +43,8 @@ def sample_frames(
     """Decode the sampled frames of a video and prepare each one as soon as it is decoded.
 
     The frame for second t is the first one shown at t or later, counted from the first frame of
-    the video. A video of more than ``MAX_FRAMES`` seconds is sampled at a longer, even distance.
+    the video. A video of more than :data:`MAX_SAMPLED_FRAMES` seconds is sampled at a longer, even
+    distance.
 
     Args:
         stream: The file, at its beginning.
@@ -110,7 +113,7 @@ def _sampled(container: InputContainer, count: int | None) -> Iterator[av.VideoF
             raise _DamagedError
         yield frame
         taken += 1
-        if taken == (count or MAX_FRAMES):
+        if taken == (count or MAX_SAMPLED_FRAMES):
             return
         passed = math.floor((time - start - first) / step + _ROUNDING)
         target = first + (passed + 1) * step
@@ -131,7 +134,7 @@ def _sampling_times(
     """Return the time of the first sampled frame and the distance to the next, in seconds."""
     duration = (container.duration or 0) / 1_000_000
     if count is None:
-        return 0.0, max(1.0, duration / MAX_FRAMES)
+        return 0.0, max(1.0, duration / MAX_SAMPLED_FRAMES)
     span = length or duration
     if not span:
         raise MediaError("decode", "the length is missing from the file")

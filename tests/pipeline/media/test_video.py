@@ -77,7 +77,7 @@ def test_seeking_reads_less_and_gives_the_same_frames(
 
 
 def test_a_long_video_is_sampled_evenly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(video, "MAX_FRAMES", 4)
+    monkeypatch.setattr(video, "MAX_SAMPLED_FRAMES", 4)
     path = write_video(tmp_path / "a.mp4", frames=80, fps=10)  # 8 seconds: every 2 of them
     assert near(shades(path), [shade(index) for index in (0, 20, 40, 60)])
 

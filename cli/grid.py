@@ -127,7 +127,8 @@ def show_pivot(spec: Grid, table: Pivot, datasets: Sequence[str]) -> None:
     dataset = "" if "dataset" in (*spec.rows, *spec.columns) else f"{', '.join(datasets)}, "
     is_mean = any(cell.spread is not None for cell in table.cells.values())
     seeds = ", mean and standard deviation over seeds" if is_mean else ""
-    title = f"{dataset}{spec.split} split, {spec.seen}: {_RANKING[spec.seen]}{seeds}"
+    axes = f"; columns: {', '.join(spec.columns)}" if spec.columns else ""
+    title = f"{dataset}{spec.split} split, {spec.seen}: {_RANKING[spec.seen]}{seeds}{axes}"
     console.out.print(title, style="bold", soft_wrap=False)
     console.stacked_tables(
         _label_columns(spec, table),

@@ -24,7 +24,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -153,11 +154,39 @@ def run_jobs(
     return [json.loads((folder / f"{job['key']}.json").read_text()) for job in jobs]
 
 
-def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[list[str], bool]:
-    """Return the cells of one row of the table, and whether the versions are equal."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Comparison:
+    """How the two versions train one setting."""
+
+    name: str
+    model: str
+    steps: int = 0
+    """Steps whose losses are compared."""
+    largest: float = math.inf
+    """Largest difference between two losses."""
+    own: str = ""
+    """How the initial weights differ; empty: they are equal."""
+    users: int = 0
+    """Users of the split with the most of them who have another rank."""
+    evaluated: int = 0
+    """Users of a split; 0: ranks are not compared."""
+    equal: bool = False
+    error: str = ""
+
+    def cells(self) -> list[str]:
+        """Return the cells of a row of the table."""
+        if self.error:
+            return [self.name, self.error, "", "", ""]
+        users = f"{self.users} of {self.evaluated}" if self.evaluated else "-"
+        return [self.name, str(self.steps), f"{self.largest:.2g}", self.own or "yes", users]
+
+
+def compare(entry: Setting, before: Mapping[str, Any], after: Mapping[str, Any]) -> Comparison:
+    """Compare the results of one setting."""
     for role, result in (("before", before), ("after", after)):
         if "error" in result:
-            return [f"{role}: {result['error']}", "-", "-", "-"], False
+            error = f"{role}: {result['error']}"
+            return Comparison(name=entry.name, model=entry.model, error=error)
     steps = list(zip(before["losses"], after["losses"], strict=False))
     differences = [
         abs(float.fromhex(old[name]) - float.fromhex(new[name]))
@@ -165,43 +194,59 @@ def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[list[s
         for name in old.keys() & new.keys()
     ]
     largest = max(differences, default=math.inf)
-    users = [
-        sum(a != b for a, b in zip(ranks, after["ranks"][split], strict=True))
-        for split, ranks in before["ranks"].items()
-    ]
-    equal = len(before["losses"]) == len(after["losses"]) and largest <= LOSS_TOLERANCE
-    equal = equal and max(users, default=0) <= RANK_TOLERANCE
-    own = after["own"] or "yes"
+    splits = [(ranks, after["ranks"][split]) for split, ranks in before["ranks"].items()]
+    users = max((sum(a != b for a, b in zip(*pair, strict=True)) for pair in splits), default=0)
+    own = after["own"]
     if before["generator"] != after["generator"]:
-        own += "; the generator's state differs"
-    evaluated = sum(map(len, before["ranks"].values()))
-    others = f"{sum(users)} of {evaluated}" if users else "-"
-    return [str(len(steps)), f"{largest:.1e}" if largest else "0", own, others], equal
+        own = "; ".join(filter(None, [own, "the state of the generator differs"]))
+    return Comparison(
+        name=entry.name,
+        model=f"{entry.model} {entry.stage}".strip(),
+        steps=len(steps),
+        largest=largest,
+        own=own,
+        users=users,
+        evaluated=max((len(old) for old, _ in splits), default=0),
+        equal=len(before["losses"]) == len(after["losses"])
+        and largest <= LOSS_TOLERANCE
+        and users <= RANK_TOLERANCE,
+    )
+
+
+def summary(rows: Sequence[Comparison]) -> Iterator[list[str]]:
+    """Yield a row for each model: its settings, and the worst of each column."""
+    for model in dict.fromkeys(row.model for row in rows):
+        of_model = [row for row in rows if row.model == model]
+        users = max(row.users for row in of_model)
+        evaluated = max(row.evaluated for row in of_model)
+        yield [
+            f"{model}: {sum(row.equal for row in of_model)} of {len(of_model)} settings are equal",
+            str(min(row.steps for row in of_model)),
+            f"{max(row.largest for row in of_model):.2g}",
+            f"{sum(not row.own for row in of_model)} of {len(of_model)}",
+            f"{users} of {evaluated}" if evaluated else "-",
+        ]
 
 
 def compare_versions(
     before: Path, chosen: Sequence[Setting], work_dir: Path, ranks: bool, show_all: bool
 ) -> bool:
-    """Run both versions, print a row for each setting, and return whether all are equal."""
+    """Run both versions, print the table, and return whether all settings are equal."""
     data = make_data(before, work_dir)
     results, seconds = [], []
     for role, checkout in (("before", before), ("after", HERE)):
         began = time.monotonic()
         jobs = make_jobs(role, chosen, work_dir, ranks)
         results.append(run_jobs(role, checkout, data, work_dir, jobs))
-        seconds.append(time.monotonic() - began)
+        seconds.append(f"{time.monotonic() - began:.0f} s")
+    rows = [compare(*entry) for entry in zip(chosen, *results, strict=True)]
     print("| setting | steps | max difference of losses | equal initial weights | other ranks |")
     print("|---|---|---|---|---|")
-    unequal = 0
-    for entry, old, new in zip(chosen, *results, strict=True):
-        cells, equal = compare(old, new)
-        unequal += not equal
-        if show_all or not equal or cells[2] != "yes":
-            name = entry.name if equal else f"**{entry.name}**"
-            print(f"| {name} | {' | '.join(cells)} |")
-    spent = " and ".join(f"{value:.0f} s" for value in seconds)
-    print(f"{len(chosen)} settings, {unequal} unequal; {spent}")
-    return not unequal
+    shown = [row.cells() for row in rows if show_all or row.own or not row.equal]
+    for cells in (*shown, *summary(rows)):
+        print(f"| {' | '.join(cells)} |")
+    print(f"\n{sum(not row.equal for row in rows)} of {len(rows)} settings differ; {seconds}")
+    return all(row.equal for row in rows)
 
 
 def main() -> None:

@@ -55,7 +55,7 @@ class Before:
     def evaluate(self, root: Path, run: Any) -> None:
         """Evaluate by ``trainer.evaluate``."""
         warehouse = importlib.import_module("features.warehouse").Warehouse(root)
-        importlib.import_module("trainer.evaluate").evaluate(warehouse, run, index="exact")
+        importlib.import_module("trainer.evaluate").evaluate(warehouse, run, index="torch")
 
 
 class After:
@@ -86,7 +86,7 @@ class After:
         from features.warehouse import Warehouse
         from trainer.runs.evaluate import evaluate
 
-        evaluate(Warehouse(root), run, index="exact")
+        evaluate(Warehouse(root), run, index="torch")
 
 
 VERSIONS: dict[str, type[Version]] = {"before": Before, "after": After}

@@ -69,9 +69,9 @@ def _role_and_path(text: str) -> tuple[str, str]:
 
 def run_prepare(warehouse: Warehouse, options: "PrepareOptions") -> DatasetInfo:
     """Prepare a dataset and print messages on standard error."""
-    from pipeline.datasets.prepare import prepare as run
+    from pipeline.datasets.prepare import prepare_dataset
 
-    return run(warehouse, options, notify=console.notify)
+    return prepare_dataset(warehouse, options, notify=console.notify)
 
 
 def show_prepared(info: DatasetInfo) -> None:

@@ -103,7 +103,7 @@ def index_ids(db: duckdb.DuckDBPyConnection) -> None:
 
 
 def filter_core(db: duckdb.DuckDBPyConnection, k: int, name: str) -> None:
-    """Delete users and items with fewer than ``k`` interactions until none is left in ``core``.
+    """Apply the iterated k-core: every remaining user and item has at least ``k`` interactions.
 
     Args:
         db: A connection with the table ``core``.

@@ -31,7 +31,7 @@ from pipeline.datasets.raw_files import locate_files, raw_format
 from pipeline.datasets.registry import DATASETS
 from pipeline.datasets.swap import finish_swap, staging, swap_tables
 
-MEMORY = "2GB"  # of DuckDB; it spills to disk beyond this
+MEMORY_LIMIT = "2GB"  # of DuckDB; it spills to disk beyond this
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,7 +77,7 @@ def _ignore(message: str) -> None:
     """Ignore a message."""
 
 
-def prepare(
+def prepare_dataset(
     warehouse: Warehouse, options: PrepareOptions, *, notify: Callable[[str], None] = _ignore
 ) -> DatasetInfo:
     """Write the canonical tables of a dataset, replacing those of an earlier preparation.
@@ -94,7 +94,8 @@ def prepare(
         UserError: A file is missing, damaged or contradicts another, or no interaction is left.
 
     Examples:
-        >>> prepare(Warehouse("warehouse"), PrepareOptions(dataset="demo")).users  # doctest: +SKIP
+        >>> options = PrepareOptions(dataset="demo")
+        >>> prepare_dataset(Warehouse("warehouse"), options).users  # doctest: +SKIP
         2000
     """
     folder = warehouse.dataset_dir(options.target)
@@ -167,7 +168,7 @@ def _database(stage: Path) -> Iterator[duckdb.DuckDBPyConnection]:
         UserError: There is not enough memory or disk space.
     """
     with database() as db:
-        db.execute(f"SET memory_limit = '{MEMORY}'")
+        db.execute(f"SET memory_limit = '{MEMORY_LIMIT}'")
         db.execute(f"SET threads = {min(os.cpu_count() or 1, 8)}")
         db.execute("SET preserve_insertion_order = true")
         db.execute("SET autoinstall_known_extensions = false")
@@ -180,7 +181,7 @@ def _database(stage: Path) -> Iterator[duckdb.DuckDBPyConnection]:
                 raise
             reason = str(error).splitlines()[0][:160]
             raise UserError(
-                f"no room for preparing in {MEMORY} of memory and on the disk of {stage.parent}"
-                f" ({reason}); free disk space or give another --warehouse; the earlier tables are"
+                f"no room for preparing in {MEMORY_LIMIT} of memory and on the disk of"
+                f" {stage.parent} ({reason}); free disk space or give another --warehouse; the earlier tables are"
                 " unchanged"
             ) from None

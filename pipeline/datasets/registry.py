@@ -121,11 +121,13 @@ def find_dataset(name: str) -> KnownDataset:
     """Return the entry of a dataset.
 
     Raises:
-        UserError: The name is unknown. The message also tells how to prepare one's own dataset.
+        UserError: The name is unknown, or its package cannot be used.
     """
     try:
         return DATASETS.find(name)
     except UserError as error:
+        if name in DATASETS.broken:
+            raise
         raise UserError(
             f"{error}; to prepare your own, run: mmrec prepare --dataset {name} --format FORMAT"
             f" --raw DIR (formats: {', '.join(IMPORTERS)})"

@@ -26,7 +26,7 @@ import torch
 
 from features.dataset import Dataset, load_dataset
 from features.warehouse import Warehouse
-from pipeline.datasets.prepare import PrepareOptions, prepare
+from pipeline.datasets.prepare import PrepareOptions, prepare_dataset
 from retrieval.metrics import per_user
 from retrieval.ranking import rank
 from tests.trainer import worlds
@@ -76,7 +76,7 @@ def train(python: str, raw: Path, threads: int, epochs: int) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
         house = Warehouse(root / "warehouse")
-        prepare(house, PrepareOptions(dataset="ml-100k", raw=raw))
+        prepare_dataset(house, PrepareOptions(dataset="ml-100k", raw=raw))
         dataset = load_dataset(house, "ml-100k")
         export(dataset, root, "ml-100k")
         marks: list[tuple[int, float, float]] = []

@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from features.warehouse import DatasetInfo, Warehouse
-from pipeline.datasets.prepare import PrepareOptions, prepare
+from pipeline.datasets.prepare import PrepareOptions, prepare_dataset
 
 ITEMS = "item_id,title\na,Apple\nb,Bread\nc,Cheese\n"
 INTERACTIONS = "user_id,item_id,timestamp\nu,a,1\nu,b,2\nv,a,1\nv,c,5\n"
@@ -38,7 +38,7 @@ def prepared(
     """Prepare the dataset ``mine`` from a folder with these files; the default is ``table``."""
     raw = folder(root, content)
     options = {"dataset": "mine", "raw": raw, "format": "table", **options}
-    return prepare(warehouse, PrepareOptions(**options), notify=notify)
+    return prepare_dataset(warehouse, PrepareOptions(**options), notify=notify)
 
 
 def items_of(warehouse: Warehouse, name: str = "mine") -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from features.errors import UserError
 from features.warehouse import Warehouse
 from pipeline.datasets.canonical_sql import filter_core
-from pipeline.datasets.prepare import PrepareOptions, prepare
+from pipeline.datasets.prepare import PrepareOptions, prepare_dataset
 from tests.pipeline.datasets.raws import (
     INTERACTIONS,
     ITEMS,
@@ -131,7 +131,7 @@ def test_the_order_of_a_large_file_is_kept(warehouse: Warehouse, tmp_path: Path)
             f"COPY (SELECT 'user-' || (i % 5) AS user_id, (i * i) % 7 AS item_id, 'pad{'x' * 20}'"
             f" AS more FROM range({count}) t(i)) TO '{raw / 'interactions.csv'}' (HEADER)"
         )
-    prepare(warehouse, PrepareOptions(dataset="mine", raw=raw, format="table"))
+    prepare_dataset(warehouse, PrepareOptions(dataset="mine", raw=raw, format="table"))
     table = pq.read_table(warehouse.dataset_dir("mine") / "interactions")
     items = table["item"].to_numpy().reshape(5, count // 5)
     for user in range(5):

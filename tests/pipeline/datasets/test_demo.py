@@ -12,7 +12,7 @@ from features.dataset import Dataset, load_dataset
 from features.errors import UserError
 from features.warehouse import Warehouse
 from pipeline.datasets.demo import TASTES, TOPICS, DemoItem, make_demo
-from pipeline.datasets.prepare import PrepareOptions, prepare
+from pipeline.datasets.prepare import PrepareOptions, prepare_dataset
 from tests.pipeline.datasets.raws import items_of
 
 SMALL = {"users": 300, "items": 192}
@@ -44,7 +44,7 @@ def test_some_things_are_missing_and_one_is_broken(
     demo: tuple[Path, list[DemoItem]], warehouse: Warehouse
 ) -> None:
     raw, _ = demo
-    info = prepare(warehouse, PrepareOptions(dataset="demo", raw=raw))
+    info = prepare_dataset(warehouse, PrepareOptions(dataset="demo", raw=raw))
     rows = items_of(warehouse, "demo")
     missing = Counter(key for row in rows for key in ("text", "image") if row[key] is None)
     assert missing == {"text": 16, "image": 16}
@@ -72,7 +72,7 @@ def test_the_image_shows_the_taste_and_the_title_the_topic(
     demo: tuple[Path, list[DemoItem]], warehouse: Warehouse
 ) -> None:
     raw, truth = demo
-    prepare(warehouse, PrepareOptions(dataset="demo", raw=raw))
+    prepare_dataset(warehouse, PrepareOptions(dataset="demo", raw=raw))
     colours = np.array([colour for colour, _ in TASTES])
     words = [set(text.split()) for text in TOPICS.values()]
     right = wrong = 0
@@ -101,7 +101,7 @@ def test_taste_and_order_tell_the_next_item_and_popularity_does_not(
     demo: tuple[Path, list[DemoItem]], warehouse: Warehouse
 ) -> None:
     raw, truth = demo
-    prepare(warehouse, PrepareOptions(dataset="demo", raw=raw))
+    prepare_dataset(warehouse, PrepareOptions(dataset="demo", raw=raw))
     dataset = load_dataset(warehouse, "demo")
     traits = _traits(dataset, truth)
     held_out = dataset.held("test")
@@ -120,7 +120,7 @@ def test_new_items_are_cold_and_targets(
     demo: tuple[Path, list[DemoItem]], warehouse: Warehouse
 ) -> None:
     raw, truth = demo
-    prepare(warehouse, PrepareOptions(dataset="demo", raw=raw))
+    prepare_dataset(warehouse, PrepareOptions(dataset="demo", raw=raw))
     dataset = load_dataset(warehouse, "demo")
     new = np.array([item.new for item in truth])
     cells = {(item.taste, item.topic) for item in truth if item.new}

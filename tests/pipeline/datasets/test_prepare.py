@@ -12,7 +12,7 @@ import pytest
 from features.errors import UserError
 from features.schema import INTERACTIONS_SCHEMA, ITEMS_SCHEMA
 from features.warehouse import DatasetInfo, Warehouse
-from pipeline.datasets.prepare import PrepareOptions, prepare
+from pipeline.datasets.prepare import PrepareOptions, prepare_dataset
 from pipeline.datasets.registry import DATASETS
 from tests.pipeline.datasets.raws import (
     INTERACTIONS,
@@ -28,8 +28,8 @@ from tests.pipeline.datasets.raws import (
 def test_names_keep_several_cores_of_one_dataset(warehouse: Warehouse, tmp_path: Path) -> None:
     sequences = "1 1 2 3\n2 1 2\n3 1\n"
     raw = folder(tmp_path / "raw", {"Beauty.txt": sequences})
-    whole = prepare(warehouse, PrepareOptions(dataset="amazon-beauty", raw=raw, k_core=1))
-    two = prepare(
+    whole = prepare_dataset(warehouse, PrepareOptions(dataset="amazon-beauty", raw=raw, k_core=1))
+    two = prepare_dataset(
         warehouse, PrepareOptions(dataset="amazon-beauty", name="beauty-2", k_core=2)
     )  # the folder is remembered
     assert (whole.users, two.users, two.name, two.raw) == (3, 2, "beauty-2", str(raw))
@@ -38,14 +38,14 @@ def test_names_keep_several_cores_of_one_dataset(warehouse: Warehouse, tmp_path:
     own = prepared(
         warehouse, tmp_path / "own", {"interactions.csv": INTERACTIONS, "items.csv": ITEMS}
     )
-    again = prepare(
+    again = prepare_dataset(
         warehouse, PrepareOptions(dataset="mine", name="mine-2", k_core=1)
     )  # and the format of one's own
     assert (again.format, again.users) == (own.format, own.users)
     with pytest.raises(UserError, match=r"--name ml-1m .*another name"):
-        prepare(warehouse, PrepareOptions(dataset="amazon-beauty", name="ml-1m"))
+        prepare_dataset(warehouse, PrepareOptions(dataset="amazon-beauty", name="ml-1m"))
     with pytest.raises(UserError, match=r"\.\./.*letters"):
-        prepare(warehouse, PrepareOptions(dataset="amazon-beauty", name="../x"))
+        prepare_dataset(warehouse, PrepareOptions(dataset="amazon-beauty", name="../x"))
 
 
 def test_tables_have_the_schemas_and_equal_bytes(
@@ -61,7 +61,9 @@ def test_tables_have_the_schemas_and_equal_bytes(
     before = files_of(home)
     monkeypatch.setattr(os, "cpu_count", lambda: 1)  # the number of threads must not show
     assert (
-        prepare(warehouse, PrepareOptions(dataset="mine", raw=tmp_path / "raw", format="table"))
+        prepare_dataset(
+            warehouse, PrepareOptions(dataset="mine", raw=tmp_path / "raw", format="table")
+        )
         == info
     )
     assert files_of(home) == before
@@ -124,7 +126,7 @@ def test_options_that_cannot_be(tmp_path: Path, options: dict[str, Any], expecte
 
 def test_a_name_that_cannot_be_a_folder(warehouse: Warehouse, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"\.\./.*letters"):
-        prepare(warehouse, PrepareOptions(dataset="../mine", raw=tmp_path, format="table"))
+        prepare_dataset(warehouse, PrepareOptions(dataset="../mine", raw=tmp_path, format="table"))
 
 
 def test_the_demo_makes_its_raw_files_once(
@@ -137,9 +139,9 @@ def test_the_demo_makes_its_raw_files_once(
         folder(raw, {"interactions.csv": INTERACTIONS, "items.csv": ITEMS})
 
     monkeypatch.setitem(DATASETS, "demo", replace(DATASETS["demo"], generate=make))
-    first = prepare(warehouse, PrepareOptions(dataset="demo"))
+    first = prepare_dataset(warehouse, PrepareOptions(dataset="demo"))
     assert isinstance(first, DatasetInfo)
-    assert prepare(warehouse, PrepareOptions(dataset="demo")) == first
+    assert prepare_dataset(warehouse, PrepareOptions(dataset="demo")) == first
     assert made == [warehouse.raw_dir("demo")]
 
 
@@ -148,13 +150,15 @@ def test_a_dataset_of_ones_own_is_prepared_again_as_it_was(
 ) -> None:
     raw = {"items.csv": ITEMS, "interactions.csv": INTERACTIONS}
     first = prepared(warehouse, tmp_path / "raw", raw)
-    assert prepare(warehouse, PrepareOptions(dataset="mine", k_core=first.k_core)) == first
-    known = prepare(warehouse, PrepareOptions(dataset="hm", raw=tmp_path / "raw", format="table"))
+    assert prepare_dataset(warehouse, PrepareOptions(dataset="mine", k_core=first.k_core)) == first
+    known = prepare_dataset(
+        warehouse, PrepareOptions(dataset="hm", raw=tmp_path / "raw", format="table")
+    )
     assert (
-        prepare(warehouse, PrepareOptions(dataset="hm")) == known
+        prepare_dataset(warehouse, PrepareOptions(dataset="hm")) == known
     )  # not in the layout that its name stands for
     (tmp_path / "raw" / "items.csv").write_text(ITEMS.replace("Apple", "Apricot"))
-    again = prepare(warehouse, PrepareOptions(dataset="mine", k_core=first.k_core))
+    again = prepare_dataset(warehouse, PrepareOptions(dataset="mine", k_core=first.k_core))
     assert again.fingerprint == first.fingerprint
     assert again.inputs["text"] != first.inputs["text"]
     assert again.inputs["image"] == first.inputs["image"]

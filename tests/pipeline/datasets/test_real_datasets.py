@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from features.warehouse import Warehouse
-from pipeline.datasets.prepare import PrepareOptions, prepare
+from pipeline.datasets.prepare import PrepareOptions, prepare_dataset
 from tests.pipeline.datasets.raws import items_of, sequences_of
 
 
@@ -30,7 +30,7 @@ def test_real_datasets_have_the_published_counts(
     counts: tuple[int, int, int],
     media: tuple[int, int, int],
 ) -> None:
-    info = prepare(
+    info = prepare_dataset(
         warehouse, PrepareOptions(dataset=name, raw=real_data / folder_name, k_core=k_core)
     )
     assert (info.users, info.items, info.interactions) == counts

@@ -15,7 +15,7 @@ from features.atomic_files import lock
 from features.errors import UserError
 from features.warehouse import Warehouse
 from pipeline.datasets.listing import list_datasets
-from pipeline.datasets.prepare import PrepareOptions, prepare
+from pipeline.datasets.prepare import PrepareOptions, prepare_dataset
 from tests.pipeline.datasets.raws import (
     INTERACTIONS,
     ITEMS,
@@ -32,7 +32,7 @@ def test_another_core_replaces_the_tables_and_keeps_the_features(
     prepared(warehouse, tmp_path / "raw", {"interactions.csv": square, "items.csv": ITEMS})
     kept = warehouse.dataset_dir("mine") / "features" / "kept"
     kept.mkdir(parents=True)
-    prepare(
+    prepare_dataset(
         warehouse, PrepareOptions(dataset="mine", raw=tmp_path / "raw", format="table", k_core=2)
     )
     assert sequences_of(warehouse) == {"u": ["a", "b"], "v": ["a", "b"]}
@@ -52,7 +52,7 @@ def test_a_failure_leaves_the_earlier_tables(
 
     monkeypatch.setattr(pipeline.datasets.prepare, place, fail)
     with pytest.raises(RuntimeError):
-        prepare(
+        prepare_dataset(
             warehouse,
             PrepareOptions(dataset="mine", raw=tmp_path / "raw", format="table", k_core=1),
         )
@@ -74,7 +74,7 @@ def test_an_end_of_memory_or_disk_is_one_line_and_leaves_no_trace(
         "interactions.csv": "user_id,item_id,timestamp\n" + clicks,
         "items.csv": "item_id,title\n" + items,
     }
-    monkeypatch.setattr(pipeline.datasets.prepare, "MEMORY", "4MB")
+    monkeypatch.setattr(pipeline.datasets.prepare, "MEMORY_LIMIT", "4MB")
     with pytest.raises(UserError, match=r"4MB of memory.*/new/mine .*--warehouse"):
         prepared(warehouse, tmp_path / "raw", large)
     if earlier:
@@ -107,7 +107,9 @@ def test_a_failure_leaves_nothing_where_nothing_was(tmp_path: Path) -> None:
     assert not warehouse.root.exists()
     prepared(warehouse, tmp_path / "raw", files, unlisted="drop")
     with pytest.raises(UserError):
-        prepare(warehouse, PrepareOptions(dataset="other", raw=tmp_path / "raw", format="table"))
+        prepare_dataset(
+            warehouse, PrepareOptions(dataset="other", raw=tmp_path / "raw", format="table")
+        )
     assert not warehouse.dataset_dir("other").exists()
     assert warehouse.datasets() == ["mine"]
 
@@ -162,7 +164,7 @@ def test_a_kill_among_the_last_steps_leaves_the_old_tables_or_the_new(
         except KilledError:
             monkeypatch.setattr(pipeline.datasets.prepare, "swap_tables", swap)
         with pytest.raises(UserError, match=r"none .*--raw"):
-            prepare(warehouse, PrepareOptions(dataset="mine", raw=tmp_path / "none"))
+            prepare_dataset(warehouse, PrepareOptions(dataset="mine", raw=tmp_path / "none"))
         info = warehouse.info("mine")
         assert info.users == 2 + (info != old)
         assert list(sequences_of(warehouse)) == ["u", "v", "w"][: info.users]

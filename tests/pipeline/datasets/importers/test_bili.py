@@ -7,7 +7,7 @@ from PIL import Image
 
 from features.errors import UserError
 from features.warehouse import Warehouse
-from pipeline.datasets.prepare import PrepareOptions, prepare
+from pipeline.datasets.prepare import PrepareOptions, prepare_dataset
 from pipeline.media.lmdb import LmdbImages
 from tests.pipeline.datasets.raws import folder, items_of, prepared, sequences_of
 from tests.pipeline.media.containers import PIXELS, LMDB_Image, write_lmdb
@@ -25,7 +25,7 @@ USERS = "u1\tv2 v1 v2\nu2\tv1\n"
 )
 def test_users_and_items(warehouse: Warehouse, tmp_path: Path, name: str, items: str) -> None:
     raw = folder(tmp_path / "raw", {"x_users.tsv": USERS, name: items, "QB_cover/v2.jpg": "x"})
-    info = prepare(warehouse, PrepareOptions(dataset="bili", raw=raw))
+    info = prepare_dataset(warehouse, PrepareOptions(dataset="bili", raw=raw))
     assert (info.users, info.items, info.interactions, info.k_core) == (2, 2, 4, 1)
     assert sequences_of(warehouse, "bili") == {"u1": ["v2", "v1", "v2"], "u2": ["v1"]}
     rows = items_of(warehouse, "bili")
@@ -58,7 +58,7 @@ def test_covers_in_an_lmdb(warehouse: Warehouse, tmp_path: Path, subdir: bool) -
     pickled = pickle.dumps(LMDB_Image(PIXELS, "v1"))
     values = {"v1": pickled, "__keys__": pickle.dumps(["v1"]), "__len__": pickle.dumps(1)}
     write_lmdb(raw / "x_images.lmdb", values, subdir=subdir)
-    prepare(warehouse, PrepareOptions(dataset="hm", raw=raw))
+    prepare_dataset(warehouse, PrepareOptions(dataset="hm", raw=raw))
     assert [row["image"] for row in items_of(warehouse, "hm")] == ["x_images.lmdb#v1", None]
     with LmdbImages(raw / "x_images.lmdb") as covers:
         assert list(covers.keys()) == ["v1"]

@@ -14,7 +14,7 @@ from features.errors import UserError
 from features.store import FeatureStore
 from features.warehouse import Warehouse
 from pipeline.datasets.importers import image_column
-from pipeline.datasets.prepare import PrepareOptions, prepare
+from pipeline.datasets.prepare import PrepareOptions, prepare_dataset
 from pipeline.extraction.job import extract_features
 from pipeline.extraction.options import ExtractOptions
 from pipeline.media.reader import MediaReader
@@ -318,5 +318,5 @@ def test_a_file_name_that_is_not_utf8_is_no_item(warehouse: Warehouse, tmp_path:
         (raw / "images" / b"\xff.jpg".decode("utf-8", "surrogateescape")).touch()
     except OSError:
         pytest.skip("this file system takes UTF-8 names only")
-    prepare(warehouse, PrepareOptions(dataset="mine", raw=raw, format="sequences"))
+    prepare_dataset(warehouse, PrepareOptions(dataset="mine", raw=raw, format="sequences"))
     assert [row["image"] for row in items_of(warehouse)] == ["images/a.jpg"]

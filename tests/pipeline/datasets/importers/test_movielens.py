@@ -5,7 +5,7 @@ import pytest
 
 from features.errors import UserError
 from features.warehouse import Warehouse
-from pipeline.datasets.prepare import PrepareOptions, prepare
+from pipeline.datasets.prepare import PrepareOptions, prepare_dataset
 from tests.pipeline.datasets.raws import folder, items_of, prepared, sequences_of
 
 FLAGS = "0|1|0|1|0|0|0|0|0|0|0|0|0|0|0|0|0|0|0"  # Action, Animation
@@ -56,7 +56,7 @@ def test_the_three_layouts(
 def test_the_default_is_the_five_core(warehouse: Warehouse, tmp_path: Path) -> None:
     raw = folder(tmp_path / "raw", ML1M)
     with pytest.raises(UserError, match=r"5-core.*--k-core"):
-        prepare(warehouse, PrepareOptions(dataset="ml-1m", raw=raw))
+        prepare_dataset(warehouse, PrepareOptions(dataset="ml-1m", raw=raw))
 
 
 def test_posters_and_plots(warehouse: Warehouse, tmp_path: Path) -> None:
@@ -83,19 +83,19 @@ def test_chronological_sequences_stand_in_for_ratings(warehouse: Warehouse, tmp_
     sequences = "7 2 1 2\n8 1\n"
     content = {"movies.dat": ML1M["movies.dat"], "ml1m_sequences_chronological.txt": sequences}
     raw = folder(tmp_path / "raw", content)
-    info = prepare(warehouse, PrepareOptions(dataset="ml-1m", raw=raw, k_core=0))
+    info = prepare_dataset(warehouse, PrepareOptions(dataset="ml-1m", raw=raw, k_core=0))
     assert sequences_of(warehouse, "ml-1m") == {"7": ["2", "1", "2"], "8": ["1"]}
     assert not info.timestamps
     folder(raw, ML1M)  # the ratings win when they are there
-    assert prepare(warehouse, PrepareOptions(dataset="ml-1m", raw=raw, k_core=0)).timestamps
+    assert prepare_dataset(warehouse, PrepareOptions(dataset="ml-1m", raw=raw, k_core=0)).timestamps
 
 
 def test_another_dataset_is_not_taken_for_this_one(warehouse: Warehouse, tmp_path: Path) -> None:
     raw = folder(tmp_path / "raw", ML100K)
     with pytest.raises(UserError, match=r"ratings\.dat or ml1m_sequences.*--file"):
-        prepare(warehouse, PrepareOptions(dataset="ml-1m", raw=raw))
+        prepare_dataset(warehouse, PrepareOptions(dataset="ml-1m", raw=raw))
     with pytest.raises(UserError, match=r"ratings\.csv.*--file"):
-        prepare(warehouse, PrepareOptions(dataset="ml-latest-small", raw=raw))
+        prepare_dataset(warehouse, PrepareOptions(dataset="ml-latest-small", raw=raw))
 
 
 @pytest.mark.parametrize(
@@ -112,11 +112,13 @@ def test_mistakes(
 ) -> None:
     raw = folder(tmp_path / "raw", {**ML1M, **content})
     with pytest.raises(UserError, match=expected):
-        prepare(warehouse, PrepareOptions(dataset="ml-1m", raw=raw, k_core=0))
+        prepare_dataset(warehouse, PrepareOptions(dataset="ml-1m", raw=raw, k_core=0))
 
 
 @pytest.mark.parametrize("role", ["interactions", "items"])
 def test_an_ending_that_tells_no_layout(warehouse: Warehouse, tmp_path: Path, role: str) -> None:
     raw = folder(tmp_path / "raw", {**ML1M, "odd.xyz": "1::2::3::4\n"})
     with pytest.raises(UserError, match=r"odd\.xyz .*rename"):
-        prepare(warehouse, PrepareOptions(dataset="ml-1m", raw=raw, files={role: "odd.xyz"}))
+        prepare_dataset(
+            warehouse, PrepareOptions(dataset="ml-1m", raw=raw, files={role: "odd.xyz"})
+        )

@@ -182,6 +182,6 @@ def _database(stage: Path) -> Iterator[duckdb.DuckDBPyConnection]:
             reason = str(error).splitlines()[0][:160]
             raise UserError(
                 f"no room for preparing in {MEMORY_LIMIT} of memory and on the disk of"
-                f" {stage.parent} ({reason}); free disk space or give another --warehouse; the earlier tables are"
-                " unchanged"
+                f" {stage.parent} ({reason}); free disk space or give another --warehouse; the"
+                " earlier tables are unchanged"
             ) from None

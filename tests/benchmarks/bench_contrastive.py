@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from trainer.losses.clip import in_batch_symmetric
-from trainer.losses.in_batch import in_batch
+from trainer.losses.in_batch import Columns, ExcludedLabels, in_batch
 
 SCALE = 20.0
 ROWS = 256
@@ -63,10 +63,8 @@ def filtered(x_BD: Tensor, y_BD: Tensor) -> None:
         y_BD,
         torch.arange(B),
         scale=SCALE,
-        label_C=label_B,
-        own_UJ=own_UJ,
-        owner_M=owner_B,
-        correction_C=torch.rand(B, generator=generator).log(),
+        columns=Columns(label_C=label_B, correction_C=torch.rand(B, generator=generator).log()),
+        excluded=ExcludedLabels(own_UJ=own_UJ, owner_M=owner_B),
     ).backward()
 
 

@@ -1,11 +1,12 @@
-"""The in-batch contrastive operator: a softmax over what a batch holds, without its B x B matrix.
+"""The in-batch contrastive loss: a softmax over the columns of a batch, in blocks of rows.
 
-Rows are worked off in blocks whose scores live in one buffer. Positives are scored apart from the
-products, in full precision: their gradient is minus the share of the negatives, so nothing cancels
-where the model is sure. No sum is left to the order of threads.
+The B x B matrix of scores is never held: each block of rows has its scores in one buffer, and its
+gradient is computed while they are there. Scores of positives are computed in full precision apart
+from the matrix products, and their gradient is minus the share of the negatives, so no digits
+cancel where the model is confident. No sum depends on the order of threads.
 
-Legend: M rows (queries), C columns (keys), D width, P positives of a row, U owners, J labels that
-an owner has, R rows of a block.
+Legend: M rows (queries), C columns (keys), D width, P positives of a row, U owners (users), J
+labels of an owner, R rows of a block.
 """
 
 from dataclasses import dataclass
@@ -16,7 +17,38 @@ from torch import Tensor
 from torch.nn import functional
 
 from trainer.data.batches import Batch
-from trainer.losses.chunked_scores import Scores, add_product, as_kind, product_dtype, times, top
+from trainer.losses.chunked_scores import (
+    ScoreBlocks,
+    accumulate_dtype,
+    add_matmul_,
+    cast_gradient,
+    finite_max,
+    matmul_dtype,
+    scale_gradients,
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Columns:
+    """Properties of the columns of an in-batch softmax."""
+
+    label_C: Tensor | None = None
+    """(C,) int64, at least 0: the item, or other label, of each column."""
+    correction_C: Tensor | None = None
+    """(C,) subtracted from scores: the log of the probability that the column is in a batch."""
+    count_C: Tensor | None = None
+    """(C,) the number of negatives that a column counts as: duplicates are held once. A column of
+    count 0 is no negative."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExcludedLabels:
+    """Labels whose columns are not negatives, for instance the items of a user's history."""
+
+    own_UJ: Tensor
+    """(U, J) int64, the labels of each owner, padded with -1."""
+    owner_M: Tensor | None = None
+    """(M,) int64 in [0, U), the owner of each row; ``None``: row m has owner m."""
 
 
 def in_batch(
@@ -25,68 +57,63 @@ def in_batch(
     positive_MP: Tensor,
     *,
     scale: float = 1.0,
-    label_C: Tensor | None = None,
-    own_UJ: Tensor | None = None,
-    owner_M: Tensor | None = None,
-    correction_C: Tensor | None = None,
-    count_C: Tensor | None = None,
+    columns: Columns = Columns(),
+    excluded: ExcludedLabels | None = None,
     counted: int | None = None,
 ) -> Tensor:
-    """The mean over rows of -log( sum of positives / (sum of positives + sum of negatives) ).
+    """Return the mean over rows of -log(positives / (positives + negatives)).
 
-    With s_mc = scale q_m . k_c - correction_c, row m gives
+    With s_mc = scale q_m . k_c - correction_c, the loss of row m is
     -log( sum_{p in P(m)} e^s_mp / (sum_{p in P(m)} e^s_mp + sum_{c in N(m)} count_c e^s_mc) ).
-    N(m) is every column that is no positive of the row and whose label is not the row's own. Both
-    sums run over a row's positives as they are listed: one that is listed twice counts twice.
+    N(m) holds every column that is no positive of the row and whose label is not excluded. A
+    positive that is listed twice counts twice.
 
     Args:
-        query_MD: (M, D). float64 is computed in float64, all else in float32; bfloat16, or float32
-            under autocast, has its matrix products in bfloat16.
+        query_MD: (M, D). float64 is computed in float64, other dtypes in float32; the matrix
+            products of bfloat16, or of float32 under autocast, are computed in bfloat16.
         key_CD: (C, D), same dtype.
-        positive_MP: (M,) or (M, P) int64, columns; -1 behind a row's first: there is none.
+        positive_MP: (M,) or (M, P) int64, columns. The padding value -1 marks missing positives;
+            the first positive is always valid.
         scale: Factor on inner products: 1 / temperature.
-        label_C: (C,) int64, at least 0: what each column is, for instance its item.
-        own_UJ: (U, J) int64, labels that are no negatives of the rows of an owner, -1 where there
-            are fewer. Without it a row's own are the labels of its positives.
-        owner_M: (M,) int64, the row of ``own_UJ`` that each query goes by; ``None``: its number.
-        correction_C: (C,) what is subtracted from scores: the log of a column's chance to be there.
-        count_C: (C,) as how many negatives a column counts: duplicates held once; 0: it is none.
-        counted: How many of the listed positives, from the first, stand in the denominator;
-            ``None``: all. With fewer the loss can be negative.
+        columns: Labels, counts and corrections of the columns.
+        excluded: The labels that are no negatives of a row; ``None``: those of its positives. Only
+            read where ``columns`` have labels.
+        counted: Number of positives, from the first, in the denominator; ``None``: all. With fewer
+            than all, the loss can be negative.
 
     Returns:
-        A scalar, float32 or float64; zero rows give zero.
+        A scalar, float32 or float64; 0 without rows.
     """
     if positive_MP.dim() == 1:
         positive_MP = positive_MP[:, None]
-    # What is not there is the first once more, and counts for nothing.
-    there_MP = positive_MP >= 0
-    positive_MP = torch.where(there_MP, positive_MP, positive_MP[:, :1])
-    wide = torch.float64 if query_MD.dtype == torch.float64 else torch.float32
-    offset_C = None if correction_C is None else -correction_C.to(wide)
-    negative_C = offset_C
-    if count_C is not None:
-        log_C = count_C.to(wide).log()
-        negative_C = log_C if offset_C is None else offset_C + log_C
-    own = None
-    if label_C is not None:
-        if own_UJ is None:
-            own_UJ = label_C[positive_MP]
-        if owner_M is None:
-            owner_M = torch.arange(len(query_MD), device=query_MD.device)
-        own = _Own(*label_C.sort(stable=True), own_UJ, owner_M)
-    rows = _Rows(positive_MP, there_MP, offset_C, negative_C, own, scale, counted)
-    narrow = product_dtype(query_MD)
+    exists_MP = positive_MP >= 0
+    positive_MP = torch.where(exists_MP, positive_MP, positive_MP[:, :1])
+    dtype = accumulate_dtype(query_MD)
+    offset_C = None if columns.correction_C is None else -columns.correction_C.to(dtype)
+    negative_offset_C = offset_C
+    if columns.count_C is not None:
+        log_count_C = columns.count_C.to(dtype).log()
+        negative_offset_C = log_count_C if offset_C is None else offset_C + log_count_C
+    softmax = _InBatchSoftmax(
+        positive_MP=positive_MP,
+        exists_MP=exists_MP,
+        offset_C=offset_C,
+        negative_offset_C=negative_offset_C,
+        excluded=_excluded_columns(columns.label_C, positive_MP, excluded),
+        scale=scale,
+        counted=counted,
+    )
+    product_dtype = matmul_dtype(query_MD)  # of autocast, which is off inside
     with torch.autocast(query_MD.device.type, enabled=False):
-        loss: Tensor = _InBatch.apply(query_MD, key_CD, rows, wide, narrow)
+        loss: Tensor = _InBatch.apply(query_MD, key_CD, softmax, product_dtype)
     return loss
 
 
 def own_items(batch: Batch) -> Tensor:
-    """The training items of each row's user, as :func:`in_batch` takes them.
+    """Return the training items of each row's user, as ``ExcludedLabels.own_UJ`` takes them.
 
     Returns:
-        (B, J) int64, ascending; -1 behind a user's last.
+        (B, J) int64, ascending, padded with -1.
     """
     keys_J, items = batch.train.keys_J, len(batch.train.counts_N)
     starts_B = torch.searchsorted(keys_J, batch.users_B * items)
@@ -97,122 +124,160 @@ def own_items(batch: Batch) -> Tensor:
 
 
 def log_popularity(counts_N: Tensor) -> Tensor:
-    """The log of each item's share of the training interactions: (N,) float32.
+    """Return the log of each item's share of the training interactions: (N,) float32.
 
-    An item without any has no share; it is taken for one with half an interaction.
+    An item without training interactions counts as one with half an interaction.
     """
     return (counts_N.clamp_min(0.5) / counts_N.sum().clamp_min(1)).log()
 
 
 @dataclass(frozen=True, slots=True)
-class _Own:
-    """Which columns are no negatives of a row: those whose label its owner has."""
+class _ExcludedColumns:
+    """The columns whose label the owner of a row has."""
 
-    labels_C: Tensor
-    """Ascending."""
+    label_C: Tensor
+    """Labels of the columns, ascending."""
     order_C: Tensor
+    """The column of each of these labels."""
     own_UJ: Tensor
     owner_M: Tensor
 
-    def mask(self, begin: int, end: int) -> Tensor:
-        """(R, C) bool of the rows from ``begin`` to ``end``."""
-        owner_V, row_R = self.owner_M[begin:end].unique(return_inverse=True)
+    def mask(self, rows: slice) -> Tensor:
+        """Return (R, C) bool, true where a column is excluded."""
+        owner_V, row_R = self.owner_M[rows].unique(return_inverse=True)
         own_VJ = self.own_UJ[owner_V]
-        first_VJ = torch.searchsorted(self.labels_C, own_VJ)
-        counts_VJ = torch.searchsorted(self.labels_C, own_VJ, right=True) - first_VJ
-        # Each label of an owner is a run of the sorted columns: list all of all runs.
+        first_VJ = torch.searchsorted(self.label_C, own_VJ)
+        counts_VJ = torch.searchsorted(self.label_C, own_VJ, right=True) - first_VJ
+        # The columns of one label are a run of the sorted columns; list the columns of all runs.
         counts = counts_VJ.flatten()
-        runs = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
-        within = torch.arange(len(runs), device=counts.device) - (counts.cumsum(0) - counts)[runs]
-        column = self.order_C[first_VJ.flatten()[runs] + within]
-        C = len(self.labels_C)
+        run = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
+        within = torch.arange(len(run), device=counts.device) - (counts.cumsum(0) - counts)[run]
+        column = self.order_C[first_VJ.flatten()[run] + within]
+        C = len(self.label_C)
         mask_VC = torch.zeros(len(owner_V), C, dtype=torch.bool, device=counts.device)
-        mask_VC.view(-1).index_fill_(0, runs // own_VJ.shape[1] * C + column, True)
+        mask_VC.view(-1).index_fill_(0, run // own_VJ.shape[1] * C + column, True)
         return mask_VC[row_R]
 
 
-@dataclass(frozen=True, slots=True)
-class _Rows:
-    """What the operator needs beside the vectors."""
+def _excluded_columns(
+    label_C: Tensor | None, positive_MP: Tensor, excluded: ExcludedLabels | None
+) -> _ExcludedColumns | None:
+    if label_C is None:
+        return None
+    if excluded is None:
+        excluded = ExcludedLabels(own_UJ=label_C[positive_MP])
+    owner_M = excluded.owner_M
+    if owner_M is None:
+        owner_M = torch.arange(len(positive_MP), device=positive_MP.device)
+    return _ExcludedColumns(*label_C.sort(stable=True), excluded.own_UJ, owner_M)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _InBatchSoftmax:
+    """The terms of each row's softmax, apart from the vectors."""
 
     positive_MP: Tensor
-    there_MP: Tensor
+    exists_MP: Tensor
     offset_C: Tensor | None
-    negative_C: Tensor | None
-    own: _Own | None
+    negative_offset_C: Tensor | None
+    excluded: _ExcludedColumns | None
     scale: float
     counted: int | None
 
+    def positive_scores(self, rows: slice, query_RD: Tensor, key_RPD: Tensor) -> Tensor:
+        """Return (R, P) scores of the positives; -inf where there is none."""
+        score_RP = torch.einsum("rd,rpd->rp", query_RD, key_RPD)
+        if self.offset_C is not None:
+            score_RP += self.offset_C[self.positive_MP[rows]]
+        return score_RP.masked_fill_(~self.exists_MP[rows], -torch.inf)
+
+    def negative_weights(
+        self, rows: slice, query_RD: Tensor, blocks: ScoreBlocks
+    ) -> tuple[Tensor, Tensor]:
+        """Return (R, C) weights e^(s - top) of the negatives, 0 elsewhere, and (R, 1) ``top``."""
+        score_RC = blocks.scores(query_RD)
+        if self.excluded is not None:
+            score_RC.masked_fill_(self.excluded.mask(rows), -torch.inf)
+        score_RC.scatter_(1, self.positive_MP[rows], -torch.inf)
+        top_R1 = finite_max(score_RC, 1)
+        return score_RC.sub_(top_R1).exp_(), top_R1
+
+    def loss(self, score_RP: Tensor, negative_R1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the loss of a block of rows.
+
+        Args:
+            score_RP: Scores of the positives.
+            negative_R1: Log of the sum over the negatives.
+
+        Returns:
+            The sum over the rows, (R, 1) the log of the denominators, and (R, P) the gradient with
+            respect to the scores of the positives.
+        """
+        positive_R1 = score_RP.logsumexp(1, keepdim=True)
+        if self.counted is None:
+            denominator_R1 = torch.logaddexp(negative_R1, positive_R1)
+            loss = functional.softplus(negative_R1 - positive_R1).sum()
+            grad_RP = -(score_RP - positive_R1 + negative_R1 - denominator_R1).exp()
+            return loss, denominator_R1, grad_RP
+        counted_RP = score_RP[:, : self.counted]
+        denominator_R1 = torch.logaddexp(negative_R1, counted_RP.logsumexp(1, keepdim=True))
+        loss = (denominator_R1 - positive_R1).sum()
+        grad_RP = -(score_RP - positive_R1).exp()
+        grad_RP[:, : self.counted] += (counted_RP - denominator_R1).exp()
+        return loss, denominator_R1, grad_RP
+
 
 class _InBatch(torch.autograd.Function):
-    """The gradient is formed while a block's scores are at hand; three matrix products in all."""
+    """Compute loss and gradients block by block, with three matrix products in all."""
 
     @staticmethod
     def forward(
         ctx: Any,
         query_MD: Tensor,
         key_CD: Tensor,
-        rows: _Rows,
-        wide: torch.dtype,
-        narrow: torch.dtype,
+        softmax: _InBatchSoftmax,
+        product_dtype: torch.dtype,
     ) -> Tensor:
-        M, C, P = len(query_MD), len(key_CD), rows.positive_MP.shape[1]
+        M, P = softmax.positive_MP.shape
+        dtype = accumulate_dtype(query_MD)
         need_query, need_key = ctx.needs_input_grad[:2]
-        grad_query_MD = query_MD.new_empty(query_MD.shape, dtype=wide) if need_query else None
-        grad_key_CD = key_CD.new_zeros(key_CD.shape, dtype=wide) if need_key else None
-        grad_MP = query_MD.new_empty((M, P), dtype=wide)
-        share = rows.scale / max(1, M)
-        scores = Scores(key_CD.to(narrow), rows.negative_C, wide, M)
-        loss = query_MD.new_zeros((), dtype=wide)
-        for begin in range(0, M, scores.size):
-            end = min(M, begin + scores.size)
-            query_RD = query_MD[begin:end].to(wide) * rows.scale
-            positive_RP = rows.positive_MP[begin:end]
-            held_RPD = key_CD[positive_RP].to(wide)
-            score_RP = torch.einsum("rd,rpd->rp", query_RD, held_RPD)
-            if rows.offset_C is not None:
-                score_RP += rows.offset_C[positive_RP]
-            score_RP.masked_fill_(~rows.there_MP[begin:end], -torch.inf)
-
-            score_RC = scores.block(query_RD)
-            if rows.own is not None:
-                score_RC.masked_fill_(rows.own.mask(begin, end), -torch.inf)
-            score_RC.scatter_(1, positive_RP, -torch.inf)
-            top_R1 = top(score_RC, 1)
-            weight_RC = score_RC.sub_(top_R1).exp_()
+        grad_query_MD = query_MD.new_empty(query_MD.shape, dtype=dtype) if need_query else None
+        grad_key_CD = key_CD.new_zeros(key_CD.shape, dtype=dtype) if need_key else None
+        grad_MP = query_MD.new_empty((M, P), dtype=dtype)
+        scale_of_mean = softmax.scale / max(1, M)
+        blocks = ScoreBlocks(key_CD.to(product_dtype), softmax.negative_offset_C, dtype, M)
+        loss = query_MD.new_zeros((), dtype=dtype)
+        for rows in blocks.slices():
+            query_RD = query_MD[rows].to(dtype) * softmax.scale
+            key_RPD = key_CD[softmax.positive_MP[rows]].to(dtype)
+            score_RP = softmax.positive_scores(rows, query_RD, key_RPD)
+            weight_RC, top_R1 = softmax.negative_weights(rows, query_RD, blocks)
             negative_R1 = weight_RC.sum(1, keepdim=True).log_() + top_R1
-            numerator_R1 = score_RP.logsumexp(1, keepdim=True)
-            if rows.counted is None:
-                denominator_R1 = torch.logaddexp(negative_R1, numerator_R1)
-                loss += functional.softplus(negative_R1 - numerator_R1).sum()
-                pull_RP = -(score_RP - numerator_R1 + negative_R1 - denominator_R1).exp()
-            else:
-                inside_RP = score_RP[:, : rows.counted]
-                denominator_R1 = torch.logaddexp(negative_R1, inside_RP.logsumexp(1, keepdim=True))
-                loss += (denominator_R1 - numerator_R1).sum()
-                pull_RP = -(score_RP - numerator_R1).exp()
-                pull_RP[:, : rows.counted] += (inside_RP - denominator_R1).exp()
-            grad_MP[begin:end] = pull_RP
+            block_loss, denominator_R1, grad_RP = softmax.loss(score_RP, negative_R1)
+            loss += block_loss
+            grad_MP[rows] = grad_RP
             if not (need_query or need_key):
                 continue
-            push_R1 = (top_R1 - denominator_R1).exp()
-            weight_RC = weight_RC.to(narrow)
+            factor_R1 = (top_R1 - denominator_R1).exp()  # turns a weight into a probability
+            weight_RC = weight_RC.to(product_dtype)
             if grad_query_MD is not None:
-                found_RD = (weight_RC @ scores.key_CD).to(wide).mul_(push_R1)
-                found_RD += torch.einsum("rp,rpd->rd", pull_RP, held_RPD)
-                grad_query_MD[begin:end] = found_RD.mul_(share)
+                grad_RD = (weight_RC @ blocks.key_CD).to(dtype).mul_(factor_R1)
+                grad_RD += torch.einsum("rp,rpd->rd", grad_RP, key_RPD)
+                grad_query_MD[rows] = grad_RD.mul_(scale_of_mean)
             if grad_key_CD is not None:
-                pushed_RD = query_RD.mul_(push_R1 / max(1, M))
-                add_product(grad_key_CD, weight_RC.T, pushed_RD, narrow)
+                scaled_RD = query_RD.mul_(factor_R1 / max(1, M))
+                add_matmul_(grad_key_CD, weight_RC.T, scaled_RD, product_dtype)
         if grad_key_CD is not None:
             for p in range(P):
-                pulled_MD = grad_MP[:, p, None] * query_MD * share
+                scaled_MD = grad_MP[:, p, None] * query_MD * scale_of_mean
                 grad_key_CD += torch.ops.aten.embedding_dense_backward(
-                    pulled_MD.to(wide), rows.positive_MP[:, p], C, -1, False
+                    scaled_MD.to(dtype), softmax.positive_MP[:, p], len(key_CD), -1, False
                 )
-        ctx.save_for_backward(as_kind(grad_query_MD, query_MD), as_kind(grad_key_CD, key_CD))
+        ctx.save_for_backward(
+            cast_gradient(grad_query_MD, query_MD), cast_gradient(grad_key_CD, key_CD)
+        )
         return loss / max(1, M)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return *times(ctx.saved_tensors, grad), None, None, None
+        return *scale_gradients(ctx.saved_tensors, grad), None, None

@@ -1,12 +1,11 @@
 """The objectives of PMMRec (Li et al., arXiv:2312.09602), as plain functions.
 
-Items of a batch are held once, with the number of slots in which each stands: as a negative an item
-counts that often, as in a softmax over slots, which the equations write. What is no negative of
-a position is what its user has interacted with (the paper: "all the items in the batch except the
-interacted items of the current user").
+Each item of a batch is held once, with the number of slots that contain it. It counts as that many
+negatives, so the softmax equals that over slots, which is in the equations. The negatives of a
+position are "all the items in the batch except the interacted items of the current user".
 
-Where several processes train together, columns are those of all of them, and every mean is the
-share of the mean over all rows, see :mod:`trainer.distributed`.
+In several processes, the columns are those of all processes, and every mean is the process's share
+of the mean over all rows, see :mod:`trainer.distributed`.
 
 Legend: B sequences, L slots, K distinct items of the batch, C those of all processes' batches,
 M positions that have a next item, U users, J items of a user, D width.
@@ -20,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from trainer.distributed import gather_ids, gather_rows, rank_offset, scale_to_global_mean
-from trainer.losses.in_batch import in_batch
+from trainer.losses.in_batch import Columns, ExcludedLabels, in_batch
 
 ALIGNMENTS = ("vcl", "icl", "ncl", "nicl")
 UNCHANGED, SHUFFLED, REPLACED = range(3)
@@ -28,20 +27,20 @@ UNCHANGED, SHUFFLED, REPLACED = range(3)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Positions:
-    """The positions of a batch that predict, and what may be a negative of each."""
+    """The positions of a batch that predict their next item, and the columns of the softmax."""
 
     item_C: Tensor
     """(C,) int64, the ids of the items."""
     count_C: Tensor
-    """(C,) in how many slots each stands."""
+    """(C,) the number of slots that contain each item."""
     anchor_M: Tensor
     """(M,) int64 in [0, C), the item at each position."""
     next_M: Tensor
     """(M,) int64 in [0, C), the item after it."""
     own_UJ: Tensor
-    """(U, J) int64, ids of the items of each user, padded with -1."""
+    """(U, J) int64, ids of the training items of each user, padded with -1."""
     owner_M: Tensor
-    """(M,) int64 in [0, U), whose position it is."""
+    """(M,) int64 in [0, U), the user of each position."""
 
 
 def dap(
@@ -52,26 +51,23 @@ def dap(
     scale: float = 1.0,
     log_popularity_C: Tensor | None = None,
 ) -> Tensor:
-    """Dense auto-regressive prediction, Eq. 5: the next item of each position among the batch's.
+    """Return the loss of dense auto-regressive prediction, Eq. 5, among the items of the batch.
 
     Args:
         query_MD: (M, D) states of the user encoder.
         item_CD: (C, D) item vectors.
-        at: Which positions these are.
+        at: The positions.
         scale: Factor on inner products; the equation has none.
-        log_popularity_C: (C,) subtracted from scores, because popular items are drawn oftener: in
-            the released code, not in the equation.
+        log_popularity_C: (C,) subtracted from scores, because popular items are drawn more often.
+            Part of the released code, not of the equation.
     """
     loss = in_batch(
         query_MD,
         item_CD,
         at.next_M,
         scale=scale,
-        label_C=at.item_C,
-        own_UJ=at.own_UJ,
-        owner_M=at.owner_M,
-        correction_C=log_popularity_C,
-        count_C=at.count_C,
+        columns=Columns(label_C=at.item_C, correction_C=log_popularity_C, count_C=at.count_C),
+        excluded=ExcludedLabels(own_UJ=at.own_UJ, owner_M=at.owner_M),
     )
     return scale_to_global_mean(loss, query_MD)
 
@@ -84,9 +80,10 @@ def align(
     scale: float,
     literal: bool = False,
 ) -> Tensor:
-    """Contrast modalities of the same and of the next item, Eq. 6 to 9.
+    """Return the contrastive loss of the modalities of the same and of the next item, Eq. 6 to 9.
 
-    For the anchor t_l, with d(a, b) = exp(scale cos(a, b)), positives over positives and negatives:
+    For the anchor t_l, with d(a, b) = exp(scale cos(a, b)), each kind has these positives and
+    negatives:
 
     ========  ===========================================  =====================================
     ``vcl``   d(t_l, v_l)                                  negatives in v
@@ -95,49 +92,70 @@ def align(
     ``nicl``  d(t_l, v_l) + d(t_l, v_l+1) + d(t_l, t_l+1)  negatives in v and t
     ========  ===========================================  =====================================
 
-    and likewise for v_l; the mean over both (over all ordered pairs, of more than two modalities).
-    A position whose item lacks one of a pair of modalities is no anchor for that pair. (What
-    Table VIII calls NCL lacks, by its text, the next item's positives: that is ``icl``.)
+    The loss is the mean over the anchors t_l and v_l (over all ordered pairs of more than two
+    modalities). A position whose item lacks a modality of a pair is no anchor for that pair. (By
+    its text, the NCL of Table VIII lacks the positives of the next item: that is ``icl``.)
 
     Args:
         kind: One of ``ALIGNMENTS``.
-        modalities: For each, (C, D) vectors of the batch's items, and (C,) bool which have it.
+        modalities: For each modality, (C, D) vectors of the items, and (C,) bool, true where an
+            item has the modality.
         at: The positions that are anchors.
         scale: 1 / temperature; the equations have 1.
-        literal: The denominator of Eq. 8 to the letter, which lacks the positives of the next
-            item: the loss can become negative. Otherwise all positives stand in it.
+        literal: Use the literal denominator of Eq. 8, which lacks the positives of the next item,
+            so the loss can be negative. Otherwise the denominator contains all positives.
 
     Returns:
         A scalar; zero where no item has two modalities.
     """
     assert kind in ALIGNMENTS
-    intra, following = kind in ("icl", "nicl"), kind in ("ncl", "nicl")
-    units = [functional.normalize(x_CD, dim=-1) for x_CD, _ in modalities]
-    held = [there_C for _, there_C in modalities]
-    C, losses = len(at.item_C), []
-    for a, b in ((a, b) for a in range(len(units)) for b in range(len(units)) if a != b):
-        chosen_M = (held[a] & held[b])[at.anchor_M]
-        anchor_M, next_M = at.anchor_M[chosen_M], at.next_M[chosen_M]
-        positives, keys, counts = [anchor_M], [units[b]], [at.count_C * held[b]]
-        if following:
-            positives.append(torch.where(held[b][next_M], next_M, -1))
-            positives.append(torch.where(held[a][next_M], C + next_M, -1))
-        if intra or following:
-            keys.append(units[a])
-            counts.append(at.count_C * held[a] * intra)
-        loss = in_batch(
-            functional.embedding(anchor_M, units[a]),
-            torch.cat(keys),
-            torch.stack(positives, dim=1),
-            scale=scale,
-            label_C=at.item_C.repeat(len(keys)),
-            own_UJ=at.own_UJ,
-            owner_M=at.owner_M[chosen_M],
-            count_C=torch.cat(counts),
-            counted=1 if literal else None,
-        )
-        losses.append(scale_to_global_mean(loss, anchor_M))
+    sides = [
+        _Side(unit_CD=functional.normalize(x_CD, dim=-1), present_C=present_C)
+        for x_CD, present_C in modalities
+    ]
+    losses = [
+        _align_pair(kind, sides[a], sides[b], at, scale=scale, literal=literal)
+        for a in range(len(sides))
+        for b in range(len(sides))
+        if a != b
+    ]
     return torch.stack(losses).mean()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Side:
+    """One modality of the batch's items."""
+
+    unit_CD: Tensor
+    """Vectors of length 1."""
+    present_C: Tensor
+    """(C,) bool, which items have the modality."""
+
+
+def _align_pair(
+    kind: str, a: _Side, b: _Side, at: Positions, *, scale: float, literal: bool
+) -> Tensor:
+    """Return the loss of the anchors in modality a against modality b, see :func:`align`."""
+    with_a, with_next = kind in ("icl", "nicl"), kind in ("ncl", "nicl")
+    chosen_M = (a.present_C & b.present_C)[at.anchor_M]
+    anchor_M, next_M = at.anchor_M[chosen_M], at.next_M[chosen_M]
+    positives, keys, counts = [anchor_M], [b.unit_CD], [at.count_C * b.present_C]
+    if with_next:
+        positives.append(torch.where(b.present_C[next_M], next_M, -1))
+        positives.append(torch.where(a.present_C[next_M], len(at.item_C) + next_M, -1))
+    if with_a or with_next:
+        keys.append(a.unit_CD)
+        counts.append(at.count_C * a.present_C * with_a)
+    loss = in_batch(
+        functional.embedding(anchor_M, a.unit_CD),
+        torch.cat(keys),
+        torch.stack(positives, dim=1),
+        scale=scale,
+        columns=Columns(label_C=at.item_C.repeat(len(keys)), count_C=torch.cat(counts)),
+        excluded=ExcludedLabels(own_UJ=at.own_UJ, owner_M=at.owner_M[chosen_M]),
+        counted=1 if literal else None,
+    )
+    return scale_to_global_mean(loss, anchor_M)
 
 
 def corrupt(
@@ -148,22 +166,22 @@ def corrupt(
     shuffle: float = 0.15,
     replace: float = 0.05,
 ) -> tuple[Tensor, Tensor]:
-    """Disturb sequences: some items change places, others become random items of the batch.
+    """Corrupt sequences: some items change places, others are replaced by items of the batch.
 
-    The shuffled items of a sequence rotate in a random order, so that each leaves its place. Shares
-    of a length that are no whole number are rounded up or down at random, in the mean to nothing;
-    a single item cannot be shuffled, so one is two or none. What a slot holds is what counts: where
-    the same item comes to stand again, the slot is unchanged.
+    The shuffled items of a sequence rotate in a random order, so that each leaves its place. The
+    number of shuffled or replaced items is rounded up or down at random, so that its expectation is
+    exact. A single item cannot be shuffled: in place of one item, two or none are. A slot that
+    receives the item that it had is unchanged.
 
     Args:
         item_BL: (B, L) int64.
         lengths_B: (B,) int64, at least 1.
         generator: On the CPU.
-        shuffle: Share of a sequence's items that change places.
-        replace: Share of the others that are replaced; a random slot of the batch gives the item.
+        shuffle: Share of the items of a sequence that change places.
+        replace: Share of the items that are replaced by the item of a random slot of the batch.
 
     Returns:
-        (B, L) the disturbed items and (B, L) ``UNCHANGED``, ``SHUFFLED`` or ``REPLACED``.
+        (B, L) the corrupted items and (B, L) ``UNCHANGED``, ``SHUFFLED`` or ``REPLACED``.
     """
     B, L = item_BL.shape
     device = item_BL.device
@@ -176,7 +194,7 @@ def corrupt(
     moved_B = torch.where(moved_B == 1, 2 * (chance_B3[:, 1] < 0.5).long(), moved_B)
     moved_B = torch.where(lengths_B == 1, 0, moved_B.minimum(lengths_B))
     new_B = (replace * lengths_B + chance_B3[:, 2]).floor().long()
-    # A random order of each sequence's slots: the first ones move, the ones behind are replaced.
+    # A random order of the slots of each sequence: the first ones move, the next are replaced.
     order_BL = noise_BL.masked_fill(~valid_BL, 2.0).argsort(dim=1, stable=True)
     moves_BL = column_L < moved_B[:, None]
     replaced_BL = ~moves_BL & (column_L < (moved_B + new_B).minimum(lengths_B)[:, None])
@@ -184,33 +202,33 @@ def corrupt(
     source_BL = torch.where(moves_BL, order_BL.gather(1, after_BL), order_BL)
     flat = item_BL[valid_BL]
     drawn_BL = flat[(any_BL * len(flat)).long().clamp_max(len(flat) - 1)]
-    found_BL = torch.where(replaced_BL, drawn_BL, item_BL.gather(1, source_BL))
-    changed_BL = torch.empty_like(item_BL).scatter_(1, order_BL, found_BL)
+    value_BL = torch.where(replaced_BL, drawn_BL, item_BL.gather(1, source_BL))
+    changed_BL = torch.empty_like(item_BL).scatter_(1, order_BL, value_BL)
     fate_BL = torch.empty_like(item_BL).scatter_(1, order_BL, 1 + replaced_BL.long())
     return changed_BL, torch.where(changed_BL == item_BL, UNCHANGED, fate_BL)
 
 
 def nid(logits_M3: Tensor, fate_M: Tensor, *, relu: bool = False) -> Tensor:
-    """Noised item detection, Eq. 10: is an item unchanged, shuffled or replaced?
+    """Return the noised item detection loss, Eq. 10: classify items as :func:`corrupt` left them.
 
-    The equation takes the log of ReLU'd logits, which is -inf where one is clipped, and has no
-    softmax; with one it is this cross-entropy.
+    The equation takes the log of rectified logits without a softmax, which is -inf where a logit is
+    clipped. With a softmax it is this cross-entropy.
 
     Args:
-        logits_M3: (M, 3) of each slot of the disturbed sequences.
-        fate_M: (M,) int64, what :func:`corrupt` did to it.
-        relu: Clip the logits before the softmax: as near to the equation as can be trained.
+        logits_M3: (M, 3) logits of each slot of the corrupted sequences.
+        fate_M: (M,) int64, ``UNCHANGED``, ``SHUFFLED`` or ``REPLACED``.
+        relu: Clip the logits at 0 before the softmax: the nearest trainable form of the equation.
     """
     loss = functional.cross_entropy(logits_M3.relu() if relu else logits_M3, fate_M)
     return scale_to_global_mean(loss, logits_M3)
 
 
 def rcl(clean_BD: Tensor, noisy_BD: Tensor, user_B: Tensor, *, scale: float) -> Tensor:
-    """Robustness-aware contrastive learning, Eq. 11: a sequence and its disturbed self.
+    """Return the robustness-aware contrastive loss, Eq. 11, of sequences and corrupted sequences.
 
     Args:
         clean_BD: (B, D) pooled states of the sequences.
-        noisy_BD: (B, D) of the disturbed ones.
+        noisy_BD: (B, D) pooled states of the corrupted sequences.
         user_B: (B,) int64, at least 0: sequences of the same user are no negatives of each other.
         scale: Factor on inner products; the equation has 1.
     """
@@ -220,18 +238,18 @@ def rcl(clean_BD: Tensor, noisy_BD: Tensor, user_B: Tensor, *, scale: float) -> 
         gather_rows(noisy_BD),
         torch.arange(begin, begin + len(user_B), device=user_B.device),
         scale=scale,
-        label_C=gather_ids(user_B),
+        columns=Columns(label_C=gather_ids(user_B)),
     )
     return scale_to_global_mean(loss, user_B)
 
 
 def pool(state_BLD: Tensor, lengths_B: Tensor, how: str) -> Tensor:
-    """One vector of each sequence, which Eq. 11 leaves open: (B, D).
+    """Return one vector for each sequence (B, D); Eq. 11 does not define it.
 
     Args:
-        state_BLD: States; those beyond a sequence's end are finite and count for nothing.
+        state_BLD: States; those of padding are finite and have weight 0.
         lengths_B: (B,) at least 1.
-        how: ``mean`` over a sequence's slots, or the ``last`` one.
+        how: ``mean`` over the slots of a sequence, or the state of its ``last`` slot.
     """
     column_L = torch.arange(state_BLD.shape[1], device=state_BLD.device)
     if how == "last":
@@ -242,5 +260,5 @@ def pool(state_BLD: Tensor, lengths_B: Tensor, how: str) -> Tensor:
 
 
 def total(losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The plain sum of the objectives, Eq. 12, as ``loss`` beside each of them."""
+    """Return the objectives, and their sum under the name ``loss`` (Eq. 12)."""
     return {"loss": torch.stack(list(losses.values())).sum(), **losses}

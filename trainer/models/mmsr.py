@@ -32,7 +32,13 @@ from trainer.data.windows import WindowSampling
 from trainer.distributed import gather_ids, gather_rows, rank_offset, scale_to_global_mean
 from trainer.finetune.upper_blocks import item_tokens
 from trainer.losses.bce import sampled_bce
-from trainer.losses.in_batch import in_batch, log_popularity, own_items
+from trainer.losses.in_batch import (
+    Columns,
+    ExcludedLabels,
+    in_batch,
+    log_popularity,
+    own_items,
+)
 from trainer.losses.softmax import full_softmax
 from trainer.models.base import Catalogue, Recommender
 from trainer.modules.fusion import FUSIONS, FusionConfig
@@ -228,11 +234,12 @@ class IDSR(Recommender):
             gather_rows(item_KD),
             rank_offset(len(items_K), items_K.device) + target_M,
             scale=scale,
-            label_C=items_C,
-            own_UJ=own_items(batch),
-            owner_M=row_M,
-            correction_C=None if popularity_N is None else popularity_N[items_C],
-            count_C=gather_ids(counts_K),
+            columns=Columns(
+                label_C=items_C,
+                correction_C=None if popularity_N is None else popularity_N[items_C],
+                count_C=gather_ids(counts_K),
+            ),
+            excluded=ExcludedLabels(own_UJ=own_items(batch), owner_M=row_M),
         )
         return {"loss": scale_to_global_mean(loss, query_MD)}
 

@@ -28,7 +28,7 @@ from trainer.data.batches import ItemFeatures, Share
 from trainer.distributed import gather_ids, gather_rows, global_mean_rows, rank_offset, world_size
 from trainer.evaluation.cross_modal import Sides, recalls, retrieve
 from trainer.losses.clip import in_batch_symmetric
-from trainer.losses.in_batch import in_batch
+from trainer.losses.in_batch import Columns, in_batch
 from trainer.models.base import Recommender
 from trainer.tasks.next_item import Task, Validation
 
@@ -245,7 +245,7 @@ def contrast(x_MD: Tensor, y_MD: Tensor, scale: float, label_M: Tensor | None) -
     label_C = None if label_M is None else gather_ids(label_M)
     positive_M = torch.arange(begin, begin + rows, device=device)
     both = [
-        in_batch(query, gather_rows(key), positive_M, scale=scale, label_C=label_C)
+        in_batch(query, gather_rows(key), positive_M, scale=scale, columns=Columns(label_C=label_C))
         for query, key in ((x_MD, y_MD), (y_MD, x_MD))
     ]
     return (both[0] + both[1]) * (rows / mean)

@@ -14,7 +14,13 @@ from tests.trainer.losses import in_batch_reference as reference
 from trainer.data.batches import Sequences
 from trainer.losses import chunked_scores, clip
 from trainer.losses.clip import in_batch_symmetric
-from trainer.losses.in_batch import in_batch, log_popularity, own_items
+from trainer.losses.in_batch import (
+    Columns,
+    ExcludedLabels,
+    in_batch,
+    log_popularity,
+    own_items,
+)
 
 EXACT = {torch.float32: 1e-5, torch.float64: 1e-10}
 
@@ -87,11 +93,12 @@ def test_the_operator_equals_the_formula_in_float64(case: dict[str, Any]) -> Non
             mine[1],
             positive_MP,
             scale=case["scale"],
-            label_C=None if case["labels"] is None else torch.tensor(case["labels"]),
-            own_UJ=own_UJ,
-            owner_M=owners,
-            correction_C=correction,
-            count_C=None if case["counts"] is None else torch.tensor(case["counts"]),
+            columns=Columns(
+                label_C=None if case["labels"] is None else torch.tensor(case["labels"]),
+                correction_C=correction,
+                count_C=None if case["counts"] is None else torch.tensor(case["counts"]),
+            ),
+            excluded=None if own_UJ is None else ExcludedLabels(own_UJ=own_UJ, owner_M=owners),
             counted=case["counted"],
         )
     expected = reference.in_batch(
@@ -168,11 +175,16 @@ def test_by_hand() -> None:
     target = torch.tensor([1])
     torch.testing.assert_close(in_batch(one, key, target), torch.tensor(math.log(8 / 2)))
     torch.testing.assert_close(
-        in_batch(one, key, target, label_C=torch.tensor([4, 7, 7])), torch.tensor(math.log(3 / 2))
+        in_batch(one, key, target, columns=Columns(label_C=torch.tensor([4, 7, 7]))),
+        torch.tensor(math.log(3 / 2)),
     )
     torch.testing.assert_close(
         in_batch(
-            one, key, target, label_C=torch.tensor([0, 1, 2]), own_UJ=torch.tensor([[1, 0, -1]])
+            one,
+            key,
+            target,
+            columns=Columns(label_C=torch.tensor([0, 1, 2])),
+            excluded=ExcludedLabels(own_UJ=torch.tensor([[1, 0, -1]])),
         ),
         torch.tensor(math.log(7 / 2)),
     )
@@ -183,7 +195,7 @@ def test_by_hand() -> None:
         in_batch(one, key, torch.tensor([[1, 2]]), counted=1), torch.tensor(math.log(3 / 7))
     )
     torch.testing.assert_close(
-        in_batch(one, key, target, count_C=torch.tensor([1.0, 9.0, 2.0])),
+        in_batch(one, key, target, columns=Columns(count_C=torch.tensor([1.0, 9.0, 2.0]))),
         torch.tensor(math.log(13 / 2)),
     )
 
@@ -206,8 +218,10 @@ def test_the_sign_of_the_popularity_correction() -> None:
             query,
             key,
             torch.tensor([6]),
-            correction_C=torch.cat([sign * log_popularity(counts), torch.zeros(1)]),
-            count_C=torch.cat([torch.bincount(drawn, minlength=6), torch.ones(1)]),
+            columns=Columns(
+                correction_C=torch.cat([sign * log_popularity(counts), torch.zeros(1)]),
+                count_C=torch.cat([torch.bincount(drawn, minlength=6), torch.ones(1)]),
+            ),
         )
         p = counts / counts.sum()
         expected = ((query @ item.T)[0].exp() * p**power).sum()
@@ -218,7 +232,12 @@ def test_a_rare_negative_weighs_more_than_a_popular_one() -> None:
     one, key = torch.ones(1, 1), torch.zeros(2, 1)
     counts = torch.tensor([10, 1, 100])
     rare, popular = (
-        in_batch(one, key, torch.tensor([0]), correction_C=log_popularity(counts)[[0, other]])
+        in_batch(
+            one,
+            key,
+            torch.tensor([0]),
+            columns=Columns(correction_C=log_popularity(counts)[[0, other]]),
+        )
         for other in (1, 2)
     )
     # e^(-log p): 11.1 for the target, 111 for the rare and 1.11 for the popular one
@@ -229,7 +248,7 @@ def test_a_rare_negative_weighs_more_than_a_popular_one() -> None:
 
 def test_a_row_without_negatives_costs_nothing() -> None:
     query, key = leaves(torch.randn(2, 3), torch.randn(2, 3))
-    loss = in_batch(query, key, torch.tensor([0, 1]), label_C=torch.tensor([5, 5]))
+    loss = in_batch(query, key, torch.tensor([0, 1]), columns=Columns(label_C=torch.tensor([5, 5])))
     loss.backward()
     assert loss.item() == 0
     assert query.grad is not None
@@ -300,7 +319,7 @@ def test_the_same_bits_every_time() -> None:
 
     def gradients() -> list[Tensor]:
         one = leaves(query, key)
-        in_batch(one[0], one[1], target, label_C=torch.arange(500) % 90).backward()
+        in_batch(one[0], one[1], target, columns=Columns(label_C=torch.arange(500) % 90)).backward()
         two = leaves(query, query.flip(0))
         in_batch_symmetric(two[0], two[1], label_B=torch.arange(3000) // 2).backward()
         return [x.grad for x in (*one, *two) if x.grad is not None]
@@ -345,15 +364,16 @@ def test_all_scores_are_never_held_at_once(way: str, monkeypatch: pytest.MonkeyP
             elif way == "naive":
                 loss = functional.cross_entropy(query @ key.T, torch.arange(rows))
             else:
-                of_users = way == "own items"
+                of_users = ExcludedLabels(
+                    own_UJ=torch.arange(rows // 4 * 3).view(-1, 3), owner_M=torch.arange(rows) // 4
+                )
                 loss = in_batch(
                     query,
                     key,
                     torch.arange(rows),
                     scale=5.0,
-                    label_C=torch.arange(rows),
-                    own_UJ=torch.arange(rows // 4 * 3).view(-1, 3) if of_users else None,
-                    owner_M=torch.arange(rows) // 4 if of_users else None,
+                    columns=Columns(label_C=torch.arange(rows)),
+                    excluded=of_users if way == "own items" else None,
                 )
             loss.backward()
         most.append(largest.most)

@@ -1,6 +1,7 @@
-"""Vectors and tokens as columns of a part, and back, without a Python object for each number.
+"""Conversion between matrices and the columns of a part, without a Python object for each number.
 
-Legend: N items of the dataset, R rows, K tokens of all items, T of one, D width.
+Shape suffixes in descriptions: N items of the dataset, R rows, K tokens of all items, T tokens of
+one item, D width.
 """
 
 from collections.abc import Sequence
@@ -13,12 +14,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from features.errors import UserError
-from features.provenance import WITHOUT
+from features.provenance import REMOVE_FILE
 from features.schema import feature_schema
 
 
 def embedding_array(vectors: npt.NDArray[Any]) -> pa.FixedSizeListArray:
-    """Make the embedding column of (R, D) vectors without a Python object per number."""
+    """Return the embedding column of (R, D) vectors."""
     rows, dim = vectors.shape
     kind = feature_schema(dim, str(vectors.dtype)).field("embedding").type
     flat = pa.array(np.ascontiguousarray(vectors).reshape(rows * dim))
@@ -26,15 +27,15 @@ def embedding_array(vectors: npt.NDArray[Any]) -> pa.FixedSizeListArray:
 
 
 def token_array(tokens: Sequence[npt.NDArray[Any]]) -> pa.ListArray:
-    """Make the embedding column of one (T, D) matrix for each row; they share D and dtype."""
+    """Return the embedding column of one (T, D) matrix for each row; all share D and dtype."""
     kind = feature_schema(1, str(tokens[0].dtype), "tokens").field("embedding").type
-    ends = np.cumsum([0, *(one.size for one in tokens)], dtype=np.int32)
-    flat = pa.array(np.concatenate([one.reshape(-1) for one in tokens]))
+    ends = np.cumsum([0, *(matrix.size for matrix in tokens)], dtype=np.int32)
+    flat = pa.array(np.concatenate([matrix.reshape(-1) for matrix in tokens]))
     return pa.ListArray.from_arrays(pa.array(ends), flat, type=kind)
 
 
 def vectors_of(rows: pa.Table, dim: int) -> npt.NDArray[Any]:
-    """Give the embedding column of pooled rows as (R, D)."""
+    """Return the embedding column of pooled rows as (R, D)."""
     column = rows.column("embedding").combine_chunks()
     flat = column.flatten().to_numpy(zero_copy_only=True)
     # A null row would vanish in flatten and shift all that follow.
@@ -44,28 +45,28 @@ def vectors_of(rows: pa.Table, dim: int) -> npt.NDArray[Any]:
     return vectors
 
 
-def items_of(rows: pa.Table, n_items: int, where: Path) -> npt.NDArray[np.int32]:
-    """Give the column ``item``.
+def items_of(rows: pa.Table, n_items: int, path: Path) -> npt.NDArray[np.int32]:
+    """Return the column ``item``, (R,).
 
     Raises:
-        UserError: One is none of the dataset's.
+        UserError: An item is outside 0..N-1.
     """
     item: npt.NDArray[np.int32] = rows.column("item").to_numpy()
     if not ((item >= 0) & (item < n_items)).all():
-        raise UserError(f"{where} has an item that is not in 0..{n_items - 1}; {WITHOUT}")
+        raise UserError(f"{path} has an item that is not in 0..{n_items - 1}; {REMOVE_FILE}")
     return item
 
 
 def copy_tokens(
     rows: pa.Table, offsets: npt.NDArray[np.int64], values: npt.NDArray[Any], part: Path
 ) -> None:
-    """Copy the tokens of some rows to where their items own ``values`` (K, D).
+    """Copy the tokens of some rows into the matrix of all tokens.
 
     Args:
-        rows: Of ``part``.
+        rows: Rows of the part.
         offsets: (N + 1,) item i owns ``values[offsets[i]:offsets[i + 1]]``.
-        values: Written to.
-        part: Named in messages.
+        values: (K, D) matrix that is written to.
+        part: Path for messages.
 
     Raises:
         UserError: A row has more or fewer tokens than its item owns.
@@ -77,12 +78,12 @@ def copy_tokens(
     items = rows.column("item").to_numpy()
     starts = offsets[items]
     if not (offsets[items + 1] - starts == np.diff(ends)).all():
-        raise UserError(f"{part} has rows of other lengths than it says; {WITHOUT}")
+        raise UserError(f"{part} has rows whose number of tokens is not n_tokens; {REMOVE_FILE}")
     for start, begin, end in zip(starts, ends[:-1], ends[1:], strict=True):
         values[start : start + end - begin] = flat[begin:end]
 
 
 def positions(ids: pa.ChunkedArray, item_ids: pa.ChunkedArray) -> npt.NDArray[np.int32]:
-    """Where each of ``ids`` stands in ``item_ids``; -1 for one that is not there."""
-    found = pc.index_in(ids, value_set=item_ids.combine_chunks())
-    return np.asarray(pc.fill_null(found, -1).to_numpy(), dtype=np.int32)
+    """Return the index of each id in ``item_ids``, -1 for an id that is not there."""
+    indices = pc.index_in(ids, value_set=item_ids.combine_chunks())
+    return np.asarray(pc.fill_null(indices, -1).to_numpy(), dtype=np.int32)

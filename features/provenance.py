@@ -1,6 +1,6 @@
-"""Where the vectors of a table came from, and what every part of it says of that.
+"""Provenance of the vectors of a feature table.
 
-A part bears it in its footer, under the key ``mmrec``.
+Every part holds it in its footer, as JSON under the key ``mmrec``.
 """
 
 import json
@@ -13,26 +13,26 @@ import pyarrow.parquet as pq
 from features.atomic_files import read_errors
 from features.errors import UserError
 
-KEY = b"mmrec"
-AGAIN = "run mmrec extract again; what is whole is reused"
-WITHOUT = f"remove this file and {AGAIN}"
-LIGHT = ("item", "item_id", "content_hash", "n_frames", "n_tokens", "partial")
+METADATA_KEY = b"mmrec"
+EXTRACT_AGAIN = "run mmrec extract again; what is whole is reused"
+REMOVE_FILE = f"remove this file and {EXTRACT_AGAIN}"
+SMALL_COLUMNS = ("item", "item_id", "content_hash", "n_frames", "n_tokens", "partial")
 """All columns but the embedding."""
-_COLUMNS = {*LIGHT, "embedding"}
-LATER = "partial"
-"""The column that tables of before it lack, in all of their parts."""
+_COLUMNS = {*SMALL_COLUMNS, "embedding"}
+OPTIONAL_COLUMN = "partial"
+"""A column that older tables do not have, in any of their parts."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Provenance:
-    """Where the vectors of a table came from; two tables with one identity may be mixed."""
+    """How vectors were made. Vectors with the same identity may be in one table."""
 
     backbone: str
-    """Short name or specification, as ``mmrec extract`` was told."""
+    """Short name or specification, as given to ``mmrec extract``."""
     checkpoint: str
     """Fingerprint of the weights."""
     preprocessing: str
-    """What was done to the input before the backbone saw it."""
+    """Preprocessing of the backbone's input."""
     pooling: str
     modality: str
     level: str
@@ -45,11 +45,11 @@ class Provenance:
     """Library versions; recorded, not part of the identity."""
 
     def identity(self) -> dict[str, Any]:
-        """What must be equal for two rows to stand in one table."""
+        """Return the fields that must be equal for two rows of one table."""
         return {key: value for key, value in asdict(self).items() if key != "libraries"}
 
     def difference(self, other: "Provenance") -> str:
-        """Name what differs, for a message; empty when nothing does."""
+        """Return the fields that differ and their values, for a message; empty if none does."""
         mine, theirs = self.identity(), other.identity()
         return ", ".join(
             f"{key} {mine[key]!r} and {theirs[key]!r}" for key in mine if mine[key] != theirs[key]
@@ -62,20 +62,20 @@ _KINDS: dict[str, Any] = {entry.name: entry.type for entry in fields(Provenance)
 
 
 def read_provenance(part: Path) -> Provenance:
-    """Read what a part says of itself.
+    """Read the provenance of a part.
 
     Raises:
-        UserError: It cannot be read, says nothing, or is of another version.
+        UserError: The part cannot be read, has no provenance, or is of another version.
     """
-    with read_errors(part, WITHOUT):
+    with read_errors(part, REMOVE_FILE):
         schema = pq.read_schema(part)
         metadata = schema.metadata or {}
-        if KEY not in metadata:
-            raise UserError(f"{part} does not say where it came from; {WITHOUT}")
-        document = json.loads(metadata[KEY])
+        if METADATA_KEY not in metadata:
+            raise UserError(f"{part} has no provenance; {REMOVE_FILE}")
+        document = json.loads(metadata[METADATA_KEY])
         provenance = Provenance(**document)
         wrong = any(type(getattr(provenance, name)) is not kind for name, kind in _KINDS.items())
-        if wrong or {LATER, *schema.names} != _COLUMNS:
+        if wrong or {OPTIONAL_COLUMN, *schema.names} != _COLUMNS:
             raise UserError(
                 f"{part} was written by another version; redo its table by mmrec extract"
                 " --overwrite, or remove its folder"

@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from features.atomic_files import read_errors
 from features.dataset import exact_pattern, parquet_sql, quoted
 from features.errors import UserError
-from features.provenance import LATER, LIGHT, read_provenance
+from features.provenance import OPTIONAL_COLUMN, SMALL_COLUMNS, read_provenance
 from features.result_tables import metrics_sql, predictions_sql
 from features.schema import (
     FAILURES_SCHEMA,
@@ -249,7 +249,7 @@ def _feature_views(
         table.path: view_name(table) + (_tag(table) if plain[view_name(table)] > 1 else "")
         for table, _ in tables
     }
-    columns = "dataset, backbone, modality, level, " + ", ".join(LIGHT)
+    columns = "dataset, backbone, modality, level, " + ", ".join(SMALL_COLUMNS)
     kinds = {table.path: f"FLOAT[{width}]" for table, width in tables}
     kinds |= {table.path: "FLOAT[]" for table, _ in tables if table.level != "pooled"}
     for table, width in tables:
@@ -262,8 +262,8 @@ def _feature_views(
         constants = ", ".join(f"{quoted(value)} AS {key}" for key, value in literals.items())
         if table.level != "pooled":
             constants += f", {width} AS dim"
-        if LATER not in pq.read_schema(table.parts()[0]).names:
-            constants += f", NULL::BOOLEAN AS {LATER}"
+        if OPTIONAL_COLUMN not in pq.read_schema(table.parts()[0]).names:
+            constants += f", NULL::BOOLEAN AS {OPTIONAL_COLUMN}"
         source = parquet_sql(table.path, "part-*.parquet")
         db.execute(
             f'CREATE VIEW "{names[table.path]}" AS SELECT {columns},'

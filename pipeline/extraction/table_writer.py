@@ -20,7 +20,8 @@ import pyarrow.parquet as pq
 from features.arrow_columns import embedding_array, positions, token_array
 from features.provenance import Provenance
 from features.schema import feature_schema
-from features.store import BYTES_PER_PART, ROWS_PER_PART, FeatureTable
+from features.store import FeatureTable
+from features.table_parts import BYTES_PER_PART, ROWS_PER_PART
 from pipeline.extraction.deduplication import EncodedRow, RowStore
 
 SECONDS_PER_PART = 30.0
@@ -49,7 +50,7 @@ class FeatureTableWriter(RowStore):
         self._content: list[str | None] = [None] * len(item_ids)  # of each item's stored row
         self._stored: set[str] = set()  # the contents of all stored rows
         self._is_stale = np.zeros(len(item_ids), np.bool_)  # until the content is seen again
-        for batch in table.light(["item", "content_hash"]).to_batches():
+        for batch in table.small_columns(["item", "content_hash"]).to_batches():
             items, contents = batch["item"].to_pylist(), batch["content_hash"].to_pylist()
             for item, content in zip(items, contents, strict=True):
                 self._content[item] = content
@@ -58,7 +59,7 @@ class FeatureTableWriter(RowStore):
 
     def _match_items(self) -> None:
         """Renumber stored rows by the present dataset; drop those of items that are gone."""
-        light = self.table.light(["item", "item_id"])
+        light = self.table.small_columns(["item", "item_id"])
         if not len(light):
             return
         item = positions(light.column("item_id"), self._item_ids)
@@ -177,7 +178,7 @@ class FeatureTableWriter(RowStore):
 
     def _drop_stale(self) -> None:
         """Remove the rows whose content is gone, or whose item has a row in a later part."""
-        light = self.table.light(["item"])
+        light = self.table.small_columns(["item"])
         item = light["item"].to_numpy()
         last = np.full(len(self._item_ids), -1)
         last[item] = np.arange(len(item))

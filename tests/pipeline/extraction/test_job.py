@@ -16,8 +16,9 @@ from huggingface_hub import constants
 from features import sql_views
 from features.atomic_files import lock
 from features.errors import UserError
+from features.matrices import FeatureMatrix
 from features.schema import FAILURES_SCHEMA
-from features.store import FeatureMatrix, FeatureStore, FeatureTable
+from features.store import FeatureStore, FeatureTable
 from features.warehouse import Warehouse
 from pipeline.backbones.base import InputBatch, Vectors
 from pipeline.backbones.hashed import Hashed
@@ -136,7 +137,7 @@ def test_the_table_says_what_it_is(tiny: Warehouse, raw: Path) -> None:
     assert [row["item_id"] for row in rows] == ["a", "b", "d", "e", "f"]
     assert rows[0]["content_hash"] == content_hash((raw / "0.png").read_bytes())
     assert rows[0]["n_tokens"] is rows[0]["n_frames"] is None
-    tokens = table(tiny, "text", "hashed").light()["n_tokens"].to_pylist()
+    tokens = table(tiny, "text", "hashed").small_columns()["n_tokens"].to_pylist()
     assert tokens == [len(Hashed().texts([text])[0]) for text in TEXT if text and text.strip()]
 
 
@@ -178,7 +179,7 @@ def test_a_changed_file_is_encoded_again_and_only_it(
     changed = [i for i in range(6) if not (old[i] == new[i]).all()]
     assert changed == [1]
     assert len(watched.seen()) == 1
-    assert table(tiny, "image").light()["item"].to_pylist() == [0, 1, 3, 4, 5]
+    assert table(tiny, "image").small_columns()["item"].to_pylist() == [0, 1, 3, 4, 5]
 
 
 def test_a_text_that_is_gone_takes_its_row_along(
@@ -208,7 +209,7 @@ def test_another_preparation_reuses_what_is_there(
     matrix = read(tiny, "text")
     assert matrix.present.all()
     assert (matrix.vectors[[0, 1, 2, 4]] == old[[5, 5, 1, 0]]).all()
-    light = table(tiny, "text").light().sort_by("item")
+    light = table(tiny, "text").small_columns().sort_by("item")
     assert light["item_id"].to_pylist() == ["f", "g", "b", "h", "a"]
 
 
@@ -225,12 +226,12 @@ def test_a_kill_between_new_and_stale_rows_leaves_one_row_an_item(
         patch.setattr(table_writer.FeatureTableWriter, "_drop_stale", killed)
         with pytest.raises(RuntimeError, match="killed here"):
             run(tiny, image="watched")
-    assert table(tiny, "image").light()["item"].to_pylist().count(1) == 2
+    assert table(tiny, "image").small_columns()["item"].to_pylist().count(1) == 2
     assert table(tiny, "image").manifest() is None
     watched.forget()
     assert counts(run(tiny, image="watched")) == (0, 0, 5, 1, 0)
     assert watched.seen() == []
-    assert table(tiny, "image").light()["item"].to_pylist() == [0, 1, 3, 4, 5]
+    assert table(tiny, "image").small_columns()["item"].to_pylist() == [0, 1, 3, 4, 5]
     expected = watched.embed(
         InputBatch(images=[watched.image(decode_image((raw / "1.png").read_bytes()))])
     )
@@ -242,7 +243,7 @@ def test_twin_rows_of_a_kill_while_joining_go(tiny: Warehouse, watched: Watched)
     part = table(tiny, "image").parts()[0]
     (part.parent / "part-00007.parquet").write_bytes(part.read_bytes())
     assert counts(run(tiny, image="watched")) == (0, 0, 5, 1, 0)
-    assert table(tiny, "image").light()["item"].to_pylist() == [0, 1, 3, 4, 5]
+    assert table(tiny, "image").small_columns()["item"].to_pylist() == [0, 1, 3, 4, 5]
 
 
 @pytest.mark.parametrize("modality", ["text", "joint"])
@@ -262,7 +263,7 @@ def test_a_text_without_end_is_cut_before_it_is_tokenised(
     assert counted[0] == {"text": 3, "joint": 4}[modality]
     assert max(map(len, given)) == MAX_TEXT_CHARS
     assert long[:MAX_TEXT_CHARS] in given
-    light = table(tiny, modality).light(["item", "content_hash"]).to_pylist()
+    light = table(tiny, modality).small_columns(["item", "content_hash"]).to_pylist()
     if modality == "text":
         assert light[0]["content_hash"] == content_hash(long.encode())
     provenance = table(tiny, modality).provenance()
@@ -483,7 +484,7 @@ def test_parts_are_written_as_time_goes_and_joined_at_the_end(
     extract(warehouse, "tiny", text="watched", batch_size=2, progress=look)
     assert seen > 2
     assert len(table(warehouse, "text").parts()) == 1
-    assert table(warehouse, "text").light()["item"].to_pylist() == list(range(60))
+    assert table(warehouse, "text").small_columns()["item"].to_pylist() == list(range(60))
     assert read(warehouse, "text").present.all()
 
 
@@ -503,7 +504,7 @@ def test_an_interrupt_writes_what_is_finished(
     watched.after = interrupt
     with pytest.raises(KeyboardInterrupt):
         run(warehouse, text="watched", batch_size=2)
-    light = table(warehouse, "text").light()
+    light = table(warehouse, "text").small_columns()
     first = watched.seen()
     assert len(light) == len(first) > 0  # all that went through the model
     assert table(warehouse, "text").manifest() is None
@@ -565,7 +566,7 @@ def test_kill_and_run_again_loses_nothing_and_encodes_nothing_twice(
                 time.sleep(0.005)
             os.kill(job.pid, signal.SIGKILL)
             assert job.wait() == -signal.SIGKILL
-        light = here.light()
+        light = here.small_columns()
         assert written < len(light) < n
         assert here.manifest() is None
         written = len(light)
@@ -574,11 +575,11 @@ def test_kill_and_run_again_loses_nothing_and_encodes_nothing_twice(
     done = subprocess.run(command, cwd=root, check=True, capture_output=True, text=True)
     assert done.stderr == ""
     whole = n - (modality == "image")
-    assert sorted(here.light()["item"].to_pylist()) == [
+    assert sorted(here.small_columns()["item"].to_pylist()) == [
         i for i in range(n) if modality == "text" or i != n // 2
     ]
     assert len(log.read_text().split()) == whole - written
-    assert before <= set(here.light()["content_hash"].to_pylist())
+    assert before <= set(here.small_columns()["content_hash"].to_pylist())
     if level == "pooled":
         assert read(warehouse, modality).present.sum() == whole
         return

@@ -14,7 +14,8 @@ import transformers
 
 from features import sql_views
 from features.errors import UserError
-from features.store import FeatureStore, FeatureTable, TokenMatrix
+from features.matrices import TokenMatrix
+from features.store import FeatureStore, FeatureTable
 from features.warehouse import Warehouse
 from pipeline.backbones.base import InputBatch, Vectors
 from pipeline.backbones.hashed import DIM, Hashed
@@ -111,7 +112,7 @@ def test_tokens_are_those_of_a_bare_loop(
         wanted = bare.tokens(InputBatch(images=images, texts=texts), "tokens")[0]
         assert mine.shape == wanted.shape
         assert np.abs(mine - wanted).max() < 1e-3
-    light = table(tiny, modality).light()
+    light = table(tiny, modality).small_columns()
     assert light["n_tokens"].to_pylist() == [len(row) for row in found if len(row)]
 
 
@@ -192,7 +193,7 @@ def test_rows_of_another_length_than_they_say_are_refused(
     tiny: Warehouse, watched: Watched, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(tiny, text="watched", level="tokens")
-    plain = FeatureTable.light
+    plain = FeatureTable.small_columns
 
     def wrong(self: FeatureTable, columns: list[str]) -> Any:
         light = plain(self, columns)
@@ -202,8 +203,8 @@ def test_rows_of_another_length_than_they_say_are_refused(
         longer = pa.array([n + 1 for n in light["n_tokens"].to_pylist()], pa.int32())
         return light.set_column(column, light.schema.field(column), longer)
 
-    monkeypatch.setattr(FeatureTable, "light", wrong)
-    with pytest.raises(UserError, match="other lengths"):
+    monkeypatch.setattr(FeatureTable, "small_columns", wrong)
+    with pytest.raises(UserError, match="n_tokens"):
         read(tiny, "text")
 
 
@@ -389,7 +390,7 @@ def test_a_full_disk_loses_nothing_that_was_written(
         with pytest.raises(OSError, match="No space left"):
             run(warehouse, text="watched", level=level, batch_size=2)
     here = table(warehouse, "text", level)
-    kept = len(here.light())
+    kept = len(here.small_columns())
     assert 0 < kept < 40
     assert not list(here.path.glob(".*.tmp"))
     assert here.manifest() is None
@@ -437,7 +438,7 @@ def test_frames_are_spread_evenly(warehouse: Warehouse, raw: Path) -> None:
     prepare(warehouse, raw, ids=["a"], video=["0.mp4"])
     run(warehouse, video="hashed", frames=4)
     found = table(warehouse, "video", "pooled", "hashed")
-    assert found.light()["n_frames"].to_pylist() == [4]
+    assert found.small_columns()["n_frames"].to_pylist() == [4]
     made = found.provenance()
     assert made is not None
     assert made.preprocessing.startswith("4 evenly spread frames")

@@ -171,7 +171,7 @@ def test_a_video_is_the_mean_of_its_frames(warehouse: Warehouse, tmp_path: Path)
     table = FeatureStore(warehouse).table("tiny", "hashed", "video")
     matrix = table.read(info.items, info.fingerprint, info.inputs["video"])
     assert matrix.present.tolist() == [True, True, False, False, True]
-    assert table.light().sort_by("item")["n_frames"].to_pylist() == [6, 2, 6]
+    assert table.small_columns().sort_by("item")["n_frames"].to_pylist() == [6, 2, 6]
     assert (matrix.vectors[0] == matrix.vectors[4]).all()
     backbone = Hashed()
     for item, name in enumerate(["a.mp4", "b.mp4"]):

@@ -1,0 +1,109 @@
+"""Read the parts of a feature table into one matrix, without a Python object for each row.
+
+Shape suffixes in descriptions: N items of the dataset, K tokens of all items, D width.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from features.arrow_columns import copy_tokens, items_of, vectors_of
+from features.atomic_files import atomic_write, open_table, read_errors
+from features.errors import UserError
+from features.provenance import REMOVE_FILE, Provenance
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FeatureMatrix:
+    """The vectors of one table, aligned with the dataset's items."""
+
+    vectors: npt.NDArray[Any]
+    """(N, D) C-contiguous, float16 or float32 as stored; absent items are zero."""
+    present: npt.NDArray[np.bool_]
+    """(N,) which items have a vector."""
+    provenance: Provenance
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenMatrix:
+    """The tokens of one table, aligned with the dataset's items, mapped from a file."""
+
+    values: npt.NDArray[Any]
+    """(K, D) memory-mapped, float16 or float32 as stored."""
+    offsets: npt.NDArray[np.int64]
+    """(N + 1,) item i owns ``values[offsets[i]:offsets[i + 1]]``; absent items own nothing."""
+    provenance: Provenance
+
+
+def read_vectors(parts: Sequence[Path], n_items: int, provenance: Provenance) -> FeatureMatrix:
+    """Read the vectors of a pooled table, part by part.
+
+    Args:
+        parts: Parts of the table.
+        n_items: N.
+        provenance: Provenance that the parts share.
+
+    Raises:
+        UserError: A part cannot be read, or has an item outside 0..N-1.
+    """
+    vectors = np.zeros((n_items, provenance.dim), dtype=provenance.dtype)
+    present = np.zeros(n_items, dtype=np.bool_)
+    for part in parts:
+        for rows in _row_groups(part):
+            item = items_of(rows, n_items, part)
+            vectors[item] = vectors_of(rows, provenance.dim)
+            present[item] = True
+    return FeatureMatrix(vectors=vectors, present=present, provenance=provenance)
+
+
+def map_tokens(
+    path: Path, parts: Sequence[Path], offsets: npt.NDArray[np.int64], provenance: Provenance
+) -> TokenMatrix:
+    """Map the tokens of a table into memory, and write the mapped file if it is missing.
+
+    One part at a time is copied into the file, so that memory does not grow with the table.
+
+    Args:
+        path: The file ``tokens-*.npy`` of the table. Other such files in its folder are removed
+            when it is written.
+        parts: Parts of the table.
+        offsets: (N + 1,) offsets of the items' tokens.
+        provenance: Provenance that the parts share.
+
+    Raises:
+        UserError: A part or the file cannot be read, or a row has another number of tokens.
+        OSError: The disk is full.
+    """
+    shape = (int(offsets[-1]), provenance.dim)
+    if not path.exists():
+        with atomic_write(path) as temporary:
+            values = np.lib.format.open_memmap(temporary, "w+", provenance.dtype, shape)
+            # A full disk is an error now. Without this call it would be a signal (SIGBUS) later.
+            with temporary.open("rb+") as stream:
+                os.posix_fallocate(stream.fileno(), 0, temporary.stat().st_size)
+            for part in parts:
+                for rows in _row_groups(part):
+                    copy_tokens(rows, offsets, values, part)
+            values.flush()
+            del values
+        for older in path.parent.glob("tokens-*.npy"):
+            if older != path:
+                older.unlink()
+    with read_errors(path, "remove it; it is made again"):
+        mapped = np.load(path, mmap_mode="r")
+        if mapped.shape != shape or mapped.dtype != provenance.dtype:
+            raise UserError(f"{path} is damaged; remove it; it is made again")
+    return TokenMatrix(values=mapped, offsets=offsets, provenance=provenance)
+
+
+def _row_groups(part: Path) -> Iterator[pa.Table]:
+    """Yield the columns item and embedding of each row group."""
+    with read_errors(part, REMOVE_FILE), open_table(part) as file:
+        for group in range(file.num_row_groups):
+            yield file.read_row_group(group, columns=["item", "embedding"])

@@ -42,10 +42,6 @@ def evaluate(
     root: WarehouseOption = None,
 ) -> None:
     """Evaluate a run: rank every validation and test target in the full catalogue."""
-    from retrieval.indexes import INDEXES
-
-    if index not in INDEXES:
-        raise unknown("index", index, list(INDEXES))
     if protocol not in _PROTOCOLS:
         raise unknown("protocol", protocol, list(_PROTOCOLS))
     if dataset is not None and protocol == "ranking":

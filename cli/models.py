@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def models(
     name: Annotated[
-        str | None, typer.Argument(metavar="[MODEL]", help="Print the settings of this model.")
+        str | None, typer.Argument(metavar="MODEL", help="Print the settings of this model.")
     ] = None,
     json: JsonOption = False,
 ) -> None:

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from cli import console
+from features.errors import unknown
 from features.warehouse import Warehouse
 
 WarehouseOption = Annotated[
@@ -23,8 +24,21 @@ DatasetOption = Annotated[
 TrainedRunOption = Annotated[
     str | None, typer.Option("--run", help="Name of a run; default: the last one.")
 ]
+
+
+def _check_index(name: str) -> str:
+    from retrieval.indexes import INDEXES
+
+    if name not in INDEXES:
+        raise unknown("index", name, list(INDEXES))
+    return name
+
+
 IndexOption = Annotated[
-    str, typer.Option("--index", help="Search index: faiss or torch; both are exact.")
+    str,
+    typer.Option(
+        "--index", callback=_check_index, help="Search index: faiss or torch; both are exact."
+    ),
 ]
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print one JSON document on standard output.")

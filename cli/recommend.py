@@ -16,7 +16,7 @@ from cli.options import (
     WarehouseOption,
     choose_run,
 )
-from features.errors import UserError, unknown
+from features.errors import UserError
 from features.warehouse import Warehouse
 
 if TYPE_CHECKING:
@@ -54,10 +54,6 @@ def recommend(
 
     Items without interactions are recommended too.
     """
-    from retrieval.indexes import INDEXES
-
-    if index not in INDEXES:
-        raise unknown("index", index, list(INDEXES))
     if sum((user is not None, bool(history), all, similar is not None)) != 1:
         raise UserError(f"give one of {_REQUESTS}")
     if all != (out is not None):

@@ -14,23 +14,16 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import typer
-from typer.testing import CliRunner, Result
 
 from cli.app import app
+from tests.cli.invoke import run
 from trainer.models.registry import MODELS
 
 ROOT = Path(__file__).parents[2]
-runner = CliRunner()
-
-
-def run(*words: str, code: int = 0) -> Result:
-    result = runner.invoke(app, list(words))
-    assert result.exit_code == code, (words, result.output, result.exception)
-    return result
 
 
 @pytest.fixture(scope="module")
-def house(tmp_path_factory: pytest.TempPathFactory) -> str:
+def root(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A warehouse in which the whole way has been gone once."""
     root = str(tmp_path_factory.mktemp("cli") / "warehouse")
     run("prepare", "--dataset", "demo", "--warehouse", root)
@@ -43,12 +36,12 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> str:
     return root
 
 
-def rows(house: str, statement: str) -> list[dict[str, Any]]:
-    return list(json.loads(run("sql", statement, "--json", "--warehouse", house).stdout))
+def rows(root: str, statement: str) -> list[dict[str, Any]]:
+    return list(json.loads(run("sql", statement, "--json", "--warehouse", root).stdout))
 
 
 @pytest.mark.slow
-def test_every_command_has_help_and_stands_in_the_readme() -> None:
+def test_every_command_has_help_and_is_in_the_readme() -> None:
     group = typer.main.get_command(app)
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     for name, command in group.commands.items():  # type: ignore[attr-defined]
@@ -68,22 +61,22 @@ def test_a_flag_takes_no_value() -> None:
     [("--json", '"caf\\u00e9 \\ud83c\\udfac"'), ("--csv", "café 🎬"), ("", "caf\\xe9 \\U0001f3ac")],
 )
 def test_a_terminal_without_unicode_shows_escapes(tmp_path: Path, form: str, shown: str) -> None:
-    words = ["sql", "SELECT 'café 🎬' AS a", *[form] * bool(form), "--warehouse", str(tmp_path)]
+    arguments = ["sql", "SELECT 'café 🎬' AS a", *[form] * bool(form), "--warehouse", str(tmp_path)]
     done = subprocess.run(
-        [sys.executable, "-m", "cli.app", *words], capture_output=True, check=True, cwd=ROOT,
+        [sys.executable, "-m", "cli.app", *arguments], capture_output=True, check=True, cwd=ROOT,
         env=os.environ | {"PYTHONIOENCODING": "ascii"},
     )  # fmt: skip
     assert shown in done.stdout.decode()
 
 
 @pytest.mark.slow
-def test_the_indexes_agree_and_evaluation_is_repeatable(house: str) -> None:
+def test_the_indexes_agree_and_evaluation_is_repeatable(root: str) -> None:
     found: dict[str, tuple[Any, Any]] = {}
     for index in ("faiss", "torch", "faiss"):
         document = json.loads(
-            run("eval", "--index", index, "--run", "mmsrec", "--json", "--warehouse", house).stdout
+            run("eval", "--index", index, "--run", "mmsrec", "--json", "--warehouse", root).stdout
         )
-        ranks = pq.read_table(Path(house) / "runs" / "mmsrec" / "predictions.parquet")
+        ranks = pq.read_table(Path(root) / "runs" / "mmsrec" / "predictions.parquet")
         found.setdefault(index, (document["rows"], ranks))
         assert found[index][0] == document["rows"]
         assert found[index][1].equals(ranks)
@@ -92,7 +85,7 @@ def test_the_indexes_agree_and_evaluation_is_repeatable(house: str) -> None:
 
 
 @pytest.mark.slow
-def test_ranks_and_metrics_equal_a_plain_recomputation(house: str) -> None:
+def test_ranks_and_metrics_equal_a_plain_recomputation(root: str) -> None:
     """Vectors from the run, scores and ranks in plain numpy, metrics by their definition."""
     import torch
 
@@ -102,7 +95,7 @@ def test_ranks_and_metrics_equal_a_plain_recomputation(house: str) -> None:
     from trainer.evaluation.encode import encode
     from trainer.runs.run import open_run
 
-    warehouse = Warehouse(house)
+    warehouse = Warehouse(root)
     opened = open_run(warehouse, warehouse.runs_dir / "mmsrec")
     load_weights(opened.folder / "model.safetensors", opened.model, opened.identity)
     dataset = load_dataset(warehouse, "demo")
@@ -131,58 +124,58 @@ def test_ranks_and_metrics_equal_a_plain_recomputation(house: str) -> None:
             "MRR": (1 / ranks).mean(),
         }
         for metric, value in expected.items():
-            got = rows(
-                house,
+            measured = rows(
+                root,
                 f"SELECT value, low, high FROM metrics WHERE run = 'mmsrec' AND phase = 'eval'"
                 f" AND split = '{split}' AND targets = 'all' AND ranker = 'mmsrec'"
                 f" AND seen = 'filtered' AND metric = '{metric}'",
             )
-            assert len(got) == 1
-            assert got[0]["value"] == pytest.approx(value, abs=1e-12)
-            assert got[0]["low"] <= got[0]["value"] <= got[0]["high"]
+            assert len(measured) == 1
+            assert measured[0]["value"] == pytest.approx(value, abs=1e-12)
+            assert measured[0]["low"] <= measured[0]["value"] <= measured[0]["high"]
     torch.manual_seed(0)
 
 
 @pytest.mark.slow
-def test_the_views_hold_what_was_done(house: str) -> None:
+def test_the_views_hold_what_was_done(root: str) -> None:
     count = "SELECT count(*) AS n FROM"
-    assert rows(house, f"{count} items")[0]["n"] > 0
-    assert rows(house, f"{count} features WHERE modality = 'image'")[0]["n"] > 0
-    assert rows(house, f"{count} failures")[0]["n"] >= 1
-    assert [r["run"] for r in rows(house, "SELECT run FROM runs ORDER BY created")] == [
+    assert rows(root, f"{count} items")[0]["n"] > 0
+    assert rows(root, f"{count} features WHERE modality = 'image'")[0]["n"] > 0
+    assert rows(root, f"{count} failures")[0]["n"] >= 1
+    assert [r["run"] for r in rows(root, "SELECT run FROM runs ORDER BY created")] == [
         "sasrec",
         "mmsrec",
     ]
     near = rows(
-        house,
+        root,
         "SELECT b.item, array_cosine_similarity(a.embedding, b.embedding) AS c"
         " FROM features_demo_hashed_text a, features_demo_hashed_text b"
         " WHERE a.item = (SELECT min(item) FROM features_demo_hashed_text) ORDER BY c DESC LIMIT 1",
     )
     assert near[0]["c"] == pytest.approx(1, abs=1e-3)
     losses = rows(
-        house, "SELECT epoch FROM metrics WHERE run = 'sasrec' AND metric = 'loss' ORDER BY epoch"
+        root, "SELECT epoch FROM metrics WHERE run = 'sasrec' AND metric = 'loss' ORDER BY epoch"
     )
     assert [row["epoch"] for row in losses] == [1, 2]
 
 
 @pytest.mark.slow
-def test_sql_prints_csv_and_a_table(house: str) -> None:
+def test_sql_prints_csv_and_a_table(root: str) -> None:
     statement = "SELECT split, count(*) AS n FROM splits GROUP BY split ORDER BY split"
-    text = run("sql", statement, "--csv", "--warehouse", house).stdout
+    text = run("sql", statement, "--csv", "--warehouse", root).stdout
     assert [row["split"] for row in csv.DictReader(io.StringIO(text))] == [
         "test",
         "train",
         "validation",
     ]
-    assert "validation" in run("sql", statement, "--warehouse", house).stdout
-    lists = run("sql", "SELECT embedding FROM features LIMIT 1", "--csv", "--warehouse", house)
+    assert "validation" in run("sql", statement, "--warehouse", root).stdout
+    lists = run("sql", "SELECT embedding FROM features LIMIT 1", "--csv", "--warehouse", root)
     assert lists.stdout.count("\n") == 2
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("arguments", "message"),
     [
         (["sql", "SELEC 1"], "syntax error"),
         (["sql", "SELECT nope FROM items"], "nope"),
@@ -212,10 +205,10 @@ def test_sql_prints_csv_and_a_table(house: str) -> None:
         (["prepare", "--dataset", "ml-1m", "--raw", "nowhere"], "nowhere"),
     ],
 )
-def test_a_users_mistake_is_one_line_and_exit_code_2(
-    house: str, words: list[str], message: str
+def test_a_mistake_is_one_line_and_exit_code_2(
+    root: str, arguments: list[str], message: str
 ) -> None:
-    result = run(*words, "--warehouse", house, code=2)
+    result = run(*arguments, "--warehouse", root, code=2)
     lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1, result.output
     assert message in lines[0]
@@ -223,19 +216,24 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(
 
 
 @pytest.mark.slow
-def test_a_finished_run_resumes_to_nothing(house: str) -> None:
-    before = (Path(house) / "runs" / "sasrec" / "model.safetensors").read_bytes()
+def test_a_finished_run_resumes_to_nothing(root: str) -> None:
+    before = (Path(root) / "runs" / "sasrec" / "model.safetensors").read_bytes()
     document = json.loads(
-        run("train", "--resume", "--run", "sasrec", "--json", "--warehouse", house).stdout
+        run("train", "--resume", "--run", "sasrec", "--json", "--warehouse", root).stdout
     )
     assert document["finished"]
-    assert (Path(house) / "runs" / "sasrec" / "model.safetensors").read_bytes() == before
+    assert (Path(root) / "runs" / "sasrec" / "model.safetensors").read_bytes() == before
 
 
 def test_a_folder_that_is_no_warehouse(tmp_path: Path) -> None:
     (tmp_path / "thesis.doc").write_text("mine")
-    for words in (["datasets"], ["sql", "SELECT 1"], ["prepare", "--dataset", "demo"], ["eval"]):
-        result = run(*words, "--warehouse", str(tmp_path), code=2)
+    for arguments in (
+        ["datasets"],
+        ["sql", "SELECT 1"],
+        ["prepare", "--dataset", "demo"],
+        ["eval"],
+    ):
+        result = run(*arguments, "--warehouse", str(tmp_path), code=2)
         assert "is no warehouse and not empty" in result.stderr
     result = run("datasets", "--warehouse", str(tmp_path / "thesis.doc"), code=2)
     assert "is a file" in result.stderr
@@ -251,18 +249,18 @@ def test_an_empty_warehouse_says_what_to_do(tmp_path: Path) -> None:
 
 
 def test_lists_take_json(tmp_path: Path) -> None:
-    for words in (["datasets", "--warehouse", str(tmp_path)], ["models"], ["backbones"]):
-        assert json.loads(run(*words, "--json").stdout)
-        assert run(*words).stdout
+    for arguments in (["datasets", "--warehouse", str(tmp_path)], ["models"], ["backbones"]):
+        assert json.loads(run(*arguments, "--json").stdout)
+        assert run(*arguments).stdout
 
 
 def test_models_are_listed_without_torch() -> None:
     code = (
         "import sys; from cli.app import app\n"
-        "for words in (['--help'], ['models'], ['models', '--json'], ['backbones']):\n"
-        "    try: app(words)\n"
-        "    except SystemExit as end: assert not end.code, words\n"
-        "    if 'torch' in sys.modules: sys.exit(f'{words} imports torch')\n"
+        "for arguments in (['--help'], ['models'], ['models', '--json'], ['backbones']):\n"
+        "    try: app(arguments)\n"
+        "    except SystemExit as end: assert not end.code, arguments\n"
+        "    if 'torch' in sys.modules: sys.exit(f'{arguments} imports torch')\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
@@ -302,30 +300,37 @@ def test_a_run_is_not_evaluated_on_other_interactions(tmp_path: Path) -> None:
         text = "\n".join(["user_id,item_id,timestamp", *lines]) + "\n"
         (raw / "interactions.csv").write_text(text)
         (raw / "items.csv").write_text("item_id\n" + "".join(f"i{n}\n" for n in range(6)))
-        words = ("--format", "table", "--raw", str(raw), "--k-core", "0")
-        run("prepare", "--dataset", "s", *words, "--warehouse", root)
+        arguments = ("--format", "table", "--raw", str(raw), "--k-core", "0")
+        run("prepare", "--dataset", "s", *arguments, "--warehouse", root)
 
     prepare(8)
     small = ("--set", "epochs=1", "--set", "dim=8", "--name", "old")
     run("train", "--model", "sasrec", *small, "--warehouse", root)
     run("eval", "--run", "old", "--warehouse", root)
     prepare(6)
-    for words in (("eval",), ("train", "--resume")):
-        assert "interactions=" in run(*words, "--run", "old", "--warehouse", root, code=2).stderr
+    for arguments in (("eval",), ("train", "--resume")):
+        assert (
+            "interactions=" in run(*arguments, "--run", "old", "--warehouse", root, code=2).stderr
+        )
 
 
 def test_a_mistyped_option_or_command_is_one_line(tmp_path: Path) -> None:
-    for words in (["train", "--modle", "sasrec"], ["trian"], ["sql"], ["prepare", "--k-core", "x"]):
-        said = run(*words, code=2).stderr
-        assert said.startswith("error: ")
-        assert said.count("\n") == 1
-        assert "--help" in said
-    said = run("--warehouse", str(tmp_path), "eval", code=2).stderr
-    assert said.startswith("error: ")
-    assert "--warehouse" in said
-    assert "after the command" in said
-    assert said.count("\n") == 1
-    assert "Usage" in run(code=2).output  # no words at all are answered by help
+    for arguments in (
+        ["train", "--modle", "sasrec"],
+        ["trian"],
+        ["sql"],
+        ["prepare", "--k-core", "x"],
+    ):
+        message = run(*arguments, code=2).stderr
+        assert message.startswith("error: ")
+        assert message.count("\n") == 1
+        assert "--help" in message
+    message = run("--warehouse", str(tmp_path), "eval", code=2).stderr
+    assert message.startswith("error: ")
+    assert "--warehouse" in message
+    assert "after the command" in message
+    assert message.count("\n") == 1
+    assert "Usage" in run(code=2).output  # no arguments at all are answered by help
 
 
 def test_a_folder_that_may_not_be_written_is_one_line(tmp_path: Path) -> None:

@@ -14,12 +14,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from typer.testing import CliRunner, Result
 
 from cli import console, grid
-from cli.app import app
 from features.errors import UserError
 from features.warehouse import Warehouse
+from tests.cli.invoke import run
 from tests.trainer import worlds
 from trainer.checkpoint import read_tensors
 from trainer.models.registry import MODELS
@@ -43,14 +42,8 @@ tower = ["sasrec", "gru"]
 """
 
 
-def run(*words: str, code: int = 0) -> Result:
-    result = CliRunner().invoke(app, list(words))
-    assert result.exit_code == code, (words, result.output, result.exception)
-    return result
-
-
 @pytest.fixture
-def house(warehouse: Warehouse) -> str:
+def root(warehouse: Warehouse) -> str:
     world = worlds.cycles(n_items=12)
     bounds = zip(world.offsets, world.offsets[1:], strict=False)
     worlds.prepare(warehouse, [world.items[a:b].tolist() for a, b in bounds], 12)
@@ -67,13 +60,13 @@ def file(tmp_path: Path) -> str:
 
 @pytest.mark.slow
 def test_a_stopped_grid_goes_on_and_prints_the_table(
-    house: str, file: str, monkeypatch: pytest.MonkeyPatch
+    root: str, file: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = ("grid", file, "--warehouse", house)
-    listed = json.loads(run(*words, "--dry-run", "--json").stdout)["runs"]
-    assert [one["state"] for one in listed] == ["new"] * 4
-    assert len({one["run"] for one in listed}) == 4
-    assert Warehouse(house).runs() == []
+    command_line = ("grid", file, "--warehouse", root)
+    listed = json.loads(run(*command_line, "--dry-run", "--json").stdout)["runs"]
+    assert [entry["state"] for entry in listed] == ["new"] * 4
+    assert len({entry["run"] for entry in listed}) == 4
+    assert Warehouse(root).runs() == []
 
     update = console.ProgressLine.update
 
@@ -84,15 +77,18 @@ def test_a_stopped_grid_goes_on_and_prints_the_table(
 
     with monkeypatch.context() as patch:
         patch.setattr(console.ProgressLine, "update", interrupt)
-        stopped = run(*words, code=130)
+        stopped = run(*command_line, code=130)
     command = stopped.stderr.splitlines()[-1]
     assert command.startswith("stopped: 2 of 4 ")
     again = shlex.split(command.partition(" with: mmrec ")[2])
-    assert again == list(words)
+    assert again == list(command_line)
     body = [line.split() for line in stopped.stdout.splitlines()]
     assert body[1:3] == [["sasrec", "gru"], ["fusion", *["HR@10", "NDCG@10"] * 2]]
     assert body[4] == ["merge-attention", "-", "-", "-", "-"]
-    states = [one["state"] for one in json.loads(run(*words, "--dry-run", "--json").stdout)["runs"]]
+    states = [
+        entry["state"]
+        for entry in json.loads(run(*command_line, "--dry-run", "--json").stdout)["runs"]
+    ]
     assert states == ["finished", "finished", "begun", "new"]
 
     done = run(*again)
@@ -105,8 +101,8 @@ def test_a_stopped_grid_goes_on_and_prints_the_table(
         values = [float(cell.removeprefix("*")) for cell in cells]
         assert [cell[0] == "*" for cell in cells] == [value == max(values) for value in values]
 
-    document = json.loads(run(*words, "--json").stdout)
-    assert [one["state"] for one in document["runs"]] == ["reused"] * 4
+    document = json.loads(run(*command_line, "--json").stdout)
+    assert [entry["state"] for entry in document["runs"]] == ["reused"] * 4
     shown = float(table[3][1].removeprefix("*"))
     assert document["runs"][0]["metrics"]["HR@10"] == pytest.approx(shown, abs=1e-4)
     result = pq.read_table(document["result"])
@@ -117,7 +113,7 @@ def test_a_stopped_grid_goes_on_and_prints_the_table(
 
 @pytest.mark.slow
 def test_a_run_that_fails_does_not_stop_the_others(
-    house: str, file: str, monkeypatch: pytest.MonkeyPatch
+    root: str, file: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train = runs_grid._train
 
@@ -127,17 +123,17 @@ def test_a_run_that_fails_does_not_stop_the_others(
         train(warehouse, one, *more)
 
     monkeypatch.setattr(runs_grid, "_train", break_one)
-    failed = run("grid", file, "--warehouse", house, code=2)
+    failed = run("grid", file, "--warehouse", root, code=2)
     assert "2/4 fusion=sum, tower=gru: failed: the loss is nan" in failed.stderr
     assert failed.stderr.splitlines()[-1].startswith("error: 1 of 4 runs failed")
     assert failed.stdout.splitlines()[3].split()[-2:] == ["-", "-"]
 
 
-def test_another_setting_or_other_features_are_another_run(house: str, file: str) -> None:
-    words = ("grid", file, "--warehouse", house, "--dry-run", "--json")
+def test_another_setting_or_other_features_are_another_run(root: str, file: str) -> None:
+    command_line = ("grid", file, "--warehouse", root, "--dry-run", "--json")
 
     def names() -> set[str]:
-        return {one["run"] for one in json.loads(run(*words).stdout)["runs"]}
+        return {entry["run"] for entry in json.loads(run(*command_line).stdout)["runs"]}
 
     first = names()
     assert names() == first
@@ -147,7 +143,7 @@ def test_another_setting_or_other_features_are_another_run(house: str, file: str
     assert not names() & first
 
 
-def test_what_a_run_cannot_be_is_refused_before_the_first_one(house: str, file: str) -> None:
+def test_what_a_run_cannot_be_is_refused_before_the_first_one(root: str, file: str) -> None:
     for line, message in (
         ("colour = 3", "table.toml, fusion=sum, tower=sasrec: unknown setting 'colour'"),
         ("loss = ['bce', 'mse']", "the axis 'loss' stands in neither rows nor columns"),
@@ -155,8 +151,8 @@ def test_what_a_run_cannot_be_is_refused_before_the_first_one(house: str, file: 
         ("features = 'video'", "has no feature table 'video'"),
     ):
         Path(file).write_text(f"{GRID}{line}\n")
-        assert message in run("grid", file, "--warehouse", house, code=2).stderr
-    assert Warehouse(house).runs() == []
+        assert message in run("grid", file, "--warehouse", root, code=2).stderr
+    assert Warehouse(root).runs() == []
 
 
 def test_columns_that_are_too_wide_stand_below_each_other(
@@ -176,25 +172,25 @@ def test_columns_that_are_too_wide_stand_below_each_other(
     assert [line.split()[0] for line in printed if "*" in line] == ["8", "16", "8", "16"]
 
 
-def test_combinations_start_from_other_runs(house: str, file: str) -> None:
+def test_combinations_start_from_other_runs(root: str, file: str) -> None:
     fixed = GRID[: GRID.index("fusion =")].partition("[runs]")[2] + 'fusion = "sum"\ntower = "gru"'
     variants = (
         "fresh = {init = ''}\nwhole = {init = 'source'}\n"
         "users = {init = 'source', transfer = 'users'}\n"
     )
-    where = ("--warehouse", house)
+    where = ("--warehouse", root)
     Path(file).write_text(f"rows = ['from']\n[runs]\n{fixed}\n[runs.from]\n{variants}")
     assert "unknown run 'source'" in run("grid", file, *where, code=2).stderr
     settings = [line.replace(" = ", "=").replace('"', "") for line in fixed.splitlines() if line]
     sets = [word for line in settings[1:] for word in ("--set", line)]
     run("train", "--model", "mmsr", "--name", "source", *sets, *where)
     planned = json.loads(run("grid", file, *where, "--dry-run", "--json").stdout)["runs"]
-    assert len({one["run"] for one in planned}) == 3
+    assert len({entry["run"] for entry in planned}) == 3
     done = json.loads(run("grid", file, *where, "--json").stdout)["runs"]
-    assert [one["state"] for one in done] == ["finished"] * 3
+    assert [entry["state"] for entry in done] == ["finished"] * 3
     starts = []
-    for one in done:
-        path = Path(house) / "runs" / one["run"] / "config.toml"
+    for entry in done:
+        path = Path(root) / "runs" / entry["run"] / "config.toml"
         init = tomllib.loads(path.read_text())["run"].get("init", {})
         starts.append((init.get("run"), init.get("transfer")))
     assert starts == [(None, None), ("source", "full"), ("source", "users")]
@@ -204,23 +200,23 @@ def test_combinations_start_from_other_runs(house: str, file: str) -> None:
         "['from']", "['from', 'model']"
     )
     Path(file).write_text(both.replace('fusion = "sum"\n', ""))
-    said = run("grid", file, *where, "--dry-run", code=2).stderr
-    assert "model=idsr" in said
+    message = run("grid", file, *where, "--dry-run", code=2).stderr
+    assert "model=idsr" in message
 
     run("train", "--model", "idsr", "--name", "ids", "--set", "epochs=1", *where)
     Path(file).write_text(text.replace("'source'", "'ids'"))
-    said = run("grid", file, *where, code=2).stderr
-    assert "from=whole: run 'ids' is of 'idsr', its weights have no place in 'mmsr'" in said
+    message = run("grid", file, *where, code=2).stderr
+    assert "from=whole: run 'ids' is of 'idsr', its weights have no place in 'mmsr'" in message
 
 
-def test_weights_that_changed_since_the_plan_are_not_trained_from(house: str, file: str) -> None:
-    where = ("--warehouse", house)
-    words = ("--set", "dim=8", "--set", "hidden=8", "--set", "length=5", "--set", "epochs=1")
-    run("train", "--model", "sasrec", "--name", "source", *words, *where)
+def test_weights_that_changed_since_the_plan_are_not_trained_from(root: str, file: str) -> None:
+    where = ("--warehouse", root)
+    settings = ("--set", "dim=8", "--set", "hidden=8", "--set", "length=5", "--set", "epochs=1")
+    run("train", "--model", "sasrec", "--name", "source", *settings, *where)
     Path(file).write_text(
         "[runs]\nmodel = 'sasrec'\ninit = 'source'\ndim = 8\nhidden = 8\nlength = 5\nepochs = 1\n"
     )
-    warehouse = Warehouse(house)
+    warehouse = Warehouse(root)
     planned = runs_grid.plan_grid(warehouse, read_grid(Path(file)))
     path = warehouse.runs_dir / "source" / "model.safetensors"
     tensors, held = read_tensors(path, "")
@@ -233,13 +229,13 @@ def test_weights_that_changed_since_the_plan_are_not_trained_from(house: str, fi
 
 
 def test_two_models_of_one_configuration_class_are_two_runs(
-    house: str, file: str, monkeypatch: pytest.MonkeyPatch
+    root: str, file: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Popular(SASRec):
         """The same configuration; the first items of the catalogue always come first."""
 
-        def encode_sequences(self, *words: Any) -> Tensor:
-            return torch.zeros_like(super().encode_sequences(*words))
+        def encode_sequences(self, *arguments: Any) -> Tensor:
+            return torch.zeros_like(super().encode_sequences(*arguments))
 
     other = replace(MODELS["sasrec"], load=lambda: (SASRecConfig, Popular))
     monkeypatch.setitem(MODELS, "popular", other)
@@ -247,7 +243,7 @@ def test_two_models_of_one_configuration_class_are_two_runs(
         "rows = ['model']\n[runs]\nmodel = ['sasrec', 'popular']\n"
         "dim = 8\nheads = 2\nhidden = 8\nlength = 5\nepochs = 1\n"
     )
-    done = json.loads(run("grid", file, "--warehouse", house, "--json").stdout)["runs"]
-    assert [one["state"] for one in done] == ["finished"] * 2
-    assert len({one["run"] for one in done}) == 2
+    done = json.loads(run("grid", file, "--warehouse", root, "--json").stdout)["runs"]
+    assert [entry["state"] for entry in done] == ["finished"] * 2
+    assert len({entry["run"] for entry in done}) == 2
     assert done[0]["metrics"] != done[1]["metrics"]

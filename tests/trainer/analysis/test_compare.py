@@ -21,7 +21,7 @@ RANKS = {"a": [1, 2, 11, 3], "b": [2, 2, 4, 20]}
 
 
 def write_run(
-    house: Warehouse,
+    warehouse: Warehouse,
     name: str,
     filtered: list[int] | None,
     *,
@@ -31,15 +31,15 @@ def write_run(
     interactions: str = "i",
 ) -> None:
     """A run with nothing but what a comparison reads; kept ranks are one more."""
-    folder = house.runs_dir / name
+    folder = warehouse.runs_dir / name
     run = {"model": "m", "dataset": "d", "features": [], "fingerprint": "f", "created": name}
     document = {"run": {**run, **(about or {})}, "train": {"seed": seed, "lr": 0.1}, "model": {}}
     write_text(folder / "config.toml", tomli_w.dumps(document))
     if filtered is None:
         return
-    held = f'{{"interactions": "{interactions}"}}'
+    identity = f'{{"interactions": "{interactions}"}}'
     weights = {"w": np.zeros(1, np.float32)}
-    save_file(weights, folder / "model.safetensors", metadata={"mmrec": held})
+    save_file(weights, folder / "model.safetensors", metadata={"mmrec": identity})
     rows = [
         {
             "split": split, "user": user, "user_id": f"u{user}", "item": item, "item_id": "x",
@@ -55,14 +55,14 @@ def write_run(
 
 
 @pytest.fixture
-def house(warehouse: Warehouse) -> Warehouse:
+def evaluated(warehouse: Warehouse) -> Warehouse:
     for name, filtered in RANKS.items():
         write_run(warehouse, name, filtered)
     return warehouse
 
 
-def test_values_and_differences_by_hand(house: Warehouse) -> None:
-    comparison = compare(house, ["a", "b"], metrics=["HR@10", "MRR"])
+def test_values_and_differences_by_hand(evaluated: Warehouse) -> None:
+    comparison = compare(evaluated, ["a", "b"], metrics=["HR@10", "MRR"])
     assert (comparison.dataset, comparison.split, comparison.users) == ("d", "test", 4)
     assert [system.label for system in comparison.systems] == ["a", "b"]
     values = {(line.seen, line.metric, line.system): line.value for line in comparison.lines}
@@ -91,27 +91,27 @@ def test_values_and_differences_by_hand(house: Warehouse) -> None:
     assert second.test == paired_test(mine, np.zeros(4))
 
 
-def test_predictions_of_version_0_1_are_compared(house: Warehouse) -> None:
-    expected = compare(house, ["a", "b"]).lines
-    path = house.runs_dir / "b" / "predictions.parquet"
+def test_predictions_of_version_0_1_are_compared(evaluated: Warehouse) -> None:
+    expected = compare(evaluated, ["a", "b"]).lines
+    path = evaluated.runs_dir / "b" / "predictions.parquet"
     table = pq.read_table(path)
     old = {"rank_filtered": "rank_masked", "rank_kept": "rank_unmasked"}
     pq.write_table(table.rename_columns([old.get(n, n) for n in table.column_names]), path)
-    assert compare(house, ["a", "b"]).lines == expected
+    assert compare(evaluated, ["a", "b"]).lines == expected
 
 
-def test_the_other_split_and_cold_targets(house: Warehouse) -> None:
-    comparison = compare(house, ["a", "b"], split="validation", targets="cold", metrics=["MRR"])
+def test_the_other_split_and_cold_targets(evaluated: Warehouse) -> None:
+    comparison = compare(evaluated, ["a", "b"], split="validation", targets="cold", metrics=["MRR"])
     assert comparison.users == 1
     assert comparison.lines[0].value == 1 / 12
     assert comparison.lines[1].value == 1 / 5
 
 
-def test_seeds_stand_as_one_system(house: Warehouse) -> None:
+def test_seeds_stand_as_one_system(evaluated: Warehouse) -> None:
     """Values are of each user's mean over the runs, the deviation is over the runs."""
-    write_run(house, "a2", [3, 2, 1, 3], seed=2)
-    write_run(house, "c", [1, 1, 1, 1], about={"model": "other"})
-    by_model = compare(house, ["c", "a", "a2"], by="model", metrics=["MRR"])
+    write_run(evaluated, "a2", [3, 2, 1, 3], seed=2)
+    write_run(evaluated, "c", [1, 1, 1, 1], about={"model": "other"})
+    by_model = compare(evaluated, ["c", "a", "a2"], by="model", metrics=["MRR"])
     assert [(s.label, s.runs) for s in by_model.systems] == [
         ("other", ["c"]),
         ("m x2", ["a", "a2"]),
@@ -123,17 +123,17 @@ def test_seeds_stand_as_one_system(house: Warehouse) -> None:
     users = np.mean([1 / np.array(RANKS["a"]), 1 / np.array([3, 2, 1, 3])], axis=0)
     assert line.test is not None
     assert line.test.difference == pytest.approx((users - 1).mean())
-    settings = compare(house, ["c", "a", "a2"], by="settings", metrics=["MRR"])
+    settings = compare(evaluated, ["c", "a", "a2"], by="settings", metrics=["MRR"])
     assert [system.label for system in settings.systems] == ["c", "a x2"]
 
 
-def test_runs_that_cannot_be_compared(house: Warehouse) -> None:
-    write_run(house, "new", None)
-    write_run(house, "other", RANKS["a"], about={"dataset": "e"})
-    write_run(house, "anew", RANKS["a"], about={"fingerprint": "g"})
-    write_run(house, "cut", RANKS["a"], interactions="j")
-    write_run(house, "pre", None, about={"stage": "pretrain"})
-    write_run(house, "users", RANKS["a"], items=[5, 6, 7, 9])
+def test_runs_that_cannot_be_compared(evaluated: Warehouse) -> None:
+    write_run(evaluated, "new", None)
+    write_run(evaluated, "other", RANKS["a"], about={"dataset": "e"})
+    write_run(evaluated, "anew", RANKS["a"], about={"fingerprint": "g"})
+    write_run(evaluated, "cut", RANKS["a"], interactions="j")
+    write_run(evaluated, "pre", None, about={"stage": "pretrain"})
+    write_run(evaluated, "users", RANKS["a"], items=[5, 6, 7, 9])
     for names, message in (
         (["a"], "a is one run"),
         (["a", "a"], "'a' is named twice"),
@@ -145,9 +145,9 @@ def test_runs_that_cannot_be_compared(house: Warehouse) -> None:
         (["a", "pre"], "run 'pre' is a pre-training"),
         (["a", "users"], "other users or targets"),
     ):
-        with pytest.raises(UserError, match=message) as told:
-            compare(house, names)
-        assert "\n" not in str(told.value)
+        with pytest.raises(UserError, match=message) as refused:
+            compare(evaluated, names)
+        assert "\n" not in str(refused.value)
     for settings, message in (
         ({"split": "train"}, "unknown split 'train'; known: validation, test"),
         ({"targets": "hot"}, "unknown targets"),
@@ -156,14 +156,14 @@ def test_runs_that_cannot_be_compared(house: Warehouse) -> None:
         ({"by": "model"}, "are one system .* model"),
     ):
         with pytest.raises(UserError, match=message):
-            compare(house, ["a", "b"], **settings)
+            compare(evaluated, ["a", "b"], **settings)
 
 
-def test_damaged_files_are_one_line(house: Warehouse) -> None:
-    path: Path = house.runs_dir / "b" / "predictions.parquet"
+def test_damaged_files_are_one_line(evaluated: Warehouse) -> None:
+    path: Path = evaluated.runs_dir / "b" / "predictions.parquet"
     path.write_bytes(b"PAR1")
     with pytest.raises(UserError, match="run: mmrec eval --run b"):
-        compare(house, ["a", "b"])
+        compare(evaluated, ["a", "b"])
     (path.parent / "model.safetensors").write_bytes(b"x")
     with pytest.raises(UserError, match="is damaged"):
-        compare(house, ["a", "b"])
+        compare(evaluated, ["a", "b"])

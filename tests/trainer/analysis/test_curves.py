@@ -22,7 +22,7 @@ EPOCHS: Epochs = [(9.0, 0.1, 2.0), (4.0, 0.3, None), (3.0, None, 4.0), (2.0, 0.3
 
 
 def write_run(
-    house: Warehouse,
+    warehouse: Warehouse,
     name: str,
     epochs: Epochs = EPOCHS,
     *,
@@ -31,7 +31,7 @@ def write_run(
     **train: Any,
 ) -> None:
     """A run as its training leaves it; kept values are half of the filtered ones."""
-    folder = house.runs_dir / name
+    folder = warehouse.runs_dir / name
     run = {"model": "m", "dataset": "d", "features": [], "fingerprint": "f", "created": name}
     settings = {"monitor": "Recall@10", "monitor_seen": "filtered", **train}
     document = {"run": {**run, **(about or {})}, "train": settings, "model": {"dim": 8}}
@@ -50,13 +50,13 @@ def write_run(
             rows.append((epoch, "validation", "all", "filtered", metric, value))
             rows.append((epoch, "validation", "all", "kept", metric, value / 2))
     keys = ("epoch", "split", "targets", "seen", "metric", "value")
-    more = {"phase": "train", "ranker": "m", "low": None, "high": None, "users": 4}
-    table = [{**dict(zip(keys, row, strict=True)), **more} for row in rows]
+    common = {"phase": "train", "ranker": "m", "low": None, "high": None, "users": 4}
+    table = [{**dict(zip(keys, row, strict=True)), **common} for row in rows]
     write_table(folder / "metrics.parquet", pa.Table.from_pylist(table, schema=METRICS_SCHEMA))
 
 
-def read(house: Warehouse, *names: str) -> list[Record]:
-    return read_records(house, names)
+def read(warehouse: Warehouse, *names: str) -> list[Record]:
+    return read_records(warehouse, names)
 
 
 def test_a_curve_is_what_the_table_says(warehouse: Warehouse) -> None:
@@ -101,8 +101,8 @@ def test_figures_show_every_run(warehouse: Warehouse, tmp_path: Path) -> None:
     assert shown == [[4, 2], [4, 2], [2, 2], [2, 2]]
     assert figure.axes[2].lines[0].get_ydata() == pytest.approx([0.1, 0.3, 0.3])
     assert figure.axes[1].lines[0].get_xdata() == pytest.approx([2, 5, 9, 12])
-    told = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert told == [
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert labels == [
         "a: 0.3000 in epoch 2", "b: 0.3000 in epoch 2", "c: 0.1000 in epoch 1",
         "best epoch: kept weights",
     ]  # fmt: skip

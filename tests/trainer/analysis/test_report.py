@@ -26,14 +26,16 @@ class Reader(HTMLParser):
         self.open: list[str] = []
         self.rows: list[list[str]] = []
         self.fetches: list[str] = []
-        self.told: list[str] = []
+        self.texts: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         if tag not in _VOID:
             self.open.append(tag)
-        found = dict(attrs)
-        links = {"src", "srcset", "data", "href", "xlink:href"} & found.keys()
-        self.fetches += [f"{tag} {found[k]}" for k in links if not str(found[k]).startswith("#")]
+        attributes = dict(attrs)
+        links = {"src", "srcset", "data", "href", "xlink:href"} & attributes.keys()
+        self.fetches += [
+            f"{tag} {attributes[k]}" for k in links if not str(attributes[k]).startswith("#")
+        ]
         self.fetches += [tag] if tag in ("script", "link", "iframe", "img", "object") else []
         self.rows += [[]] if tag == "tr" else []
 
@@ -45,15 +47,15 @@ class Reader(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        self.told.append(data)
+        self.texts.append(data)
         if {"td", "th"} & {*self.open} and self.rows:
             self.rows[-1].append(data.strip())
 
 
-def page(house: Warehouse, *names: str) -> Reader:
-    records = read_records(house, names)
-    text = build_report(house, records, read_curves(records))
-    assert text == build_report(house, records, read_curves(records))
+def page(warehouse: Warehouse, *names: str) -> Reader:
+    records = read_records(warehouse, names)
+    text = build_report(warehouse, records, read_curves(records))
+    assert text == build_report(warehouse, records, read_curves(records))
     reader = Reader()
     reader.feed(text)
     assert reader.open == []
@@ -63,11 +65,11 @@ def page(house: Warehouse, *names: str) -> Reader:
     return reader
 
 
-def evaluated(house: Warehouse, name: str, values: dict[str, float]) -> None:
+def evaluated(warehouse: Warehouse, name: str, values: dict[str, float]) -> None:
     """Add the rows of an evaluation to what training left."""
-    path = house.runs_dir / name / "metrics.parquet"
-    held = pq.read_table(path).to_pylist()
-    held += [
+    path = warehouse.runs_dir / name / "metrics.parquet"
+    metrics = pq.read_table(path).to_pylist()
+    metrics += [
         {
             "phase": "eval", "epoch": 0, "split": "test", "targets": "all", "ranker": ranker,
             "seen": seen, "metric": metric, "value": value / scale, "low": value / scale - 0.01,
@@ -77,7 +79,7 @@ def evaluated(house: Warehouse, name: str, values: dict[str, float]) -> None:
         for ranker, scale in (("m", 1), ("popularity", 4))
         for seen in ("filtered", "kept")
     ]  # fmt: skip
-    write_table(path, pa.Table.from_pylist(held, schema=METRICS_SCHEMA))
+    write_table(path, pa.Table.from_pylist(metrics, schema=METRICS_SCHEMA))
 
 
 def test_a_page_about_one_run(warehouse: Warehouse) -> None:
@@ -95,14 +97,14 @@ def test_a_page_about_one_run(warehouse: Warehouse) -> None:
         ["note", "<b>&"],
         ["world", "4", "3", "12", "3.00", "0.0000%"],
     ):
-        assert row in [[cell for cell in found if cell] for found in reader.rows], row
-    rankings = [text for text in reader.told if "seen items" in text]
+        assert row in [[cell for cell in cells if cell] for cells in reader.rows], row
+    rankings = [text for text in reader.texts if "seen items" in text]
     assert [text.split(": ")[0] for text in rankings] == [
         f"world, all targets, seen items {seen}" for seen in ("filtered", "kept")
     ]
-    told = " ".join(reader.told)
-    assert "leave-one-out: last item test" in told
-    assert "a: 0.3000 in epoch 2" in told  # the figure's legend is text
+    texts = " ".join(reader.texts)
+    assert "leave-one-out: last item test" in texts
+    assert "a: 0.3000 in epoch 2" in texts  # the figure's legend is text
 
 
 def test_a_page_about_runs_that_differ(warehouse: Warehouse) -> None:
@@ -112,18 +114,18 @@ def test_a_page_about_runs_that_differ(warehouse: Warehouse) -> None:
         evaluated(warehouse, name, {"HR@10": 0.3 if name == "a" else 0.5})
     write_run(warehouse, "c", [(loss, value, None) for loss, value, _ in EPOCHS], lr=0.1, seed=3)
     reader = page(warehouse, "a", "b", "c")
-    rows = [[cell for cell in found if cell] for found in reader.rows]
+    rows = [[cell for cell in row if cell] for row in reader.rows]
     assert ["lr", "0.1", "0.2", "0.1"] in rows
     assert ["seed", "3"] in rows
     below = rows[rows.index(["metric", "a", "b", "popularity"]) + 1]
     assert below[:5] == ["HR@10", "0.3000", "[.2900, .3100]", "0.5000", "[.4900, .5100]"]
-    told = " ".join(reader.told)
-    assert "c is not evaluated; run: mmrec eval --run c" in told
-    assert "Runs without recorded times: c." in told
-    assert "Differences to a on d" in told
+    texts = " ".join(reader.texts)
+    assert "c is not evaluated; run: mmrec eval --run c" in texts
+    assert "Runs without recorded times: c." in texts
+    assert "Differences to a on d" in texts
     difference = next(row for row in rows if row[:2] == ["MRR", "b"])
     assert (difference[2], difference[4]) == (
         "-0.1561",
         "0.5000",
     )  # as worked out in the other test
-    assert "d is no longer in this warehouse" in told
+    assert "d is no longer in this warehouse" in texts

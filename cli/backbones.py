@@ -1,54 +1,58 @@
 """``mmrec backbones``."""
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 from cli import console
 from cli.options import JsonOption
+from features.registry import OWN
 
-if TYPE_CHECKING:
-    pass
-
-
-_WIDE = 144  # columns that a list of backbones takes with all there is to say of each
+_ONE_TABLE = 144  # columns of a terminal on which all facts fit into one table
 
 
 def backbones(json: JsonOption = False) -> None:
     """List the frozen backbones by short name."""
-    from pipeline.backbones.registry import list_backbones
+    from pipeline.backbones.listing import list_backbones
+    from pipeline.backbones.loading import OTHER_NAMES
+    from pipeline.backbones.registry import BACKBONES
 
     rows = list_backbones()
+    for name, reason in BACKBONES.broken.items():
+        console.notify(f"backbone {name} cannot be used: {reason}")
     if json:
         console.emit_json(rows)
         return
-    heads = ["name", "takes", "dim", "layers", "library", "offline"]
-    facts = [
-        [row["name"], " ".join(row["modalities"]), row["dim"], _layers(row["blocks"]),
-         row["library"], row["offline"]]
-        for row in rows
-    ]  # fmt: skip
-    origins = [_origin(row["checkpoint"], row["licence"]) for row in rows]
-    if console.out.width < _WIDE:
-        console.table(heads, facts)
-        heads, facts = ["name"], [[row["name"]] for row in rows]
-    lines = []
-    for fact, (first, *more) in zip(facts, origins, strict=True):
-        lines += [[*fact, *first], *([""] * len(heads) + origin for origin in more)]
-    console.table([*heads, "checkpoint", "licence"], lines)
+    _print_tables(rows)
     for note in dict.fromkeys(row["note"] for row in rows if row["note"]):
         console.notify(f"{', '.join(row['name'] for row in rows if row['note'] == note)}: {note}")
     console.notify(
-        "levels: pooled, tokens, layer-K; of clips, and of pairs by two towers, pooled alone"
+        "levels: pooled, tokens, layer-K; videos, and pairs of a model with two encoders: pooled"
     )
-    console.notify(
-        "beside these: open_clip:ARCH/TAG, hf:ORG/NAME, or a local folder with a saved model"
-    )
+    console.notify(f"other names: {OTHER_NAMES} with a saved model")
+
+
+def _print_tables(rows: list[dict[str, Any]]) -> None:
+    """Print one table; on a narrow terminal the checkpoints are a second one."""
+    columns = ["name", "takes", "dim", "layers", "library", "offline"]
+    facts = [
+        [_name(row), " ".join(row["modalities"]), row["dim"], _layers(row["blocks"]),
+         row["library"], row["offline"]]
+        for row in rows
+    ]  # fmt: skip
+    if console.out.width < _ONE_TABLE:
+        console.table(columns, facts)
+        columns, facts = ["name"], [[_name(row)] for row in rows]
+    lines = []
+    for row, cells in zip(rows, facts, strict=True):
+        first, *others = row["checkpoint"].split(" + ")
+        lines.append([*cells, first, row["licence"]])
+        lines += [[*([""] * len(cells)), f"+ {checkpoint}", ""] for checkpoint in others]
+    console.table([*columns, "checkpoint", "licence"], lines)
+
+
+def _name(row: dict[str, Any]) -> str:
+    name = str(row["name"])
+    return name if row["origin"] == OWN else f"{name} [{row['origin']}]"
 
 
 def _layers(blocks: int) -> str | None:
     return f"1-{blocks - 1}" if blocks else None
-
-
-def _origin(checkpoint: str, licence: str) -> list[list[str]]:
-    """One line for each checkpoint that a backbone is made of."""
-    first, *more = checkpoint.split(" + ")
-    return [[first, licence], *([f"+ {one}", ""] for one in more)]

@@ -1,8 +1,8 @@
 """Registries: the choices that users type, from this project and from installed packages."""
 
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from importlib.metadata import EntryPoint, entry_points
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from features.errors import UserError, unknown
 
@@ -28,6 +28,8 @@ class Registry(MutableMapping[str, T], Generic[T]):
         kind: What the entries are, in the singular, as error messages call them.
         entries: Name to entry.
         group: Entry point group, or empty if packages cannot add entries.
+        convert: Function that turns the object of an entry point into an entry; an error of the
+            function makes the entry point a broken one. None takes the object as it is.
 
     Examples:
         >>> colours = Registry("colour", {"red": 0xFF0000})
@@ -39,9 +41,17 @@ class Registry(MutableMapping[str, T], Generic[T]):
         features.errors.UserError: unknown colour 'rot'; known: red
     """
 
-    def __init__(self, kind: str, entries: Mapping[str, T], *, group: str = "") -> None:
+    def __init__(
+        self,
+        kind: str,
+        entries: Mapping[str, T],
+        *,
+        group: str = "",
+        convert: Callable[[object], object] | None = None,
+    ) -> None:
         self.kind = kind
         self.group = group
+        self._convert = convert
         self._entries = dict(entries)
         self._origins = dict.fromkeys(self._entries, OWN)
         self._broken: dict[str, str] = {}
@@ -105,7 +115,8 @@ class Registry(MutableMapping[str, T], Generic[T]):
                 self._broken[point.name] = f"{origin} uses a name that {taken} has already"
                 continue
             try:
-                entry = point.load()
+                loaded = point.load()
+                entry: Any = loaded if self._convert is None else self._convert(loaded)
             except Exception as error:
                 reason = " ".join(f"{type(error).__name__}: {error}".split())
                 self._broken[point.name] = f"{point.value} of {origin} cannot be loaded ({reason})"

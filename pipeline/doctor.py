@@ -202,13 +202,13 @@ def _weights() -> Iterable[Found]:
     from huggingface_hub import constants
 
     from pipeline.backbones import hub
-    from pipeline.backbones.registry import list_backbones
+    from pipeline.backbones.listing import list_backbones
 
     rows = list_backbones()
     ready = [row["name"] for row in rows if row["offline"]]
     yield "run offline", bool(ready), f"{len(ready)} of {len(rows)}: {' '.join(ready)}"
     yield "hub's cache", Path(constants.HF_HUB_CACHE).is_dir(), str(constants.HF_HUB_CACHE)
-    held = hub.held()
+    held = hub.cached_repositories()
     yield "in it", bool(held), " ".join(held) or "no weights"
     torch_cache = hub.torch_file("any").parent
     yield "torch's cache", torch_cache.is_dir(), str(torch_cache)

@@ -1,15 +1,16 @@
-"""What the extraction job asks of a backbone, and nothing else.
+"""The interface of a frozen backbone, with a default for all but four of its members.
 
-Levels: ``pooled`` is one vector of an input; ``tokens`` are the last layer's, as the library's
-forward pass gives them; ``layer-K`` are the hidden states after block K, so that the blocks above
-can run on them elsewhere.
+Levels of an encoder: ``pooled`` is one vector of an input; ``tokens`` are the tokens of the last
+layer, as the library's forward pass returns them; ``layer-K`` are the hidden states after block K,
+so that the blocks above can run on these states elsewhere.
 
 Legend: B inputs of a batch, T tokens of an input, D width of the embedding.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,12 +19,12 @@ from PIL import Image
 from features.errors import UserError
 
 TokenIds = npt.NDArray[np.int64]
-"""(T,) ids of one text, special tokens included, no padding; its length is its cost."""
+"""(T,) ids of one text, special tokens included, without padding; the length is the cost."""
 Vectors = npt.NDArray[np.float32]
 
 
 class UnavailableError(UserError):
-    """The weights of a backbone are neither here nor to be had; another one may be."""
+    """The weights of a backbone are not on this machine and cannot be downloaded."""
 
 
 POOLED = "pooled"
@@ -31,31 +32,37 @@ TOKENS = "tokens"
 _LAYER = "layer-"
 
 POOLINGS = ("cls", "mean", "own")
-"""What may follow ``@`` behind a backbone's name: its class token, the mean of its tokens, or the
-model's own pooling."""
+"""Poolings that may follow ``@`` after the name of a backbone: the class token, the mean of the
+tokens, or the model's own pooling."""
 
 
 def level_names(blocks: int, *, tokens: bool = True) -> tuple[str, ...]:
-    """Name the levels of an encoder with so many blocks that it can be cut behind."""
+    """Return the names of the levels of an encoder.
+
+    Args:
+        blocks: Number of blocks after which the encoder can be cut.
+        tokens: Whether the tokens of the last layer are available.
+    """
     return (POOLED, *([TOKENS] * tokens), *(f"{_LAYER}{k}" for k in range(1, blocks)))
 
 
 def split_pooling(name: str) -> tuple[str, str | None]:
-    """Take ``NAME@cls`` apart; none: what the backbone does when it is not asked."""
-    base, _, word = name.rpartition("@")
-    return (base, word) if base and word in POOLINGS else (name, None)
+    """Split ``NAME@cls`` into the name and the pooling; the pooling is None if none is given."""
+    base, _, pooling = name.rpartition("@")
+    return (base, pooling) if base and pooling in POOLINGS else (name, None)
 
 
 def block_of(level: str) -> int:
-    """K of ``layer-K``; 0 for the other levels."""
+    """Return K of ``layer-K``, and 0 for the other levels."""
     return int(level.removeprefix(_LAYER)) if level.startswith(_LAYER) else 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class InputBatch:
-    """Inputs that one forward pass takes together, as the backbone made them.
+    """Inputs of one forward pass, as :meth:`Backbone.image` and :meth:`Backbone.texts` return them.
 
-    Pictures or texts; with both, of the same number, each pair is one joint input.
+    A batch holds images or texts. If it holds both, they are of the same number, and each image
+    and its text are one joint input.
     """
 
     images: Sequence[Any] = ()
@@ -63,73 +70,134 @@ class InputBatch:
 
     @property
     def modality(self) -> str:
-        """``image`` (frames of clips as well), ``text`` or ``joint``."""
+        """``image`` (also for the frames of videos), ``text`` or ``joint``."""
         if len(self.images) and len(self.texts):
             assert len(self.images) == len(self.texts)
             return "joint"
         return "text" if len(self.texts) else "image"
 
+    def __len__(self) -> int:
+        return max(len(self.images), len(self.texts))
 
-class Backbone(Protocol):
-    """A frozen encoder. Loading, batching, resuming and writing are the caller's."""
+
+class Backbone(ABC):
+    """A frozen encoder of images, texts, or both.
+
+    A subclass must define ``name``, ``modalities``, ``dim`` and :meth:`embed`; every other member
+    has a default. Define ``name``, ``modalities`` and ``dim`` on the class: ``mmrec backbones``
+    lists a class of an installed package without creating an object of it. Loading, batching,
+    resuming and writing are done by the extraction job.
+
+    Args:
+        name: Name that the user typed; by default the name that the class defines.
+        device: Device to run on; None lets the backbone choose.
+        compute: Arithmetic that the user asked for. A backbone that follows it sets
+            :attr:`compute`.
+
+    Examples:
+        >>> class Letters(Backbone):
+        ...     name, modalities, dim = "letters", ("text",), 26
+        ...     def embed(self, batch):
+        ...         counts = [np.bincount(ids % 26, minlength=26) for ids in batch.texts]
+        ...         return np.stack(counts).astype(np.float32)
+        >>> letters = Letters()
+        >>> letters.embed(InputBatch(texts=letters.texts(["red shoe", "blue hat"]))).shape
+        (2, 26)
+    """
 
     name: str
-    """As the user wrote it, or a local folder's own name; its slug is the table's folder."""
+    """Name as the user typed it, or the name of a local folder; its slug is the table's folder."""
     modalities: tuple[str, ...]
-    """Of image, text, video, joint; whoever takes pictures takes the frames of clips too."""
+    """Some of image, text, video and joint. A backbone that takes images takes video frames."""
     dim: int
-    """D."""
-    checkpoint: str
-    """Fingerprint of the weights and of the configuration that gives them their meaning."""
-    compute: str
+    """D, the width of the vectors of :meth:`embed`."""
+
+    # Members with a default.
+    checkpoint: str = "1"
+    """Fingerprint of the weights and their configuration; it must change if any vector does."""
+    compute: str = "float32"
     """Arithmetic of the forward pass: ``float32`` or ``bfloat16``."""
-    batch_size: int
-    """Inputs of a forward pass that suit the device."""
-    libraries: dict[str, str]
-    """Versions of the libraries that do the work."""
+    batch_size: int = 32
+    """Number of inputs of a forward pass that suits the device."""
+    blocks: int = 0
+    """Number of blocks of the deepest encoder that can be cut; 0 if none can."""
+    input_size: int | None = None
+    """Pixels of the side to which images are resized; None if the backbone takes no images or
+    images of any size."""
+    licence: str = ""
+    """Licence of the weights, for ``mmrec backbones``."""
 
-    @property
-    def blocks(self) -> int:
-        """Blocks of the deepest encoder that can be cut; 0: none."""
-        ...
+    def __init__(
+        self, name: str | None = None, *, device: str | None = None, compute: str = "float32"
+    ) -> None:
+        if name is not None:
+            self.name = name
+        self.libraries: dict[str, str] = {}
+        """Versions of the libraries that compute the vectors."""
+        self.source: dict[str, Any] = {}
+        """Location of the checkpoint, from which ``--tune-blocks`` loads the upper blocks."""
 
-    @property
-    def input_size(self) -> int | None:
-        """Pixels of the side that pictures are resized to; none: it takes no pictures."""
-        ...
+    @abstractmethod
+    def embed(self, batch: InputBatch) -> Vectors:
+        """Encode a batch of images, texts or pairs to vectors.
 
-    def preprocessing(self, modality: str) -> str:
-        """Say what :meth:`image` or :meth:`texts` does to an input, for the table's provenance."""
-        ...
+        Returns:
+            (B, D) float32. The vectors are not normalized afterwards.
+        """
 
-    def pooling(self, modality: str, level: str = POOLED) -> str:
-        """Say how one vector is made of the last layer's outputs, or what the tokens are."""
-        ...
+    def image(self, image: Image.Image) -> Any:
+        """Prepare one RGB image for :meth:`embed`; several threads call this at once.
 
-    def levels(self, modality: str) -> tuple[str, ...]:
-        """Name what can be had of a modality: ``pooled``, ``tokens``, ``layer-1``, ..."""
-        ...
-
-    def token_dim(self, level: str, modality: str) -> int:
-        """D of one token at a level other than ``pooled``."""
-        ...
-
-    def image(self, picture: Image.Image) -> Any:
-        """Prepare one RGB picture for :meth:`embed`; called in several threads at once."""
-        ...
+        The default returns the pixels: (height, width, 3) uint8.
+        """
+        return np.asarray(image)
 
     def texts(self, texts: Sequence[str]) -> list[TokenIds]:
-        """Turn texts into token ids, truncated to what the backbone takes."""
-        ...
+        """Turn texts into token ids, truncated to the length that the backbone takes.
 
-    def embed(self, batch: InputBatch) -> Vectors:
-        """Encode a batch of pictures, texts or pairs: (B, D) float32, not normalised by us."""
-        ...
+        The default returns the Unicode code points of each text, at least one id.
+        """
+        return [np.asarray([ord(char) for char in text] or [0], dtype=np.int64) for text in texts]
+
+    def image_preprocessing(self) -> str:
+        """Describe :meth:`image` for the provenance of a feature table."""
+        return "8-bit RGB pixels"
+
+    def text_preprocessing(self) -> str:
+        """Describe :meth:`texts` for the provenance of a feature table."""
+        return "Unicode code points"
+
+    def preprocessing(self, modality: str) -> str:
+        """Describe the preparation of the inputs of a modality, for the provenance of a table."""
+        if modality == "text":
+            return self.text_preprocessing()
+        if modality == "joint":
+            return f"{self.image_preprocessing()}; {self.text_preprocessing()}"
+        return self.image_preprocessing()
+
+    def pooling(self, modality: str, level: str = POOLED) -> str:
+        """Describe how a vector is made of the last layer's outputs, or what the tokens are."""
+        return "the backbone's own pooling"
+
+    def levels(self, modality: str) -> tuple[str, ...]:
+        """Return the levels that are available for a modality: ``pooled``, ``tokens``, ..."""
+        return (POOLED,)
+
+    def token_dim(self, level: str, modality: str) -> int:
+        """Return the width of one token at a level other than ``pooled``."""
+        return self.dim
 
     def tokens(self, batch: InputBatch, level: str) -> list[Vectors]:
-        """Encode a batch to tokens: (T, D) float32 for each input, without padding.
+        """Encode a batch to tokens; blocks above ``layer-K`` are not run.
 
-        Texts: their own tokens, special ones included. Pictures: all tokens, the class token
-        first where there is one. Blocks above ``layer-K`` are not run.
+        Returns:
+            (T, D) float32 for each input, without padding. The tokens of a text include the
+            special ones. The tokens of an image are all tokens, the class token first if there is
+            one.
+
+        Raises:
+            UserError: The backbone gives pooled vectors only.
         """
-        ...
+        raise UserError(
+            f"backbone {self.name!r} has no level {level!r}; give --level {POOLED}, or leave it out"
+        )

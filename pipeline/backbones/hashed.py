@@ -1,12 +1,13 @@
-"""A deterministic backbone without weights: similar inputs get similar vectors, at once.
+"""A deterministic backbone without weights: similar inputs get similar vectors.
 
-Pictures become coarse colour, colour-histogram and edge statistics; texts become hashed words and
-character n-grams. Both go through a fixed random projection, which nearly keeps the angles between
-sparse descriptions (Johnson and Lindenstrauss, 1984; Weinberger et al., "Feature Hashing for Large
-Scale Multitask Learning", 2009). It is made for dry runs, for the demo and for tests; it knows
-nothing about meaning. Its tokens are the words of a text and the cells of a picture's grid.
+Images are described by statistics of colours, of a colour histogram and of edges; texts by hashed
+words and character n-grams. Both go through a fixed random projection, which nearly keeps the
+angles between sparse descriptions (Johnson and Lindenstrauss, 1984; Weinberger et al., "Feature
+Hashing for Large Scale Multitask Learning", 2009). The backbone serves trial runs, the demo and
+tests; it knows nothing about meaning. Its tokens are the words of a text and the cells of an
+image's grid.
 
-Legend: B inputs of a batch, T tokens of an input, G n-grams of a text, C cells of a picture's grid,
+Legend: B inputs of a batch, T tokens of an input, G n-grams of a text, C cells of an image's grid,
 D width of the embedding.
 """
 
@@ -21,77 +22,75 @@ import numpy.typing as npt
 import PIL
 from PIL import Image
 
-from pipeline.backbones.base import POOLED, TOKENS, InputBatch, TokenIds, Vectors
+from pipeline.backbones.base import POOLED, TOKENS, Backbone, InputBatch, TokenIds, Vectors
 
 DIM = 128
-_SIDE = 32  # pictures are looked at in this size
+_SIDE = 32  # pixels of the square to which images are resized
 _GRID = 4  # cells a side
 _BUCKETS = 1 << 14
 _WORD = re.compile(r"\w+")
 _N_GRAMS = (3, 4)
-_ANGLES = 8  # of edges
-_MAX_GRAMS = 4096  # of one text; some 500 words
-_VERSION = "1"  # raise it when any vector would change
+_ANGLES = 8  # bins of the directions of edges
+_MAX_GRAMS = 4096  # of one text: about 500 words
 
 Floats = npt.NDArray[np.float32]
 
 
-class Hashed:
+class Hashed(Backbone):
     """The backbone ``hashed``."""
 
-    modalities: tuple[str, ...] = ("image", "text", "video", "joint")
+    name = "hashed"
+    modalities = ("image", "text", "video", "joint")
     dim = DIM
-    checkpoint = f"hashed-{_VERSION}"
-    compute = "float32"
-    batch_size = 32
-    blocks = 0
-    input_size: int | None = _SIDE
+    checkpoint = "hashed-1"  # raise the number if any vector changes
+    input_size = _SIDE
+    licence = "Apache-2.0"
 
-    def __init__(self, name: str = "hashed") -> None:
-        self.name = name
+    def __init__(
+        self, name: str | None = None, *, device: str | None = None, compute: str = "float32"
+    ) -> None:
+        super().__init__(name)
         self.libraries = {"numpy": np.__version__, "pillow": PIL.__version__}
 
-    def preprocessing(self, modality: str) -> str:
-        """Say what is kept of an input."""
-        text = (
+    def image_preprocessing(self) -> str:
+        """Describe the statistics of an image."""
+        return f"{_SIDE}x{_SIDE} box; colours and edges on a {_GRID}x{_GRID} grid, colour histogram"
+
+    def text_preprocessing(self) -> str:
+        """Describe the n-grams of a text."""
+        return (
             f"lower case; words and their {_N_GRAMS}-grams, at most {_MAX_GRAMS},"
             f" hashed into {_BUCKETS} buckets"
         )
-        grid = f"{_SIDE}x{_SIDE} box; colours and edges on a {_GRID}x{_GRID} grid, colour histogram"
-        return {"text": text, "joint": f"{grid}; {text}"}.get(modality, grid)
 
     def pooling(self, modality: str, level: str = POOLED) -> str:
-        """Say how one vector is made, or what the tokens are."""
+        """Describe how one vector is made, or what the tokens are."""
         if level == TOKENS:
             words, cells = "the words of a text", f"the {_GRID}x{_GRID} cells of a picture"
             both = f"{cells}, then {words}"
-            kept = {"text": words, "joint": both}.get(modality, cells)
-            return f"fixed random projection, unit length, of {kept}"
-        one = "fixed random projection, unit length"
-        return f"{one}; mean of picture and text" if modality == "joint" else one
+            tokens = {"text": words, "joint": both}.get(modality, cells)
+            return f"fixed random projection, unit length, of {tokens}"
+        projection = "fixed random projection, unit length"
+        return f"{projection}; mean of picture and text" if modality == "joint" else projection
 
     def levels(self, modality: str) -> tuple[str, ...]:
-        """Give one vector or tokens; there are no blocks to cut."""
+        """Return ``pooled`` and, except for videos, ``tokens``; there are no blocks."""
         return (POOLED,) if modality == "video" else (POOLED, TOKENS)
 
-    def token_dim(self, level: str, modality: str) -> int:
-        """All vectors have one width."""
-        return DIM
-
-    def image(self, picture: Image.Image) -> Floats:
-        """Describe one picture by block statistics."""
-        small = picture.resize((_SIDE, _SIDE), Image.Resampling.BOX, reducing_gap=2.0)
+    def image(self, image: Image.Image) -> Floats:
+        """Describe one image by statistics of its cells."""
+        small = image.resize((_SIDE, _SIDE), Image.Resampling.BOX, reducing_gap=2.0)
         return _describe(np.asarray(small, dtype=np.float32) / 255.0)
 
     def texts(self, texts: Sequence[str]) -> list[TokenIds]:
-        """Hash the words and n-grams of each text; a text without a word keeps its characters.
+        """Hash the words and n-grams of each text; a text without a word is one word.
 
-        The first n-gram of a word, which is the word itself, is marked: ``_BUCKETS`` is added.
+        ``_BUCKETS`` is added to the first id of a word, that of the word itself.
         """
         return [_hash_text(text) for text in texts]
 
     def embed(self, batch: InputBatch) -> Vectors:
-        """Project descriptions to (B, D) unit vectors; of a pair, the mean of its two."""
+        """Project descriptions to (B, D) unit vectors; a pair becomes the mean of its two."""
         if batch.modality == "joint":
             parts = [
                 self.embed(InputBatch(images=batch.images)),
@@ -104,18 +103,18 @@ class Hashed:
         return self._sums(np.concatenate(batch.texts), starts_B)
 
     def tokens(self, batch: InputBatch, level: str) -> list[Vectors]:
-        """Project each cell of a picture's grid, and each word of a text with its n-grams."""
+        """Project each cell of an image's grid, and each word of a text with its n-grams."""
         assert level == TOKENS
-        found = [np.zeros((0, DIM), dtype=np.float32)] * max(len(batch.images), len(batch.texts))
+        tokens = [np.zeros((0, DIM), dtype=np.float32)] * len(batch)
         for i, description in enumerate(batch.images):
-            found[i] = _unit(_cells(description) @ self._cell_projection)
+            tokens[i] = _unit(_cells(description) @ self._cell_projection)
         for i, ids_G in enumerate(batch.texts):
             words_TD = self._sums(ids_G, np.flatnonzero(ids_G >= _BUCKETS))
-            found[i] = np.concatenate([found[i], words_TD])
-        return found
+            tokens[i] = np.concatenate([tokens[i], words_TD])
+        return tokens
 
     def _sums(self, ids_G: TokenIds, starts: npt.NDArray[np.int64]) -> Floats:
-        """Add up the n-grams from each start to the next."""
+        """Sum the projected n-grams from each start to the next, and scale to unit length."""
         rows_GD = self._text_projection[ids_G % _BUCKETS]
         return _unit(np.add.reduceat(rows_GD, starts, axis=0))
 
@@ -136,10 +135,10 @@ class Hashed:
 
 
 def _describe(pixels: Floats) -> Floats:
-    """Block statistics of a (side, side, 3) picture in 0..1, each block of comparable weight."""
+    """Return the statistics of (side, side, 3) pixels in 0..1, all of comparable weight."""
     cell = _SIDE // _GRID
     blocks = pixels.reshape(_GRID, cell, _GRID, cell, 3)
-    # Around mid-grey, or all pictures would point the same way.
+    # Relative to mid-grey; otherwise the vectors of all images would have one direction.
     colour = blocks.mean(axis=(1, 3)) - 0.5
     code = (np.minimum(pixels * 4, 3).astype(np.int64) * (16, 4, 1)).sum(axis=2)
     histogram = np.sqrt(np.bincount(code.ravel(), minlength=64) / code.size)
@@ -149,14 +148,14 @@ def _describe(pixels: Floats) -> Floats:
     turn = (np.arctan2(down, right) % np.pi) * (_ANGLES / np.pi)
     angle = np.minimum(turn, _ANGLES - 1).astype(np.int64)
     row = np.arange(_SIDE) // cell
-    where = (row[:, None] * _GRID + row[None, :]) * _ANGLES + angle
-    edges = np.bincount(where.ravel(), weights=strength.ravel(), minlength=_GRID * _GRID * _ANGLES)
+    bins = (row[:, None] * _GRID + row[None, :]) * _ANGLES + angle
+    edges = np.bincount(bins.ravel(), weights=strength.ravel(), minlength=_GRID * _GRID * _ANGLES)
     parts = [colour.ravel() * 2, histogram, np.sqrt(edges / (cell * cell))]
     return np.concatenate(parts).astype(np.float32)
 
 
 def _cells(description: Floats) -> Floats:
-    """Colour and edges of each cell, out of what :func:`_describe` gives: (C, 3 + angles)."""
+    """Return the colour and the edges of each cell of a description: (C, 3 + angles)."""
     cells = _GRID * _GRID
     colour_C = description[: cells * 3].reshape(cells, 3)
     edges_C = description[-cells * _ANGLES :].reshape(cells, _ANGLES)

@@ -1,82 +1,104 @@
-"""One encoder of a transformers model: its tokens, and its states behind any of its blocks.
+"""Hidden states of one encoder at each level: its last tokens, and its states after each block.
 
 Legend: B inputs of a batch, T tokens, D width of a token.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from pipeline.backbones import torch_utils
-from pipeline.backbones.base import POOLED, TOKENS, Vectors, block_of, level_names
+from features.encoder_blocks import EncoderBlocks, find_blocks, stop_after
+from pipeline.backbones.base import POOLED, TOKENS, block_of, level_names
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
 class HiddenStates:
-    """An encoder with its blocks in order.
+    """An encoder that can be run as far as a level needs."""
 
-    Args:
-        module: Where the blocks are looked for.
-        depth: How many there are, as the configuration says.
-        run: The forward pass, of keyword arguments; gives what the library's gives.
-        probe: Arguments of one forward pass, to see what comes out. Blocks that the library does
-            not list as ``hidden_states`` (shared, grouped or convolutional ones) are not offered.
-    """
-
-    def __init__(
-        self, module: torch.nn.Module, depth: int, run: Callable[..., Any], probe: dict[str, Any]
-    ) -> None:
-        self.run = run
-        with torch.inference_mode():
-            output = run(**probe, output_hidden_states=True)
-            last = output.last_hidden_state
-            self._dims = {TOKENS: int(last.shape[1 if last.ndim == 4 else -1])}
-            states: list[torch.Tensor] = list(output.hidden_states or ())
-            self._blocks = _blocks(module, depth) if len(states) == depth + 1 else []
-            if self._blocks:
-                first = torch_utils.stop_after(self._blocks[0], lambda: run(**probe))
-                if first.shape != states[1].shape or not torch.allclose(first, states[1]):
-                    self._blocks = []
-        for k in range(1, len(self._blocks)):
-            self._dims[f"layer-{k}"] = int(states[k].shape[-1])
+    run: Callable[..., Any]
+    """Forward pass; takes the keyword arguments that the backbone makes of a batch."""
+    blocks: tuple[torch.nn.Module, ...] = ()
+    """Blocks after which the encoder can be cut, in order, the last one included."""
+    dims: Mapping[str, int] = field(default_factory=dict)
+    """Level -> D of one token."""
+    last: torch.nn.Module | None = None
+    """Module that returns the tokens of the last layer. None: :attr:`run` returns an output of
+    transformers, which has them as ``last_hidden_state``."""
+    batch_first: bool = True
+    """Whether a block returns (B, T, D); else it returns (T, B, D)."""
 
     @property
     def depth(self) -> int:
-        """Blocks that it can be cut behind, the last one included; 0: none."""
-        return len(self._blocks)
+        """Number of blocks after which the encoder can be cut; 0 if it cannot."""
+        return len(self.blocks)
 
     @property
     def levels(self) -> tuple[str, ...]:
-        """What can be had of it."""
+        """Levels that are available."""
         return level_names(self.depth)
 
-    def dim(self, level: str) -> int:
-        """D of one token."""
-        return self._dims[level]
-
     def describe(self, level: str) -> str:
-        """Name a level other than ``pooled`` for a table's provenance."""
+        """Describe a level other than ``pooled`` for the provenance of a table."""
         assert level != POOLED
         k = block_of(level)
         return f"hidden states after block {k} of {self.depth}" if k else "tokens of the last layer"
 
-    def hidden(self, level: str, inputs: dict[str, Any]) -> torch.Tensor:
-        """Run it as far as the level needs: (B, T, D), or (B, D, rows, columns) of a grid."""
+    def hidden(self, level: str, inputs: Mapping[str, Any]) -> torch.Tensor:
+        """Run the encoder as far as the level needs.
+
+        Returns:
+            (B, T, D), or (B, D, rows, columns) for a convolutional encoder.
+        """
         k = block_of(level)
-        if k:
-            return torch_utils.stop_after(self._blocks[k - 1], lambda: self.run(**inputs))
-        last: torch.Tensor = self.run(**inputs).last_hidden_state
-        return last
-
-    def tokens(
-        self, level: str, inputs: dict[str, Any], lengths: Sequence[int] | None = None
-    ) -> list[Vectors]:
-        """Give (T, D) of each input, its padding cut off."""
-        return torch_utils.split(self.hidden(level, inputs), lengths)
+        module = self.blocks[k - 1] if k else self.last
+        if module is None:
+            last_BTD: torch.Tensor = self.run(**inputs).last_hidden_state
+            return last_BTD
+        states = stop_after(module, lambda: self.run(**inputs))
+        return states if self.batch_first or module not in self.blocks else states.transpose(0, 1)
 
 
-def _blocks(module: torch.nn.Module, depth: int) -> list[torch.nn.Module]:
-    for part in module.modules():
-        if isinstance(part, torch.nn.ModuleList) and len(part) == depth > 0:
-            return list(part)
-    return []
+def of_transformers(
+    module: torch.nn.Module, depth: int, run: Callable[..., Any], probe: Mapping[str, Any]
+) -> HiddenStates:
+    """Return the hidden states of a transformers encoder.
+
+    Blocks whose outputs the library does not list as ``hidden_states`` (shared, grouped or
+    convolutional ones) are not offered: the encoder then has the tokens of its last layer only.
+
+    Args:
+        module: Module that contains the blocks.
+        depth: Number of blocks, as the configuration says.
+        run: Forward pass; takes keyword arguments and returns the library's output.
+        probe: Arguments of one forward pass, which finds the widths.
+    """
+    with torch.inference_mode():
+        output = run(**probe, output_hidden_states=True)
+        last = output.last_hidden_state
+        dims = {TOKENS: int(last.shape[1 if last.ndim == 4 else -1])}
+        states: list[torch.Tensor] = list(output.hidden_states or ())
+        blocks = find_blocks(module, depth) if len(states) == depth + 1 else ()
+        if blocks:
+            first = stop_after(blocks[0], lambda: run(**probe))
+            if first.shape != states[1].shape or not torch.allclose(first, states[1]):
+                blocks = ()
+    dims |= {f"layer-{k}": int(states[k].shape[-1]) for k in range(1, len(blocks))}
+    return HiddenStates(run=run, blocks=blocks, dims=dims)
+
+
+def of_open_clip(encoder: EncoderBlocks, run: Callable[..., Any]) -> HiddenStates:
+    """Return the hidden states of one encoder of an open_clip model.
+
+    Args:
+        encoder: Its blocks.
+        run: Forward pass of the encoder.
+    """
+    return HiddenStates(
+        run=run,
+        blocks=encoder.blocks,
+        dims=dict.fromkeys(level_names(len(encoder.blocks))[1:], encoder.width),
+        last=encoder.last,
+        batch_first=encoder.batch_first,
+    )

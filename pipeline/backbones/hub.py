@@ -1,7 +1,7 @@
-"""Whether weights can be had: in the hub's cache, over the network, or not at all.
+"""Find the weights of a backbone in the hub's cache, or download them.
 
-Left alone, the hub's client tries each file for half a minute and prints each failure, so the hub
-is asked for the repository once, with a bound, before anything is downloaded.
+The hub's client would try each file for half a minute and print each failure. Hence the hub is
+asked for the repository once, with a time limit, before anything is downloaded.
 """
 
 import os
@@ -18,14 +18,14 @@ from pipeline.backbones.base import UnavailableError
 PATIENCE = 5.0
 """Seconds for the hub to answer."""
 
-_PREFIX = "models--"  # of a repository's folder in the cache
+_PREFIX = "models--"  # prefix of a repository's folder in the cache
 _SMALL = ["*.json", "*.txt", "*.model"]  # configurations and vocabularies
 _SAFE = ["model.safetensors", "model-*.safetensors"]
 _PICKLED = ["pytorch_model.bin", "pytorch_model-*.bin"]
 
 
-def trouble(repository: str) -> str:
-    """Why a repository cannot be downloaded here and now; empty when the hub offers it."""
+def reason_unavailable(repository: str) -> str:
+    """Return why a repository cannot be downloaded now; empty if the hub offers it."""
     if constants.is_offline_mode():
         return "HF_HUB_OFFLINE is set"
     try:
@@ -42,106 +42,123 @@ def trouble(repository: str) -> str:
 
 
 @contextmanager
-def at_once(repositories: list[str]) -> Iterator[None]:
-    """Let a library find small files in the cache, or not, without waiting for a silent hub."""
+def offline_unless_reachable(repositories: list[str]) -> Iterator[None]:
+    """Keep a library from waiting for a hub that does not answer.
+
+    The hub's client is set offline if one of the repositories cannot be downloaded: it then reads
+    the cache only.
+    """
     before = constants.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = before or any(map(trouble, repositories))
+    constants.HF_HUB_OFFLINE = before or any(map(reason_unavailable, repositories))
     try:
         yield
     finally:
         constants.HF_HUB_OFFLINE = before
 
 
-def cached(repository: str) -> bool:
-    """Whether the cache holds weights of a repository; looks at file names only."""
+def is_cached(repository: str) -> bool:
+    """Return whether the cache has weights of a repository; only file names are read."""
     flat = repository.strip("/").replace("/", "--")
-    return _holds(Path(constants.HF_HUB_CACHE) / f"{_PREFIX}{flat}")
+    return _has_weights(Path(constants.HF_HUB_CACHE) / f"{_PREFIX}{flat}")
 
 
-def held() -> list[str]:
-    """Name the repositories of which the cache holds weights."""
+def cached_repositories() -> list[str]:
+    """Return the names of the repositories whose weights the cache has."""
     folders = Path(constants.HF_HUB_CACHE).glob(f"{_PREFIX}*")
-    names = (path.name.removeprefix(_PREFIX) for path in folders if _holds(path))
+    names = (path.name.removeprefix(_PREFIX) for path in folders if _has_weights(path))
     return sorted(name.replace("--", "/", 1) for name in names)
 
 
-def _holds(folder: Path) -> bool:
-    kinds = ("*.safetensors", "*.bin", "*.pt", "*.pth")
+def _has_weights(folder: Path) -> bool:
+    patterns = ("*.safetensors", "*.bin", "*.pt", "*.pth")
     return any(
-        path.exists()  # a snapshot is a link; a broken download leaves one without its target
-        for kind in kinds
-        for path in folder.glob(f"snapshots/*/{kind}")
+        path.exists()  # a snapshot is a link; an interrupted download leaves one without target
+        for pattern in patterns
+        for path in folder.glob(f"snapshots/*/{pattern}")
     )
 
 
 def torch_file(name: str) -> Path:
-    """Where torch keeps a file of weights that torchvision downloads; torch is not imported."""
+    """Return the path in torch's cache of weights that torchvision downloads, without torch."""
     caches = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
     home = Path(os.environ.get("TORCH_HOME", caches / "torch")).expanduser()
     return home / "hub" / "checkpoints" / name
 
 
 def folder(name: str, repository: str) -> Path:
-    """Give the local copy of a transformers repository, fetched when it is not in the cache.
+    """Return the local folder of a transformers repository; download it if necessary.
+
+    Args:
+        name: Name of the backbone, for messages.
+        repository: ``ORG/NAME`` on the hub.
 
     Raises:
-        UserError: It is neither in the cache nor to be had.
+        UserError: The repository is neither in the cache nor can it be downloaded.
     """
-    if cached(repository):
+    if is_cached(repository):
         return Path(snapshot_download(repository, local_files_only=True))
     require(name, repository, f"hub repository {repository}")
     try:
-        fetched = Path(snapshot_download(repository, allow_patterns=[*_SMALL, *_SAFE]))
-        if not cached(repository):
+        path = Path(snapshot_download(repository, allow_patterns=[*_SMALL, *_SAFE]))
+        if not is_cached(repository):
             snapshot_download(repository, allow_patterns=_PICKLED)  # read as weights only
     except Exception as error:
-        raise _broken(name, repository, error) from None
-    return fetched
+        raise _download_error(name, repository, error) from None
+    return path
 
 
-def vocabulary(name: str, repository: str) -> Path:
-    """Give the local copy of a repository's tokenizer, without any weights.
+def tokenizer_folder(name: str, repository: str) -> Path:
+    """Return the local folder of a repository's tokenizer, without any weights.
+
+    Args:
+        name: Name of the backbone, for messages.
+        repository: ``ORG/NAME`` on the hub.
 
     Raises:
-        UserError: It is neither in the cache nor to be had.
+        UserError: The tokenizer is neither in the cache nor can it be downloaded.
     """
-    found = _vocabulary(repository)
-    if found is not None:
-        return found
+    path = _cached_tokenizer(repository)
+    if path is not None:
+        return path
     require(name, repository, f"the tokenizer of {repository}")
     try:
         return Path(snapshot_download(repository, allow_patterns=_SMALL))
     except Exception as error:
-        raise _broken(name, repository, error) from None
+        raise _download_error(name, repository, error) from None
 
 
-def has_vocabulary(repository: str) -> bool:
-    """Whether the cache holds a repository's tokenizer."""
-    return _vocabulary(repository) is not None
+def has_tokenizer(repository: str) -> bool:
+    """Return whether the cache has a repository's tokenizer."""
+    return _cached_tokenizer(repository) is not None
 
 
-def _vocabulary(repository: str) -> Path | None:
-    for known in ("tokenizer.json", "vocab.txt"):
-        found = try_to_load_from_cache(repository, known)
-        if isinstance(found, str):
-            return Path(found).parent
+def _cached_tokenizer(repository: str) -> Path | None:
+    for filename in ("tokenizer.json", "vocab.txt"):
+        path = try_to_load_from_cache(repository, filename)
+        if isinstance(path, str):
+            return Path(path).parent
     return None
 
 
-def _broken(name: str, repository: str, error: Exception) -> UserError:
+def _download_error(name: str, repository: str, error: Exception) -> UserError:
     line = " ".join(str(error).split())[:160] or type(error).__name__
     return UserError(f"backbone {name!r}: no download of {repository} ({line})")
 
 
-def require(name: str, repository: str, what: str) -> None:
-    """Make sure that the hub offers what the cache does not hold.
+def require(name: str, repository: str, content: str) -> None:
+    """Check that the hub offers a repository that the cache lacks.
+
+    Args:
+        name: Name of the backbone, for messages.
+        repository: ``ORG/NAME`` on the hub.
+        content: Weights that are needed, for messages.
 
     Raises:
-        UnavailableError: It does not.
+        UnavailableError: The hub does not offer it.
     """
-    why = trouble(repository)
-    if why:
+    reason = reason_unavailable(repository)
+    if reason:
         raise UnavailableError(
-            f"backbone {name!r}: its weights ({what}) are not in the cache"
-            f" ({constants.HF_HUB_CACHE}) and {why}; give a local folder"
+            f"backbone {name!r}: its weights ({content}) are not in the cache"
+            f" ({constants.HF_HUB_CACHE}) and {reason}; give a local folder"
         )

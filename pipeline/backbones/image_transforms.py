@@ -1,11 +1,11 @@
-"""From a picture to a model's input: 8-bit pixels in threads, floats in batches on the device.
+"""Images to the input of a model: 8-bit pixels in threads, floats in batches on the device.
 
-Image processors turn each picture into floats of four times the bytes, one by one. What follows
-resizing and cropping is linear and the same for all pictures, so it waits until they are together:
-the result is the library's own, to rounding.
+Image processors turn each image into floats, of four times the bytes. The steps after resizing and
+cropping are linear and the same for all images, so they are applied to a whole batch: the result
+equals the library's own up to rounding.
 
-Legend: B pictures of a batch, H and W sides of the model's input, HWC a picture's sides and
-channels, CHW its planes.
+Legend: B images of a batch, H and W sides of the model's input, HWC the sides and channels of an
+image, CHW its planes.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,18 +20,20 @@ from PIL.Image import Resampling
 from pipeline.media.images import DRAFTED
 
 Pixels8 = npt.NDArray[np.uint8]
-TOLERANCE = 1e-6  # of normalised values, which are about 1
+"""(H, W, 3)."""
+TOLERANCE = 1e-6
+"""Largest difference from the library's processor, in normalized values, which are about 1."""
 _PROBES = ((97, 61), (64, 131), (40, 40), (300, 200))  # width, height
 
 
-class Pixels:
-    """The way of pictures into a model.
+class ImageTransform:
+    """Resizing of single images, and normalization of batches.
 
     Args:
-        resize: What makes (H, W, 3) contiguous 8-bit pixels of an RGB picture.
-        mean: Of each channel on the scale 0..1, taken off.
-        std: Of each channel, divided by.
-        device: Where batches go.
+        resize: Function of an RGB image that returns (H, W, 3) contiguous 8-bit pixels.
+        mean: Mean of each channel, on the scale 0 to 1; it is subtracted.
+        std: Standard deviation of each channel; the difference is divided by it.
+        device: Device to which batches are copied.
     """
 
     def __init__(
@@ -48,49 +50,53 @@ class Pixels:
         self._scale = torch.tensor(scale, dtype=torch.float32, device=device).view(-1, 1, 1)
         self._shift = torch.tensor(shift, dtype=torch.float32, device=device).view(-1, 1, 1)
 
-    def batch(self, pictures: Sequence[Pixels8]) -> torch.Tensor:
-        """Stack and normalise prepared pictures: (B, 3, H, W) float32 on the device."""
-        high, wide, channels = pictures[0].shape
+    def batch(self, images: Sequence[Pixels8]) -> torch.Tensor:
+        """Stack and normalize prepared images: (B, 3, H, W) float32 on the device."""
+        height, width, channels = images[0].shape
         if self._device.type == "cpu":
-            # One after another, as each fits the cache; in planes, as models take them.
-            x_BCHW = torch.empty((len(pictures), channels, high, wide))
-            for x_CHW, pixels_HWC in zip(x_BCHW, pictures, strict=True):
+            # One by one: an image fits the cache, a batch does not.
+            x_BCHW = torch.empty((len(images), channels, height, width))
+            for x_CHW, pixels_HWC in zip(x_BCHW, images, strict=True):
                 x_CHW.copy_(torch.from_numpy(pixels_HWC).permute(2, 0, 1))
                 x_CHW.mul_(self._scale).add_(self._shift)
             return x_BCHW
-        # Copied as bytes out of pinned memory, the forward pass being queued meanwhile; what
-        # comes out has its channels last, as convolutions there want it.
-        pinned = self._device.type == "cuda"
-        shape = (len(pictures), high, wide, channels)
-        pixels_BHWC = torch.empty(shape, dtype=torch.uint8, pin_memory=pinned)
-        np.stack(pictures, out=pixels_BHWC.numpy())
-        x_BCHW = pixels_BHWC.to(self._device, non_blocking=pinned).permute(0, 3, 1, 2).float()
+        # Bytes are copied from pinned memory while the forward pass is queued. The channels come
+        # last, which suits convolutions on a GPU.
+        is_pinned = self._device.type == "cuda"
+        shape = (len(images), height, width, channels)
+        pixels_BHWC = torch.empty(shape, dtype=torch.uint8, pin_memory=is_pinned)
+        np.stack(images, out=pixels_BHWC.numpy())
+        x_BCHW = pixels_BHWC.to(self._device, non_blocking=is_pinned).permute(0, 3, 1, 2).float()
         return x_BCHW.mul_(self._scale).add_(self._shift)
 
 
-def of_open_clip(cfg: Any, device: torch.device) -> Pixels:
-    """Do what open_clip's ``image_transform_v2(cfg)`` does, by its own steps on pictures.
+def of_open_clip(cfg: Any, device: torch.device) -> ImageTransform:
+    """Return the transform that equals open_clip's ``image_transform_v2(cfg)``.
 
-    Those of which decoding gave a draft are resized by torchvision's kernels on 8 bits, in less
-    than half the time: values may differ by 1 of 255, on noise by 2.
+    Images that were decoded as a draft are resized by torchvision's kernels on 8 bits, which takes
+    less than half the time: values may differ by 1 of 255, on noise by 2.
+
+    Args:
+        cfg: open_clip's ``PreprocessCfg``.
+        device: Device to which batches are copied.
     """
     from open_clip.transform import image_transform_v2
 
     *steps, _, normalize = image_transform_v2(cfg, is_train=False).transforms
-    drafts = _on_bytes(steps)
+    resize_draft = _on_bytes(steps)
 
-    def resize(picture: Image.Image) -> Pixels8:
-        if drafts is not None and picture.info.get(DRAFTED):
-            return drafts(picture)
+    def resize(image: Image.Image) -> Pixels8:
+        if resize_draft is not None and image.info.get(DRAFTED):
+            return resize_draft(image)
         for step in steps:
-            picture = step(picture)
-        return np.array(picture)
+            image = step(image)
+        return np.array(image)
 
-    return Pixels(resize, mean=normalize.mean, std=normalize.std, device=device)
+    return ImageTransform(resize, mean=normalize.mean, std=normalize.std, device=device)
 
 
 def _on_bytes(steps: Sequence[Any]) -> Callable[[Image.Image], Pixels8] | None:
-    """Do the steps before a tensor on 8-bit pixels; nothing where there are any but two."""
+    """Return the steps before ``ToTensor`` on 8-bit pixels; None unless they resize and crop."""
     from open_clip.transform import MaybeConvertMode
     from torchvision.transforms import CenterCrop, Resize
     from torchvision.transforms.v2 import functional as tvf
@@ -99,8 +105,8 @@ def _on_bytes(steps: Sequence[Any]) -> Callable[[Image.Image], Pixels8] | None:
     if not isinstance(first, Resize) or not all(isinstance(step, CenterCrop) for step in rest):
         return None
 
-    def resize(picture: Image.Image) -> Pixels8:
-        x_CHW = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+    def resize(image: Image.Image) -> Pixels8:
+        x_CHW = torch.from_numpy(np.array(image)).permute(2, 0, 1)
         x_CHW = tvf.resize(x_CHW, first.size, first.interpolation, antialias=True)
         for crop in rest:
             x_CHW = tvf.center_crop(x_CHW, crop.size)
@@ -109,11 +115,18 @@ def _on_bytes(steps: Sequence[Any]) -> Callable[[Image.Image], Pixels8] | None:
     return resize
 
 
-def of_processor(processor: Any, device: torch.device) -> Pixels | None:
-    """Do what an image processor of transformers does; nothing where it does more than we know.
+def of_processor(processor: Any, device: torch.device) -> ImageTransform | None:
+    """Return the transform that equals an image processor of transformers.
 
-    Those of its torchvision backend are known that resize (one side, or both), may crop in the
-    middle, rescale and normalise, each to ``TOLERANCE`` on some pictures.
+    Processors of the torchvision backend are supported that resize (one side, or both), may crop
+    the centre, rescale and normalize. The transform is compared with the processor on some images.
+
+    Args:
+        processor: The processor.
+        device: Device to which batches are copied.
+
+    Returns:
+        None if the processor takes other steps, or differs by more than :data:`TOLERANCE`.
     """
     needed = ("do_resize", "do_rescale", "do_normalize")
     if getattr(processor, "backend", "") != "torchvision":
@@ -128,57 +141,62 @@ def of_processor(processor: Any, device: torch.device) -> Pixels | None:
     if set(size) not in ({"shortest_edge"}, {"height", "width"}):
         return None
     short = size.get("shortest_edge")
-    cut = None
+    cropped = None
     if getattr(processor, "do_center_crop", False):
-        cut = crop["height"], crop["width"]
-        if cut[0] > (short or size["height"]) or cut[1] > (short or size["width"]):
+        cropped = crop["height"], crop["width"]
+        if cropped[0] > (short or size["height"]) or cropped[1] > (short or size["width"]):
             return None  # it pads
     sides = short or (size["height"], size["width"])
     factor = 255 * processor.rescale_factor
-    found = Pixels(
-        _resizer(sides, cut, Resampling(resample)),
+    transform = ImageTransform(
+        _resizer(sides, cropped, Resampling(resample)),
         mean=[value / factor for value in processor.image_mean],
         std=[value / factor for value in processor.image_std],
         device=device,
     )
-    for picture in _probes():
-        theirs_CHW = processor(images=picture, return_tensors="pt")["pixel_values"][0]
-        ours_CHW = found.batch([found.prepare(picture)]).cpu()[0]
+    return transform if _equals(transform, processor) else None
+
+
+def _equals(transform: ImageTransform, processor: Any) -> bool:
+    """Return whether a transform equals a processor on some images, up to :data:`TOLERANCE`."""
+    for image in _probes():
+        theirs_CHW = processor(images=image, return_tensors="pt")["pixel_values"][0]
+        ours_CHW = transform.batch([transform.prepare(image)]).cpu()[0]
         if ours_CHW.shape != theirs_CHW.shape:
-            return None
+            return False
         if float((ours_CHW - theirs_CHW).abs().max()) > TOLERANCE:
-            return None
-    return found
+            return False
+    return True
 
 
 def _resizer(
     size: int | tuple[int, int], crop: tuple[int, int] | None, resample: Resampling
 ) -> Callable[[Image.Image], Pixels8]:
-    """Resize with torchvision's kernels on 8-bit pixels, and crop, as transformers does.
+    """Return a function that resizes and crops 8-bit pixels like transformers.
 
     Args:
-        size: Of the shorter side, the other one following; or height and width.
-        crop: Height and width that are cut out of the middle.
-        resample: The filter.
+        size: Pixels of the shorter side, with the aspect ratio kept; or height and width.
+        crop: Height and width of the centre crop.
+        resample: Resampling filter.
     """
     from torchvision.transforms.v2 import functional as tvf
     from transformers.image_utils import pil_torch_interpolation_mapping
 
     mode = pil_torch_interpolation_mapping[resample]
 
-    def resize(picture: Image.Image) -> Pixels8:
-        wide, high = picture.size
+    def resize(image: Image.Image) -> Pixels8:
+        width, height = image.size
         if not isinstance(size, int):
-            high, wide = size
-        elif high <= wide:
-            high, wide = size, int(size * wide / high)
+            height, width = size
+        elif height <= width:
+            height, width = size, int(size * width / height)
         else:
-            high, wide = int(size * high / wide), size
-        # Channels last, as they come: planes would be copied there and back.
-        x_CHW = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
-        x_CHW = tvf.resize(x_CHW, [high, wide], interpolation=mode, antialias=True)
+            height, width = int(size * height / width), size
+        # The channels stay last: separate planes would be copied there and back.
+        x_CHW = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        x_CHW = tvf.resize(x_CHW, [height, width], interpolation=mode, antialias=True)
         if crop is not None:
-            top, left = int((high - crop[0]) / 2), int((wide - crop[1]) / 2)
+            top, left = int((height - crop[0]) / 2), int((width - crop[1]) / 2)
             x_CHW = x_CHW[:, top : top + crop[0], left : left + crop[1]]
         return np.ascontiguousarray(x_CHW.permute(1, 2, 0).numpy())
 

@@ -1,47 +1,76 @@
-"""A folder in the format of transformers, opened by the class that fits its kind of model."""
+"""Open a folder with a saved model by the class that fits the model."""
 
+import hashlib
 import json
 from pathlib import Path
+from pkgutil import resolve_name
+from typing import Any
 
 from features.errors import UserError
-from pipeline.backbones.base import Backbone
+from features.warehouse import slug
+from pipeline.backbones.base import Backbone, split_pooling
+from pipeline.backbones.loading import with_pooling
+from pipeline.backbones.registry import BACKBONES
 
 
-def open_folder(
-    name: str, folder: Path, device: str | None, compute: str, *, mask: float = 0.0
-) -> Backbone:
-    """Load a checkpoint of whatever kind; see the classes for what they raise.
+def open_folder(folder: Path, pooling: str | None, device: str | None, compute: str) -> Backbone:
+    """Load a checkpoint under its folder's name, so that moving the folder changes nothing.
 
-    A folder of VisualBERT holds what shows the parts of its pictures: the folder ``vision`` of a
-    vision encoder, or ``detector.pth``, the weights of torchvision's Faster R-CNN.
+    Args:
+        folder: Absolute path of a folder that open_clip or transformers has saved.
+        pooling: ``cls``, ``mean`` or ``own``; None leaves the choice to the backbone.
+        device: Device to run on; None chooses one.
+        compute: ``float32`` or ``bfloat16``.
 
     Raises:
-        UserError: It cannot be loaded.
+        UserError: The folder cannot be loaded.
     """
-    from pipeline.backbones.image_text import Flava, Vilt
-    from pipeline.backbones.transformers import TransformersBackbone
-    from pipeline.backbones.visualbert import VisualBert
+    name = folder.name
+    # A part of the folder's name after an @ is not a choice of a pooling.
+    if not slug(name) or split_pooling(name)[1]:
+        name = f"local-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    name = with_pooling(name, pooling)
+    if (folder / "open_clip_config.json").is_file():
+        from pipeline.backbones.open_clip import from_folder
 
-    kind = _kind(folder)
-    if kind == "flava":
-        return Flava(name, folder, device, compute)
-    if kind == "vilt":
-        return Vilt(name, folder, device, compute)
-    if kind == "visual_bert":
-        eyes = [folder / "vision", folder / "detector.pth"]
-        there = [path for path in eyes if path.exists()]
-        if not there:
-            raise UserError(
-                f"backbone {name!r}: {folder} holds no folder 'vision' with a vision encoder, such"
-                " as microsoft/resnet-50, and no 'detector.pth'; put one there"
-            )
-        return VisualBert(name, folder, device, compute, vision=there[0])
-    return TransformersBackbone(name, folder, device, compute, mask=mask)
+        return from_folder(name, folder, device, compute)
+    if (folder / "config.json").is_file() or (folder / "modules.json").is_file():
+        return open_transformers(name, folder, device, compute)
+    raise UserError(
+        f"backbone {str(folder)!r}: the folder holds neither open_clip_config.json nor config.json;"
+        " give a folder that open_clip or transformers has saved"
+    )
 
 
-def _kind(folder: Path) -> str:
+def open_transformers(
+    name: str, folder: Path, device: str | None, compute: str, **options: Any
+) -> Backbone:
+    """Load a transformers checkpoint by the class that the registry gives for its model type.
+
+    Args:
+        name: Name of the backbone.
+        folder: Folder of the checkpoint. A folder of VisualBERT also contains the model that
+            encodes the parts of images: the folder ``vision`` of a vision encoder, or
+            ``detector.pth``, the weights of torchvision's Faster R-CNN.
+        device: Device to run on; None chooses one.
+        compute: ``float32`` or ``bfloat16``.
+        **options: Further arguments of the class.
+
+    Raises:
+        UserError: The folder cannot be loaded.
+    """
+    model_type = _model_type(folder)
+    implementation = "pipeline.backbones.transformers:TransformersBackbone"
+    for entry in BACKBONES.values():
+        if entry.implementation and entry.model_type == model_type:
+            implementation = entry.implementation
+    backbone: Backbone = resolve_name(implementation)(name, folder, device, compute, **options)
+    return backbone
+
+
+def _model_type(folder: Path) -> str:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return ""  # told by the library, or by a sentence encoder's modules
+        return ""  # the library reports it, or the folder has a modules.json
     return str(config.get("model_type", "")) if isinstance(config, dict) else ""

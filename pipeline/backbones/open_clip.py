@@ -1,7 +1,7 @@
-"""CLIP and its kin through open_clip: pretrained tags, files of weights, local folders.
+"""CLIP and similar models of open_clip: pretrained tags, files of weights, local folders.
 
-Legend: B inputs of a batch, T tokens of a text, D width of the embedding, HWC a picture's sides
-and channels.
+Legend: B inputs of a batch, T tokens of a text, D width of the embedding, HWC the sides and
+channels of an image.
 """
 
 import hashlib
@@ -21,11 +21,14 @@ from open_clip.transform import PreprocessCfg
 from PIL import Image
 
 from features.checkpoint_fingerprint import fingerprint
+from features.encoder_blocks import open_clip_blocks
 from features.errors import UserError
 from pipeline.backbones import hub, torch_utils
-from pipeline.backbones.base import POOLED, InputBatch, TokenIds, Vectors, split_pooling
+from pipeline.backbones.base import InputBatch, TokenIds, split_pooling
+from pipeline.backbones.hidden_states import of_open_clip as of_open_clip_blocks
 from pipeline.backbones.image_transforms import of_open_clip
-from pipeline.backbones.open_clip_towers import OpenClipHiddenStates, Text, visual
+from pipeline.backbones.open_clip_text import OpenClipTextEncoder
+from pipeline.backbones.torch_backbone import UNIT_MEAN, TorchBackbone
 from pipeline.media.errors import one_line
 
 _WEIGHTS = (".safetensors", ".bin", ".pth")
@@ -33,10 +36,19 @@ CONFIG = "open_clip_config.json"
 _PREPROCESS = ("mean", "std", "interpolation", "resize_mode", "fill_color")
 
 
-class Clip:
-    """One open_clip model; pictures are handed over as 8-bit pixels, normalised in the batch."""
+class OpenClipBackbone(TorchBackbone):
+    """One open_clip model, with an encoder of images and one of texts.
 
-    modalities: tuple[str, ...] = ("image", "text", "video", "joint")
+    Args:
+        name: Name of the backbone.
+        model: The model, with its weights.
+        config: Its architecture, as open_clip writes it.
+        tokenizer: Its tokenizer.
+        device: Device to run on; None chooses one.
+        compute: ``float32`` or ``bfloat16``.
+    """
+
+    modalities = ("image", "text", "video", "joint")
 
     def __init__(
         self,
@@ -44,119 +56,94 @@ class Clip:
         model: torch.nn.Module,
         config: dict[str, Any],
         tokenizer: Any,
-        device: torch.device,
+        device: str | None,
         compute: str,
     ) -> None:
-        self.name = name
+        super().__init__(name, device, compute)
         self.dim = int(config["embed_dim"])
-        self.compute = compute
-        self.batch_size = torch_utils.batch_size(device)
         self.libraries = {"open_clip": open_clip.__version__, "torch": torch.__version__}
         self.checkpoint = fingerprint(model.state_dict(), config)
-        self.source: dict[str, Any] = {}
-        self._device = device
-        torch_utils.ready(model, device)
+        torch_utils.freeze(model, self._device)
         self._model = model
         self._tokenizer = tokenizer
         cfg = PreprocessCfg(**model.visual.preprocess_cfg)  # type: ignore[union-attr, arg-type]
-        self._pixels = of_open_clip(cfg, device)
+        self._transform = of_open_clip(cfg, self._device)
         self._cfg = cfg
-        self._text = Text(model)
-        self._visual = visual(model)
+        self._text = OpenClipTextEncoder(model)
+        runs = {"image": self._run_image, "text": self._text.encode}
+        for modality, run in runs.items():
+            encoder = open_clip_blocks(model, modality)
+            if encoder is not None:
+                self._encoders[modality] = of_open_clip_blocks(encoder, run)
         inner = getattr(tokenizer, "tokenizer", None)  # of transformers; open_clip's pads with 0
         probed = np.asarray(tokenizer([torch_utils.PROBE]))
-        self._words = hashlib.sha256(probed.tobytes()).hexdigest()[:8]
+        self._tokenizer_hash = hashlib.sha256(probed.tobytes()).hexdigest()[:8]
         self._pad = getattr(inner, "pad_token_id", 0) or 0
         self._pad_ends = self._pad == getattr(inner, "eos_token_id", None)
-        self.blocks = max(len(self._visual.blocks), len(self._text.trunk.blocks))
-        self.input_size: int | None = max(cfg.size) if isinstance(cfg.size, tuple) else cfg.size
+        self.blocks = self._deepest()
+        self.input_size = max(cfg.size) if isinstance(cfg.size, tuple) else cfg.size
 
-    def preprocessing(self, modality: str) -> str:
-        """Say how open_clip prepares the input."""
-        length, kind = self._tokenizer.context_length, type(self._tokenizer).__name__
-        text = f"open_clip {kind} {self._words}, at most {length} tokens"
+    def image_preprocessing(self) -> str:
+        """Describe how open_clip prepares an image."""
         cfg = self._cfg
-        seen = (
+        steps = (
             f"{cfg.resize_mode} side to {cfg.size}, {cfg.interpolation}, centre crop,"
             f" mean {_short(cfg.mean)}, std {_short(cfg.std)}"
         )
-        if cfg.resize_mode == "longest":
-            seen += f", filled with {cfg.fill_color}"
-        return {"text": text, "joint": f"{seen}; {text}"}.get(modality, seen)
+        return f"{steps}, filled with {cfg.fill_color}" if cfg.resize_mode == "longest" else steps
 
-    def pooling(self, modality: str, level: str = POOLED) -> str:
-        """Say which of open_clip's outputs is taken, or what the tokens are."""
-        if level != POOLED:
-            return self._trunk(modality).describe(level)
-        if modality == "joint":
-            return torch_utils.UNIT_MEAN
-        return "encode_text" if modality == "text" else "encode_image"
+    def text_preprocessing(self) -> str:
+        """Describe open_clip's tokenizer."""
+        length, kind = self._tokenizer.context_length, type(self._tokenizer).__name__
+        return f"open_clip {kind} {self._tokenizer_hash}, at most {length} tokens"
 
-    def _trunk(self, modality: str) -> OpenClipHiddenStates:
-        return {"image": self._visual, "text": self._text.trunk}.get(
-            modality, OpenClipHiddenStates()
-        )
-
-    def levels(self, modality: str) -> tuple[str, ...]:
-        """Name what can be had of a modality."""
-        return self._trunk(modality).levels
-
-    def token_dim(self, level: str, modality: str) -> int:
-        """D of one token: the width of the tower."""
-        return self._trunk(modality).dim
-
-    def image(self, picture: Image.Image) -> npt.NDArray[np.uint8]:
-        """Resize and crop to (H, W, 3) 8-bit pixels; the rest of the transform is linear."""
-        return self._pixels.prepare(picture)
+    def image(self, image: Image.Image) -> npt.NDArray[np.uint8]:
+        """Resize and crop to (H, W, 3) 8-bit pixels; they are normalized in the batch."""
+        return self._transform.prepare(image)
 
     def texts(self, texts: Sequence[str]) -> list[TokenIds]:
-        """Tokenise; what follows the end token is cut off where it cannot matter."""
+        """Tokenize, without the tokens on which a text's vector does not depend."""
         ids_BT = self._tokenizer(list(texts)).numpy()
         return [ids[:end] for ids, end in zip(ids_BT, self._text.ends(ids_BT), strict=True)]
 
-    def embed(self, batch: InputBatch) -> Vectors:
-        """Encode a batch: (B, D) float32."""
-        with torch_utils.forward(self._device, self.compute):
-            if batch.modality == "joint":
-                pair = self._see(batch.images), self._read(batch.texts)
-                return torch_utils.to_numpy(torch_utils.unit_mean(*pair))
-            found = self._read(batch.texts) if len(batch.texts) else self._see(batch.images)
-            return torch_utils.to_numpy(found)
+    def _describe_pooling(self, modality: str) -> str:
+        return {"joint": UNIT_MEAN, "text": "encode_text"}.get(modality, "encode_image")
 
-    def tokens(self, batch: InputBatch, level: str) -> list[Vectors]:
-        """Encode a batch to tokens: (T, D) float32 for each input."""
-        with torch_utils.forward(self._device, self.compute):
-            if batch.modality == "image":
-                return torch_utils.split(
-                    self._visual.hidden(level, lambda: self._see(batch.images))
-                )
-            hidden_BTD = self._text.trunk.hidden(level, lambda: self._read(batch.texts))
-            return torch_utils.split(hidden_BTD, [self._length(ids) for ids in batch.texts])
+    def _inputs(self, batch: InputBatch) -> dict[str, Any]:
+        if batch.modality == "image":
+            return {"x_BCHW": self._transform.batch(batch.images)}
+        return {"ids_BT": torch_utils.pad(batch.texts, 0, self._device)}
 
-    def _length(self, ids: TokenIds) -> int:
-        """Count a text's own tokens."""
-        if self._text.cut:
-            return len(ids)
-        return torch_utils.without_padding(ids, self._pad, ends=self._pad_ends)
+    def _lengths(self, batch: InputBatch) -> list[int] | None:
+        if batch.modality == "image":
+            return None
+        if self._text.trims:
+            return [len(ids) for ids in batch.texts]
+        return [
+            torch_utils.without_padding(ids, self._pad, ends=self._pad_ends) for ids in batch.texts
+        ]
 
-    def _see(self, images: Sequence[Any]) -> torch.Tensor:
-        return self._model.encode_image(self._pixels.batch(images))  # type: ignore[operator, no-any-return]
+    def _image_vectors(self, images: Sequence[Any]) -> torch.Tensor:
+        return self._run_image(**self._inputs(InputBatch(images=images)))
 
-    def _read(self, texts: Sequence[TokenIds]) -> torch.Tensor:
-        return self._text.encode(torch_utils.pad(texts, 0, self._device))
+    def _text_vectors(self, texts: Sequence[TokenIds]) -> torch.Tensor:
+        return self._text.encode(**self._inputs(InputBatch(texts=texts)))
+
+    def _run_image(self, x_BCHW: torch.Tensor) -> torch.Tensor:
+        return self._model.encode_image(x_BCHW)  # type: ignore[operator, no-any-return]
 
 
-def from_tag(name: str, arch: str, tag: str, device: str | None, compute: str) -> Clip:
-    """Load an architecture that open_clip knows, with a pretrained tag or a file of weights.
+def from_tag(name: str, arch: str, tag: str, device: str | None, compute: str) -> OpenClipBackbone:
+    """Load an architecture of open_clip with a pretrained tag or a file of weights.
 
     Raises:
-        UserError: There is no such architecture, tag or file, or the weights cannot be had.
+        UserError: There is no such architecture, tag or file, or the weights cannot be downloaded.
     """
     config = open_clip.get_model_config(arch)
     if config is None:
-        some = ", ".join(open_clip.list_models()[:8])
+        examples = ", ".join(open_clip.list_models()[:8])
         raise UserError(
-            f"backbone {name!r}: open_clip has no architecture {arch!r} (has: {some}, ...)"
+            f"backbone {name!r}: open_clip has no architecture {arch!r} (has: {examples}, ...)"
         )
     known = open_clip.get_pretrained_cfg(arch, tag)
     if known:
@@ -178,7 +165,7 @@ def from_tag(name: str, arch: str, tag: str, device: str | None, compute: str) -
     )  # fmt: skip
 
 
-def from_folder(name: str, folder: Path, device: str | None, compute: str) -> Clip:
+def from_folder(name: str, folder: Path, device: str | None, compute: str) -> OpenClipBackbone:
     """Load a folder in open_clip's own format: ``open_clip_config.json`` and weights.
 
     Raises:
@@ -196,48 +183,63 @@ def from_folder(name: str, folder: Path, device: str | None, compute: str) -> Cl
 
 
 def _load(
-    name: str, source: str, config: dict[str, Any], device: str | None, compute: str, **more: Any
-) -> Clip:
+    name: str,
+    model_name: str,
+    config: dict[str, Any],
+    device: str | None,
+    compute: str,
+    **options: Any,
+) -> OpenClipBackbone:
+    """Create the model and the tokenizer.
+
+    Args:
+        name: Name of the backbone.
+        model_name: Architecture, or ``local-dir:FOLDER``.
+        config: The architecture.
+        device: Device to run on; None chooses one.
+        compute: ``float32`` or ``bfloat16``.
+        **options: Further arguments of ``open_clip.create_model``; empty for a folder.
+    """
     if split_pooling(name)[1] not in (None, "own"):
         raise UserError(
-            f"backbone {name!r}: a model of two towers has a pooling of its own; after the @ give"
-            " own, or leave it out"
+            f"backbone {name!r}: a model with two encoders has a pooling of its own; after the @"
+            " give own, or leave it out"
         )
-    chosen = torch_utils.choose_backbone_device(device)
     text = config.get("text_cfg") if isinstance(config, dict) else None
-    names = ["hf_model_name"]
-    if not source.startswith("local-dir:"):  # a folder has its tokenizer
-        names.append("hf_tokenizer_name")
-    elsewhere = [text[key] for key in names if text.get(key)] if isinstance(text, dict) else []
+    keys = ["hf_model_name"]
+    if not model_name.startswith("local-dir:"):  # a folder has its tokenizer
+        keys.append("hf_tokenizer_name")
+    repositories = [text[key] for key in keys if text.get(key)] if isinstance(text, dict) else []
+    chosen = str(torch_utils.choose_backbone_device(device))
     try:
-        with hub.at_once(elsewhere), warnings.catch_warnings():
+        with hub.offline_unless_reachable(repositories), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = open_clip.create_model(
-                source, require_pretrained=True, weights_only=True, **more
+                model_name, require_pretrained=True, weights_only=True, **options
             )
-            tokenizer = open_clip.get_tokenizer(source)
-            clip = Clip(name, model, config, tokenizer, chosen, compute)
-            clip.source = {
-                "library": "open_clip",
-                "model": source,
-                "weights": str(Path(more["pretrained"]).absolute()) if more else "",
-                "config": config,
-            }
-            return clip
-    except Exception as error:  # whatever is wrong with a checkpoint, it is not ours
+            tokenizer = open_clip.get_tokenizer(model_name)
+            backbone = OpenClipBackbone(name, model, config, tokenizer, chosen, compute)
+    except Exception as error:  # a damaged checkpoint can raise any error
         raise UserError(
-            f"backbone {name!r}: open_clip cannot load {source.removeprefix('local-dir:')}"
+            f"backbone {name!r}: open_clip cannot load {model_name.removeprefix('local-dir:')}"
             f" ({one_line(error)})"
         ) from None
+    backbone.source = {
+        "library": "open_clip",
+        "model": model_name,
+        "weights": str(Path(options["pretrained"]).absolute()) if options else "",
+        "config": config,
+    }
+    return backbone
 
 
 def _download(name: str, arch: str, tag: str, known: dict[str, Any]) -> str:
-    """Find the weights of a tag in the hub's cache, or fetch them."""
+    """Return the path of the weights of a tag in the hub's cache; download them if necessary."""
     repository, _, filename = str(known["hf_hub"]).rpartition("/")
-    for candidate in _files(filename):
-        found = try_to_load_from_cache(repository, candidate)
-        if isinstance(found, str):
-            return found
+    for candidate in _weight_files(filename):
+        path = try_to_load_from_cache(repository, candidate)
+        if isinstance(path, str):
+            return path
     hub.require(name, repository, f"open_clip {arch}/{tag}")
     try:
         return str(open_clip.download_pretrained(known))
@@ -247,8 +249,8 @@ def _download(name: str, arch: str, tag: str, known: dict[str, Any]) -> str:
         ) from None
 
 
-def _files(filename: str) -> tuple[str, ...]:
-    """The files that open_clip would take, best first."""
+def _weight_files(filename: str) -> tuple[str, ...]:
+    """Return the names of the files that open_clip would load, in its order."""
     if not filename:
         return (HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME)
     return (str(Path(filename).with_suffix(".safetensors")), filename)

@@ -1,6 +1,6 @@
-"""Which patches a masked autoencoder sees: a function of the picture, so its vector is one too.
+"""Choose the patches that a masked autoencoder sees, as a function of the image alone.
 
-Legend: B pictures of a batch, L patches of a picture.
+Legend: B images of a batch, L patches of an image.
 """
 
 import hashlib
@@ -12,12 +12,20 @@ import torch
 
 
 def noise(images: Sequence[Any], patches: int, ratio: float) -> torch.Tensor:
-    """Make the noise (B, L) by which ViT-MAE masks: it keeps the patches with the smallest.
+    """Return the noise by which ViT-MAE masks: the model keeps the patches with the smallest.
 
-    They are chosen at random, with a seed from the prepared picture's own bytes, and stay in
-    reading order.
+    The kept patches are chosen at random, with a seed from the bytes of the prepared image. Thus
+    the vector of an image depends on the image alone. The patches stay in reading order.
+
+    Args:
+        images: Prepared images.
+        patches: L.
+        ratio: Share of the patches that are masked.
+
+    Returns:
+        (B, L) float32.
     """
-    keep = int(patches * (1 - ratio))  # as the library rounds
+    keep = int(patches * (1 - ratio))  # rounded like the library
     noise_BL = np.tile(np.arange(patches, dtype=np.float32), (len(images), 1))
     if keep < patches:
         for row, image in zip(noise_BL, images, strict=True):

@@ -1,6 +1,6 @@
-"""What goes into a transformers model: pictures through its processor, texts through its tokenizer.
+"""Inputs of a transformers model: images through its processor, texts through its tokenizer.
 
-Legend: B inputs of a batch, T tokens of a text, CHW a picture's planes.
+Legend: B inputs of a batch, T tokens of a text, CHW the planes of an image.
 """
 
 import hashlib
@@ -18,103 +18,116 @@ from PIL import Image
 from pipeline.backbones import torch_utils
 from pipeline.backbones.base import TokenIds
 from pipeline.backbones.image_transforms import of_processor
+from pipeline.backbones.transformers_loading import OWN_CODE
 
-OWN_CODE: dict[str, Any] = {"trust_remote_code": False}  # left out, the user would be asked
 _SIZES = (
     "size", "size_divisor", "crop_size", "crop_pct", "resample", "do_center_crop", "image_mean",
     "image_std",
 )  # fmt: skip
-_STEPS = ("do_resize", "do_rescale", "do_normalize")  # told where they are left out
-_LEVEL = 1 / 255  # what pixels are multiplied by, told where it is something else
-_MAX_TOKENS = 512  # where neither tokenizer nor model knows a limit
-_PADDED = ("siglip", "siglip2")  # text towers trained on padded texts, without a mask
+_STEPS = ("do_resize", "do_rescale", "do_normalize")  # described if they are left out
+_RESCALE_FACTOR = 1 / 255  # described if it is another one
+_MAX_TOKENS = 512  # if neither the tokenizer nor the model has a limit
+_PADDED = ("siglip", "siglip2")  # text encoders trained on padded texts, without a mask
 
 
-class PictureInput:
-    """A checkpoint's image processor."""
+class ImageInput:
+    """A checkpoint's image processor.
+
+    Args:
+        folder: Folder of the checkpoint.
+        device: Device to which batches are copied.
+    """
 
     def __init__(self, folder: Path, device: torch.device) -> None:
         self._processor: Any = transformers.AutoImageProcessor.from_pretrained(  # type: ignore[no-untyped-call]
             folder, **OWN_CODE
         )
-        self._pixels = of_processor(self._processor, device)
+        self._transform = of_processor(self._processor, device)
         self._device = device
 
     @property
     def size(self) -> int:
-        """Pixels of the side that pictures are resized to."""
+        """Pixels of the side to which images are resized."""
         size = dict(self._processor.size)
         side: int = max(value for value in size.values() if value is not None)
-        cut = getattr(self._processor, "crop_pct", None)  # ConvNeXt and ResNet: resized, then cut
-        return math.ceil(side / cut) if cut and side < 384 else side
+        crop = getattr(self._processor, "crop_pct", None)  # ConvNeXt, ResNet: resized, then cropped
+        return math.ceil(side / crop) if crop and side < 384 else side
 
     def describe(self) -> str:
-        """Name the steps for a table's provenance."""
-        known = self._processor.to_dict()
-        told = {key: known[key] for key in _SIZES if known.get(key) is not None}
-        told |= {key: False for key in _STEPS if known.get(key) is False}
-        factor = known.get("rescale_factor")
-        if factor is not None and not math.isclose(factor, _LEVEL):
-            told["rescale_factor"] = factor
-        return f"{type(self._processor).__name__} {json.dumps(told, sort_keys=True, default=str)}"
+        """Describe the steps for the provenance of a table."""
+        settings = self._processor.to_dict()
+        described = {key: settings[key] for key in _SIZES if settings.get(key) is not None}
+        described |= {key: False for key in _STEPS if settings.get(key) is False}
+        factor = settings.get("rescale_factor")
+        if factor is not None and not math.isclose(factor, _RESCALE_FACTOR):
+            described["rescale_factor"] = factor
+        steps = json.dumps(described, sort_keys=True, default=str)
+        return f"{type(self._processor).__name__} {steps}"
 
-    def prepare(self, picture: Image.Image) -> Any:
-        """Do what the processor does: 8-bit pixels, or (C, H, W) float32."""
-        if self._pixels is not None:
-            return self._pixels.prepare(picture)
-        pixels_1CHW = self._processor(images=picture, return_tensors="pt")["pixel_values"]
+    def prepare(self, image: Image.Image) -> Any:
+        """Apply the steps of the processor: 8-bit pixels, or (C, H, W) float32."""
+        if self._transform is not None:
+            return self._transform.prepare(image)
+        pixels_1CHW = self._processor(images=image, return_tensors="pt")["pixel_values"]
         assert len(pixels_1CHW) == 1
         return torch.as_tensor(pixels_1CHW[0])
 
     def batch(self, images: Sequence[Any]) -> torch.Tensor:
-        """Stack prepared pictures of one size: (B, C, H, W) float32 on the device."""
-        if self._pixels is not None:
-            return self._pixels.batch(images)
+        """Stack prepared images of one size: (B, C, H, W) float32 on the device."""
+        if self._transform is not None:
+            return self._transform.batch(images)
         return torch_utils.send(torch.stack(list(images)), self._device)
 
     def ragged(self, images: Sequence[Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Stack prepared pictures of any sizes, with the mask (B, H, W) of what is no padding."""
+        """Stack prepared images of any sizes.
+
+        Returns:
+            (B, C, H, W) float32 padded with zeros, and the mask (B, H, W), 0 for padding.
+        """
         planes = [self.batch([image])[0] for image in images]
-        high, wide = (max(one.shape[axis] for one in planes) for axis in (1, 2))
-        x_BCHW = torch.zeros((len(planes), planes[0].shape[0], high, wide), device=self._device)
-        mask_BHW = torch.zeros((len(planes), high, wide), dtype=torch.long, device=self._device)
-        for x_CHW, mask_HW, one in zip(x_BCHW, mask_BHW, planes, strict=True):
-            x_CHW[:, : one.shape[1], : one.shape[2]] = one
-            mask_HW[: one.shape[1], : one.shape[2]] = 1
+        height, width = (max(x_CHW.shape[axis] for x_CHW in planes) for axis in (1, 2))
+        x_BCHW = torch.zeros((len(planes), planes[0].shape[0], height, width), device=self._device)
+        shape = (len(planes), height, width)
+        mask_BHW = torch.zeros(shape, dtype=torch.long, device=self._device)
+        for padded_CHW, mask_HW, x_CHW in zip(x_BCHW, mask_BHW, planes, strict=True):
+            _, rows, columns = x_CHW.shape
+            padded_CHW[:, :rows, :columns] = x_CHW
+            mask_HW[:rows, :columns] = 1
         return x_BCHW, mask_BHW
 
 
 class TextInput:
-    """A checkpoint's tokenizer, at the length that the model takes.
+    """A checkpoint's tokenizer, with the length that the model takes.
 
     Args:
-        folder: Where the tokenizer is.
-        tower: The model, or its text tower.
-        config: Its configuration.
-        device: Where batches go.
-        most: The most tokens, where the checkpoint says so; else tokenizer and positions decide.
+        folder: Folder of the tokenizer.
+        encoder: The model, or its text encoder.
+        config: Configuration of the encoder.
+        device: Device to which batches are copied.
+        max_tokens: Largest number of tokens, if the checkpoint defines it; None takes the limits
+            of the tokenizer and of the position table.
         lower: Whether texts are lower-cased first.
-        prompt: What is put before each text.
+        prompt: Text that is put before each text.
 
     Raises:
-        ValueError: The folder holds no vocabulary.
+        ValueError: The folder has no vocabulary.
     """
 
     def __init__(
         self,
         folder: Path,
-        tower: torch.nn.Module,
+        encoder: torch.nn.Module,
         config: Any,
         device: torch.device,
         *,
-        most: int | None = None,
+        max_tokens: int | None = None,
         lower: bool = False,
         prompt: str = "",
     ) -> None:
         self._tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **OWN_CODE)
         if len(self._tokenizer) <= len(self._tokenizer.all_special_ids):
             raise ValueError("its tokenizer has no vocabulary")
-        # Two tokenizers of one vocabulary may still differ in case, in accents or in the ends.
+        # Two tokenizers with one vocabulary may differ in case, accents or special tokens.
         probed = self._tokenizer(torch_utils.PROBE)["input_ids"]
         vocabulary = json.dumps([self._tokenizer.get_vocab(), probed], sort_keys=True).encode()
         self._vocabulary = hashlib.sha256(vocabulary).hexdigest()[:8]
@@ -122,20 +135,20 @@ class TextInput:
         self._lower = lower
         self._prompt = prompt
         self._pad = self._tokenizer.pad_token_id or 0
-        self._full = any(kind in config.model_type for kind in _PADDED)
-        self._most = self._limit(tower, config, most)
+        self._is_padded = any(kind in config.model_type for kind in _PADDED)
+        self._max_tokens = self._limit(encoder, config, max_tokens)
 
-    def _limit(self, tower: torch.nn.Module, config: Any, most: int | None) -> int:
-        """The most tokens that tokenizer, positions and checkpoint allow."""
-        limits = [most or _MAX_TOKENS]
-        if most is None and self._tokenizer.model_max_length < 1 << 20:
+    def _limit(self, encoder: torch.nn.Module, config: Any, max_tokens: int | None) -> int:
+        """Return the number of tokens that tokenizer, position table and checkpoint allow."""
+        limits = [max_tokens or _MAX_TOKENS]
+        if max_tokens is None and self._tokenizer.model_max_length < 1 << 20:
             limits = [self._tokenizer.model_max_length]
         positions = getattr(config, "max_position_embeddings", None)
         if positions:
-            # RoBERTa and its kin count positions from behind the padding's own.
+            # RoBERTa's first position is the one after the position of the padding.
             used = [
                 module.padding_idx + 1
-                for key, module in tower.named_modules()
+                for key, module in encoder.named_modules()
                 if key.endswith("position_embeddings")
                 and getattr(module, "padding_idx", None) is not None
             ]
@@ -143,35 +156,35 @@ class TextInput:
         return int(min(limits))
 
     def describe(self) -> str:
-        """Name the steps for a table's provenance."""
-        lower = "lower case, " if self._lower else ""
-        lower += f"behind {self._prompt!r}, " if self._prompt else ""
+        """Describe the steps for the provenance of a table."""
+        steps = "lower case, " if self._lower else ""
+        steps += f"behind {self._prompt!r}, " if self._prompt else ""
         kind = type(self._tokenizer).__name__
-        return f"{lower}{kind} {self._vocabulary}, at most {self._most} tokens"
+        return f"{steps}{kind} {self._vocabulary}, at most {self._max_tokens} tokens"
 
     def prepare(self, texts: Sequence[str]) -> list[TokenIds]:
         """Run the tokenizer, without padding unless the model was trained on it."""
-        given = [f"{self._prompt}{text}" for text in texts]
-        given = [text.lower() for text in given] if self._lower else given
+        prompted = [f"{self._prompt}{text}" for text in texts]
+        prepared = [text.lower() for text in prompted] if self._lower else prompted
         ids = self._tokenizer(
-            given, truncation=True, max_length=self._most, return_attention_mask=False
+            prepared, truncation=True, max_length=self._max_tokens, return_attention_mask=False
         )["input_ids"]
-        if self._full:
-            ids = [row + [self._pad] * (self._most - len(row)) for row in ids]
+        if self._is_padded:
+            ids = [row + [self._pad] * (self._max_tokens - len(row)) for row in ids]
         return [np.asarray(row, dtype=np.int64) for row in ids]
 
     def batch(self, texts: Sequence[TokenIds]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Stack ids (B, T), with the mask of what is no padding, where the model wants one."""
+        """Stack ids to (B, T), with the mask (B, T), 0 for padding; None if the model has none."""
         ids_BT = torch_utils.pad(texts, self._pad, self._device)
-        if self._full:
+        if self._is_padded:
             return ids_BT, None
         lengths_B1 = torch.tensor([[len(ids)] for ids in texts])
         mask_BT = (torch.arange(ids_BT.shape[1]) < lengths_B1).long()
         return ids_BT, torch_utils.send(mask_BT, self._device)
 
     def lengths(self, texts: Sequence[TokenIds]) -> list[int]:
-        """Count each text's own tokens, special ones included."""
-        if not self._full:
+        """Return the number of tokens of each text, special ones included, without padding."""
+        if not self._is_padded:
             return [len(ids) for ids in texts]
         ends = self._pad == self._tokenizer.eos_token_id
         return [torch_utils.without_padding(ids, self._pad, ends=ends) for ids in texts]

@@ -1,4 +1,4 @@
-"""What the folder of a sentence encoder says about itself, and the pooling that follows from it.
+"""Read the pooling configuration of a text encoder in the format of sentence-transformers.
 
 Legend: B texts of a batch, T tokens, D width of the embedding.
 """
@@ -14,7 +14,7 @@ from features.errors import UserError
 
 _MODULES = ("Transformer", "Pooling", "Normalize")
 _MODES = ("cls", "mean", "max", "lasttoken")
-_OLD = {
+_FLAGS = {  # of configurations written before version 5.2
     "pooling_mode_cls_token": "cls",
     "pooling_mode_mean_tokens": "mean",
     "pooling_mode_max_tokens": "max",
@@ -26,32 +26,38 @@ _OLD = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PoolingConfig:
-    """How one vector is made of a text's tokens."""
+    """Configuration of a text encoder: the pooling of tokens, and the preparation of texts."""
 
     mode: str = "mean"
-    """``cls``, ``mean``, ``max`` or ``lasttoken``; ``own``: the model's own pooler."""
+    """``cls``, ``mean``, ``max``, ``lasttoken``, or ``own``: the model's own pooler."""
     normalize: bool = False
-    """Whether the encoder's own last step scales the vector to unit length."""
+    """Whether the last step of the encoder scales the vector to unit length."""
     max_tokens: int | None = None
+    """Number of tokens to which texts are truncated; None if the checkpoint has no limit."""
     lower: bool = False
+    """Whether texts are lower-cased first."""
     prompt: str = ""
-    """What the checkpoint puts before every text."""
+    """Text that is put before every text."""
     folder: str = ""
-    """Where below the checkpoint's folder the transformer itself is."""
-    by: str = "the default"
-    """Who says so."""
+    """Folder of the transformer, relative to the checkpoint's folder."""
+    origin: str = "the default"
+    """Origin of the mode, for the provenance of a table."""
 
     def describe(self) -> str:
-        """Name it for the table's provenance."""
-        what = (
-            "the model's own pooler"
-            if self.mode == "own"
-            else f"{self.mode} of the last layer's tokens"
-        )
-        return f"{what}{', unit length' if self.normalize else ''} ({self.by})"
+        """Describe the pooling for the provenance of a table."""
+        if self.mode == "own":
+            pooling = "the model's own pooler"
+        else:
+            pooling = f"{self.mode} of the last layer's tokens"
+        return f"{pooling}{', unit length' if self.normalize else ''} ({self.origin})"
 
     def pool(self, hidden_BTD: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
-        """Make (B, D) of the last layer's states and the mask of what is no padding."""
+        """Pool the last layer's states to (B, D).
+
+        Args:
+            hidden_BTD: Hidden states.
+            mask_BT: 1 for tokens, 0 for padding.
+        """
         hidden_BTD = hidden_BTD.float()
         mask_BT1 = mask_BT.unsqueeze(-1).to(hidden_BTD.dtype)
         if self.mode == "cls":
@@ -66,39 +72,39 @@ class PoolingConfig:
         return torch.nn.functional.normalize(pooled_BD, dim=-1) if self.normalize else pooled_BD
 
 
-def recipe(name: str, folder: Path, pooling: str | None = None) -> PoolingConfig:
-    """Read the recipe of a checkpoint's folder; the mean, unless the folder says otherwise.
+def read_pooling(name: str, folder: Path, pooling: str | None = None) -> PoolingConfig:
+    """Read the pooling configuration of a checkpoint; without one, the mode is the mean.
 
     Args:
-        name: Of the backbone, for messages.
-        folder: Of the checkpoint.
-        pooling: ``cls`` or ``mean`` in place of what the folder says; ``own``: what the folder
-            says, or else the model's pooler.
+        name: Name of the backbone, for messages.
+        folder: Folder of the checkpoint.
+        pooling: ``cls`` or ``mean`` replaces the mode that the folder gives; ``own`` takes the
+            mode that the folder gives, else the model's pooler.
 
     Raises:
-        UserError: It asks for something that is not done here, such as a dense layer on top.
+        UserError: The configuration asks for a step that is not supported, such as a dense layer.
     """
     modules = _json(folder / "modules.json")
     if not modules:
-        return PoolingConfig(mode=pooling, by="as asked for") if pooling else PoolingConfig()
+        return PoolingConfig(mode=pooling, origin="as asked for") if pooling else PoolingConfig()
     kinds = {str(module["type"]).rpartition(".")[2]: str(module["path"]) for module in modules}
     for kind in kinds:
         if kind not in _MODULES:
             raise UserError(
-                f"backbone {name!r}: its modules.json asks for a {kind} layer, which is not applied"
-                f" here; take an encoder of {', '.join(_MODULES)} only"
+                f"backbone {name!r}: its modules.json asks for a {kind} layer, which is not"
+                f" supported; take an encoder of {', '.join(_MODULES)} only"
             )
     base = folder / kinds.get("Transformer", "")
     sizes = _json(base / "sentence_bert_config.json") or {}
     limit = sizes.get("max_seq_length")
     asked = pooling if pooling != "own" else None
     config = _json(folder / kinds.get("Pooling", "1_Pooling") / "config.json") or {}
-    about = _json(folder / "config_sentence_transformers.json") or {}
-    prompt = (about.get("prompts") or {}).get(about.get("default_prompt_name")) or ""
+    prompts = _json(folder / "config_sentence_transformers.json") or {}
+    prompt = (prompts.get("prompts") or {}).get(prompts.get("default_prompt_name")) or ""
     if prompt and not config.get("include_prompt", True):
         raise UserError(
             f"backbone {name!r}: it leaves its prompt {prompt!r} out of the pooling, which is not"
-            " done here; take an encoder that does not"
+            " supported; take an encoder that pools it"
         )
     return PoolingConfig(
         mode=asked or _mode(name, config),
@@ -107,17 +113,18 @@ def recipe(name: str, folder: Path, pooling: str | None = None) -> PoolingConfig
         lower=bool(sizes.get("do_lower_case")),
         prompt=prompt,
         folder=kinds.get("Transformer", ""),
-        by="as asked for" if asked else "as the checkpoint says",
+        origin="as asked for" if asked else "as the checkpoint says",
     )
 
 
 def _mode(name: str, config: dict[str, Any]) -> str:
-    given = config.get("pooling_mode") or [_OLD[key] for key in _OLD if config.get(key)] or "mean"
-    modes = [given] if isinstance(given, str) else list(given)
+    flagged = [mode for flag, mode in _FLAGS.items() if config.get(flag)]
+    stored = config.get("pooling_mode") or flagged or "mean"
+    modes = [stored] if isinstance(stored, str) else list(stored)
     if len(modes) != 1 or modes[0] not in _MODES:
         raise UserError(
             f"backbone {name!r}: its pooling is {' and '.join(modes)}; only one of"
-            f" {', '.join(_MODES)} is done here"
+            f" {', '.join(_MODES)} is supported"
         )
     return str(modes[0])
 

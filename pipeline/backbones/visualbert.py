@@ -1,10 +1,11 @@
-"""VisualBERT: a BERT that reads a text and then looks at features of a picture's parts.
+"""VisualBERT: a BERT that reads a text and then attends to features of the parts of an image.
 
-The parts come from a frozen model of pictures: the cells of a ResNet's last grid, the patches of a
-vision transformer, or the regions that a detector finds, as wide as VisualBERT's projection takes
-them (Li et al., "VisualBERT: a Simple and Performant Baseline for Vision and Language", 2019).
+The parts come from a frozen model of images: the cells of a ResNet's last grid, the patches of a
+vision transformer, or the regions that a detector finds. They are as wide as VisualBERT's
+projection takes them (Li et al., "VisualBERT: a Simple and Performant Baseline for Vision and
+Language", 2019).
 
-Legend: B inputs of a batch, T tokens of a text, V parts of a picture, D width of the embedding.
+Legend: B inputs of a batch, T tokens of a text, V parts of an image, D width of the embedding.
 """
 
 import hashlib
@@ -18,51 +19,55 @@ from PIL import Image
 from features.errors import UserError
 from pipeline.backbones import torch_utils
 from pipeline.backbones.base import TOKENS, InputBatch
-from pipeline.backbones.hidden_states import HiddenStates
-from pipeline.backbones.image_text import Joint
+from pipeline.backbones.hidden_states import HiddenStates, of_transformers
+from pipeline.backbones.joint import JointBackbone
 from pipeline.backbones.processors import TextInput
-from pipeline.backbones.transformers import TransformersBackbone, load_model, loading, read_config
+from pipeline.backbones.transformers import TransformersBackbone
+from pipeline.backbones.transformers_loading import load_model, loading, read_config
 
 
 class PartEncoder(Protocol):
-    """What shows the parts of pictures."""
+    """A frozen model that encodes the parts of images."""
 
     width: int
+    """D of a part."""
     batch_size: int
-    """Pictures together: a resized one may have 13 MB, and some batches wait in memory."""
+    """Number of images of a forward pass that suits the device and the size of an image."""
     checkpoint: str
     libraries: dict[str, str]
-
-    @property
-    def input_size(self) -> int | None:
-        """Pixels of the side that pictures are resized to."""
-        ...
+    input_size: int | None
 
     def describe(self) -> str:
-        """Name the steps for a table's provenance."""
+        """Describe the steps for the provenance of a table."""
         ...
 
-    def image(self, picture: Image.Image) -> Any:
-        """Prepare one RGB picture; called in several threads at once."""
+    def image(self, image: Image.Image) -> Any:
+        """Prepare one RGB image; several threads call this at once."""
         ...
 
     def parts(self, images: Sequence[Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Show the parts (B, V, D), and which of them (B, V) are no padding."""
+        """Encode prepared images to parts (B, V, D) and the mask (B, V), 0 for padding."""
         ...
 
 
-class Parts:
+class TransformersPartEncoder:
     """The last layer's tokens of a vision encoder of transformers, without the class token.
 
+    Args:
+        name: Name of the backbone, for messages.
+        folder: Folder of the vision encoder.
+        device: Device to run on; None chooses one.
+        compute: ``float32`` or ``bfloat16``.
+
     Raises:
-        UserError: It cannot be loaded.
+        UserError: The folder cannot be loaded, or the model has no tokens of parts.
     """
 
     def __init__(self, name: str, folder: Path, device: str | None, compute: str) -> None:
         self._model = TransformersBackbone(name, folder, device, compute)
-        if not self._model.shows_parts:
+        if not self._model.has_parts:
             raise UserError(
-                f"backbone {name!r}: {folder} gives no tokens of a picture's parts; take a vision"
+                f"backbone {name!r}: {folder} gives no tokens of an image's parts; take a vision"
                 " encoder such as microsoft/resnet-50"
             )
         self.width = self._model.token_dim(TOKENS, "image")
@@ -73,30 +78,31 @@ class Parts:
         self.image = self._model.image
 
     def describe(self) -> str:
-        """Name the steps for a table's provenance."""
+        """Describe the steps for the provenance of a table."""
         return f"{self._model.preprocessing('image')}; tokens of its last layer"
 
     def parts(self, images: Sequence[Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Show the parts: cells of a grid, or patches."""
+        """Encode prepared images to the cells of a grid, or to patches; none is padding."""
         parts_BVD = self._model.parts(images)
-        shape = parts_BVD.shape[:2]
-        return parts_BVD, torch.ones(shape, dtype=torch.long, device=parts_BVD.device)
+        mask_BV = torch.ones(parts_BVD.shape[:2], dtype=torch.long, device=parts_BVD.device)
+        return parts_BVD, mask_BV
 
 
-class VisualBert(Joint):
-    """VisualBERT over a frozen model of pictures; tokens of a pair: the text's, the picture's.
+class VisualBert(JointBackbone):
+    """VisualBERT over a frozen model of images; the tokens of a pair are the text's, the image's.
 
     Args:
-        name: Of the backbone; what follows ``@`` chooses the pooling.
-        folder: Of VisualBERT's checkpoint.
-        device: Where both run; none: chosen.
+        name: Name of the backbone; the part after ``@`` chooses the pooling.
+        folder: Folder of VisualBERT's checkpoint.
+        device: Device to run on; None chooses one.
         compute: ``float32`` or ``bfloat16``.
-        vision: Folder of a vision encoder of transformers, or file of the weights of torchvision's
-            detector.
-        words: Folder of the tokenizer, which VisualBERT's own checkpoints lack.
+        vision: Folder of a vision encoder of transformers, or the file with the weights of
+            torchvision's detector. None takes ``vision`` or ``detector.pth`` in the folder.
+        tokenizer: Folder of the tokenizer, which VisualBERT's own checkpoints lack. None takes
+            the checkpoint's folder.
 
     Raises:
-        UserError: A folder cannot be loaded, or the two do not fit.
+        UserError: A folder cannot be loaded, or the two models do not fit together.
     """
 
     def __init__(
@@ -106,43 +112,58 @@ class VisualBert(Joint):
         device: str | None,
         compute: str,
         *,
-        vision: Path,
-        words: Path | None = None,
+        vision: Path | None = None,
+        tokenizer: Path | None = None,
     ) -> None:
-        self._vocabulary = words or folder
+        vision = vision or _vision_in(name, folder)
+        self._tokenizer_folder = tokenizer or folder
         if vision.is_dir():
-            self._eyes: PartEncoder = Parts(f"{name} (its pictures)", vision, device, compute)
+            self._part_encoder: PartEncoder = TransformersPartEncoder(
+                f"{name} (its images)", vision, device, compute
+            )
         else:
-            from pipeline.backbones.detector import Regions
+            from pipeline.backbones.detector import RegionEncoder
 
             with loading(name, vision):
-                self._eyes = Regions(vision, torch_utils.choose_backbone_device(device))
+                self._part_encoder = RegionEncoder(
+                    vision, torch_utils.choose_backbone_device(device)
+                )
         super().__init__(name, folder, device, compute)
-        self.libraries = {**self._eyes.libraries, **self.libraries}
-        self.batch_size = self._eyes.batch_size
+        self.libraries = {**self._part_encoder.libraries, **self.libraries}
+        # A resized image may take 13 MB, and several batches wait in memory.
+        self.batch_size = self._part_encoder.batch_size
 
     def _load(self, folder: Path) -> None:
         config = read_config(folder)
-        width = self._eyes.width
+        width = self._part_encoder.width
         if width != config.visual_embedding_dim:
             raise ValueError(
-                f"it takes parts of width {config.visual_embedding_dim}, and those of its pictures"
-                f" have {width}"
+                f"it takes parts of width {config.visual_embedding_dim}, and those of its images"
+                f" have width {width}"
             )
         model, missing, checkpoint = load_model(folder, config, self._device)
         self._model = model
         self._need_pooler(missing)
-        both = f"{checkpoint} {self._eyes.checkpoint}".encode()
+        both = f"{checkpoint} {self._part_encoder.checkpoint}".encode()
         self.checkpoint = hashlib.sha256(both).hexdigest()[:16]
-        self._words = TextInput(self._vocabulary, model, config, self._device)
+        self._text_input = TextInput(self._tokenizer_folder, model, config, self._device)
+        self.input_size = self._part_encoder.input_size
 
-    def _find(self, probe: InputBatch) -> dict[str, HiddenStates]:
-        depth = self._model.config.num_hidden_layers
-        return {"joint": HiddenStates(self._model, depth, self._model, self._inputs(probe))}
+    def image_preprocessing(self) -> str:
+        """Describe the preparation of an image, and the model of its parts."""
+        return f"{self._part_encoder.describe()} ({self._part_encoder.checkpoint})"
+
+    def image(self, image: Image.Image) -> Any:
+        """Prepare one image for the model of its parts."""
+        return self._part_encoder.image(image)
+
+    def _find_encoders(self, probe: InputBatch) -> dict[str, HiddenStates]:
+        depth, inputs = self._model.config.num_hidden_layers, self._inputs(probe)
+        return {"joint": of_transformers(self._model, depth, self._model, inputs)}
 
     def _inputs(self, batch: InputBatch) -> dict[str, Any]:
-        ids_BT, mask_BT = self._words.batch(batch.texts)
-        parts_BVD, mask_BV = self._eyes.parts(batch.images)
+        ids_BT, mask_BT = self._text_input.batch(batch.texts)
+        parts_BVD, mask_BV = self._part_encoder.parts(batch.images)
         return {
             "input_ids": ids_BT,
             "attention_mask": mask_BT,
@@ -150,18 +171,16 @@ class VisualBert(Joint):
             "visual_attention_mask": mask_BV,
         }
 
-    def _masks(self, batch: InputBatch, inputs: dict[str, Any], width: int) -> torch.Tensor:
+    def _token_mask(self, batch: InputBatch, inputs: dict[str, Any], width: int) -> torch.Tensor:
         return torch.cat([inputs["attention_mask"], inputs["visual_attention_mask"]], dim=1)
 
-    @property
-    def input_size(self) -> int | None:
-        """Pixels of the side that pictures are resized to."""
-        return self._eyes.input_size
 
-    def preprocessing(self, modality: str) -> str:
-        """Say what both checkpoints do."""
-        return f"{self._eyes.describe()} ({self._eyes.checkpoint}); {self._words.describe()}"
-
-    def image(self, picture: Image.Image) -> Any:
-        """Do what the model of pictures does before it looks."""
-        return self._eyes.image(picture)
+def _vision_in(name: str, folder: Path) -> Path:
+    """Return the model of images in a local folder of VisualBERT."""
+    for path in (folder / "vision", folder / "detector.pth"):
+        if path.exists():
+            return path
+    raise UserError(
+        f"backbone {name!r}: {folder} holds no folder 'vision' with a vision encoder, such"
+        " as microsoft/resnet-50, and no 'detector.pth'; put one there"
+    )

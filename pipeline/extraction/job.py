@@ -111,7 +111,7 @@ def _extract_modality(
             )
             # Failures come first: when the manifest exists, both are of the same run.
             write_failures(plan, table, modality, deduplicator.counts.failures)
-            weights = getattr(backbone, "source", {})
+            weights = backbone.source
             writer.finish(plan.info.fingerprint, plan.info.inputs_of(modality), weights)
         except BaseException:
             writer.flush()  # an interrupt or a crash loses nothing that was encoded

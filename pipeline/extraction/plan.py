@@ -10,7 +10,8 @@ from features.registry import Registry
 from features.schema import MODALITIES
 from features.warehouse import DatasetInfo, Warehouse
 from pipeline.backbones.base import Backbone, UnavailableError
-from pipeline.backbones.registry import DEFAULT, check_modality, load_backbone, wrong_modality
+from pipeline.backbones.loading import check_modality, load_backbone, wrong_modality
+from pipeline.backbones.registry import DEFAULT
 from pipeline.extraction.items import ItemInputs
 from pipeline.extraction.loading import MAX_TEXT_CHARS
 from pipeline.extraction.options import ExtractOptions

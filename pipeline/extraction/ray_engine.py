@@ -25,7 +25,7 @@ import numpy as np
 import pyarrow as pa
 
 from features.errors import UserError
-from pipeline.backbones.registry import load_backbone
+from pipeline.backbones.loading import load_backbone
 from pipeline.extraction.deduplication import (
     Deduplicator,
     EncodedRow,

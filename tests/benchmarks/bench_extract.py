@@ -48,8 +48,9 @@ from PIL import Image
 
 from features.warehouse import Warehouse
 from pipeline.backbones.base import Backbone, InputBatch
-from pipeline.backbones.image_transforms import Pixels, of_open_clip, of_processor
-from pipeline.backbones.registry import BACKBONES, load_backbone
+from pipeline.backbones.image_transforms import ImageTransform, of_open_clip, of_processor
+from pipeline.backbones.loading import load_backbone
+from pipeline.backbones.registry import BACKBONES
 from pipeline.extraction import loading
 from pipeline.extraction.batching import token_batches
 from pipeline.extraction.encoder import TOKENS_PER_TEXT
@@ -72,7 +73,8 @@ from pipeline.extraction.options import ExtractOptions
 from pathlib import Path
 house, modality, backbone = sys.argv[1:]
 if backbone != "hashed":
-    from pipeline.backbones.registry import BACKBONES, load_backbone
+    from pipeline.backbones.loading import load_backbone
+    from pipeline.backbones.registry import BACKBONES
     from tests.pipeline.fakes import Brief, entry
     BACKBONES["brief"], backbone = entry(Brief(load_backbone(backbone))), "brief"
 start = time.process_time()
@@ -224,7 +226,7 @@ def ceiling(root: Path, n: int = 256) -> None:
     data = [path.read_bytes() for path in sorted((root / "raw").iterdir())]
     transform = image_transform_v2(PreprocessCfg(), is_train=False)
     processor = transformers.ViTImageProcessor()
-    ways: dict[str, tuple[Pixels | None, Any]] = {
+    ways: dict[str, tuple[ImageTransform | None, Any]] = {
         "open_clip": (of_open_clip(PreprocessCfg(), CPU), transform),
         "transformers": (
             of_processor(processor, CPU),

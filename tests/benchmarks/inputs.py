@@ -14,7 +14,7 @@ from PIL import Image
 
 from features.warehouse import Warehouse
 from pipeline.backbones.base import InputBatch, TokenIds, Vectors
-from pipeline.backbones.image_transforms import Pixels, Pixels8
+from pipeline.backbones.image_transforms import ImageTransform, Pixels8
 from tests.pipeline.backbones.checkpoints import open_clip_folder
 from tests.pipeline.backbones.tiny import prepare
 
@@ -139,7 +139,7 @@ class Free:
     batch_size = 32
     input_size = 224
 
-    def __init__(self, pixels: Pixels) -> None:
+    def __init__(self, pixels: ImageTransform) -> None:
         self.name = "free"
         self.libraries: dict[str, str] = {}
         self._pixels = pixels

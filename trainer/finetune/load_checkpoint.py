@@ -1,8 +1,8 @@
-"""Where the blocks come from that stage 2 trains: the checkpoint behind a ``layer-K`` table.
+"""Load the upper blocks that stage 2 trains from the checkpoint of a ``layer-K`` table.
 
-The table's manifest says where its checkpoint lies, its provenance what its weights hash to. A run
-keeps the configuration in ``blocks.json`` and the weights with its own, so that only the beginning
-of a training reads the checkpoint.
+The table's manifest gives the location of the checkpoint, and its provenance the fingerprint of the
+weights. A run stores the configuration in ``blocks.json`` and the weights with its own weights.
+Hence only the start of a training reads the checkpoint.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,153 +12,167 @@ from typing import Any
 
 from features.atomic_files import write_json
 from features.checkpoint_fingerprint import quiet_transformers, stored_config
+from features.encoder_blocks import config_side
 from features.errors import UserError
 from features.store import FeatureTable
 from features.warehouse import read_json
-from trainer.finetune.split_encoder import LIBRARIES, build, find, load
+from trainer.finetune.split_encoder import LIBRARIES, build, find_encoder, load
 from trainer.finetune.upper_blocks import UpperBlocks
 
 FILE = "blocks.json"
-_CACHED = "models--"  # of a repository's folder in the hub's cache
+_CACHED = "models--"  # prefix of a repository's folder in the hub's cache
 
 
 def open_blocks(tables: Sequence[FeatureTable], count: int) -> dict[str, UpperBlocks]:
     """Load the uppermost blocks of the backbones whose ``layer-K`` tables a run reads.
 
     Args:
-        tables: Of the run; those of another level stay as they are, but one must be ``layer-K``.
-        count: How many blocks of each.
+        tables: Feature tables of the run. At least one must have a level ``layer-K``; tables of
+            other levels are left as they are.
+        count: Number of blocks of each backbone.
 
     Returns:
-        Modality -> blocks on the CPU, in float32, as the checkpoint has them.
+        Modality -> blocks on the CPU, in float32, with the weights of the checkpoint.
 
     Raises:
-        UserError: There is no such table, one is of another block, its checkpoint is gone, has
-            changed or is of a kind that cannot be cut here.
+        UserError: No table has such a level, one has another block, or its checkpoint is missing,
+            has changed, or is of a kind whose blocks cannot be trained.
     """
-    found = {}
-    for table in tables:
-        if table.level.startswith("layer-"):
-            found[table.modality] = _open(table, count)
-    if not found:
+    layer_tables = [table for table in tables if table.level.startswith("layer-")]
+    if not layer_tables:
         raise UserError(_no_table(tables, count))
-    return found
+    return {table.modality: _open(table, count) for table in layer_tables}
 
 
 def write_blocks(folder: Path, backbones: Mapping[str, UpperBlocks]) -> None:
-    """Keep in a run's folder what builds its blocks again."""
+    """Write the description of a run's blocks into its folder."""
     document = {modality: dict(blocks.document) for modality, blocks in backbones.items()}
     write_json(folder / FILE, document)
 
 
 def read_blocks(folder: Path) -> dict[str, UpperBlocks]:
-    """Build the blocks of a run again, all zeros: the run's checkpoint has their weights.
+    """Build the blocks of a run; all weights are zero until the run's checkpoint is loaded.
 
     Raises:
-        UserError: The file is absent or damaged.
+        UserError: The file is missing or damaged.
     """
     path = folder / FILE
     if not path.exists():
-        raise UserError(f"{path} is not there; train again")
+        raise UserError(f"{path} is missing; train again")
     with _library(f"{path} is damaged", "train again"):
-        return {name: build(about) for name, about in read_json(path, "train again").items()}
+        documents = read_json(path, "train again")
+        return {modality: build(document) for modality, document in documents.items()}
 
 
 def _open(table: FeatureTable, count: int) -> UpperBlocks:
-    source, made = _source(table), table.provenance()
-    assert made is not None
+    """Load the upper blocks of one table's backbone, and check that they fit the table."""
+    source, provenance = _source(table), table.provenance()
+    assert provenance is not None
     library, modality = source["library"], table.modality
-    where = source["folder"] if library == "transformers" else source["model"]
-    trouble = f"tune_blocks: the checkpoint of {table.label} in {where} cannot be loaded"
-    with _library(trouble, "put it back, or set tune_blocks=0"):
-        whole, config, checkpoint = load(library, source)
-        if checkpoint != made.checkpoint:
+    location = source["folder"] if library == "transformers" else source["model"]
+    message = f"tune_blocks: the checkpoint of {table.label} in {location} cannot be loaded"
+    with _library(message, "put it back, or set tune_blocks=0"):
+        model, config, checkpoint = load(library, source)
+        if checkpoint != provenance.checkpoint:
             raise UserError(
-                f"tune_blocks: the checkpoint in {where} is not the one that {table.label} was made"
-                f" with ({checkpoint}, not {made.checkpoint}); put that back, or run:"
+                f"tune_blocks: the checkpoint in {location} is not the one that {table.label} was"
+                f" made with ({checkpoint}, not {provenance.checkpoint}); put that back, or run:"
                 f" {_command(table, table.level)} --overwrite"
             )
-        encoder = find(whole, library, modality)
-        depth = len(encoder.blocks)
-        if count >= depth:
-            raise UserError(
-                f"tune_blocks={count} is too many for {made.backbone}, which has {depth} blocks;"
-                f" give at most {depth - 1}"
-            )
-        cut = depth - count
-        if table.level != f"layer-{cut}":
-            raise UserError(
-                f"tune_blocks={count} of the {depth} blocks of {made.backbone} reads layer-{cut},"
-                f" not {table.label}; {_remedy(table, cut)}"
-            )
+        encoder = find_encoder(model, library, modality)
+        cut = _cut(table, encoder.depth, count, provenance.backbone)
         document = {"library": library, "modality": modality, "cut": cut, "config": config}
         upper = encoder.above(cut, document).requires_grad_(True)
-        if not encoder.gives(upper, cut):
+        if not encoder.matches(upper, cut):
             raise UserError(
-                f"tune_blocks: the upper blocks of {made.backbone} alone do not give what the whole"
-                f" {library} model gives with the version that is installed; set tune_blocks=0"
+                f"tune_blocks: the upper blocks of {provenance.backbone} alone do not give what the"
+                f" whole {library} model gives with the version that is installed; set"
+                " tune_blocks=0"
             )
     return upper
+
+
+def _cut(table: FeatureTable, depth: int, count: int, backbone: str) -> int:
+    """Return the number of frozen blocks; check that the table has the states after them."""
+    if count >= depth:
+        raise UserError(
+            f"tune_blocks={count} is too many for {backbone}, which has {depth} blocks;"
+            f" give at most {depth - 1}"
+        )
+    cut = depth - count
+    if table.level != f"layer-{cut}":
+        raise UserError(
+            f"tune_blocks={count} of the {depth} blocks of {backbone} reads layer-{cut},"
+            f" not {table.label}; {_remedy(table, cut)}"
+        )
+    return cut
 
 
 # -- the table ------------------------------------------------------------------------------
 
 
 def _source(table: FeatureTable) -> dict[str, Any]:
-    """Where the manifest says that the checkpoint is, and is it still there."""
+    """Return the location of the checkpoint from the manifest; check that it exists."""
     source = (table.manifest() or {}).get("source") or {}
-    made = table.provenance()
-    name = made.backbone if made else table.backbone
+    name = _backbone(table)
     if source.get("library") not in LIBRARIES:
         raise UserError(
             f"tune_blocks: the feature table {table.label} names no checkpoint whose blocks could"
             f" be trained; with a transformer as {name!r} run: {_command(table, table.level)}"
-            " (what is already encoded is reused)"
+            " (encoded items are reused)"
         )
     if source["library"] == "transformers":
-        folder = _present(Path(source["folder"]))
+        folder = _existing_folder(Path(source["folder"]))
         if folder is None:
             raise UserError(
                 f"tune_blocks: the checkpoint of {table.label} is no longer in {source['folder']};"
-                f" put it back, or run: {_command(table, table.level)} (what is encoded is reused)"
+                f" put it back, or run: {_command(table, table.level)} (encoded items are reused)"
             )
         return {**source, "folder": str(folder)}
     return dict(source)
 
 
-def _present(folder: Path) -> Path | None:
-    """The folder, or what the hub's cache of this machine has of the same repository."""
+def _existing_folder(folder: Path) -> Path | None:
+    """Return the folder, or the copy of its repository in the hub's cache of this machine."""
     if folder.is_dir():
         return folder
-    named = [part for part in folder.parts if part.startswith(_CACHED)]
-    if not named:
+    cached = [part for part in folder.parts if part.startswith(_CACHED)]
+    if not cached:
         return None
     from huggingface_hub import snapshot_download
 
-    repository = named[-1].removeprefix(_CACHED).replace("--", "/", 1)
-    inside = folder.parts[folder.parts.index(named[-1]) + 3 :]
+    repository = cached[-1].removeprefix(_CACHED).replace("--", "/", 1)
+    inside = folder.parts[folder.parts.index(cached[-1]) + 3 :]
     try:
         return Path(snapshot_download(repository, local_files_only=True), *inside)
     except Exception:  # not in the cache; the client's classes of errors change
         return None
 
 
+def _backbone(table: FeatureTable) -> str:
+    """Return the name of a table's backbone as the user typed it."""
+    provenance = table.provenance()
+    return provenance.backbone if provenance else table.backbone
+
+
 def _command(table: FeatureTable, level: str) -> str:
-    made = table.provenance()
-    name = made.backbone if made else table.backbone
+    """Return the command that extracts the table at a level."""
+    name = _backbone(table)
     folder = ((table.manifest() or {}).get("source") or {}).get("folder", "")
     if folder and Path(folder).name == name.partition("@")[0]:
-        name = folder  # a local one goes by its own name
+        name = folder  # a local folder is extracted by its path
     return f"mmrec extract --dataset {table.dataset} --{table.modality} {name} --level {level}"
 
 
 def _remedy(table: FeatureTable, cut: int) -> str:
+    """Return what to do to train on the states after block ``cut``."""
     level = f"layer-{cut}"
     label = f"{table.modality}={table.backbone}:{level}"
     return f"run: {_command(table, level)}, and give --features {label}"
 
 
 def _no_table(tables: Sequence[FeatureTable], count: int) -> str:
+    """Return the message for a run without a ``layer-K`` table."""
     labels = ", ".join(table.label for table in tables) or "none"
     depths = {table: _config_depth(table) - count for table in tables}
     known = next((_remedy(table, cut) for table, cut in depths.items() if cut > 0), None)
@@ -170,24 +184,29 @@ def _no_table(tables: Sequence[FeatureTable], count: int) -> str:
 
 
 def _config_depth(table: FeatureTable) -> int:
-    """How many blocks the encoder of a table has, as its configuration says; 0: it does not."""
+    """Return the number of blocks in a table's encoder by its configuration; 0 if unknown."""
     source = (table.manifest() or {}).get("source") or {}
     try:
         config = stored_config(Path(source["folder"]))
-        side = config.get("text_config" if table.modality == "text" else "vision_config") or config
+        side = config.get(f"{config_side(table.modality)}_config") or config
         return int(side["num_hidden_layers"])
     except (OSError, ValueError, KeyError, TypeError):
         return 0
 
 
 @contextmanager
-def _library(trouble: str, remedy: str) -> Iterator[None]:
-    """Keep the library quiet_transformers, and make one line of whatever it stumbles over."""
+def _library(message: str, remedy: str) -> Iterator[None]:
+    """Silence transformers, and turn any error of a library into one line.
+
+    Args:
+        message: Value and place of the error.
+        remedy: What the user can do.
+    """
     try:
         with quiet_transformers():
             yield
     except UserError:
         raise
-    except Exception as error:  # whatever is wrong with a checkpoint, it is not ours
+    except Exception as error:  # a damaged checkpoint can raise any error
         line = " ".join(str(error).split())[:160] or type(error).__name__
-        raise UserError(f"{trouble} ({line}); {remedy}") from None
+        raise UserError(f"{message} ({line}); {remedy}") from None

@@ -1,8 +1,7 @@
-"""How encoders of transformers and open_clip are cut behind one of their blocks.
+"""Split encoders of transformers and open_clip after one of their blocks, for training.
 
-Only kinds that are known here are cut: those whose blocks need nothing but the states of an item's
-own tokens. Blocks that share position biases or rotations (MPNet, DeBERTa, DINOv3), windows (Swin),
-and texts whose padding takes part (SigLIP) are refused by name.
+The blocks come from :mod:`features.encoder_blocks`. An encoder is split only if its upper blocks
+need nothing but the states of an item's own tokens; other kinds are refused by name.
 
 Legend: B items, T tokens, D width.
 """
@@ -14,85 +13,82 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from features.checkpoint_fingerprint import fingerprint, stored_config
+from features.encoder_blocks import (
+    EncoderBlocks,
+    known_model_types,
+    open_clip_blocks,
+    recorded_states,
+    side_encoder,
+    transformers_blocks,
+)
 from features.errors import UserError
 from trainer.finetune.upper_blocks import OpenClipBlocks, UpperBlocks
 
 LIBRARIES = ("transformers", "open_clip")
-_NEAR = 1e-4
+_TOLERANCE = 1e-4
 _PROBE_TOKENS = 6
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Layout:
-    """What stands above the blocks of a transformers encoder, as far as its last hidden states."""
+class SplitEncoder:
+    """One encoder of a library's model, up to its last hidden states."""
 
-    norm: str = ""
-    """Name of the norm behind them; CLIP's vision tower has one behind its pooling only."""
-    causal: bool = False
-
-
-_LAYOUTS: dict[str, dict[str, _Layout]] = {
-    "text": {
-        **{kind: _Layout() for kind in ("bert", "roberta", "xlm-roberta", "camembert", "electra")},
-        "clip_text_model": _Layout(norm="final_layer_norm", causal=True),
-    },
-    "image": {
-        **{
-            kind: _Layout(norm="layernorm")
-            for kind in ("vit", "deit", "vit_mae", "dinov2", "dinov2_with_registers")
-        },
-        "clip_vision_model": _Layout(),
-        "siglip_vision_model": _Layout(norm="post_layernorm"),
-    },
-}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Encoder:
-    """One encoder of a library's model, as far as its last hidden states."""
-
-    blocks: list[nn.Module]
-    norm: nn.Module | None
-    causal: bool
+    encoder: EncoderBlocks
     probe: Callable[[torch.Generator], tuple[Tensor, Tensor]]
-    """Runs it on something drawn: last hidden states (B, T, D), and (B, T) which tokens exist."""
-    form: type[UpperBlocks]
+    """Runs the encoder on random inputs. Returns the last hidden states (B, T, D), and the mask
+    (B, T), True for tokens."""
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks."""
+        return len(self.encoder.blocks)
 
     def above(self, cut: int, document: Mapping[str, Any]) -> UpperBlocks:
-        """The blocks above the first ``cut`` ones."""
-        padded = document["modality"] == "text"
-        return self.form(
-            self.blocks[cut:], self.norm, causal=self.causal, padded=padded, document=document
+        """Return the blocks above the first ``cut`` ones.
+
+        Args:
+            cut: Number of blocks that stay frozen.
+            document: Description of the blocks, see :func:`build`.
+        """
+        encoder = self.encoder
+        form = OpenClipBlocks if encoder.library == "open_clip" else UpperBlocks
+        return form(
+            encoder.blocks[cut:],
+            encoder.norm,
+            causal=encoder.causal,
+            padded=document["modality"] == "text",
+            document=document,
         )
 
     @torch.no_grad()
-    def gives(self, upper: UpperBlocks, cut: int) -> bool:
-        """Whether the upper blocks make the last hidden states of what the lower ones give.
+    def matches(self, upper: UpperBlocks, cut: int) -> bool:
+        """Return whether upper blocks turn the states after block ``cut`` into the last states.
 
-        Libraries change, and what they compute around their blocks is known here by name only.
+        A new version of a library may compute something else around its blocks.
         """
-        seen: list[Tensor] = []
-
-        def keep(module: nn.Module, given: Any, output: Any) -> None:
-            seen.append(output[0] if isinstance(output, tuple) else output)
-
-        hook = self.blocks[cut - 1].register_forward_hook(keep)
-        with torch.random.fork_rng(devices=[]):  # a masked autoencoder draws its patches
+        with (
+            recorded_states(self.encoder.blocks[cut - 1]) as states,
+            torch.random.fork_rng(devices=[]),  # a masked autoencoder draws its patches
+        ):
             last_BTD, mask_BT = self.probe(torch.Generator().manual_seed(0))
-        hook.remove()
-        found_BTD = upper(seen[0], mask_BT)
-        most = _NEAR * max(1.0, float(last_BTD.abs().max()))
-        return bool(((found_BTD - last_BTD)[mask_BT].abs() < most).all())
+        upper_BTD = upper(states[0], mask_BT)
+        limit = _TOLERANCE * max(1.0, float(last_BTD.abs().max()))
+        return bool(((upper_BTD - last_BTD)[mask_BT].abs() < limit).all())
 
 
 def load(library: str, source: Mapping[str, Any]) -> tuple[Any, dict[str, Any], str]:
-    """Load a whole model from where a table's manifest says.
+    """Load the whole model of a feature table.
+
+    Args:
+        library: ``transformers`` or ``open_clip``.
+        source: Location of the checkpoint, from the table's manifest.
 
     Returns:
-        The model on the CPU in float32, what builds it again, and the fingerprint of its weights.
+        The model on the CPU in float32, the configuration that builds it again, and the
+        fingerprint of its weights.
     """
     if library == "open_clip":
         import open_clip
@@ -110,129 +106,112 @@ def load(library: str, source: Mapping[str, Any]) -> tuple[Any, dict[str, Any], 
 
     folder = Path(source["folder"])
     local: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
-    model, found = transformers.AutoModel.from_pretrained(
+    model, report = transformers.AutoModel.from_pretrained(
         folder,
         dtype=torch.float32,
         attn_implementation="sdpa",
         output_loading_info=True,
         **local,
     )
-    known = stored_config(folder)
-    checkpoint = fingerprint(model.state_dict(), known, list(found["missing_keys"]))
+    stored = stored_config(folder)
+    checkpoint = fingerprint(model.state_dict(), stored, list(report["missing_keys"]))
     return model.eval(), json.loads(model.config.to_json_string(use_diff=False)), checkpoint
 
 
 def build(document: Mapping[str, Any]) -> UpperBlocks:
-    """Build upper blocks again from their document, without weights: all zeros, on the CPU."""
+    """Build upper blocks from their description, on the CPU; all weights are zero.
+
+    Args:
+        document: ``library``, ``modality``, ``cut`` (number of frozen blocks) and ``config`` (of
+            the whole model), as a run's ``blocks.json`` stores them.
+    """
     config, modality = document["config"], document["modality"]
     with torch.device("meta"):
         if document["library"] == "open_clip":
             from open_clip.model import CLIP, CustomTextCLIP
 
-            given = {key: value for key, value in config.items() if key != "custom_text"}
-            whole: Any = (CustomTextCLIP if config.get("custom_text") else CLIP)(**given)
+            arguments = {key: value for key, value in config.items() if key != "custom_text"}
+            model: Any = (CustomTextCLIP if config.get("custom_text") else CLIP)(**arguments)
         else:
             import transformers
 
             models: Any = transformers.AutoModel
-            made = transformers.AutoConfig.for_model(**config)
-            whole = models.from_config(made, attn_implementation="sdpa")
-    encoder = find(whole, document["library"], modality)
+            model_config = transformers.AutoConfig.for_model(**config)
+            model = models.from_config(model_config, attn_implementation="sdpa")
+    encoder = find_encoder(model, document["library"], modality)
     upper = encoder.above(document["cut"], document).to_empty(device="cpu")
     for tensor in upper.state_dict().values():
         tensor.zero_()
     return upper
 
 
-def find(whole: Any, library: str, modality: str) -> Encoder:
-    """Find the encoder of a modality.
+def find_encoder(model: Any, library: str, modality: str) -> SplitEncoder:
+    """Return the encoder of a modality.
+
+    Args:
+        model: The whole model.
+        library: ``transformers`` or ``open_clip``.
+        modality: ``image`` or ``text``.
 
     Raises:
-        UserError: It is of no kind that is known here.
+        UserError: The blocks of this kind of encoder cannot be trained on a table.
     """
-    return (_of_open_clip if library == "open_clip" else _of_transformers)(whole, modality)
+    return (_of_open_clip if library == "open_clip" else _of_transformers)(model, modality)
 
 
-def _of_transformers(whole: Any, modality: str) -> Encoder:
-    side = "text" if modality == "text" else "vision"
-    tower: Any = getattr(whole, f"{side}_model", None)
-    config = getattr(whole.config, f"{side}_config", None)
-    if tower is None or config is None:
-        tower, config = whole, whole.config
-    known = _LAYOUTS.get(modality, {})
-    if config.model_type not in known:
+def _of_transformers(model: Any, modality: str) -> SplitEncoder:
+    encoder, config = side_encoder(model, modality) or (model, model.config)
+    blocks = transformers_blocks(encoder, config, modality)
+    if blocks is None:
+        known = ", ".join(known_model_types(modality)) or "none"
         raise UserError(
             f"tune_blocks: the upper blocks of {config.model_type!r} cannot be trained on a table"
-            f" of {modality} tokens; known: {', '.join(known) or 'none'}, and towers of open_clip"
+            f" of {modality} tokens; known: {known}, and encoders of open_clip"
         )
-    layout = known[config.model_type]
-    blocks = next(
-        list(part)
-        for part in tower.modules()
-        if isinstance(part, nn.ModuleList) and len(part) == config.num_hidden_layers
-    )
-    inside = {module for block in blocks for module in block.modules()}
-    norms = [
-        module
-        for name, module in tower.named_modules()
-        if name.rpartition(".")[2] == layout.norm and module not in inside and name
-    ]
 
-    def read(draw: torch.Generator) -> tuple[Tensor, Tensor]:
+    def run_text(draw: torch.Generator) -> tuple[Tensor, Tensor]:
         padding = int(getattr(config, "pad_token_id", None) or 0)
         ids_BT = torch.randint(config.vocab_size, (2, _PROBE_TOKENS), generator=draw)
         ids_BT = torch.where(ids_BT == padding, (padding + 1) % config.vocab_size, ids_BT)
         mask_BT = torch.arange(_PROBE_TOKENS) < torch.tensor([[_PROBE_TOKENS], [3]])
         ids_BT = torch.where(mask_BT, ids_BT, padding)
-        output = tower(input_ids=ids_BT, attention_mask=mask_BT.long())
+        output = encoder(input_ids=ids_BT, attention_mask=mask_BT.long())
         return output.last_hidden_state, mask_BT
 
-    def see(draw: torch.Generator) -> tuple[Tensor, Tensor]:
+    def run_image(draw: torch.Generator) -> tuple[Tensor, Tensor]:
         size = config.image_size
         sides = [size, size] if isinstance(size, int) else list(size)
         pixels = torch.randn(1, config.num_channels, *sides, generator=draw)
-        last_BTD = tower(pixel_values=pixels).last_hidden_state
+        last_BTD = encoder(pixel_values=pixels).last_hidden_state
         return last_BTD, torch.ones(last_BTD.shape[:2], dtype=torch.bool)
 
-    return Encoder(
-        blocks=blocks,
-        norm=norms[0] if layout.norm else None,
-        causal=layout.causal,
-        probe=read if modality == "text" else see,
-        form=UpperBlocks,
-    )
+    return SplitEncoder(encoder=blocks, probe=run_text if modality == "text" else run_image)
 
 
-def _of_open_clip(whole: Any, modality: str) -> Encoder:
-    tower = getattr(whole, "text", whole) if modality == "text" else whole.visual
-    inner: Any = getattr(tower, "transformer", None)
-    blocks = list(getattr(inner, "resblocks", []))
-    if modality == "text":  # a text that sees its padding is not whole in a table of its own tokens
-        causal = getattr(tower, "attn_mask", None) is not None
-        plain = getattr(tower, "cls_emb", None) is None
-        fits, norm = causal and plain, getattr(tower, "ln_final", None)
-    else:
-        fits, norm = hasattr(tower, "ln_post"), None
-        if fits and tower.attn_pool is None and not tower.final_ln_after_pool:
-            norm = tower.ln_post
-    if not (blocks and fits and inner.batch_first):  # the default of all its towers
+def _of_open_clip(model: Any, modality: str) -> SplitEncoder:
+    encoder = getattr(model, "text", model) if modality == "text" else model.visual
+    blocks = open_clip_blocks(model, modality)
+    is_own = blocks is not None and blocks.library == "open_clip" and len(blocks.blocks) > 0
+    # A text that attends to its padding is incomplete in a table of its own tokens.
+    if (
+        blocks is None
+        or not is_own
+        or not blocks.batch_first
+        or (modality == "text" and not blocks.causal)
+    ):
         raise UserError(
-            f"tune_blocks: the upper blocks of open_clip's {type(tower).__name__} cannot be trained"
-            f" on a table of {modality} tokens; known: its own transformers, of texts causal ones"
+            f"tune_blocks: the upper blocks of open_clip's {type(encoder).__name__} cannot be"
+            f" trained on a table of {modality} tokens; known: its own transformers, of texts"
+            " causal ones"
         )
 
     def run(draw: torch.Generator) -> tuple[Tensor, Tensor]:
-        seen: list[Tensor] = []
-        last = blocks[-1] if norm is None else norm
-        hook = last.register_forward_hook(lambda module, given, output: seen.append(output))
-        if modality == "text":
-            shape = 1, tower.context_length
-            whole.encode_text(torch.randint(tower.vocab_size, shape, generator=draw))
-        else:
-            whole.encode_image(torch.randn(1, 3, *tower.image_size, generator=draw))
-        hook.remove()
-        return seen[0], torch.ones(seen[0].shape[:2], dtype=torch.bool)
+        with recorded_states(blocks.last) as states:
+            if modality == "text":
+                shape = 1, encoder.context_length
+                model.encode_text(torch.randint(encoder.vocab_size, shape, generator=draw))
+            else:
+                model.encode_image(torch.randn(1, 3, *encoder.image_size, generator=draw))
+        return states[0], torch.ones(states[0].shape[:2], dtype=torch.bool)
 
-    return Encoder(
-        blocks=blocks, norm=norm, causal=modality == "text", probe=run, form=OpenClipBlocks
-    )
+    return SplitEncoder(encoder=blocks, probe=run)

@@ -1,12 +1,12 @@
-"""The upper blocks of a backbone, trained in stage 2 on what its lower, frozen blocks have made.
+"""Train the upper blocks of a backbone in stage 2, on the hidden states of its frozen lower blocks.
 
 PMMRec (Li et al., arXiv:2312.09602, section IV-A3) and MMSR (section 4.2) fine-tune the top two
-blocks of their text and vision encoders. What lies below never changes, so its output is extracted
-once, as the table ``layer-K`` of every item's hidden states behind block K; here the blocks above
-run on it, and the final norm where the library's last hidden states have one. Loss and gradients
-are those of the whole encoder with its lower part frozen. Two things differ from a training of the
-whole: the frozen part runs without dropout (in the released code it has some), and a table of
-float16 is rounded. (The released code of MMSR freezes the upper two blocks and trains the rest.)
+blocks of their text and vision encoders. The blocks below never change. Hence their output is
+extracted once, as the table ``layer-K`` with every item's hidden states after block K. Here the
+blocks above run on these states, followed by the final norm if the library's last hidden states
+have one. Loss and gradients equal those of the whole encoder with its lower part frozen, with two
+differences: the frozen part runs without dropout (in the released code it has some), and a float16
+table is rounded. The released code of MMSR freezes the upper two blocks and trains the others.
 
 Legend: K items, T tokens, D width, B items of a chunk, R tokens of several items.
 """
@@ -19,23 +19,24 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from features.encoder_blocks import states_of
 from trainer.data.batches import ItemFeatures
 from trainer.modules.tokens import Tokens
 
 TOKENS_AT_ONCE = 2**13
-"""Of a chunk. Activations are kept of so many tokens of a batch; those of its other chunks are
-computed again in the backward pass, one chunk at a time."""
+"""Number of tokens per chunk. Activations are kept for this number of tokens of a batch; those of
+the other chunks are recomputed in the backward pass, one chunk at a time."""
 
 
 class UpperBlocks(nn.Module):
-    """Blocks of one transformers encoder, in order, and what follows the last one.
+    """Upper blocks of one transformers encoder, and the norm after them.
 
     Args:
-        blocks: Each takes (B, T, D) and a mask, and gives (B, T, D).
-        norm: Behind the last block; none where the encoder has none there.
-        causal: Whether a token sees only those before it.
-        padded: Whether items of several lengths go through together; else each length alone.
-        document: What builds it again, see :mod:`trainer.finetune.split_encoder`.
+        blocks: Blocks in order; each takes (B, T, D) and a mask, and returns (B, T, D).
+        norm: Norm after the last block; None if the encoder has none.
+        causal: Whether a token attends only to itself and the tokens before it.
+        padded: Whether items of several lengths share a chunk; else a chunk has one length.
+        document: Description of the blocks, see :func:`trainer.finetune.split_encoder.build`.
     """
 
     def __init__(
@@ -55,18 +56,19 @@ class UpperBlocks(nn.Module):
         self.document = document
 
     def forward(self, x_KTD: Tensor, mask_KT: Tensor) -> Tensor:
-        """Give the last hidden states (K, T, D); where there is no token they are zero.
+        """Return the last hidden states (K, T, D); they are zero outside the mask.
 
-        Items of similar length go through together, in chunks of bounded size.
+        Items of similar length share a chunk of bounded size.
 
         Args:
-            x_KTD: Hidden states behind the block below these.
-            mask_KT: Which tokens exist: the first ones of each item. An item may have none.
+            x_KTD: Hidden states after the block below.
+            mask_KT: True for the tokens, which are the first ones of each item. An item may have
+                no tokens.
         """
-        # An item without tokens goes through as one token of zeros: so every parameter has a
-        # gradient, whatever the batch holds, and no softmax is over nothing.
+        # An item without tokens is encoded as one token of zeros. Thus every parameter has a
+        # gradient in each batch, and no softmax is empty.
         length_K, order_K = mask_KT.sum(1).clamp_min(1).sort(stable=True)
-        found, begin, kept = [], 0, 0
+        chunks, begin, kept = [], 0, 0
         for rows in cut(length_K.tolist(), TOKENS_AT_ONCE, padded=self.padded):
             lengths_B = length_K[begin : begin + rows]
             x_BTD = x_KTD[order_K[begin : begin + rows], : int(lengths_B[-1])]
@@ -75,20 +77,20 @@ class UpperBlocks(nn.Module):
                 y_RD = checkpoint(self._run, x_BTD, lengths_B, use_reentrant=False)
             else:
                 y_RD = self._run(x_BTD, lengths_B)
-            found.append(y_RD)
+            chunks.append(y_RD)
             begin += rows
-        # One item behind another; the last row is of what is no token. Not `y_RD[row_KT]`: the
-        # order in which its backward pass adds is left to the threads.
-        y_RD = torch.cat([*found, x_KTD.new_zeros(1, x_KTD.shape[2])])
+        # The items follow one another; the last row is zero, for positions without a token. The
+        # backward pass of `y_RD[row_KT]` would add in an order that depends on threads.
+        y_RD = torch.cat([*chunks, x_KTD.new_zeros(1, x_KTD.shape[2])])
         first_K = torch.empty_like(length_K)
         first_K[order_K] = length_K.cumsum(0) - length_K
         row_KT = first_K[:, None] + torch.arange(mask_KT.shape[1], device=x_KTD.device)
-        nothing = len(y_RD) - 1
-        row_KT = torch.where(mask_KT, row_KT, nothing)
-        return functional.embedding(row_KT, y_RD, padding_idx=nothing)
+        zero_row = len(y_RD) - 1
+        row_KT = torch.where(mask_KT, row_KT, zero_row)
+        return functional.embedding(row_KT, y_RD, padding_idx=zero_row)
 
     def _run(self, x_BTD: Tensor, lengths_B: Tensor) -> Tensor:
-        """Run a chunk; give its tokens alone, one item behind another: (R, D)."""
+        """Run a chunk; return its tokens without padding, item after item: (R, D)."""
         mask = self._mask(x_BTD, lengths_B)
         for block in self.blocks:
             x_BTD = self._block(block, x_BTD, mask)
@@ -97,22 +99,20 @@ class UpperBlocks(nn.Module):
         return x_BTD[torch.arange(x_BTD.shape[1], device=x_BTD.device) < lengths_B[:, None]]
 
     def _block(self, block: nn.Module, x_BTD: Tensor, mask: Tensor | None) -> Tensor:
-        found = block(x_BTD, mask)
-        state_BTD: Tensor = found[0] if isinstance(found, tuple) else found
-        return state_BTD
+        return states_of(block(x_BTD, mask))
 
     def _mask(self, x_BTD: Tensor, lengths_B: Tensor) -> Tensor | None:
-        """Which keys a query sees: (B, 1, 1 or T, T) bool; none: all of them."""
+        """Return which keys a query attends to: (B, 1, 1 or T, T) bool; None for all."""
         T = x_BTD.shape[1]
-        if not self.causal and bool(lengths_B[0] == T):  # ascending: then all are as long
+        if not self.causal and bool(lengths_B[0] == T):  # ascending: all have this length
             return None
         key_T = torch.arange(T, device=x_BTD.device)
-        seen = (key_T < lengths_B[:, None])[:, None, None, :]
-        return seen & (key_T <= key_T[:, None]) if self.causal else seen
+        mask = (key_T < lengths_B[:, None])[:, None, None, :]
+        return mask & (key_T <= key_T[:, None]) if self.causal else mask
 
 
 class OpenClipBlocks(UpperBlocks):
-    """The same of an open_clip tower: nothing masks padding, which a causal text never sees."""
+    """Upper blocks of an open_clip encoder; no mask is needed for padding after a causal text."""
 
     def _block(self, block: nn.Module, x_BTD: Tensor, mask: Tensor | None) -> Tensor:
         state_BTD: Tensor = block(x_BTD, attn_mask=mask)
@@ -124,13 +124,14 @@ class OpenClipBlocks(UpperBlocks):
 
 
 def cut(lengths: Sequence[int], most: int, *, padded: bool) -> list[int]:
-    """Cut rows of ascending lengths into chunks: how many rows each has.
+    """Divide rows of ascending lengths into chunks; return the number of rows of each chunk.
 
     Args:
-        lengths: Of the rows, at least 1.
-        most: Tokens of a chunk, padding included; a longer row is a chunk of its own.
-        padded: Whether rows of several lengths may stand in a chunk: then each is at least half as
-            long as the longest, unless the chunk is small.
+        lengths: Lengths of the rows, at least 1 each.
+        most: Largest number of tokens of a chunk, padding included; a longer row is a chunk of its
+            own.
+        padded: Whether rows of several lengths may share a chunk. Each row then has at least half
+            the length of the longest, unless the chunk is small.
     """
     sizes, first = [], 0
     for row, length in enumerate(lengths):
@@ -147,24 +148,27 @@ def cut(lengths: Sequence[int], most: int, *, padded: bool) -> list[int]:
 def item_tokens(
     item_K: Tensor, features: ItemFeatures, backbones: nn.ModuleDict
 ) -> dict[str, Tokens]:
-    """The tokens of some items, each modality's: (K, T, D) and (K, T) bool, which of them exist.
+    """Return the tokens of items for each modality.
 
-    A pooled vector is a modality of one token; a table of tokens goes through the modality's upper
-    blocks, where these are trained.
+    A pooled vector is one token. A table of tokens runs through the upper blocks of its modality,
+    if these are trained.
 
     Args:
-        item_K: (K,) int64, best each item once.
-        features: Of the catalogue.
-        backbones: Modality -> its :class:`UpperBlocks`, where there are any.
+        item_K: (K,) int64 items; each should occur once.
+        features: Features of the catalogue.
+        backbones: Modality -> :class:`UpperBlocks`, for the modalities that have them.
+
+    Returns:
+        Modality -> tokens (K, T, D), and the mask (K, T), True for tokens.
     """
-    found: dict[str, Tokens] = {}
+    tokens: dict[str, Tokens] = {}
     for name in features.widths:
         if name in features.tokens:
             x_KTD, mask_KT = features.tokens[name].gather(item_K)
             if name in backbones:
                 x_KTD = backbones[name](x_KTD, mask_KT)
-            found[name] = x_KTD, mask_KT
+            tokens[name] = x_KTD, mask_KT
         else:
             vector_K1D = features.vectors[name][item_K][:, None]
-            found[name] = vector_K1D, features.present[name][item_K][:, None]
-    return found
+            tokens[name] = vector_K1D, features.present[name][item_K][:, None]
+    return tokens

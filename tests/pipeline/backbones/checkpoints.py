@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 import transformers
-from open_clip.model import CLIP
+from open_clip.model import CLIP, CustomTextCLIP
 from safetensors.torch import save_file
+
+from pipeline.backbones.entries import BackboneEntry
 
 CLIP_CONFIG: dict[str, Any] = {
     "embed_dim": 24,
@@ -47,6 +49,30 @@ def open_clip_folder(folder: Path, *, seed: int = 0, **changed: Any) -> Path:
     look = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4], "interpolation": "bicubic"}
     document = {"model_cfg": config, "preprocess_cfg": look}
     (folder / "open_clip_config.json").write_text(json.dumps(document))
+    return folder
+
+
+def siglip_folder(folder: Path) -> Path:
+    """SigLIP as open_clip builds it: a timm encoder, a tokenizer that pads, no causal mask."""
+    folder.mkdir(parents=True)
+    config = {
+        "embed_dim": 64, "custom_text": True, "init_logit_bias": -10,
+        "vision_cfg": {"image_size": 32, "timm_model_name": "test_vit", "timm_model_pretrained":
+                       False, "timm_pool": "map", "timm_proj": "none"},
+        "text_cfg": {"context_length": 24, "vocab_size": 60, "hf_tokenizer_name": str(folder),
+                     "tokenizer_kwargs": {"clean": "canonicalize"}, "width": 32, "heads": 2,
+                     "layers": 3, "no_causal_mask": True, "proj_bias": True, "pool_type": "last"},
+    }  # fmt: skip
+    torch.manual_seed(0)
+    made = CustomTextCLIP(
+        **{key: value for key, value in json.loads(json.dumps(config)).items() if key[:2] != "cu"}
+    )
+    save_file(made.state_dict(), folder / "open_clip_model.safetensors")
+    document = {"model_cfg": config, "preprocess_cfg": {"resize_mode": "squash"}}
+    (folder / "open_clip_config.json").write_text(json.dumps(document))
+    bert_folder(folder / "words")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((folder / "words" / name).read_bytes())
     return folder
 
 
@@ -128,6 +154,47 @@ def visualbert_folder(folder: Path, *, seed: int = 0, width: int = 16) -> Path:
     config = transformers.VisualBertConfig(**_TEXT, visual_embedding_dim=width)
     transformers.VisualBertModel(config).save_pretrained(folder)
     _tokenizer(folder)
+    return folder
+
+
+def tiny_folder(folder: Path, model_type: str, modalities: tuple[str, ...]) -> Path:
+    """A tiny model of any model type of transformers."""
+    if model_type == "groupvit":
+        return clip_folder(folder, kind="GroupViT")
+    if model_type in ("flava", "vilt"):
+        return {"flava": flava_folder, "vilt": vilt_folder}[model_type](folder)
+    config = transformers.AutoConfig.for_model(model_type)
+    kind = type(config).__name__.removesuffix("Config")
+    if modalities == ("text",):
+        return bert_folder(folder, kind=kind)
+    sizes = {**SWIN, **RESNET} if hasattr(config, "depths") else _VISION  # of stages, or of blocks
+    return vision_folder(
+        folder, kind=kind, **{key: size for key, size in sizes.items() if hasattr(config, key)}
+    )
+
+
+def cached_folder(cache: Path, repository: str) -> Path:
+    """The folder in which a cache like the hub's keeps a repository."""
+    folder = cache / f"models--{repository.replace('/', '--')}"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("abc")
+    return folder / "snapshots" / "abc"
+
+
+def fill_cache(cache: Path, entry: BackboneEntry) -> Path:
+    """Put tiny checkpoints into a cache like the hub's: all that an entry of the registry needs."""
+    folder = cached_folder(cache, entry.hub)
+    if entry.library == "open_clip":
+        (siglip_folder if "SigLIP" in entry.checkpoint else open_clip_folder)(folder)
+        return folder
+    if entry.model_type != "visual_bert":
+        tiny_folder(folder, entry.model_type, entry.modalities)
+        return folder
+    (vision,) = entry.other_weights
+    kind = "resnet" if "resnet" in vision else "vit"
+    tiny_folder(cached_folder(cache, vision), kind, ("image", "video"))
+    visualbert_folder(folder, width=16 if kind == "resnet" else 32)
+    bert_folder(cached_folder(cache, entry.tokenizer))
     return folder
 
 

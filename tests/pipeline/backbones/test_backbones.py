@@ -27,7 +27,9 @@ from features.warehouse import Warehouse, slug
 from pipeline.backbones import hub
 from pipeline.backbones.base import Backbone, InputBatch
 from pipeline.backbones.hashed import Hashed
-from pipeline.backbones.registry import BACKBONES, check_modality, list_backbones, load_backbone
+from pipeline.backbones.listing import list_backbones
+from pipeline.backbones.loading import check_modality, load_backbone
+from pipeline.backbones.registry import BACKBONES
 from pipeline.extraction.job import extract_features
 from pipeline.extraction.options import ExtractOptions
 from tests.pipeline.backbones.checkpoints import (
@@ -37,20 +39,12 @@ from tests.pipeline.backbones.checkpoints import (
     open_clip_folder,
     vision_folder,
 )
+from tests.pipeline.backbones.inputs import pictures
 from tests.pipeline.backbones.tiny import picture, prepare
 
 Floats = npt.NDArray[np.float32]
 
 TEXTS = ["a red shoe", "x", "words " * 60, "ein sehr viel laengerer satz mit vielen worten"]
-
-
-def pictures() -> list[Image.Image]:
-    random = np.random.RandomState(0)
-    sizes = [(40, 30), (32, 32), (64, 90), (17, 50)]
-    return [
-        Image.fromarray(random.randint(0, 256, (height, width, 3), dtype=np.uint8))
-        for width, height in sizes
-    ]
 
 
 def images_of(backbone: Backbone) -> Floats:
@@ -395,7 +389,7 @@ def test_all_that_is_done_to_an_input_is_told_apart(tmp_path: Path, clip: Path) 
 
 def test_the_table_lists_itself_without_torch() -> None:
     script = (
-        "import sys\nfrom pipeline.backbones.registry import list_backbones\n"
+        "import sys\nfrom pipeline.backbones.listing import list_backbones\n"
         "rows = list_backbones()\n"
         "heavy = {'torch', 'transformers', 'open_clip', 'av'} & set(sys.modules)\n"
         "assert not heavy, heavy\nprint(len(rows))\n"

@@ -7,7 +7,7 @@ import transformers
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 
-from pipeline.backbones.image_transforms import Pixels, of_open_clip, of_processor
+from pipeline.backbones.image_transforms import ImageTransform, of_open_clip, of_processor
 from pipeline.media.images import DRAFTED
 
 CPU = torch.device("cpu")
@@ -19,7 +19,7 @@ def noise(width: int, height: int) -> Image.Image:
     return Image.fromarray(random.randint(0, 256, (height, width, 3), dtype=np.uint8))
 
 
-def difference(found: Pixels | None, library: Any, size: tuple[int, int]) -> float:
+def difference(found: ImageTransform | None, library: Any, size: tuple[int, int]) -> float:
     assert found is not None
     ours = found.prepare(noise(*size))
     assert ours.dtype == np.uint8

@@ -24,8 +24,9 @@ from safetensors.torch import save_file
 
 from pipeline.backbones import patch_masking
 from pipeline.backbones.base import InputBatch
-from pipeline.backbones.registry import BACKBONES, load_backbone
-from tests.pipeline.backbones.test_backbones import pictures
+from pipeline.backbones.loading import load_backbone
+from pipeline.backbones.registry import BACKBONES
+from tests.pipeline.backbones.inputs import pictures
 
 pytestmark = pytest.mark.heavy
 
@@ -220,25 +221,6 @@ def test_clip(cache: Place) -> None:
     both = InputBatch(images=batch.images, texts=ours.texts(texts))
     unit = torch.nn.functional.normalize
     near(ours.embed(both), (unit(seen, dim=-1) + unit(read, dim=-1)) / 2)
-
-
-def test_every_name_has_what_a_reader_of_the_table_needs() -> None:
-    families = {
-        "image": "clip-vit-b-32 clip-vit-b-16 clip-vit-l-14 siglip-b-16 siglip2-b-16 vit-b-16"
-        " swin-t swin-b mae-b mae-b-mask-50 mae-b-mask-75 resnet-50 dinov2-b dinov3-b",
-        "text": "clip-vit-b-32 siglip-b-16 bert bert-multilingual roberta xlm-roberta electra"
-        " all-minilm-l6-v2",
-        "joint": "flava vilt visualbert-patch visualbert-grid visualbert-region groupvit"
-        " clip-vit-b-32",
-    }
-    for modality, names in families.items():
-        for name in names.split():
-            assert modality in BACKBONES[name].modalities, name
-    for name, entry in BACKBONES.items():
-        assert ("video" in entry.modalities) == ("image" in entry.modalities)
-        assert entry.library in ("open_clip", "transformers", "mmrec")
-        assert entry.licence, name
-        assert entry.checkpoint, name
 
 
 def test_the_second_token_of_deit_is_no_patch(tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ import numpy as np
 
 from features.schema import FEATURE_MODALITIES
 from pipeline.backbones.base import Backbone, InputBatch, Vectors
+from pipeline.backbones.entries import BackboneEntry
 from pipeline.backbones.hashed import DIM, Hashed
-from pipeline.backbones.registry import Entry
 
 
 def mark(one: object) -> str:
@@ -83,9 +83,9 @@ class Brief:
         return np.resize(self._last, (size, self._backbone.dim))
 
 
-def entry(backbone: Backbone) -> Entry:
+def entry(backbone: Backbone) -> BackboneEntry:
     """Make a table entry of a backbone that is already there."""
-    return Entry(
+    return BackboneEntry(
         modalities=FEATURE_MODALITIES,
         dim=DIM,
         library="tests",

@@ -1,0 +1,122 @@
+"""From the name of a backbone, as a user types it, to the loaded backbone. Nothing imports torch.
+
+A name is a short name of the registry, ``open_clip:ARCH/TAG``, ``hf:ORG/NAME`` or a local folder.
+``@cls``, ``@mean`` or ``@own`` after it chooses how one vector is made of the tokens.
+"""
+
+from pathlib import Path
+
+from features.errors import UserError
+from features.registry import OWN
+from pipeline.backbones.base import POOLINGS, Backbone, split_pooling
+from pipeline.backbones.entries import hf, open_clip
+from pipeline.backbones.registry import BACKBONES
+
+OTHER_NAMES = "open_clip:ARCH/TAG, hf:ORG/NAME, or a local folder"
+
+
+def load_backbone(name: str, *, device: str | None = None, compute: str = "float32") -> Backbone:
+    """Load the backbone of a name, with its weights on the device.
+
+    Args:
+        name: A short name, ``open_clip:ARCH/TAG``, ``hf:ORG/NAME`` or a local folder; after it
+            ``@cls``, ``@mean`` or ``@own`` may choose the pooling.
+        device: Device to run on; None chooses a CUDA device if there is one, else the CPU.
+        compute: Arithmetic of the forward pass: ``float32`` or ``bfloat16``.
+
+    Raises:
+        UserError: The name is unknown, or its weights cannot be used.
+        UnavailableError: The weights are not on this machine and cannot be downloaded.
+
+    Examples:
+        >>> load_backbone("hashed").dim
+        128
+    """
+    if not name.strip():
+        raise UserError(
+            f"the name of a backbone is empty; known: {', '.join(BACKBONES)}; or give {OTHER_NAMES}"
+        )
+    base, pooling = split_pooling(name)
+    if base in BACKBONES or base in BACKBONES.broken:
+        return _load_entry(base, name, device, compute)
+    kind, _, rest = base.partition(":")
+    if kind == "hf" and rest:
+        return hf(rest, "", (), 0).make(name, device, compute)
+    if kind == "open_clip" and rest:
+        return _load_open_clip(name, rest, pooling, device, compute)
+    folder = Path(base).expanduser()
+    if Path(name).expanduser().is_dir():  # the @ belongs to the folder's name
+        folder, pooling = Path(name).expanduser(), None
+    if folder.is_dir():
+        from pipeline.backbones.local_folder import open_folder
+
+        return open_folder(folder.resolve(), pooling, device, compute)
+    if name.partition("@")[0] in BACKBONES:
+        raise UserError(f"backbone {name!r}: after the @ give one of {', '.join(POOLINGS)}")
+    raise UserError(
+        f"unknown backbone {name!r}; known: {', '.join(BACKBONES)}; or give {OTHER_NAMES}"
+    )
+
+
+def with_pooling(name: str, pooling: str | None) -> str:
+    """Return ``NAME@POOLING``, or the name alone if there is no pooling."""
+    return f"{name}@{pooling}" if pooling else name
+
+
+def _load_entry(base: str, name: str, device: str | None, compute: str) -> Backbone:
+    """Load an entry of the registry; an error of an installed package becomes one line."""
+    entry, origin = BACKBONES.find(base), BACKBONES.origin(base)
+    if origin == OWN:
+        return entry.make(name, device, compute)
+    try:
+        return entry.make(name, device, compute)
+    except UserError:
+        raise
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(
+            f"backbone {name!r} of {origin} cannot be loaded ({reason}); ask the package's authors"
+        ) from error
+
+
+def _load_open_clip(
+    name: str, checkpoint: str, pooling: str | None, device: str | None, compute: str
+) -> Backbone:
+    arch, _, tag = checkpoint.partition("/")
+    if not tag:
+        raise UserError(
+            f"backbone {name!r} names no weights; give open_clip:ARCH/TAG,"
+            " where TAG is one of open_clip's or a file"
+        )
+    file = Path(tag).expanduser()
+    tag_name = file.stem if file.is_file() else tag
+    name = with_pooling(f"open_clip:{arch}/{tag_name}", pooling)
+    return open_clip(arch, tag, 0, "").make(name, device, compute)
+
+
+def check_modality(name: str, modality: str) -> None:
+    """Check that a backbone takes a modality, if its name is in the registry.
+
+    The check needs no weights. Other names are checked once the backbone is loaded.
+
+    Raises:
+        UserError: The backbone does not take the modality, such as a text model for images.
+    """
+    entry = BACKBONES.get(split_pooling(name)[0])
+    if entry is not None and modality not in entry.modalities:
+        raise wrong_modality(name, entry.modalities, modality)
+
+
+def wrong_modality(name: str, modalities: tuple[str, ...], modality: str) -> UserError:
+    """Return the error for a backbone that does not take a modality.
+
+    Args:
+        name: Name of the backbone.
+        modalities: Modalities that it takes.
+        modality: Modality that it should take.
+    """
+    fitting = [known for known, entry in BACKBONES.items() if modality in entry.modalities]
+    return UserError(
+        f"backbone {name!r} takes {' and '.join(modalities)}, not {modality};"
+        f" for --{modality} give one of {', '.join(fitting)}"
+    )

@@ -139,3 +139,29 @@ def test_a_terminal_shows_the_whole_progress(monkeypatch: pytest.MonkeyPatch, wi
     assert f"{name} {figures}" in " ".join(" ".join(lines).replace("━", " ").split())
     after = printed(screen)
     assert after.index("a message") < after.index("the epoch's figures")
+
+
+@pytest.mark.parametrize(("width", "tables"), [(30, 3), (60, 1)])
+def test_columns_that_do_not_fit_are_stacked(
+    monkeypatch: pytest.MonkeyPatch, width: int, tables: int
+) -> None:
+    screen = terminal(width)
+    monkeypatch.setattr(console, "out", screen)
+    groups = [[(f"{name}\nfiltered", [0.25]), (f"{name}\nkept", [0.5])] for name in "abc"]
+    console.stacked_tables([("metric", ["MRR"])], groups, title="test")
+    lines = printed(screen).splitlines()
+    assert max(map(len, lines)) <= width
+    assert lines.count("test") == 1
+    rows = [line.split() for line in lines if line.startswith("MRR")]
+    assert rows == [["MRR", *["0.2500", "0.5000"] * (3 // tables)]] * tables
+
+
+def test_a_terminal_without_control_codes_receives_plain_lines(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TERM", "dumb")
+    screen = terminal(80)
+    monkeypatch.setattr(console, "err", screen)
+    with console.ProgressLine(interval=0.0) as line:
+        line.update("encoding", share=0.5)
+    assert printed(screen) == "encoding\n"

@@ -14,7 +14,7 @@ from features.errors import UserError
 
 _MODULES = ("Transformer", "Pooling", "Normalize")
 _MODES = ("cls", "mean", "max", "lasttoken")
-_FLAGS = {  # of configurations written before version 5.2
+_FLAGS = {  # of older configurations
     "pooling_mode_cls_token": "cls",
     "pooling_mode_mean_tokens": "mean",
     "pooling_mode_max_tokens": "max",

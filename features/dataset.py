@@ -4,7 +4,6 @@ Legend: U users, N items, I interactions, E evaluated users.
 """
 
 import hashlib
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import pyarrow.parquet as pq
 from features.atomic_files import database, open_table, read_errors, read_table
 from features.errors import UserError
 from features.splits import COLD_BELOW, MIN_EVALUATED, train_counts_sql
+from features.sql_text import parquet_sql
 from features.warehouse import DatasetInfo, Warehouse
 
 Ints = npt.NDArray[np.int64]
@@ -174,20 +174,3 @@ def load_user_ids(warehouse: Warehouse, name: str) -> pa.ChunkedArray:
 
 def _tables(folder: Path, name: str) -> AbstractContextManager[None]:
     return read_errors(folder, f"run mmrec prepare --dataset {name} again")
-
-
-def parquet_sql(folder: Path, pattern: str = "*.parquet") -> str:
-    """SQL that reads the Parquet files of a folder, whatever characters its path has."""
-    # A folder called item=7 above it must not become a column.
-    files = quoted(f"{exact_pattern(folder)}/{pattern}")
-    return f"read_parquet({files}, hive_partitioning = false)"
-
-
-def exact_pattern(folder: Path) -> str:
-    """The pattern that matches this folder and no other: its name may hold ``*``, ``?``, ``[``."""
-    return re.sub(r"([*?\[])", r"[\1]", str(folder))
-
-
-def quoted(text: str) -> str:
-    """Quote a string for SQL."""
-    return "'" + text.replace("'", "''") + "'"

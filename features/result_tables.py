@@ -11,8 +11,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from features.atomic_files import read_table
-from features.dataset import parquet_sql, quoted
 from features.schema import METRICS_SCHEMA, PREDICTIONS_SCHEMA
+from features.sql_text import parquet_sql, quoted
 
 SEEN_OF_0_1 = {"masked": "filtered", "unmasked": "kept"}
 """Values of ``seen`` in metrics of version 0.1, and today's."""

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from features import dataset
 from features.atomic_files import write_json, write_table
-from features.dataset import load_dataset, load_items, parquet_sql, quoted, stream_items
+from features.dataset import load_dataset, load_items, stream_items
 from features.errors import UserError
 from features.schema import INTERACTIONS_SCHEMA, ITEMS_SCHEMA
+from features.sql_text import parquet_sql, quoted
 from features.warehouse import DatasetInfo, Warehouse
 
 HAND = [[3, 1, 2, 0], [1], [2, 2, 1], [0, 3]]

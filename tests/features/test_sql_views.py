@@ -12,7 +12,8 @@ from features.atomic_files import write_table
 from features.errors import UserError
 from features.provenance import Provenance
 from features.schema import FAILURES_SCHEMA, PREDICTIONS_SCHEMA, feature_schema
-from features.sql_views import VIEWS, query, view_name
+from features.sql_feature_views import view_name
+from features.sql_views import VIEWS, query
 from features.store import FeatureStore
 from features.warehouse import Warehouse
 from tests.pipeline.backbones import tiny

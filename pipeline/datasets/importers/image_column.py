@@ -18,8 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from features.atomic_files import atomic_write
-from features.dataset import quoted
 from features.errors import UserError
+from features.sql_text import quoted
 from pipeline.datasets.importers.base import ImageColumn
 from pipeline.datasets.importers.raw_sql import quote_identifier
 from pipeline.media.references import PREPARED, relative_reference

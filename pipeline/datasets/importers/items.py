@@ -12,8 +12,8 @@ from pathlib import Path
 
 import duckdb
 
-from features.dataset import quoted
 from features.errors import UserError
+from features.sql_text import quoted
 from pipeline.datasets.importers.base import ImageColumn
 from pipeline.datasets.importers.raw_sql import (
     TABLES,

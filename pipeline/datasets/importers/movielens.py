@@ -9,8 +9,8 @@ from pathlib import Path
 
 import duckdb
 
-from features.dataset import quoted
 from features.errors import UserError
+from features.sql_text import quoted
 from pipeline.datasets.importers.base import Files, Importer, ImportResult
 from pipeline.datasets.importers.media_files import create_raw_items
 from pipeline.datasets.importers.raw_sql import (

@@ -8,8 +8,8 @@ from typing import Any
 
 import duckdb
 
-from features.dataset import quoted
 from features.errors import UserError
+from features.sql_text import quoted
 
 MAX_LINE = 64 * 1024 * 1024  # bytes; one user of a sequences file is one line
 _DELIMITERS = {".csv": ",", ".tsv": "\t", ".tab": "\t"}

@@ -1,0 +1,115 @@
+"""SQL views of the runs: ``runs``, ``metrics`` and ``predictions``."""
+
+import tomllib
+from collections.abc import Callable, Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+
+from features.atomic_files import read_errors
+from features.errors import UserError
+from features.result_tables import metrics_sql, predictions_sql
+from features.schema import METRICS_SCHEMA, PREDICTIONS_SCHEMA
+from features.sql_text import empty_table, quoted, union_all
+from features.warehouse import DatasetInfo, Warehouse
+
+_SELECTS = {"metrics": metrics_sql, "predictions": predictions_sql}
+_SCHEMAS = {"metrics": METRICS_SCHEMA, "predictions": PREDICTIONS_SCHEMA}
+_RUN_COLUMNS = ("run", "dataset", "model", "created", "seed", "features", "parameters")
+
+
+def create_run_views(
+    db: duckdb.DuckDBPyConnection,
+    warehouse: Warehouse,
+    datasets: Mapping[str, DatasetInfo],
+    notify: Callable[[str], None],
+) -> None:
+    """Create ``runs``, ``metrics`` and ``predictions``.
+
+    Predictions hold item indices, so they are shown only if the run's dataset still has the
+    preparation that the run was trained on.
+
+    Args:
+        db: Connection that gets the views.
+        warehouse: Warehouse with the runs.
+        datasets: Prepared datasets.
+        notify: Called with one line for each run or table that is left out.
+    """
+    rows: list[dict[str, Any]] = []
+    queries: dict[str, list[str]] = {kind: [] for kind in _SELECTS}
+    for folder in warehouse.no_runs():
+        notify(f"left out: {folder}, which has no config.toml: it was killed when it began")
+    for name in warehouse.runs():
+        folder = warehouse.runs_dir / name
+        try:
+            row, selects = _run_row(folder), _result_selects(folder)
+        except UserError as error:
+            notify(f"left out: {error}")
+            continue
+        rows.append(row)
+        info = datasets.get(row["dataset"])
+        if "predictions" in selects and (not info or info.fingerprint != row["fingerprint"]):
+            del selects["predictions"]
+            notify(
+                f"left out: the predictions of {name}, whose items are those of another"
+                f" preparation of {row['dataset']}; train again"
+            )
+        columns = f"{quoted(name)} AS run, {quoted(row['dataset'])} AS dataset, *"
+        for kind, select in selects.items():
+            queries[kind].append(f"SELECT {columns} FROM ({select})")
+    names = [pa.field("run", pa.string()), pa.field("dataset", pa.string())]
+    for kind, schema in _SCHEMAS.items():
+        empty = f"SELECT * FROM {empty_table(pa.schema([*names, *schema]))}"
+        db.execute(f"CREATE VIEW {kind} AS {union_all(queries[kind], empty)}")
+    _create_runs(db, rows)
+
+
+def _create_runs(db: duckdb.DuckDBPyConnection, rows: list[dict[str, Any]]) -> None:
+    """Create the table ``runs``; a view would need the registered table for its whole life."""
+    table = pa.table(
+        {key: pa.array([row[key] for row in rows], pa.string()) for key in _RUN_COLUMNS}
+    )
+    db.register("_runs", table)
+    db.execute(
+        "CREATE TABLE runs AS SELECT run, dataset, model, created::TIMESTAMP AS created,"
+        " seed::BIGINT AS seed, features, parameters::BIGINT AS parameters FROM _runs"
+    )
+    db.unregister("_runs")
+
+
+def _result_selects(folder: Path) -> dict[str, str]:
+    """Return a SELECT over each result table that a run's folder has.
+
+    Raises:
+        UserError: A table cannot be read, or has other columns.
+    """
+    selects = {}
+    for kind, select in _SELECTS.items():
+        path = folder / f"{kind}.parquet"
+        if path.exists():
+            with read_errors(path, "evaluate the run again"):
+                selects[kind] = select(folder)
+    return selects
+
+
+def _run_row(folder: Path) -> dict[str, Any]:
+    """Return a run's row of the table ``runs``, and the fingerprint of its items."""
+    path = folder / "config.toml"
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+        run = document["run"]
+        return {
+            "run": folder.name,
+            "dataset": str(run["dataset"]),
+            "model": str(run["model"]),
+            "created": datetime.fromisoformat(run["created"]).isoformat(" "),
+            "seed": str(int(document["train"]["seed"])),
+            "fingerprint": str(run["fingerprint"]),
+            "features": ", ".join(run["features"]),
+            "parameters": str(int(run["parameters"])),
+        }
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error}); remove the run's folder") from None

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from features.errors import UserError
 from trainer.checkpoint import TrainState, load_state, save_state, save_weights
 from trainer.config import TrainConfig
-from trainer.data.batches import Share, seed_of
+from trainer.data.batches import Shard, combine_seeds
 from trainer.distributed import all_reduce_mean, on_rank_zero, process_rank, world_size
 from trainer.ema import Average
 from trainer.modules.transformer import Transformer
@@ -112,7 +112,7 @@ def fit(
                 f" be had back; remove {folder} and train again"
             )
     forward = _forward(task, config)
-    share = Share(rank=process_rank(), ranks=world_size())
+    shard = Shard(process_rank=process_rank(), world_size=world_size())
 
     def save() -> None:
         if first:
@@ -121,14 +121,16 @@ def fit(
     model.train()
     with _interrupted() as stop:
         while progress.epoch < config.epochs and not progress.finished:
-            total, batches = task.epoch(config, progress.epoch, skip=progress.step, share=share)
+            total, batches = task.epoch(config, progress.epoch, skip=progress.step, shard=shard)
             assert total
             clock = saved = now = time.monotonic()
             units = done = 0
             for batch in batches:
                 optimizer.prepare(progress, total)
                 if not first:  # dropout of its own, the same after a resume: it saves no state
-                    torch.manual_seed(seed_of(config.seed, share.rank, progress.steps))
+                    torch.manual_seed(
+                        combine_seeds(config.seed, shard.process_rank, progress.steps)
+                    )
                 with torch.autocast(device.type, torch.bfloat16, config.precision == "bf16"):
                     losses = forward(batch)
                 losses["loss"].backward()
@@ -150,11 +152,11 @@ def fit(
                 for name, value in named.items():
                     progress.losses[name] = progress.losses.get(name, 0.0) + value
                 done += 1
-                units += task.size(batch) * share.ranks
+                units += task.size(batch) * shard.world_size
                 now = time.monotonic()
                 if first:
                     on_tick(_tick(progress, task, config, total, units, done, now - clock, None))
-                if stopped or (share.ranks == 1 and stop.is_set()):
+                if stopped or (shard.world_size == 1 and stop.is_set()):
                     save()
                     return progress
                 if now - saved > _SAVE_SECONDS:

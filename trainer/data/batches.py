@@ -1,4 +1,4 @@
-"""What training reads: flat sequences and feature matrices on one device, gathered, never looped.
+"""Training batches, gathered from flat interactions and feature matrices on one device.
 
 Legend: I interactions, J distinct training pairs of user and item, U users, N items, W windows of
 an epoch, B batch, L longest sequence of the batch, D_m width of modality m.
@@ -19,27 +19,27 @@ from trainer.data.windows import WindowSampling, cut_batches, cut_windows
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ItemFeatures:
-    """The catalogue as the item tower sees it; no modality at all for a model of ids."""
+    """The features of the catalogue; without modalities for a model of ids alone."""
 
     n_items: int
     vectors: Mapping[str, Tensor]
     """Modality -> (N, D_m) float32; the row of an absent item is zero."""
     present: Mapping[str, Tensor]
-    """Modality -> (N,) bool; its keys are all modalities, in the order in which models stack them.
-    """
+    """Modality -> (N,) bool, true where an item has the modality. The keys are all modalities, in
+    the order in which models stack them."""
     tokens: Mapping[str, TokenFeatures] = field(default_factory=dict)
-    """Modality -> its token table, in place of vectors; of these only some models can learn."""
+    """Modality -> its token table, in place of vectors; only some models read tokens."""
 
     @property
     def widths(self) -> dict[str, int]:
-        """Modality -> D_m, of a vector or of a token."""
+        """Modality -> D_m, the width of a vector or of a token."""
         vectors = {name: vectors.shape[1] for name, vectors in self.vectors.items()}
         widths = vectors | {name: tokens.width for name, tokens in self.tokens.items()}
         return {name: widths[name] for name in self.present}
 
     def coverage(self) -> tuple[dict[str, int], int]:
-        """How many items have each modality, and how many have none at all."""
-        counts = {name: int(there_N.sum()) for name, there_N in self.present.items()}
+        """Return the number of items with each modality, and the number of items without any."""
+        counts = {name: int(present_N.sum()) for name, present_N in self.present.items()}
         if not counts:
             return counts, self.n_items
         any_N = torch.stack(list(self.present.values())).any(0)
@@ -51,28 +51,28 @@ class Sequences:
     """A batch of sequences, oldest item first, padded on the right."""
 
     items_BL: Tensor
-    """(B, L) int64; what stands beyond a sequence's length means nothing."""
+    """(B, L) int64; slots beyond the length of a sequence are padding of any value."""
     lengths_B: Tensor
     """(B,) int64, at least 1."""
 
     @property
     def mask_BL(self) -> Tensor:
-        """(B, L) bool: true where there is an item."""
+        """(B, L) bool, true where a slot holds an item."""
         columns_L = torch.arange(self.items_BL.shape[1], device=self.items_BL.device)
         return columns_L < self.lengths_B[:, None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainSet:
-    """The training interactions as a set: all that a loss may know beyond its batch."""
+    """The set of training interactions: the only data outside of its batch that a loss may read."""
 
     counts_N: Tensor
-    """(N,) int64, training interactions of each item."""
+    """(N,) int64, number of training interactions of each item."""
     keys_J: Tensor
-    """(J,) int64, ascending: user * N + item of each pair that occurs in training."""
+    """(J,) int64, ascending: user * N + item for each pair that occurs in training."""
 
     def seen(self, users: Tensor, items: Tensor) -> Tensor:
-        """Whether each user has each item in training; both int64, broadcast against each other."""
+        """Return whether each user has each item in training; int64 tensors that broadcast."""
         keys = users * len(self.counts_N) + items
         at = torch.searchsorted(self.keys_J, keys).clamp_max(len(self.keys_J) - 1)
         return self.keys_J[at] == keys
@@ -80,28 +80,30 @@ class TrainSet:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Batch:
-    """What one call of a recommender's ``loss`` sees."""
+    """The input of a recommender's ``loss``."""
 
     users_B: Tensor
-    """(B,) int64, whose sequences these are; a user may stand in several rows."""
+    """(B,) int64, the user of each sequence; a user can occur in several rows."""
     sequences: Sequences
     features: ItemFeatures
     train: TrainSet
     generator: torch.Generator
-    """On the CPU; a function of seed, epoch, step and process, so that a resumed run draws the
-    same, and two processes draw different things."""
+    """On the CPU, seeded by the run's seed, epoch, step and process: a resumed run draws the same
+    numbers, and two processes draw different ones."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Share:
-    """Which rows of each batch a process takes: every ``ranks``-th, from ``rank`` on."""
+class Shard:
+    """The rows of each batch that belong to a process: every ``world_size``-th row."""
 
-    rank: int = 0
-    ranks: int = 1
+    process_rank: int = 0
+    """The first of these rows."""
+    world_size: int = 1
+    """Number of processes."""
 
 
 class TrainingData:
-    """Sequences and features of one dataset on one device."""
+    """The sequences and features of one dataset on one device."""
 
     def __init__(self, dataset: Dataset, features: ItemFeatures, device: torch.device) -> None:
         self.dataset = dataset
@@ -121,30 +123,30 @@ class TrainingData:
         seed: int,
         epoch: int,
         skip: int = 0,
-        share: Share = Share(),
+        shard: Shard = Shard(),
     ) -> tuple[int, Iterator[Batch]]:
-        """The batches of one epoch, a function of (seed, epoch) alone.
+        """Return the batches of one epoch, a function of seed and epoch alone.
 
         Args:
-            sampling: How to cut the histories; only training interactions are ever cut.
-            batch_size: Windows to a batch.
+            sampling: How to cut the training histories into windows.
+            batch_size: Windows in a batch.
             seed: The run's seed.
             epoch: Number of the epoch, from 0.
-            skip: Batches at the beginning that a resumed run has had already.
-            share: Which rows of each batch; every process draws the same batches.
+            skip: Number of batches at the beginning that a resumed run has already seen.
+            shard: The rows of each batch that this process gets. All processes draw equal batches.
 
         Returns:
-            The number of batches, the skipped ones included, and the batches after these.
+            The number of batches of the epoch, and the batches after the skipped ones.
         """
         rng = np.random.default_rng([seed, epoch])
         starts, lengths = cut_windows(
             self.dataset.offsets[:-1], self.dataset.train_ends(), sampling, rng
         )
-        batches = cut_batches(lengths, batch_size, rng, least=share.ranks)
+        batches = cut_batches(lengths, batch_size, rng, least=shard.world_size)
 
         def generate() -> Iterator[Batch]:
             for step in range(skip, len(batches)):
-                chosen = batches[step][share.rank :: share.ranks]
+                chosen = batches[step][shard.process_rank :: shard.world_size]
                 users = np.searchsorted(self.dataset.offsets, starts[chosen], side="right") - 1
                 yield Batch(
                     users_B=torch.from_numpy(users).to(self.device, non_blocking=True),
@@ -152,34 +154,36 @@ class TrainingData:
                     features=self.features,
                     train=self.train,
                     generator=torch.Generator().manual_seed(
-                        seed_of(seed, epoch, step, *([share.rank] if share.rank else []))
+                        combine_seeds(
+                            seed, epoch, step, *([shard.process_rank] if shard.process_rank else [])
+                        )
                     ),
                 )
 
         return len(batches), generate()
 
     def gather(self, starts: Ints, lengths: Ints) -> Sequences:
-        """Gather the sequences at flat positions ``starts`` with ``lengths`` into one batch."""
+        """Gather the sequences that begin at the flat positions ``starts`` into one batch."""
         starts_B = torch.from_numpy(starts).to(self.device, non_blocking=True)
         lengths_B = torch.from_numpy(lengths).to(self.device, non_blocking=True)
         columns_L = torch.arange(int(lengths.max()), device=self.device)
-        # Beyond a sequence's end stand the next user's items: repeat its own last item instead.
+        # Slots of padding repeat the last item: the flat array holds the next user's items there.
         index_BL = starts_B[:, None] + torch.minimum(columns_L, lengths_B[:, None] - 1)
         return Sequences(items_BL=self._flat_I[index_BL].long(), lengths_B=lengths_B)
 
     def histories(
-        self, held: EvalSplit, *, length: int, batch_size: int
+        self, split: EvalSplit, *, length: int, batch_size: int
     ) -> Iterator[tuple[npt.NDArray[np.int64], Sequences]]:
-        """The inputs of evaluated users: their last ``length`` items before the target.
+        """Yield the last ``length`` items before the target of each evaluated user.
 
         Yields:
-            Which rows of ``held`` (B,), and their sequences; rows of similar length together.
+            Rows of ``split`` (B,) and their sequences, in order of length.
         """
-        lengths = np.minimum(held.targets - held.starts, length)
+        lengths = np.minimum(split.targets - split.starts, length)
         order = np.argsort(lengths, kind="stable")
         for begin in range(0, len(order), batch_size):
             rows = order[begin : begin + batch_size]
-            yield rows, self.gather(held.targets[rows] - lengths[rows], lengths[rows])
+            yield rows, self.gather(split.targets[rows] - lengths[rows], lengths[rows])
 
 
 def _train_keys(dataset: Dataset) -> Ints:
@@ -190,7 +194,7 @@ def _train_keys(dataset: Dataset) -> Ints:
     return np.unique(users * len(dataset.train_counts) + items)
 
 
-def seed_of(*parts: int) -> int:
-    """One seed made of several numbers, all of which count."""
+def combine_seeds(*parts: int) -> int:
+    """Return one seed that depends on all of the numbers."""
     state = np.random.SeedSequence(parts).generate_state(1, np.uint64)[0]
     return int(state >> np.uint64(1))

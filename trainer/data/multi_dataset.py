@@ -1,9 +1,9 @@
-"""What a run learns from: one prepared dataset with its features, or several as if they were one.
+"""Load one prepared dataset with its features, or several datasets as one.
 
-Several datasets keep their items and users apart: those of the second stand behind those of the
-first. Their vectors must be of the same backbones, or one name would mean two spaces.
+Several datasets do not share items or users: item and user numbers of a dataset follow those of the
+dataset before it. All datasets must have features of the same backbones.
 
-Legend: N items of all datasets, K items asked for, T most tokens of these, D width.
+Legend: N items of all datasets, K items of a batch, T most tokens of these, D width.
 """
 
 import hashlib
@@ -27,53 +27,57 @@ from trainer.data.token_features import TokenFeatures
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Source:
-    """Datasets and features, loaded and joined."""
+class LoadedData:
+    """One or several datasets with their features, loaded and concatenated."""
 
     dataset: Dataset
     features: ItemFeatures
     identity: dict[str, Any]
-    """Which data these are, for checkpoints."""
+    """What identifies the data, for checkpoints."""
 
 
-def choose_labels(
+def choose_common_tables(
     warehouse: Warehouse,
     datasets: Sequence[str],
-    wanted: Sequence[str] | None,
+    requested: Sequence[str] | None,
     *,
     layers: bool = False,
 ) -> list[FeatureTable]:
-    """Choose the feature tables that all datasets have.
+    """Choose feature tables that all datasets have.
 
-    See :func:`trainer.data.feature_tables.choose_tables`.
+    Args:
+        warehouse: Holds the datasets.
+        datasets: Names of prepared datasets.
+        requested: As in :func:`trainer.data.feature_tables.choose_tables`.
+        layers: As there.
 
     Returns:
-        Those of the first dataset; the others' bear the same labels.
+        The tables of the first dataset; those of the others have the same labels.
 
     Raises:
-        UserError: A table is not there, or the datasets have different ones.
+        UserError: A table does not exist, or the datasets have different tables.
     """
     store = FeatureStore(warehouse)
-    found = {name: choose_tables(store, name, wanted, layers=layers) for name in datasets}
-    labels = {name: [table.label for table in tables] for name, tables in found.items()}
+    chosen = {name: choose_tables(store, name, requested, layers=layers) for name in datasets}
+    labels = {name: [table.label for table in tables] for name, tables in chosen.items()}
     first = datasets[0]
     for name in datasets[1:]:
         if labels[name] != labels[first]:
-            here, there = (", ".join(labels[n]) or "none" for n in (first, name))
+            of_first, of_other = (", ".join(labels[n]) or "none" for n in (first, name))
             raise UserError(
-                f"the features of {first!r} ({here}) and {name!r} ({there}) differ;"
-                " choose by --features what both have"
+                f"the features of {first!r} ({of_first}) and {name!r} ({of_other}) differ;"
+                " choose by --features tables that both have"
             )
-    return found[first]
+    return chosen[first]
 
 
-def load_source(
+def load_data(
     warehouse: Warehouse, datasets: Sequence[str], labels: Sequence[str], device: torch.device
-) -> Source:
-    """Load datasets with the feature tables of these labels, and join them.
+) -> LoadedData:
+    """Load datasets with the feature tables of these labels, and concatenate them.
 
     Raises:
-        UserError: A dataset or a table cannot be read, or two were encoded differently.
+        UserError: A dataset or a table cannot be read, or two tables were encoded differently.
     """
     store = FeatureStore(warehouse)
     loaded = [load_dataset(warehouse, name) for name in datasets]
@@ -82,11 +86,11 @@ def load_source(
         features, tables = load_features(choose_tables(store, name, labels), dataset.info, device)
         parts.append(features)
         identities.append(tables)
-    dataset = loaded[0] if len(loaded) == 1 else _join(loaded)
+    dataset = loaded[0] if len(loaded) == 1 else _concatenate(loaded)
     identity = _joint_identity(datasets, identities)
-    return Source(
+    return LoadedData(
         dataset=dataset,
-        features=parts[0] if len(parts) == 1 else _join_features(parts),
+        features=parts[0] if len(parts) == 1 else _concatenate_features(parts),
         identity={
             "dataset": "+".join(datasets),
             "items": dataset.info.fingerprint,
@@ -96,8 +100,8 @@ def load_source(
     )
 
 
-def fingerprint_of(warehouse: Warehouse, datasets: Sequence[str]) -> str:
-    """What ``Source.dataset.info.fingerprint`` is, without loading anything.
+def joint_fingerprint(warehouse: Warehouse, datasets: Sequence[str]) -> str:
+    """Return ``LoadedData.dataset.info.fingerprint`` without loading the data.
 
     Raises:
         UserError: A dataset is not prepared.
@@ -114,31 +118,34 @@ def _joint_fingerprint(fingerprints: Sequence[str]) -> str:
 def item_splits(
     warehouse: Warehouse, datasets: Sequence[str], share: float
 ) -> dict[str, npt.NDArray[np.bool_]]:
-    """Which items an alignment validates on, and which it is tested on: (N,) bool each.
+    """Return the items that the alignment of modalities holds out.
 
-    A hash of an item's id decides, so they are the same in each run. Training sees neither.
+    A hash of the item id decides, so the splits are the same in each run.
 
     Args:
         warehouse: Holds the datasets.
-        datasets: Their items stand one behind another.
-        share: Of each split.
+        datasets: Names of prepared datasets, whose items are concatenated.
+        share: Share of the items in each split, 0..0.5.
+
+    Returns:
+        (N,) bool for each of ``validation`` and ``test``.
     """
-    found = []
+    positions = []
     for name in datasets:
         items = load_items(warehouse, name, ["item_id"])
         with database() as db:
             db.register("items", items)
             hashes = db.sql("SELECT md5_number_lower(item_id) AS h FROM items").fetchnumpy()["h"]
-        found.append(hashes.astype(np.float64) / 2.0**64)
-    place_N = np.concatenate(found)
+        positions.append(hashes.astype(np.float64) / 2.0**64)  # uniform in 0..1
+    position_N = np.concatenate(positions)
     return {
-        "validation": place_N < share,
-        "test": (place_N >= share) & (place_N < 2 * share),
+        "validation": position_N < share,
+        "test": (position_N >= share) & (position_N < 2 * share),
     }
 
 
-class JoinedTokens(TokenFeatures):
-    """The token tables of several datasets, each still on the disk."""
+class ConcatenatedTokens(TokenFeatures):
+    """The token tables of several datasets, each on disk."""
 
     def __init__(self, parts: Sequence[TokenFeatures]) -> None:
         offsets, begin = [np.zeros(1, np.int64)], 0
@@ -157,23 +164,23 @@ class JoinedTokens(TokenFeatures):
     _firsts: Tensor
 
     def gather(self, items_K: Tensor) -> tuple[Tensor, Tensor]:
-        """As of one table: (K, T, D) float32 and (K, T) bool."""
-        which_K = torch.searchsorted(self._firsts, items_K, right=True) - 1
-        found = []
+        """Read the tokens of items, see :meth:`TokenFeatures.gather`."""
+        dataset_K = torch.searchsorted(self._firsts, items_K, right=True) - 1
+        gathered = []
         for number, part in enumerate(self._parts):
-            rows = (which_K == number).nonzero()[:, 0]
+            rows = (dataset_K == number).nonzero()[:, 0]
             if len(rows):
-                found.append((rows, *part.gather(items_K[rows] - self._firsts[number])))
-        longest = max((mask.shape[1] for _, _, mask in found), default=1)
+                gathered.append((rows, *part.gather(items_K[rows] - self._firsts[number])))
+        longest = max((mask.shape[1] for _, _, mask in gathered), default=1)
         x_KTD = torch.zeros(len(items_K), longest, self.width, device=self.device)
         mask_KT = torch.zeros(len(items_K), longest, dtype=torch.bool, device=self.device)
-        for rows, x, mask in found:
+        for rows, x, mask in gathered:
             x_KTD[rows, : mask.shape[1]] = x
             mask_KT[rows, : mask.shape[1]] = mask
         return x_KTD, mask_KT
 
 
-def _join(parts: Sequence[Dataset]) -> Dataset:
+def _concatenate(parts: Sequence[Dataset]) -> Dataset:
     infos = [part.info for part in parts]
     items = np.cumsum([0, *(info.items for info in infos)])
     rows = np.cumsum([0, *(info.interactions for info in infos)])
@@ -195,20 +202,22 @@ def _join(parts: Sequence[Dataset]) -> Dataset:
     )
 
 
-def _join_features(parts: Sequence[ItemFeatures]) -> ItemFeatures:
+def _concatenate_features(parts: Sequence[ItemFeatures]) -> ItemFeatures:
     first = parts[0]
     return ItemFeatures(
         n_items=sum(part.n_items for part in parts),
         vectors={name: torch.cat([part.vectors[name] for part in parts]) for name in first.vectors},
         present={name: torch.cat([part.present[name] for part in parts]) for name in first.present},
-        tokens={name: JoinedTokens([part.tokens[name] for part in parts]) for name in first.tokens},
+        tokens={
+            name: ConcatenatedTokens([part.tokens[name] for part in parts]) for name in first.tokens
+        },
     )
 
 
 def _joint_identity(
     datasets: Sequence[str], identities: Sequence[list[dict[str, Any]]]
 ) -> list[dict[str, Any]]:
-    found = []
+    joint = []
     for tables in zip(*identities, strict=True):
         first = tables[0]
         for name, table in zip(datasets, tables, strict=True):
@@ -218,5 +227,5 @@ def _joint_identity(
                         f"the {first['modality']} features of {datasets[0]!r} and {name!r} differ:"
                         f" {key} {first[key]!r} and {table[key]!r}; extract one of them again"
                     )
-        found.append({**first, "content": "+".join(str(table["content"]) for table in tables)})
-    return found
+        joint.append({**first, "content": "+".join(str(table["content"]) for table in tables)})
+    return joint

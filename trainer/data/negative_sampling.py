@@ -1,6 +1,6 @@
-"""Sampled negatives, and the binary cross-entropy that MMSR trains with.
+"""Sampled negatives.
 
-Legend: M rows (predicted positions), N items, D width, J training pairs of user and item.
+Legend: M rows (predicted positions), N items, J training pairs of user and item.
 """
 
 import torch
@@ -12,19 +12,19 @@ from trainer.data.batches import TrainSet
 def sample_unseen(
     train: TrainSet, users_M: Tensor, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Draw one item for each row, uniform over those that the row's user has not in training.
+    """Draw one item for each row, uniformly from the items that the row's user has not seen.
 
-    Exact, and never drawn twice: a rank among the user's unseen items is drawn, and the item of
-    that rank found by bisection in the user's seen ones.
+    The draw is exact, without rejection: a rank among the user's unseen items is drawn, and a
+    bisection of the user's seen items finds the item of that rank.
 
     Args:
         train: The training set.
         users_M: (M,) int64.
-        generator: On the CPU; decides.
+        generator: On the CPU.
 
     Returns:
-        (M,) int64 items, and (M,) bool: false where the user has every item, so that there is no
-        negative and the item means nothing.
+        (M,) int64 items, and (M,) bool, false where the user has seen every item: then the item is
+        not a negative.
     """
     items = len(train.counts_N)
     first_M = torch.searchsorted(train.keys_J, users_M * items)
@@ -32,8 +32,8 @@ def sample_unseen(
     unseen_M = items - seen_M
     share_M = torch.rand(len(users_M), dtype=torch.float64, generator=generator)
     rank_M = (share_M.to(users_M.device) * unseen_M).long()
-    # The user's seen item number j has item_j - j unseen ones before it. Those that stand before
-    # the unseen item of rank r are the j with item_j - j <= r: the first `low`, by bisection.
+    # The j-th seen item has item_j - j unseen items before it. The seen items before the unseen
+    # item of rank r are those with item_j - j <= r: the first `low` of them, found by bisection.
     low_M, high_M = torch.zeros_like(seen_M), seen_M
     while bool((low_M < high_M).any()):
         middle_M = (low_M + high_M) // 2

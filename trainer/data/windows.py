@@ -1,4 +1,4 @@
-"""Windows: how training histories are cut, and how windows form batches."""
+"""Cut training histories into windows, and windows into batches."""
 
 from dataclasses import dataclass
 
@@ -6,20 +6,20 @@ import numpy as np
 
 from features.dataset import Ints
 
-_SORTED_TOGETHER = 64  # batches whose windows are sorted by length before they are cut
+_SORTED_TOGETHER = 64  # batches whose windows are sorted by length together
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WindowSampling:
-    """How a recommender wants the training histories to be cut."""
+    """How training histories are cut into windows."""
 
     length: int
-    """Most items of one window, targets included."""
+    """Most items of a window, targets included."""
     stride: int
-    """Interactions between the ends of two windows of one user."""
+    """Interactions between the ends of two windows of a user."""
     every_target: bool
-    """Whether each epoch must hold every interaction as a target, the newest up to twice (causal
-    towers), or each epoch draws other ends (masked towers, which predict the end)."""
+    """True: each epoch holds every interaction as a target, the newest ones up to twice (causal
+    models). False: each epoch draws other ends (masked models, which predict the end)."""
 
 
 def cut_windows(
@@ -27,19 +27,18 @@ def cut_windows(
 ) -> tuple[Ints, Ints]:
     """Cut histories into windows whose ends are shifted at random in each epoch.
 
-    With ``every_target`` and ``stride = length - 1``, each item of a history but the first is a
-    target: of a history with at most ``stride`` targets, all once, in one window. From a longer one
-    a shift s, 0 <= s < ``stride``, cuts windows that end s items before the newest and do not share
-    targets; where s > 0, one more window ends at the newest item and, full like the others,
-    predicts the ``stride`` newest: the newest s once, the other ``stride`` - s a second time. That
-    is half a window a user and epoch, (``stride`` - 1) / 2 targets in the mean, in favour of the
-    recent past. Nothing is counted three times.
+    With ``every_target`` and ``stride = length - 1``, each item of a history except the first is a
+    target. A history with at most ``stride`` targets is one window. A longer history draws a shift
+    s, 0 <= s < ``stride``. Its windows end s items before the newest item, ``stride`` items apart,
+    and do not share targets. If s > 0, one more window ends at the newest item: it predicts the s
+    newest items for the first time and ``stride - s`` items for the second time. On average these
+    are (``stride`` - 1) / 2 targets a user and epoch. No item is a target three times.
 
     Args:
         starts: (U,) first flat position of each training history.
-        ends: (U,) one past the last; users with fewer than two items give no window.
-        sampling: Length and stride; a covering one leaves nothing between two windows.
-        rng: Decides the shifts.
+        ends: (U,) one past the last position; users with fewer than two items give no window.
+        sampling: Length and stride; with ``every_target``, the stride is below the length.
+        rng: Draws the shifts.
 
     Returns:
         (W,) first flat position and (W,) length of each window, user by user.
@@ -50,12 +49,12 @@ def cut_windows(
     targets = ends - starts - 1
     shifts = (rng.random(len(starts)) * np.minimum(targets, sampling.stride)).astype(np.int64)
     if sampling.every_target:
-        shifts[targets <= sampling.stride] = 0  # one window holds them all
+        shifts[targets <= sampling.stride] = 0  # one window holds all targets
     counts = (targets - 1 - shifts) // sampling.stride + 1
     user = np.repeat(np.arange(len(starts)), counts)
     order = np.arange(len(user)) - np.repeat(np.cumsum(counts) - counts, counts)
     window_ends = ends[user] - shifts[user] - order * sampling.stride
-    if sampling.every_target:  # what the shift left out at the recent end
+    if sampling.every_target:  # the window of the newest items
         user = np.concatenate([user, np.flatnonzero(shifts)])
         window_ends = np.concatenate([window_ends, ends[shifts > 0]])
     window_starts = np.maximum(starts[user], window_ends - sampling.length)
@@ -63,16 +62,16 @@ def cut_windows(
 
 
 def cut_batches(lengths: Ints, size: int, rng: np.random.Generator, least: int = 1) -> list[Ints]:
-    """Shuffle windows into batches of similar lengths, so that little is padded.
+    """Shuffle windows into batches of similar lengths, so that batches have little padding.
 
     Args:
         lengths: (W,) length of each window.
-        size: Windows to a batch.
-        rng: Decides the order.
-        least: What remains at an end and is less than this joins the batch before it.
+        size: Windows in a batch.
+        rng: Draws the order.
+        least: A last batch with fewer windows joins the batch before it.
 
     Returns:
-        Arrays of window numbers; together each window once.
+        Arrays of window numbers, which together hold each window once.
     """
     order = rng.permutation(len(lengths))
     together = size * _SORTED_TOGETHER

@@ -10,7 +10,7 @@ from features.errors import UserError
 from features.warehouse import Warehouse
 from trainer.checkpoint import load_weights
 from trainer.data.batches import ItemFeatures
-from trainer.data.multi_dataset import load_source
+from trainer.data.multi_dataset import load_data
 from trainer.evaluation.cross_modal import (
     TO_TEXT,
     TO_VISION,
@@ -106,7 +106,7 @@ def _pools(
 ) -> tuple[ItemFeatures, dict[str, Tensor]]:
     features = run.data.features
     if dataset is not None:
-        source = load_source(warehouse, [dataset], run.tables, run.data.device)
+        source = load_data(warehouse, [dataset], run.tables, run.data.device)
         features = source.features
         pairs = zip(run.identity["features"], source.identity["features"], strict=True)
         for mine, other in pairs:

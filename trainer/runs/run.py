@@ -18,7 +18,7 @@ from features.warehouse import Warehouse
 from trainer.config import TrainConfig, build_all, documents
 from trainer.data.batches import TrainingData
 from trainer.data.feature_tables import choose_device
-from trainer.data.multi_dataset import choose_labels, fingerprint_of, load_source
+from trainer.data.multi_dataset import choose_common_tables, joint_fingerprint, load_data
 from trainer.distributed import process_rank
 from trainer.finetune.load_checkpoint import open_blocks, read_blocks, write_blocks
 from trainer.finetune.upper_blocks import UpperBlocks
@@ -133,7 +133,7 @@ def start_run(
         )
     tables = []
     if entry.needs_features:
-        tables = choose_labels(warehouse, names, features, layers=count > 0)
+        tables = choose_common_tables(warehouse, names, features, layers=count > 0)
     for table in tables:
         if table.level != "pooled" and not entry.reads_tokens:
             raise UserError(
@@ -196,7 +196,7 @@ def open_run(warehouse: Warehouse, folder: Path, device: str | None = None) -> O
         raise UserError(f"{path}: {error}") from None
     configs = _configs(model, stage, path, ())
     names = about.get("sources", [dataset])
-    if fingerprint_of(warehouse, names) != about["fingerprint"]:
+    if joint_fingerprint(warehouse, names) != about["fingerprint"]:
         raise UserError(
             f"run {folder.name!r} was trained on another preparation of {dataset!r};"
             " prepare it as it was, or train again"
@@ -298,7 +298,7 @@ def _open(
     device = choose_device(place or train_config.device)
     if stage != STAGE:
         check_trainable(load_dataset(warehouse, datasets[0]))
-    source = load_source(warehouse, datasets, labels, device)
+    source = load_data(warehouse, datasets, labels, device)
     _, recommender = find_model(model).load()
     torch.manual_seed(train_config.seed)  # weights are drawn on the CPU: the same on any device
     catalogue = Catalogue(

@@ -24,7 +24,7 @@ from torch import Tensor
 from features.errors import UserError
 from trainer.checks import check_not_negative
 from trainer.config import TrainConfig
-from trainer.data.batches import ItemFeatures, Share
+from trainer.data.batches import ItemFeatures, Shard
 from trainer.distributed import gather_ids, gather_rows, global_mean_rows, rank_offset, world_size
 from trainer.evaluation.cross_modal import Sides, recalls, retrieve
 from trainer.losses.clip import in_batch_symmetric
@@ -139,14 +139,14 @@ class Alignment(Task[Tensor]):
         self._labels = copies if config.duplicates == "mask" else {}
 
     def epoch(
-        self, config: TrainConfig, epoch: int, *, skip: int, share: Share
+        self, config: TrainConfig, epoch: int, *, skip: int, shard: Shard
     ) -> tuple[int, Iterator[Tensor]]:
         """All items that are not held out, shuffled, in batches of nearly one size."""
         order = np.random.default_rng([config.seed, epoch]).permutation(self._known)
         batches = np.array_split(order, -(-len(order) // config.batch_size))
         device = self._there["vt"].device
         left = (
-            torch.from_numpy(batch[share.rank :: share.ranks]).to(device)
+            torch.from_numpy(batch[shard.process_rank :: shard.world_size]).to(device)
             for batch in batches[skip:]
         )
         return len(batches), left

@@ -17,7 +17,7 @@ from features.splits import MIN_EVALUATED
 from retrieval.metrics import per_user
 from retrieval.ranking import rank
 from trainer.config import TrainConfig
-from trainer.data.batches import Batch, Share, TrainingData
+from trainer.data.batches import Batch, Shard, TrainingData
 from trainer.evaluation.encode import encode, seen_by, targets_of
 from trainer.models.base import Recommender
 
@@ -49,7 +49,7 @@ class Task(ABC, Generic[B]):
 
     @abstractmethod
     def epoch(
-        self, config: TrainConfig, epoch: int, *, skip: int, share: Share
+        self, config: TrainConfig, epoch: int, *, skip: int, shard: Shard
     ) -> tuple[int, Iterator[B]]:
         """The batches of an epoch, a function of seed and epoch alone.
 
@@ -57,7 +57,7 @@ class Task(ABC, Generic[B]):
             config: Says batch size and seed.
             epoch: From 0.
             skip: Batches at the beginning that a resumed run has had already.
-            share: Which part of each batch this process takes.
+            shard: Which part of each batch this process takes.
 
         Returns:
             The number of batches, the skipped ones included, and the batches after these.
@@ -94,7 +94,7 @@ class NextItem(Task[Batch]):
         self.data = data
 
     def epoch(
-        self, config: TrainConfig, epoch: int, *, skip: int, share: Share
+        self, config: TrainConfig, epoch: int, *, skip: int, shard: Shard
     ) -> tuple[int, Iterator[Batch]]:
         """Windows as the recommender plans them."""
         return self.data.epoch(
@@ -103,7 +103,7 @@ class NextItem(Task[Batch]):
             seed=config.seed,
             epoch=epoch,
             skip=skip,
-            share=share,
+            shard=shard,
         )
 
     def size(self, batch: Batch) -> int:

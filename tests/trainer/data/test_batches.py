@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from features.dataset import Ints
 from tests.trainer import worlds
-from trainer.data.batches import ItemFeatures, Share
+from trainer.data.batches import ItemFeatures, Shard
 from trainer.data.windows import WindowSampling, cut_batches, cut_windows
 
 histories = st.lists(st.integers(0, 30), min_size=1, max_size=12)
@@ -128,8 +128,12 @@ def test_two_processes_draw_different_things_and_the_first_what_one_alone_draws(
     data = worlds.training_data(worlds.cycles(n_items=12), worlds.features(12))
     plan = WindowSampling(length=4, stride=3, every_target=True)
     draws = []
-    for share in (Share(), Share(rank=0, ranks=2), Share(rank=1, ranks=2)):
-        batches = data.epoch(plan, batch_size=8, seed=1, epoch=2, share=share)[1]
+    for shard in (
+        Shard(),
+        Shard(process_rank=0, world_size=2),
+        Shard(process_rank=1, world_size=2),
+    ):
+        batches = data.epoch(plan, batch_size=8, seed=1, epoch=2, shard=shard)[1]
         drawn = [torch.rand(3, generator=one.generator) for one in batches]
         draws.append(torch.stack(drawn[:5]))
     alone, first, second = draws

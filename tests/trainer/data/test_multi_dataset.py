@@ -11,14 +11,20 @@ from features.errors import UserError
 from features.warehouse import Warehouse
 from tests.trainer import worlds
 from trainer.data.batches import ItemFeatures
-from trainer.data.multi_dataset import JoinedTokens, _join, choose_labels, item_splits, load_source
+from trainer.data.multi_dataset import (
+    ConcatenatedTokens,
+    _concatenate,
+    choose_common_tables,
+    item_splits,
+    load_data,
+)
 from trainer.data.token_features import TokenFeatures
 
 
 def test_joined_by_hand() -> None:
     one = worlds.dataset([[0, 1, 2, 0], [1, 2]], 3)
     other = worlds.dataset([[1, 0, 1, 1, 0]], 2)
-    both = _join([one, other])
+    both = _concatenate([one, other])
     assert both.items.tolist() == [0, 1, 2, 0, 1, 2, 4, 3, 4, 4, 3]
     assert both.items.dtype == np.int32
     assert both.offsets.tolist() == [0, 4, 6, 11]
@@ -45,10 +51,10 @@ def house(warehouse: Warehouse) -> Warehouse:
 
 def test_loaded_side_by_side(house: Warehouse) -> None:
     cpu = torch.device("cpu")
-    labels = [table.label for table in choose_labels(house, ["a", "b"], None)]
+    labels = [table.label for table in choose_common_tables(house, ["a", "b"], None)]
     assert labels == ["image=toy", "text=toy"]
-    source = load_source(house, ["a", "b"], labels, cpu)
-    parts = [load_source(house, [name], labels, cpu).features for name in ("a", "b")]
+    source = load_data(house, ["a", "b"], labels, cpu)
+    parts = [load_data(house, [name], labels, cpu).features for name in ("a", "b")]
     assert source.features.n_items == 21
     for name in ("image", "text"):
         for kind in ("vectors", "present"):
@@ -66,7 +72,7 @@ def test_other_backbones_are_refused(house: Warehouse) -> None:
     with pytest.raises(
         UserError, match=r"features of 'a' \(image=toy, text=toy\) and 'b' \(image=o"
     ):
-        choose_labels(house, ["a", "b"], None)
+        choose_common_tables(house, ["a", "b"], None)
     house.dataset_dir("b").rename(house.dataset_dir("world"))
     for part in house.dataset_dir("world").glob("features/other/*/pooled/*"):
         part.unlink()
@@ -74,7 +80,7 @@ def test_other_backbones_are_refused(house: Warehouse) -> None:
     worlds.extract(house, ItemFeatures(n_items=9, vectors=wide, present=held.present))
     house.dataset_dir("world").rename(house.dataset_dir("b"))
     with pytest.raises(UserError, match=r"the text features of 'a' and 'b' differ: dim 5 and 7"):
-        load_source(house, ["a", "b"], ["image=toy", "text=toy"], torch.device("cpu"))
+        load_data(house, ["a", "b"], ["image=toy", "text=toy"], torch.device("cpu"))
 
 
 def test_items_are_held_out_by_their_ids(house: Warehouse) -> None:
@@ -102,7 +108,7 @@ def test_joined_tokens_are_those_of_each_table() -> None:
         offsets=np.array([0, 2, 2, 5, 6, 10]),
         device=cpu,
     )
-    joined = JoinedTokens(parts)
+    joined = ConcatenatedTokens(parts)
     assert (joined.width, joined.longest) == (one.width, one.longest)
     assert torch.equal(joined.present_N, one.present_N)
     for items in ([4, 0, 3], [1], [2, 2, 4], [3]):

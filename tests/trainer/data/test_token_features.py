@@ -105,7 +105,7 @@ def test_features_are_named_by_modality_backbone_and_level(
     [
         ("image:tokens", "no feature table 'image:tokens'.*--image BACKBONE --level tokens"),
         ("text=toy:layer-3", "no feature table 'text=toy:layer-3'.*--text toy --level layer-3"),
-        ("text=other:tokens", r"there are: image=toy, text=toy, text=toy:tokens\)"),
+        ("text=other:tokens", r"image=toy, text=toy, text=toy:tokens\)"),
         ("text:token", "unknown modality"),
         ("sound:tokens", "unknown modality 'sound'"),
     ],

@@ -14,7 +14,7 @@ from features.errors import UserError
 from tests.trainer import worlds
 from trainer.checkpoint import load_weights
 from trainer.config import TrainConfig
-from trainer.data.batches import ItemFeatures, Share
+from trainer.data.batches import ItemFeatures, Shard
 from trainer.evaluation.cross_modal import both_ways, recalls, retrieve
 from trainer.loop import EpochRow, fit
 from trainer.models.base import Catalogue
@@ -144,7 +144,7 @@ def test_copies_are_no_negatives_unless_kept() -> None:
 def test_held_out_items_are_never_learned_from() -> None:
     features = worlds.features(40)
     task = alignment(features)
-    total, batches = task.epoch(TrainConfig(batch_size=7), 0, skip=0, share=Share())
+    total, batches = task.epoch(TrainConfig(batch_size=7), 0, skip=0, shard=Shard())
     found = torch.cat(list(batches))
     held = torch.from_numpy(splits(40)["validation"] | splits(40)["test"])
     anything = features.present["image"] | features.present["text"]
@@ -152,12 +152,12 @@ def test_held_out_items_are_never_learned_from() -> None:
     assert total == -(-len(found) // 7)
     for name, pool in task.pools.items():
         assert set(pool.tolist()) <= set(np.flatnonzero(splits(40)[name]).tolist())
-    _, rest = task.epoch(TrainConfig(batch_size=7), 0, skip=total - 1, share=Share())
+    _, rest = task.epoch(TrainConfig(batch_size=7), 0, skip=total - 1, shard=Shard())
     (last,) = rest
     halves = []
     for rank in range(2):
-        share = Share(rank=rank, ranks=2)
-        _, part = task.epoch(TrainConfig(batch_size=7), 0, skip=total - 1, share=share)
+        shard = Shard(process_rank=rank, world_size=2)
+        _, part = task.epoch(TrainConfig(batch_size=7), 0, skip=total - 1, shard=shard)
         halves += next(iter(part)).tolist()
     assert sorted(halves) == sorted(last.tolist())
 

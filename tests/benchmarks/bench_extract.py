@@ -1,26 +1,26 @@
-"""What extraction costs beside the model, as ratios; each section by its name.
+"""Measure what extraction costs in addition to the model, as ratios, in named sections.
 
-    python -m tests.benchmarks.bench_extract [images texts clips ceiling startup video memory gpu]
+    python -m tests.benchmarks.bench_extract [SECTION ...]
 
-``images``, ``texts``, ``clips``
-    Items a second of ``extract`` over the bare forward loop with the same backbone, batches and
-    threads, on inputs that are decoded, or tokenised and sorted, beforehand.
+``images``, ``texts``, ``videos``
+    Items a second of ``mmrec extract`` over the bare forward loop with the same backbone, batches
+    and threads, on inputs that are decoded, or tokenised and sorted, in advance.
 ``ceiling``
-    Pictures a second on one core with a model of no cost, and of a plain loop of PIL and the
+    Images a second on one core with a model of no cost, and of a plain loop of PIL and the
     library's own transform.
 ``startup``
-    CPU seconds of ``mmrec extract`` on one picture, beyond those of a process that imports the
+    CPU seconds of ``mmrec extract`` on one image, beyond those of a process that imports the
     libraries and loads the weights.
-``video``
-    Clips a second of sampling one frame a second, over PyAV decoding all frames in order.
+``sampling``
+    Videos a second of sampling one frame a second, over PyAV decoding all frames in order.
 ``memory``
-    Peak memory and time for ten times the items, without weights and with those of ViT-B/32 (of
-    which only the first batches are run, for memory knows no difference).
+    Peak memory and time for ten times the items, without weights and with those of ViT-B/32 (only
+    the first batches are run; the others have no effect on memory).
 ``gpu``
-    Pictures a second on a CUDA device, and where the time goes.
+    Images a second on a CUDA device, and the time of each step.
 
 Architectures are the true ones, weights random. Figures are CPU seconds of all threads where other
-work on the machine would disturb the clock, and the better of rounds that take turns.
+work on the machine would disturb the clock, and the better of several alternating rounds.
 """
 
 import argparse
@@ -34,8 +34,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -64,21 +63,21 @@ from tests.pipeline.extraction.fakes import entry
 
 CPU = torch.device("cpu")
 ROUNDS = 2
-# Not the peak that getrusage tells: a child inherits that of the process that started it.
-_AGAIN = """
+# The peak of getrusage is no measure here: a child inherits that of its parent.
+_EXTRACT = """
 import re, sys, time
 from features.warehouse import Warehouse
 from pipeline.extraction.job import extract_features
 from pipeline.extraction.options import ExtractOptions
 from pathlib import Path
-house, modality, backbone = sys.argv[1:]
+root, modality, backbone = sys.argv[1:]
 if backbone != "hashed":
     from pipeline.backbones.loading import load_backbone
     from pipeline.backbones.registry import BACKBONES
-    from tests.pipeline.fakes import Brief, entry
+    from tests.pipeline.extraction.fakes import Brief, entry
     BACKBONES["brief"], backbone = entry(Brief(load_backbone(backbone))), "brief"
 start = time.process_time()
-extract_features(Warehouse(Path(house)), "tiny", ExtractOptions(**{modality: backbone}))
+extract_features(Warehouse(Path(root)), "tiny", ExtractOptions(**{modality: backbone}))
 took = time.process_time() - start
 status = Path("/proc/self/status").read_text()
 print(took, int(re.search(r"VmHWM:\\s+(\\d+)", status)[1]) / 1024)
@@ -97,26 +96,26 @@ def print_figure(section: str, what: str, figure: str, goal: str = "") -> None:
 
 
 def best(*loops: Callable[[], object], rounds: int = ROUNDS) -> list[tuple[float, float]]:
-    """CPU and wall seconds of each loop: the better of some rounds, in turns."""
-    found = [(np.inf, np.inf)] * len(loops)
+    """Return the CPU and wall seconds of each loop: the better of several alternating rounds."""
+    fastest = [(np.inf, np.inf)] * len(loops)
     for _ in range(rounds):
         for i, loop in enumerate(loops):
             cpu, wall = time.process_time(), time.perf_counter()
             loop()
             took = time.process_time() - cpu, time.perf_counter() - wall
-            found[i] = min(found[i][0], took[0]), min(found[i][1], took[1])
-    return found
+            fastest[i] = min(fastest[i][0], took[0]), min(fastest[i][1], took[1])
+    return fastest
 
 
-def job(house: Warehouse, modality: str) -> Callable[[], ExtractReport]:
-    """Give the whole extraction from nothing, with the backbone that is already loaded."""
-    given: dict[str, Any] = {modality: "loaded"}
+def job(warehouse: Warehouse, modality: str, decode: str = "exact") -> Callable[[], ExtractReport]:
+    """Return a function that extracts from nothing with the backbone that is already loaded."""
+    names: dict[str, Any] = {modality: "loaded"}
 
     def run() -> ExtractReport:
-        shutil.rmtree(house.dataset_dir("tiny") / "features", ignore_errors=True)
-        report = extract_features(house, "tiny", ExtractOptions(**given))
+        shutil.rmtree(warehouse.dataset_dir("tiny") / "features", ignore_errors=True)
+        report = extract_features(warehouse, "tiny", ExtractOptions(**names, decode=decode))
         (table,) = report.tables
-        assert table.encoded == table.items  # or the ratio is that of other work
+        assert table.encoded == table.items  # otherwise the ratio compares different work
         return report
 
     return run
@@ -148,17 +147,6 @@ def bare_texts(backbone: Backbone, texts: list[str]) -> Callable[[], None]:
     return loop
 
 
-@contextmanager
-def draft() -> Iterator[None]:
-    """Decode as ``--decode draft`` does."""
-    plain = vars(loading)["decode_image"]
-    vars(loading)["decode_image"] = lambda data, *rest: decode_image(data, 224)
-    try:
-        yield
-    finally:
-        vars(loading)["decode_image"] = plain
-
-
 def compare(section: str, what: str, n: int, bare: Callable[[], None], run: Any, goal: str) -> None:
     bare()  # warm
     # Ratios near 1 need more rounds than the machine's other work spoils.
@@ -176,8 +164,8 @@ def compare(section: str, what: str, n: int, bare: Callable[[], None], run: Any,
 
 
 def images(root: Path, n: int = 64) -> None:
-    """Pictures through ViT-B/32 of both libraries."""
-    house = inputs.house(root, pictures=n)
+    """Measure images through ViT-B/32 of both libraries."""
+    warehouse = inputs.make_warehouse(root, images=n)
     raw = root / "raw"
     for what, folder in (
         ("CLIP ViT-B/32, open_clip", inputs.clip_b32(root / "clip")),
@@ -185,42 +173,42 @@ def images(root: Path, n: int = 64) -> None:
     ):
         backbone = loaded(load_backbone(str(folder)))
         data = [(raw / f"{i}.jpg").read_bytes() for i in range(n)]
-        bare = bare_images(backbone, [backbone.image(decode_image(one)) for one in data])
-        compare("images", what, n, bare, job(house, "image"), ">= 0.95")
-        with draft():
-            compare("images", f"{what}, draft", n, bare, job(house, "image"), ">= 0.95")
+        bare = bare_images(backbone, [backbone.image(decode_image(file)) for file in data])
+        compare("images", what, n, bare, job(warehouse, "image"), ">= 0.95")
+        draft = job(warehouse, "image", "draft")
+        compare("images", f"{what}, draft", n, bare, draft, ">= 0.95")
 
 
 def texts(root: Path, n: int = 256) -> None:
-    """Titles through CLIP's text tower and BERT-base."""
-    house = inputs.house(root, texts=n)
+    """Measure titles through CLIP's text encoder and BERT-base."""
+    warehouse = inputs.make_warehouse(root, texts=n)
     for what, folder in (
-        ("CLIP text tower", inputs.clip_b32(root / "clip")),
+        ("CLIP text encoder", inputs.clip_b32(root / "clip")),
         ("BERT-base", inputs.bert_base(root / "bert")),
     ):
         backbone = loaded(load_backbone(str(folder)))
         bare = bare_texts(backbone, inputs.titles(n))
-        compare("texts", what, n, bare, job(house, "text"), ">= 0.9")
+        compare("texts", what, n, bare, job(warehouse, "text"), ">= 0.9")
 
 
-def clips(root: Path, n: int = 6) -> None:
-    """Clips at one frame a second through CLIP ViT-B/32."""
-    house = inputs.house(root, clips=n)
+def videos(root: Path, n: int = 6) -> None:
+    """Measure videos at one frame a second through CLIP ViT-B/32."""
+    warehouse = inputs.make_warehouse(root, videos=n)
     backbone = loaded(load_backbone(str(inputs.clip_b32(root / "clip"))))
     frames: list[Any] = []
     for i in range(n):
         with (root / "raw" / f"{i}.mp4").open("rb") as stream:
             frames.extend(sample_frames(stream, backbone.image)[0])
-    run = job(house, "video")
-    compare("clips", "CLIP ViT-B/32, 11 frames each", n, bare_images(backbone, frames), run, "")
+    run = job(warehouse, "video")
+    compare("videos", "CLIP ViT-B/32, 11 frames each", n, bare_images(backbone, frames), run, "")
 
 
 def ceiling(root: Path, n: int = 256) -> None:
-    """Pictures a second on one core when the model is free."""
+    """Measure images a second on one core when the model is free."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     torch.set_num_threads(1)
-    house = inputs.house(root, pictures=n)
+    warehouse = inputs.make_warehouse(root, images=n)
     size = np.mean([path.stat().st_size for path in (root / "raw").iterdir()]) / 1000
     print_figure("ceiling", f"JPEG 640x480, {size:.0f} kB, one core", "")
     data = [path.read_bytes() for path in sorted((root / "raw").iterdir())]
@@ -230,7 +218,7 @@ def ceiling(root: Path, n: int = 256) -> None:
         "open_clip": (of_open_clip(PreprocessCfg(), CPU), transform),
         "transformers": (
             of_processor(processor, CPU),
-            lambda picture: processor(images=picture, return_tensors="pt")["pixel_values"],
+            lambda image: processor(images=image, return_tensors="pt")["pixel_values"],
         ),
     }
     for library, (pixels, theirs) in ways.items():
@@ -238,15 +226,11 @@ def ceiling(root: Path, n: int = 256) -> None:
         loaded(inputs.Free(pixels))  # type: ignore[arg-type]
 
         def plain(theirs: Any = theirs) -> None:
-            for one in data:
-                theirs(Image.open(io.BytesIO(one)).convert("RGB"))
-
-        def drafted() -> None:
-            with draft():
-                job(house, "image")()
+            for file in data:
+                theirs(Image.open(io.BytesIO(file)).convert("RGB"))
 
         (base, _), (exact, exact_wall), (fast, fast_wall) = best(
-            plain, job(house, "image"), drafted, rounds=3 * ROUNDS
+            plain, job(warehouse, "image"), job(warehouse, "image", "draft"), rounds=3 * ROUNDS
         )
         print_figure(
             "ceiling", f"{library}: plain loop of PIL and its transform", f"{n / base:.0f}/s CPU"
@@ -260,18 +244,18 @@ def ceiling(root: Path, n: int = 256) -> None:
 
 
 def startup(root: Path) -> None:
-    """CPU seconds before the first item, beyond importing and loading."""
-    house = inputs.house(root, pictures=1)
+    """Measure CPU seconds before the first item, beyond importing and loading."""
+    warehouse = inputs.make_warehouse(root, images=1)
     folder = inputs.clip_b32(root / "clip")
     command = [sys.executable, "-c", "from cli.app import main; main()"]
     flags = ["extract", "--dataset", "tiny", "--image", str(folder)]
-    environment = {**os.environ, "MMREC_WAREHOUSE": str(house.root)}
-    loading = [sys.executable, "-c", _LOAD, str(folder)]
+    environment = {**os.environ, "MMREC_WAREHOUSE": str(warehouse.root)}
+    load = [sys.executable, "-c", _LOAD, str(folder)]
     took = {}
-    for what, line in (("load", loading), ("extract", command + flags)):
+    for what, line in (("load", load), ("extract", command + flags)):
         took[what] = np.inf
         for _ in range(ROUNDS):
-            shutil.rmtree(house.dataset_dir("tiny") / "features", ignore_errors=True)
+            shutil.rmtree(warehouse.dataset_dir("tiny") / "features", ignore_errors=True)
             before = resource.getrusage(resource.RUSAGE_CHILDREN)
             subprocess.run(line, check=True, capture_output=True, env=environment)
             after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -282,18 +266,18 @@ def startup(root: Path) -> None:
     )
     more = took["extract"] - took["load"]
     print_figure(
-        "startup", "mmrec extract of one picture, beyond that", f"{more:.2f} CPU s", "<= 5 s"
+        "startup", "mmrec extract of one image, beyond that", f"{more:.2f} CPU s", "<= 5 s"
     )
 
 
-def video(root: Path, seconds: int = 60) -> None:
-    """Sampling over decoding everything in order, at two distances of keyframes."""
+def sampling(root: Path, seconds: int = 60) -> None:
+    """Measure sampling over decoding all frames, at two distances of keyframes."""
 
-    def small(picture: Image.Image) -> Image.Image:
-        return picture.resize((224, 224))
+    def small(image: Image.Image) -> Image.Image:
+        return image.resize((224, 224))
 
     for gop in (25, 250):
-        path = inputs.clip(root / f"{gop}.mp4", seconds=seconds, gop=gop)
+        path = inputs.write_video(root / f"{gop}.mp4", seconds=seconds, gop=gop)
 
         def ours(path: Path = path) -> None:
             with path.open("rb") as stream:
@@ -311,18 +295,20 @@ def video(root: Path, seconds: int = 60) -> None:
 
         (base, _), (cpu, _) = best(plain, ours)
         what = f"{seconds} s of 640x360, a keyframe each {gop} frames"
-        figure = f"{1 / base:.2f} and {1 / cpu:.2f} clips/s, {base / cpu:.2f}"
-        print_figure("video", f"{what}: PyAV, sampling", figure)
+        figure = f"{1 / base:.2f} and {1 / cpu:.2f} videos/s, {base / cpu:.2f}"
+        print_figure("sampling", f"{what}: PyAV, sampling", figure)
 
 
 def memory(root: Path, n: int = 100_000) -> None:
-    """Peak memory and CPU seconds for ten times the items, each in a process of its own."""
+    """Measure peak memory and CPU seconds for ten times the items, each in a new process."""
     backbones = {"no weights": "hashed", "CLIP ViT-B/32": str(inputs.clip_b32(root / "clip"))}
     counts = (n // 10, n)
-    houses = [inputs.small_pictures(root / str(count), count) for count in counts]
+    warehouses = [inputs.small_images(root / str(count), count) for count in counts]
     for what, backbone in backbones.items():
         for modality in ("image", "text"):
-            (less, low), (more, high) = (once(house, modality, backbone) for house in houses)
+            (less, low), (more, high) = (
+                run_process(warehouse, modality, backbone) for warehouse in warehouses
+            )
             name = f"{modality}, {what}"
             figure = f"{low:.0f} and {high:.0f} MiB, {high / low:.3f}"
             print_figure("memory", f"{name}: peak at {n // 10} and {n} items", figure, "<= 1.10")
@@ -330,16 +316,16 @@ def memory(root: Path, n: int = 100_000) -> None:
             print_figure("memory", f"{name}: time, and each item's over linear", figure, "about 1")
 
 
-def once(house: Warehouse, modality: str, backbone: str) -> tuple[float, float]:
-    """CPU seconds and peak MiB of an extraction in a process of its own."""
-    shutil.rmtree(house.dataset_dir("tiny") / "features", ignore_errors=True)
-    line = [sys.executable, "-c", _AGAIN, str(house.root), modality, backbone]
+def run_process(warehouse: Warehouse, modality: str, backbone: str) -> tuple[float, float]:
+    """Return CPU seconds and peak MiB of an extraction in a new process."""
+    shutil.rmtree(warehouse.dataset_dir("tiny") / "features", ignore_errors=True)
+    line = [sys.executable, "-c", _EXTRACT, str(warehouse.root), modality, backbone]
     out = subprocess.run(line, check=True, capture_output=True, text=True).stdout.split()
     return float(out[0]), float(out[1])
 
 
 class _Clock:
-    """Adds up the seconds of some functions, by name."""
+    """Sum the seconds of watched functions by name."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -361,38 +347,33 @@ class _Clock:
 
 
 def gpu(root: Path, n: int = 6000) -> None:
-    """Pictures a second on a CUDA device, and where the time goes."""
+    """Measure images a second on a CUDA device, and the time of each step."""
     if not torch.cuda.is_available():
         print_figure("gpu", "no CUDA device here", "")
         return
-    house = inputs.house(root, pictures=500)
+    warehouse = inputs.make_warehouse(root, images=500)
     from tests.pipeline.backbones.tiny import prepare
 
-    # The same files many times, each with some bytes of its own behind the picture's end.
+    # The same files many times; bytes appended after an image's end make the contents differ.
     for i in range(500, n):
         same = (root / "raw" / f"{i % 500}.jpg").read_bytes()
         (root / "raw" / f"{i}.jpg").write_bytes(same + i.to_bytes(4))
     names = [str(i) for i in range(n)]
-    prepare(house, root / "raw", ids=names, image=[f"{name}.jpg" for name in names])
+    prepare(warehouse, root / "raw", ids=names, image=[f"{name}.jpg" for name in names])
     for compute in ("float32", "bfloat16"):
         backbone: Any = load_backbone(str(inputs.clip_b32(root / compute)), compute=compute)
         data = [(root / "raw" / f"{i}.jpg").read_bytes() for i in range(512)]
-        bare = bare_images(backbone, [backbone.image(decode_image(one)) for one in data])
+        bare = bare_images(backbone, [backbone.image(decode_image(file)) for file in data])
         bare()
         ((_, wall),) = best(bare)
         print_figure(
             "gpu", f"CLIP ViT-B/32 {compute}: bare forward and copies", f"{512 / wall:.0f}/s"
         )
         loaded(backbone)
-        for what, way in (("exact", None), ("draft", draft)):
-            run = job(house, "image")
-            if way is not None:
-                with way():
-                    ((cpu, wall),) = best(run)
-            else:
-                ((cpu, wall),) = best(run)
+        for decode in ("exact", "draft"):
+            ((cpu, wall),) = best(job(warehouse, "image", decode))
             figure = f"{n / wall:.0f}/s clock, {n / cpu:.0f}/s a CPU second"
-            print_figure("gpu", f"CLIP ViT-B/32 {compute}: extract, {what}", figure)
+            print_figure("gpu", f"CLIP ViT-B/32 {compute}: extract, {decode}", figure)
     clock = _Clock()
     plain = vars(loading)["decode_image"], backbone.image, backbone.embed
     vars(loading)["decode_image"] = clock.watch("decode", plain[0], time.thread_time)
@@ -400,7 +381,7 @@ def gpu(root: Path, n: int = 6000) -> None:
     backbone.embed = clock.watch("copy, forward, copy back", plain[2], time.perf_counter, sync=True)
     try:
         start = time.perf_counter()
-        job(house, "image")()
+        job(warehouse, "image")()
         wall = time.perf_counter() - start
     finally:
         vars(loading)["decode_image"], backbone.image, backbone.embed = plain
@@ -413,17 +394,18 @@ def gpu(root: Path, n: int = 6000) -> None:
         else:
             print_figure("gpu", f"of {wall:.2f} s: {what}", f"{seconds:.2f} s")
             print_figure(
-                "gpu", "waiting for pictures, books and writing", f"{wall - seconds:.2f} s"
+                "gpu", "waiting for images, deduplication and writing", f"{wall - seconds:.2f} s"
             )
 
 
 SECTIONS: dict[str, Callable[..., None]] = {
-    one.__name__: one for one in (images, texts, clips, ceiling, startup, video, memory, gpu)
+    section.__name__: section
+    for section in (images, texts, videos, ceiling, startup, sampling, memory, gpu)
 }  # fmt: skip
 
 
 def main() -> None:
-    """Run the sections that are named, or all."""
+    """Run the named sections, or all."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("sections", nargs="*", help=", ".join(SECTIONS))
     parser.add_argument("--items", type=int, help="instead of the section's own number")

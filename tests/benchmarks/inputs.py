@@ -1,4 +1,4 @@
-"""What the benchmarks of extraction run on: pictures, titles, clips and models, all made here."""
+"""Inputs of the extraction benchmarks, generated: images, titles, videos and models."""
 
 import io
 import tarfile
@@ -22,7 +22,7 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
 def photo(seed: int) -> bytes:
-    """A JPEG of 640x480 at quality 90, about 80 kB: smooth colours and some grain."""
+    """Return a JPEG of 640x480 at quality 90, about 80 kB: smooth colours and some grain."""
     random = np.random.RandomState(seed)
     coarse = random.randint(0, 256, (30, 40, 3), dtype=np.uint8)
     smooth = np.asarray(Image.fromarray(coarse).resize((640, 480))).astype(np.int16)
@@ -34,16 +34,16 @@ def photo(seed: int) -> bytes:
 
 
 def titles(n: int) -> list[str]:
-    """Titles of some 20 tokens, of very unequal length."""
+    """Return titles of some 20 tokens, of very unequal length."""
     random = np.random.RandomState(0)
     words = ["".join(random.choice(list(LETTERS), 5)) for _ in range(999)]
     return [" ".join(random.choice(words, random.randint(2, 20))) for _ in range(n)]
 
 
-def clip(
+def write_video(
     path: Path, *, seconds: int, gop: int, size: tuple[int, int] = (640, 360), seed: int = 0
 ) -> Path:
-    """A clip of 25 frames a second in H.264: a texture that moves, another one every 7 seconds."""
+    """Write H.264 at 25 frames a second: a moving texture, a new one every 7 seconds."""
     wide, high = size
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=25)
@@ -63,29 +63,29 @@ def clip(
     return path
 
 
-def house(root: Path, *, pictures: int = 0, texts: int = 0, clips: int = 0) -> Warehouse:
-    """A warehouse with the dataset ``tiny`` that has so many of each."""
+def make_warehouse(root: Path, *, images: int = 0, texts: int = 0, videos: int = 0) -> Warehouse:
+    """Return a warehouse with the dataset ``tiny`` of so many images, texts and videos."""
     raw = root / "raw"
     raw.mkdir(parents=True)
-    n = max(pictures, texts, clips)
-    for i in range(pictures):
+    n = max(images, texts, videos)
+    for i in range(images):
         (raw / f"{i}.jpg").write_bytes(photo(i))
-    for i in range(clips):
-        # Each its own: what is the same is encoded once.
-        clip(raw / f"{i}.mp4", seconds=10 + i % 3, gop=25, size=(320, 240), seed=i)
-    given = Warehouse(root / "warehouse")
-    given.create()
+    for i in range(videos):
+        # The videos differ, because identical content is encoded once.
+        write_video(raw / f"{i}.mp4", seconds=10 + i % 3, gop=25, size=(320, 240), seed=i)
+    warehouse = Warehouse(root / "warehouse")
+    warehouse.create()
     prepare(
-        given, raw, ids=[str(i) for i in range(n)],
-        image=[f"{i}.jpg" if i < pictures else None for i in range(n)],
-        video=[f"{i}.mp4" if i < clips else None for i in range(n)],
+        warehouse, raw, ids=[str(i) for i in range(n)],
+        image=[f"{i}.jpg" if i < images else None for i in range(n)],
+        video=[f"{i}.mp4" if i < videos else None for i in range(n)],
         text=[*titles(texts), *[None] * (n - texts)],
     )  # fmt: skip
-    return given
+    return warehouse
 
 
-def small_pictures(root: Path, n: int) -> Warehouse:
-    """A dataset of n small pictures, all different, in one tar."""
+def small_images(root: Path, n: int) -> Warehouse:
+    """Return a dataset of n small images, all different, in one tar."""
     raw = root / "raw"
     raw.mkdir(parents=True)
     random = np.random.RandomState(0)
@@ -99,20 +99,20 @@ def small_pictures(root: Path, n: int) -> Warehouse:
             out.write(member.tobuf(tarfile.GNU_FORMAT))
             out.write(stream.getvalue() + bytes(-member.size % 512))
         out.write(bytes(1024))
-    given = Warehouse(root / "warehouse")
-    given.create()
+    warehouse = Warehouse(root / "warehouse")
+    warehouse.create()
     names = [f"images.tar#{i}.png" for i in range(n)]
-    prepare(given, raw, ids=[str(i) for i in range(n)], image=names, text=titles(n))
-    return given
+    prepare(warehouse, raw, ids=[str(i) for i in range(n)], image=names, text=titles(n))
+    return warehouse
 
 
 def clip_b32(folder: Path) -> Path:
-    """CLIP ViT-B/32 with random weights, as open_clip stores it."""
+    """Save CLIP ViT-B/32 with random weights, as open_clip stores it."""
     return open_clip_folder(folder, **dict(open_clip.get_model_config("ViT-B-32")))
 
 
 def bert_base(folder: Path) -> Path:
-    """BERT-base with random weights and a tokenizer that spells, a token for each letter."""
+    """Save BERT-base with random weights and a tokenizer of one token for each letter."""
     torch.manual_seed(0)
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *LETTERS, *(f"##{c}" for c in LETTERS)]
     transformers.BertModel(transformers.BertConfig()).save_pretrained(folder)
@@ -122,7 +122,7 @@ def bert_base(folder: Path) -> Path:
 
 
 def vit_b32(folder: Path) -> Path:
-    """ViT-B/32 with random weights, as transformers stores it."""
+    """Save ViT-B/32 with random weights, as transformers stores it."""
     torch.manual_seed(0)
     transformers.ViTModel(transformers.ViTConfig(patch_size=32)).save_pretrained(folder)
     transformers.ViTImageProcessor().save_pretrained(folder)
@@ -130,7 +130,7 @@ def vit_b32(folder: Path) -> Path:
 
 
 class Free:
-    """A backbone that prepares pictures as others do and costs nothing beyond."""
+    """A backbone that prepares images as others do and costs nothing beyond."""
 
     modalities = ("image", "video")
     dim = 512

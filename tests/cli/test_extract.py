@@ -1,4 +1,4 @@
-"""What ``mmrec extract`` shows: on a narrow terminal, before it works, and when it must stop."""
+"""The output of ``mmrec extract``: tables, progress and errors."""
 
 import io
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Backbones for tests: the weightless one, watched, slowed or spoilt."""
+"""Backbones for tests: the weightless one, recorded, slow or with other vectors."""
 
 import time
 import zlib
@@ -14,13 +14,13 @@ from pipeline.backbones.entries import BackboneEntry
 from pipeline.backbones.hashed import DIM, Hashed
 
 
-def mark(one: object) -> str:
-    """Name an input by its content, as the log of :class:`Watched` does."""
-    return f"{zlib.crc32(np.ascontiguousarray(one).tobytes()):08x}"
+def mark(value: object) -> str:
+    """Return the name of an input in the log of :class:`Watched`, a hash of its content."""
+    return f"{zlib.crc32(np.ascontiguousarray(value).tobytes()):08x}"
 
 
 class Watched(Hashed):
-    """Writes a line for every input that it encodes; may be slow, or do something after a batch."""
+    """Log every input that is encoded; may wait, and may call ``after`` with each batch."""
 
     def __init__(
         self,
@@ -51,10 +51,10 @@ class Watched(Hashed):
 
     def _note(self, batch: InputBatch) -> None:
         with self.log.open("a") as stream:
-            stream.writelines(f"{mark(one)}\n" for one in (*batch.images, *batch.texts))
+            stream.writelines(f"{mark(value)}\n" for value in (*batch.images, *batch.texts))
 
     def seen(self) -> list[str]:
-        """What was encoded since the log was last forgotten."""
+        """Return the marks of the inputs that were encoded since :meth:`forget`."""
         return self.log.read_text().split() if self.log.exists() else []
 
     def forget(self) -> None:
@@ -62,9 +62,9 @@ class Watched(Hashed):
 
 
 class Brief:
-    """A loaded backbone that runs its first batches; then it goes on giving their vectors.
+    """A loaded backbone that runs only its first batches, then returns their vectors again.
 
-    Weights, libraries, preparing and what a forward pass needs stand in memory as with any.
+    Its memory is that of any backbone: weights, libraries, transforms and a forward pass.
     """
 
     def __init__(self, backbone: Any, batches: int = 4) -> None:
@@ -84,7 +84,7 @@ class Brief:
 
 
 def entry(backbone: Backbone) -> BackboneEntry:
-    """Make a table entry of a backbone that is already there."""
+    """Make a registry entry of a backbone that is already loaded."""
     return BackboneEntry(
         modalities=FEATURE_MODALITIES,
         dim=DIM,

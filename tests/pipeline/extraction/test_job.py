@@ -81,7 +81,7 @@ def read(warehouse: Warehouse, modality: str, backbone: str = "watched") -> Feat
 
 
 def counts(report: ModalityReport) -> tuple[int, int, int, int, int]:
-    """Encoded, shared, reused, absent, failed."""
+    """Return the counts of encoded, shared, reused, absent and failed items."""
     failed = sum(report.failed.values())
     assert report.items == sum(
         (report.encoded, report.shared, report.reused, report.absent, failed)
@@ -122,18 +122,18 @@ def test_vectors_are_those_of_a_bare_loop(
             assert np.abs(vector.astype(np.float32) - bare.embed(batch)[0]).max() <= atol
 
 
-def test_the_table_says_what_it_is(tiny: Warehouse, raw: Path) -> None:
+def test_the_table_has_a_provenance(tiny: Warehouse, raw: Path) -> None:
     report = run(tiny, text="hashed", image="hashed")
-    here = table(tiny, "image", "hashed")
-    provenance = here.provenance()
+    stored = table(tiny, "image", "hashed")
+    provenance = stored.provenance()
     assert provenance is not None
     assert provenance.backbone == "hashed"
     assert provenance.checkpoint == "hashed-1"
     assert "alpha on white" in provenance.preprocessing
     assert provenance.libraries.keys() == {"numpy", "pillow"}
-    assert report.path == str(here.path)
-    assert report.bytes == sum(part.stat().st_size for part in here.parts())
-    rows = pq.read_table(here.parts()[0]).drop_columns(["embedding"]).to_pylist()
+    assert report.path == str(stored.path)
+    assert report.bytes == sum(part.stat().st_size for part in stored.parts())
+    rows = pq.read_table(stored.parts()[0]).drop_columns(["embedding"]).to_pylist()
     assert [row["item_id"] for row in rows] == ["a", "b", "d", "e", "f"]
     assert rows[0]["content_hash"] == content_hash((raw / "0.png").read_bytes())
     assert rows[0]["n_tokens"] is rows[0]["n_frames"] is None
@@ -219,11 +219,11 @@ def test_a_kill_between_new_and_stale_rows_leaves_one_row_an_item(
     run(tiny, image="watched")
     picture(raw / "1.png", seed=77)
 
-    def killed(self: table_writer.FeatureTableWriter) -> None:
+    def killed(*arguments: object) -> None:
         raise RuntimeError("killed here")
 
     with monkeypatch.context() as patch:
-        patch.setattr(table_writer.FeatureTableWriter, "_drop_stale", killed)
+        patch.setattr(FeatureTable, "rewrite", killed)  # drops stale rows
         with pytest.raises(RuntimeError, match="killed here"):
             run(tiny, image="watched")
     assert table(tiny, "image").small_columns()["item"].to_pylist().count(1) == 2
@@ -238,7 +238,7 @@ def test_a_kill_between_new_and_stale_rows_leaves_one_row_an_item(
     assert np.abs(read(tiny, "image").vectors[1] - expected[0]).max() < 1e-3
 
 
-def test_twin_rows_of_a_kill_while_joining_go(tiny: Warehouse, watched: Watched) -> None:
+def test_duplicate_rows_of_a_kill_while_joining_go(tiny: Warehouse, watched: Watched) -> None:
     run(tiny, image="watched")
     part = table(tiny, "image").parts()[0]
     (part.parent / "part-00007.parquet").write_bytes(part.read_bytes())
@@ -250,19 +250,19 @@ def test_twin_rows_of_a_kill_while_joining_go(tiny: Warehouse, watched: Watched)
 def test_a_text_without_end_is_cut_before_it_is_tokenised(
     tiny: Warehouse, watched: Watched, raw: Path, monkeypatch: pytest.MonkeyPatch, modality: str
 ) -> None:
-    given: list[str] = []
+    received: list[str] = []
 
-    def texts(some: list[str]) -> list[npt.NDArray[np.int64]]:
-        given.extend(some)
-        return Hashed().texts(some)
+    def texts(batch: list[str]) -> list[npt.NDArray[np.int64]]:
+        received.extend(batch)
+        return Hashed().texts(batch)
 
     monkeypatch.setattr(watched, "texts", texts)
     long = "red shoes " * MAX_TEXT_CHARS
     prepare(tiny, raw, ids=IDS, text=[long, "red shoes", *TEXT[2:]], image=IMAGE)
     counted = counts(run(tiny, **{modality: "watched"}))
     assert counted[0] == {"text": 3, "joint": 4}[modality]
-    assert max(map(len, given)) == MAX_TEXT_CHARS
-    assert long[:MAX_TEXT_CHARS] in given
+    assert max(map(len, received)) == MAX_TEXT_CHARS
+    assert long[:MAX_TEXT_CHARS] in received
     light = table(tiny, modality).small_columns(["item", "content_hash"]).to_pylist()
     if modality == "text":
         assert light[0]["content_hash"] == content_hash(long.encode())
@@ -277,7 +277,7 @@ def test_a_text_without_end_is_cut_before_it_is_tokenised(
 def test_what_cannot_be_used_becomes_a_row_and_is_tried_again(
     tiny: Warehouse, watched: Watched, raw: Path
 ) -> None:
-    (raw / "bad.png").write_bytes(b"no picture at all")
+    (raw / "bad.png").write_bytes(b"no image at all")
     image = ["0.png", "missing.png", "bad.png", "bad.png", "sub", "1.png"]
     prepare(tiny, raw, ids=IDS, image=image)
     report = run(tiny, image="watched")
@@ -555,36 +555,36 @@ def test_kill_and_run_again_loses_nothing_and_encodes_nothing_twice(
         prepare(warehouse, raw, ids=[f"id{i}" for i in range(n)], image=files)
     log = tmp_path / "log.txt"
     command = [sys.executable, "-c", SCRIPT, str(warehouse.root), str(log), modality, level]
-    here = FeatureStore(warehouse).table("tiny", "watched", modality, level)
+    stored = FeatureStore(warehouse).table("tiny", "watched", modality, level)
     root = Path(__file__).parents[3]
     written = 0
     for at_least in (2, 5):  # killed twice, at different points
         with subprocess.Popen(command, cwd=root, env={**os.environ, "OMP_NUM_THREADS": "1"}) as job:
             until = time.monotonic() + 60
-            while len(here.parts()) < at_least and job.poll() is None:
+            while len(stored.parts()) < at_least and job.poll() is None:
                 assert time.monotonic() < until
                 time.sleep(0.005)
             os.kill(job.pid, signal.SIGKILL)
             assert job.wait() == -signal.SIGKILL
-        light = here.small_columns()
+        light = stored.small_columns()
         assert written < len(light) < n
-        assert here.manifest() is None
+        assert stored.manifest() is None
         written = len(light)
     before = set(light["content_hash"].to_pylist())
     log.unlink()
     done = subprocess.run(command, cwd=root, check=True, capture_output=True, text=True)
     assert done.stderr == ""
     whole = n - (modality == "image")
-    assert sorted(here.small_columns()["item"].to_pylist()) == [
+    assert sorted(stored.small_columns()["item"].to_pylist()) == [
         i for i in range(n) if modality == "text" or i != n // 2
     ]
     assert len(log.read_text().split()) == whole - written
-    assert before <= set(here.small_columns()["content_hash"].to_pylist())
+    assert before <= set(stored.small_columns()["content_hash"].to_pylist())
     if level == "pooled":
         assert read(warehouse, modality).present.sum() == whole
         return
     info = warehouse.info("tiny")
-    matrix = here.read_tokens(info.items, info.fingerprint, info.inputs_of(modality))
+    matrix = stored.read_tokens(info.items, info.fingerprint, info.inputs_of(modality))
     bare = Hashed()
     expected = bare.tokens(InputBatch(texts=bare.texts(texts)), level)
     assert np.diff(matrix.offsets).tolist() == list(map(len, expected))
@@ -595,6 +595,6 @@ def test_a_table_of_several_parts(warehouse: Warehouse, raw: Path) -> None:
     n = 8192 + 10
     prepare(warehouse, raw, ids=[f"id{i}" for i in range(n)], text=[f"t{i}" for i in range(n)])
     run(warehouse, text="hashed")
-    here = table(warehouse, "text", "hashed")
-    assert [pq.read_metadata(part).num_rows for part in here.parts()] == [8192, 10]
+    stored = table(warehouse, "text", "hashed")
+    assert [pq.read_metadata(part).num_rows for part in stored.parts()] == [8192, 10]
     assert read(warehouse, "text", "hashed").present.all()

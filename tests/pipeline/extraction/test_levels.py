@@ -56,20 +56,20 @@ def watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Watched:
     return backbone
 
 
-def run(house: Warehouse, **given: Any) -> ModalityReport:
-    return extract_features(house, "tiny", ExtractOptions(**given)).tables[0]
+def run(warehouse: Warehouse, **options: Any) -> ModalityReport:
+    return extract_features(warehouse, "tiny", ExtractOptions(**options)).tables[0]
 
 
 def table(
-    house: Warehouse, modality: str, level: str = "tokens", name: str = "watched"
+    warehouse: Warehouse, modality: str, level: str = "tokens", name: str = "watched"
 ) -> FeatureTable:
-    return FeatureStore(house).table("tiny", name, modality, level)
+    return FeatureStore(warehouse).table("tiny", name, modality, level)
 
 
-def read(house: Warehouse, modality: str, **more: str) -> TokenMatrix:
-    info = house.info("tiny")
-    found = table(house, modality, **more)
-    return found.read_tokens(info.items, info.fingerprint, info.inputs_of(modality))
+def read(warehouse: Warehouse, modality: str, **options: str) -> TokenMatrix:
+    info = warehouse.info("tiny")
+    stored = table(warehouse, modality, **options)
+    return stored.read_tokens(info.items, info.fingerprint, info.inputs_of(modality))
 
 
 def rows_of(matrix: TokenMatrix) -> list[Any]:
@@ -99,35 +99,35 @@ def test_tokens_are_those_of_a_bare_loop(
     expected = {"text": (3, 1, 0, 2, 0), "image": (4, 1, 0, 1, 0), "joint": (3, 1, 0, 2, 0)}
     assert counts(report) == expected[modality]
     assert (report.level, report.dim) == ("tokens", DIM)
-    found = rows_of(read(tiny, modality))
+    rows = rows_of(read(tiny, modality))
     bare = Hashed()
-    for mine, text, image in zip(found, TEXT, IMAGE, strict=True):
+    for row, text, image in zip(rows, TEXT, IMAGE, strict=True):
         has_text = bool((text or "").strip())
-        there = {"text": has_text, "image": bool(image), "joint": has_text and bool(image)}
-        if not there[modality]:
-            assert mine.shape == (0, DIM)
+        is_present = {"text": has_text, "image": bool(image), "joint": has_text and bool(image)}
+        if not is_present[modality]:
+            assert row.shape == (0, DIM)
             continue
         texts = bare.texts([str(text)]) if modality != "image" else []
         images = [bare_image(raw, str(image))] if modality != "text" else []
         wanted = bare.tokens(InputBatch(images=images, texts=texts), "tokens")[0]
-        assert mine.shape == wanted.shape
-        assert np.abs(mine - wanted).max() < 1e-3
+        assert row.shape == wanted.shape
+        assert np.abs(row - wanted).max() < 1e-3
     light = table(tiny, modality).small_columns()
-    assert light["n_tokens"].to_pylist() == [len(row) for row in found if len(row)]
+    assert light["n_tokens"].to_pylist() == [len(row) for row in rows if len(row)]
 
 
 def test_hidden_states_after_a_block_are_the_librarys(tiny: Warehouse, tmp_path: Path) -> None:
     folder = bert_folder(tmp_path / "bert")
     report = run(tiny, text=str(folder), level="layer-1", dtype="float32", device="cpu")
-    found = rows_of(read(tiny, "text", level="layer-1", name="bert"))
+    rows = rows_of(read(tiny, "text", level="layer-1", name="bert"))
     model = transformers.AutoModel.from_pretrained(folder).eval()
-    words = transformers.AutoTokenizer.from_pretrained(folder)
-    for mine, text in zip(found, TEXT, strict=True):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    for row, text in zip(rows, TEXT, strict=True):
         if not (text or "").strip():
             continue
         with torch.inference_mode():
-            states = model(**words(text, return_tensors="pt"), output_hidden_states=True)
-        assert np.abs(mine - states.hidden_states[1][0].numpy()).max() < 1e-5
+            states = model(**tokenizer(text, return_tensors="pt"), output_hidden_states=True)
+        assert np.abs(row - states.hidden_states[1][0].numpy()).max() < 1e-5
     made = table(tiny, "text", "layer-1", "bert").provenance()
     assert made is not None
     assert (made.level, made.dim) == ("layer-1", report.dim)
@@ -163,10 +163,10 @@ def test_long_rows_make_small_parts(
     parts = table(warehouse, "text", name="hashed").parts()
     assert len(parts) > 5
     assert all(part.stat().st_size < 9000 for part in parts)  # with the footer
-    found = rows_of(read(warehouse, "text", name="hashed"))
-    for text, mine in zip(texts, found, strict=True):
+    rows = rows_of(read(warehouse, "text", name="hashed"))
+    for text, row in zip(texts, rows, strict=True):
         wanted = Hashed().tokens(InputBatch(texts=Hashed().texts([text])), "tokens")[0]
-        assert np.abs(mine - wanted).max() < 1e-3
+        assert np.abs(row - wanted).max() < 1e-3
 
 
 def test_the_mapped_file_follows_the_table(tiny: Warehouse, raw: Path, watched: Watched) -> None:
@@ -208,14 +208,14 @@ def test_rows_of_another_length_than_they_say_are_refused(
         read(tiny, "text")
 
 
-def test_sql_shows_tokens_beside_the_features(tiny: Warehouse, watched: Watched) -> None:
+def test_sql_shows_tokens_apart_from_the_features(tiny: Warehouse, watched: Watched) -> None:
     run(tiny, text="watched", level="tokens")
     run(tiny, text="watched")
-    found = sql_views.query(
+    rows = sql_views.query(
         tiny, "SELECT item_id, level, n_tokens, dim FROM tokens ORDER BY item"
     ).to_pylist()
-    assert [row["item_id"] for row in found] == ["a", "b", "e", "f"]
-    assert {(row["level"], row["dim"]) for row in found} == {("tokens", DIM)}
+    assert [row["item_id"] for row in rows] == ["a", "b", "e", "f"]
+    assert {(row["level"], row["dim"]) for row in rows} == {("tokens", DIM)}
     flat = sql_views.query(
         tiny,
         "SELECT len(embedding) = n_tokens * dim AS whole FROM features_tiny_watched_text_tokens",
@@ -282,8 +282,8 @@ def test_joint_needs_both(warehouse: Warehouse, raw: Path) -> None:
         run(warehouse, joint="hashed")
 
 
-def test_a_bad_picture_fails_its_pair(tiny: Warehouse, raw: Path) -> None:
-    (raw / "1.png").write_bytes(b"no picture")
+def test_a_bad_image_fails_its_pair(tiny: Warehouse, raw: Path) -> None:
+    (raw / "1.png").write_bytes(b"no image")
     report = run(tiny, joint="hashed")
     assert counts(report) == (2, 1, 0, 2, 1)
     assert report.failed == {"not an image in a known format": 1}
@@ -295,7 +295,7 @@ def test_a_bad_picture_fails_its_pair(tiny: Warehouse, raw: Path) -> None:
 def test_strict_stops_at_the_first_failure_and_keeps_what_is_encoded(
     tiny: Warehouse, raw: Path, watched: Watched
 ) -> None:
-    (raw / "2.png").write_bytes(b"no picture")
+    (raw / "2.png").write_bytes(b"no image")
     with pytest.raises(UserError, match=r"item 'c', '2\.png': not an image .*leave --strict out"):
         run(tiny, image="watched", strict=True, batch_size=1)
     picture(raw / "2.png", 9)
@@ -304,8 +304,8 @@ def test_strict_stops_at_the_first_failure_and_keeps_what_is_encoded(
     assert sum(counts(report)) == 6
 
 
-class Tight(Watched):
-    """Has room for so many inputs at once."""
+class LittleMemory(Watched):
+    """A backbone that has memory for ``room`` inputs at once."""
 
     room = 3
     refused = 0
@@ -322,7 +322,7 @@ class Tight(Watched):
 @pytest.mark.parametrize(
     ("modality", "error"),
     [
-        ("image", Tight.error),
+        ("image", LittleMemory.error),
         ("text", RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")),
         ("joint", MemoryError()),
     ],
@@ -339,18 +339,18 @@ def test_out_of_memory_halves_the_batch_goes_on_and_says_so(
     names = [picture(raw / f"{i}.png", i, size=(8, 8)).name for i in range(n)]
     texts = [f"title {i}" for i in range(n)]
     prepare(warehouse, raw, ids=names, text=texts, image=names)
-    backbone = Tight("tight", tmp_path / "log.txt")
+    backbone = LittleMemory("tight", tmp_path / "log.txt")
     backbone.error = error
     monkeypatch.setitem(BACKBONES, "tight", entry(backbone))
-    said: list[str] = []
+    messages: list[str] = []
     given: dict[str, Any] = {modality: "tight", "batch_size": 2 if modality == "text" else 8}
     report = extract_features(
-        warehouse, "tiny", ExtractOptions(**given), notify=said.append
+        warehouse, "tiny", ExtractOptions(**given), notify=messages.append
     ).tables[0]
     assert report.encoded == n
-    assert backbone.refused == len(said) == 2  # it is remembered: 8, 4, and from then on 2
-    assert "out of memory with 8 inputs" in said[0]
-    assert "continuing with 2" in said[1]
+    assert backbone.refused == len(messages) == 2  # remembered: 8, 4, then 2
+    assert "out of memory with 8 inputs" in messages[0]
+    assert "continuing with 2" in messages[1]
     backbone.room = 0
     backbone.checkpoint = "watched-2"
     with pytest.raises(UserError, match=r"out of memory with a single input .*--device cpu"):
@@ -389,11 +389,11 @@ def test_a_full_disk_loses_nothing_that_was_written(
         full.setattr(pq, "write_table", write)
         with pytest.raises(OSError, match="No space left"):
             run(warehouse, text="watched", level=level, batch_size=2)
-    here = table(warehouse, "text", level)
-    kept = len(here.small_columns())
+    stored = table(warehouse, "text", level)
+    kept = len(stored.small_columns())
     assert 0 < kept < 40
-    assert not list(here.path.glob(".*.tmp"))
-    assert here.manifest() is None
+    assert not list(stored.path.glob(".*.tmp"))
+    assert stored.manifest() is None
     report = run(warehouse, text="watched", level=level, batch_size=2)
     assert counts(report) == (40 - kept, 0, kept, 0, 0)
 
@@ -422,31 +422,35 @@ def test_a_dry_run_writes_nothing_and_estimates_what_is_written(
     for level in ("pooled", "tokens"):
         options = ExtractOptions(text="hashed", level=level, batch_size=8)
         before = sorted(warehouse.root.rglob("*"))
-        (found,) = estimate_extraction(warehouse, "tiny", options)
+        (estimated,) = estimate_extraction(warehouse, "tiny", options)
         assert sorted(warehouse.root.rglob("*")) == before
-        assert (found.items, found.rows, found.absent, found.probed) == (600, 599, 1, 64)
-        assert found.tokens == (None if level == "pooled" else 4.0)
-        assert found.seconds > 0
+        assert (estimated.items, estimated.rows, estimated.absent, estimated.probed) == (
+            600,
+            599,
+            1,
+            64,
+        )
+        assert estimated.tokens == (None if level == "pooled" else 4.0)
+        assert estimated.seconds > 0
         written = extract_features(warehouse, "tiny", options).tables[0]
-        assert abs(written.bytes / found.bytes - 1) < 0.15
-        extra = FeatureStore(warehouse).table("tiny", "hashed", "text", level)
-        extra.clear()
+        assert abs(written.bytes / estimated.bytes - 1) < 0.15
+        FeatureStore(warehouse).table("tiny", "hashed", "text", level).clear()
 
 
 def test_frames_are_spread_evenly(warehouse: Warehouse, raw: Path) -> None:
     write_video(raw / "0.mp4", frames=250)
     prepare(warehouse, raw, ids=["a"], video=["0.mp4"])
     run(warehouse, video="hashed", frames=4)
-    found = table(warehouse, "video", "pooled", "hashed")
-    assert found.small_columns()["n_frames"].to_pylist() == [4]
-    made = found.provenance()
+    stored = table(warehouse, "video", "pooled", "hashed")
+    assert stored.small_columns()["n_frames"].to_pylist() == [4]
+    made = stored.provenance()
     assert made is not None
     assert made.preprocessing.startswith("4 evenly spread frames")
     with pytest.raises(UserError, match="other vectors"):
         run(warehouse, video="hashed")
 
 
-def test_clips_of_damaged_files_are_marked(warehouse: Warehouse, raw: Path) -> None:
+def test_videos_of_damaged_files_are_marked(warehouse: Warehouse, raw: Path) -> None:
     whole = write_video(raw / "0.mkv", frames=100, fps=10, gop=10, noise=50).read_bytes()
     for name in ("1.mkv", "2.mkv"):
         (raw / name).write_bytes(whole[: int(len(whole) * 0.6)])
@@ -456,9 +460,9 @@ def test_clips_of_damaged_files_are_marked(warehouse: Warehouse, raw: Path) -> N
     )  # fmt: skip
     run(warehouse, image="hashed")
     assert run(warehouse, video="hashed").partial == 1
-    asked = "SELECT item_id, partial, modality FROM features ORDER BY modality, item"
+    query = "SELECT item_id, partial, modality FROM features ORDER BY modality, item"
     for _ in range(2):
-        assert sql_views.query(warehouse, asked).to_pylist() == [
+        assert sql_views.query(warehouse, query).to_pylist() == [
             {"item_id": "a", "partial": None, "modality": "image"},
             {"item_id": "a", "partial": False, "modality": "video"},
             {"item_id": "b", "partial": True, "modality": "video"},

@@ -260,7 +260,7 @@ class ProgressLine:
         self._shown_at = now
         if keep or not self._is_live:
             self.close()
-            err.print(text)
+            err.print(text, soft_wrap=False)
             return
         if self._live is None:
             from rich.live import Live

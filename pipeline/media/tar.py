@@ -101,7 +101,7 @@ class TarImages:
         os.close(self._file)
 
     def size(self, name: str) -> int:
-        """Return the bytes of one member.
+        """Return the size of one member in bytes.
 
         Raises:
             MissingMemberError: The tar has no member of this name.

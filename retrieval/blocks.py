@@ -1,4 +1,4 @@
-"""How the arithmetic is run: in which precision, and on which threads."""
+"""Precision and threads of blocked computations."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def plain_fp32(device: torch.device) -> Iterator[None]:
-    """No autocast, and no TF32 or bf16 inside fp32 matrix products; restored at the end.
+def strict_fp32(device: torch.device) -> Iterator[None]:
+    """Compute fp32 matrix products in fp32: no autocast, no TF32, no bf16.
 
-    The precision switches belong to the process, not to the thread.
+    The settings are restored at the end. They belong to the process, not to the thread.
     """
     import torch
 
@@ -32,12 +32,20 @@ def plain_fp32(device: torch.device) -> Iterator[None]:
             switch.fp32_precision = precision
 
 
-def each_block(work: Callable[[slice], None], total: int, step: int, device: torch.device) -> None:
-    """Call work(slice) for the blocks of 0..total; they must not depend on one another.
+def for_each_block(
+    work: Callable[[slice], None], total: int, step: int, device: torch.device
+) -> None:
+    """Call ``work(slice)`` for consecutive blocks of 0..total-1, on torch's threads.
 
-    On a CPU each of torch's threads takes whole blocks. When instead all of them share every small
-    operation, they wait for each other at its end; where other programs use the cores as well, that
-    waiting was measured at several times the work. On a GPU the blocks run one after another.
+    On a CPU each thread works on whole blocks. If all threads shared every small operation, they
+    would wait for each other at its end; with other programs on the same cores, the waiting was
+    measured at several times the work. On a GPU the blocks run one after another.
+
+    Args:
+        work: Function of one block. Blocks must not depend on one another.
+        total: Number of rows.
+        step: Rows of one block; the last block may have fewer.
+        device: Device that the work runs on.
     """
     import torch
 
@@ -59,5 +67,5 @@ def each_block(work: Callable[[slice], None], total: int, step: int, device: tor
         list(pool.map(run, blocks))
     finally:
         pool.shutdown(cancel_futures=True)
-        # What the workers set for themselves is also what any later thread would start with.
+        # A later thread starts with the value that the workers set for themselves.
         torch.set_num_threads(before)

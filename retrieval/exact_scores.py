@@ -1,4 +1,4 @@
-"""Inner products that can be trusted: their fp32 error bound, and a canonical float64 form.
+"""Exact comparison of inner products: an error bound for fp32 and canonical float64 scores.
 
 Shape suffixes: U users, B users of one block, N items, D dimensions, P pairs of a user and an item.
 """
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from retrieval.blocks import each_block
+from retrieval.blocks import for_each_block
 from retrieval.sparse_scores import SparseScores
 
 if TYPE_CHECKING:
@@ -25,10 +25,10 @@ FP64_ROUNDOFF = 2.0**-53
 
 
 def as_matrix(name: str, values: Matrix) -> torch.Tensor:
-    """The (rows, D) fp32 matrix as a torch tensor without gradient, on its own device, not copied.
+    """Return a (rows, D) fp32 matrix as a torch tensor on its device, without gradient or copy.
 
     Raises:
-        ValueError: Not two-dimensional, not fp32, or without a dimension.
+        ValueError: The matrix is not two-dimensional, not fp32, or D is 0.
     """
     import torch
 
@@ -41,10 +41,10 @@ def as_matrix(name: str, values: Matrix) -> torch.Tensor:
 
 
 def as_indices(name: str, values: Indices) -> npt.NDArray[np.int64]:
-    """One-dimensional integers as int64 numpy on the CPU.
+    """Return one-dimensional integers as an int64 numpy array.
 
     Raises:
-        ValueError: Not one-dimensional or not integers.
+        ValueError: The values are not one-dimensional or not integers.
     """
     array = as_numpy(values)
     if array.ndim != 1 or array.dtype.kind not in "iu":
@@ -53,7 +53,7 @@ def as_indices(name: str, values: Indices) -> npt.NDArray[np.int64]:
 
 
 def as_numpy(values: torch.Tensor | npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
-    """Numpy on the CPU, from a torch tensor of any device or from numpy."""
+    """Return a torch tensor of any device, or a numpy array, as a numpy array."""
     if isinstance(values, np.ndarray):
         return values
     array: npt.NDArray[np.generic] = values.detach().cpu().numpy()
@@ -64,12 +64,12 @@ def _from_numpy(values: npt.NDArray[np.float32]) -> torch.Tensor:
     import torch
 
     array = np.ascontiguousarray(values)
-    # torch warns about read-only memory (a memory-mapped matrix); nothing here writes to it.
+    # torch warns about read-only memory, such as a memory-mapped matrix.
     return torch.from_numpy(array if array.flags.writeable else array.copy())
 
 
 def row_norms(name: str, matrix_RD: torch.Tensor) -> torch.Tensor:
-    """Euclidean length of each row, (rows,) float64.
+    """Return the Euclidean length of each row, (rows,) float64.
 
     Raises:
         ValueError: A row holds NaN or infinity.
@@ -81,8 +81,8 @@ def row_norms(name: str, matrix_RD: torch.Tensor) -> torch.Tensor:
     def measure(rows: slice) -> None:
         norms_R[rows] = torch.linalg.vector_norm(matrix_RD[rows].double(), dim=1)
 
-    each_block(measure, len(matrix_RD), _rows_at_once(matrix_RD), matrix_RD.device)
-    # fp32 squared cannot overflow float64: a length that is not finite means an entry is not.
+    for_each_block(measure, len(matrix_RD), _rows_at_once(matrix_RD), matrix_RD.device)
+    # fp32 squared cannot overflow float64, so an infinite length comes from an infinite entry.
     bad_R = ~torch.isfinite(norms_R)
     if bad_R.any():
         raise ValueError(f"{name} row {int(bad_R.nonzero()[0])} holds NaN or infinity")
@@ -92,18 +92,18 @@ def row_norms(name: str, matrix_RD: torch.Tensor) -> torch.Tensor:
 def error_bound(
     dim: int, left: torch.Tensor, right: torch.Tensor | float, roundoff: float
 ) -> torch.Tensor:
-    """How far a computed inner product, and its canonical form, can lie from the true one.
+    """Return a bound on the error of a computed inner product against its canonical score.
 
     Any order of summation, with or without fused multiply-add, errs by at most
     g * |left| * |right| with g = D * u / (1 - D * u) (Higham, Accuracy and Stability of Numerical
-    Algorithms, 2nd ed., section 3.1). The second term covers the canonical form's own rounding and
-    the rounding of a difference of two scores; the last one covers underflow, flushed or not.
+    Algorithms, 2nd ed., section 3.1). The second term covers the rounding of the canonical
+    score and of a difference of two scores; the last term covers underflow.
 
     Args:
         dim: D.
         left: Lengths of the vectors on one side, float64.
         right: Lengths of the vectors on the other side.
-        roundoff: u of the format that the product was computed in.
+        roundoff: Unit roundoff u of the format that the product was computed in.
     """
     terms = dim / (1 - dim * roundoff) + dim.bit_length() + 4
     return 1.001 * roundoff * terms * left * right + dim * 2.0**-124
@@ -112,11 +112,12 @@ def error_bound(
 def exact_scores(
     left_UD: torch.Tensor, right_ND: torch.Tensor, left_P: torch.Tensor, right_P: torch.Tensor
 ) -> torch.Tensor:
-    """Canonical inner products of the pairs (left_P, right_P), (P,) float64.
+    """Return the canonical inner products of the pairs (left_P, right_P), (P,) float64.
 
-    A product of two fp32 numbers is exact in float64, and the sum is folded in halves in one fixed
-    order out of elementwise additions: the same bits on every device, for every number of pairs.
-    A matrix product promises neither. Works in chunks, so memory does not grow with P x D.
+    A product of two fp32 numbers is exact in float64. The sum is folded in halves, in a fixed order
+    of elementwise additions, so that the bits depend neither on the device nor on the number of
+    pairs; those of a matrix product do. The pairs are computed in chunks, so that memory does not
+    grow with P x D.
     """
     import torch
 
@@ -136,7 +137,7 @@ def exact_scores(
 
 
 def _rows_at_once(matrix_RD: torch.Tensor) -> int:
-    """Rows to take to float64 together: in the cache on a CPU, enough for a launch on a GPU."""
+    """Return the rows of one chunk: they fit a CPU's cache, or occupy a GPU."""
     return max(1, (2**17 if matrix_RD.device.type == "cpu" else 2**25) // matrix_RD.shape[1])
 
 
@@ -203,7 +204,7 @@ class TargetScores:
                 self.target_value_U[part] = torch.from_numpy(values).to(self.device)
                 self.score_U[part] += self.target_value_U[part]
 
-        each_block(score, users, 512 if self.device.type == "cpu" else 2**20, self.device)
+        for_each_block(score, users, 512 if self.device.type == "cpu" else 2**20, self.device)
 
     def margin(self, users: slice, longest: torch.Tensor, roundoff: float) -> torch.Tensor:
         """Return the difference to the target's score beyond which its sign is certain.
@@ -222,7 +223,7 @@ class TargetScores:
         length_B = self.query_length_U[users]
         target_length_B = self.item_length_N[self.target_U[users]]
         theirs_B = error_bound(self.dim, length_B, longest, roundoff)
-        # The target's own score is canonical; all it suffers is one rounding to the format.
+        # The target's score is canonical; its only error is one rounding to the format.
         margin_B = theirs_B + 8 * roundoff * length_B * target_length_B
         if self.target_value_U is not None:
             margin_B += 8 * roundoff * self.target_value_U[users].abs()
@@ -260,7 +261,7 @@ class TargetScores:
 
     @cached_property
     def vector_N(self) -> torch.Tensor:
-        """(N,) number of each item's vector among the distinct vectors."""
+        """Return the index of each item's vector among the distinct vectors, (N,)."""
         import torch
 
         vector_N: torch.Tensor = torch.unique(self.item_ND, dim=0, return_inverse=True)[1]

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from retrieval.blocks import each_block, plain_fp32
+from retrieval.blocks import for_each_block, strict_fp32
 from retrieval.exact_scores import FP32_ROUNDOFF, TargetScores, as_indices
 from retrieval.indexes import LONGEST_LIST, FaissIndex, find_index
-from retrieval.pairs import CorrectedPairs, contains, most_pairs, seen_pairs
+from retrieval.pairs import CorrectedPairs, contains, corrected_pairs, most_pairs, seen_pairs
 from retrieval.ranking import Ranks, rank
 from retrieval.seen_items import SeenItems
 from retrieval.sparse_scores import SparseScores
@@ -48,27 +48,25 @@ def rank_with(
     """
     if find_index(index) is not FaissIndex:
         return rank(queries, items, targets, exclude, correction=correction)
-    contest = TargetScores(queries, items, targets, correction)
-    users, count = len(contest.query_UD), len(contest.item_ND)
+    target_scores = TargetScores(queries, items, targets, correction)
+    users, count = len(target_scores.query_UD), len(target_scores.item_ND)
     if exclude is not None:
         exclude.check(users, count)
-    flat = FaissIndex(contest.item_ND)
+    flat = FaissIndex(target_scores.item_ND)
     kept, filtered = np.zeros(users, np.int64), np.zeros(users, np.int64)
 
     def read_block(part: slice) -> None:
-        seen = seen_pairs(exclude, part, count, contest.device)
-        corrected = None
-        if correction is not None:
-            corrected = CorrectedPairs.of_block(correction, part, seen, count, contest.target_U)
-        kept[part], filtered[part] = _read_off(contest, flat, part, seen, corrected)
+        seen = seen_pairs(exclude, part, count, target_scores.device)
+        corrected = corrected_pairs(correction, part, seen, count, target_scores.target_U)
+        kept[part], filtered[part] = _read_off(target_scores, flat, part, seen, corrected)
 
-    with plain_fp32(contest.device):
-        each_block(read_block, users, 1024, contest.device)
+    with strict_fp32(target_scores.device):
+        for_each_block(read_block, users, 1024, target_scores.device)
     left = np.flatnonzero(kept == 0)
     if len(left):
         counted = rank(
-            contest.query_UD[left],
-            contest.item_ND,
+            target_scores.query_UD[left],
+            target_scores.item_ND,
             as_indices("targets", targets)[left],
             exclude.take(left) if exclude is not None else None,
             correction=correction.take(left) if correction is not None else None,
@@ -78,7 +76,7 @@ def rank_with(
 
 
 def _read_off(
-    contest: TargetScores,
+    target_scores: TargetScores,
     flat: FaissIndex,
     users: slice,
     seen: Pairs,
@@ -87,26 +85,30 @@ def _read_off(
     """Return (B,) kept and (B,) filtered ranks; 0 where the list ends before the target's place."""
     import torch
 
-    count = len(contest.item_ND)
+    count = len(target_scores.item_ND)
     may_lead = seen if corrected is None else corrected.with_seen(seen, corrected.value < 0)
     fetch = min(count, LONGEST_LIST, _CUTOFF + most_pairs(may_lead[0]))
-    score_BF, item_BF = flat.fetch(contest.query_UD[users], fetch)
-    ahead_BF = score_BF.double() - contest.score_U[users, None]
-    margin_B = contest.margin(users, contest.item_length_N.max(), FP32_ROUNDOFF)[:, None]
+    score_BF, item_BF = flat.fetch(target_scores.query_UD[users], fetch)
+    ahead_BF = score_BF.double() - target_scores.score_U[users, None]
+    margin_B = target_scores.margin(users, target_scores.item_length_N.max(), FP32_ROUNDOFF)[
+        :, None
+    ]
     closed_B = (ahead_BF[:, -1:] < -margin_B)[:, 0]
     if fetch == count:
         closed_B = torch.ones_like(closed_B)
-    rival_BF = (item_BF != contest.target_U[users, None]) & closed_B[:, None]
+    rival_BF = (item_BF != target_scores.target_U[users, None]) & closed_B[:, None]
     if corrected is not None:
         rival_BF &= ~contains((corrected.row, corrected.item), item_BF, count)
     above_BF = (ahead_BF > margin_B) & rival_BF
     row_P, column_P = ((ahead_BF.abs() <= margin_B) & rival_BF).nonzero(as_tuple=True)
-    above_BF[row_P, column_P] = contest.at_least(row_P + users.start, item_BF[row_P, column_P])
+    above_BF[row_P, column_P] = target_scores.at_least(
+        row_P + users.start, item_BF[row_P, column_P]
+    )
     above_B = above_BF.sum(1)
     seen_above_B = (above_BF & contains(seen, item_BF, count)).sum(1)
     if corrected is not None:
         pairs = corrected.where(closed_B[corrected.row])
-        above_P = contest.at_least(pairs.row + users.start, pairs.item, pairs.value)
+        above_P = target_scores.at_least(pairs.row + users.start, pairs.item, pairs.value)
         above_B += pairs.row[above_P].bincount(minlength=len(above_B))
         seen_above_B += pairs.row[above_P & pairs.is_seen].bincount(minlength=len(above_B))
     kept_B = (1 + above_B) * closed_B

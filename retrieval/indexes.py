@@ -1,8 +1,8 @@
 """Indexes over a catalogue: the best items of each query.
 
-Every index here is exact, and all of them agree to the last bit: an index only proposes candidates,
-by fp32 scores of its own; a proven error bound says which candidates can matter, and canonical
-float64 scores (`retrieval.exact_scores.exact_scores`) put those in order.
+Every index is exact, and all of them return the same bits. An index proposes candidates by fp32
+scores of its own. An error bound selects the candidates that can be among the best, and canonical
+float64 scores (`retrieval.exact_scores.exact_scores`) give their order.
 
 Shape suffixes: U users, B users of one block, N items, D dimensions, F fetched candidates, K kept.
 """
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from retrieval.blocks import each_block, plain_fp32
+from retrieval.blocks import for_each_block, strict_fp32
 from retrieval.exact_scores import (
     FP32_ROUNDOFF,
     as_matrix,
@@ -24,7 +24,7 @@ from retrieval.exact_scores import (
     refuse_overflow,
     row_norms,
 )
-from retrieval.pairs import CorrectedPairs, contains, most_pairs, seen_pairs
+from retrieval.pairs import CorrectedPairs, contains, corrected_pairs, most_pairs, seen_pairs
 from retrieval.seen_items import SeenItems
 from retrieval.sparse_scores import SparseScores
 
@@ -34,9 +34,10 @@ if TYPE_CHECKING:
     from retrieval.exact_scores import Matrix
     from retrieval.pairs import Pairs
 
-Found = tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]
+TopItems = tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]
+"""(U, k) scores, descending, and (U, k) items."""
 
-_SPARE = 16  # candidates beyond those asked for, so that the last one's rivals are among them
+_SPARE = 16  # candidates beyond k, so that items with nearly the k-th score are among them
 LONGEST_LIST = (
     2048  # candidates a query; past it FAISS's heaps cost more than a product and a top-k
 )
@@ -51,7 +52,7 @@ class Index(Protocol):
         k: int,
         exclude: SeenItems | None = None,
         correction: SparseScores | None = None,
-    ) -> Found:
+    ) -> TopItems:
         """Return the k items with the highest scores of each query, exactly.
 
         A score is an inner product plus the correction. Order: score descending, item ascending
@@ -77,7 +78,10 @@ class Index(Protocol):
 
 
 class TorchIndex:
-    """Candidates from matrix products, tile by tile, on the items' own device."""
+    """Index that takes its candidates from matrix products, tile by tile, on the items' device.
+
+    A subclass that overrides `candidates` is an exact index as well.
+    """
 
     def __init__(self, items: Matrix) -> None:
         """Keep the (N, D) fp32 items, without a copy."""
@@ -92,7 +96,7 @@ class TorchIndex:
         k: int,
         exclude: SeenItems | None = None,
         correction: SparseScores | None = None,
-    ) -> Found:
+    ) -> TopItems:
         """See `Index.search`."""
         query_UD = as_matrix("queries", queries).to(self.item_ND.device)
         (users, dim), (count, item_dim) = query_UD.shape, self.item_ND.shape
@@ -114,13 +118,11 @@ class TorchIndex:
             rows = None if correction is None else correction.rows(part.start, part.stop)
             refuse_overflow(length_B, self._length_N, rows)
             seen = seen_pairs(exclude, part, count, query_UD.device)
-            corrected = None
-            if correction is not None:
-                corrected = CorrectedPairs.of_block(correction, part, seen, count)
+            corrected = corrected_pairs(correction, part, seen, count)
             self._search_block(query_BD, length_B, seen, corrected, (scores[part], items[part]))
 
-        with plain_fp32(query_UD.device):
-            each_block(search_block, users, step, query_UD.device)
+        with strict_fp32(query_UD.device):
+            for_each_block(search_block, users, step, query_UD.device)
         return scores, items
 
     def _search_block(
@@ -129,7 +131,7 @@ class TorchIndex:
         length_B: torch.Tensor,
         seen: Pairs,
         corrected: CorrectedPairs | None,
-        out: Found,
+        out: TopItems,
     ) -> None:
         """Write the (B, K) scores and items of one block of users into `out`."""
         import torch
@@ -141,8 +143,8 @@ class TorchIndex:
             left_out = corrected.with_seen(seen)
             may_lead = corrected.with_seen(seen, corrected.value < 0)
             best = self._best_corrected(query_BD, corrected, k)
-        score_BF, item_BF, bound_B = self._candidates(query_BD, k + _SPARE, left_out, may_lead)
-        # The k-th candidate and an item below it can both be off, towards each other.
+        score_BF, item_BF, bound_B = self.candidates(query_BD, k + _SPARE, left_out, may_lead)
+        # Both the k-th candidate and an item below it can err, towards each other.
         longest = self._length_N.max()
         margin_B = 2 * error_bound(query_BD.shape[1], length_B, longest, FP32_ROUNDOFF)
         floor_B = _kth_score(score_BF, k, best) - margin_B
@@ -153,7 +155,7 @@ class TorchIndex:
         if best is not None:
             exact_BF, item_BF = torch.cat([exact_BF, best[0]], 1), torch.cat([item_BF, best[1]], 1)
         _write_best(exact_BF, item_BF, out)
-        # An item that was not fetched could belong to the best: many equals, or very near ones.
+        # An item that was not fetched can be among the best: many scores are equal or nearly so.
         for row in (bound_B >= floor_B).logical_and_(bound_B > -torch.inf).nonzero()[:, 0].tolist():
             score_N = torch.mv(self.item_ND, query_BD[row])
             score_N[left_out[1][left_out[0] == row]] = -torch.inf
@@ -196,7 +198,7 @@ class TorchIndex:
         item_BW[place] = pairs.item[order_P[first_P]]
         return score_BW, item_BW
 
-    def _candidates(
+    def candidates(
         self, query_BD: torch.Tensor, fetch: int, left_out: Pairs, may_lead: Pairs
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return the items with the highest inner products that are not left out.
@@ -243,7 +245,7 @@ def _kth_score(
     return score_BF[:, k - 1].double()
 
 
-def _write_best(exact_BF: torch.Tensor, item_BF: torch.Tensor, out: Found) -> None:
+def _write_best(exact_BF: torch.Tensor, item_BF: torch.Tensor, out: TopItems) -> None:
     """Write the best of (B, F) canonical scores and items into `out`, in the order of `search`."""
     import torch
 
@@ -256,10 +258,10 @@ def _write_best(exact_BF: torch.Tensor, item_BF: torch.Tensor, out: Found) -> No
 
 
 class FaissIndex(TorchIndex):
-    """Candidates from a flat FAISS index (`IndexFlatIP`), on the CPU.
+    """Index that takes its candidates from a flat FAISS index (`IndexFlatIP`), on the CPU.
 
-    It fetches k, plus a few, plus as many as the block's keenest user has seen; where that makes
-    more than 2,048, the candidates come from torch instead.
+    It fetches k items and a few more, plus the largest number of items that one user of the block
+    has seen or a correction lowers. If these are more than 2,048, the candidates come from torch.
     """
 
     def __init__(self, items: Matrix) -> None:
@@ -271,25 +273,26 @@ class FaissIndex(TorchIndex):
         self._flat.add(self.item_ND.cpu().contiguous().numpy())
 
     def fetch(self, query_BD: torch.Tensor, fetch: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B, F) scores in descending order and (B, F) items, F = fetch <= N, seen or not."""
+        """Return the (B, fetch) highest scores, descending, and their items; fetch <= N."""
         import faiss
         import torch
 
-        # FAISS brings an OpenMP of its own: as many threads as torch may use on this thread.
+        # FAISS has an OpenMP runtime of its own; it gets the number of threads of torch.
         faiss.omp_set_num_threads(torch.get_num_threads())
         score_BF, item_BF = self._flat.search(query_BD.cpu().contiguous().numpy(), fetch)
         device = query_BD.device
         return torch.from_numpy(score_BF).to(device), torch.from_numpy(item_BF).to(device)
 
-    def _candidates(
+    def candidates(
         self, query_BD: torch.Tensor, fetch: int, left_out: Pairs, may_lead: Pairs
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """See `TorchIndex.candidates`."""
         import torch
 
         count = len(self.item_ND)
         enough = min(fetch + most_pairs(may_lead[0]), count)
         if enough > LONGEST_LIST:
-            return super()._candidates(query_BD, fetch, left_out, may_lead)
+            return super().candidates(query_BD, fetch, left_out, may_lead)
         score_BF, item_BF = self.fetch(query_BD, enough)
         bound_B = score_BF[:, -1] - (torch.inf if enough == count else 0.0)
         score_BF = score_BF.masked_fill(contains(left_out, item_BF, count), -torch.inf)
@@ -301,7 +304,7 @@ INDEXES: dict[str, Callable[[Matrix], Index]] = {"faiss": FaissIndex, "torch": T
 
 
 def make_index(name: str, items: Matrix) -> Index:
-    """The index of this name over (N, D) fp32 items.
+    """Return the index of this name over (N, D) fp32 items.
 
     Raises:
         ValueError: An unknown name, or items that are not a finite fp32 matrix.

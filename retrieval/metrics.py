@@ -1,7 +1,7 @@
-"""Ranking metrics for one target a user: per user first, the mean is the caller's.
+"""Ranking metrics for one target per user. Each returns a value per user; callers take the mean.
 
-With one target, HR@k (is it among the first k?) and Recall@k (which share of the targets is?) are
-the same number, and so is precision@k up to the factor k.
+With one target, HR@k (the target is among the first k) and Recall@k (the share of targets among the
+first k) are equal, and precision@k is the same divided by k.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ PerUser = npt.NDArray[np.float64]
 
 
 def hit_rate(ranks: npt.NDArray[np.int64], k: int) -> PerUser:
-    """HR@k, equal to Recall@k with one target: (U,) 1.0 where rank <= k, else 0.0."""
+    """Return HR@k, which is Recall@k with one target: (U,) 1.0 where rank <= k, else 0.0."""
     return (_ranks(ranks) <= _cutoff(k)).astype(np.float64)
 
 
 def ndcg(ranks: npt.NDArray[np.int64], k: int) -> PerUser:
-    """NDCG@k: (U,) 1 / log2(rank + 1) where rank <= k, else 0.
+    """Return NDCG@k: (U,) 1 / log2(rank + 1) where rank <= k, else 0.
 
     The ideal list has its one relevant item first, a gain of 1 / log2(2) = 1, so this is normalised
     (Jarvelin and Kekalainen 2002). Libraries that divide by the ideal gain of k relevant items
@@ -31,7 +31,7 @@ def ndcg(ranks: npt.NDArray[np.int64], k: int) -> PerUser:
 
 
 def reciprocal_rank(ranks: npt.NDArray[np.int64]) -> PerUser:
-    """1 / rank, (U,), over the whole list; its mean over users is MRR."""
+    """Return 1 / rank, (U,), over the whole list; the mean over users is MRR."""
     return 1.0 / _ranks(ranks)
 
 
@@ -47,7 +47,7 @@ METRIC_NAMES = (*(f"{name}@{k}" for name in METRICS for k in CUTOFFS), "MRR")
 
 
 def per_user(ranks: npt.NDArray[np.int64], cutoffs: Sequence[int] = CUTOFFS) -> dict[str, PerUser]:
-    """Every metric of every user: "HR@5", ..., "NDCG@5", ..., "MRR", each (U,) float64.
+    """Return every metric of every user: "HR@5", ..., "NDCG@5", ..., "MRR", each (U,) float64.
 
     Args:
         ranks: (U,) from 1, filtered or kept.
@@ -64,7 +64,7 @@ def _ranks(ranks: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     if ranks.dtype.kind not in "iu" or ranks.ndim != 1:
         raise ValueError(f"ranks are {ranks.dtype} of shape {ranks.shape}: expected (U,) integers")
     if len(ranks) and ranks.min() < 1:
-        raise ValueError(f"ranks start at 1, found {ranks.min()}")
+        raise ValueError(f"the smallest rank is {ranks.min()}: ranks start at 1")
     return ranks
 
 

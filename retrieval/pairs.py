@@ -32,38 +32,6 @@ class CorrectedPairs:
     is_seen: torch.Tensor
     """(P,) whether the user has seen the item, bool."""
 
-    @classmethod
-    def of_block(
-        cls,
-        correction: SparseScores,
-        users: slice,
-        seen: Pairs,
-        items: int,
-        target_U: torch.Tensor | None = None,
-    ) -> CorrectedPairs:
-        """Return the pairs of a block of users.
-
-        Args:
-            correction: Scores of all users.
-            users: Users of the block.
-            seen: Distinct (row in the block, seen item).
-            items: Number of items.
-            target_U: (U,) target of each user; pairs of a user and the target are left out.
-        """
-        import torch
-
-        row, item, value = correction.entries(users.start, users.stop)
-        order = np.argsort(item, kind="stable")
-        device = seen[0].device
-        row_P, item_P, value_P = (
-            torch.from_numpy(values[order]).to(device) for values in (row, item, value)
-        )
-        if target_U is not None:
-            rival_P = item_P != target_U[users][row_P]
-            row_P, item_P, value_P = row_P[rival_P], item_P[rival_P], value_P[rival_P]
-        is_seen = torch.isin(row_P * items + item_P, seen[0] * items + seen[1])
-        return cls(row=row_P, item=item_P, value=value_P, is_seen=is_seen)
-
     def where(self, chosen: torch.Tensor | slice) -> CorrectedPairs:
         """Return the chosen pairs; `chosen` is a (P,) mask or a slice."""
         return CorrectedPairs(
@@ -100,6 +68,39 @@ def seen_pairs(
         return nothing, nothing
     row, item = exclude.pairs(users.start, users.stop, items)
     return torch.from_numpy(row).to(device), torch.from_numpy(item).to(device)
+
+
+def corrected_pairs(
+    correction: SparseScores | None,
+    users: slice,
+    seen: Pairs,
+    items: int,
+    target_U: torch.Tensor | None = None,
+) -> CorrectedPairs | None:
+    """Return the corrected pairs of a block of users, on the device of the seen pairs.
+
+    Args:
+        correction: Scores of all users; the result is None if it is None.
+        users: Users of the block.
+        seen: Distinct (row in the block, seen item).
+        items: Number of items.
+        target_U: (U,) target of each user; pairs of a user and the target are left out.
+    """
+    import torch
+
+    if correction is None:
+        return None
+    row, item, value = correction.entries(users.start, users.stop)
+    order = np.argsort(item, kind="stable")
+    device = seen[0].device
+    row_P, item_P, value_P = (
+        torch.from_numpy(values[order]).to(device) for values in (row, item, value)
+    )
+    if target_U is not None:
+        rival_P = item_P != target_U[users][row_P]
+        row_P, item_P, value_P = row_P[rival_P], item_P[rival_P], value_P[rival_P]
+    is_seen = torch.isin(row_P * items + item_P, seen[0] * items + seen[1])
+    return CorrectedPairs(row=row_P, item=item_P, value=value_P, is_seen=is_seen)
 
 
 def most_pairs(row_P: torch.Tensor) -> int:

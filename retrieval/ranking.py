@@ -1,4 +1,4 @@
-"""Exact full-catalogue ranks by counting, both with and without the seen items.
+"""Exact full-catalogue ranks by counting, with the seen items kept and filtered.
 
 Shape suffixes: U users, B users of one block, N items, C items of one tile, D dimensions,
 P pairs of a user and an item.
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from retrieval.blocks import each_block, plain_fp32
+from retrieval.blocks import for_each_block, strict_fp32
 from retrieval.exact_scores import (
     FP32_ROUNDOFF,
     FP64_ROUNDOFF,
@@ -21,7 +21,7 @@ from retrieval.exact_scores import (
     as_numpy,
     check_targets,
 )
-from retrieval.pairs import CorrectedPairs, seen_pairs
+from retrieval.pairs import CorrectedPairs, corrected_pairs, seen_pairs
 from retrieval.seen_items import SeenItems
 from retrieval.sparse_scores import SparseScores
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from retrieval.exact_scores import Indices, Matrix
 
-_GROUP = 32  # columns that share one minimum when the close calls of a tile are looked for
+_GROUP = 32  # columns that share one minimum in the search for the close pairs of a tile
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,7 +40,7 @@ class Ranks:
     kept: npt.NDArray[np.int64]
     """(U,) among the whole catalogue."""
     filtered: npt.NDArray[np.int64]
-    """(U,) with the user's seen items taken out; the target itself always stays."""
+    """(U,) without the user's seen items; the target itself always stays."""
 
 
 def rank(
@@ -64,10 +64,10 @@ def rank(
     Args:
         queries: (U, D) fp32, torch on any device or numpy.
         items: (N, D) fp32, on the same device.
-        targets: (U,) the item that each user really took.
+        targets: (U,) the item that each user interacted with.
         exclude: Items that the filtered rank leaves out; none when None.
         correction: Scores that are added to the inner products; none when None.
-        block: Users and items of one tile of scores; memory is a few such tiles to a thread.
+        block: Users and items of one tile of scores; each thread holds a few such tiles.
 
     Raises:
         ValueError: Shapes, dtypes, devices, targets, excluded or corrected items that do not fit,
@@ -75,41 +75,45 @@ def rank(
     """
     import torch
 
-    contest = TargetScores(queries, items, targets, correction)
-    users, count = len(contest.query_UD), len(contest.item_ND)
+    target_scores = TargetScores(queries, items, targets, correction)
+    users, count = len(target_scores.query_UD), len(target_scores.item_ND)
     if exclude is not None:
         exclude.check(users, count)
-    if block is None:
-        share = -(-users // torch.get_num_threads())
-        block = (min(512, max(64, share)), 4096)
-        if contest.device.type != "cpu":
-            block = (4096, 32768)
+    block = block or _default_block(users, target_scores.device)
     if min(block) < 1:
         raise ValueError(f"block is {block}: both sides must be at least 1")
     width = min(block[1], count, 2**24)  # flags are added up in fp32, exact up to here
-    above_U = torch.zeros(users, dtype=torch.int64, device=contest.device)
+    above_U = torch.zeros(users, dtype=torch.int64, device=target_scores.device)
     seen_above_U = torch.zeros_like(above_U)
 
     def count_block(part: slice) -> None:
-        seen = seen_pairs(exclude, part, count, contest.device)
-        corrected = None
-        if correction is not None:
-            corrected = CorrectedPairs.of_block(correction, part, seen, count, contest.target_U)
-        scratch = torch.empty((part.stop - part.start) * width, device=contest.device)
+        seen = seen_pairs(exclude, part, count, target_scores.device)
+        corrected = corrected_pairs(correction, part, seen, count, target_scores.target_U)
+        scratch = torch.empty((part.stop - part.start) * width, device=target_scores.device)
         for low in range(0, count, width):
             tile = slice(low, min(low + width, count))
-            above_B, seen_above_B = _count_tile(contest, part, tile, seen, corrected, scratch)
+            above_B, seen_above_B = _count_tile(target_scores, part, tile, seen, corrected, scratch)
             above_U[part] += above_B
             seen_above_U[part] += seen_above_B
 
-    with plain_fp32(contest.device):
-        each_block(count_block, users, block[0], contest.device)
+    with strict_fp32(target_scores.device):
+        for_each_block(count_block, users, block[0], target_scores.device)
     kept = 1 + above_U.cpu().numpy()
     return Ranks(kept=kept, filtered=kept - seen_above_U.cpu().numpy())
 
 
+def _default_block(users: int, device: torch.device) -> tuple[int, int]:
+    """Return users and items of a tile that keep every CPU thread, or the GPU, busy."""
+    import torch
+
+    if device.type != "cpu":
+        return 4096, 32768
+    share = -(-users // torch.get_num_threads())
+    return min(512, max(64, share)), 4096
+
+
 def _count_tile(
-    contest: TargetScores,
+    target_scores: TargetScores,
     users: slice,
     tile: slice,
     seen: tuple[torch.Tensor, torch.Tensor],
@@ -123,52 +127,80 @@ def _count_tile(
     import torch
 
     dtype = scratch.dtype
-    query_BD, item_CD = contest.query_UD[users].to(dtype), contest.item_ND[tile].to(dtype)
-    shape = len(query_BD), len(item_CD)
-    score_BC = scratch[: shape[0] * shape[1]].view(shape)
-    torch.mm(query_BD, item_CD.T, out=score_BC)
-    # The target neither is above itself nor can be seen.
-    target_B = contest.target_U[users]
-    own_row = ((target_B >= tile.start) & (target_B < tile.stop)).nonzero()[:, 0]
-    score_BC[own_row, target_B[own_row] - tile.start] = -torch.inf
+    score_BC = _score_tile(target_scores, users, tile, scratch)
     roundoff = FP32_ROUNDOFF if dtype == torch.float32 else FP64_ROUNDOFF
-    longest = contest.item_length_N[tile].max()
-    margin_B = contest.margin(users, longest, roundoff)
+    longest = target_scores.item_length_N[tile].max()
+    margin_B = target_scores.margin(users, longest, roundoff)
     close = 0
     if corrected is not None:
         pairs = corrected.between(tile)
-        above_P, close_P = _compare_corrected(contest, users, tile, pairs, score_BC, margin_B)
+        above_P, close_P = _compare_corrected(target_scores, users, tile, pairs, score_BC, margin_B)
         close = int(close_P.sum())
     margin_B = margin_B.to(dtype)
-    above_B, row, column = _compare(score_BC, contest.score_U[users].to(dtype), margin_B)
+    above_B, row, column = _compare(score_BC, target_scores.score_U[users].to(dtype), margin_B)
     many = len(row) + close > 1024 + score_BC.numel() // 64
     if many and dtype == torch.float32:
-        # Vectors that have all but collapsed onto one another: float64 settles most of it.
-        return _count_tile(
-            contest, users, tile, seen, corrected, torch.empty_like(scratch, dtype=torch.float64)
-        )
+        # Many vectors are nearly equal: float64 decides most of the pairs.
+        wide = torch.empty_like(scratch, dtype=torch.float64)
+        return _count_tile(target_scores, users, tile, seen, corrected, wide)
 
     def count(row_P: torch.Tensor) -> torch.Tensor:
         return torch.bincount(row_P, minlength=len(above_B))
 
-    above_B += count(row[_at_least(contest, users, row, column + tile.start, many)])
+    above_B += count(row[_at_least(target_scores, users, row, column + tile.start, many)])
     in_tile = (seen[1] >= tile.start) & (seen[1] < tile.stop)
     seen_row, seen_item = seen[0][in_tile], seen[1][in_tile]
     ahead = score_BC[seen_row, seen_item - tile.start]  # by now less the target's score
     seen_above_B = count(seen_row[ahead > margin_B[seen_row]])
     near = ahead.abs() <= margin_B[seen_row]
     seen_row, seen_item = seen_row[near], seen_item[near]
-    seen_above_B += count(seen_row[_at_least(contest, users, seen_row, seen_item, many)])
+    seen_above_B += count(seen_row[_at_least(target_scores, users, seen_row, seen_item, many)])
     if corrected is not None:
         pair = pairs.where(close_P)
-        above_P[close_P] = _at_least(contest, users, pair.row, pair.item, many, pair.value)
+        above_P[close_P] = _at_least(target_scores, users, pair.row, pair.item, many, pair.value)
         above_B += count(pairs.row[above_P])
         seen_above_B += count(pairs.row[above_P & pairs.is_seen])
     return above_B, seen_above_B
 
 
+def _score_tile(
+    target_scores: TargetScores, users: slice, tile: slice, scratch: torch.Tensor
+) -> torch.Tensor:
+    """Return the (B, C) inner products of a tile in `scratch`, with -inf for each target."""
+    import torch
+
+    query_BD = target_scores.query_UD[users].to(scratch.dtype)
+    item_CD = target_scores.item_ND[tile].to(scratch.dtype)
+    shape = len(query_BD), len(item_CD)
+    score_BC = scratch[: shape[0] * shape[1]].view(shape)
+    torch.mm(query_BD, item_CD.T, out=score_BC)
+    # The target is not above itself, and does not count as seen.
+    target_B = target_scores.target_U[users]
+    own_row = ((target_B >= tile.start) & (target_B < tile.stop)).nonzero()[:, 0]
+    score_BC[own_row, target_B[own_row] - tile.start] = -torch.inf
+    return score_BC
+
+
+def _score_tile(
+    target_scores: TargetScores, users: slice, tile: slice, scratch: torch.Tensor
+) -> torch.Tensor:
+    """Return the (B, C) inner products of a tile in `scratch`, with -inf for each target."""
+    import torch
+
+    query_BD = target_scores.query_UD[users].to(scratch.dtype)
+    item_CD = target_scores.item_ND[tile].to(scratch.dtype)
+    shape = len(query_BD), len(item_CD)
+    score_BC = scratch[: shape[0] * shape[1]].view(shape)
+    torch.mm(query_BD, item_CD.T, out=score_BC)
+    # The target is not above itself, and does not count as seen.
+    target_B = target_scores.target_U[users]
+    own_row = ((target_B >= tile.start) & (target_B < tile.stop)).nonzero()[:, 0]
+    score_BC[own_row, target_B[own_row] - tile.start] = -torch.inf
+    return score_BC
+
+
 def _compare_corrected(
-    contest: TargetScores,
+    target_scores: TargetScores,
     users: slice,
     tile: slice,
     pairs: CorrectedPairs,
@@ -185,7 +217,7 @@ def _compare_corrected(
     import torch
 
     place = pairs.row, pairs.item - tile.start
-    ahead_P = score_BC[place].double() + pairs.value - contest.score_U[users][pairs.row]
+    ahead_P = score_BC[place].double() + pairs.value - target_scores.score_U[users][pairs.row]
     score_BC[place] = -torch.inf
     # Twice the margin covers the float64 roundings that depend on the length of the vectors.
     margin_P = 2 * margin_B[pairs.row] + 8 * FP64_ROUNDOFF * pairs.value.abs()
@@ -195,7 +227,7 @@ def _compare_corrected(
 def _compare(
     score_BC: torch.Tensor, target_score_B: torch.Tensor, margin_B: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Subtract the target's score in place; count what is above, list what is too close to call.
+    """Subtract the target's score in place, count the items above, and list the close ones.
 
     Returns:
         (B,) number of columns beyond the margin, and the rows and columns within it.
@@ -206,14 +238,14 @@ def _compare(
     width = columns // _GROUP
     above_B = torch.empty(rows, dtype=torch.int64, device=score_BC.device)
     least_BK = score_BC.new_empty(rows, width)
-    # A few rows at a time stay in a core's own cache through all the passes.
+    # A few rows at a time stay in a core's cache through all the passes.
     step = max(1, 2**17 // columns) if score_BC.device.type == "cpu" else rows
     work = score_BC.new_empty(min(step, rows), columns)
     for start in range(0, rows, step):
         part = slice(start, min(start + step, rows))
         ahead, spare = score_BC[part], work[: part.stop - part.start]
         ahead.sub_(target_score_B[part, None])
-        # Column g * width + k belongs to group k: one minimum for all g, along whole vectors.
+        # Column g * width + k belongs to group k, so that minima run along contiguous columns.
         torch.abs(ahead, out=spare)
         least_BK[part] = spare[:, : _GROUP * width].unflatten(1, (_GROUP, width)).amin(1)
         # Flags as floats are added up several times faster than booleans.
@@ -228,7 +260,7 @@ def _compare(
 
 
 def _at_least(
-    contest: TargetScores,
+    target_scores: TargetScores,
     users: slice,
     row_P: torch.Tensor,
     item_P: torch.Tensor,
@@ -241,11 +273,11 @@ def _at_least(
     """
     user_P = row_P + users.start
     if not many:
-        return contest.at_least(user_P, item_P, value_P)
-    above_P = contest.equals_target(user_P, item_P, value_P)
+        return target_scores.at_least(user_P, item_P, value_P)
+    above_P = target_scores.equals_target(user_P, item_P, value_P)
     rest = (~above_P).nonzero()[:, 0]
     rest_value = None if value_P is None else value_P[rest]
-    above_P[rest] = contest.at_least(user_P[rest], item_P[rest], rest_value)
+    above_P[rest] = target_scores.at_least(user_P[rest], item_P[rest], rest_value)
     return above_P
 
 
@@ -260,7 +292,7 @@ def rank_static(
 
     Args:
         scores: (N,) integers or floats, higher is better.
-        targets: (U,) the item that each user really took.
+        targets: (U,) the item that each user interacted with.
         exclude: Items that the filtered rank leaves out; none when None.
 
     Raises:

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from retrieval.exact_scores import as_indices, check_targets
-from retrieval.indexes import Found
+from retrieval.indexes import TopItems
 from retrieval.pairs import seen_pairs
 from retrieval.ranking import Ranks
 from retrieval.seen_items import SeenItems
@@ -49,7 +49,7 @@ def rank_scores(
 
     Args:
         score: Callback, see the module's description.
-        targets: (U,) the item that each user really took.
+        targets: (U,) the item that each user interacted with.
         items: Number of items.
         exclude: Items that the filtered rank leaves out; none when None.
         block: Users that are ranked together, and items of one call of `score`.
@@ -91,7 +91,7 @@ def top_scores(
     exclude: SeenItems | None = None,
     *,
     block: tuple[int, int] | None = None,
-) -> Found:
+) -> TopItems:
     """Return the k items with the highest scores of a callback for each user.
 
     Order: score descending, item ascending among equals. Memory as for `rank_scores`.

@@ -1,7 +1,11 @@
-"""Intervals and tests over users: is the difference more than the luck of the users drawn?
+"""Confidence intervals and significance tests over users.
 
-Both procedures treat the users as the sample. They say nothing about the luck of the training
-seed: for that, train several.
+Both procedures treat the users as the sample. They do not measure the variation over training
+seeds: for that, train several.
+
+scipy.stats has the same procedures. Its percentile bootstrap gives the same intervals in 5 times
+the CPU time, and its permutation test draws a sign for each user and resample as a float: 200
+seconds were not enough for 22,363 users, where this file's test takes 0.2.
 """
 
 from __future__ import annotations
@@ -13,13 +17,13 @@ import numpy.typing as npt
 
 Values = npt.NDArray[np.float64]
 
-_DRAWN_AT_ONCE = 2**18  # bytes of random signs held together, with 16 bytes of work space to each
+_DRAWN_AT_ONCE = 2**18  # bytes of random signs in memory; each needs 16 bytes of work space
 
 
 def bootstrap(
     values: Values, *, samples: int = 1000, confidence: float = 0.95, seed: int = 0
 ) -> tuple[Values, Values]:
-    """Percentile bootstrap interval of the mean over users (Efron 1979).
+    """Return the percentile bootstrap interval of the mean over users (Efron 1979).
 
     Each resample draws U users with replacement and is shared by all metrics. Memory is a few
     arrays of length U and the (samples, M) means.
@@ -28,7 +32,7 @@ def bootstrap(
         values: (U, M) per-user values of M metrics.
         samples: Resamples.
         confidence: Share of the resampled means inside the interval, 0..1 exclusive.
-        seed: Of the resamples; the same seed draws the same users.
+        seed: Seed of the resamples; the same seed draws the same users.
 
     Returns:
         low (M,) and high (M,).
@@ -75,7 +79,7 @@ def paired_test(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> PairedTest:
-    """Two-sided paired randomisation test of mean(a) = mean(b), and an interval of the difference.
+    """Test mean(a) = mean(b) by a two-sided paired randomisation test.
 
     Under the null hypothesis each user's pair could as well be swapped, so the sign of each
     difference is a coin toss (Fisher 1935; Smucker, Allan and Carterette, CIKM 2007). With n users
@@ -88,8 +92,8 @@ def paired_test(
         a: (U,) per-user values of one system.
         b: (U,) those of the other, same users in the same order.
         samples: Sign assignments.
-        confidence: Of the interval, 0..1 exclusive.
-        seed: Of the signs and of the resamples.
+        confidence: Confidence of the interval, 0..1 exclusive.
+        seed: Seed of the signs and of the resamples.
 
     Raises:
         ValueError: Arrays that are not finite, of one length and with users, or senseless settings.
@@ -108,16 +112,16 @@ def paired_test(
 
 
 def _sign_flip(difference: Values, samples: int, seed: int) -> float:
-    """Two-sided p-value of the sum under random signs; differences of zero are left out."""
+    """Return the two-sided p-value of the sum under random signs, of nonzero differences."""
     count, groups = len(difference), -(-len(difference) // 8)
     exact = count < 63 and 2**count <= samples
     total = 2**count if exact else samples
-    # Eight users to a byte: what each of its 256 values takes away from the sum is looked up.
+    # A byte holds the signs of eight users; `taken` holds what each byte subtracts from the sum.
     bits = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
     padded = np.zeros((groups, 8))
     padded.flat[:count] = difference
     taken = (2 * padded @ bits.T).ravel()
-    # Sums that are equal on paper must be equal here, whatever the order they were added in.
+    # Sums that are equal in exact arithmetic must count as equal, in any order of addition.
     reach = abs(difference.sum()) - 1e-12 * np.abs(difference).sum()
     rng = np.random.default_rng(seed)
     step = max(1, _DRAWN_AT_ONCE // max(1, groups))

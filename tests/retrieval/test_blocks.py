@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from retrieval.blocks import each_block
+from retrieval.blocks import for_each_block
 from retrieval.index_ranking import rank_with
 from retrieval.indexes import INDEXES, make_index
 from retrieval.ranking import rank
@@ -31,7 +31,7 @@ def test_every_block_is_worked_once_each_on_a_single_thread() -> None:
         met.append((block.start, block.stop))
         seen_threads.append(torch.get_num_threads())
 
-    each_block(work, 10, 4, CPU)
+    for_each_block(work, 10, 4, CPU)
     assert sorted(met) == [(0, 4), (4, 8), (8, 10)]
     assert seen_threads == [1, 1, 1]
     assert torch.get_num_threads() == 3
@@ -40,9 +40,9 @@ def test_every_block_is_worked_once_each_on_a_single_thread() -> None:
     thread.start()
     thread.join()
     assert later == [3], "threads that start later get what this one has"
-    each_block(work, 4, 4, CPU)
+    for_each_block(work, 4, 4, CPU)
     assert seen_threads[3:] == [3], "a single block has all the threads"
-    each_block(work, 0, 4, CPU)
+    for_each_block(work, 0, 4, CPU)
     assert len(met) == 4
 
 
@@ -53,7 +53,7 @@ def test_a_failing_block_fails_the_whole_and_leaves_the_threads_as_they_were() -
             raise ValueError("block 3")
 
     with pytest.raises(ValueError, match="block 3"):
-        each_block(work, 100, 1, CPU)
+        for_each_block(work, 100, 1, CPU)
     assert torch.get_num_threads() == 3
 
 

@@ -33,7 +33,7 @@ def test_the_table_has_every_metric_of_every_user() -> None:
 @pytest.mark.parametrize(
     ("ranks", "k", "message"),
     [
-        (np.array([1, 0]), 5, "ranks start at 1, found 0"),
+        (np.array([1, 0]), 5, "rank is 0: ranks start at 1"),
         (np.array([1.5]), 5, "expected \\(U,\\) integers"),
         (np.array([[1]]), 5, "expected \\(U,\\) integers"),
         (np.array([1]), 0, "cut-off 0"),

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retrieval.blocks import plain_fp32
+from retrieval.blocks import strict_fp32
 from retrieval.exact_scores import TargetScores, error_bound, exact_scores, row_norms
 from retrieval.ranking import Ranks, rank, rank_static
 from retrieval.seen_items import SeenItems
@@ -147,7 +147,7 @@ def test_reduced_precision_decides_nothing() -> None:
             assert (queries @ items.T).dtype == torch.bfloat16
             found = rank(queries, items, targets)
         assert torch.backends.cuda.matmul.fp32_precision == inside
-        with plain_fp32(torch.device("cpu")):
+        with strict_fp32(torch.device("cpu")):
             assert torch.backends.cuda.matmul.fp32_precision == "ieee"
     finally:
         torch.set_float32_matmul_precision(before)

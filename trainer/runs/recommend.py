@@ -22,7 +22,7 @@ from features.atomic_files import atomic_write
 from features.dataset import EvalSplit, Ints, load_items, load_user_ids
 from features.errors import UserError
 from features.warehouse import Warehouse
-from retrieval.indexes import Found, Index, make_index
+from retrieval.indexes import Index, TopItems, make_index
 from retrieval.seen_items import SeenItems
 from trainer.checkpoint import load_weights
 from trainer.data.batches import Sequences
@@ -130,7 +130,9 @@ class Predictor:
 
     # -- lists ---------------------------------------------------------------------------------
 
-    def for_history(self, items: Sequence[int] | Ints, k: int, *, keep_seen: bool = False) -> Found:
+    def for_history(
+        self, items: Sequence[int] | Ints, k: int, *, keep_seen: bool = False
+    ) -> TopItems:
         """Recommend for one history, whoever has it.
 
         Args:
@@ -150,7 +152,7 @@ class Predictor:
         seen = SeenItems(items=flat, offsets=np.array([0, len(flat)]))
         return self._index.search(query_1D.float(), self._most(k), None if keep_seen else seen)
 
-    def for_users(self, users: Ints, k: int, *, keep_seen: bool = False) -> Found:
+    def for_users(self, users: Ints, k: int, *, keep_seen: bool = False) -> TopItems:
         """Recommend for (B,) users of the dataset; they are encoded and searched together.
 
         Returns:
@@ -163,14 +165,14 @@ class Predictor:
         seen = None if keep_seen else seen_by(self.dataset, held)
         return self._index.search(queries_BD, self._most(k), seen)
 
-    def similar(self, item: int, k: int) -> Found:
+    def similar(self, item: int, k: int) -> TopItems:
         """The items whose vectors point the same way: (1, K) cosines and (1, K) items."""
         unit_ND = torch.nn.functional.normalize(self.items_ND, dim=1)
         itself = SeenItems(items=np.array([item]), offsets=np.array([0, 1]))
         query_1D = unit_ND[item : item + 1]
         return make_index(self._index_name, unit_ND).search(query_1D, self._most(k), itself)
 
-    def named(self, found: Found) -> list[Suggestion]:
+    def named(self, found: TopItems) -> list[Suggestion]:
         """The first list of what was found, for people."""
         scores, items = found[0][0], found[1][0]
         left = items[items >= 0]

@@ -181,24 +181,6 @@ def _score_tile(
     return score_BC
 
 
-def _score_tile(
-    target_scores: TargetScores, users: slice, tile: slice, scratch: torch.Tensor
-) -> torch.Tensor:
-    """Return the (B, C) inner products of a tile in `scratch`, with -inf for each target."""
-    import torch
-
-    query_BD = target_scores.query_UD[users].to(scratch.dtype)
-    item_CD = target_scores.item_ND[tile].to(scratch.dtype)
-    shape = len(query_BD), len(item_CD)
-    score_BC = scratch[: shape[0] * shape[1]].view(shape)
-    torch.mm(query_BD, item_CD.T, out=score_BC)
-    # The target is not above itself, and does not count as seen.
-    target_B = target_scores.target_U[users]
-    own_row = ((target_B >= tile.start) & (target_B < tile.stop)).nonzero()[:, 0]
-    score_BC[own_row, target_B[own_row] - tile.start] = -torch.inf
-    return score_BC
-
-
 def _compare_corrected(
     target_scores: TargetScores,
     users: slice,

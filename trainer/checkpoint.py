@@ -1,8 +1,8 @@
-"""Checkpoints: tensors and one JSON text in a safetensors file, whole or absent, never pickled.
+"""Checkpoints: safetensors files with tensors and one JSON document, written whole or not at all.
 
-``model.safetensors`` holds the best weights, ``resume.safetensors`` everything that a resumed run
-needs to go on to the bit: weights and their running means, AdamW's moments, the random state, and
-where it was.
+``model.safetensors`` holds the best weights. ``resume.safetensors`` holds the state of a training,
+so that a resumed run gives the same bits: weights and their averages, AdamW's moments, the random
+state, and the position in the training.
 """
 
 import errno
@@ -21,32 +21,32 @@ from torch.optim import AdamW
 from features.atomic_files import atomic_write
 from features.errors import UserError
 
-_MOST = 3  # differences that one line names
-_NOTHING = object()
+_MOST_DIFFERENCES = 3  # that an error message names
+_ABSENT = object()
 
 
 @dataclass(kw_only=True, slots=True)
 class TrainState:
-    """Where a training is; mutable, the loop's own notebook."""
+    """The position in a training; the loop updates it."""
 
     epoch: int = 0
-    """Epoch that comes next, or that is under way when ``step`` is not 0."""
+    """Number of the current epoch, from 0."""
     step: int = 0
-    """Batches of that epoch that are done."""
+    """Number of steps of the current epoch that are done."""
     steps: int = 0
-    """Optimizer steps in all."""
+    """Number of steps of the training that are done."""
     losses: dict[str, float] = field(default_factory=dict)
-    """Sums of the named losses over the epoch under way."""
+    """Sums of the named losses over the steps of the current epoch."""
     best: float = -1.0
     """Best value of the monitored metric."""
     best_epoch: int = -1
     waited: int = 0
-    """Validations since the best one."""
+    """Number of validations since the best one."""
     finished: bool = False
 
 
 def save_weights(path: Path, model: nn.Module, identity: dict[str, Any]) -> None:
-    """Write the weights and what they are for."""
+    """Write the weights and the identity of their run."""
     tensors = {name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items()}
     _save(path, tensors, identity)
 
@@ -55,26 +55,25 @@ def _save(path: Path, tensors: dict[str, Tensor], document: dict[str, Any]) -> N
     """Write a file whole or not at all.
 
     Raises:
-        OSError: There is no room, or the folder may not be written.
+        OSError: The disk is full, or the folder is not writable.
     """
-    with atomic_write(path) as beside:
+    with atomic_write(path) as temporary:
         try:
-            save_file(tensors, beside, metadata={"mmrec": json.dumps(document, sort_keys=True)})
-        except SafetensorError as error:  # not an OSError, though it tells of one
+            save_file(tensors, temporary, metadata={"mmrec": json.dumps(document, sort_keys=True)})
+        except SafetensorError as error:  # safetensors wraps the OSError
             raise OSError(errno.EIO, " ".join(str(error).split())[:200], str(path)) from None
 
 
 def load_weights(path: Path, model: nn.Module, identity: dict[str, Any]) -> None:
-    """Load weights into a model that was built for the same thing.
+    """Load weights into a model of the same identity.
 
     Raises:
-        UserError: The file is absent, damaged, or was written for something else; the model is as
-            it was.
+        UserError: The file is absent, damaged, or of another identity; the model does not change.
     """
     resume = f"mmrec train --resume --run {path.parent.name}"
-    tensors, document = read_tensors(path, f"go on with {resume}, or train again")
-    _check(path, document, identity)
-    _fit(path, tensors, model.state_dict())
+    tensors, document = read_tensors(path, f"continue with {resume}, or train again")
+    _check_identity(path, document, identity)
+    _check_tensors(path, tensors, model.state_dict())
     model.load_state_dict(tensors)
 
 
@@ -86,9 +85,15 @@ def save_state(
     identity: dict[str, Any],
     average: Mapping[str, Tensor],
 ) -> None:
-    """Write all that a resumed run needs, once every parameter has had a step.
+    """Write the state of a training, from which :func:`load_state` resumes it.
 
-    ``average`` holds the running means of parameters by their names, or nothing.
+    Args:
+        path: The file.
+        model: The model.
+        optimizer: The optimizer, after at least one step of every parameter.
+        progress: The position in the training.
+        identity: The identity of the run.
+        average: Name of a parameter -> its average; empty without averaging.
     """
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     tensors |= {f"average.{name}": tensor for name, tensor in average.items()}
@@ -109,28 +114,30 @@ def load_state(
     identity: dict[str, Any],
     average: Mapping[str, Tensor],
 ) -> TrainState:
-    """Put model, optimizer, running means and random state back where they were.
+    """Restore model, optimizer, averages and random state from a file of :func:`save_state`.
+
+    Returns:
+        The position in the training.
 
     Raises:
-        UserError: The file is absent, damaged, or of a run with another configuration; model,
-            optimizer, means and random state are as they were.
+        UserError: The file is absent, damaged, or of another identity; nothing changes.
     """
     tensors, document = read_tensors(path, f"remove {path.parent} and train again")
     if document.keys() != {"identity", "progress"} or not isinstance(document["identity"], dict):
-        raise _damaged(path, "it is no state of a training")
-    _check(path, document["identity"], identity)
+        raise _damaged(path, "it does not hold the state of a training")
+    _check_identity(path, document["identity"], identity)
     progress = _progress(path, document["progress"])
-    random = {f"random.{name}": value for name, value in _under("random.", tensors).items()}
+    random = {name: value for name, value in tensors.items() if name.startswith("random.")}
     tensors = {name: value for name, value in tensors.items() if name not in random}
-    means = {f"average.{name}": mean for name, mean in average.items()}
-    _fit(path, tensors, _expected(model, optimizer) | means)
+    averages = {f"average.{name}": value for name, value in average.items()}
+    _check_tensors(path, tensors, _expected(model, optimizer) | averages)
     _check_random(path, random)
 
-    model.load_state_dict(_under("model.", tensors))
-    for name, mean in means.items():
-        mean.copy_(tensors[name])
+    model.load_state_dict(_with_prefix("model.", tensors))
+    for name, value in averages.items():
+        value.copy_(tensors[name])
     state: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in _under("optimizer.", tensors).items():
+    for name, tensor in _with_prefix("optimizer.", tensors).items():
         index, key = name.split(".", 1)
         state.setdefault(int(index), {})[key] = tensor
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
@@ -140,7 +147,8 @@ def load_state(
     return progress
 
 
-def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _with_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors whose names begin with the prefix, by the rest of their names."""
     return {
         name.removeprefix(prefix): tensor
         for name, tensor in tensors.items()
@@ -153,45 +161,53 @@ def _damaged(path: Path, reason: object) -> UserError:
 
 
 def read_tensors(path: Path, remedy: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read a file of tensors and the document that it carries.
+    """Read the tensors and the JSON document of a checkpoint.
+
+    Args:
+        path: The file.
+        remedy: What to do if the file is absent, for the error message.
 
     Raises:
-        UserError: It is absent (``remedy`` says what to do), or damaged.
+        UserError: The file is absent or damaged.
     """
     if not path.exists():
-        raise UserError(f"{path} is not there: nothing was saved yet, or it was removed; {remedy}")
+        raise UserError(
+            f"{path} does not exist: nothing was saved yet, or it was removed; {remedy}"
+        )
     try:
         with safe_open(path, framework="pt") as file:
             document = json.loads((file.metadata() or {})["mmrec"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except KeyError:
-        raise _damaged(path, "it does not say what it is for") from None
+        raise _damaged(path, "it has no identity of a run") from None
     except (SafetensorError, OSError, ValueError) as error:  # ValueError: not JSON
         raise _damaged(path, error) from None
     if not isinstance(document, dict):
-        raise _damaged(path, "it does not say what it is for")
+        raise _damaged(path, "it has no identity of a run")
     return tensors, document
 
 
-def _fit(path: Path, tensors: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    """Refuse tensors that are not exactly the wanted ones, by name, shape and kind of number."""
-    for name in sorted(tensors.keys() | wanted.keys()):
+def _check_tensors(path: Path, tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Refuse tensors whose names, shapes and dtypes are not exactly the expected ones."""
+    for name in sorted(tensors.keys() | expected.keys()):
         if name not in tensors:
             raise _damaged(path, f"{name} is missing")
-        if name not in wanted:
-            raise _damaged(path, f"{name} has no place")
-        held, place = (f"{t.dtype} {list(t.shape)}" for t in (tensors[name], wanted[name]))
-        if held != place:
-            raise _damaged(path, f"{name} is {held}, not {place}")
+        if name not in expected:
+            raise _damaged(path, f"{name} is unexpected")
+        actual, wanted = (f"{t.dtype} {list(t.shape)}" for t in (tensors[name], expected[name]))
+        if actual != wanted:
+            raise _damaged(path, f"{name} is {actual}, not {wanted}")
 
 
 def _expected(model: nn.Module, optimizer: AdamW) -> dict[str, Tensor]:
-    wanted = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    parameters = [held for group in optimizer.param_groups for held in group["params"]]
+    """Return tensors of the names, shapes and dtypes that :func:`save_state` writes."""
+    expected = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for index, parameter in enumerate(parameters):
-        wanted[f"optimizer.{index}.step"] = torch.zeros(())
-        wanted[f"optimizer.{index}.exp_avg"] = wanted[f"optimizer.{index}.exp_avg_sq"] = parameter
-    return wanted
+        expected[f"optimizer.{index}.step"] = torch.zeros(())
+        expected[f"optimizer.{index}.exp_avg"] = parameter
+        expected[f"optimizer.{index}.exp_avg_sq"] = parameter
+    return expected
 
 
 def _check_random(path: Path, random: dict[str, Tensor]) -> None:
@@ -203,50 +219,56 @@ def _check_random(path: Path, random: dict[str, Tensor]) -> None:
             try:
                 torch.Generator(device=device).set_state(state)
             except (RuntimeError, TypeError):
-                raise _damaged(path, f"{name} is no random state") from None
+                raise _damaged(path, f"{name} is not a random state") from None
 
 
 def _progress(path: Path, document: Any) -> TrainState:
-    kinds = {entry.name: entry.type for entry in fields(TrainState)} | {"losses": dict}
-    found = document if isinstance(document, dict) else {}
-    for key in sorted(kinds.keys() | found.keys()):
-        if type(found.get(key)) is not kinds.get(key):
-            raise _damaged(path, f"its progress has {key}={found.get(key)!r}")
-    if any(type(value) is not float for value in found["losses"].values()):
-        raise _damaged(path, f"its progress has losses={found['losses']!r}")
-    return TrainState(**found)
+    types = {entry.name: entry.type for entry in fields(TrainState)} | {"losses": dict}
+    values = document if isinstance(document, dict) else {}
+    for key in sorted(types.keys() | values.keys()):
+        if type(values.get(key)) is not types.get(key):
+            raise _damaged(path, f"its progress has {key}={values.get(key)!r}")
+    if any(type(value) is not float for value in values["losses"].values()):
+        raise _damaged(path, f"its progress has losses={values['losses']!r}")
+    return TrainState(**values)
 
 
-def _check(path: Path, held: dict[str, Any], wanted: dict[str, Any]) -> None:
-    if not wanted.keys() <= held.keys():
-        raise _damaged(path, "it does not say what it is for")
-    found = list(_differences("", held, wanted))
-    if found:
-        more = f" and {len(found) - _MOST} more" if len(found) > _MOST else ""
+def _check_identity(path: Path, actual: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Refuse a checkpoint of another run, and one of mmrec 0.1, which names no recommender."""
+    if "recommender" in expected and "recommender" not in actual and "model" in actual:
         raise UserError(
-            f"{path} was written for {'; '.join(found[:_MOST])}{more};"
-            " put that back as it was, or train again"
+            f"{path} was written by mmrec 0.1; train again, or keep mmrec 0.1 for this run"
+        )
+    if not expected.keys() <= actual.keys():
+        raise _damaged(path, "it has no identity of a run")
+    differences = list(_differences("", actual, expected))
+    if differences:
+        rest = len(differences) - _MOST_DIFFERENCES
+        raise UserError(
+            f"{path} was written for {'; '.join(differences[:_MOST_DIFFERENCES])}"
+            f"{f' and {rest} more' if rest > 0 else ''};"
+            " change that back, or train again"
         )
 
 
-def _differences(name: str, held: Any, wanted: Any) -> Iterator[str]:
-    """What differs, each as ``train.lr=0.1, not 0.2``: never a whole table."""
-    held, wanted = _by_name(held), _by_name(wanted)
-    if isinstance(held, dict) and isinstance(wanted, dict):
-        for key in sorted(held.keys() | wanted.keys()):
+def _differences(name: str, actual: Any, expected: Any) -> Iterator[str]:
+    """Yield each difference, such as ``train.lr=0.1, not 0.2``; never a whole table."""
+    actual, expected = _by_modality(actual), _by_modality(expected)
+    if isinstance(actual, dict) and isinstance(expected, dict):
+        for key in sorted(actual.keys() | expected.keys()):
             yield from _differences(
-                f"{name}.{key}".lstrip("."), held.get(key, _NOTHING), wanted.get(key, _NOTHING)
+                f"{name}.{key}".lstrip("."), actual.get(key, _ABSENT), expected.get(key, _ABSENT)
             )
-    elif held != wanted:
-        yield f"{name}={_shown(held)}, not {_shown(wanted)}"
+    elif actual != expected:
+        yield f"{name}={_format(actual)}, not {_format(expected)}"
 
 
-def _by_name(value: Any) -> Any:
-    """Tables of features by their modality, so that one more does not make all of them differ."""
+def _by_modality(value: Any) -> Any:
+    """Return a list of feature tables by modality, so that an added table differs alone."""
     if isinstance(value, list) and all(isinstance(entry, dict) for entry in value):
         return {str(entry.get("modality", i)): entry for i, entry in enumerate(value)}
     return value
 
 
-def _shown(value: Any) -> str:
-    return "..." if isinstance(value, dict) else "nothing" if value is _NOTHING else repr(value)
+def _format(value: Any) -> str:
+    return "..." if isinstance(value, dict) else "nothing" if value is _ABSENT else repr(value)

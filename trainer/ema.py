@@ -1,39 +1,43 @@
-"""The exponential moving average of weights: validated and saved while others are trained.
+"""Exponential moving average of weights, validated and saved in place of the weights themselves.
 
-Steps of a constant learning rate walk around a minimum; the mean over many of them lies nearer to
-it than any one (Polyak and Juditsky, 1992).
+With a constant learning rate, steps move around a minimum; the average over many of them is nearer
+to it than any single one (Polyak and Juditsky, 1992).
+
+``torch.optim.swa_utils.AveragedModel`` is not used: it copies frozen parameters and buffers too,
+and its first update discards the initial weights, which are the first average here.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 
-class Average:
-    """A running mean of what a model trains.
+class ExponentialMovingAverage:
+    """A moving average of the trained parameters of a model.
 
     Args:
-        model: Its trained parameters are averaged; where it starts is the first mean.
-        decay: Most of the old mean that a step keeps, 0..1 exclusive; 0: nothing is averaged, and
-            nothing held.
+        model: The model; its initial weights are the first average.
+        decay: Largest share of the old average that an update keeps, 0..1 exclusive; 0 disables
+            averaging, and nothing is stored.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self._decay = decay
-        held = model.named_parameters() if decay else ()
-        self._weights = {name: p.detach() for name, p in held if p.requires_grad}
+        parameters = model.named_parameters() if decay else ()
+        self._weights = {name: p.detach() for name, p in parameters if p.requires_grad}
         self.values = {name: weight.clone() for name, weight in self._weights.items()}
-        """Name of a parameter -> its mean, on the device; empty without a decay."""
+        """Name of a parameter -> its average, on its device; empty without a decay."""
 
     @torch.no_grad()
     def update(self, steps: int) -> None:
-        """Take the weights in after a step.
+        """Update the average with the weights after a step.
 
         Args:
-            steps: Steps so far, this one included. Of the old mean (1 + steps) / (10 + steps) is
-                kept while that is less than the decay: a young mean forgets the random start.
+            steps: Number of steps so far, including this one. The update keeps the share
+                (1 + steps) / (10 + steps) of the old average while that is less than the decay, so
+                that the random initial weights are forgotten early.
         """
         if self.values:
             kept = min(self._decay, (1 + steps) / (10 + steps))
@@ -42,15 +46,15 @@ class Average:
             )
 
     @contextmanager
-    def used(self) -> Iterator[None]:
-        """The model holds the means inside, its own weights again after."""
-        trained = {name: weight.clone() for name, weight in self._weights.items()}
+    def applied(self) -> Iterator[None]:
+        """Give the model the averaged weights inside the context, and its own weights after it."""
+        own = {name: weight.clone() for name, weight in self._weights.items()}
         try:
-            self._put(self.values)
+            self._assign(self.values)
             yield
         finally:
-            self._put(trained)
+            self._assign(own)
 
-    def _put(self, values: dict[str, Tensor]) -> None:
+    def _assign(self, values: Mapping[str, Tensor]) -> None:
         for name, weight in self._weights.items():
             weight.copy_(values[name])

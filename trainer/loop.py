@@ -20,7 +20,7 @@ from trainer.checkpoint import TrainState, load_state, save_state, save_weights
 from trainer.config import TrainConfig
 from trainer.data.batches import Shard, combine_seeds
 from trainer.distributed import all_reduce_mean, on_rank_zero, process_rank, world_size
-from trainer.ema import Average
+from trainer.ema import ExponentialMovingAverage
 from trainer.modules.transformer import Transformer
 from trainer.optimizer import Optimizer
 from trainer.tasks.next_item import Task, Validation
@@ -100,7 +100,7 @@ def fit(
     model, first = task.model, process_rank() == 0
     device = next(model.parameters()).device
     optimizer = Optimizer(model, config)
-    average = Average(model, config.average)
+    average = ExponentialMovingAverage(model, config.average)
     progress = TrainState()
     state = (folder / "resume.safetensors", model, optimizer.adamw)
     if resume:
@@ -163,7 +163,7 @@ def fit(
                     save()
                     saved = now
 
-            with average.used():
+            with average.applied():
                 row, found = _validate(task, config, progress, total, done, now - clock)
             if first:
                 on_epoch(row)
@@ -172,7 +172,7 @@ def fit(
                     progress.best, progress.best_epoch = found.monitored, row.epoch
                     progress.waited = 0
                     if first:
-                        with average.used():
+                        with average.applied():
                             save_weights(folder / "model.safetensors", model, identity)
                 else:
                     progress.waited += 1

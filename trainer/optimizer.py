@@ -1,60 +1,81 @@
-"""The optimizer's groups, and the learning rate as a function of where training is."""
+"""The optimizer with its parameter groups, and the learning rate schedule.
+
+``torch.optim.lr_scheduler.LambdaLR`` is not used: epochs differ in their number of steps, so the
+learning rate is a function of :class:`TrainState`, which a checkpoint stores, and not of a step
+counter alone.
+"""
 
 import math
+from typing import Any, Protocol, runtime_checkable
 
 from torch.optim import AdamW
 
 from trainer.checkpoint import TrainState
 from trainer.config import TrainConfig
-from trainer.finetune.upper_blocks import UpperBlocks
 from trainer.models.base import Recommender
 
 
-class Optimizer:
-    """AdamW over a recommender's groups of parameters, whose rates one schedule scales.
+@runtime_checkable
+class HasParameterGroup(Protocol):
+    """A module of a recommender whose parameters have a group of their own in the optimizer."""
 
-    The blocks of a backbone are a group of their own, with ``tune_lr`` and ``tune_weight_decay``.
+    def parameter_group(self, config: TrainConfig) -> dict[str, Any]:
+        """Return ``params``, and their own ``lr`` and ``weight_decay``."""
+
+
+class Optimizer:
+    """AdamW over the parameter groups of a recommender; one schedule scales all learning rates.
+
+    Args:
+        model: Its own groups are those of ``parameter_groups``, less the parameters of modules with
+            a :class:`HasParameterGroup`, whose groups follow.
+        config: Learning rate, weight decay and schedule.
     """
 
     def __init__(self, model: Recommender, config: TrainConfig) -> None:
-        groups = model.parameter_groups(config.lr, config.weight_decay)
-        upper = [part for part in model.modules() if isinstance(part, UpperBlocks)]
-        tuned = [parameter for part in upper for parameter in part.parameters()]
-        if tuned:
-            theirs = {id(parameter) for parameter in tuned}
-            groups = [
-                {**group, "params": [p for p in group["params"] if id(p) not in theirs]}
-                for group in groups
-            ]
-            rates = {"lr": config.tune_lr, "weight_decay": config.tune_weight_decay}
-            groups.append({"params": tuned, **rates})
-        self._rates = [group["lr"] for group in groups]
+        own_groups = [
+            module.parameter_group(config)
+            for module in model.modules()
+            if isinstance(module, HasParameterGroup)
+        ]
+        grouped = {id(parameter) for group in own_groups for parameter in group["params"]}
+        groups = [
+            {**group, "params": [p for p in group["params"] if id(p) not in grouped]}
+            for group in model.parameter_groups(config.lr, config.weight_decay)
+        ]
+        groups += own_groups
+        self._base_rates = [group["lr"] for group in groups]
         self._config = config
         self.adamw = AdamW(groups)
 
-    def prepare(self, progress: TrainState, steps: int) -> None:
-        """Make ready for the next step of an epoch of ``steps``: rates set, gradients gone."""
-        for group, rate in zip(self.adamw.param_groups, self._rates, strict=True):
-            group["lr"] = scheduled(rate, self._config, progress, steps)
+    def prepare(self, state: TrainState, steps: int) -> None:
+        """Set the learning rates of the next step, and clear the gradients.
+
+        Args:
+            state: Position in the training.
+            steps: Number of steps of the current epoch.
+        """
+        for group, rate in zip(self.adamw.param_groups, self._base_rates, strict=True):
+            group["lr"] = scheduled(rate, self._config, state, steps)
         self.adamw.zero_grad(set_to_none=True)
 
 
-def scheduled(rate: float, config: TrainConfig, progress: TrainState, steps: int) -> float:
-    """The rate of the next step: a function of where training is, so that resuming keeps it.
+def scheduled(rate: float, config: TrainConfig, state: TrainState, steps: int) -> float:
+    """Return the learning rate of the next step, a function of the position in the training.
 
     Args:
-        rate: Of a group, before warm-up and schedule.
-        config: Says which schedule.
-        progress: Where training is.
-        steps: Of an epoch.
+        rate: Learning rate of a group before warm-up and schedule.
+        config: Warm-up and schedule.
+        state: Position in the training.
+        steps: Number of steps of the current epoch.
     """
     if config.warmup:
-        rate *= min(1.0, (progress.steps + 1) / config.warmup)
-    share = (progress.epoch + progress.step / steps) / config.epochs
+        rate *= min(1.0, (state.steps + 1) / config.warmup)
+    share_done = (state.epoch + state.step / steps) / config.epochs
     if config.schedule == "cosine":
-        rate *= 0.5 * (1 + math.cos(math.pi * share))
+        rate *= 0.5 * (1 + math.cos(math.pi * share_done))
     elif config.schedule == "linear":
-        rate *= 1 - share
+        rate *= 1 - share_done
     elif config.schedule == "exponential":
-        rate *= config.decay**progress.epoch
+        rate *= config.decay**state.epoch
     return rate

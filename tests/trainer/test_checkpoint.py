@@ -89,7 +89,7 @@ BROKEN: dict[str, tuple[Callable[[Tensors, Document], object], str]] = {
     "a moment is missing": (lambda t, d: t.pop("optimizer.2.exp_avg"), "exp_avg is missing"),
     "a mean is missing": (lambda t, d: t.pop("average.0.weight"), "average.0.weight is missing"),
     "no random state": (lambda t, d: t.pop("random.cpu"), "random.cpu is missing"),
-    "a strange tensor": (lambda t, d: t.update(x=torch.ones(1)), "x has no place"),
+    "a strange tensor": (lambda t, d: t.update(x=torch.ones(1)), "x is unexpected"),
     "another shape": (
         lambda t, d: t.update({"model.0.weight": torch.ones(3)}),
         r"model.0.weight is torch.float32 \[3\], not torch.float32 \[3, 2\]",
@@ -100,19 +100,19 @@ BROKEN: dict[str, tuple[Callable[[Tensors, Document], object], str]] = {
     ),
     "a wrong random state": (
         lambda t, d: t.update({"random.cpu": torch.ones(9, dtype=torch.uint8)}),
-        "random.cpu is no random state",
+        "random.cpu is not a random state",
     ),
     "a random state of floats": (
         lambda t, d: t.update({"random.cpu": torch.ones(9)}),
-        "random.cpu is no random state",
+        "random.cpu is not a random state",
     ),
     "a strange key of progress": (change(pace=3), "its progress has pace=3"),
     "a wrong value of progress": (change(epoch="2"), "its progress has epoch='2'"),
     "a key of progress is missing": (lambda t, d: d["progress"].pop("best"), "has best=None"),
     "progress is no table": (lambda t, d: d.update(progress=[1]), "its progress has best=None"),
-    "no progress": (lambda t, d: d.pop("progress"), "it is no state of a training"),
-    "identity is no table": (lambda t, d: d.update(identity=[1]), "it is no state of a training"),
-    "half an identity": (lambda t, d: d["identity"].pop("train"), "does not say what it is for"),
+    "no progress": (lambda t, d: d.pop("progress"), "state of a training"),
+    "identity is no table": (lambda t, d: d.update(identity=[1]), "state of a training"),
+    "half an identity": (lambda t, d: d["identity"].pop("train"), "no identity"),
 }
 
 
@@ -150,9 +150,9 @@ def test_a_file_that_does_not_say_what_it_is_for(
 
 def test_one_kind_of_checkpoint_is_not_the_other(files: Path) -> None:
     model, optimizer = trained(1)
-    with pytest.raises(UserError, match="it is no state of a training"):
+    with pytest.raises(UserError, match="state of a training"):
         load_state(files / "model.safetensors", model, optimizer, IDENTITY, means(0))
-    with pytest.raises(UserError, match="it does not say what it is for"):
+    with pytest.raises(UserError, match="no identity"):
         load_weights(files / "resume.safetensors", model, IDENTITY)
 
 
@@ -169,15 +169,28 @@ def test_only_what_differs_is_named(files: Path) -> None:
     text = {"modality": "text", "backbone": "a", "dim": 3}
     image = {"modality": "image", "backbone": "b", "dim": 5}
     for other, message in (
-        ({"train": {"lr": 0.2, "seed": 1}}, "for train.lr=0.1, not 0.2; put"),
-        ({"model": "n"}, "for model='m', not 'n'; put"),
-        ({"features": [{**text, "dim": 4}]}, "for features.text.dim=3, not 4; put"),
-        ({"features": [image, text]}, r"for features.image=nothing, not \.\.\.; put"),
-        ({"features": []}, r"for features.text=\.\.\., not nothing; put"),
+        ({"train": {"lr": 0.2, "seed": 1}}, "for train.lr=0.1, not 0.2"),
+        ({"model": "n"}, "for model='m', not 'n'"),
+        ({"features": [{**text, "dim": 4}]}, "for features.text.dim=3, not 4"),
+        ({"features": [image, text]}, r"for features.image=nothing, not \.\.\."),
+        ({"features": []}, r"for features.text=\.\.\., not nothing"),
         (
             {"model": "n", "train": {"lr": 0.2, "seed": 2}, "features": [{**text, "dim": 4}]},
-            "features.text.dim=3, not 4; model='m', not 'n'; train.lr=0.1, not 0.2 and 1 more; put",
+            "features.text.dim=3, not 4; model='m', not 'n'; train.lr=0.1, not 0.2 and 1 more",
         ),
     ):
         with pytest.raises(UserError, match=message):
             load_weights(files / "model.safetensors", model, {**IDENTITY, **other})
+
+
+def test_a_checkpoint_of_version_0_1_is_refused_with_its_remedy(files: Path) -> None:
+    """Its identity has no ``recommender``, and ``model`` is a table of settings."""
+    model, optimizer = trained(1)
+    identity = {**IDENTITY, "recommender": "m"}
+    loads: list[Callable[[], object]] = [
+        lambda: load_weights(files / "model.safetensors", model, identity),
+        lambda: load_state(files / "resume.safetensors", model, optimizer, identity, means(0)),
+    ]
+    for load in loads:
+        with pytest.raises(UserError, match=r"safetensors .*mmrec 0\.1; train again"):
+            load()

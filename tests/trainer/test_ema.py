@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from trainer.ema import Average
+from trainer.ema import ExponentialMovingAverage
 
 
 def step(model: nn.Linear, value: float) -> None:
@@ -10,10 +10,10 @@ def step(model: nn.Linear, value: float) -> None:
         model.weight.fill_(value)
 
 
-def test_the_mean_by_hand() -> None:
+def test_the_average_by_hand() -> None:
     model = nn.Linear(1, 1, bias=False)
     step(model, 10.0)
-    average = Average(model, 0.25)
+    average = ExponentialMovingAverage(model, 0.25)
     step(model, 21.0)
     average.update(1)  # keeps 2/11 of what it was
     assert average.values["weight"].item() == pytest.approx(10 * 2 / 11 + 21 * 9 / 11)
@@ -25,32 +25,32 @@ def test_the_mean_by_hand() -> None:
     assert average.values["weight"].item() == pytest.approx(7 / 4 - 3 / 4)
 
 
-def test_it_is_used_for_a_while() -> None:
+def test_it_is_applied_inside_the_context_only() -> None:
     model = nn.Linear(1, 1, bias=False)
     step(model, 1.0)
-    average = Average(model, 0.9)
+    average = ExponentialMovingAverage(model, 0.9)
     step(model, 2.0)
-    with average.used():
+    with average.applied():
         assert model.weight.item() == 1
     assert model.weight.item() == 2
-    with pytest.raises(RuntimeError, match="in between"), average.used():
+    with pytest.raises(RuntimeError, match="in between"), average.applied():
         raise RuntimeError("in between")
     assert model.weight.item() == 2
     assert average.values["weight"].item() == 1
 
 
-def test_what_is_not_trained_is_not_averaged() -> None:
+def test_frozen_parameters_are_not_averaged() -> None:
     model = nn.Linear(1, 1)
     model.bias.requires_grad_(False)
-    assert list(Average(model, 0.9).values) == ["weight"]
+    assert list(ExponentialMovingAverage(model, 0.9).values) == ["weight"]
 
 
-def test_without_a_decay_nothing_is_held() -> None:
+def test_without_a_decay_nothing_is_stored() -> None:
     model = nn.Linear(1, 1)
-    average = Average(model, 0.0)
+    average = ExponentialMovingAverage(model, 0.0)
     average.update(1)
     assert average.values == {}
     before = model.weight.item()
-    with average.used():
+    with average.applied():
         assert model.weight.item() == before
     assert model.weight.item() == before

@@ -20,6 +20,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from features.encoder_blocks import states_of
+from trainer.config import TrainConfig
 from trainer.data.batches import ItemFeatures
 from trainer.modules.tokens import Tokens
 
@@ -54,6 +55,14 @@ class UpperBlocks(nn.Module):
         self.causal = causal
         self.padded = padded
         self.document = document
+
+    def parameter_group(self, config: TrainConfig) -> dict[str, Any]:
+        """Return the parameters with the learning rate and weight decay of ``tune_blocks``."""
+        return {
+            "params": list(self.parameters()),
+            "lr": config.tune_lr,
+            "weight_decay": config.tune_weight_decay,
+        }
 
     def forward(self, x_KTD: Tensor, mask_KT: Tensor) -> Tensor:
         """Return the last hidden states (K, T, D); they are zero outside the mask.

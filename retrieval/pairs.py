@@ -16,7 +16,8 @@ from retrieval.sparse_scores import SparseScores
 if TYPE_CHECKING:
     import torch
 
-    Pairs: TypeAlias = tuple[torch.Tensor, torch.Tensor]
+Pairs: TypeAlias = "tuple[torch.Tensor, torch.Tensor]"
+"""(P,) rows in a block of users, and (P,) items."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -37,7 +37,7 @@ def extract(
     ] = None,
     batch_size: Annotated[OptionalInt, Option(help="Inputs of a forward pass.")] = None,
     overwrite: Annotated[
-        bool, Option("--overwrite", help="Redo a table whose vectors were made otherwise.")
+        bool, Option("--overwrite", help="Extract a table again if its settings differ.")
     ] = False,
     strict: Annotated[
         bool, Option("--strict", help="Stop at the first input that cannot be used.")

@@ -17,7 +17,9 @@ def demo(json: JsonOption = False, root: WarehouseOption = None) -> None:
     from features.sql_views import query
     from pipeline.datasets.prepare import PrepareOptions
     from pipeline.extraction.options import ExtractOptions
-    from trainer.runs.run import start_run, train
+    from trainer.config import SettingSources
+    from trainer.runs.run import create_run, train_run
+    from trainer.runs.spec import RunSpec
 
     warehouse = Warehouse(root)
     console.notify("1. prepare: pictures, titles, clips, and users with a known taste")
@@ -28,11 +30,18 @@ def demo(json: JsonOption = False, root: WarehouseOption = None) -> None:
     reports = {}
     for model, settings in _TRAININGS.items():
         features = ["image", "text"] if model == "mmsrec" else None
-        run = start_run(warehouse, model, "demo", features=features, settings=settings)
+        spec = RunSpec.resolve(
+            warehouse,
+            model,
+            ["demo"],
+            features=features,
+            sources=SettingSources(pairs=settings),
+        )
+        run = create_run(warehouse, spec)
         console.notify(f"3. train: {model}")
         watching = training_options.TrainWatch()
         try:
-            ended = train(run, on_tick=watching)
+            ended = train_run(run, on_progress=watching)
         finally:
             watching.line.close()
         if not ended.finished:

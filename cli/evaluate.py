@@ -65,7 +65,7 @@ def _retrieve(
     from trainer.runs.run import open_run
 
     with console.ProgressLine(interval=0.0) as line:
-        run = open_run(warehouse, folder, device)
+        run = open_run(warehouse, folder, device=device)
         report = evaluate_retrieval(warehouse, run, dataset=dataset, on_stage=line.update)
     if json:
         console.emit_json(asdict(report))
@@ -96,8 +96,8 @@ def run_evaluate(
     from trainer.runs.run import open_run
 
     with console.ProgressLine(interval=0.0) as line:
-        opened = open_run(warehouse, folder, device)
-        return evaluate_run(warehouse, opened, index=index, on_stage=line.update)
+        run = open_run(warehouse, folder, device=device)
+        return evaluate_run(warehouse, run, index=index, on_stage=line.update)
 
 
 def show_evaluated(report: "EvalReport") -> None:

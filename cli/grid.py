@@ -55,7 +55,7 @@ def grid(
     else:
         values = [outcome.values(spec.split, spec.seen) for outcome in outcomes]
         values += [None] * (len(planned) - len(outcomes))
-        datasets = dict.fromkeys(entry.dataset for entry in planned)
+        datasets = dict.fromkeys(entry.spec.dataset for entry in planned)
         show_pivot(spec, pivot(spec, values), list(datasets))
     if is_stopped:
         option = f" --warehouse {shlex.quote(str(root))}" if root else ""
@@ -81,7 +81,7 @@ def _run_all(
     with console.ProgressLine() as line:
         progress = _GridProgress(spec, planned, line)
         try:
-            for outcome in run_grid(warehouse, planned, on_tick=progress.show_step):
+            for outcome in run_grid(warehouse, planned, on_progress=progress.show_step):
                 outcomes.append(outcome)
                 progress.show_outcome(outcome)
         except (Stopped, KeyboardInterrupt):

@@ -11,16 +11,16 @@ from cli.training_options import (
     InitOption,
     ModelOption,
     NameOption,
-    Request,
+    NewRun,
     ResumeOption,
     RunOption,
     SetOption,
     TransferOption,
     TuneOption,
-    run_training,
-    with_blocks,
+    check_no_run,
+    resume_training,
+    start_training,
 )
-from features.warehouse import Warehouse
 
 DatasetsOption = Annotated[
     list[str] | None,
@@ -46,21 +46,18 @@ def pretrain(
     root: WarehouseOption = None,
 ) -> None:
     """Pre-train a recommender: mmsrec aligns modalities, pmmrec learns across datasets."""
-    run_training(
-        Request(
-            warehouse=Warehouse(root),
-            root=root,
-            stage="pretrain",
-            model=model,
-            datasets=dataset or [],
-            features=features,
-            settings=with_blocks(set, tune_blocks),
-            config=config,
-            name=name,
-            init=init,
-            transfer=transfer,
-            resume=resume,
-            run=run,
-            json=json,
-        )
+    datasets = dataset or []
+    new = NewRun(
+        features=features,
+        set=set,
+        config=config,
+        name=name,
+        init=init,
+        transfer=transfer,
+        tune_blocks=tune_blocks,
     )
+    if resume:
+        resume_training(root, run, model, datasets, new, is_pretraining=True, json=json)
+    else:
+        check_no_run(run)
+        start_training(root, model, datasets, new, is_pretraining=True, json=json)

@@ -65,8 +65,8 @@ def recommend(
     from trainer.runs.recommend import Predictor
     from trainer.runs.run import open_run
 
-    predictor = Predictor(warehouse, open_run(warehouse, folder, device), index=index)
-    document: dict[str, Any] = {"run": folder.name, "dataset": predictor.run.dataset}
+    predictor = Predictor(warehouse, open_run(warehouse, folder, device=device), index=index)
+    document: dict[str, Any] = {"run": folder.name, "dataset": predictor.run.spec.dataset}
     if out is not None:
         document |= _write_all(predictor, out, k, keep_seen)
         if json:

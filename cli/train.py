@@ -9,16 +9,16 @@ from cli.training_options import (
     InitOption,
     ModelOption,
     NameOption,
-    Request,
+    NewRun,
     ResumeOption,
     RunOption,
     SetOption,
     TransferOption,
     TuneOption,
-    run_training,
-    with_blocks,
+    check_no_run,
+    resume_training,
+    start_training,
 )
-from features.warehouse import Warehouse
 
 if TYPE_CHECKING:
     pass
@@ -40,21 +40,18 @@ def train(
     root: WarehouseOption = None,
 ) -> None:
     """Train a recommender on interactions and features; Ctrl-C keeps all and ends with 130."""
-    run_training(
-        Request(
-            warehouse=Warehouse(root),
-            root=root,
-            stage="",
-            model=model,
-            datasets=[] if dataset is None else [dataset],
-            features=features,
-            settings=with_blocks(set, tune_blocks),
-            config=config,
-            name=name,
-            init=init,
-            transfer=transfer,
-            resume=resume,
-            run=run,
-            json=json,
-        )
+    datasets = [] if dataset is None else [dataset]
+    new = NewRun(
+        features=features,
+        set=set,
+        config=config,
+        name=name,
+        init=init,
+        transfer=transfer,
+        tune_blocks=tune_blocks,
     )
+    if resume:
+        resume_training(root, run, model, datasets, new, is_pretraining=False, json=json)
+    else:
+        check_no_run(run)
+        start_training(root, model, datasets, new, is_pretraining=False, json=json)

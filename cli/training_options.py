@@ -1,9 +1,9 @@
-"""What ``mmrec train`` and ``mmrec pretrain`` share: beginning, going on, watching, ending."""
+"""The options and the course of ``mmrec train`` and ``mmrec pretrain``."""
 
 import shlex
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,238 +13,261 @@ from features.warehouse import Warehouse
 
 if TYPE_CHECKING:
     from trainer.loop import TrainProgress
-    from trainer.runs.run import OpenRun, TrainReport
+    from trainer.runs.run import Run, TrainReport
 
-ModelOption = Annotated[str | None, typer.Option("--model", help="See mmrec models.")]
+ModelOption = Annotated[str | None, typer.Option("--model", help="Model; see mmrec models.")]
 FeaturesOption = Annotated[
     list[str] | None,
     typer.Option(
-        "--features", help="MODALITY[=BACKBONE][:LEVEL]; repeatable. Else all pooled ones."
+        "--features",
+        help="Feature table MODALITY[=BACKBONE][:LEVEL]; repeatable. Default: all pooled tables.",
     ),
 ]
 SetOption = Annotated[
-    list[str] | None, typer.Option("--set", help="KEY=VALUE of a setting; repeatable.")
+    list[str] | None, typer.Option("--set", help="Setting KEY=VALUE; repeatable.")
 ]
 ConfigOption = Annotated[
     Path | None, typer.Option("--config", help="TOML file with settings; --set wins.")
 ]
-NameOption = Annotated[str | None, typer.Option("--name", help="The new run's name.")]
+NameOption = Annotated[str | None, typer.Option("--name", help="Name of the new run.")]
 InitOption = Annotated[
-    str | None, typer.Option("--init", help="Start from the best weights of this run.")
+    str | None, typer.Option("--init", help="Run whose best weights are the initial weights.")
 ]
 TransferOption = Annotated[
     str | None,
-    typer.Option("--transfer", help="With --init: full (all), items, users, text or image."),
+    typer.Option(
+        "--transfer", help="With --init: full (all weights), items, users, text or image."
+    ),
 ]
 TuneOption = Annotated[
     int | None,
     typer.Option(
-        "--tune-blocks", min=0, help="Train so many upper blocks of backbones on layer-K tables."
+        "--tune-blocks", min=0, help="Upper blocks of backbones to train, on layer-K tables."
     ),
 ]
 ResumeOption = Annotated[
-    bool, typer.Option("--resume", help="Go on with --run, else with the last run.")
+    bool, typer.Option("--resume", help="Continue --run, by default the last run.")
 ]
-RunOption = Annotated[str | None, typer.Option("--run", help="The run to resume.")]
+RunOption = Annotated[str | None, typer.Option("--run", help="Run to resume.")]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Request:
-    """What the words of the command ask for."""
+class NewRun:
+    """The options that describe a new run; with ``--resume`` none of them is given."""
 
-    warehouse: Warehouse
-    root: Path | None
-    """As given."""
-    stage: str
-    """``pretrain``, or empty."""
-    model: str | None
-    datasets: list[str]
-    features: list[str] | None
-    settings: list[str] | None
-    config: Path | None
-    name: str | None
-    init: str | None
-    transfer: str | None
-    resume: bool
-    run: str | None
-    json: bool
-
-    @property
-    def command(self) -> str:
-        """The command's name."""
-        return self.stage or "train"
+    features: list[str] | None = None
+    set: list[str] | None = None
+    config: Path | None = None
+    name: str | None = None
+    init: str | None = None
+    transfer: str | None = None
+    tune_blocks: int | None = None
 
 
-def with_blocks(settings: list[str] | None, count: int | None) -> list[str] | None:
-    """The settings with ``--tune-blocks`` among them."""
-    return settings if count is None else [*(settings or []), f"tune_blocks={count}"]
-
-
-def run_training(request: Request) -> None:
-    """Begin a run or go on with one, and train it; started by ``torchrun``, one of several.
+def start_training(
+    root: Path | None,
+    model: str | None,
+    datasets: list[str],
+    new: NewRun,
+    *,
+    is_pretraining: bool,
+    json: bool,
+) -> None:
+    """Create a run and train it.
 
     Raises:
-        UserError: Something does not fit.
-        typer.Exit: Code 130, the training was interrupted.
+        UserError: An option does not fit.
+        typer.Exit: Code 130 if the training was interrupted.
     """
-    request = _settled(request)
+    from trainer.config import SettingSources
+    from trainer.models.registry import MODELS
+
+    if model is None:
+        raise UserError("give --model (see mmrec models), or --resume")
+    if new.transfer is not None and new.init is None:
+        raise UserError(f"--transfer {new.transfer} takes weights of a run; name it by --init")
+    MODELS.find(model)
+    pairs = list(new.set or [])
+    if new.tune_blocks is not None:
+        pairs.append(f"tune_blocks={new.tune_blocks}")
+    sources = SettingSources(file=new.config, pairs=pairs)
+    sources.parsed_pairs()
+    warehouse = Warehouse(root)
+    wanted: list[str | None] = [*datasets]
+    names = [_choose_dataset(warehouse, name) for name in wanted or [None]]
+
+    def create() -> "Run":
+        from trainer.runs.run import create_run
+        from trainer.runs.spec import InitialWeights, RunSpec
+        from trainer.runs.transfer import FULL
+
+        init = None
+        if new.init is not None:
+            init = InitialWeights(run=new.init, transfer=new.transfer or FULL)
+        spec = RunSpec.resolve(
+            warehouse,
+            model,
+            names,
+            is_pretraining=is_pretraining,
+            features=new.features,
+            sources=sources,
+            init=init,
+        )
+        return create_run(warehouse, spec, name=new.name)
+
+    _train(warehouse, root, create, resume=False, json=json)
+
+
+def resume_training(
+    root: Path | None,
+    name: str | None,
+    model: str | None,
+    datasets: list[str],
+    new: NewRun,
+    *,
+    is_pretraining: bool,
+    json: bool,
+) -> None:
+    """Continue a run.
+
+    Raises:
+        UserError: An option does not fit, or the run cannot be resumed.
+        typer.Exit: Code 130 if the training was interrupted.
+    """
+    if new != NewRun():
+        raise UserError(
+            "--resume continues a run as it is;"
+            " leave --features, --set, --config, --name, --init, --transfer, --tune-blocks out"
+        )
+    warehouse = Warehouse(root)
+    folder, reason = warehouse.choose_run(name)
+    if reason != "given":
+        console.notify(f"run: {folder.name} ({reason})")
+
+    def reopen() -> "Run":
+        from trainer.runs.run import open_run
+
+        run = open_run(warehouse, folder)
+        if run.spec.is_pretraining != is_pretraining:
+            kind, command = ("pre-training", "pretrain") if run.spec.is_pretraining else (
+                "training", "train"
+            )  # fmt: skip
+            raise UserError(
+                f"run {folder.name!r} is a {kind}; continue it by:"
+                f" mmrec {command} --resume --run {folder.name}"
+            )
+        dataset = "+".join(datasets) or None
+        for given, own in ((model, run.spec.model), (dataset, run.spec.dataset)):
+            if given is not None and given != own:
+                raise UserError(
+                    f"run {folder.name!r} is of {own!r}, not {given!r}; choose by --run"
+                )
+        return run
+
+    _train(warehouse, root, reopen, resume=True, json=json)
+
+
+def check_no_run(run: str | None) -> None:
+    """Refuse ``--run`` without ``--resume``."""
+    if run is not None:
+        raise UserError("--run names a run to resume; add --resume, or give --name")
+
+
+def _choose_dataset(warehouse: Warehouse, name: str | None) -> str:
+    chosen, reason = warehouse.choose_dataset(name)
+    if reason != "given":
+        console.notify(f"dataset: {chosen} ({reason})")
+    return chosen
+
+
+def _train(
+    warehouse: Warehouse, root: Path | None, open_first: Any, *, resume: bool, json: bool
+) -> None:
+    """Open a run in the first process and then in the others, and train it."""
     from trainer.distributed import on_rank_zero, process_group, process_rank
+    from trainer.runs.run import open_run, train_run
 
     with process_group():
-        console.err.quiet = process_rank() > 0
-        mine: list[OpenRun] = []
+        is_first = process_rank() == 0
+        console.err.quiet = not is_first
+        opened: list[Run] = []
 
-        def begin() -> Path:
-            mine.append(_resumed(request) if request.resume else _begun(request))
-            return mine[0].folder
+        def first() -> Path:
+            opened.append(open_first())
+            return opened[0].folder
 
-        folder = on_rank_zero(begin)
-        if not mine:
-            from trainer.runs.run import open_run
-
-            mine.append(open_run(request.warehouse, folder))
-        _train(request, mine[0])
-
-
-def _settled(request: Request) -> Request:
-    """Choose dataset or run, and refuse what can be refused before torch is loaded."""
-    from trainer.config import parse_settings
-    from trainer.models.registry import find_model
-
-    if request.resume:
-        fresh = (
-            request.features, request.settings, request.config, request.name, request.init,
-            request.transfer,
-        )  # fmt: skip
-        if any(fresh):
-            raise UserError(
-                "--resume goes on with a run as it is;"
-                " leave --features, --set, --config, --name, --init, --transfer out"
-            )
-        folder, why = request.warehouse.choose_run(request.run)
-        if why != "given":
-            console.notify(f"run: {folder.name} ({why})")
-        return replace(request, run=folder.name)
-    if request.run is not None:
-        raise UserError("--run names a run to go on with; add --resume, or give --name")
-    if request.model is None:
-        raise UserError("give --model (see mmrec models), or --resume")
-    if request.transfer is not None and request.init is None:
-        raise UserError(f"--transfer {request.transfer} takes weights of a run; name it by --init")
-    find_model(request.model)
-    parse_settings(request.settings or [])
-    given: list[str | None] = [*request.datasets] or [None]
-    chosen = [request.warehouse.choose_dataset(name) for name in given]
-    for name, why in chosen:
-        if why != "given":
-            console.notify(f"dataset: {name} ({why})")
-    return replace(request, datasets=[name for name, _ in chosen])
+        folder = on_rank_zero(first)
+        run = opened[0] if opened else open_run(warehouse, folder)
+        _describe(run)
+        watch = TrainWatch()
+        try:
+            report = train_run(run, resume=resume, on_progress=watch)
+        finally:
+            watch.line.close()
+        if json and is_first:
+            console.emit_json(asdict(report))
+        _conclude(run, report, root, was_trained=watch.called)
 
 
-def _begun(request: Request) -> "OpenRun":
-    assert request.model is not None
-    from trainer.runs.run import start_run
-
-    features = request.features
-    return start_run(
-        request.warehouse,
-        request.model,
-        request.datasets,
-        stage=request.stage,
-        features=[part for entry in features for part in entry.split(",")] if features else None,
-        file=request.config,
-        settings=request.settings or [],
-        name=request.name,
-        init=request.init,
-        transfer=request.transfer or "full",
-    )
-
-
-def _resumed(request: Request) -> "OpenRun":
-    from trainer.runs.run import open_run
-
-    folder, _ = request.warehouse.choose_run(request.run)
-    opened = open_run(request.warehouse, folder)
-    if opened.stage != request.stage:
-        raise UserError(
-            f"run {folder.name!r} is a {opened.stage or 'training'}; go on with it:"
-            f" mmrec {opened.stage or 'train'} --resume --run {folder.name}"
-        )
-    dataset = "+".join(request.datasets) or None
-    for given, held in ((request.model, opened.model_name), (dataset, opened.dataset)):
-        if given is not None and given != held:
-            raise UserError(f"run {folder.name!r} is of {held!r}, not {given!r}; choose by --run")
-    return opened
-
-
-def _describe(run: "OpenRun") -> None:
-    """Say what is trained on what, how many items it knows by nothing, and where it began."""
-    reads = f" with {', '.join(run.tables)}" if run.tables else ""
+def _describe(run: "Run") -> None:
+    """Print what is trained on what, how many items have no features, and the initial weights."""
+    spec = run.spec
+    reads = f" with {', '.join(spec.features)}" if spec.features else ""
     console.notify(
-        f"run {run.folder.name}: {run.model_name} on {run.dataset}{reads},"
+        f"run {run.name}: {spec.model} on {spec.dataset}{reads},"
         f" {run.parameters:,} parameters, {run.data.device}"
     )
-    if run.tables:
+    if spec.features:
         counts, bare = run.data.features.coverage()
         have = ", ".join(f"{modality} {count:,}" for modality, count in counts.items())
         console.notify(f"of {run.data.features.n_items:,} items: {have}, none of these {bare:,}")
-    if run.stage:
+    if spec.is_pretraining:
         console.notify(f"validated on {run.task.split(run.config)}")
     if run.taken:
         for line in run.taken.lines():
             console.notify(line)
 
 
-def _train(request: Request, run: "OpenRun") -> None:
-    from trainer.distributed import process_rank
-    from trainer.runs.run import train
-
-    _describe(run)
-    watch = TrainWatch()
-    try:
-        report = train(run, resume=request.resume, on_tick=watch)
-    finally:
-        watch.line.close()
-    if request.json and process_rank() == 0:
-        console.emit_json(asdict(report))
-    if report.finished and not watch.called:
+def _conclude(run: "Run", report: "TrainReport", root: Path | None, *, was_trained: bool) -> None:
+    command = "pretrain" if run.spec.is_pretraining else "train"
+    if report.finished and not was_trained:
         console.notify(f"run {report.run} is finished already; nothing was trained{_best(report)}")
     elif report.finished:
         console.notify(f"finished: {_trained(report)}")
-        if request.stage:
+        if run.spec.is_pretraining:
             console.notify(f"start from it: mmrec train --model {report.model} --init {report.run}")
     else:
-        given = request.root
-        here = f" --warehouse {shlex.quote(str(given))}" if given else ""
+        place = f" --warehouse {shlex.quote(str(root))}" if root else ""
         console.notify(
             f"stopped: {_trained(report)};"
-            f" go on with: mmrec {request.command} --resume --run {report.run}{here}"
+            f" continue with: mmrec {command} --resume --run {report.run}{place}"
         )
         raise typer.Exit(130)
 
 
 class TrainWatch:
-    """The live line of a training: losses, rate, time left; each validated epoch stays."""
+    """The live line of a training: losses, rate, time left; validated epochs keep their line."""
 
     def __init__(self) -> None:
         self.line = console.ProgressLine()
         self.called = False
 
-    def __call__(self, tick: "TrainProgress") -> None:
+    def __call__(self, progress: "TrainProgress") -> None:
         """Show one report of the loop."""
         self.called = True
-        losses = "".join(f"  {name} {value:.4f}" for name, value in tick.parts.items())
+        losses = "".join(f"  {name} {value:.4f}" for name, value in progress.parts.items())
         text = (
-            f"epoch {tick.epoch}/{tick.epochs}  loss {tick.loss:.4f}{losses}"
-            f"  {tick.rate:,.0f} {tick.unit}/s"
+            f"epoch {progress.epoch}/{progress.epochs}  loss {progress.loss:.4f}{losses}"
+            f"  {progress.rate:,.0f} {progress.unit}/s"
         )
-        if tick.metrics:
-            figures = "  ".join(f"{name} {value:.4f}" for name, value in tick.metrics.items())
-            text += f"  validation {figures}  best epoch {tick.best_epoch}"
+        if progress.metrics:
+            figures = "  ".join(f"{name} {value:.4f}" for name, value in progress.metrics.items())
+            text += f"  validation {figures}  best epoch {progress.best_epoch}"
             self.line.update(text, keep=True)
         else:
-            left = console.format_duration(tick.left)
-            self.line.update(f"{text}  step {tick.step}/{tick.steps}, {left} left in this epoch")
+            left = console.format_duration(progress.left)
+            step = f"step {progress.step}/{progress.steps}"
+            self.line.update(f"{text}  {step}, {left} left in this epoch")
 
 
 def _trained(report: "TrainReport") -> str:

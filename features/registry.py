@@ -30,6 +30,7 @@ class Registry(MutableMapping[str, T], Generic[T]):
         group: Entry point group, or empty if packages cannot add entries.
         convert: Function that turns the object of an entry point into an entry; an error of the
             function makes the entry point a broken one. None takes the object as it is.
+        base: Class that the entries inherit from, if the entries are classes.
 
     Examples:
         >>> colours = Registry("colour", {"red": 0xFF0000})
@@ -48,10 +49,12 @@ class Registry(MutableMapping[str, T], Generic[T]):
         *,
         group: str = "",
         convert: Callable[[object], object] | None = None,
+        base: type | None = None,
     ) -> None:
         self.kind = kind
         self.group = group
         self._convert = convert
+        self._base = base
         self._entries = dict(entries)
         self._origins = dict.fromkeys(self._entries, OWN)
         self._broken: dict[str, str] = {}
@@ -107,7 +110,6 @@ class Registry(MutableMapping[str, T], Generic[T]):
         if self._is_complete:
             return
         self._is_complete = True
-        expected = {type(entry) for entry in self._entries.values()}
         for point in sorted(entry_points(group=self.group), key=lambda point: point.name):
             origin = _origin(point)
             if point.name in self._entries:
@@ -121,14 +123,24 @@ class Registry(MutableMapping[str, T], Generic[T]):
                 reason = " ".join(f"{type(error).__name__}: {error}".split())
                 self._broken[point.name] = f"{point.value} of {origin} cannot be loaded ({reason})"
                 continue
-            if type(entry) not in expected:
-                wanted = " or ".join(sorted(kind.__name__ for kind in expected))
+            if not self._fits(entry):
                 self._broken[point.name] = (
-                    f"{point.value} of {origin} is of type {type(entry).__name__}, not {wanted}"
+                    f"{point.value} of {origin} is {entry!r:.80}, not {self._expected()}"
                 )
                 continue
             self._entries[point.name] = entry
             self._origins[point.name] = origin
+
+    def _fits(self, entry: object) -> bool:
+        if self._base is not None:
+            return isinstance(entry, type) and issubclass(entry, self._base)
+        return type(entry) in {type(known) for known in self._entries.values()}
+
+    def _expected(self) -> str:
+        if self._base is not None:
+            return f"a subclass of {self._base.__name__}"
+        names = {type(known).__name__ for known in self._entries.values()}
+        return f"of type {' or '.join(sorted(names))}"
 
 
 def _origin(point: EntryPoint) -> str:

@@ -17,7 +17,7 @@ from features.errors import UserError
 from features.matrices import FeatureMatrix, TokenMatrix, map_tokens, read_vectors
 from features.provenance import EXTRACT_AGAIN, Provenance
 from features.table_parts import TableParts
-from features.warehouse import Warehouse, slug
+from features.warehouse import DatasetInfo, Warehouse, slug
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,6 +83,16 @@ class FeatureTable(TableParts):
         for buffer in rows["content_hash"].combine_chunks().buffers():
             digest.update(buffer or b"")
         return digest.hexdigest()[:16]
+
+    def identity(self, info: DatasetInfo) -> dict[str, object]:
+        """Return the provenance of the table with a digest of its content.
+
+        Raises:
+            UserError: There is no table, it is unfinished, or of another preparation.
+        """
+        self.check(info.fingerprint, info.inputs_of(self.modality))
+        provenance = self.provenance()
+        return {**(provenance.identity() if provenance else {}), "content": self.digest()}
 
     def read(self, n_items: int, fingerprint: str, inputs: str = "") -> FeatureMatrix:
         """Read a pooled table into one matrix.

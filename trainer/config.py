@@ -1,106 +1,220 @@
-"""Configuration: one frozen dataclass for the loop, one for each recommender, TOML and --set."""
+"""Settings: frozen dataclasses whose fields carry their limits, from TOML files and ``--set``.
+
+A field's annotation says which values it takes::
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Settings):
+        dim: PositiveInt = 64
+        dropout: Probability = 0.1
+        score: Annotated[str, Choice("score", ("dot", "cosine"))] = "dot"
+
+No torch here: a wrong setting is refused before torch is loaded.
+"""
 
 import math
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Protocol, get_args, get_type_hints
 
-import numpy as np
+from features.errors import UserError, unknown
+from features.registry import Registry
+from retrieval.metrics import METRIC_NAMES
 
-from features.errors import UserError
-from retrieval.metrics import per_user
-from trainer.checks import check_not_negative, check_positive, check_probability
+# -- limits of a field ----------------------------------------------------------------------
 
-_WORDS = {
-    "schedule": ("constant", "cosine", "linear", "exponential"),
-    "monitor_seen": ("filtered", "kept"),
-    "precision": ("float32", "bf16"),
-}
+
+class Limit(Protocol):
+    """A condition on the value of one setting."""
+
+    def check(self, name: str, value: Any) -> None:
+        """Raise a UserError that names the setting and the value if the value is refused."""
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """Limit a number to an interval; NaN is in no interval."""
+
+    low: float
+    high: float
+    text: str
+    """The interval in words."""
+    includes_low: bool = True
+    includes_high: bool = False
+
+    def check(self, name: str, value: float) -> None:
+        """Refuse a number outside the interval."""
+        is_inside = self.low < value < self.high
+        is_bound = (value == self.low and self.includes_low) or (
+            value == self.high and self.includes_high
+        )
+        if not (is_inside or is_bound):
+            raise UserError(f"{name}={value} must be {self.text}")
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Limit a text to the names of a registry, or to a fixed list."""
+
+    kind: str
+    """What is chosen, in the singular."""
+    names: Mapping[str, Any] | Iterable[str]
+
+    def check(self, name: str, value: str) -> None:
+        """Refuse a name that is not known; the error lists the known ones."""
+        if isinstance(self.names, Registry):
+            self.names.find(value)
+        elif value not in (known := list(self.names)):
+            raise unknown(name, value, known)
+
+
+_END = 2**31  # tables and tensors count in int32; an infinite value is refused by it as well
+_POSITIVE = Range(0, _END, "above 0 and below 2**31", includes_low=False)
+_NOT_NEGATIVE = Range(0, _END, "at least 0 and below 2**31")
+
+PositiveInt = Annotated[int, _POSITIVE]
+PositiveFloat = Annotated[float, _POSITIVE]
+NonNegativeInt = Annotated[int, _NOT_NEGATIVE]
+NonNegativeFloat = Annotated[float, _NOT_NEGATIVE]
+Probability = Annotated[float, Range(0, 1, "in [0, 1)")]
+Temperature = Annotated[
+    float, Range(1e-4, _END, "at least 0.0001: float32 scores are too coarse for less")
+]
+LayerCount = Annotated[
+    int, Range(0, 1000, "above 0 and at most 1000", includes_low=False, includes_high=True)
+]
+LearningRate = Annotated[
+    float,
+    Range(
+        0, 1, "above 0 and at most 1: AdamW moves each weight by about lr", includes_low=False,
+        includes_high=True,
+    ),
+]  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Base class of all settings: checks the limits of every field when it is created.
+
+    Raises:
+        UserError: A value is outside its limits; the line names the setting and the value.
+    """
+
+    def __post_init__(self) -> None:
+        for name, hint in get_type_hints(type(self), include_extras=True).items():
+            for limit in get_args(hint)[1:]:
+                limit.check(name, getattr(self, name))
+        self.check()
+
+    def check(self) -> None:
+        """Check what concerns several settings at once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WidthSettings(Settings):
+    """Settings of everything that lives in the space of item vectors."""
+
+    dim: PositiveInt = 64
+    """Width of item vectors and states."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkSettings(WidthSettings):
+    """Settings that the item encoder and the sequence encoder share."""
+
+    hidden: PositiveInt = 1024
+    """Width of the feed-forward networks."""
+    dropout: Probability = 0.1
+    """Dropout probability, in the item encoder and in the sequence encoder."""
+
+
+def check_multiple(settings: Settings, name: str, divisor: str) -> None:
+    """Raise a UserError unless one setting is a multiple of another one."""
+    value, parts = getattr(settings, name), getattr(settings, divisor)
+    if value % parts:
+        raise UserError(
+            f"{name}={value} is not a multiple of {divisor}={parts}; change one of them"
+        )
+
+
+# -- the settings of the loop ---------------------------------------------------------------
+
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,2})?")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TrainConfig:
-    """What the loop needs to know, whatever the recommender."""
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(Settings):
+    """Settings of the training loop, the same for every model."""
 
-    seed: int = 42
-    """Fixes initial weights, windows, batches, dropout and masking."""
-    epochs: int = 200
-    """At most; early stopping usually ends before."""
-    batch_size: int = 64
-    """Windows to a step."""
-    lr: float = 1e-3
-    """Learning rate of AdamW, after the warm-up."""
-    weight_decay: float = 0.01
-    """Of AdamW, on every parameter."""
-    tune_blocks: int = 0
-    """Upper blocks of the backbones that are trained as well, on tables ``layer-K`` with K = their
-    blocks - ``tune_blocks`` (PMMRec and MMSR: 2); recommenders that read tokens can."""
-    tune_lr: float = 5e-5
-    """Learning rate of these blocks, which the schedule scales too; 0: they stay as they are."""
-    tune_weight_decay: float = 0.0
-    """Their weight decay."""
-    warmup: int = 0
+    seed: NonNegativeInt = 42
+    """Seed of initial weights, windows, batches, dropout and masking."""
+    epochs: PositiveInt = 200
+    """Largest number of epochs; early stopping usually ends training before."""
+    batch_size: PositiveInt = 64
+    """Windows in a step."""
+    lr: LearningRate = 1e-3
+    """Learning rate of AdamW after the warm-up."""
+    weight_decay: NonNegativeFloat = 0.01
+    """Weight decay of AdamW, on every parameter."""
+    tune_blocks: NonNegativeInt = 0
+    """Upper blocks of the backbones to train as well, on ``layer-K`` tables with K = number of
+    blocks - ``tune_blocks`` (PMMRec and MMSR: 2)."""
+    tune_lr: Annotated[
+        float, Range(0, 1, "at least 0 and at most 1: AdamW moves each weight by about lr",
+                     includes_high=True),
+    ] = 5e-5  # fmt: skip
+    """Learning rate of these blocks, scaled by the same schedule; 0 keeps them frozen."""
+    tune_weight_decay: NonNegativeFloat = 0.0
+    """Weight decay of these blocks."""
+    warmup: NonNegativeInt = 0
     """Steps over which the learning rate rises from 0."""
-    schedule: str = "constant"
-    """What follows: ``constant``, ``cosine`` or ``linear`` down to 0 at the end of the last epoch,
-    or ``exponential``: times ``decay`` after each epoch."""
-    decay: float = 0.9
-    """Of the exponential schedule."""
-    clip: float = 1.0
-    """Largest norm of the gradient; 0: not clipped."""
-    average: float = 0.0
-    """Weights are validated and saved as their exponential moving average over the steps, of which
-    each keeps this share (0.999); 0: as they are."""
+    schedule: Annotated[
+        str, Choice("schedule", ("constant", "cosine", "linear", "exponential"))
+    ] = "constant"
+    """Learning rate after the warm-up: ``constant``; ``cosine`` or ``linear`` down to 0 at the end
+    of the last epoch; ``exponential``: multiplied by ``decay`` after each epoch."""
+    decay: Annotated[
+        float, Range(0, 1, "above 0 and at most 1", includes_low=False, includes_high=True)
+    ] = 0.9
+    """Factor of the exponential schedule."""
+    clip: NonNegativeFloat = 1.0
+    """Largest norm of the gradient; 0 disables clipping."""
+    average: Probability = 0.0
+    """Decay of an exponential moving average of the weights (0.999), which is validated and saved
+    instead of the weights; 0 disables the average."""
     monitor: str = "Recall@10"
-    """Metric on the validation split that early stopping and the best checkpoint go by."""
-    monitor_seen: str = "filtered"
-    """``filtered``: seen items are out of that ranking; ``kept``: they are in it."""
-    patience: int = 10
+    """Validation metric of early stopping and of the best checkpoint."""
+    monitor_seen: Annotated[str, Choice("ranking", ("filtered", "kept"))] = "filtered"
+    """Ranking of that metric: seen items ``filtered`` or ``kept``."""
+    patience: PositiveInt = 10
     """Validations without a better value before training stops."""
-    validate_every: int = 1
+    validate_every: PositiveInt = 1
     """Epochs between two validations."""
-    eval_batch: int = 512
+    eval_batch: PositiveInt = 512
     """Users encoded together in an evaluation."""
     device: str = "auto"
-    """``auto``: CUDA if there is a device, else the CPU."""
-    precision: str = "float32"
-    """``bf16``: matrix products of training in bfloat16; weights and ranking stay float32."""
+    """``auto`` takes CUDA if there is a device, else the CPU."""
+    precision: Annotated[str, Choice("precision", ("float32", "bf16"))] = "float32"
+    """``bf16`` computes the matrix products of training in bfloat16; weights and ranking stay in
+    float32."""
     compile: bool = False
-    """Compile the transformers of the model; pays where the GPU waits for Python."""
+    """Compile the transformers of the model; pays if the GPU waits for Python."""
 
-    def __post_init__(self) -> None:
-        check_positive(
-            self, "epochs", "batch_size", "lr", "decay", "patience", "validate_every", "eval_batch"
-        )
-        check_not_negative(self, "seed", "weight_decay", "warmup", "clip")
-        check_not_negative(self, "tune_blocks", "tune_lr", "tune_weight_decay")
-        check_probability(self, "average")
+    def check(self) -> None:
+        """Check the device, the metric and the products of rates and decays."""
         for prefix in ("", "tune_"):
             lr, decay = getattr(self, f"{prefix}lr"), getattr(self, f"{prefix}weight_decay")
-            if lr > 1:
-                raise UserError(
-                    f"{prefix}lr={lr} must be at most 1: AdamW moves each weight by about lr"
-                )
             if lr * decay > 1:
                 raise UserError(
                     f"{prefix}weight_decay={decay} times {prefix}lr={lr} must be at most 1:"
                     " more turns the sign of every weight"
                 )
-        for key, known in _WORDS.items():
-            if getattr(self, key) not in known:
-                value = getattr(self, key)
-                raise UserError(f"{key}={value!r} is not known; known: {', '.join(known)}")
-        if self.decay > 1:
-            raise UserError(f"decay={self.decay} must be at most 1: the rate falls by it")
-        metrics = list(per_user(np.ones(1, np.int64)))
-        if self.metric not in metrics:
-            raise UserError(f"monitor={self.monitor!r} is not known; known: {', '.join(metrics)}")
+        if self.metric not in METRIC_NAMES:
+            raise unknown("monitor", self.monitor, list(METRIC_NAMES))
         if not _DEVICE.fullmatch(self.device):
-            raise UserError(f"device={self.device!r} is not known; known: auto, cpu, cuda, cuda:N")
+            raise unknown("device", self.device, ["auto", "cpu", "cuda", "cuda:N"])
 
     @property
     def metric(self) -> str:
@@ -108,90 +222,65 @@ class TrainConfig:
         return self.monitor.replace("Recall@", "HR@")
 
 
-def parse_settings(settings: Sequence[str]) -> dict[str, str]:
-    """Split ``key=value`` pairs.
-
-    Raises:
-        UserError: One has no ``=``, or a key stands twice.
-    """
-    pairs: dict[str, str] = {}
-    for setting in settings:
-        key, equals, value = setting.partition("=")
-        if not equals:
-            raise UserError(f"--set {setting!r} must look like key=value")
-        if key in pairs:
-            raise UserError(f"--set gives {key!r} twice; give it once")
-        pairs[key] = value
-    return pairs
+# -- from words to settings -----------------------------------------------------------------
 
 
-def build(
-    model_config: type[Any],
-    file: Path | None,
-    settings: Sequence[str],
-    defaults: Mapping[str, Any] | None = None,
-) -> tuple[TrainConfig, Any]:
-    """Make the configurations of the loop and of a recommender, see :func:`build_all`."""
-    train, model = build_all([TrainConfig, model_config], file, settings, defaults)
-    return train, model
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SettingSources:
+    """The settings that a user gives: a TOML file, and ``key=value`` pairs, which win."""
+
+    file: Path | None = None
+    pairs: Sequence[str] = field(default=())
+
+    def parsed_pairs(self) -> dict[str, str]:
+        """Return the pairs as a dictionary of texts.
+
+        Raises:
+            UserError: A pair has no ``=``, or two pairs have the same key.
+        """
+        values: dict[str, str] = {}
+        for pair in self.pairs:
+            key, equals, value = pair.partition("=")
+            if not equals:
+                raise UserError(f"--set {pair!r} must look like key=value")
+            if key in values:
+                raise UserError(f"--set gives {key!r} twice; give it once")
+            values[key] = value
+        return values
 
 
-def build_all(
-    classes: Sequence[type[Any]],
-    file: Path | None,
-    settings: Sequence[str],
-    defaults: Mapping[str, Any] | None = None,
-) -> list[Any]:
-    """Make configurations from defaults, a TOML file and ``--set``, the last one winning.
+def build_settings(
+    classes: Sequence[type[Any]], sources: SettingSources, defaults: Mapping[str, Any]
+) -> tuple[Any, ...]:
+    """Create settings from defaults, a TOML file and ``--set``; the last one wins.
 
-    Their keys share one flat space, in the file (whatever its tables) and in ``--set``.
+    The keys of all classes share one flat space, in the file (under any table) and in ``--set``.
 
     Args:
-        classes: The configuration classes; no two have a key in common.
-        file: A TOML file, such as the ``config.toml`` of a run.
-        settings: ``key=value`` pairs.
-        defaults: Values that take the place of the classes' own.
+        classes: Subclasses of :class:`Settings`; no two have a key in common.
+        sources: The file, such as the ``config.toml`` of a run, and the pairs.
+        defaults: Values that replace the defaults of the classes.
 
     Raises:
-        UserError: An unknown key, a value of the wrong kind, or one that is refused; the line
-            names the file, where there is one.
+        UserError: A key is unknown, or a value has the wrong type or is outside its limits; the
+            line names the file, if there is one.
     """
-    values = {**(defaults or {}), **(_read(file) if file is not None else {})}
+    values = dict(defaults)
     try:
-        return _build(classes, values, settings)
+        if sources.file is not None:
+            values |= read_flat(sources.file)
+        return _create(classes, values, sources.parsed_pairs())
     except UserError as error:
-        if file is None:
+        if sources.file is None or str(sources.file) in str(error):
             raise
-        source = f"{file} with --set" if settings else str(file)
-        raise UserError(f"{source}: {error}") from None
+        place = f"{sources.file} with --set" if sources.pairs else str(sources.file)
+        raise UserError(f"{place}: {error}") from None
 
 
-def _build(
-    classes: Sequence[type[Any]], values: dict[str, Any], settings: Sequence[str]
-) -> list[Any]:
-    kinds: dict[str, Any] = {field.name: field.type for one in classes for field in fields(one)}
-    pairs = parse_settings(settings)
-    for key in (*values, *pairs):
-        if key not in kinds:
-            raise UserError(f"unknown setting {key!r}; known: {', '.join(sorted(kinds))}")
-    for key, text in pairs.items():
-        values[key] = _convert(key, text, kinds[key])
-    for key, value in values.items():
-        if kinds[key] is float and type(value) is int:
-            values[key] = float(value) if abs(value) < 2**53 else math.inf  # refused by its range
-        elif type(value) is not kinds[key]:
-            raise UserError(f"{key}={value!r} must be {_KINDS[kinds[key]]}")
-    found = []
-    for one in classes:
-        known = {field.name for field in fields(one)}
-        found.append(one(**{key: value for key, value in values.items() if key in known}))
-    return found
-
-
-def documents(train: TrainConfig, model: Any, *more: Any) -> dict[str, Any]:
-    """The tables ``[train]``, ``[model]`` and ``[pretrain]`` of a run's ``config.toml``."""
-    found = {"train": asdict(train), "model": asdict(model)}
-    return found | ({"pretrain": asdict(more[0])} if more else {})
+def settings_tables(train: Any, model: Any, task: Any = None) -> dict[str, Any]:
+    """Return the tables ``[train]``, ``[model]`` and ``[task]`` of a run's ``config.toml``."""
+    tables = {"train": asdict(train), "model": asdict(model)}
+    return tables if task is None else tables | {"task": asdict(task)}
 
 
 _KINDS: dict[Any, str] = {
@@ -200,6 +289,27 @@ _KINDS: dict[Any, str] = {
     str: "text",
     bool: "true or false",
 }
+
+
+def _create(
+    classes: Sequence[type[Any]], values: dict[str, Any], pairs: Mapping[str, str]
+) -> tuple[Any, ...]:
+    kinds: dict[str, Any] = {}
+    for settings_class in classes:
+        kinds |= get_type_hints(settings_class)
+    for key in (*values, *pairs):
+        if key not in kinds:
+            raise unknown("setting", key, sorted(kinds))
+    values |= {key: _convert(key, text, kinds[key]) for key, text in pairs.items()}
+    for key, value in values.items():
+        if kinds[key] is float and type(value) is int:
+            values[key] = float(value) if abs(value) < 2**53 else math.inf  # refused by its limit
+        elif type(value) is not kinds[key]:
+            raise UserError(f"{key}={value!r} must be {_KINDS[kinds[key]]}")
+    return tuple(
+        kind(**{f.name: values[f.name] for f in fields(kind) if f.name in values})
+        for kind in classes
+    )
 
 
 def _convert(key: str, text: str, kind: Any) -> Any:
@@ -213,18 +323,23 @@ def _convert(key: str, text: str, kind: Any) -> Any:
         raise UserError(f"{key}={text!r} must be {_KINDS[kind]}") from None
 
 
-def _read(file: Path) -> dict[str, Any]:
+def read_flat(file: Path) -> dict[str, Any]:
+    """Read the settings of a TOML file, without its tables; ``[run]`` holds no settings.
+
+    Raises:
+        UserError: The file cannot be read, or sets a key twice.
+    """
     try:
         document = tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror}; give a TOML file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{file} is not TOML: {error}") from None
-    document.pop("run", None)  # what a run says of itself is no setting
-    flat: dict[str, Any] = {}
+    document.pop("run", None)
+    values: dict[str, Any] = {}
     for key, value in document.items():
-        entries = value if isinstance(value, dict) else {key: value}
-        for name in entries.keys() & flat.keys():
-            raise UserError(f"{file} sets {name} twice; tables do not part settings: set it once")
-        flat.update(entries)
-    return flat
+        table = value if isinstance(value, dict) else {key: value}
+        for name in table.keys() & values.keys():
+            raise UserError(f"{file} sets {name} twice; tables do not separate settings")
+        values.update(table)
+    return values

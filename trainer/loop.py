@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -21,9 +21,8 @@ from trainer.config import TrainConfig
 from trainer.data.batches import Shard, combine_seeds
 from trainer.distributed import all_reduce_mean, on_rank_zero, process_rank, world_size
 from trainer.ema import ExponentialMovingAverage
-from trainer.modules.transformer import Transformer
 from trainer.optimizer import Optimizer
-from trainer.tasks.next_item import Task, Validation
+from trainer.tasks.base import Task, Validation
 
 _ONE_INTERRUPT = 1.0  # seconds in which signals are the same Ctrl-C
 _SAVE_SECONDS = 300.0  # a killed run loses at most this, whatever an epoch takes
@@ -31,24 +30,24 @@ _SAVE_SECONDS = 300.0  # a killed run loses at most this, whatever an epoch take
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainProgress:
-    """One report of the loop to whoever shows progress."""
+    """One report of the loop, for a live display."""
 
     epoch: int
     epochs: int
     step: int
     """Steps of this epoch that are done."""
     steps: int
-    """Steps of this epoch in all."""
+    """Steps of this epoch in total."""
     loss: float
     """Mean over the epoch so far."""
     parts: dict[str, float]
-    """The same of what the loss is made of, by name; empty where it is one thing."""
+    """Means of the terms of the loss, by name; empty if the loss has a single term."""
     unit: str
-    """What the task counts: windows, items."""
+    """The unit that the task counts: windows or items."""
     rate: float
-    """Units a second in this epoch, of all processes."""
+    """Units a second in this epoch, over all processes."""
     left: float
-    """Seconds that the rest of this epoch takes at this pace, its validation left out."""
+    """Seconds that the rest of this epoch takes at this rate, without validation."""
     metrics: dict[str, float]
     """Validation metrics, at the end of an epoch that was validated."""
     best_epoch: int
@@ -56,17 +55,17 @@ class TrainProgress:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EpochRow:
-    """What the run's metrics table keeps of an epoch."""
+    """The figures of an epoch that the run's metrics table stores."""
 
     epoch: int
     losses: dict[str, float]
-    """Means over the epoch, by name; ``loss`` is what was minimised."""
+    """Means over the epoch, by name; ``loss`` was minimised."""
     metrics: dict[tuple[str, str], float]
-    """As in :class:`trainer.tasks.next_item.Validation`; empty if not validated."""
+    """As in :class:`trainer.tasks.base.Validation`; empty if the epoch was not validated."""
     users: int
     seconds: float = field(default=0.0, compare=False)
-    """Training and validation; of an epoch that was interrupted, at the pace of its last part, and
-    0 where that part had no step. Two equal trainings take different times."""
+    """Training and validation. The time of an interrupted epoch is extrapolated from its last part,
+    and 0 if that part had no step."""
 
 
 def fit(
@@ -77,60 +76,60 @@ def fit(
     *,
     resume: bool = False,
     on_epoch: Callable[[EpochRow], None],
-    on_tick: Callable[[TrainProgress], None],
+    on_progress: Callable[[TrainProgress], None],
 ) -> TrainState:
     """Train until early stopping, the last epoch, or an interrupt.
 
     Args:
-        task: A recommender with what it learns from.
-        config: The loop's settings.
-        folder: Gets ``model.safetensors`` (best by validation) and ``resume.safetensors``.
-        identity: What a checkpoint is for; a resumed one must be for the same.
-        resume: Go on from ``resume.safetensors``.
-        on_epoch: Called with each finished epoch, before its weights are saved: whatever was
-            written of older weights can go while these still stand.
-        on_tick: Called after each step.
+        task: A recommender with the data that it learns from.
+        config: Settings of the loop.
+        folder: Folder for ``model.safetensors`` (best by validation) and ``resume.safetensors``.
+        identity: Identity of the run; a resumed checkpoint must have the same.
+        resume: Continue from ``resume.safetensors``.
+        on_epoch: Called with each finished epoch, before its weights are saved: results of older
+            weights can be removed while these weights are still the saved ones.
+        on_progress: Called after each step.
 
     Returns:
-        Where training ended; ``finished`` is false after an interrupt.
+        The state at the end; ``finished`` is false after an interrupt.
 
     Raises:
-        UserError: The checkpoint to go on from cannot be used, or the training diverges.
+        UserError: The checkpoint to resume from cannot be used, or the training diverges.
     """
-    model, first = task.model, process_rank() == 0
+    model, is_first = task.model, process_rank() == 0
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        return _fit_without_steps(task, config, folder, identity, on_epoch, on_progress)
     device = next(model.parameters()).device
     optimizer = Optimizer(model, config)
     average = ExponentialMovingAverage(model, config.average)
-    progress = TrainState()
-    state = (folder / "resume.safetensors", model, optimizer.adamw)
+    state = TrainState()
+    saved = (folder / "resume.safetensors", model, optimizer.adamw)
     if resume:
-        progress = load_state(*state, identity, average.values)
+        state = load_state(*saved, identity, average.values)
         best = folder / "model.safetensors"
-        if progress.best_epoch >= 0 and not best.exists():
+        if state.best_epoch >= 0 and not best.exists():
             raise UserError(
-                f"{best} is gone: the weights of epoch {progress.best_epoch}, the best one, cannot"
-                f" be had back; remove {folder} and train again"
+                f"{best} is gone: the weights of epoch {state.best_epoch}, the best one, are lost;"
+                f" remove {folder} and train again"
             )
     forward = _forward(task, config)
     shard = Shard(process_rank=process_rank(), world_size=world_size())
 
     def save() -> None:
-        if first:
-            save_state(*state, progress, identity, average.values)
+        if is_first:
+            save_state(*saved, state, identity, average.values)
 
     model.train()
     with _interrupted() as stop:
-        while progress.epoch < config.epochs and not progress.finished:
-            total, batches = task.epoch(config, progress.epoch, skip=progress.step, shard=shard)
+        while state.epoch < config.epochs and not state.finished:
+            total, batches = task.epoch(config, state.epoch, skip=state.step, shard=shard)
             assert total
-            clock = saved = now = time.monotonic()
-            units = done = 0
+            epoch_start = last_save = now = time.monotonic()
+            units = steps_done = 0
             for batch in batches:
-                optimizer.prepare(progress, total)
-                if not first:  # dropout of its own, the same after a resume: it saves no state
-                    torch.manual_seed(
-                        combine_seeds(config.seed, shard.process_rank, progress.steps)
-                    )
+                optimizer.prepare(state, total)
+                if not is_first:  # each process has its own dropout, the same after a resume
+                    torch.manual_seed(combine_seeds(config.seed, shard.process_rank, state.steps))
                 with torch.autocast(device.type, torch.bfloat16, config.precision == "bf16"):
                     losses = forward(batch)
                 losses["loss"].backward()
@@ -139,76 +138,114 @@ def fit(
                 values = torch.stack([value.detach().float() for value in losses.values()])
                 means, stopped = all_reduce_mean(values.tolist(), stop.is_set(), device)
                 named = dict(zip(losses, means, strict=True))
-                value = named["loss"]
-                if not math.isfinite(value):
-                    raise UserError(
-                        f"the loss is {value} in epoch {progress.epoch + 1}, step"
-                        f" {progress.step + 1}; train again with a lower lr than {config.lr}"
-                    )
+                _check_finite(named["loss"], config, state)
                 optimizer.adamw.step()
-                progress.step += 1
-                progress.steps += 1
-                average.update(progress.steps)
+                state.step += 1
+                state.steps += 1
+                average.update(state.steps)
                 for name, value in named.items():
-                    progress.losses[name] = progress.losses.get(name, 0.0) + value
-                done += 1
+                    state.losses[name] = state.losses.get(name, 0.0) + value
+                steps_done += 1
                 units += task.size(batch) * shard.world_size
                 now = time.monotonic()
-                if first:
-                    on_tick(_tick(progress, task, config, total, units, done, now - clock, None))
+                pace = _Pace(total, units, steps_done, now - epoch_start)
+                if is_first:
+                    on_progress(_report(state, task, config, pace))
                 if stopped or (shard.world_size == 1 and stop.is_set()):
                     save()
-                    return progress
-                if now - saved > _SAVE_SECONDS:
+                    return state
+                if now - last_save > _SAVE_SECONDS:
                     save()
-                    saved = now
+                    last_save = now
 
+            pace = _Pace(total, units, steps_done, now - epoch_start)
             with average.applied():
-                row, found = _validate(task, config, progress, total, done, now - clock)
-            if first:
+                row, validation = _validate(task, config, state, pace)
+            if is_first:
                 on_epoch(row)
-            if found is not None:
-                if found.monitored > progress.best:
-                    progress.best, progress.best_epoch = found.monitored, row.epoch
-                    progress.waited = 0
-                    if first:
-                        with average.applied():
-                            save_weights(folder / "model.safetensors", model, identity)
-                else:
-                    progress.waited += 1
-            if first:
-                on_tick(_tick(progress, task, config, total, units, done, now - clock, found))
-            progress.finished = progress.waited >= config.patience or row.epoch == config.epochs
-            progress.epoch, progress.step, progress.losses = progress.epoch + 1, 0, {}
+            if validation is not None and _is_best(state, validation, row.epoch) and is_first:
+                with average.applied():
+                    save_weights(folder / "model.safetensors", model, identity)
+            if is_first:
+                on_progress(_report(state, task, config, pace, validation))
+            state.finished = state.waited >= config.patience or row.epoch == config.epochs
+            state.epoch, state.step, state.losses = state.epoch + 1, 0, {}
             save()
             if all_reduce_mean([], stop.is_set(), device)[1]:
                 break
-    return progress
+    return state
+
+
+def _fit_without_steps(
+    task: Task[Any],
+    config: TrainConfig,
+    folder: Path,
+    identity: dict[str, Any],
+    on_epoch: Callable[[EpochRow], None],
+    on_progress: Callable[[TrainProgress], None],
+) -> TrainState:
+    """Validate and save a model that learns nothing by gradients."""
+    state, pace = TrainState(), _Pace(0, 0, 0, 0.0)
+    row, validation = _validate(task, replace(config, validate_every=1), state, pace)
+    assert validation is not None
+    _is_best(state, validation, row.epoch)
+    if process_rank() == 0:
+        on_epoch(row)
+        save_weights(folder / "model.safetensors", task.model, identity)
+        on_progress(_report(state, task, config, pace, validation))
+    state.epoch, state.finished = 1, True
+    return state
+
+
+def _check_finite(loss: float, config: TrainConfig, state: TrainState) -> None:
+    if not math.isfinite(loss):
+        raise UserError(
+            f"the loss is {loss} in epoch {state.epoch + 1}, step {state.step + 1};"
+            f" train again with a lower lr than {config.lr}"
+        )
+
+
+def _is_best(state: TrainState, validation: Validation, epoch: int) -> bool:
+    """Update the best value and the validations since; return True if this one is the best."""
+    if validation.monitored > state.best:
+        state.best, state.best_epoch, state.waited = validation.monitored, epoch, 0
+        return True
+    state.waited += 1
+    return False
+
+
+@dataclass(frozen=True, slots=True)
+class _Pace:
+    """The progress of an epoch in this process, since its start or since it was resumed."""
+
+    steps: int
+    """Steps of the epoch in total."""
+    units: int
+    """Units done, over all processes."""
+    steps_done: int
+    seconds: float
 
 
 def _validate(
-    task: Task[Any],
-    config: TrainConfig,
-    progress: TrainState,
-    steps: int,
-    done: int,
-    seconds: float,
+    task: Task[Any], config: TrainConfig, state: TrainState, pace: _Pace
 ) -> tuple[EpochRow, Validation | None]:
-    """Validate when it is time; ``done`` steps of this epoch took ``seconds`` in this process."""
+    """Validate if it is time to; return the epoch's figures."""
     began = time.monotonic()
-    epoch = progress.epoch + 1
-    losses = {name: total / steps for name, total in progress.losses.items()}
-    found, metrics, users = None, {}, 0
+    epoch = state.epoch + 1
+    losses = {name: total / pace.steps for name, total in state.losses.items()}
+    validation, metrics, users = None, {}, 0
     if epoch % config.validate_every == 0 or epoch == config.epochs:
-        found = on_rank_zero(lambda: task.validate(config))
-        metrics, users = found.metrics, found.users
-    took = seconds * steps / done + time.monotonic() - began if done else 0.0
-    row = EpochRow(epoch=epoch, losses=losses, metrics=metrics, users=users, seconds=took)
-    return row, found
+        validation = on_rank_zero(lambda: task.validate(config))
+        metrics, users = validation.metrics, validation.users
+    seconds = 0.0
+    if pace.steps_done:
+        seconds = pace.seconds * pace.steps / pace.steps_done + time.monotonic() - began
+    row = EpochRow(epoch=epoch, losses=losses, metrics=metrics, users=users, seconds=seconds)
+    return row, validation
 
 
 class _Forward(nn.Module):
-    """A task's loss as a module: what DistributedDataParallel wraps."""
+    """A task's loss as a module, for DistributedDataParallel."""
 
     def __init__(self, task: Task[Any]) -> None:
         super().__init__()
@@ -221,46 +258,43 @@ class _Forward(nn.Module):
 
 def _forward(task: Task[Any], config: TrainConfig) -> nn.Module:
     if config.compile:
-        for module in task.model.modules():
-            if isinstance(module, Transformer):
-                module.compile()
-    whole = _Forward(task)
-    return DistributedDataParallel(whole) if world_size() > 1 else whole
+        for module in task.model.compiled_parts():
+            module.compile()
+    forward = _Forward(task)
+    return DistributedDataParallel(forward) if world_size() > 1 else forward
 
 
-def _tick(
-    progress: TrainState,
+def _report(
+    state: TrainState,
     task: Task[Any],
     config: TrainConfig,
-    steps: int,
-    units: int,
-    done: int,
-    seconds: float,
-    found: Validation | None,
+    pace: _Pace,
+    validation: Validation | None = None,
 ) -> TrainProgress:
-    seconds = max(seconds, 1e-9)
-    step = max(1, progress.step)
+    seconds = max(pace.seconds, 1e-9)
+    step = max(1, state.step)
     return TrainProgress(
-        epoch=progress.epoch + 1,
+        epoch=state.epoch + 1,
         epochs=config.epochs,
-        step=progress.step,
-        steps=steps,
-        loss=progress.losses.get("loss", 0.0) / step,
-        parts={name: v / step for name, v in progress.losses.items() if name != "loss"},
+        step=state.step,
+        steps=pace.steps,
+        loss=state.losses.get("loss", 0.0) / step,
+        parts={name: v / step for name, v in state.losses.items() if name != "loss"},
         unit=task.unit,
-        rate=units / seconds,
-        left=(steps - progress.step) * seconds / max(1, done),
-        metrics=found.shown if found else {},
-        best_epoch=progress.best_epoch,
+        rate=pace.units / seconds,
+        left=(pace.steps - state.step) * seconds / max(1, pace.steps_done),
+        metrics=validation.shown if validation else {},
+        best_epoch=state.best_epoch,
     )
 
 
 @contextmanager
 def _interrupted() -> Iterator[threading.Event]:
-    """Turn the first Ctrl-C into an event that is looked at between two steps; the second raises.
+    """Turn the first Ctrl-C into an event that the loop reads between two steps.
 
-    A step is never torn, so what is saved is a state that the uninterrupted run went through. At a
-    terminal ``torchrun`` passes on what its processes have had already: within a second, it is one.
+    A step is never torn: the saved state is one that an uninterrupted run has as well. The second
+    Ctrl-C raises KeyboardInterrupt. ``torchrun`` forwards a signal that its processes may have
+    received from the terminal already: signals within a second count as one.
     """
     event = threading.Event()
     first = 0.0

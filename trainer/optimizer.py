@@ -41,7 +41,7 @@ class Optimizer:
         grouped = {id(parameter) for group in own_groups for parameter in group["params"]}
         groups = [
             {**group, "params": [p for p in group["params"] if id(p) not in grouped]}
-            for group in model.parameter_groups(config.lr, config.weight_decay)
+            for group in model.parameter_groups(config)
         ]
         groups += own_groups
         self._base_rates = [group["lr"] for group in groups]

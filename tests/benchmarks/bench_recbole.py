@@ -28,12 +28,10 @@ from features.dataset import Dataset, load_dataset
 from features.warehouse import Warehouse
 from pipeline.datasets.prepare import PrepareOptions, prepare_dataset
 from retrieval.metrics import per_user
-from retrieval.ranking import rank
 from tests.trainer import worlds
-from trainer.evaluation.encode import encode, seen_by, targets_of
+from trainer.evaluation.ranking import rank_split
 from trainer.loop import TrainProgress
-from trainer.runs.run import start_run
-from trainer.runs.run import train as run_training
+from trainer.runs.run import train_run
 
 USERS, ITEMS, EACH = 4096, 100_000, 25
 
@@ -71,7 +69,7 @@ def compare(what: str, ours: tuple[float, float], theirs: tuple[float, float], e
         )
 
 
-def train(python: str, raw: Path, threads: int, epochs: int) -> None:
+def compare_training(python: str, raw: Path, threads: int, epochs: int) -> None:
     """One epoch of ml-100k."""
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
@@ -85,7 +83,9 @@ def train(python: str, raw: Path, threads: int, epochs: int) -> None:
             if not tick.metrics:
                 marks.append((tick.epoch, time.process_time(), time.perf_counter()))
 
-        run = start_run(house, "sasrec", "ml-100k", settings=["device=cpu", f"epochs={epochs + 1}"])
+        run = worlds.begin(
+            house, "sasrec", "ml-100k", settings=["device=cpu", f"epochs={epochs + 1}"]
+        )
         targets = sum(
             int((batch.sequences.lengths_B - 1).sum())
             for batch in run.data.epoch(
@@ -95,7 +95,7 @@ def train(python: str, raw: Path, threads: int, epochs: int) -> None:
                 epoch=1,
             )[1]
         )
-        run_training(run, on_tick=watch)
+        train_run(run, on_progress=watch)
         spent = []
         for epoch in range(2, epochs + 2):  # the first one warms up
             inside = [mark for mark in marks if mark[0] == epoch]
@@ -129,14 +129,7 @@ def evaluation(python: str, threads: int) -> None:
     model = SASRec(SASRecConfig(), Catalogue(n_items=ITEMS, widths={})).eval()
 
     def work() -> None:
-        encoded = encode(model, data, "test", 512)
-        held = encoded.held
-        ranks = rank(
-            encoded.queries_ED,
-            encoded.items_ND,
-            targets_of(world, held),
-            seen_by(world, held),
-        )
+        ranks = rank_split(model, data, "test", 512).ranks
         for found in (ranks.filtered, ranks.kept):
             assert all(len(values) == USERS for values in per_user(found).values())
 
@@ -165,7 +158,7 @@ def main() -> None:
     if "train" in given.sections:
         if given.raw is None:
             parser.error("the section train needs --raw")
-        train(given.peer, given.raw.resolve(), given.threads, given.epochs)
+        compare_training(given.peer, given.raw.resolve(), given.threads, given.epochs)
     if "rank" in given.sections:
         evaluation(given.peer, given.threads)
 

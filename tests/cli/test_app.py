@@ -92,21 +92,22 @@ def test_ranks_and_metrics_equal_a_plain_recomputation(root: str) -> None:
     from features.dataset import load_dataset
     from features.warehouse import Warehouse
     from trainer.checkpoint import load_weights
-    from trainer.evaluation.encode import encode
+    from trainer.evaluation.encode import encode_catalogue, encode_histories
     from trainer.runs.run import open_run
 
     warehouse = Warehouse(root)
     opened = open_run(warehouse, warehouse.runs_dir / "mmsrec")
-    load_weights(opened.folder / "model.safetensors", opened.model, opened.identity)
+    load_weights(opened.weights, opened.model, opened.spec.identity())
     dataset = load_dataset(warehouse, "demo")
     table = pq.read_table(opened.folder / "predictions.parquet").to_pylist()
     for split, back in (("validation", 2), ("test", 1)):
-        encoded = encode(opened.model, opened.data, split, 64)
-        queries = encoded.queries_ED.numpy().astype(np.float64)
-        items = encoded.items_ND.numpy().astype(np.float64)
+        users = dataset.held(split)
+        items_ND = encode_catalogue(opened.model, opened.data)
+        queries_ED = encode_histories(opened.model, opened.data, items_ND, users, 64)
+        queries, items = (x.numpy().astype(np.float64) for x in (queries_ED, items_ND))
         mine = {row["user"]: row for row in table if row["split"] == split}
         filtered = []
-        for user, query in zip(encoded.held.users.tolist(), queries, strict=True):
+        for user, query in zip(users.users.tolist(), queries, strict=True):
             sequence = dataset.items[dataset.offsets[user] : dataset.offsets[user + 1]].tolist()
             target, seen = sequence[-back], set(sequence[:-back])
             scores = items @ query

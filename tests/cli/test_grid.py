@@ -5,7 +5,6 @@ import re
 import shlex
 import signal
 import tomllib
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +20,14 @@ from features.warehouse import Warehouse
 from tests.cli.invoke import run
 from tests.trainer import worlds
 from trainer.checkpoint import read_tensors
-from trainer.models.registry import MODELS
-from trainer.models.sasrec import SASRec, SASRecConfig
+from trainer.models.registry import MODELS, Model
+from trainer.models.sasrec import SASRec
 from trainer.runs import grid as runs_grid
 from trainer.runs.grid_file import pivot, read_grid
 
 GRID = """
 rows = ["fusion"]
-columns = ["tower"]
+columns = ["sequence_encoder"]
 [runs]
 model = "mmsr"
 dim = 8
@@ -38,7 +37,7 @@ epochs = 1
 length = 5
 device = "cpu"
 fusion = ["sum", "merge-attention"]
-tower = ["sasrec", "gru"]
+sequence_encoder = ["sasrec", "gru"]
 """
 
 
@@ -106,7 +105,7 @@ def test_a_stopped_grid_goes_on_and_prints_the_table(
     shown = float(table[3][1].removeprefix("*"))
     assert document["runs"][0]["metrics"]["HR@10"] == pytest.approx(shown, abs=1e-4)
     result = pq.read_table(document["result"])
-    assert result.column_names[:6] == ["model", "dataset", "features", "fusion", "tower", "run"]
+    assert result.column_names[:6] == ["model", "dataset", "features", "fusion", "sequence_encoder", "run"]
     assert set(result["split"].to_pylist()) == {"validation", "test"}
     assert len(set(result["run"].to_pylist())) == 4
 
@@ -118,13 +117,13 @@ def test_a_run_that_fails_does_not_stop_the_others(
     train = runs_grid._train
 
     def break_one(warehouse: Any, one: Any, *more: Any) -> None:
-        if one.combination.keys == {"fusion": "sum", "tower": "gru"}:
+        if one.combination.keys == {"fusion": "sum", "sequence_encoder": "gru"}:
             raise UserError("the loss is nan")
         train(warehouse, one, *more)
 
     monkeypatch.setattr(runs_grid, "_train", break_one)
     failed = run("grid", file, "--warehouse", root, code=2)
-    assert "2/4 fusion=sum, tower=gru: failed: the loss is nan" in failed.stderr
+    assert "2/4 fusion=sum, sequence_encoder=gru: failed: the loss is nan" in failed.stderr
     assert failed.stderr.splitlines()[-1].startswith("error: 1 of 4 runs failed")
     assert failed.stdout.splitlines()[3].split()[-2:] == ["-", "-"]
 
@@ -145,7 +144,7 @@ def test_another_setting_or_other_features_are_another_run(root: str, file: str)
 
 def test_what_a_run_cannot_be_is_refused_before_the_first_one(root: str, file: str) -> None:
     for line, message in (
-        ("colour = 3", "table.toml, fusion=sum, tower=sasrec: unknown setting 'colour'"),
+        ("colour = 3", "table.toml, fusion=sum, sequence_encoder=sasrec: unknown setting 'colour'"),
         ("loss = ['bce', 'mse']", "the axis 'loss' stands in neither rows nor columns"),
         ("dataset = 'none'", "dataset 'none' is not prepared"),
         ("features = 'video'", "has no feature table 'video'"),
@@ -173,7 +172,7 @@ def test_columns_that_are_too_wide_stand_below_each_other(
 
 
 def test_combinations_start_from_other_runs(root: str, file: str) -> None:
-    fixed = GRID[: GRID.index("fusion =")].partition("[runs]")[2] + 'fusion = "sum"\ntower = "gru"'
+    fixed = GRID[: GRID.index("fusion =")].partition("[runs]")[2] + 'fusion = "sum"\nsequence_encoder = "gru"'
     variants = (
         "fresh = {init = ''}\nwhole = {init = 'source'}\n"
         "users = {init = 'source', transfer = 'users'}\n"
@@ -228,16 +227,17 @@ def test_weights_that_changed_since_the_plan_are_not_trained_from(root: str, fil
     assert not runs_grid.is_begun(warehouse, planned[0])
 
 
+class Popular(SASRec):
+    """The same configuration as SASRec; the first items of the catalogue always come first."""
+
+    def encode_sequences(self, *arguments: Any) -> Tensor:
+        return torch.zeros_like(super().encode_sequences(*arguments))
+
+
 def test_two_models_of_one_configuration_class_are_two_runs(
     root: str, file: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Popular(SASRec):
-        """The same configuration; the first items of the catalogue always come first."""
-
-        def encode_sequences(self, *arguments: Any) -> Tensor:
-            return torch.zeros_like(super().encode_sequences(*arguments))
-
-    other = replace(MODELS["sasrec"], load=lambda: (SASRecConfig, Popular))
+    other = Model("tests.cli.test_grid:Popular", "the first items always come first")
     monkeypatch.setitem(MODELS, "popular", other)
     Path(file).write_text(
         "rows = ['model']\n[runs]\nmodel = ['sasrec', 'popular']\n"

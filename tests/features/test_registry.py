@@ -42,3 +42,9 @@ def test_an_unknown_name_lists_the_known_ones() -> None:
 
 def test_without_a_group_nothing_is_loaded(package: None) -> None:
     assert list(Registry("colour", {"red": 1})) == ["red"]
+
+
+def test_classes_must_inherit_from_the_base(package: None) -> None:
+    kinds: Registry[type] = Registry("kind", {"flag": bool}, group="mmrec.colours", base=int)
+    assert list(kinds) == ["flag"]
+    assert "a subclass of int" in kinds.broken["green"]

@@ -24,10 +24,9 @@ from trainer.distributed import (
     world_size,
 )
 from trainer.loop import TrainProgress, fit
-from trainer.models import mmsr
+from trainer.losses import bce
 from trainer.models.base import Catalogue
 from trainer.models.mmsrec import MMSRec, MMSRecConfig
-from trainer.models.registry import MODELS
 from trainer.tasks.alignment import AlignConfig, Alignment
 from trainer.tasks.next_item import NextItem
 
@@ -62,11 +61,11 @@ def next_item(name: str) -> Callable[[Path], dict[str, Tensor]]:
 
     def train(folder: Path) -> dict[str, Tensor]:
         features = worlds.features(N)
-        settings, recommender = MODELS[name.partition("-")[0]].load()
-        mmsr.sample_unseen = unseen  # type: ignore[attr-defined]
-        torch.manual_seed(process_rank())  # the first one's weights are everybody's
-        catalogue = Catalogue(n_items=N, widths=features.widths)
-        model = recommender(settings(**SMALL, **MORE[name]), catalogue)
+        bce.sample_unseen = unseen  # type: ignore[attr-defined]
+        # The first process's weights are everybody's.
+        model = worlds.build(
+            name.partition("-")[0], features, seed=process_rank(), **SMALL, **MORE[name]
+        )
         task = NextItem(model, worlds.training_data(worlds.cycles(n_items=N), features))
         mine = folder / (name if process_rank() == 0 else f"{name}-of-{process_rank()}")
         if process_rank() == 0:
@@ -77,7 +76,7 @@ def next_item(name: str) -> Callable[[Path], dict[str, Tensor]]:
             mine,
             {},
             on_epoch=lambda row: None,
-            on_tick=lambda tick: None,
+            on_progress=lambda tick: None,
         )
         figures = torch.tensor([ended.best, float(ended.best_epoch), float(ended.steps)])
         return {**model.state_dict(), "progress": figures}
@@ -97,7 +96,7 @@ def aligned(folder: Path) -> dict[str, Tensor]:
     config = TrainConfig(**{**LOOP, "monitor": "MRR"})
     mine = folder / f"aligned-{process_rank()}"
     mine.mkdir()
-    fit(task, config, mine, {}, on_epoch=lambda row: None, on_tick=lambda tick: None)
+    fit(task, config, mine, {}, on_epoch=lambda row: None, on_progress=lambda tick: None)
     return model.state_dict()
 
 
@@ -112,13 +111,21 @@ def torn(folder: Path) -> dict[str, Tensor]:
         mine = folder / ("torn" if interrupt_at or resume else "whole")
         mine.mkdir(exist_ok=True)
 
-        def on_tick(tick: TrainProgress, at: int = interrupt_at) -> None:
+        def on_progress(tick: TrainProgress, at: int = interrupt_at) -> None:
             if tick.step == at:
                 signal.raise_signal(signal.SIGINT)
 
         task = NextItem(model, worlds.training_data(worlds.cycles(n_items=N), features))
         config = TrainConfig(**LOOP)
-        fit(task, config, mine, {}, resume=resume, on_epoch=lambda row: None, on_tick=on_tick)
+        fit(
+            task,
+            config,
+            mine,
+            {},
+            resume=resume,
+            on_epoch=lambda row: None,
+            on_progress=on_progress,
+        )
         if world_size() > 1:
             torch.distributed.barrier()  # the first one has saved
         ended.append(model.state_dict())

@@ -18,7 +18,7 @@ from trainer.checkpoint import TrainState, load_weights
 from trainer.config import TrainConfig
 from trainer.data.batches import Batch, TrainingData
 from trainer.loop import EpochRow, TrainProgress, fit
-from trainer.models.base import Catalogue, Recommender
+from trainer.models.base import Recommender
 from trainer.models.registry import MODELS
 from trainer.models.sasrec import SASRec
 from trainer.optimizer import scheduled
@@ -31,12 +31,11 @@ SMALL: dict[str, Any] = {"dim": 8, "heads": 2, "hidden": 16, "length": 5, "dropo
 
 def world(name: str) -> tuple[Recommender, TrainingData]:
     features = worlds.features(N)
-    settings, recommender = MODELS[name].load()
-    known = {field.name for field in fields(settings)}
-    small = settings(**{key: value for key, value in SMALL.items() if key in known})
-    torch.manual_seed(0)
-    model = recommender(small, Catalogue(n_items=N, widths=features.widths))
-    return model, worlds.training_data(worlds.cycles(n_items=N), features)
+    known = {field.name for field in fields(MODELS[name].load().settings_class)}
+    small = {key: value for key, value in SMALL.items() if key in known}
+    return worlds.build(name, features, **small), worlds.training_data(
+        worlds.cycles(n_items=N), features
+    )
 
 
 def train(
@@ -53,7 +52,7 @@ def train(
     rows: list[EpochRow] = []
     ticks = 0
 
-    def on_tick(tick: TrainProgress) -> None:
+    def on_progress(tick: TrainProgress) -> None:
         nonlocal ticks
         ticks += 1
         watch(tick)
@@ -68,7 +67,7 @@ def train(
         {"a": 1},
         resume=resume,
         on_epoch=rows.append,
-        on_tick=on_tick,
+        on_progress=on_progress,
     )
     return progress, model, rows
 
@@ -193,7 +192,7 @@ def test_a_loss_that_is_no_number_stops_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float
 ) -> None:
     def loss(self: SASRec, batch: Batch) -> dict[str, Tensor]:
-        return {"loss": self.item.weight.sum() + value}
+        return {"loss": self.item_encoder.weight.sum() + value}
 
     monkeypatch.setattr(SASRec, "loss", loss)
     with pytest.raises(UserError, match=f"the loss is {value} in epoch 1, step 1; .* lower lr"):
@@ -204,7 +203,9 @@ def test_weights_that_diverge_in_the_only_step_stop_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def loss(self: SASRec, batch: Batch) -> dict[str, Tensor]:
-        return {"loss": (0 * self.item.weight).sqrt().sum()}  # 0, with a gradient of 0 * infinity
+        return {
+            "loss": (0 * self.item_encoder.weight).sqrt().sum()
+        }  # 0, with a gradient of 0 * infinity
 
     monkeypatch.setattr(SASRec, "loss", loss)
     with pytest.raises(UserError, match=r"not finite: the training diverged; .* lower lr"):
@@ -267,14 +268,16 @@ def test_the_optimizer_steps_at_that_rate_with_clipped_gradients(
 def test_groups_have_rates_and_decays_of_their_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def groups(self: SASRec, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-        self.position.weight.requires_grad_(False)
+    def groups(self: SASRec, config: TrainConfig) -> list[dict[str, Any]]:
+        self.get_parameter("sequence_encoder.position.weight").requires_grad_(False)
         rest = [
-            p for name, p in self.named_parameters() if not name.startswith(("item", "position"))
+            p
+            for name, p in self.named_parameters()
+            if not name.startswith(("item_encoder", "sequence_encoder.position"))
         ]
         return [
-            {"params": [self.item.weight], "lr": lr / 4, "weight_decay": 0.0},
-            {"params": rest, "lr": lr, "weight_decay": weight_decay},
+            {"params": [self.item_encoder.weight], "lr": config.lr / 4, "weight_decay": 0.0},
+            {"params": rest, "lr": config.lr, "weight_decay": config.weight_decay},
         ]
 
     found: list[list[tuple[float, float]]] = []

@@ -1,6 +1,8 @@
 """Small planted worlds for the trainer's tests, in memory or in a warehouse."""
 
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,15 @@ from features.schema import INTERACTIONS_SCHEMA, ITEMS_SCHEMA, feature_schema
 from features.splits import MIN_EVALUATED
 from features.store import FeatureStore
 from features.warehouse import DatasetInfo, Warehouse
+from retrieval.ranking import Ranks
+from trainer.config import SettingSources
 from trainer.data.batches import Batch, ItemFeatures, Sequences, TrainingData, TrainSet
+from trainer.evaluation.ranking import build_reference, rank_split
+from trainer.models.base import Catalogue, Recommender
+from trainer.models.registry import MODELS
+from trainer.runs.run import Run, create_run
+from trainer.runs.spec import InitialWeights, RunSpec
+from trainer.runs.transfer import FULL
 
 
 def dataset(sequences: list[list[int]], n_items: int) -> Dataset:
@@ -155,3 +165,58 @@ def _write(
     schema = feature_schema(dim, "float32", level)
     table.append(pa.Table.from_arrays(columns, schema=schema), made)
     table.finish("f", made)
+
+
+def begin(
+    warehouse: Warehouse,
+    model: str,
+    dataset: str | Sequence[str] = "world",
+    *,
+    settings: Sequence[str] = (),
+    features: Sequence[str] | None = None,
+    name: str | None = None,
+    init: str | None = None,
+    transfer: str = FULL,
+    is_pretraining: bool = False,
+    file: Path | None = None,
+) -> Run:
+    """Create a run from words, as the command line does."""
+    spec = RunSpec.resolve(
+        warehouse,
+        model,
+        [dataset] if isinstance(dataset, str) else dataset,
+        is_pretraining=is_pretraining,
+        features=features,
+        sources=SettingSources(file=file, pairs=settings),
+        init=None if init is None else InitialWeights(run=init, transfer=transfer),
+    )
+    return create_run(warehouse, spec, name=name)
+
+
+SMALL: dict[str, Any] = {"dim": 8, "heads": 2, "hidden": 16, "length": 6, "fusion_heads": 2}
+"""Sizes of a small model; each model takes those that it knows."""
+
+
+def small_settings(model: str, **settings: Any) -> Any:
+    """The settings of a small model, with some of them changed."""
+    settings_class = MODELS.find(model).load().settings_class
+    names = {field.name for field in fields(settings_class)}
+    return settings_class(**{k: v for k, v in SMALL.items() if k in names} | settings)
+
+
+def build(model: str, held: ItemFeatures, *, seed: int = 0, **settings: Any) -> Recommender:
+    """A small model for the items of these features, with random weights."""
+    torch.manual_seed(seed)
+    catalogue = Catalogue(n_items=held.n_items, widths=held.widths)
+    return MODELS.find(model).load()(small_settings(model, **settings), catalogue)
+
+
+def ranks(model: Recommender, world: Dataset, held: ItemFeatures, split: str = "test") -> Ranks:
+    """The ranks of the targets of a split."""
+    return rank_split(model, training_data(world, held), split, 64).ranks
+
+
+def popularity_ranks(world: Dataset, split: str = "test") -> Ranks:
+    """The ranks by popularity."""
+    data = training_data(world, ItemFeatures(n_items=world.info.items, vectors={}, present={}))
+    return rank_split(build_reference("popularity", data), data, split, 64).ranks

@@ -54,6 +54,8 @@ class Sequences:
     """(B, L) int64; slots beyond the length of a sequence are padding of any value."""
     lengths_B: Tensor
     """(B,) int64, at least 1."""
+    users_B: Tensor | None = None
+    """(B,) int64, the users; -1 for a user who is not in the dataset; ``None`` if unknown."""
 
     @property
     def mask_BL(self) -> Tensor:

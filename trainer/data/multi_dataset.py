@@ -7,7 +7,7 @@ Legend: N items of all datasets, K items of a batch, T most tokens of these, D w
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,13 +27,24 @@ from trainer.data.token_features import TokenFeatures
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class DataIdentity:
+    """Hashes of everything that a run reads."""
+
+    items: str
+    """Fingerprint of the item ids in their order."""
+    interactions: str
+    """Digest of the interactions."""
+    features: Sequence[Mapping[str, Any]]
+    """Provenance of each feature table, with a digest of its content."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class LoadedData:
     """One or several datasets with their features, loaded and concatenated."""
 
     dataset: Dataset
     features: ItemFeatures
-    identity: dict[str, Any]
-    """What identifies the data, for checkpoints."""
+    identity: DataIdentity
 
 
 def choose_common_tables(
@@ -87,26 +98,37 @@ def load_data(
         parts.append(features)
         identities.append(tables)
     dataset = loaded[0] if len(loaded) == 1 else _concatenate(loaded)
-    identity = _joint_identity(datasets, identities)
     return LoadedData(
         dataset=dataset,
         features=parts[0] if len(parts) == 1 else _concatenate_features(parts),
-        identity={
-            "dataset": "+".join(datasets),
-            "items": dataset.info.fingerprint,
-            "interactions": dataset.digest(),
-            "features": identity,
-        },
+        identity=DataIdentity(
+            items=dataset.info.fingerprint,
+            interactions=dataset.digest(),
+            features=_joint_identity(datasets, identities),
+        ),
     )
 
 
-def joint_fingerprint(warehouse: Warehouse, datasets: Sequence[str]) -> str:
-    """Return ``LoadedData.dataset.info.fingerprint`` without loading the data.
+def identify_data(
+    warehouse: Warehouse, datasets: Sequence[str], labels: Sequence[str]
+) -> DataIdentity:
+    """Return the identity that :func:`load_data` returns, without reading the vectors.
 
     Raises:
-        UserError: A dataset is not prepared.
+        UserError: A dataset or a table cannot be read, or two were encoded differently.
     """
-    return _joint_fingerprint([warehouse.info(name).fingerprint for name in datasets])
+    store = FeatureStore(warehouse)
+    loaded = [load_dataset(warehouse, name) for name in datasets]
+    dataset = loaded[0] if len(loaded) == 1 else _concatenate(loaded)
+    identities = [
+        [table.identity(part.info) for table in choose_tables(store, name, labels)]
+        for name, part in zip(datasets, loaded, strict=True)
+    ]
+    return DataIdentity(
+        items=dataset.info.fingerprint,
+        interactions=dataset.digest(),
+        features=_joint_identity(datasets, identities),
+    )
 
 
 def _joint_fingerprint(fingerprints: Sequence[str]) -> str:
@@ -125,7 +147,7 @@ def item_splits(
     Args:
         warehouse: Holds the datasets.
         datasets: Names of prepared datasets, whose items are concatenated.
-        share: Share of the items in each split, 0..0.5.
+        shard: Shard of the items in each split, 0..0.5.
 
     Returns:
         (N,) bool for each of ``validation`` and ``test``.

@@ -1,10 +1,15 @@
 """Binary cross-entropy with one sampled negative for each position."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from trainer.data.batches import Batch
+from trainer.data.negative_sampling import sample_unseen
 from trainer.distributed import global_mean_rows
+from trainer.losses.base import DrawnItems, ItemVectors, Loss, Targets
 
 
 def sampled_bce(
@@ -35,3 +40,35 @@ def sampled_bce(
     )
     fooled_M = torch.where(exists_M, functional.softplus(negative_M), 0)
     return missed + fooled_M.sum() / (global_mean_rows(int(exists_M.sum()), device) or 1.0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SampledNegatives(DrawnItems):
+    """One negative for each predicted position."""
+
+    exists_X: Tensor
+    """(X,) bool, False if the user has every item, so that there is no negative."""
+
+
+class SampledBCE(Loss):
+    """``loss=bce``: binary cross-entropy with one unseen item for each target (MMSR, Eq. 6)."""
+
+    def draw(self, targets: Targets, batch: Batch) -> SampledNegatives:
+        """Draw one item for each target, uniformly over those that its user has not seen."""
+        items_M, exists_M = sample_unseen(
+            batch.train, batch.users_B[targets.row_M], batch.generator
+        )
+        return SampledNegatives(items_X=items_M, exists_X=exists_M)
+
+    def __call__(
+        self,
+        query_MD: Tensor,
+        items: ItemVectors,
+        targets: Targets,
+        batch: Batch,
+        drawn: DrawnItems | None,
+    ) -> Tensor:
+        """See :func:`sampled_bce`."""
+        assert isinstance(drawn, SampledNegatives)
+        positive_MD, negative_MD = items.gather(targets.item_M), items.gather(drawn.items_X)
+        return sampled_bce(query_MD, positive_MD, negative_MD, drawn.exists_X, self.settings.scale)

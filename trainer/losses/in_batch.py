@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from trainer.data.batches import Batch
+from trainer.distributed import gather_ids, gather_rows, rank_offset, scale_to_global_mean
+from trainer.losses.base import DrawnItems, ItemVectors, Loss, Targets
 from trainer.losses.chunked_scores import (
     ScoreBlocks,
     accumulate_dtype,
@@ -281,3 +283,44 @@ class _InBatch(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return *scale_gradients(ctx.saved_tensors, grad), None, None
+
+
+class InBatch(Loss):
+    """``loss=in-batch``: softmax over the items of the batch, without those of the user.
+
+    The items of all processes' batches are the candidates. An item counts as often as it occurs in
+    the batch. This is DAP of PMMRec (Eq. 5) and the in-batch loss of MMSR.
+    """
+
+    def __call__(
+        self,
+        query_MD: Tensor,
+        items: ItemVectors,
+        targets: Targets,
+        batch: Batch,
+        drawn: DrawnItems | None,
+    ) -> Tensor:
+        """See :func:`in_batch`."""
+        windows = batch.sequences
+        item_K = items.ids_K
+        if item_K is None:
+            item_K = windows.items_BL[windows.mask_BL].unique()
+        counts_K = torch.bincount(
+            torch.searchsorted(item_K, windows.items_BL[windows.mask_BL]), minlength=len(item_K)
+        )
+        items_C = gather_ids(item_K)
+        popularity_N = log_popularity(batch.train.counts_N) if self.settings.debias else None
+        begin = rank_offset(len(item_K), item_K.device)
+        loss = in_batch(
+            query_MD,
+            gather_rows(items.gather(item_K)),
+            begin + torch.searchsorted(item_K, targets.item_M),
+            scale=self.settings.scale,
+            columns=Columns(
+                label_C=items_C,
+                correction_C=None if popularity_N is None else popularity_N[items_C],
+                count_C=gather_ids(counts_K),
+            ),
+            excluded=ExcludedLabels(own_UJ=own_items(batch), owner_M=targets.row_M),
+        )
+        return scale_to_global_mean(loss, query_MD)

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from trainer.data.batches import Batch
 from trainer.distributed import global_mean_rows
+from trainer.losses.base import DrawnItems, ItemVectors, Loss, Targets
 
 _BLOCK_BYTES = 2 * 2**20  # logits of one block of rows: they stay in a core's cache
 _FEWEST_ROWS = 192  # below this the matrix products lose more than the cache gives
@@ -51,15 +53,15 @@ def full_softmax(query_MD: Tensor, item_ND: Tensor, target_M: Tensor, scale: flo
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Candidates:
-    """The part of a catalogue that a softmax runs over."""
+class Candidates(DrawnItems):
+    """The part of a catalogue that a softmax runs over: no item twice, the targets first."""
 
-    items_K: Tensor
-    """(K,) int64, no item twice; the targets first."""
+    includes_targets = True
+
     target_M: Tensor
     """(M,) int64, which of them each row should score highest."""
-    offset_K: Tensor
-    """(K,) float32, added to their scores: 0 for targets, and for the others log(those that are no
+    offset_X: Tensor
+    """(X,) float32, added to their scores: 0 for targets, and for the others log(those that are no
     targets / those drawn), so that the drawn ones weigh as much as all."""
 
 
@@ -87,7 +89,7 @@ def draw_candidates(
     if count:
         offset_K[len(targets_K) :] = math.log(len(others) / count)
     items_K = torch.cat([targets_K, others[drawn]])
-    return Candidates(items_K=items_K, target_M=where_M, offset_K=offset_K)
+    return Candidates(items_X=items_K, target_M=where_M, offset_X=offset_K)
 
 
 def part_softmax(query_MD: Tensor, item_KD: Tensor, part: Candidates, scale: float = 1.0) -> Tensor:
@@ -97,14 +99,14 @@ def part_softmax(query_MD: Tensor, item_KD: Tensor, part: Candidates, scale: flo
 
     Args:
         query_MD: (M, D) queries; float32, or bfloat16 for the matrix products.
-        item_KD: (K, D) vectors of ``part.items_K``, same dtype.
+        item_KD: (K, D) vectors of ``part.items_X``, same dtype.
         part: The candidates.
         scale: Factor on the scores, not on the offsets: 1 / temperature.
     """
     # The offset is one more coordinate of an item, which every query has as 1.
     ones_M1 = query_MD.new_full((len(query_MD), 1), 1 / scale)
     query_ME = torch.cat([query_MD, ones_M1], 1)
-    item_KE = torch.cat([item_KD, part.offset_K[:, None].to(item_KD.dtype)], 1)
+    item_KE = torch.cat([item_KD, part.offset_X[:, None].to(item_KD.dtype)], 1)
     return full_softmax(query_ME, item_KE, part.target_M, scale)
 
 
@@ -148,3 +150,34 @@ class _FullSoftmax(torch.autograd.Function):
         saved: tuple[Tensor | None, Tensor | None] = ctx.saved_tensors
         query_MD, item_ND = (None if held is None else held * grad for held in saved)
         return query_MD, item_ND, None, None, None
+
+
+class Softmax(Loss):
+    """``loss=softmax``: cross-entropy over the catalogue, or over ``candidates`` of it."""
+
+    @property
+    def needs_catalogue(self) -> bool:
+        """True without ``candidates``."""
+        return not self.settings.candidates
+
+    def draw(self, targets: Targets, batch: Batch) -> Candidates | None:
+        """Draw the candidates of the step, see :func:`draw_candidates`."""
+        if self.needs_catalogue:
+            return None
+        n_items = batch.features.n_items
+        return draw_candidates(targets.item_M, n_items, self.settings.candidates, batch.generator)
+
+    def __call__(
+        self,
+        query_MD: Tensor,
+        items: ItemVectors,
+        targets: Targets,
+        batch: Batch,
+        drawn: DrawnItems | None,
+    ) -> Tensor:
+        """See :func:`full_softmax` and :func:`part_softmax`."""
+        if drawn is None:
+            return full_softmax(query_MD, items.vectors_KD, targets.item_M, self.settings.scale)
+        assert isinstance(drawn, Candidates)
+        item_XD = items.gather(drawn.items_X)
+        return part_softmax(query_MD, item_XD, drawn, self.settings.scale)

@@ -25,72 +25,47 @@ Legend: B batch, L sequence length, N items, K of them, D width, M predicted pos
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from features.errors import UserError
-from trainer.checks import (
-    check_heads,
-    check_not_negative,
-    check_positive,
-    check_probability,
-    check_temperature,
-)
+from trainer.config import Choice, NonNegativeInt, Probability
 from trainer.data.batches import Batch, ItemFeatures, Sequences
 from trainer.data.windows import WindowSampling
-from trainer.losses.softmax import draw_candidates, full_softmax, part_softmax
-from trainer.models.base import Catalogue, Recommender
+from trainer.losses.base import DrawnItems, ItemVectors, Loss, Targets
+from trainer.losses.registry import LOSSES
+from trainer.models.base import Catalogue, Pretraining, Recommender
 from trainer.modules.item_views import View, encode_views
-from trainer.modules.multimodal_encoder import MultimodalEncoder, MultimodalEncoderConfig
+from trainer.modules.multimodal_encoder import MultimodalEncoder, MultimodalSettings
 
 # Probability of the mask token, the same plus that of a random item, and the number of the last
 # items that are never drawn as the random item.
 _CORRUPTIONS = {"80-10-10": (0.8, 0.9, 0), "81-9-10": (0.81, 0.9, 1)}
-_CHOICES = {
-    "objective": ("masked", "next"),
-    "missing": ("drop", "mask"),
-    "corruption": tuple(_CORRUPTIONS),
-}
 _ITEMS_PER_BLOCK = 4096  # of the catalogue, encoded without gradients
 _SHARED = ("norm.", "transformer.")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MMSRecConfig(MultimodalEncoderConfig):
-    """Hyper-parameters of MMSRec; temperature and mask ratio are the paper's."""
+@dataclass(frozen=True, kw_only=True)
+class MMSRecConfig(MultimodalSettings):
+    """Settings of MMSRec; sizes, dropout, temperature and mask ratio are the paper's."""
 
-    temperature: float = 0.05
-    """Divides the cosine in the softmax."""
-    objective: str = "masked"
+    loss: Annotated[str, Choice("loss", LOSSES)] = "softmax"
+    """Loss of the predicted items: ``softmax`` over the catalogue (the paper) or ``candidates``,
+    ``in-batch`` over the items of the batch, ``bce`` with one sampled negative."""
+    objective: Annotated[str, Choice("objective", ("masked", "next"))] = "masked"
     """``masked``: predict hidden items of a history (the paper); ``next``: predict the item after
     each item with a causal encoder, which learns from every interaction in one pass."""
-    mask_ratio: float = 0.2
-    """Share of positions that are predicted when masked; the last one always is."""
-    stride: int = 0
-    """Interactions between two windows of a user when masked; 0: half of ``length``."""
-    corruption: str = "80-10-10"
+    mask_ratio: Probability = 0.2
+    """Shard of positions that are predicted when masked; the last one always is."""
+    stride: NonNegativeInt = 0
+    """Interactions between two windows of a user when masked; 0: half a window."""
+    corruption: Annotated[str, Choice("corruption", _CORRUPTIONS)] = "80-10-10"
     """When masked: percentages of predicted items that are masked, swapped for a random item, and
     kept (the paper); ``81-9-10`` is the released code, which never swaps in the last item of the
     catalogue."""
-    candidates: int = 0
-    """Number of items in the softmax of a step: the predicted items, and items drawn uniformly that
-    represent all others; 0: the whole catalogue, as in the paper."""
-
-    def __post_init__(self) -> None:
-        check_positive(self, "dim", "layers", "heads", "hidden", "length")
-        check_temperature(self, "temperature")
-        check_not_negative(self, "stride", "candidates")
-        check_probability(self, "dropout", "embed_dropout", "mask_ratio")
-        check_heads(self.dim, self.heads)
-        if self.length < 2:
-            raise UserError(f"length={self.length} must be at least 2: history and predicted item")
-        for key, known in _CHOICES.items():
-            if getattr(self, key) not in known:
-                value = getattr(self, key)
-                raise UserError(f"{key}={value!r} is not known; known: {', '.join(known)}")
 
 
 class MMSRec(MultimodalEncoder, Recommender):
@@ -100,6 +75,33 @@ class MMSRec(MultimodalEncoder, Recommender):
         UserError: No modality has features.
     """
 
+    settings_class: ClassVar[type[Any]] = MMSRecConfig
+    needs_features = True
+    # Each step encodes the catalogue once, for any batch size: larger batches pay.
+    train_defaults: ClassVar = {"batch_size": 256}
+    variants: ClassVar = {
+        "without vision": "--features text",
+        "without text": "--features image",
+        "without pre-training": "no --init",
+        "sparser or denser data": "mmrec prepare --name NAME --k-core 4..7",
+        "as the paper's missing modality": "--set missing=mask",
+        "as the released code masks": "--set corruption=81-9-10",
+        "next item, not the Cloze task": "--set objective=next",
+        "with ids, features whitened": "--set ids=true --set whiten=true",
+        "pre-training as published": (
+            "--set lr=5e-5 --set batch_size=48000 --set epochs=15 --set duplicates=keep"
+        ),
+    }
+    pretraining = Pretraining(
+        task="alignment",
+        settings={
+            "lr": 5e-4,
+            "batch_size": 1024,
+            "epochs": 50,
+            "schedule": "exponential",
+            "monitor": "MRR",
+        },
+    )
     # One encoder encodes items and sequences, so each group contains it.
     transfer_groups: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "items": ("whitening.", "inputs.", "id.", "outputs.", "modality.", *_SHARED),
@@ -118,32 +120,35 @@ class MMSRec(MultimodalEncoder, Recommender):
     fitted_buffers = ("known_N",)
     modality_tables = ("modality.weight",)
     reverse_positions = ("position.weight",)
-    config: MMSRecConfig
+    settings: MMSRecConfig
 
-    def __init__(self, config: MMSRecConfig, catalogue: Catalogue) -> None:
+    def __init__(self, settings: MMSRecConfig, catalogue: Catalogue) -> None:
         if not catalogue.widths:
             raise UserError(
                 "mmsrec needs features; run mmrec extract for this dataset, or train sasrec"
             )
-        causal = config.objective == "next"
-        super().__init__(config, catalogue.n_items, catalogue.widths, causal=causal)
+        causal = settings.objective == "next"
+        MultimodalEncoder.__init__(
+            self, settings, catalogue.n_items, catalogue.widths, causal=causal
+        )
+        self.item_loss: Loss = LOSSES.find(settings.loss)(settings)
 
     @property
     def window_sampling(self) -> WindowSampling:
         """With ``objective=next`` each interaction is a target; else the random ends always are."""
-        length = self.config.length
+        length = self.settings.length + 1
         if self.causal:
             return WindowSampling(length=length, stride=length - 1, every_target=True)
-        stride = self.config.stride or max(1, length // 2)
+        stride = self.settings.stride or max(1, length // 2)
         return WindowSampling(length=length, stride=stride, every_target=False)
 
     @property
     def history(self) -> int:
-        """``length - 1``: the last slot is that of the predicted item."""
-        return self.config.length - 1
+        """Largest number of items of a history that are read."""
+        return self.settings.length
 
     def encode_items(self, features: ItemFeatures) -> Tensor:
-        """Encode each item as a sequence of length 1: (N, D) of length 1."""
+        """Encode each item as a sequence of one item: (N, D)."""
         item_N = torch.arange(features.n_items, device=self.mask_token_D.device)
         if torch.is_grad_enabled():
             return self.encode_each_item(item_N, features)
@@ -153,7 +158,7 @@ class MMSRec(MultimodalEncoder, Recommender):
     def encode_sequences(
         self, item_vectors_ND: Tensor, sequences: Sequences, features: ItemFeatures
     ) -> Tensor:
-        """Encode the mask token appended to each history: (B, D) of length 1.
+        """Encode the mask token appended to each history: (B, D).
 
         With ``objective=next``, encode the last item of each history.
         """
@@ -167,33 +172,38 @@ class MMSRec(MultimodalEncoder, Recommender):
         return query_BD[order_B.argsort()]
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
-        """Return the cross-entropy of cosine / temperature over the catalogue or candidates."""
-        query_MD, target_M = self._next_items(batch) if self.causal else self._hidden_items(batch)
-        scale = 1 / self.config.temperature
-        if not self.config.candidates:
-            item_ND = self.encode_items(batch.features)
-            return {"loss": full_softmax(query_MD, item_ND, target_M, scale)}
-        part = draw_candidates(
-            target_M, batch.features.n_items, self.config.candidates, batch.generator
-        )
-        item_KD = self.encode_each_item(part.items_K, batch.features)
-        return {"loss": part_softmax(query_MD, item_KD, part, scale)}
+        """Return the loss of the predicted items."""
+        query_MD, targets = self._next_items(batch) if self.causal else self._hidden_items(batch)
+        drawn = self.item_loss.draw(targets, batch)
+        items = self._loss_items(batch, drawn)
+        return {"loss": self.item_loss(query_MD, items, targets, batch, drawn)}
 
-    def _hidden_items(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def _loss_items(self, batch: Batch, drawn: DrawnItems | None) -> ItemVectors:
+        """Encode the items that the loss scores."""
+        if self.item_loss.needs_catalogue:
+            return ItemVectors(vectors_KD=self.encode_items(batch.features))
+        if drawn is not None and drawn.includes_targets:
+            ids_K = drawn.items_X
+        else:
+            ids = batch.sequences.items_BL[batch.sequences.mask_BL]
+            ids_K = (ids if drawn is None else torch.cat([ids, drawn.items_X])).unique()
+        return ItemVectors(vectors_KD=self.encode_each_item(ids_K, batch.features), ids_K=ids_K)
+
+    def _hidden_items(self, batch: Batch) -> tuple[Tensor, Targets]:
         """Draw the positions to predict, and corrupt their items (section 3.3 of the paper).
 
         The last item is always predicted, and always the mask token. Of the other predicted items,
         80 % are the mask token, 10 % a random item, 10 % stay, or as ``corruption`` states.
 
         Returns:
-            (M, D) queries of length 1, and (M,) the items to predict.
+            (M, D) queries, and the items to predict.
         """
         sequences, generator = batch.sequences, batch.generator
         items_BL, last_BL = sequences.items_BL, _last_slots(sequences)
         chosen_BL = torch.rand(items_BL.shape, generator=generator).to(items_BL.device)
-        chosen_BL = ((chosen_BL < self.config.mask_ratio) & sequences.mask_BL) | last_BL
+        chosen_BL = ((chosen_BL < self.settings.mask_ratio) & sequences.mask_BL) | last_BL
         fate_BL = torch.rand(items_BL.shape, generator=generator).to(items_BL.device)
-        masked, swapped, left_out = _CORRUPTIONS[self.config.corruption]
+        masked, swapped, left_out = _CORRUPTIONS[self.settings.corruption]
         n_random = max(1, batch.features.n_items - left_out)
         random_BL = torch.randint(n_random, items_BL.shape, generator=generator)
         hidden_BL = chosen_BL & ((fate_BL < masked) | last_BL)
@@ -201,32 +211,39 @@ class MMSRec(MultimodalEncoder, Recommender):
         shown_BL = torch.where(swapped_BL, random_BL.to(items_BL.device), items_BL)
         shown = Sequences(items_BL=shown_BL, lengths_B=sequences.lengths_B)
         query_MD, order_B = self.encode_sequence_slots(shown, batch.features, hidden_BL, chosen_BL)
-        return query_MD, items_BL[order_B][chosen_BL[order_B]]
+        return query_MD, _targets(items_BL, chosen_BL, order_B)
 
-    def _next_items(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return queries at all slots but the last (M, D), of length 1, and the next items (M,)."""
+    def _next_items(self, batch: Batch) -> tuple[Tensor, Targets]:
+        """Return queries (M, D) at all slots but the last, and the items after them."""
         items_BL = batch.sequences.items_BL
         shown = Sequences(items_BL=items_BL[:, :-1], lengths_B=batch.sequences.lengths_B - 1)
         valid_BL = shown.mask_BL
         query_MD, order_B = self.encode_sequence_slots(shown, batch.features, None, valid_BL)
-        return query_MD, items_BL[order_B, 1:][valid_BL[order_B]]
+        return query_MD, _targets(items_BL[:, 1:], valid_BL, order_B)
 
     @property
     def temperature(self) -> float:
         """Divides the cosines in the alignment of modalities, too."""
-        return self.config.temperature
+        return self.settings.temperature
 
     @property
     def unaligned(self) -> tuple[str, ...]:
         """Parameters that :meth:`encode_views` does not read."""
-        mask = ("instead.weight",) if self.config.missing == "drop" else ()
-        return *mask, *(("id.weight",) if self.config.ids else ())
+        mask = ("instead.weight",) if self.settings.missing == "drop" else ()
+        return *mask, *(("id.weight",) if self.settings.ids else ())
 
     def encode_views(
         self, items_K: Tensor, views: Sequence[View], features: ItemFeatures
     ) -> list[Tensor]:
         """Encode items from some of their modalities, see :func:`item_views.encode_views`."""
         return encode_views(self, items_K, views, features)
+
+
+def _targets(items_BL: Tensor, is_target_BL: Tensor, order_B: Tensor) -> Targets:
+    """Return the targets, with the rows of the batch in the order of the queries."""
+    is_target_BL = is_target_BL[order_B]
+    rows_M = order_B[is_target_BL.nonzero()[:, 0]]
+    return Targets(item_M=items_BL[order_B][is_target_BL], row_M=rows_M)
 
 
 def _last_slots(sequences: Sequences) -> Tensor:

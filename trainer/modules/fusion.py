@@ -13,13 +13,16 @@ Legend: K items, T tokens of a modality, S tokens of all modalities, D width, M 
 E width of a head.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from trainer.config import Choice, NetworkSettings, PositiveInt, check_multiple
 from trainer.kernels.elementwise import dropout
 from trainer.modules.tokens import Tokens, masked_mean
 from trainer.modules.transformer import TransformerBlock
@@ -27,54 +30,72 @@ from trainer.modules.transformer import TransformerBlock
 _SHARED = "shared"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FusionConfig:
-    """What a fusion is built from; where code and paper differ, the sound form is the default."""
+@dataclass(frozen=True, kw_only=True)
+class FusionSettings(NetworkSettings):
+    """Settings of a fusion; where code and paper differ, the sound form is the default."""
 
-    dim: int
-    """Width D of tokens and of the item's vector."""
-    heads: int = 4
-    """Attention heads (768 / 12 wide in the released code)."""
-    hidden: int = 1024
-    """Width of the feed-forward networks of the attention fusions."""
-    layers: int = 1
-    """Blocks of the attention fusions: the paper tries 1, 2 and 4."""
-    dropout: float = 0.1
-    """Probability, inside attention blocks and the DNN."""
-    dnn: bool = False
-    """Whether the three-layer DNN stands behind the fusion."""
-    dnn_relu: bool = False
-    """As published: the DNN ends in a ReLU, so that no vector has a negative element."""
-    shared_norm: bool = False
-    """As published: one LayerNorm for all modalities, instead of one for each (coarse fusions)."""
-    pool: str = "mean"
-    """Attention fusions: ``mean`` of the tokens that exist (the released code), or the state of a
-    learned ``cls`` token (the paper's Eq. 3 of PMMRec)."""
+    fusion_layers: PositiveInt = 1
+    """Blocks of the attention fusions (the paper tries 1, 2 and 4)."""
+    fusion_heads: PositiveInt = 4
+    """Attention heads of the attention fusions."""
+    pool: Annotated[str, Choice("pool", ("mean", "cls"))] = "mean"
+    """With an attention fusion, an item is the ``mean`` of the states of its tokens (the released
+    code), or the state of a learned ``cls`` token (PMMRec, Eq. 3)."""
     token_types: bool = True
-    """Attention fusions: whether a token says of which modality it is. As published: false, the
-    released merge-attention computes that and drops it."""
+    """With an attention fusion, add a learned vector of the modality to each token. As published:
+    false, the released code computes the vector and drops it."""
+    shared_norm: bool = False
+    """With a coarse fusion, use one LayerNorm for all modalities. As published: true."""
+    dnn: bool = False
+    """Put a DNN of three layers after the fusion."""
+    dnn_relu: bool = False
+    """End the DNN in a ReLU. As published: true, so that no vector has a negative element."""
+
+    def check(self) -> None:
+        """Check that the heads share the width evenly."""
+        super().check()
+        check_multiple(self, "dim", "fusion_heads")
 
 
-class Pooled(nn.Module):
+class Fusion(nn.Module, ABC):
+    """From the tokens of an item's modalities to one vector.
+
+    Args:
+        settings: Settings of the fusion.
+        names: The modalities, in the order in which their tokens are given.
+    """
+
+    reads_tokens: ClassVar[bool] = False
+    """True if the fusion reads single tokens; else it gets the mean of each modality's tokens."""
+    takes_any_number: ClassVar[bool] = True
+    """False if the fusion takes exactly two modalities."""
+
+    def __init__(self, settings: FusionSettings, names: Sequence[str]) -> None:
+        super().__init__()
+        self.settings = settings
+        self.names = tuple(names)
+
+    @abstractmethod
+    def forward(self, modalities: Sequence[Tokens]) -> Tensor:
+        """Return the items' vectors (K, D) from the tokens of each modality."""
+
+
+class Pooled(Fusion):
     """The mean of the tokens of the only modality: there is nothing to fuse."""
 
-    def __init__(self, config: FusionConfig, names: Sequence[str]) -> None:
-        super().__init__()
-
     def forward(self, modalities: Sequence[Tokens]) -> Tensor:
-        """(K, D)."""
+        """Return the mean of the tokens: (K, D)."""
         (tokens,) = modalities
         return masked_mean(*tokens)
 
 
-class _Coarse(nn.Module):
+class _Coarse(Fusion):
     """What the coarse fusions share: a mean over tokens and a LayerNorm for each modality."""
 
-    def __init__(self, config: FusionConfig, names: Sequence[str]) -> None:
-        super().__init__()
-        self.names = tuple(names)
-        kept = [_SHARED] if config.shared_norm else self.names
-        self.norms = nn.ModuleDict({name: nn.LayerNorm(config.dim) for name in kept})
+    def __init__(self, settings: FusionSettings, names: Sequence[str]) -> None:
+        super().__init__(settings, names)
+        kept = [_SHARED] if settings.shared_norm else self.names
+        self.norms = nn.ModuleDict({name: nn.LayerNorm(settings.dim) for name in kept})
 
     def _vectors(self, modalities: Sequence[Tokens]) -> list[Tensor]:
         found = []
@@ -87,12 +108,12 @@ class _Coarse(nn.Module):
 class Sum(_Coarse):
     """sum_m W_m LN(x_m)."""
 
-    def __init__(self, config: FusionConfig, names: Sequence[str]) -> None:
-        super().__init__(config, names)
-        self.maps = nn.ModuleDict({name: nn.Linear(config.dim, config.dim) for name in names})
+    def __init__(self, settings: FusionSettings, names: Sequence[str]) -> None:
+        super().__init__(settings, names)
+        self.maps = nn.ModuleDict({name: nn.Linear(settings.dim, settings.dim) for name in names})
 
     def forward(self, modalities: Sequence[Tokens]) -> Tensor:
-        """(K, D)."""
+        """Return the fused vectors: (K, D)."""
         vectors = self._vectors(modalities)
         mapped = [self.maps[name](x_KD) for name, x_KD in zip(self.names, vectors, strict=True)]
         return torch.stack(mapped).sum(0)
@@ -101,22 +122,23 @@ class Sum(_Coarse):
 class Concat(_Coarse):
     """W [LN(x_1); LN(x_2); ...]."""
 
-    def __init__(self, config: FusionConfig, names: Sequence[str]) -> None:
-        super().__init__(config, names)
-        self.map = nn.Linear(len(names) * config.dim, config.dim)
+    def __init__(self, settings: FusionSettings, names: Sequence[str]) -> None:
+        super().__init__(settings, names)
+        self.map = nn.Linear(len(names) * settings.dim, settings.dim)
 
     def forward(self, modalities: Sequence[Tokens]) -> Tensor:
-        """(K, D)."""
+        """Return the fused vectors: (K, D)."""
         fused: Tensor = self.map(torch.cat(self._vectors(modalities), dim=-1))
         return fused
 
 
 class _Conditioned(_Coarse):
-    """Two modalities, of which one conditions the other: the text where there is one."""
+    """Two modalities, one of which conditions the other: the text if there is one."""
 
-    def __init__(self, config: FusionConfig, names: Sequence[str]) -> None:
-        super().__init__(config, names)
-        _two(names)
+    takes_any_number = False
+
+    def __init__(self, settings: FusionSettings, names: Sequence[str]) -> None:
+        super().__init__(settings, names)
         self.by = list(names).index("text") if "text" in names else 0
 
     def _pair(self, modalities: Sequence[Tokens]) -> tuple[Tensor, Tensor]:
@@ -127,14 +149,14 @@ class _Conditioned(_Coarse):
 class Gate(_Conditioned):
     """W' (sigmoid(W_t LN(t)) * W_v LN(v)): the text gates the picture (gated selection)."""
 
-    def __init__(self, config: FusionConfig, names: Sequence[str]) -> None:
-        super().__init__(config, names)
-        self.gate = nn.Linear(config.dim, config.dim)
-        self.value = nn.Linear(config.dim, config.dim)
-        self.map = nn.Linear(config.dim, config.dim)
+    def __init__(self, settings: FusionSettings, names: Sequence[str]) -> None:
+        super().__init__(settings, names)
+        self.gate = nn.Linear(settings.dim, settings.dim)
+        self.value = nn.Linear(settings.dim, settings.dim)
+        self.map = nn.Linear(settings.dim, settings.dim)
 
     def forward(self, modalities: Sequence[Tokens]) -> Tensor:
-        """(K, D)."""
+        """Return the fused vectors: (K, D)."""
         by_KD, other_KD = self._pair(modalities)
         fused: Tensor = self.map(self.gate(by_KD).sigmoid() * self.value(other_KD))
         return fused
@@ -143,33 +165,35 @@ class Gate(_Conditioned):
 class FiLM(_Conditioned):
     """W' (g * LN(v) + b) with (g, b) = W LN(t) (Perez et al., AAAI 2018)."""
 
-    def __init__(self, config: FusionConfig, names: Sequence[str]) -> None:
-        super().__init__(config, names)
-        self.condition = nn.Linear(config.dim, 2 * config.dim)
-        self.map = nn.Linear(config.dim, config.dim)
+    def __init__(self, settings: FusionSettings, names: Sequence[str]) -> None:
+        super().__init__(settings, names)
+        self.condition = nn.Linear(settings.dim, 2 * settings.dim)
+        self.map = nn.Linear(settings.dim, settings.dim)
 
     def forward(self, modalities: Sequence[Tokens]) -> Tensor:
-        """(K, D)."""
+        """Return the fused vectors: (K, D)."""
         by_KD, other_KD = self._pair(modalities)
         scale_KD, shift_KD = self.condition(by_KD).chunk(2, dim=-1)
         fused: Tensor = self.map(scale_KD * other_KD + shift_KD)
         return fused
 
 
-class MergeAttention(nn.Module):
+class MergeAttention(Fusion):
     """All tokens of all modalities in one row through transformer blocks, then pooled.
 
     PMMRec (Li et al., arXiv:2312.09602, Eq. 3) and MMSR; blocks as BERT's, post-LN and GELU.
     """
 
-    def __init__(self, config: FusionConfig, names: Sequence[str]) -> None:
-        super().__init__()
-        self.types = _types(config, names)
-        self.cls = learned(config.dim) if config.pool == "cls" else None
-        self.blocks = nn.ModuleList(_block(config) for _ in range(config.layers))
+    reads_tokens = True
+
+    def __init__(self, settings: FusionSettings, names: Sequence[str]) -> None:
+        super().__init__(settings, names)
+        self.types = _types(settings, names)
+        self.cls = learned(settings.dim) if settings.pool == "cls" else None
+        self.blocks = nn.ModuleList(_block(settings) for _ in range(settings.fusion_layers))
 
     def forward(self, modalities: Sequence[Tokens]) -> Tensor:
-        """(K, D)."""
+        """Return the fused vectors: (K, D)."""
         typed = _typed(modalities, self.types)
         x_KSD, mask_KS = (torch.cat([one[i] for one in typed], dim=1) for i in range(2))
         x_KSD, mask_KS = _with_cls(x_KSD, mask_KS, self.cls)
@@ -179,7 +203,7 @@ class MergeAttention(nn.Module):
         return masked_mean(x_KSD, mask_KS) if self.cls is None else x_KSD[:, 0]
 
 
-class CoAttention(nn.Module):
+class CoAttention(Fusion):
     """Each of two modalities looks at the other, then at itself (LXMERT's cross-modality layer).
 
     A layer is cross-attention, whose weights serve both directions, then self-attention and a
@@ -187,19 +211,21 @@ class CoAttention(nn.Module):
     to one vector.
     """
 
-    def __init__(self, config: FusionConfig, names: Sequence[str]) -> None:
-        super().__init__()
-        _two(names)
-        self.types = _types(config, names)
+    reads_tokens = True
+    takes_any_number = False
+
+    def __init__(self, settings: FusionSettings, names: Sequence[str]) -> None:
+        super().__init__(settings, names)
+        self.types = _types(settings, names)
         self.cls = nn.ParameterDict()
-        if config.pool == "cls":
-            self.cls = nn.ParameterDict({name: learned(config.dim) for name in names})
-        self.cross = nn.ModuleList(_Cross(config) for _ in range(config.layers))
-        self.own = nn.ModuleList(_block(config) for _ in range(2 * config.layers))
-        self.map = nn.Linear(2 * config.dim, config.dim)
+        if settings.pool == "cls":
+            self.cls = nn.ParameterDict({name: learned(settings.dim) for name in names})
+        self.cross = nn.ModuleList(_Cross(settings) for _ in range(settings.fusion_layers))
+        self.own = nn.ModuleList(_block(settings) for _ in range(2 * settings.fusion_layers))
+        self.map = nn.Linear(2 * settings.dim, settings.dim)
 
     def forward(self, modalities: Sequence[Tokens]) -> Tensor:
-        """(K, D)."""
+        """Return the fused vectors: (K, D)."""
         typed = _typed(modalities, self.types)
         if len(self.cls):
             typed = [_with_cls(*typed[i], cls) for i, cls in enumerate(self.cls.values())]
@@ -216,17 +242,17 @@ class CoAttention(nn.Module):
 class _Cross(nn.Module):
     """Attention from one modality's tokens to the other's, a residual and a LayerNorm."""
 
-    def __init__(self, config: FusionConfig) -> None:
+    def __init__(self, settings: FusionSettings) -> None:
         super().__init__()
-        self.config = config
-        self.query = nn.Linear(config.dim, config.dim)
-        self.key_value = nn.Linear(config.dim, 2 * config.dim)
-        self.out = nn.Linear(config.dim, config.dim)
-        self.norm = nn.LayerNorm(config.dim)
+        self.settings = settings
+        self.query = nn.Linear(settings.dim, settings.dim)
+        self.key_value = nn.Linear(settings.dim, 2 * settings.dim)
+        self.out = nn.Linear(settings.dim, settings.dim)
+        self.norm = nn.LayerNorm(settings.dim)
 
     def forward(self, x_KTD: Tensor, other_KSD: Tensor, mask_KS: Tensor) -> Tensor:
         K, T, D = x_KTD.shape
-        heads = (self.config.heads, D // self.config.heads)
+        heads = (self.settings.fusion_heads, D // self.settings.fusion_heads)
         query_KHTE = self.query(x_KTD).view(K, T, *heads).transpose(1, 2)
         key_KHSE, value_KHSE = (
             self.key_value(other_KSD).view(K, -1, 2, *heads).permute(2, 0, 3, 1, 4)
@@ -236,10 +262,10 @@ class _Cross(nn.Module):
             key_KHSE,
             value_KHSE,
             attn_mask=mask_KS[:, None, None, :],
-            dropout_p=self.config.dropout if self.training else 0.0,
+            dropout_p=self.settings.dropout if self.training else 0.0,
         )
         out_KTD = self.out(mixed_KHTE.transpose(1, 2).reshape(K, T, D))
-        normed: Tensor = self.norm(x_KTD + dropout(out_KTD, self.config.dropout, self.training))
+        normed: Tensor = self.norm(x_KTD + dropout(out_KTD, self.settings.dropout, self.training))
         return normed
 
 
@@ -249,49 +275,33 @@ class DNN(nn.Module):
     As published (``dnn_relu``) one more ReLU stands at the end.
     """
 
-    def __init__(self, config: FusionConfig) -> None:
+    def __init__(self, settings: FusionSettings) -> None:
         super().__init__()
-        self.config = config
-        self.maps = nn.ModuleList(nn.Linear(config.dim, config.dim) for _ in range(3))
+        self.settings = settings
+        self.maps = nn.ModuleList(nn.Linear(settings.dim, settings.dim) for _ in range(3))
 
     def forward(self, x_KD: Tensor) -> Tensor:
-        """(K, D)."""
+        """Return the fused vectors: (K, D)."""
         for index, layer in enumerate(self.maps):
-            x_KD = layer(dropout(x_KD, self.config.dropout, self.training))
-            if index < 2 or self.config.dnn_relu:
+            x_KD = layer(dropout(x_KD, self.settings.dropout, self.training))
+            if index < 2 or self.settings.dnn_relu:
                 x_KD = x_KD.relu()
         return x_KD
 
 
-FUSIONS: dict[str, type[nn.Module]] = {
-    "sum": Sum,
-    "concat": Concat,
-    "gate": Gate,
-    "film": FiLM,
-    "co-attention": CoAttention,
-    "merge-attention": MergeAttention,
-}
-ANY_NUMBER = ("sum", "concat", "merge-attention")
-"""Those that fuse more than two modalities."""
-
-
-def _two(names: Sequence[str]) -> None:
-    assert len(names) == 2, names
-
-
-def _block(config: FusionConfig) -> TransformerBlock:
+def _block(settings: FusionSettings) -> TransformerBlock:
     return TransformerBlock(
-        dim=config.dim,
-        heads=config.heads,
-        hidden=config.hidden,
-        dropout=config.dropout,
-        attention_dropout=config.dropout,
+        dim=settings.dim,
+        heads=settings.fusion_heads,
+        hidden=settings.hidden,
+        dropout=settings.dropout,
+        attention_dropout=settings.dropout,
         causal=False,
     )
 
 
-def _types(config: FusionConfig, names: Sequence[str]) -> nn.Parameter | None:
-    return learned(len(names), config.dim) if config.token_types else None
+def _types(settings: FusionSettings, names: Sequence[str]) -> nn.Parameter | None:
+    return learned(len(names), settings.dim) if settings.token_types else None
 
 
 def learned(*shape: int) -> nn.Parameter:

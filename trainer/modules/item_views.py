@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from trainer.data.batches import ItemFeatures
 from trainer.kernels.elementwise import dropout
@@ -59,12 +60,13 @@ def encode_views(
         group = [number for number, view in enumerate(tokens) if len(view.names) == count]
         x_MCD = torch.cat([tokens[number].x_MCD for number in group])
         exists_MC = torch.cat([tokens[number].exists_MC for number in group])
-        x_MCD = dropout(x_MCD, encoder.config.embed_dropout, encoder.training)
+        x_MCD = dropout(x_MCD, encoder.settings.embed_dropout, encoder.training)
         states_MCD = encoder.transformer(x_MCD, None if bool(exists_MC.all()) else exists_MC)
         sizes = [len(tokens[number].x_MCD) for number in group]
         for number, state_MCD in zip(group, states_MCD.split(sizes), strict=True):
             view = tokens[number]
-            vectors[number] = encoder.pool(state_MCD, view.exists_MC, view.names)
+            pooled_MD = encoder.pool(state_MCD, view.exists_MC, view.names)
+            vectors[number] = functional.normalize(pooled_MD, dim=-1)
     return [vectors[number] for number in range(len(views))]
 
 
@@ -84,7 +86,7 @@ def _view_tokens(
         row_M: Rows of the items.
         present: Modality of the view -> (M,) bool.
     """
-    as_mask = encoder.config.missing == "mask"
+    as_mask = encoder.settings.missing == "mask"
     names = [name for name in embedded if as_mask or name in present]
     absent_M = torch.zeros_like(row_M, dtype=torch.bool)
     exists_MC = torch.stack([present.get(name, absent_M) for name in names], dim=1)

@@ -12,37 +12,41 @@ import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from trainer.config import Choice, PositiveInt, Probability, Temperature
 from trainer.data.batches import ItemFeatures, Sequences, TrainSet
 from trainer.kernels.activation_checkpoint import checkpoint_elementwise, tokens_per_chunk
 from trainer.kernels.elementwise import dropout
+from trainer.losses.base import SCORES, LossSettings
+from trainer.modules.sequence_encoders import SequenceSettings
 from trainer.modules.transformer import Transformer, initialise, positions_from_end
 from trainer.modules.whitening import Whitening
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MultimodalEncoderConfig:
-    """Sizes and options of the encoder; sizes and dropout are those of MMSRec's paper."""
+@dataclass(frozen=True, kw_only=True)
+class MultimodalSettings(SequenceSettings, LossSettings):
+    """Settings of the encoder; sizes and dropout are those of MMSRec's paper."""
 
-    dim: int = 512
+    dim: PositiveInt = 512
     """Width of tokens, transformer and shared space."""
-    layers: int = 2
-    """Transformer blocks."""
-    heads: int = 8
-    """Attention heads."""
-    hidden: int = 1024
-    """Width of the feed-forward networks."""
-    length: int = 20
-    """Most items of a sequence, the slot of the predicted item included."""
-    dropout: float = 0.5
-    """Probability inside the transformer (0.2 for dense data such as ML-1M)."""
-    embed_dropout: float = 0.2
-    """Probability on the embedded tokens."""
-    missing: str = "drop"
+    heads: PositiveInt = 8
+    hidden: PositiveInt = 1024
+    length: PositiveInt = 19
+    """Largest number of items of a history that are read; the paper's 20 slots include the
+    predicted item."""
+    dropout: Probability = 0.5
+    """Dropout probability inside the transformer (0.2 for dense data such as ML-1M)."""
+    embed_dropout: Probability = 0.2
+    """Dropout probability on the embedded tokens."""
+    score: Annotated[str, Choice("score", SCORES)] = "cosine"
+    temperature: Temperature = 0.05
+    """Divisor of the scores in the loss."""
+    missing: Annotated[str, Choice("missing", ("drop", "mask"))] = "drop"
     """``drop``: a missing modality has no token; ``mask``: it is the mask token (the paper)."""
     ids: bool = False
     """Add a learned vector of each item to its tokens and to its vector. An item without training
@@ -52,7 +56,7 @@ class MultimodalEncoderConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ItemVectors:
+class ItemInputs:
     """The inputs of the transformer that depend on an item alone."""
 
     modalities: Sequence[Tensor]
@@ -65,7 +69,7 @@ class MultimodalEncoder(nn.Module):
     """Encode items and slots of sequences into one space.
 
     Args:
-        config: Sizes and options.
+        settings: Sizes and options.
         n_items: Number of items N; the size of the table of learned vectors.
         widths: Modality -> width W of its features; at least one.
         causal: Whether a token attends only to tokens of its own item and of items before it.
@@ -75,35 +79,35 @@ class MultimodalEncoder(nn.Module):
 
     def __init__(
         self,
-        config: MultimodalEncoderConfig,
+        settings: MultimodalSettings,
         n_items: int,
         widths: Mapping[str, int],
         *,
         causal: bool,
     ) -> None:
         super().__init__()
-        self.config = config
+        self.settings = settings
         self.causal = causal
         self.names = tuple(widths)
-        dim = config.dim
+        dim = settings.dim
         self.inputs = nn.ModuleDict({name: _Head(widths[name], dim) for name in self.names})
-        if config.whiten:
+        if settings.whiten:
             self.whitening = nn.ModuleDict({name: Whitening(widths[name]) for name in self.names})
-        if config.ids:
+        if settings.ids:
             self.id = nn.Embedding(n_items, dim)
             self.register_buffer("known_N", torch.ones(n_items, dtype=torch.bool))
         self.outputs = nn.ModuleDict({name: _Head(dim, dim) for name in self.names})
         self.instead = nn.Embedding(2, dim)  # the mask token; the token of an item without features
-        self.position = nn.Embedding(config.length, dim)
+        self.position = nn.Embedding(settings.length + 1, dim)
         self.modality = nn.Embedding(len(self.names), dim)
         self.norm = nn.LayerNorm(dim)
         self.transformer = Transformer(
-            layers=config.layers,
+            layers=settings.layers,
             dim=dim,
-            heads=config.heads,
-            hidden=config.hidden,
-            dropout=config.dropout,
-            attention_dropout=config.dropout,
+            heads=settings.heads,
+            hidden=settings.hidden,
+            dropout=settings.dropout,
+            attention_dropout=settings.dropout,
             causal=False,  # the mask that `causal` needs is one of items, not of tokens
         )
         initialise(self)
@@ -121,9 +125,9 @@ class MultimodalEncoder(nn.Module):
             train: The training interactions.
         """
         known_N = train.counts_N > 0
-        if self.config.ids:
+        if self.settings.ids:
             self.known_N.copy_(known_N)
-        if self.config.whiten:
+        if self.settings.whiten:
             for name, whitening in self.whitening.items():
                 assert isinstance(whitening, Whitening)
                 whitening.fit(features.vectors[name][features.present[name] & known_N])
@@ -131,7 +135,7 @@ class MultimodalEncoder(nn.Module):
     def embed_modality(self, name: str, item_K: Tensor, features: ItemFeatures) -> Tensor:
         """Return the projected features of one modality: (K, D)."""
         x_KW = features.vectors[name][item_K]
-        if self.config.whiten:
+        if self.settings.whiten:
             x_KW = self.whitening[name](x_KW)
         projected_KD: Tensor = self.inputs[name](x_KW)
         return projected_KD
@@ -143,7 +147,7 @@ class MultimodalEncoder(nn.Module):
 
     def embed_items(
         self, item_K: Tensor, features: ItemFeatures, identity_KD: Tensor | None = None
-    ) -> ItemVectors:
+    ) -> ItemInputs:
         """Return the vectors that depend on an item alone.
 
         Args:
@@ -152,15 +156,15 @@ class MultimodalEncoder(nn.Module):
             identity_KD: The learned vectors, if they have been looked up.
         """
         modalities = [self.embed_modality(name, item_K, features) for name in self.names]
-        if self.config.ids and identity_KD is None:
+        if self.settings.ids and identity_KD is None:
             identity_KD = self.embed_identity(item_K)
-        return ItemVectors(modalities=modalities, identity_KD=identity_KD)
+        return ItemInputs(modalities=modalities, identity_KD=identity_KD)
 
     def embed_slots(
         self,
         sequences: Sequences,
         row_BL: Tensor,
-        items: ItemVectors,
+        items: ItemInputs,
         features: ItemFeatures,
         hidden_BL: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
@@ -185,10 +189,10 @@ class MultimodalEncoder(nn.Module):
         present_BLC = self._present(items_BL, features)
         empty_BL = ~present_BLC.any(-1)
         instead_BL = torch.zeros_like(items_BL)
-        if self.config.missing == "drop":
+        if self.settings.missing == "drop":
             instead_BL = (empty_BL & ~hidden_BL).long()
         replaced_BLC = (hidden_BL | empty_BL)[..., None].expand_as(present_BLC)
-        if self.config.missing == "mask":
+        if self.settings.missing == "mask":
             replaced_BLC = replaced_BLC | ~present_BLC
         # Not `x_KD[row_BL]`: its backward pass adds in an order that depends on the threads.
         tokens_BLCD = torch.stack([functional.embedding(row_BL, x) for x in items.modalities], 2)
@@ -203,15 +207,15 @@ class MultimodalEncoder(nn.Module):
             identity_BLD = identity_BLD.masked_fill(hidden_BL[..., None], 0)
             # Elements of a token are of about size 1, those of a unit vector of about 1 / sqrt(D):
             # the factor gives an identity the same weight in both.
-            tokens_BLCD = tokens_BLCD + (math.sqrt(self.config.dim) * identity_BLD)[:, :, None]
-        tokens_BLCD = dropout(self.norm(tokens_BLCD), self.config.embed_dropout, self.training)
+            tokens_BLCD = tokens_BLCD + (math.sqrt(self.settings.dim) * identity_BLD)[:, :, None]
+        tokens_BLCD = dropout(self.norm(tokens_BLCD), self.settings.embed_dropout, self.training)
         return tokens_BLCD, (present_BLC | replaced_BLC) & valid_BL[..., None]
 
     def encode_slots(self, tokens_BLCD: Tensor, exists_BLC: Tensor, selected_BL: Tensor) -> Tensor:
         """Run the transformer and return the vectors of the selected slots.
 
         Returns:
-            (M, D) of length 1, row by row.
+            (M, D), row by row; with ``score=cosine`` of length 1.
         """
         B, L, C, D = tokens_BLCD.shape
         mask = None if bool(exists_BLC.all()) else exists_BLC.view(B, L * C)
@@ -221,7 +225,8 @@ class MultimodalEncoder(nn.Module):
             mask = before_TT[None] if mask is None else before_TT & mask[:, None]
         selected_BT = selected_BL[..., None].expand(B, L, C).reshape(B, L * C)
         states = self.transformer(tokens_BLCD.view(B, L * C, D), mask, selected_BT)
-        return self.pool(states.view(-1, C, D), exists_BLC[selected_BL], self.names)
+        vectors_MD = self.pool(states.view(-1, C, D), exists_BLC[selected_BL], self.names)
+        return self.settings.normalise(vectors_MD)
 
     def pool(self, states_MCD: Tensor, exists_MC: Tensor, names: Sequence[str]) -> Tensor:
         """Return the element-wise maximum over the output heads of the tokens that exist.
@@ -232,13 +237,14 @@ class MultimodalEncoder(nn.Module):
             names: The modality of each of the C tokens.
 
         Returns:
-            (M, D) of length 1.
+            (M, D), before they are normalised.
         """
         heads = [self.outputs[name](states_MCD[:, c]) for c, name in enumerate(names)]
         lowest = torch.finfo(heads[0].dtype).min
         if not bool(exists_MC.all()):
             heads = [x.masked_fill(~exists_MC[:, c, None], lowest) for c, x in enumerate(heads)]
-        return functional.normalize(functools.reduce(torch.maximum, heads), dim=-1)
+        largest_MD: Tensor = functools.reduce(torch.maximum, heads)
+        return largest_MD
 
     def encode_sequence_slots(
         self,
@@ -256,7 +262,7 @@ class MultimodalEncoder(nn.Module):
             selected_BL: (B, L) bool, the slots to encode.
 
         Returns:
-            (M, D) of length 1, sequence by sequence in an order (B,) int64, which comes with them.
+            (M, D), sequence by sequence in an order (B,) int64, which comes with them.
         """
         item_K, row_BL = sequences.items_BL.unique(return_inverse=True)
         items = self.embed_items(item_K, features)
@@ -283,7 +289,7 @@ class MultimodalEncoder(nn.Module):
         return torch.cat([checkpoint_elementwise(encode, chunk_B) for chunk_B in chunks]), order_B
 
     def encode_each_item(self, item_K: Tensor, features: ItemFeatures) -> Tensor:
-        """Encode each item as a sequence of length 1, in chunks: (K, D) of length 1."""
+        """Encode each item as a sequence of length 1, in chunks: (K, D)."""
         size = self._tokens_per_chunk(len(item_K) * len(self.names))
         if not size:
             return self._encode_items(item_K, features)
@@ -298,7 +304,7 @@ class MultimodalEncoder(nn.Module):
         ]
         # Looked up at once: the gradient of one lookup is as large as the whole table.
         identities: Sequence[Tensor | None] = [None] * len(chunks)
-        if self.config.ids:
+        if self.settings.ids:
             identities = self.embed_identity(item_K[order_K]).split([len(c) for c in chunks])
         vectors = [
             checkpoint_elementwise(
@@ -318,7 +324,7 @@ class MultimodalEncoder(nn.Module):
         tokens = self.embed_slots(sequences, row_B1, items, features)
         vector_BD = self.encode_slots(*tokens, sequences.mask_BL)
         if items.identity_KD is not None:
-            vector_BD = functional.normalize(vector_BD + items.identity_KD, dim=-1)
+            vector_BD = self.settings.normalise(vector_BD + items.identity_KD)
         return vector_BD
 
     def _present(self, items: Tensor, features: ItemFeatures) -> Tensor:

@@ -1,104 +1,127 @@
-"""Sequence towers over item vectors: self-attention, recurrence, dilated convolutions.
+"""Sequence encoders over item vectors: self-attention, recurrence, dilated convolutions.
 
-All are causal: the state at a position depends on the items up to it. Sequences are padded on the
-right, where no causal tower looks, so padding changes nothing.
+All are causal: the state at a position depends on the items up to that position. Sequences are
+padded on the right, which no causal encoder reads, so padding changes nothing.
 
 Legend: B batch, L sequence length, D width.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from trainer.config import LayerCount, NetworkSettings, PositiveInt, check_multiple
 from trainer.data.batches import Sequences
 from trainer.kernels.elementwise import dropout
 from trainer.modules.transformer import Transformer, positions_from_end
 
-_KERNEL = 3  # of NextItNet's convolutions
-_DILATIONS = (1, 4)  # of the two residual blocks that a layer of NextItNet holds
+_KERNEL = 3  # width of NextItNet's convolutions
+_DILATIONS = (1, 4)  # of the two residual blocks in a layer of NextItNet
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TowerConfig:
-    """What a sequence tower is built from."""
+@dataclass(frozen=True, kw_only=True)
+class SequenceSettings(NetworkSettings):
+    """Settings of a sequence encoder, the same in every model."""
 
-    dim: int
-    """Width D of item vectors and states."""
-    layers: int = 2
-    """Blocks: of MMSR's paper 2, 4 and 2 for sasrec, gru and nextitnet."""
-    heads: int = 2
-    """Attention heads (sasrec)."""
-    hidden: int = 1024
-    """Width of the feed-forward networks (sasrec)."""
-    length: int = 20
-    """Most items of a sequence."""
-    dropout: float = 0.1
-    """Probability, on the items and inside."""
+    layers: LayerCount = 2
+    """Blocks of the sequence encoder."""
+    heads: PositiveInt = 2
+    """Attention heads of the sequence encoder."""
+    length: PositiveInt = 20
+    """Largest number of items of a history that are read."""
+
+    def check(self) -> None:
+        """Check that the heads share the width evenly."""
+        super().check()
+        check_multiple(self, "dim", "heads")
 
 
-class SASRecTower(nn.Module):
-    """Causal self-attention (Kang and McAuley, ICDM 2018), as in ``trainer.models.sasrec``."""
+class SequenceEncoder(nn.Module, ABC):
+    """From the item vectors of a history to a state after each item.
 
-    def __init__(self, config: TowerConfig) -> None:
+    Args:
+        settings: Settings of the encoder.
+        attention_dropout: Probability on attention weights, for encoders with attention.
+    """
+
+    def __init__(self, settings: SequenceSettings, attention_dropout: float) -> None:
         super().__init__()
-        self.config = config
-        self.position = nn.Embedding(config.length, config.dim)
-        self.norm = nn.LayerNorm(config.dim)
+        self.settings = settings
+
+    @abstractmethod
+    def forward(self, x_BLD: Tensor, lengths_B: Tensor) -> Tensor:
+        """Return the state after each item: (B, L, D).
+
+        Args:
+            x_BLD: Item vectors, padded on the right.
+            lengths_B: (B,) int64, at least 1.
+        """
+
+
+class SASRecEncoder(SequenceEncoder):
+    """Causal self-attention (Kang and McAuley, ICDM 2018).
+
+    Learned positions count from the newest item.
+    """
+
+    def __init__(self, settings: SequenceSettings, attention_dropout: float) -> None:
+        super().__init__(settings, attention_dropout)
+        self.position = nn.Embedding(settings.length, settings.dim)
+        self.norm = nn.LayerNorm(settings.dim)
         self.transformer = Transformer(
-            layers=config.layers,
-            dim=config.dim,
-            heads=config.heads,
-            hidden=config.hidden,
-            dropout=config.dropout,
-            attention_dropout=config.dropout,
+            layers=settings.layers,
+            dim=settings.dim,
+            heads=settings.heads,
+            hidden=settings.hidden,
+            dropout=settings.dropout,
+            attention_dropout=attention_dropout,
             causal=True,
         )
 
     def forward(self, x_BLD: Tensor, lengths_B: Tensor) -> Tensor:
-        """The state after each item: (B, L, D)."""
+        """Return the state after each item: (B, L, D)."""
         x_BLD = x_BLD + self.position(positions_from_end(lengths_B, x_BLD.shape[1]))
-        x_BLD = dropout(self.norm(x_BLD), self.config.dropout, self.training)
+        x_BLD = dropout(self.norm(x_BLD), self.settings.dropout, self.training)
         states_BLD: Tensor = self.transformer(x_BLD)
         return states_BLD
 
 
-class GRUTower(nn.Module):
-    """GRU4Rec (Hidasi et al., arXiv:1511.06939): a GRU without biases and a linear map after it."""
+class GRUEncoder(SequenceEncoder):
+    """GRU4Rec (Hidasi et al., arXiv:1511.06939): a GRU without biases, then a linear layer."""
 
-    def __init__(self, config: TowerConfig) -> None:
-        super().__init__()
-        self.config = config
+    def __init__(self, settings: SequenceSettings, attention_dropout: float) -> None:
+        super().__init__(settings, attention_dropout)
         self.gru = nn.GRU(
-            config.dim, config.dim, num_layers=config.layers, bias=False, batch_first=True
+            settings.dim, settings.dim, num_layers=settings.layers, bias=False, batch_first=True
         )
-        self.out = nn.Linear(config.dim, config.dim)
+        self.out = nn.Linear(settings.dim, settings.dim)
 
     def forward(self, x_BLD: Tensor, lengths_B: Tensor) -> Tensor:
-        """The state after each item: (B, L, D)."""
-        hidden_BLD, _ = self.gru(dropout(x_BLD, self.config.dropout, self.training))
+        """Return the state after each item: (B, L, D)."""
+        hidden_BLD, _ = self.gru(dropout(x_BLD, self.settings.dropout, self.training))
         states_BLD: Tensor = self.out(hidden_BLD)
         return states_BLD
 
 
-class NextItNetTower(nn.Module):
+class NextItNetEncoder(SequenceEncoder):
     """NextItNet (Yuan et al., WSDM 2019): residual blocks of dilated causal convolutions.
 
     A layer is two residual blocks (its Figure 3b), with dilations 1 and 4; each block convolves
     with its dilation and with twice that.
     """
 
-    def __init__(self, config: TowerConfig) -> None:
-        super().__init__()
-        self.config = config
-        dilations = _DILATIONS * config.layers
-        self.blocks = nn.ModuleList(_Residual(config.dim, dilation) for dilation in dilations)
-        self.out = nn.Linear(config.dim, config.dim)
+    def __init__(self, settings: SequenceSettings, attention_dropout: float) -> None:
+        super().__init__(settings, attention_dropout)
+        dilations = _DILATIONS * settings.layers
+        self.blocks = nn.ModuleList(_Residual(settings.dim, dilation) for dilation in dilations)
+        self.out = nn.Linear(settings.dim, settings.dim)
 
     def forward(self, x_BLD: Tensor, lengths_B: Tensor) -> Tensor:
-        """The state after each item: (B, L, D)."""
-        x_BLD = dropout(x_BLD, self.config.dropout, self.training)
+        """Return the state after each item: (B, L, D)."""
+        x_BLD = dropout(x_BLD, self.settings.dropout, self.training)
         for block in self.blocks:
             x_BLD = block(x_BLD)
         states_BLD: Tensor = self.out(x_BLD)
@@ -121,10 +144,10 @@ class _Residual(nn.Module):
 
 
 class _CausalConvolution(nn.Module):
-    """out_t = sum_k W_k x_(t - (2 - k) dilation) + b; before the sequence stands zero.
+    """out_t = sum_k W_k x_(t - (2 - k) dilation) + b; inputs before the sequence are zero.
 
-    One matrix product over the three shifted inputs side by side: a linear layer, so that it is
-    drawn like the others, and faster on a CPU than a dilated convolution over short sequences.
+    The convolution is one linear layer over the three shifted inputs. It is initialised like the
+    other linear layers, and is faster on a CPU than a dilated convolution over short sequences.
     """
 
     def __init__(self, dim: int, dilation: int) -> None:
@@ -143,14 +166,7 @@ class _CausalConvolution(nn.Module):
         return out_BLD
 
 
-TOWERS: dict[str, type[nn.Module]] = {
-    "sasrec": SASRecTower,
-    "gru": GRUTower,
-    "nextitnet": NextItNetTower,
-}
-
-
 def last_state(states_BLD: Tensor, sequences: Sequences) -> Tensor:
-    """The state at each sequence's last item: (B, D)."""
+    """Return the state at the last item of each sequence: (B, D)."""
     rows_B = torch.arange(len(states_BLD), device=states_BLD.device)
     return states_BLD[rows_B, sequences.lengths_B - 1]

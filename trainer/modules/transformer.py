@@ -89,6 +89,8 @@ class Transformer(nn.Module):
         causal: Whether a token attends only to itself and the tokens before it.
     """
 
+    can_compile = True
+
     def __init__(
         self,
         *,

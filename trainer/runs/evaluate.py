@@ -1,7 +1,7 @@
 """The evaluation of a run: every held-out target ranked in the full catalogue, with intervals.
 
-Both rankings of the protocol, with and without the items a user has seen, come from one scoring
-pass; the popularity of the training interactions stands beside the model as the reference.
+One scoring pass gives both rankings of the protocol, seen items filtered and kept. The reference
+models of :data:`trainer.evaluation.ranking.REFERENCES` are ranked in the same way.
 """
 
 from collections.abc import Callable
@@ -13,21 +13,17 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from features.atomic_files import write_table
-from features.dataset import Dataset, EvalSplit, load_items, load_user_ids
-from features.errors import UserError
+from features.dataset import Dataset, load_items, load_user_ids
 from features.schema import PREDICTIONS_SCHEMA
 from features.warehouse import Warehouse
-from retrieval.index_ranking import rank_with
 from retrieval.metrics import per_user
 from retrieval.ranking import Ranks
 from retrieval.significance import bootstrap
 from trainer.checkpoint import load_weights
-from trainer.evaluation.encode import encode, popularity_ranks, seen_by, targets_of
 from trainer.evaluation.protocol import protocol_lines
+from trainer.evaluation.ranking import REFERENCES, SplitRanks, build_reference, rank_split
 from trainer.runs.folder import held_metrics, replace_metrics, run_lock
-from trainer.runs.run import OpenRun
-from trainer.tasks.alignment import Alignment
-from trainer.tasks.pretrain import STAGE
+from trainer.runs.run import Run
 
 SPLITS = ("validation", "test")
 TARGETS = ("all", "cold")
@@ -35,7 +31,7 @@ TARGETS = ("all", "cold")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvalReport:
-    """What ``mmrec eval`` prints."""
+    """The result of ``mmrec eval``."""
 
     run: str
     dataset: str
@@ -43,114 +39,102 @@ class EvalReport:
     features: list[str]
     index: str
     protocol: list[str]
-    """The protocol, a statement a line."""
+    """The protocol, one statement a line."""
+    references: list[str]
+    """Names of the reference models in the rows."""
     rows: list[dict[str, Any]]
     """Rows of the metrics table, see :data:`features.schema.METRICS_SCHEMA`."""
 
 
 def evaluate(
     warehouse: Warehouse,
-    run: OpenRun,
+    run: Run,
     *,
     index: str,
     on_stage: Callable[[str], None] = lambda stage: None,
 ) -> EvalReport:
-    """Evaluate the best checkpoint of a run and write its metrics and predictions.
+    """Evaluate the best checkpoint of a run, and write its metrics and predictions.
 
-    The two files belong together, and to the weights: ``predictions.parquet`` goes before the
-    metrics change and comes back after them, so that a killed evaluation leaves none, never
-    another's; training on drops what an evaluation wrote. Both hold the run's lock.
+    The two files belong together and to the weights. ``predictions.parquet`` is removed before the
+    metrics change and written after them, so that a killed evaluation leaves no predictions, never
+    those of other weights. Training on removes the results of an evaluation. Both hold the run's
+    lock.
 
     Args:
-        warehouse: Holds the run's dataset.
-        run: Its weights are loaded here.
-        index: Name in ``retrieval.indexes.INDEXES``; every exact one gives the same ranks.
-        on_stage: Told what is being done.
+        warehouse: Warehouse with the run's dataset.
+        run: The run; its weights are loaded here.
+        index: Name in :data:`retrieval.indexes.INDEXES`; every exact index gives the same ranks.
+        on_stage: Called with the name of each stage.
 
     Raises:
-        UserError: The checkpoint is absent or was written for something else, or the run is being
-            trained or evaluated by another process, or it is a pre-training.
+        UserError: The run is a pre-training, its checkpoint is absent or was written for something
+            else, or another process trains or evaluates it.
         ValueError: The index is not known.
     """
-    check_recommends(run)
+    run.check_recommends()
     with run_lock(run.folder):
         return _evaluate(warehouse, run, index, on_stage)
 
 
 def _evaluate(
-    warehouse: Warehouse, run: OpenRun, index: str, on_stage: Callable[[str], None]
+    warehouse: Warehouse, run: Run, index: str, on_stage: Callable[[str], None]
 ) -> EvalReport:
-    load_weights(run.folder / "model.safetensors", run.model, run.identity)
-    held_metrics(run.folder / "metrics.parquet")  # a damaged one is told before anything goes
-    dataset = run.data.dataset
+    load_weights(run.weights, run.model, run.spec.identity())
+    held_metrics(run.folder / "metrics.parquet")  # a damaged table is reported before anything goes
+    dataset, batch_size = run.data.dataset, run.config.eval_batch
+    references = [name for name in REFERENCES if name != run.spec.model]
     rows: list[dict[str, Any]] = []
     predictions: list[pa.Table] = []
     for split in SPLITS:
-        on_stage(f"encoding {split}")
-        encoded = encode(run.model, run.data, split, run.config.eval_batch)
-        held = encoded.held
-        targets, seen = targets_of(dataset, held), seen_by(dataset, held)
         on_stage(f"ranking {split}")
-        ranks = rank_with(index, encoded.queries_ED, encoded.items_ND, targets, seen)
-        popular = popularity_ranks(dataset, held)
-        cold = dataset.cold[targets]
+        own = rank_split(run.model, run.data, split, batch_size, index=index)
+        ranks = {run.spec.model: own.ranks}
+        for name in references:
+            model = build_reference(name, run.data)
+            ranks[name] = rank_split(model, run.data, split, batch_size, index=index).ranks
+        is_cold = dataset.cold[own.targets_E]
         on_stage(f"intervals of {split}")
-        for name, subset in zip(TARGETS, (np.ones_like(cold), cold), strict=True):
-            if not subset.any():
-                continue
-            for ranker, found in ((run.model_name, ranks), ("popularity", popular)):
-                rows += metric_rows(split, name, ranker, found, subset)
-        predictions.append(_predictions(dataset, held, split, ranks, cold))
-    table = _with_ids(warehouse, run.dataset, pa.concat_tables(predictions))
+        for targets, subset in zip(TARGETS, (np.ones_like(is_cold), is_cold), strict=True):
+            if subset.any():
+                for name, model_ranks in ranks.items():
+                    rows += metric_rows(split, targets, name, model_ranks, subset)
+        predictions.append(_predictions(dataset, split, own, is_cold))
+    table = _with_ids(warehouse, run.spec.dataset, pa.concat_tables(predictions))
     path = run.folder / "predictions.parquet"
     path.unlink(missing_ok=True)
     replace_metrics(
         run.folder / "metrics.parquet",
         rows,
-        lambda held: held["phase"] == "eval" and held["targets"] in TARGETS,
+        lambda row: row["phase"] == "eval" and row["targets"] in TARGETS,
     )
     write_table(path, table, compression="zstd")
     return EvalReport(
-        run=run.folder.name,
-        dataset=run.dataset,
-        model=run.model_name,
-        features=run.tables,
+        run=run.name,
+        dataset=run.spec.dataset,
+        model=run.spec.model,
+        features=list(run.spec.features),
         index=index,
         protocol=protocol_lines(dataset.info),
+        references=references,
         rows=rows,
     )
-
-
-def check_recommends(run: OpenRun) -> None:
-    """Refuse a pre-training.
-
-    Raises:
-        UserError: Says what can be done with one.
-    """
-    if run.stage == STAGE:
-        aligned = isinstance(run.task, Alignment)
-        also = ", or see mmrec eval --protocol retrieval" if aligned else ""
-        raise UserError(
-            f"run {run.folder.name!r} is a pre-training and recommends nothing; start one from it:"
-            f" mmrec train --model {run.model_name} --init {run.folder.name}{also}"
-        )
 
 
 def metric_rows(
     split: str, targets: str, ranker: str, ranks: Ranks, subset: npt.NDArray[np.bool_]
 ) -> list[dict[str, Any]]:
-    """Rows of the metrics table for some users of one split.
+    """Return rows of the metrics table for some users of one split.
 
     Args:
         split: ``validation`` or ``test``.
         targets: Name of the subset.
-        ranker: Who ranked.
-        ranks: (E,) of all evaluated users.
-        subset: (E,) bool, the users to average over; at least one.
+        ranker: Name of the model that ranked.
+        ranks: (E,) ranks of all evaluated users.
+        subset: (E,) bool, the users to average over, at least one.
     """
     rows = []
-    for seen, found in (("filtered", ranks.filtered), ("kept", ranks.kept)):
-        values = per_user(found[subset])
+    for seen, seen_ranks in (("filtered", ranks.filtered), ("kept", ranks.kept)):
+        values = per_user(seen_ranks[subset])
         matrix = np.stack(list(values.values()), axis=1)
         low, high = bootstrap(matrix)
         rows += [
@@ -165,17 +149,18 @@ def metric_rows(
 
 
 def _predictions(
-    dataset: Dataset, held: EvalSplit, split: str, ranks: Ranks, cold: npt.NDArray[np.bool_]
+    dataset: Dataset, split: str, ranked: SplitRanks, is_cold: npt.NDArray[np.bool_]
 ) -> pa.Table:
+    users = ranked.users
     return pa.table(
         {
-            "split": pa.array([split]).take(pa.array(np.zeros(len(held.users), np.int64))),
-            "user": pa.array(held.users, pa.int32()),
-            "item": pa.array(dataset.items[held.targets]),
-            "history": pa.array(held.targets - held.starts, pa.int32()),
-            "cold": pa.array(cold),
-            "rank_kept": pa.array(ranks.kept, pa.int32()),
-            "rank_filtered": pa.array(ranks.filtered, pa.int32()),
+            "split": pa.array([split] * len(users.users)),
+            "user": pa.array(users.users, pa.int32()),
+            "item": pa.array(dataset.items[users.targets]),
+            "history": pa.array(users.targets - users.starts, pa.int32()),
+            "cold": pa.array(is_cold),
+            "rank_kept": pa.array(ranked.ranks.kept, pa.int32()),
+            "rank_filtered": pa.array(ranked.ranks.filtered, pa.int32()),
         }
     )
 

@@ -21,8 +21,8 @@ from trainer.evaluation.cross_modal import (
     retrieve,
 )
 from trainer.runs.folder import replace_metrics, run_lock
-from trainer.runs.run import OpenRun
-from trainer.tasks.alignment import Aligned, Alignment
+from trainer.runs.run import Run
+from trainer.tasks.alignment import Aligned
 
 _ALL = "all items"
 
@@ -43,7 +43,7 @@ class RetrievalReport:
 
 def evaluate_retrieval(
     warehouse: Warehouse,
-    run: OpenRun,
+    run: Run,
     *,
     dataset: str | None = None,
     on_stage: Callable[[str], None] = lambda stage: None,
@@ -66,7 +66,7 @@ def evaluate_retrieval(
     """
     if not isinstance(run.model, Aligned):
         raise UserError(
-            f"{run.model_name} does not encode one modality alone, so nothing can be retrieved"
+            f"{run.spec.model} does not encode one modality alone, so nothing can be retrieved"
             " across them; mmsrec does"
         )
     features, pools = _pools(warehouse, run, dataset)
@@ -75,11 +75,11 @@ def evaluate_retrieval(
     with run_lock(run.folder):
         on_stage("ranking by the model as it was drawn")
         drawn = {split: retrieve(run.model, features, pool_K) for split, pool_K in pools.items()}
-        load_weights(run.folder / "model.safetensors", run.model, run.identity)
+        load_weights(run.weights, run.model, run.spec.identity())
         for split, pool_K in pools.items():
-            on_stage(f"ranking {len(pool_K):,} items of {split} by {run.model_name}")
+            on_stage(f"ranking {len(pool_K):,} items of {split} by {run.spec.model}")
             found = retrieve(run.model, features, pool_K)
-            rows += retrieval_rows(split, run.model_name, found)
+            rows += retrieval_rows(split, run.spec.model, found)
             rows += retrieval_rows(split, "untrained", drawn[split])
             sides = raw_sides(features, pool_K)
             if sides is not None:
@@ -92,37 +92,37 @@ def evaluate_retrieval(
                 lambda held: held["phase"] == "eval" and held["targets"] in (TO_VISION, TO_TEXT),
             )
     return RetrievalReport(
-        run=run.folder.name,
-        dataset=dataset or run.dataset,
-        model=run.model_name,
-        features=run.tables,
+        run=run.name,
+        dataset=dataset or run.spec.dataset,
+        model=run.spec.model,
+        features=list(run.spec.features),
         protocol=_protocol(list(pools), raw),
         rows=rows,
     )
 
 
 def _pools(
-    warehouse: Warehouse, run: OpenRun, dataset: str | None
+    warehouse: Warehouse, run: Run, dataset: str | None
 ) -> tuple[ItemFeatures, dict[str, Tensor]]:
     features = run.data.features
     if dataset is not None:
-        source = load_data(warehouse, [dataset], run.tables, run.data.device)
+        source = load_data(warehouse, [dataset], run.spec.features, run.data.device)
         features = source.features
-        pairs = zip(run.identity["features"], source.identity["features"], strict=True)
+        pairs = zip(run.spec.data.features, source.identity.features, strict=True)
         for mine, other in pairs:
             for key in mine.keys() - {"content"}:
                 if mine[key] != other[key]:
                     raise UserError(
                         f"the {mine['modality']} features of {dataset!r} are others than those of"
-                        f" run {run.folder.name!r}: {key} {other[key]!r}, not {mine[key]!r};"
+                        f" run {run.name!r}: {key} {other[key]!r}, not {mine[key]!r};"
                         " extract them with the same backbone"
                     )
-    elif isinstance(run.task, Alignment):
-        return features, run.task.pools
+    elif run.task.pools:
+        return features, dict(run.task.pools)
     seen_N, written_N = Sides.of(features).present(features)
     pool_K = (seen_N & written_N).nonzero()[:, 0]
     if not len(pool_K):
-        raise UserError(f"no item of {dataset or run.dataset!r} has both text and vision")
+        raise UserError(f"no item of {dataset or run.spec.dataset!r} has both text and vision")
     return features, {_ALL: pool_K}
 
 

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 SECONDS = "seconds"
 """What a metrics table calls the time that an epoch took."""
+FORMAT = 2
+"""Version of run folders: names of settings, weights and columns. mmrec 0.1 wrote none."""
 _ABOUT: dict[str, type] = {"model": str, "dataset": str, "features": list, "fingerprint": str}
 
 

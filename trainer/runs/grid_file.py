@@ -137,7 +137,7 @@ def _axes(runs: dict[str, Any]) -> dict[str, dict[str, dict[str, Scalar]]]:
     setters: dict[str, str] = {}
     for key, value in runs.items():
         if isinstance(value, list):
-            found = {text(entry) or "-": {key: _scalar(key, entry)} for entry in value}
+            found = {setting_text(entry) or "-": {key: _scalar(key, entry)} for entry in value}
             if len(found) < len(value):
                 raise UserError(f"{key} has one value twice")
         elif isinstance(value, dict):
@@ -169,8 +169,8 @@ def _scalar(key: str, value: Any) -> Scalar:
     return value
 
 
-def text(value: Scalar) -> str:
-    """A value as it stands in ``--set`` and in tables."""
+def setting_text(value: Scalar) -> str:
+    """Return a value as ``--set`` takes it and as tables show it."""
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 

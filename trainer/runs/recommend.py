@@ -26,9 +26,8 @@ from retrieval.indexes import Index, TopItems, make_index
 from retrieval.seen_items import SeenItems
 from trainer.checkpoint import load_weights
 from trainer.data.batches import Sequences
-from trainer.evaluation.encode import encode_catalogue, encode_histories, seen_by
-from trainer.runs.evaluate import check_recommends
-from trainer.runs.run import OpenRun
+from trainer.evaluation.encode import encode_catalogue, encode_histories, histories_of
+from trainer.runs.run import Run
 
 _BLOCK = 4096  # users encoded, searched and written together
 _SUCH_AS = 3  # ids that an error names
@@ -62,7 +61,7 @@ class Suggestion:
 class Predictor:
     """A run with its best weights and the vectors of its catalogue, ready to be asked."""
 
-    def __init__(self, warehouse: Warehouse, run: OpenRun, *, index: str) -> None:
+    def __init__(self, warehouse: Warehouse, run: Run, *, index: str) -> None:
         """Load the weights and encode the catalogue.
 
         Args:
@@ -73,15 +72,15 @@ class Predictor:
         Raises:
             UserError: It is a pre-training, or its checkpoint cannot be used.
         """
-        check_recommends(run)
-        load_weights(run.folder / "model.safetensors", run.model, run.identity)
+        run.check_recommends()
+        load_weights(run.weights, run.model, run.spec.identity())
         run.model.eval()
         self.run = run
         self.dataset = run.data.dataset
         self.items_ND = encode_catalogue(run.model, run.data)
         self.warehouse = warehouse
         self._index_name = index
-        table = load_items(warehouse, run.dataset, ["item_id", "text"])
+        table = load_items(warehouse, run.spec.dataset, ["item_id", "text"])
         self.item_ids = table.column("item_id").combine_chunks()
         self._texts = table.column("text")
 
@@ -97,12 +96,12 @@ class Predictor:
         Raises:
             UserError: There is none of that id.
         """
-        ids = load_user_ids(self.warehouse, self.run.dataset)
+        ids = load_user_ids(self.warehouse, self.run.spec.dataset)
         found = pc.index(ids, user_id).as_py()
         if found < 0:
             raise UserError(
-                f"dataset {self.run.dataset!r} has no user {user_id!r} ({_such_as(ids, 'users')});"
-                " for a new one give --history ITEM_ID,ITEM_ID,..."
+                f"dataset {self.run.spec.dataset!r} has no user {user_id!r}"
+                f" ({_such_as(ids, 'users')}); for a new one give --history ITEM_ID,ITEM_ID,..."
             )
         return int(found)
 
@@ -117,9 +116,9 @@ class Predictor:
             core = self.dataset.info.k_core
             left_out = f"; the {core}-core left rare ones out" if core > 1 else ""
             raise UserError(
-                f"the catalogue of {self.run.dataset!r} has no item {item_id!r}"
+                f"the catalogue of {self.run.spec.dataset!r} has no item {item_id!r}"
                 f" ({_such_as(self.item_ids, 'items')}{left_out}); give an id of mmrec sql"
-                f" \"SELECT item_id, text FROM items WHERE dataset = '{self.run.dataset}'\""
+                f" \"SELECT item_id, text FROM items WHERE dataset = '{self.run.spec.dataset}'\""
             )
         return int(found)
 
@@ -162,7 +161,7 @@ class Predictor:
         held = EvalSplit(users=users, starts=offsets[users], targets=offsets[users + 1])
         batch = self.run.config.eval_batch
         queries_BD = encode_histories(self.run.model, self.run.data, self.items_ND, held, batch)
-        seen = None if keep_seen else seen_by(self.dataset, held)
+        seen = None if keep_seen else histories_of(self.dataset, held)
         return self._index.search(queries_BD, self._most(k), seen)
 
     def similar(self, item: int, k: int) -> TopItems:
@@ -227,7 +226,7 @@ def write_all(
 
 
 def _blocks(adviser: Predictor, k: int, keep_seen: bool) -> Iterator[tuple[int, pa.Table]]:
-    user_ids = load_user_ids(adviser.warehouse, adviser.run.dataset)
+    user_ids = load_user_ids(adviser.warehouse, adviser.run.spec.dataset)
     total = adviser.dataset.info.users
     for start in range(0, total, _BLOCK):
         users = np.arange(start, min(start + _BLOCK, total))

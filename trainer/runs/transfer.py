@@ -99,7 +99,7 @@ def take_weights(
         run: The folder of the other run.
         name: Of the recommender.
         model: As it was drawn; what does not come from there stays so.
-        identity: What the model is for, see :class:`trainer.runs.run.OpenRun`.
+        identity: What the model is for, see :meth:`trainer.runs.spec.RunSpec.identity`.
         transfer: ``full``, or one of the model's ``transfer_groups``.
 
     Raises:

@@ -14,7 +14,7 @@ Legend: K items of a batch, M items of a term, N items of the catalogue, D width
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Annotated, Any, Protocol, Self, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -22,47 +22,44 @@ import torch
 from torch import Tensor
 
 from features.errors import UserError
-from trainer.checks import check_not_negative
-from trainer.config import TrainConfig
-from trainer.data.batches import ItemFeatures, Shard
+from features.warehouse import Warehouse
+from trainer.config import Choice, NonNegativeFloat, Range, Settings, TrainConfig
+from trainer.data.batches import ItemFeatures, Shard, TrainingData
+from trainer.data.multi_dataset import item_splits
 from trainer.distributed import gather_ids, gather_rows, global_mean_rows, rank_offset, world_size
 from trainer.evaluation.cross_modal import Sides, recalls, retrieve
 from trainer.losses.clip import in_batch_symmetric
 from trainer.losses.in_batch import Columns, in_batch
 from trainer.models.base import Recommender
-from trainer.tasks.next_item import Task, Validation
+from trainer.tasks.base import Task, Validation
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AlignConfig:
+@dataclass(frozen=True, kw_only=True)
+class AlignConfig(Settings):
     """Settings of the alignment; weights and temperature are the paper's."""
 
-    weight_vv: float = 0.25
-    """Of (v, v')."""
-    weight_tt: float = 0.25
-    """Of (t, t')."""
-    weight_vt: float = 0.25
-    """Of (v, t)."""
-    weight_joint: float = 0.25
-    """Of (vt, vt')."""
-    duplicates: str = "mask"
-    """``mask``: items with the same vectors are no negatives of each other; ``keep``: they are,
-    as published."""
-    holdout: float = 0.05
-    """Share of the items to validate on, and as many to test on, that training never sees: the
-    same ones in each run, by their ids."""
+    weight_vv: NonNegativeFloat = 0.25
+    """Weight of the term (v, v')."""
+    weight_tt: NonNegativeFloat = 0.25
+    """Weight of the term (t, t')."""
+    weight_vt: NonNegativeFloat = 0.25
+    """Weight of the term (v, t)."""
+    weight_joint: NonNegativeFloat = 0.25
+    """Weight of the term (vt, vt')."""
+    duplicates: Annotated[str, Choice("duplicates", ("mask", "keep"))] = "mask"
+    """``mask``: items with the same vectors are no negatives of each other; ``keep``: they are
+    negatives, as published."""
+    holdout: Annotated[
+        float,
+        Range(0, 0.5, "above 0 and below 0.5: two such shares are held out", includes_low=False),
+    ] = 0.05
+    """Shard of the items to validate on, and as many to test on, that training never sees: the
+    same items in each run, chosen by a hash of their ids."""
 
-    def __post_init__(self) -> None:
-        check_not_negative(self, "weight_vv", "weight_tt", "weight_vt", "weight_joint")
+    def check(self) -> None:
+        """Check that at least one term counts."""
         if self.weight_vv + self.weight_tt + self.weight_vt + self.weight_joint == 0:
             raise UserError("all four weights are 0, so nothing can be learned; set one above 0")
-        if not 0 < self.holdout < 0.5:
-            raise UserError(
-                f"holdout={self.holdout} must be above 0 and below 0.5: two such shares are held"
-                " out, the rest is learned"
-            )
-        if self.duplicates not in ("mask", "keep"):
-            raise UserError(f"duplicates={self.duplicates!r} is not known; known: mask, keep")
 
 
 @runtime_checkable
@@ -97,6 +94,20 @@ class Alignment(Task[Tensor]):
     """
 
     unit = "items"
+    settings_class = AlignConfig
+
+    @classmethod
+    def build(
+        cls,
+        model: Recommender,
+        data: TrainingData,
+        warehouse: Warehouse,
+        datasets: Sequence[str],
+        settings: Any,
+    ) -> Self:
+        """Create the task; the held-out items are chosen by a hash of their ids."""
+        splits = item_splits(warehouse, datasets, settings.holdout)
+        return cls(model, data.features, splits, settings)
 
     def __init__(
         self,

@@ -15,6 +15,7 @@ from trainer.data.multi_dataset import (
     ConcatenatedTokens,
     _concatenate,
     choose_common_tables,
+    identify_data,
     item_splits,
     load_data,
 )
@@ -60,8 +61,8 @@ def test_loaded_side_by_side(house: Warehouse) -> None:
         for kind in ("vectors", "present"):
             expected = torch.cat([getattr(part, kind)[name] for part in parts])
             assert torch.equal(getattr(source.features, kind)[name], expected)
-    assert source.identity["dataset"] == "a+b"
-    assert [table["content"].count("+") for table in source.identity["features"]] == [1, 1]
+    assert source.identity == identify_data(house, ["a", "b"], labels)
+    assert [table["content"].count("+") for table in source.identity.features] == [1, 1]
 
 
 def test_other_backbones_are_refused(house: Warehouse) -> None:

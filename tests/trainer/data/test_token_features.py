@@ -13,7 +13,6 @@ from tests.trainer import worlds
 from trainer.data.batches import ItemFeatures
 from trainer.data.feature_tables import choose_tables, load_features
 from trainer.data.token_features import TokenFeatures
-from trainer.runs.run import start_run
 
 CPU = torch.device("cpu")
 
@@ -128,5 +127,5 @@ def test_tokens_and_vectors_are_loaded_side_by_side(world: Warehouse) -> None:
 
 def test_a_model_of_pooled_vectors_refuses_tokens(world: Warehouse) -> None:
     with pytest.raises(UserError, match="mmsrec reads pooled vectors, not text=toy:tokens"):
-        start_run(world, "mmsrec", "world", features=["text:tokens"])
+        worlds.begin(world, "mmsrec", "world", features=["text:tokens"])
     assert world.runs() == []

@@ -3,7 +3,7 @@ import pytest
 
 from retrieval.ranking import Ranks
 from tests.trainer import worlds
-from trainer.evaluation.encode import popularity_ranks, seen_by, targets_of
+from trainer.evaluation.encode import histories_of, targets_of
 from trainer.runs.evaluate import metric_rows
 
 WORLD = worlds.dataset([[0, 1, 2, 3], [1, 1], [4, 1, 0], [1, 2, 5, 0]], 6)
@@ -22,7 +22,7 @@ def test_all_that_came_before_the_target_is_seen(
     held = WORLD.held(split)
     assert held.users.tolist() == [0, 2, 3]  # the second user has too few to be evaluated
     assert targets_of(WORLD, held).tolist() == targets
-    found = seen_by(WORLD, held)
+    found = histories_of(WORLD, held)
     rows = [
         found.items[a:b].tolist() for a, b in zip(found.offsets, found.offsets[1:], strict=False)
     ]
@@ -32,7 +32,7 @@ def test_all_that_came_before_the_target_is_seen(
 def test_popularity_counts_training_interactions_only() -> None:
     # train: 0 1 | 1 1 | 4 | 1 2 -> counts 1, 4, 1, 0, 1, 0
     assert WORLD.train_counts.tolist() == [1, 4, 1, 0, 1, 0]
-    ranks = popularity_ranks(WORLD, WORLD.held("test"))
+    ranks = worlds.popularity_ranks(WORLD)
     # target 3 (count 0) ties with 5; targets 0 (count 1) tie with 2 and 4, behind 1
     assert ranks.kept.tolist() == [6, 4, 4]
     assert ranks.filtered.tolist() == [3, 2, 2]

@@ -30,7 +30,7 @@ from trainer.loop import TrainProgress
 from trainer.models.registry import MODELS
 from trainer.optimizer import Optimizer
 from trainer.runs.evaluate import evaluate
-from trainer.runs.run import OpenRun, open_run, start_run, train
+from trainer.runs.run import Run, open_run, train_run
 
 
 def small(folder: Path, **changed: Any) -> Path:
@@ -46,7 +46,7 @@ def words(warehouse: Warehouse, tmp_path: Path) -> Path:
     return folder
 
 
-def weights(run: OpenRun) -> dict[str, Tensor]:
+def weights(run: Run) -> dict[str, Tensor]:
     return load_file(run.folder / "model.safetensors")
 
 
@@ -61,7 +61,7 @@ def test_a_run_trains_keeps_and_restores_its_blocks(warehouse: Warehouse, words:
     torch.testing.assert_close(
         before[f"backbones.text.blocks.0.{first}"], of_checkpoint[f"encoder.layer.1.{first}"]
     )
-    train(run)
+    train_run(run)
     after = weights(run)
     upper = [key for key in after if key.startswith("backbones.")]
     assert {key.split(".")[3] for key in upper} == {"0", "1"}  # two of three, and nothing else
@@ -75,7 +75,7 @@ def test_a_run_trains_keeps_and_restores_its_blocks(warehouse: Warehouse, words:
     report = evaluate(warehouse, opened, index="torch")
     assert report.rows
     again = encode_catalogue(opened.model, opened.data)
-    load_weights(run.folder / "model.safetensors", run.model, run.identity)
+    load_weights(run.weights, run.model, run.spec.identity())
     torch.testing.assert_close(again, encode_catalogue(run.model, run.data))
 
 
@@ -83,15 +83,15 @@ def test_an_interrupted_training_goes_on_to_the_same_blocks(
     warehouse: Warehouse, words: Path
 ) -> None:
     whole = begin(warehouse, name="whole", schedule="cosine")
-    train(whole)
+    train_run(whole)
     cut_short = begin(warehouse, name="cut", schedule="cosine")
 
     def interrupt(tick: TrainProgress) -> None:
         if tick.epoch == 1 and tick.step == 1:
             signal.raise_signal(signal.SIGINT)
 
-    assert not train(cut_short, on_tick=interrupt).finished
-    train(open_run(warehouse, cut_short.folder), resume=True)
+    assert not train_run(cut_short, on_progress=interrupt).finished
+    train_run(open_run(warehouse, cut_short.folder), resume=True)
     one, other = (load_file(r.folder / "resume.safetensors") for r in (whole, cut_short))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[key], other[key]) for key in one if not key.startswith("random"))
@@ -107,14 +107,14 @@ def test_blocks_have_rates_of_their_own(warehouse: Warehouse, words: Path) -> No
     held = [id(parameter) for group in groups for parameter in group["params"]]
     assert sorted(held) == sorted(id(parameter) for parameter in run.model.parameters())
     before = [parameter.clone() for parameter in tuned_blocks(run, "text").parameters()]
-    train(run)  # a rate of 0: the blocks stay, the rest learns
+    train_run(run)  # a rate of 0: the blocks stay, the rest learns
     after = tuned_blocks(run, "text").parameters()
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
 def test_trained_blocks_go_to_runs_that_start_from_them(warehouse: Warehouse, words: Path) -> None:
     source = begin(warehouse, name="source", epochs=1)
-    train(source)
+    train_run(source)
     for transfer in ("full", "items", "text", "users"):
         run = begin(warehouse, init="source", transfer=transfer)
         assert run.taken is not None
@@ -142,7 +142,7 @@ def test_the_rest_starts_as_without_them(warehouse: Warehouse, words: Path) -> N
 # -- the contract of recommenders -----------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [name for name, model in MODELS.items() if model.reads_tokens])
+@pytest.mark.parametrize("name", [n for n, model in MODELS.items() if model.load().reads_tokens])
 def test_the_contract_holds_with_blocks(warehouse: Warehouse, words: Path, name: str) -> None:
     run = begin(warehouse, model=name, dim=8)
     features, model = run.data.features, run.model.eval()
@@ -259,13 +259,13 @@ def test_a_pooled_table_names_the_command(warehouse: Warehouse, words: Path) -> 
         r" --level layer-1, and give --features text=words:layer-1$",
         features=["text"],
     )
-    assert begin(warehouse).tables == ["text=words:layer-1"]  # unasked, the one that fits
+    assert begin(warehouse).spec.features == ("text=words:layer-1",)  # unasked, the one that fits
 
 
 @pytest.mark.parametrize("model", ["sasrec", "mmsrec", "idsr"])
 def test_a_model_without_tokens_is_refused(warehouse: Warehouse, words: Path, model: str) -> None:
     with pytest.raises(UserError, match=rf"read tokens \(mmsr, pmmrec\), not {model}"):
-        start_run(warehouse, model, "tiny", settings=["tune_blocks=2"])
+        worlds.begin(warehouse, model, "tiny", settings=["tune_blocks=2"])
 
 
 def test_a_table_that_names_no_checkpoint(warehouse: Warehouse, words: Path) -> None:
@@ -283,7 +283,7 @@ def test_a_checkpoint_that_is_gone(warehouse: Warehouse, words: Path) -> None:
     (words.parent / "new").mkdir()
     moved = (words.parent / "elsewhere").rename(words.parent / "new" / "words")
     tuned.extracted(warehouse, "layer-1", text=moved)
-    assert begin(warehouse).tables == ["text=words:layer-1"]
+    assert begin(warehouse).spec.features == ("text=words:layer-1",)
 
 
 def test_a_checkpoint_that_has_changed(warehouse: Warehouse, words: Path) -> None:

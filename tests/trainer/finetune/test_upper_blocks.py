@@ -20,7 +20,7 @@ from tests.trainer.finetune import tuned
 from tests.trainer.models.test_recommenders import sequences
 from trainer.data.batches import ItemFeatures
 from trainer.finetune.upper_blocks import UpperBlocks
-from trainer.runs.run import OpenRun, start_run
+from trainer.runs.run import Run
 
 SMALL: dict[str, Any] = {
     "dim": 8, "heads": 2, "hidden": 16, "length": 5, "fusion_heads": 2, "epochs": 2,
@@ -35,15 +35,15 @@ def house(warehouse: Warehouse, tmp_path: Path) -> Warehouse:
     return warehouse
 
 
-def begin(house: Warehouse, *, model: str = "pmmrec", **more: Any) -> OpenRun:
+def begin(house: Warehouse, *, model: str = "pmmrec", **more: Any) -> Run:
     """Begin a run; what is no option of that is a setting."""
     names = ("features", "stage", "name", "init", "transfer")
     options = {key: more.pop(key) for key in names if key in more}
     settings = [f"{key}={value}" for key, value in {**SMALL, **more}.items()]
-    return start_run(house, model, "tiny", settings=settings, **options)
+    return worlds.begin(house, model, "tiny", settings=settings, **options)
 
 
-def tuned_blocks(run: OpenRun, modality: str) -> UpperBlocks:
+def tuned_blocks(run: Run, modality: str) -> UpperBlocks:
     found = run.model.get_submodule(f"backbones.{modality}")
     assert isinstance(found, UpperBlocks)
     return found
@@ -58,7 +58,7 @@ def loss(model: Any, features: ItemFeatures) -> Tensor:
 
 
 def equal_to_the_whole(
-    run: OpenRun,
+    run: Run,
     encoders: dict[str, Callable[[Sequence[int]], tuple[Tensor, Tensor]]],
     upper: dict[str, list[nn.Module]],
 ) -> None:
@@ -149,7 +149,7 @@ def test_both_modalities_train_together_under_every_objective(
     eyes = checkpoints.vision_folder(tmp_path / "eyes", **tuned.VISION)
     reads, sees = shaken(words), shaken(eyes)
     tuned.extracted(house, "layer-1", text=words, image=eyes)
-    run = begin(house, stage="pretrain")
+    run = begin(house, is_pretraining=True)
     whole = {
         "text": tuned.whole_text(words, reads),
         "image": tuned.whole_picture(eyes, sees, tmp_path / "raw"),

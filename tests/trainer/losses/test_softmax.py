@@ -90,13 +90,13 @@ def test_candidates_stand_for_the_catalogue(rows: int, items: int, most: int, se
     generator = torch.Generator().manual_seed(seed)
     target = torch.randint(items, (rows,), generator=generator)
     part = draw_candidates(target, items, most, generator)
-    assert torch.equal(part.items_K[part.target_M], target)
-    assert len(part.items_K.unique()) == len(part.items_K)
+    assert torch.equal(part.items_X[part.target_M], target)
+    assert len(part.items_X.unique()) == len(part.items_X)
     targets = len(target.unique())
     least = targets + (targets + 1) // 2
-    assert len(part.items_K) == min(items, max(most, least))
-    assert (part.offset_K[:targets] == 0).all()
-    assert part.offset_K.exp().sum().item() == pytest.approx(items, rel=1e-4)
+    assert len(part.items_X) == min(items, max(most, least))
+    assert (part.offset_X[:targets] == 0).all()
+    assert part.offset_X.exp().sum().item() == pytest.approx(items, rel=1e-4)
 
 
 @pytest.mark.parametrize("scale", [1.0, 20.0])
@@ -105,7 +105,7 @@ def test_all_candidates_are_the_full_softmax(scale: float) -> None:
     query, item = torch.randn(9, 4, generator=generator), torch.randn(7, 4, generator=generator)
     target = torch.randint(7, (9,), generator=generator)
     part = draw_candidates(target, 7, 7, generator)
-    found = part_softmax(query, item[part.items_K], part, scale)
+    found = part_softmax(query, item[part.items_X], part, scale)
     torch.testing.assert_close(found, full_softmax(query, item, target, scale))
 
 
@@ -124,6 +124,6 @@ def test_the_estimate_is_right_in_the_mean() -> None:
     sums = []
     for _ in range(2000):
         part = draw_candidates(target, 20, 5, generator)
-        sums.append((item[part.items_K] @ query[0] + part.offset_K).exp().sum())
+        sums.append((item[part.items_X] @ query[0] + part.offset_X).exp().sum())
     expected = (item @ query[0]).exp().sum().item()
     assert torch.stack(sums).mean().item() == pytest.approx(expected, rel=0.05)

@@ -1,21 +1,19 @@
 """A planted world: taste is in the texts alone, and some items nobody has clicked in training."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from features.dataset import Dataset
-from retrieval.ranking import rank
 from tests.trainer import worlds
 from trainer.checkpoint import load_weights
 from trainer.config import TrainConfig
 from trainer.data.batches import ItemFeatures
-from trainer.evaluation.encode import encode, popularity_ranks, seen_by, targets_of
+from trainer.evaluation.ranking import rank_split
 from trainer.loop import fit
-from trainer.models.base import Catalogue
-from trainer.models.registry import MODELS
 from trainer.tasks.next_item import NextItem
 
 TASTES, EACH = 6, 8
@@ -41,22 +39,18 @@ def world(seed: int = 0) -> tuple[Dataset, ItemFeatures]:
 def cold_ranks(name: str, folder: Path) -> tuple[float, float]:
     """Mean filtered rank of the unseen targets: by the model, by popularity."""
     dataset, features = world()
-    settings, recommender = MODELS[name].load()
     more = {"stride": 2} if name == "mmsrec" else {}
-    small = settings(dim=16, heads=2, hidden=32, length=8, dropout=0.1, **more)
-    torch.manual_seed(0)
-    model = recommender(small, Catalogue(n_items=N, widths=features.widths))
+    sizes: dict[str, Any] = {"dim": 16, "heads": 2, "hidden": 32, "length": 8, "dropout": 0.1}
+    model = worlds.build(name, features, **sizes, **more)
     data = worlds.training_data(dataset, features)
     config = TrainConfig(epochs=15, batch_size=16, lr=3e-3, patience=15)
     task = NextItem(model, data)
-    fit(task, config, folder, {}, on_epoch=lambda row: None, on_tick=lambda tick: None)
+    fit(task, config, folder, {}, on_epoch=lambda row: None, on_progress=lambda tick: None)
     load_weights(folder / "model.safetensors", model, {})
-    encoded = encode(model, data, "test", 64)
-    held = encoded.held
-    targets, seen = targets_of(dataset, held), seen_by(dataset, held)
-    assert dataset.cold[targets].all()
-    ranks = rank(encoded.queries_ED, encoded.items_ND, targets, seen).filtered
-    return float(ranks.mean()), float(popularity_ranks(dataset, held).filtered.mean())
+    ranks = rank_split(model, data, "test", 64)
+    assert dataset.cold[ranks.targets_E].all()
+    popular = worlds.popularity_ranks(dataset).filtered
+    return float(ranks.ranks.filtered.mean()), float(popular.mean())
 
 
 @pytest.mark.slow

@@ -12,13 +12,10 @@ import pytest
 import torch
 
 from features.dataset import Dataset
-from retrieval.ranking import rank
 from tests.trainer import worlds
 from tests.trainer.models import test_planted as planted
 from trainer.data.batches import ItemFeatures
-from trainer.evaluation.encode import encode, seen_by, targets_of
-from trainer.models.base import Catalogue, Recommender
-from trainer.models.registry import MODELS
+from trainer.models.base import Recommender
 
 N = 12
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -32,11 +29,8 @@ def trained(
     name: str, world: tuple[Dataset, ItemFeatures], epochs: int, lr: float, **more: Any
 ) -> Recommender:
     dataset, features = world
-    settings, recommender = MODELS[name].load()
-    torch.manual_seed(0)
     small = {"dim": 16, "hidden": 32, "length": 8, **SETTINGS[name], **more}
-    catalogue = Catalogue(n_items=features.n_items, widths=features.widths)
-    model: Recommender = recommender(settings(**small), catalogue)
+    model = worlds.build(name, features, **small)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     data = worlds.training_data(dataset, features)
     for epoch in range(epochs):
@@ -48,11 +42,8 @@ def trained(
 
 
 def mean_rank(model: Recommender, dataset: Dataset, features: ItemFeatures, seen: str) -> float:
-    encoded = encode(model, worlds.training_data(dataset, features), "test", 64)
-    held = encoded.held
-    targets = targets_of(dataset, held)
-    found = rank(encoded.queries_ED, encoded.items_ND, targets, seen_by(dataset, held))
-    return float(getattr(found, seen).mean())
+    ranks = worlds.ranks(model, dataset, features)
+    return float(getattr(ranks, seen).mean())
 
 
 def taste(where: str, given: tuple[str, ...]) -> tuple[Dataset, ItemFeatures]:

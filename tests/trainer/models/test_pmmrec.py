@@ -16,10 +16,9 @@ from trainer.data.batches import Batch, ItemFeatures, Sequences, TrainSet
 from trainer.data.token_features import TokenFeatures
 from trainer.finetune.upper_blocks import item_tokens
 from trainer.losses.pmmrec import ALIGNMENTS, corrupt
-from trainer.models import pmmrec
+from trainer.models import causal, pmmrec
 from trainer.models.base import Catalogue
 from trainer.models.pmmrec import PMMRec, PMMRecConfig
-from trainer.models.registry import MODELS
 from trainer.modules.transformer import initialise
 
 N = 12
@@ -90,7 +89,7 @@ def test_every_objective_reaches_its_parameters(made: Any, settings: dict[str, A
 
 LITERAL: dict[str, Any] = {
     "align_literal": True, "nid_relu": True, "rcl_cosine": False, "rcl_pool": "last",
-    "debias": False, "cosine": True,
+    "debias": False, "score": "cosine",
 }  # fmt: skip
 
 
@@ -112,14 +111,14 @@ def test_the_whole_loss_by_its_formulas(more: dict[str, Any]) -> None:
         return functional.normalize(x, dim=-1)
 
     def scored(x: Tensor) -> Tensor:
-        return unit(x) if more.get("cosine") else x
+        return unit(x) if more.get("score") == "cosine" else x
 
     item_ND = model.encode_items(features)
     sides = []
     for index, name in enumerate(("image", "text")):
         there_N = features.present[name]
-        own_ND = model.item_tower.get_submodule(name)(features.vectors[name])
-        absent_D = model.item_tower.absent[index]
+        own_ND = model.item_encoder.inputs[name](features.vectors[name])
+        absent_D = model.item_encoder.absent[index]
         sides.append((unit(torch.where(there_N[:, None], own_ND, absent_D)), there_N))
     popularity_N = (train.counts_N / train.counts_N.sum()).log() * more.get("debias", 1)
     slots = [item for row in ROWS for item in row]
@@ -135,9 +134,9 @@ def test_the_whole_loss_by_its_formulas(more: dict[str, Any]) -> None:
     for r, row in enumerate(ROWS):
         negatives = [item for item in slots if item not in own[users[r]]]
         length = lengths_B[r : r + 1]
-        state_LD = model.user_encoder(item_ND[row[:-1]][None], length)[0]
+        state_LD = model.sequence_encoder(item_ND[row[:-1]][None], length)[0]
         shown = item_K[noisy_BL[r, : len(row) - 1]]
-        other_LD = model.user_encoder(item_ND[shown][None], length)[0]
+        other_LD = model.sequence_encoder(item_ND[shown][None], length)[0]
         pooled = [x[-1] if "rcl_pool" in more else x.mean(0) for x in (state_LD, other_LD)]
         clean.append(unit(pooled[0]) if "rcl_cosine" not in more else pooled[0])
         noisy.append(unit(pooled[1]) if "rcl_cosine" not in more else pooled[1])
@@ -171,7 +170,7 @@ def test_the_whole_loss_by_its_formulas(more: dict[str, Any]) -> None:
 
 
 def test_pretraining_is_equation_12() -> None:
-    pretrain = MODELS["pmmrec"].pretrain
+    pretrain = PMMRec.pretraining
     assert pretrain is not None
     assert dict(pretrain.settings) == PRETRAIN
 
@@ -192,21 +191,21 @@ def test_an_objective_alone(settings: dict[str, Any]) -> None:
     # What is trained has a gradient, or a checkpoint would miss its moments.
     trained = {key: held.grad for key, held in model.named_parameters() if held.requires_grad}
     assert [key for key, grad in trained.items() if grad is None] == []
-    assert any(key.startswith("user_encoder.") for key in trained) == ("align" not in settings)
+    assert any(key.startswith("sequence_encoder.") for key in trained) == ("align" not in settings)
 
 
-@pytest.mark.parametrize("settings", [{}, {"cosine": True}, {"pool": "cls"}])
+@pytest.mark.parametrize("settings", [{}, {"score": "cosine"}, {"pool": "cls"}])
 def test_a_later_item_never_changes_an_earlier_prediction(settings: dict[str, Any]) -> None:
     features = worlds.features(N)
     model = build(features, **settings)
     seen: list[Tensor] = []
-    encode = model.user_encoder.forward
+    encode = model.sequence_encoder.forward
 
     def spy(x_BLD: Tensor, lengths_B: Tensor) -> Tensor:
         seen.append(encode(x_BLD, lengths_B))
         return seen[-1]
 
-    model.user_encoder.forward = spy  # type: ignore[method-assign]
+    model.sequence_encoder.forward = spy  # type: ignore[method-assign]
     for third in (3, 9):
         model.loss(worlds.batch(rows([[1, 2, third, 4]]), features, torch.Generator()))
     one, other = seen
@@ -218,13 +217,13 @@ def test_the_target_itself_is_not_among_what_is_read() -> None:
     features = worlds.features(N, missing=False)
     model = build(features)
     widths: list[int] = []
-    encode = model.user_encoder.forward
+    encode = model.sequence_encoder.forward
 
     def spy(x_BLD: Tensor, lengths_B: Tensor) -> Tensor:
         widths.extend(lengths_B.tolist())
         return encode(x_BLD, lengths_B)
 
-    model.user_encoder.forward = spy  # type: ignore[method-assign]
+    model.sequence_encoder.forward = spy  # type: ignore[method-assign]
     model.loss(batch(features))
     assert widths == [len(row) - 1 for row in ROWS]
 
@@ -268,9 +267,9 @@ def test_one_modality_has_nothing_to_fuse() -> None:
     assert keys <= set(build(worlds.features(N)).state_dict())
     item_ND = model.encode_items(features)
     there = features.present["text"]
-    expected = model.item_tower.get_submodule("text")(features.vectors["text"])
+    expected = model.item_encoder.inputs["text"](features.vectors["text"])
     torch.testing.assert_close(item_ND[there], expected[there])
-    torch.testing.assert_close(item_ND[~there], model.item_tower.absent.expand(3 + 1, -1))
+    torch.testing.assert_close(item_ND[~there], model.item_encoder.absent.expand(3 + 1, -1))
     model.loss(batch(features))["loss"].backward()
 
 
@@ -289,7 +288,7 @@ def test_the_catalogue_in_pieces_is_the_catalogue(monkeypatch: pytest.MonkeyPatc
     model = build(features)
     with torch.no_grad():
         whole = model.encode_items(features)
-        monkeypatch.setattr(pmmrec, "_TOKENS_AT_ONCE", 15)
+        monkeypatch.setattr(causal, "_TOKENS_PER_CHUNK", 15)
         pieces = model.encode_items(features)
     torch.testing.assert_close(pieces, whole, rtol=1e-5, atol=1e-6)
 

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from features.errors import UserError
-from trainer.modules.fusion import FUSIONS, FusionConfig
-from trainer.modules.item_encoder import ItemTower
+from trainer.modules.fusion import FusionSettings
+from trainer.modules.item_encoder import ItemEncoder
+from trainer.modules.registry import FUSIONS
 from trainer.modules.transformer import initialise
 
 WIDTHS = {"image": 5, "text": 6}
@@ -21,9 +22,11 @@ Item = list[Tensor]
 """One item's tokens (T, D) for each modality, projected and typed."""
 
 
-def tower(fusion: str, widths: dict[str, int] = WIDTHS, **more: Any) -> ItemTower:
+def tower(fusion: str, widths: dict[str, int] = WIDTHS, **more: Any) -> ItemEncoder:
     torch.manual_seed(0)
-    built = ItemTower(fusion, FusionConfig(dim=8, heads=2, hidden=12, **more), widths).double()
+    sizes = {"dim": 8, "fusion_heads": 2, "hidden": 12}
+    settings = FusionSettings(**{**sizes, **more})
+    built = ItemEncoder(fusion, settings, widths).double()
     initialise(built, std=0.4)
     for part in built.modules():
         if isinstance(part, nn.LayerNorm):
@@ -44,7 +47,7 @@ def features(padding: float = 0.0, more: int = 0) -> dict[str, tuple[Tensor, Ten
     return found
 
 
-def item_tokens(model: ItemTower, item: int) -> Item:
+def item_tokens(model: ItemEncoder, item: int) -> Item:
     found = []
     for index, (name, project) in enumerate(model.inputs.items()):
         x, mask = features()[name]
@@ -141,10 +144,10 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     *((name, {"dnn": True}) for name in ("sum", "concat", "gate", "film")),
     ("sum", {"dnn": True, "dnn_relu": True}),
     ("gate", {"shared_norm": True}),
-    *(("merge-attention", {"layers": layers}) for layers in (2, 4)),
+    *(("merge-attention", {"fusion_layers": layers}) for layers in (2, 4)),
     ("merge-attention", {"pool": "cls"}),
     ("merge-attention", {"token_types": False}),
-    ("co-attention", {"pool": "cls", "layers": 2}),
+    ("co-attention", {"pool": "cls", "fusion_layers": 2}),
     ("co-attention", {"token_types": False}),
 ]
 

@@ -2,19 +2,20 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from trainer.data.batches import Sequences
-from trainer.modules.sequence_encoders import TOWERS, TowerConfig, last_state
+from trainer.modules.registry import SEQUENCE_ENCODERS
+from trainer.modules.sequence_encoders import SequenceEncoder, SequenceSettings, last_state
 from trainer.modules.transformer import initialise
 
 
-@pytest.fixture(params=list(TOWERS))
-def tower(request: pytest.FixtureRequest) -> nn.Module:
+@pytest.fixture(params=list(SEQUENCE_ENCODERS))
+def encoder(request: pytest.FixtureRequest) -> SequenceEncoder:
     torch.manual_seed(0)
-    config = TowerConfig(dim=8, heads=2, hidden=16, length=12, layers=2)
-    built = TOWERS[str(request.param)](config)
+    settings = SequenceSettings(dim=8, heads=2, hidden=16, length=12, layers=2)
+    built = SEQUENCE_ENCODERS[str(request.param)](settings, settings.dropout)
     initialise(built, std=0.5)
     return built.eval()
 
@@ -24,42 +25,42 @@ def inputs(rows: int = 3, length: int = 10) -> Tensor:
 
 
 @torch.no_grad()
-def test_a_later_item_never_changes_an_earlier_state(tower: nn.Module) -> None:
+def test_a_later_item_never_changes_an_earlier_state(encoder: SequenceEncoder) -> None:
     x, lengths = inputs(), torch.full((3,), 10)
-    before = tower(x, lengths)
+    before = encoder(x, lengths)
     for position in range(10):
         changed = x.clone()
         changed[:, position] = x[:, position].flip(-1)
-        after = tower(changed, lengths)
+        after = encoder(changed, lengths)
         torch.testing.assert_close(after[:, :position], before[:, :position])
         assert not torch.isclose(after[:, position], before[:, position]).all(-1).any()
 
 
 @torch.no_grad()
-def test_padding_changes_nothing(tower: nn.Module) -> None:
+def test_padding_changes_nothing(encoder: SequenceEncoder) -> None:
     x, lengths = inputs(), torch.tensor([10, 4, 1])
-    together = tower(x, lengths)
+    together = encoder(x, lengths)
     for row, length in enumerate(lengths.tolist()):
-        alone = tower(x[row : row + 1, :length], lengths[row : row + 1])
+        alone = encoder(x[row : row + 1, :length], lengths[row : row + 1])
         torch.testing.assert_close(together[row, :length], alone[0], rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
-def test_the_first_item_reaches_the_last_state(tower: nn.Module) -> None:
+def test_the_first_item_reaches_the_last_state(encoder: SequenceEncoder) -> None:
     x, lengths = inputs(), torch.full((3,), 10)
     changed = x.clone()
     changed[:, 0] = x[:, 0].flip(-1)
-    assert not torch.allclose(tower(changed, lengths)[:, -1], tower(x, lengths)[:, -1])
+    assert not torch.allclose(encoder(changed, lengths)[:, -1], encoder(x, lengths)[:, -1])
 
 
 @torch.no_grad()
 def test_the_convolution_is_the_dilated_one() -> None:
     torch.manual_seed(0)
-    tower: Any = TOWERS["nextitnet"](TowerConfig(dim=8))
-    assert [block.convolutions[i].dilation for block in tower.blocks for i in range(2)] == [
+    encoder: Any = SEQUENCE_ENCODERS["nextitnet"](SequenceSettings(dim=8), 0.1)
+    assert [block.convolutions[i].dilation for block in encoder.blocks for i in range(2)] == [
         1, 2, 4, 8, 1, 2, 4, 8,
     ]  # fmt: skip
-    for convolution in tower.blocks[1].convolutions:
+    for convolution in encoder.blocks[1].convolutions:
         # The linear layer reads kernel position by kernel position, channels inside.
         weight = convolution.map.weight.view(8, 3, 8).transpose(1, 2)
         x = inputs()

@@ -15,16 +15,16 @@ from trainer.data.batches import Sequences
 from trainer.data.feature_tables import choose_device
 from trainer.runs import recommend
 from trainer.runs.recommend import RECOMMENDATIONS, Predictor, write_all
-from trainer.runs.run import OpenRun, open_run, start_run
+from trainer.runs.run import Run, open_run
 
 N = 12
 SMALL = ["dim=8", "heads=2", "hidden=8", "length=5", "device=cpu"]
 
 
-def begin(house: Warehouse, model: str, name: str) -> OpenRun:
+def begin(house: Warehouse, model: str, name: str) -> Run:
     """A run whose best weights are those it was drawn with."""
-    run = start_run(house, model, "world", settings=SMALL, name=name)
-    save_weights(run.folder / "model.safetensors", run.model, run.identity)
+    run = worlds.begin(house, model, "world", settings=SMALL, name=name)
+    save_weights(run.weights, run.model, run.spec.identity())
     return run
 
 
@@ -37,7 +37,7 @@ def house(warehouse: Warehouse) -> Warehouse:
     return warehouse
 
 
-def brute(run: OpenRun, history: list[int], k: int, keep_seen: bool) -> list[int]:
+def brute(run: Run, history: list[int], k: int, keep_seen: bool) -> list[int]:
     """The best items of a history, of which the model reads the end."""
     with torch.no_grad():
         items_ND = run.model.eval().encode_items(run.data.features).detach()
@@ -115,11 +115,11 @@ def test_what_cannot_be_asked(house: Warehouse) -> None:
         adviser.item("x")
     with pytest.raises(UserError, match="--k 0 is no length"):
         adviser.for_users(np.arange(2), 0)
-    bare = start_run(house, "sasrec", "world", settings=SMALL, name="bare")
+    bare = worlds.begin(house, "sasrec", "world", settings=SMALL, name="bare")
     with pytest.raises(UserError, match=r"model\.safetensors is not there"):
         Predictor(house, bare, index="torch")
     small = [*SMALL, "fusion_heads=2"]
-    before = start_run(house, "pmmrec", "world", settings=small, name="p", stage="pretrain")
+    before = worlds.begin(house, "pmmrec", "world", settings=small, name="p", is_pretraining=True)
     with pytest.raises(UserError, match="is a pre-training and recommends nothing"):
         Predictor(house, before, index="torch")
 
@@ -135,7 +135,7 @@ def test_a_run_is_opened_on_another_device_than_it_was_trained_on(
         return choose_device("cpu")
 
     monkeypatch.setattr("trainer.runs.run.choose_device", choose)
-    elsewhere = open_run(house, folder, "cuda:1")
+    elsewhere = open_run(house, folder, device="cuda:1")
     assert asked == ["cuda:1"]
     assert elsewhere.config.device == "cpu"  # what it was trained with is part of its identity
     Predictor(house, elsewhere, index="torch")

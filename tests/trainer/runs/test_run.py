@@ -22,7 +22,7 @@ from trainer.runs import evaluate as evaluation
 from trainer.runs.evaluate import evaluate
 from trainer.runs.folder import create_run_dir, record, replace_metrics, run_lock
 from trainer.runs.read import read_metrics, read_record
-from trainer.runs.run import OpenRun, open_run, start_run, train
+from trainer.runs.run import Run, open_run, train_run
 
 STAMP = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 SMALL = ["dim=8", "hidden=8", "length=5", "epochs=2", "batch_size=4", "device=cpu"]
@@ -36,20 +36,20 @@ def house(warehouse: Warehouse) -> Warehouse:
     return warehouse
 
 
-def begin(house: Warehouse, name: str = "r", *settings: str) -> OpenRun:
-    return start_run(house, "sasrec", "world", settings=[*SMALL, *settings], name=name)
+def begin(house: Warehouse, name: str = "r", *settings: str) -> Run:
+    return worlds.begin(house, "sasrec", "world", settings=[*SMALL, *settings], name=name)
 
 
 def stop_at(count: int) -> Any:
     ticks = 0
 
-    def on_tick(tick: TrainProgress) -> None:
+    def on_progress(tick: TrainProgress) -> None:
         nonlocal ticks
         ticks += 1
         if ticks == count:
             signal.raise_signal(signal.SIGINT)
 
-    return on_tick
+    return on_progress
 
 
 def test_runs_that_begin_together_have_folders_of_their_own(tmp_path: Path) -> None:
@@ -113,14 +113,14 @@ def test_too_few_interactions_leave_no_run(
 
 def test_a_model_without_its_features_leaves_no_run(house: Warehouse) -> None:
     with pytest.raises(UserError, match="mmsrec needs features"):
-        start_run(house, "mmsrec", "world", settings=["device=cpu"])
+        worlds.begin(house, "mmsrec", "world", settings=["device=cpu"])
     assert list(house.runs_dir.iterdir()) == []
 
 
 def test_one_process_writes_a_run(house: Warehouse) -> None:
     run = begin(house)
     with run_lock(run.folder):
-        for work in (lambda: train(run), lambda: evaluate(house, run, index="torch")):
+        for work in (lambda: train_run(run), lambda: evaluate(house, run, index="torch")):
             with pytest.raises(UserError, match="another process is writing run r"):
                 work()
 
@@ -161,7 +161,7 @@ def metrics(folder: Path, **wanted: object) -> list[dict[str, Any]]:
 
 def test_cold_targets_and_popularity_by_hand(house: Warehouse) -> None:
     run = begin(house)
-    train(run)
+    train_run(run)
     report = evaluate(house, run, index="torch")
     held = pq.read_table(run.folder / "predictions.parquet").to_pylist()
     assert {(row["split"], row["item"], row["cold"]) for row in held} == {
@@ -197,20 +197,22 @@ def test_cold_targets_and_popularity_by_hand(house: Warehouse) -> None:
 def test_an_evaluation_goes_when_training_goes_on(house: Warehouse) -> None:
     run = begin(house)
     predictions = run.folder / "predictions.parquet"
-    stopped = train(run, on_tick=stop_at(5))  # in the second epoch
+    stopped = train_run(run, on_progress=stop_at(5))  # in the second epoch
     assert (stopped.epochs, stopped.finished) == (1, False)
     evaluate(house, run, index="torch")
     assert metrics(run.folder, phase="eval")
     assert predictions.exists()
     again = open_run(house, run.folder)
-    assert train(again, resume=True).finished
+    assert train_run(again, resume=True).finished
     assert not metrics(run.folder, phase="eval")
     assert [row["epoch"] for row in metrics(run.folder, metric="loss")] == [1, 2]
     assert not predictions.exists()
 
     evaluate(house, again, index="torch")
     held = predictions.read_bytes(), metrics(run.folder)
-    train(open_run(house, run.folder), resume=True)  # finished: nothing is trained, nothing goes
+    train_run(
+        open_run(house, run.folder), resume=True
+    )  # finished: nothing is trained, nothing goes
     assert (predictions.read_bytes(), metrics(run.folder)) == held
 
 
@@ -220,7 +222,7 @@ def test_a_killed_evaluation_leaves_no_pair_of_two(
     house: Warehouse, monkeypatch: pytest.MonkeyPatch, killed_at: str
 ) -> None:
     run = begin(house)
-    train(run)
+    train_run(run)
     evaluate(house, run, index="torch")
 
     def kill(*words: object, **more: object) -> None:
@@ -265,7 +267,7 @@ def test_an_epoch_is_added_to_a_table_of_version_0_1(tmp_path: Path) -> None:
 
 def test_an_evaluation_leaves_the_rows_of_retrieval(house: Warehouse) -> None:
     run = begin(house)
-    train(run)
+    train_run(run)
     row = {
         "phase": "eval", "epoch": 0, "split": "test", "targets": "text-to-vision", "ranker": "m",
         "seen": "none", "metric": "Recall@1", "value": 0.5,
@@ -282,7 +284,7 @@ def test_a_table_of_metrics_that_is_none_costs_no_predictions(
     house: Warehouse, content: bytes | pa.Table
 ) -> None:
     run = begin(house)
-    train(run)
+    train_run(run)
     evaluate(house, run, index="torch")
     path = run.folder / "metrics.parquet"
     if isinstance(content, bytes):
@@ -296,7 +298,7 @@ def test_a_table_of_metrics_that_is_none_costs_no_predictions(
         read_metrics(read_record(house, run.folder.name))
 
 
-def weights(run: OpenRun) -> list[torch.Tensor]:
+def weights(run: Run) -> list[torch.Tensor]:
     return list(run.model.state_dict().values())
 
 
@@ -304,41 +306,41 @@ def weights(run: OpenRun) -> list[torch.Tensor]:
 def test_a_run_killed_before_it_was_saved_begins_once_more(
     house: Warehouse, init: str | None
 ) -> None:
-    train(begin(house, "first", "lr=0.1"))
+    train_run(begin(house, "first", "lr=0.1"))
     killed, whole = (
-        start_run(house, "sasrec", "world", settings=[*SMALL, "seed=7"], name=name, init=init)
+        worlds.begin(house, "sasrec", "world", settings=[*SMALL, "seed=7"], name=name, init=init)
         for name in ("killed", "whole")
     )
-    train(whole)
+    train_run(whole)
     again = open_run(house, killed.folder)
-    assert train(again, resume=True).finished
+    assert train_run(again, resume=True).finished
     assert all(map(torch.equal, weights(again), weights(whole)))
     assert [row["epoch"] for row in metrics(killed.folder, metric="loss")] == [1, 2]
 
 
 def test_a_killed_run_does_not_begin_from_other_weights(house: Warehouse) -> None:
     first = begin(house, "first")
-    train(first)
-    killed = start_run(house, "sasrec", "world", settings=SMALL, name="killed", init="first")
+    train_run(first)
+    killed = worlds.begin(house, "sasrec", "world", settings=SMALL, name="killed", init="first")
     shutil.rmtree(first.folder)
-    train(begin(house, "first", "lr=0.1"))
+    train_run(begin(house, "first", "lr=0.1"))
     with pytest.raises(UserError, match=r"was to start from run 'first', whose weights are others"):
         open_run(house, killed.folder)
 
 
 def test_what_is_gone_is_not_begun_again(house: Warehouse) -> None:
     run = begin(house)
-    train(run)
+    train_run(run)
     best, state = (run.folder / f"{name}.safetensors" for name in ("model", "resume"))
     best.rename(run.folder / "aside")
     with pytest.raises(UserError, match=r"nothing was saved yet.*mmrec train --resume"):
         evaluate(house, run, index="torch")
     with pytest.raises(UserError, match=r"model\.safetensors is gone: the weights of epoch \d"):
-        train(open_run(house, run.folder), resume=True)
+        train_run(open_run(house, run.folder), resume=True)
     (run.folder / "aside").rename(best)
     state.unlink()
     with pytest.raises(UserError, match=r"resume\.safetensors is gone.*; its best weights stand"):
-        train(open_run(house, run.folder), resume=True)
+        train_run(open_run(house, run.folder), resume=True)
     evaluate(house, run, index="torch")
 
 

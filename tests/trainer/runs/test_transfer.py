@@ -11,7 +11,7 @@ from features.warehouse import Warehouse
 from tests.trainer import worlds
 from trainer.checkpoint import read_tensors
 from trainer.data.batches import ItemFeatures
-from trainer.runs.run import OpenRun, open_run, start_run, train
+from trainer.runs.run import Run, open_run, train_run
 from trainer.runs.transfer import take_weights
 
 N = 12
@@ -42,9 +42,9 @@ def begin(
     init: str | None = None,
     transfer: str = "full",
     features: list[str] | None = None,
-) -> OpenRun:
+) -> Run:
     given = [setting.split("=") for setting in settings]
-    return start_run(
+    return worlds.begin(
         house,
         model,
         "world",
@@ -60,7 +60,7 @@ def weights(folder: Path) -> dict[str, Tensor]:
     return read_tensors(folder / "model.safetensors", "")[0]
 
 
-def equal(run: OpenRun, held: dict[str, Tensor]) -> set[str]:
+def equal(run: Run, held: dict[str, Tensor]) -> set[str]:
     mine = run.model.state_dict()
     return {n for n in mine if n in held and torch.equal(mine[n], held[n])}
 
@@ -75,7 +75,7 @@ def equal(run: OpenRun, held: dict[str, Tensor]) -> set[str]:
 def test_everything_comes_over(house: Warehouse, words: str) -> None:
     model, *settings = words.split()
     source = begin(house, model, "source", "lr=0.1", *settings)
-    train(source)
+    train_run(source)
     held = weights(source.folder)
     run = begin(house, model, "r", "seed=7", *settings, init="source")
     assert equal(run, held) == set(held)  # of the same interactions, known_N is too
@@ -87,34 +87,34 @@ def test_everything_comes_over(house: Warehouse, words: str) -> None:
 
 def test_what_training_has_seen_is_never_taken_from_another_run(house: Warehouse) -> None:
     """The other run's interactions may be fewer, or reach into what is held out here."""
-    train(begin(house, "mmsrec", "source", "ids=true"))
+    train_run(begin(house, "mmsrec", "source", "ids=true"))
     run = begin(house, "mmsrec", "r", "ids=true")
     known_N = run.model.get_buffer("known_N")
     known_N.copy_(torch.arange(N) % 2 == 0)
-    taken = take_weights(house.runs_dir / "source", "mmsrec", run.model, run.identity)
+    taken = take_weights(house.runs_dir / "source", "mmsrec", run.model, run.spec.identity())
     assert known_N.tolist() == [i % 2 == 0 for i in range(N)]
     assert taken.share == 1
     assert taken.fresh == taken.unused == []
 
 
 def test_the_origin_is_part_of_what_a_checkpoint_is_for(house: Warehouse) -> None:
-    train(begin(house, "sasrec", "source"))
+    train_run(begin(house, "sasrec", "source"))
     run = begin(house, "sasrec", "r", init="source")
-    train(run)
+    train_run(run)
     again = open_run(house, run.folder)
-    assert again.identity == run.identity
-    assert again.identity["init"]["run"] == "source"
-    assert train(again, resume=True).finished
+    assert again.spec.identity() == run.spec.identity()
+    assert again.spec.identity()["init"]["run"] == "source"
+    assert train_run(again, resume=True).finished
     path = run.folder / "config.toml"
-    digest = again.identity["init"]["weights"]
+    digest = again.spec.identity()["init"]["weights"]
     path.write_text(path.read_text().replace(digest, "0" * 16))
     with pytest.raises(UserError, match=r"init\.weights="):
-        train(open_run(house, run.folder), resume=True)
+        train_run(open_run(house, run.folder), resume=True)
 
 
 def test_a_part_of_sasrec(house: Warehouse) -> None:
     source = begin(house, "sasrec", "source", "lr=0.1")
-    train(source)
+    train_run(source)
     held = weights(source.folder)
     users = begin(house, "sasrec", "users", "seed=7", init="source", transfer="users")
     assert {name for name in held if name not in equal(users, held)} == {"item.weight"}
@@ -127,7 +127,7 @@ def test_a_part_of_sasrec(house: Warehouse) -> None:
 
 def test_ids_stay_with_their_catalogue_and_positions_keep_their_meaning(house: Warehouse) -> None:
     source = begin(house, "sasrec", "source", "lr=0.1")
-    train(source)
+    train_run(source)
     held = weights(source.folder)
     prepare(house, N + 1)
     path = house.dataset_dir("world") / "dataset.json"
@@ -143,7 +143,7 @@ def test_ids_stay_with_their_catalogue_and_positions_keep_their_meaning(house: W
 def test_one_modality_of_two(house: Warehouse) -> None:
     """Figure 3 of MMSRec: pre-trained on both, trained without one of them."""
     source = begin(house, "mmsrec", "source", "lr=0.1")
-    train(source)
+    train_run(source)
     held = weights(source.folder)
     run = begin(house, "mmsrec", "r", "seed=7", init="source", features=["text"])
     assert run.taken is not None
@@ -154,7 +154,7 @@ def test_one_modality_of_two(house: Warehouse) -> None:
 
 def test_other_vectors_under_the_same_name_are_refused(house: Warehouse) -> None:
     source = begin(house, "mmsrec", "source")
-    train(source)
+    train_run(source)
     worlds.extract(house, worlds.features(N, seed=1), backbone="other")
     wanted = ["image=other", "text=toy"]
     run = begin(house, "mmsrec", "r", init="source", features=wanted)
@@ -165,7 +165,7 @@ def test_other_vectors_under_the_same_name_are_refused(house: Warehouse) -> None
 
 def test_a_clip_is_known_by_the_head_of_pictures(house: Warehouse) -> None:
     source = begin(house, "mmsrec", "source", "lr=0.1")
-    train(source)
+    train_run(source)
     features = worlds.features(N)
     clips = {"video": features.vectors["image"]}
     there = {"video": features.present["image"]}
@@ -183,7 +183,7 @@ def test_what_cannot_be_a_beginning(house: Warehouse) -> None:
     source = begin(house, "sasrec", "source")
     with pytest.raises(UserError, match=r"train it first: mmrec train --resume --run source"):
         begin(house, "sasrec", "r", init="source")
-    train(source)
+    train_run(source)
     with pytest.raises(UserError, match=r"is of 'sasrec', its weights have no place in 'mmsrec'"):
         begin(house, "mmsrec", "r", init="source")
     with pytest.raises(UserError, match=r"nothing of run 'source' fits: .*12 x 8 there, 12 x 4"):

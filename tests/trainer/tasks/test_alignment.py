@@ -217,13 +217,13 @@ def run(folder: Path, *, epochs: int, resume: bool = False, stop: int = 0) -> tu
     config = TrainConfig(**{**LOOP, "epochs": epochs})
     ticks = 0
 
-    def on_tick(tick: object) -> None:
+    def on_progress(tick: object) -> None:
         nonlocal ticks
         ticks += 1
         if ticks == stop:
             signal.raise_signal(signal.SIGINT)
 
-    fit(task, config, folder, {}, resume=resume, on_epoch=rows.append, on_tick=on_tick)
+    fit(task, config, folder, {}, resume=resume, on_epoch=rows.append, on_progress=on_progress)
     return task, rows
 
 

@@ -1,0 +1,141 @@
+"""What models with a causal sequence encoder share: every position predicts the item after it.
+
+Legend: B batch, L sequence length, N items, K distinct items, M predicted positions, D width.
+"""
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from trainer.config import Choice
+from trainer.data.batches import Batch, ItemFeatures, Sequences
+from trainer.data.windows import WindowSampling
+from trainer.losses.base import DrawnItems, ItemVectors, Loss, LossSettings, Targets
+from trainer.losses.registry import LOSSES
+from trainer.models.base import Catalogue, Recommender
+from trainer.modules.sequence_encoders import SequenceEncoder, SequenceSettings, last_state
+
+_TOKENS_PER_CHUNK = 2**15  # without gradients; with gradients all activations are kept anyway
+
+
+@dataclass(frozen=True, kw_only=True)
+class CausalSettings(SequenceSettings, LossSettings):
+    """Settings of every model with a causal sequence encoder."""
+
+    loss: Annotated[str, Choice("loss", LOSSES)] = "softmax"
+    """Next-item loss: ``softmax`` over the catalogue (or ``candidates``), ``in-batch`` over the
+    items of the batch, ``bce`` with one sampled negative for each position."""
+
+
+class CausalRecommender(Recommender):
+    """Item vectors, a causal sequence encoder over them, and a next-item loss at every position.
+
+    A subclass builds ``item_encoder`` and ``sequence_encoder`` and encodes some items.
+    """
+
+    transfer_groups: ClassVar = {"items": ("item_encoder.",), "users": ("sequence_encoder.",)}
+    reverse_positions = ("sequence_encoder.position.weight",)
+
+    settings: CausalSettings
+    item_encoder: nn.Module
+    sequence_encoder: SequenceEncoder
+
+    def __init__(self, settings: CausalSettings, catalogue: Catalogue) -> None:
+        super().__init__(settings, catalogue)
+        self.next_item_loss: Loss = LOSSES.find(settings.loss)(settings)
+
+    @abstractmethod
+    def encode_some(self, items_K: Tensor, features: ItemFeatures) -> Tensor:
+        """Encode some items: (K, D), before the vectors are normalised.
+
+        Args:
+            items_K: (K,) int64, each item once.
+            features: Features of the whole catalogue.
+        """
+
+    @property
+    def window_sampling(self) -> WindowSampling:
+        """Windows over whole histories: every interaction is a target, the newest up to twice."""
+        length = self.settings.length
+        return WindowSampling(length=length + 1, stride=length, every_target=True)
+
+    @property
+    def history(self) -> int:
+        """Largest number of items of a history that are read."""
+        return self.settings.length
+
+    def encode_items(self, features: ItemFeatures) -> Tensor:
+        """Encode the whole catalogue: (N, D), with ``score=cosine`` each vector of length 1."""
+        longest = max([1, *(tokens.longest for tokens in features.tokens.values())])
+        items_N = torch.arange(features.n_items, device=next(self.parameters()).device)
+        chunks = items_N.split(max(1, _TOKENS_PER_CHUNK // longest))
+        vectors = [self.settings.normalise(self.encode_some(c, features)) for c in chunks]
+        return torch.cat(vectors)
+
+    def encode_sequences(
+        self, item_vectors_ND: Tensor, sequences: Sequences, features: ItemFeatures
+    ) -> Tensor:
+        """Return the state at each history's last item: (B, D)."""
+        states_BLD = self.states(ItemVectors(vectors_KD=item_vectors_ND), sequences)
+        return self.settings.normalise(last_state(states_BLD, sequences))
+
+    def loss(self, batch: Batch) -> dict[str, Tensor]:
+        """Return the next-item loss over every position of every window."""
+        inputs, targets, is_target_BL = next_item_targets(batch)
+        drawn = self.next_item_loss.draw(targets, batch)
+        items = self.batch_items(batch, drawn)
+        query_MD = self.settings.normalise(self.states(items, inputs)[is_target_BL])
+        return {"loss": self.next_item_loss(query_MD, items, targets, batch, drawn)}
+
+    def batch_items(self, batch: Batch, drawn: DrawnItems | None) -> ItemVectors:
+        """Encode each item of a batch and each drawn item once, or the whole catalogue."""
+        if self.next_item_loss.needs_catalogue:
+            return ItemVectors(vectors_KD=self.encode_items(batch.features))
+        ids = batch.sequences.items_BL[batch.sequences.mask_BL]
+        if drawn is not None:
+            ids = torch.cat([ids, drawn.items_X])
+        ids_K = ids.unique()
+        vectors_KD = self.settings.normalise(self.encode_some(ids_K, batch.features))
+        return ItemVectors(vectors_KD=vectors_KD, ids_K=ids_K)
+
+    def states(self, items: ItemVectors, sequences: Sequences) -> Tensor:
+        """Return the state after each item of sequences (B, L, D), before it is normalised."""
+        states_BLD: Tensor = self.sequence_encoder(
+            items.gather(sequences.items_BL), sequences.lengths_B
+        )
+        return states_BLD
+
+
+def next_item_targets(batch: Batch) -> tuple[Sequences, Targets, Tensor]:
+    """Split windows into inputs and targets.
+
+    Returns:
+        The inputs (all items but the last), the targets, and (B, L) bool: the positions of the
+        inputs that have a target.
+    """
+    windows = batch.sequences
+    # Padding repeats an item of the batch: no other item has to be encoded.
+    items_BL = torch.where(windows.mask_BL, windows.items_BL, windows.items_BL[0, 0])
+    is_target_BL = windows.mask_BL[:, 1:]
+    inputs = Sequences(
+        items_BL=items_BL[:, :-1],
+        lengths_B=(windows.lengths_B - 1).clamp_min(1),
+        users_B=windows.users_B,
+    )
+    targets = Targets(item_M=items_BL[:, 1:][is_target_BL], row_M=is_target_BL.nonzero()[:, 0])
+    return inputs, targets, is_target_BL
+
+
+def initialise_glorot(module: nn.Module) -> None:
+    """Draw linear and embedding weights as Glorot and Bengio do (the released code); biases 0.
+
+    Smaller weights, such as BERT's of 0.02, starve the DNN of three layers at small widths.
+    """
+    for part in module.modules():
+        if isinstance(part, nn.Linear | nn.Embedding):
+            nn.init.xavier_normal_(part.weight)
+        if isinstance(part, nn.Linear):
+            nn.init.zeros_(part.bias)

@@ -1,0 +1,299 @@
+"""The description of a run: made once from words or from a run's folder, then handed on."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Self
+
+from features.errors import UserError
+from features.store import FeatureTable
+from features.warehouse import Warehouse
+from trainer.config import Settings, SettingSources, TrainConfig, build_settings, settings_tables
+from trainer.data.multi_dataset import DataIdentity, choose_common_tables, identify_data
+from trainer.models.base import Recommender
+from trainer.models.registry import MODELS
+from trainer.runs.folder import FORMAT, read_about
+from trainer.runs.transfer import FULL, check_source, check_transfer, hash_tensors, read_source
+from trainer.tasks.registry import NEXT_ITEM, TASKS
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InitialWeights:
+    """The run whose best weights are the initial weights."""
+
+    run: str
+    transfer: str = FULL
+    """Which of its weights, see :func:`trainer.runs.transfer.take_weights`."""
+    weights: str = ""
+    """Hash of its weights; empty until the weights are read."""
+
+    def document(self) -> dict[str, str]:
+        """Return the fields as a run's configuration and checkpoints store them."""
+        return {"run": self.run, "transfer": self.transfer, "weights": self.weights}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunSpec:
+    """Everything that decides the result of a run.
+
+    Two runs with equal identities give equal weights on one machine with as many threads.
+
+    Examples:
+        >>> warehouse = Warehouse("warehouse")                        # doctest: +SKIP
+        >>> spec = RunSpec.resolve(
+        ...     warehouse, "sasrec", ["demo"], sources=SettingSources(pairs=["dim=32"])
+        ... )                                                         # doctest: +SKIP
+        >>> run = create_run(warehouse, spec)                         # doctest: +SKIP
+        >>> train_run(run)                                            # doctest: +SKIP
+    """
+
+    model: str
+    """Name in :data:`trainer.models.registry.MODELS`."""
+    datasets: tuple[str, ...]
+    """Prepared datasets; several only for a pre-training."""
+    features: tuple[str, ...]
+    """Labels ``modality=backbone[:level]`` of the feature tables, at most one a modality."""
+    is_pretraining: bool
+    """True for ``mmrec pretrain``: the run recommends nothing."""
+    train: TrainConfig
+    settings: Settings
+    """Settings of the model."""
+    task_settings: Settings | None
+    """Settings of the task, if it has any."""
+    data: DataIdentity
+    init: InitialWeights | None = None
+
+    @classmethod
+    def resolve(
+        cls,
+        warehouse: Warehouse,
+        model: str,
+        datasets: Sequence[str],
+        *,
+        is_pretraining: bool = False,
+        features: Sequence[str] | None = None,
+        sources: SettingSources | None = None,
+        init: InitialWeights | None = None,
+    ) -> Self:
+        """Describe a run from the words of a user; nothing is written.
+
+        Args:
+            warehouse: Warehouse with the datasets, feature tables and runs.
+            model: Name of the model.
+            datasets: Names of prepared datasets.
+            is_pretraining: Pre-train instead of training for recommendation.
+            features: Feature tables, see :func:`trainer.data.feature_tables.choose_tables`; an
+                entry may name several, separated by commas. ``None``: each modality's only one.
+            sources: The settings that differ from the defaults.
+            init: The run whose weights are the initial weights.
+
+        Raises:
+            UserError: Something that the user gave is unknown, or does not fit the rest.
+        """
+        recommender = MODELS.find(model).load()
+        if is_pretraining:
+            _check_pretrains(model, recommender)
+        for name in datasets:
+            warehouse.info(name)
+            if list(datasets).count(name) > 1:
+                raise UserError(f"--dataset names {name!r} twice; name it once")
+        train, settings, *task_settings = _build(
+            recommender, is_pretraining, sources or SettingSources()
+        )
+        tables = _choose_tables(warehouse, (model, recommender), datasets, features, train)
+        spec = cls(
+            model=model,
+            datasets=tuple(datasets),
+            features=tuple(table.label for table in tables),
+            is_pretraining=is_pretraining,
+            train=train,
+            settings=settings,
+            task_settings=task_settings[0] if task_settings else None,
+            data=identify_data(warehouse, datasets, [table.label for table in tables]),
+        )
+        return spec if init is None else replace(spec, init=_read_init(warehouse, spec, init))
+
+    @classmethod
+    def read(cls, warehouse: Warehouse, folder: Path) -> Self:
+        """Read the description of a run from its folder.
+
+        Args:
+            warehouse: Warehouse with the run's datasets and feature tables.
+            folder: Folder of the run.
+
+        Raises:
+            UserError: The folder is damaged, was written by another version of mmrec, or the
+                dataset has been prepared again since.
+        """
+        path = folder / "config.toml"
+        about = read_about(path)
+        if about.get("format") != FORMAT:
+            raise UserError(
+                f"run {folder.name!r} was written by another version of mmrec, whose settings and"
+                " weights have other names; train again, or use that version for it"
+            )
+        model, datasets = about["model"], about.get("sources", [about["dataset"]])
+        is_pretraining = about.get("stage") == PRETRAIN
+        try:
+            recommender = MODELS.find(model).load()
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+        sources = SettingSources(file=path)
+        train, settings, *task_settings = _build(recommender, is_pretraining, sources)
+        data = identify_data(warehouse, datasets, about["features"])
+        if data.items != about["fingerprint"]:
+            raise UserError(
+                f"run {folder.name!r} was trained on another preparation of {about['dataset']!r};"
+                " prepare it as it was, or train again"
+            )
+        return cls(
+            model=model,
+            datasets=tuple(datasets),
+            features=tuple(about["features"]),
+            is_pretraining=is_pretraining,
+            train=train,
+            settings=settings,
+            task_settings=task_settings[0] if task_settings else None,
+            data=data,
+            init=InitialWeights(**about["init"]) if "init" in about else None,
+        )
+
+    @property
+    def dataset(self) -> str:
+        """Names of the datasets, joined by ``+``."""
+        return "+".join(self.datasets)
+
+    @property
+    def task(self) -> str:
+        """Name of the task in :data:`trainer.tasks.registry.TASKS`."""
+        return _task_name(MODELS.find(self.model).load(), self.is_pretraining)
+
+    def identity(self) -> dict[str, Any]:
+        """Return everything that decides the result, as a JSON document for checkpoints."""
+        document: dict[str, Any] = {
+            "recommender": self.model,
+            "dataset": self.dataset,
+            "items": self.data.items,
+            "interactions": self.data.interactions,
+            "features": [dict(table) for table in self.data.features],
+        }
+        tables = settings_tables(self.train, self.settings, self.task_settings)
+        assert not document.keys() & tables.keys(), "two parts of one name"
+        document |= tables
+        return document if self.init is None else document | {"init": self.init.document()}
+
+    def digest(self) -> str:
+        """Return 12 hexadecimal digits of a hash of the identity.
+
+        The names of the datasets are left out: equal data under two names give one digest.
+        """
+        document = self.identity()
+        del document["dataset"]
+        return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()[:12]
+
+    def document(self) -> dict[str, Any]:
+        """Return the content of the run's ``config.toml``, without what is known at its start."""
+        about: dict[str, Any] = {
+            "format": FORMAT,
+            "model": self.model,
+            "dataset": self.dataset,
+            "features": list(self.features),
+            "fingerprint": self.data.items,
+        }
+        if self.is_pretraining:
+            about["stage"] = PRETRAIN
+        if len(self.datasets) > 1:
+            about["sources"] = list(self.datasets)
+        if self.init is not None:
+            about["init"] = self.init.document()
+        return {"run": about, **settings_tables(self.train, self.settings, self.task_settings)}
+
+
+PRETRAIN = "pretrain"
+"""Value of ``stage`` in the configuration of a pre-training."""
+
+
+def pretraining_defaults(recommender: type[Recommender]) -> dict[str, Any]:
+    """Return the settings that ``mmrec pretrain`` changes or adds, with their defaults."""
+    if recommender.pretraining is None:
+        return {}
+    settings_class = TASKS.find(recommender.pretraining.task).settings_class
+    own = {} if settings_class is None else settings_tables({}, settings_class())["model"]
+    return {**recommender.pretraining.settings, **own}
+
+
+def _task_name(recommender: type[Recommender], is_pretraining: bool) -> str:
+    if not is_pretraining:
+        return NEXT_ITEM
+    assert recommender.pretraining is not None
+    return recommender.pretraining.task
+
+
+def _build(
+    recommender: type[Recommender], is_pretraining: bool, sources: SettingSources
+) -> tuple[Any, ...]:
+    """Create the settings of the loop, of the model, and of the task if it has any."""
+    defaults: Mapping[str, Any] = recommender.train_defaults
+    if is_pretraining:
+        assert recommender.pretraining is not None
+        defaults = {**defaults, **recommender.pretraining.settings}
+    task_class = TASKS.find(_task_name(recommender, is_pretraining)).settings_class
+    classes: list[type[Any]] = [TrainConfig, recommender.settings_class]
+    if task_class is not None:
+        classes.append(task_class)
+    return build_settings(classes, sources, defaults)
+
+
+def _check_pretrains(name: str, recommender: type[Recommender]) -> None:
+    if recommender.pretraining is None:
+        able = ", ".join(other for other, model in MODELS.items() if model.load().pretraining)
+        raise UserError(f"{name} has no pre-training; known: {able}")
+
+
+def _choose_tables(
+    warehouse: Warehouse,
+    model: tuple[str, type[Recommender]],
+    datasets: Sequence[str],
+    features: Sequence[str] | None,
+    train: TrainConfig,
+) -> list[FeatureTable]:
+    """Choose the feature tables, and check that the model can read them."""
+    name, recommender = model
+    if train.tune_blocks and not recommender.reads_tokens:
+        able = ", ".join(other for other, model in MODELS.items() if model.load().reads_tokens)
+        raise UserError(
+            f"tune_blocks={train.tune_blocks} is for models that read tokens ({able}), not {name};"
+            " leave it out"
+        )
+    if not recommender.needs_features:
+        if features:
+            raise UserError(
+                f"{name} learns from item ids alone; leave --features {','.join(features)} out"
+            )
+        return []
+    wanted = None
+    if features is not None:
+        wanted = [part.strip() for entry in features for part in entry.split(",")]
+    tables = choose_common_tables(warehouse, datasets, wanted, layers=train.tune_blocks > 0)
+    for table in tables:
+        if table.level != "pooled" and not recommender.reads_tokens:
+            raise UserError(
+                f"{name} reads pooled vectors, not {table.label}; name a pooled table by --features"
+            )
+    return tables
+
+
+def _read_init(warehouse: Warehouse, spec: RunSpec, init: InitialWeights) -> InitialWeights:
+    """Hash the initial weights, and check that they are of the same model."""
+    check_transfer(init.transfer, MODELS.find(spec.model).load())
+    folder, _ = warehouse.choose_run(init.run)
+    check_source(folder, spec.model)
+    digest = hash_tensors(read_source(folder)[0])
+    if init.weights not in ("", digest):
+        raise UserError(
+            f"run {init.run!r} has other weights than before: it is being trained; wait for its end"
+            " and try again"
+        )
+    return replace(init, weights=digest)

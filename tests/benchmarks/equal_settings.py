@@ -13,14 +13,28 @@ from typing import Any
 RENAMED_SETTINGS: dict[str, str | None] = {
     "monitor_seen=masked": "monitor_seen=filtered",
     "monitor_seen=unmasked": "monitor_seen=kept",
+    "idsr:tower": "sequence_encoder",
+    "mmsr:tower": "sequence_encoder",
+    "mmsrec:length=8": "length=7",
+    "mmsrec:length=6": "length=5",
+    "pmmrec:cosine=true": "score=cosine",
+    "pmmrec:cosine=false": "score=dot",
 }
 # What this version calls a parameter or buffer of the version before: model, pattern, replacement.
-RENAMED_PARAMETERS: list[tuple[str, str, str]] = []
+RENAMED_PARAMETERS: list[tuple[str, str, str]] = [
+    ("sasrec", r"^item\.", "item_encoder."),
+    ("sasrec", r"^(position|norm|transformer)\.", r"sequence_encoder.\1."),
+    ("idsr", r"^(item|sequence)_tower\.", r"\1_encoder."),
+    ("mmsr", r"^(item|sequence)_tower\.", r"\1_encoder."),
+    ("pmmrec", r"^item_tower\.(text|image|video|joint)\.", r"item_encoder.inputs.\1."),
+    ("pmmrec", r"^item_tower\.", "item_encoder."),
+    ("pmmrec", r"^user_encoder\.", "sequence_encoder."),
+]
 # Constants of modules that bound the size of a block, and where this version has them.
 LIMITS: dict[str, str] = {
     "trainer.mmsrec._NUMBERS_IN_ALL": "trainer.kernels.activation_checkpoint._LEAST_ELEMENTS",
     "trainer.mmsrec._NUMBERS_AT_ONCE": "trainer.kernels.activation_checkpoint._CHUNK_ELEMENTS",
-    "trainer.mmsr._TOKENS_AT_ONCE": "trainer.models.mmsr._TOKENS_AT_ONCE",
+    "trainer.mmsr._TOKENS_AT_ONCE": "trainer.models.causal._TOKENS_PER_CHUNK",
     "trainer.objectives._BLOCK_BYTES": "trainer.losses.softmax._BLOCK_BYTES",
     "trainer.objectives._FEWEST_ROWS": "trainer.losses.softmax._FEWEST_ROWS",
     "trainer.score_blocks._BLOCK_BYTES": "trainer.losses.chunked_scores._BLOCK_BYTES",

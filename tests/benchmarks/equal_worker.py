@@ -64,22 +64,26 @@ class After:
     def build(self, root: Path, job: Job) -> Any:
         """Begin a run by ``trainer.runs.run``."""
         from features.warehouse import Warehouse
-        from trainer.runs.run import start_run
+        from trainer.config import SettingSources
+        from trainer.runs.run import create_run
+        from trainer.runs.spec import RunSpec
 
-        return start_run(
-            Warehouse(root),
+        warehouse = Warehouse(root)
+        spec = RunSpec.resolve(
+            warehouse,
             job["model"],
             job["datasets"],
-            stage=job["stage"],
+            is_pretraining=job["stage"] == "pretrain",
             features=job["features"] or None,
-            settings=job["settings"],
+            sources=SettingSources(pairs=job["settings"]),
         )
+        return create_run(warehouse, spec)
 
     def train(self, run: Any, on_step: Callable[[object], None]) -> None:
         """Train by ``trainer.runs.run``."""
-        from trainer.runs.run import train
+        from trainer.runs.run import train_run
 
-        train(run, on_tick=on_step)
+        train_run(run, on_progress=on_step)
 
     def evaluate(self, root: Path, run: Any) -> None:
         """Evaluate by ``trainer.runs.evaluate``."""

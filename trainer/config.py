@@ -299,7 +299,7 @@ def _create(
         kinds |= get_type_hints(settings_class)
     for key in (*values, *pairs):
         if key not in kinds:
-            raise unknown("setting", key, sorted(kinds))
+            raise UserError(f"unknown setting {key!r}; known: {', '.join(sorted(kinds))}")
     values |= {key: _convert(key, text, kinds[key]) for key, text in pairs.items()}
     for key, value in values.items():
         if kinds[key] is float and type(value) is int:

@@ -72,7 +72,7 @@ def train(
     return progress, model, rows
 
 
-@pytest.mark.parametrize("name", list(MODELS))
+@pytest.mark.parametrize("name", worlds.trained_models())
 @pytest.mark.parametrize("interrupt_at", [1, 7, 11])
 def test_a_resumed_run_ends_where_the_whole_one_does_to_the_bit(
     name: str, interrupt_at: int, tmp_path: Path

@@ -211,6 +211,11 @@ def build(model: str, held: ItemFeatures, *, seed: int = 0, **settings: Any) -> 
     return MODELS.find(model).load()(small_settings(model, **settings), catalogue)
 
 
+def trained_models() -> list[str]:
+    """The models that learn by gradients."""
+    return [name for name in MODELS if any(True for _ in build(name, features(4)).parameters())]
+
+
 def ranks(model: Recommender, world: Dataset, held: ItemFeatures, split: str = "test") -> Ranks:
     """The ranks of the targets of a split."""
     return rank_split(model, training_data(world, held), split, 64).ranks

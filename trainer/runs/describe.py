@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from trainer.models.registry import MODELS, find_model
+from trainer.models.registry import MODELS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,14 +53,14 @@ class ModelDescription:
 def list_models() -> list[ModelSummary]:
     """Return the known recommenders; does not import torch."""
     return [
-        ModelSummary(model=name, summary=entry.summary, origin=_origin(name))
+        ModelSummary(model=name, summary=entry.summary, origin=MODELS.origin(name))
         for name, entry in MODELS.items()
     ]
 
 
 def broken_models() -> dict[str, str]:
     """Return the recommenders of installed packages that cannot be used, and the reasons."""
-    return dict(getattr(MODELS, "broken", {}))
+    return MODELS.broken
 
 
 def describe_model(name: str) -> ModelDescription:
@@ -69,33 +69,29 @@ def describe_model(name: str) -> ModelDescription:
     Raises:
         UserError: No recommender has the name.
     """
-    entry = find_model(name)
+    entry = MODELS.find(name)
     from trainer.config import TrainConfig
-    from trainer.tasks.pretrain import pretrain_config, pretrain_defaults
+    from trainer.runs.spec import pretraining_defaults, pretraining_settings
 
-    config, recommender = entry.load()
-    settings = _settings(config)
-    training = _settings(TrainConfig, entry.train)
-    known = [*settings, *training, *(s for part in pretrain_config(entry) for s in _settings(part))]
+    recommender = entry.load()
+    settings = _settings(recommender.settings_class)
+    training = _settings(TrainConfig, recommender.train_defaults)
+    own = pretraining_settings(recommender)
+    known = [*settings, *training, *([] if own is None else _settings(own))]
     meanings = {setting.name: setting.meaning for setting in known}
     return ModelDescription(
         model=name,
         summary=entry.summary,
-        origin=_origin(name),
+        origin=MODELS.origin(name),
         settings=settings,
         training=training,
         pretraining=[
             Setting(name=key, default=value, meaning=meanings.get(key, ""))
-            for key, value in pretrain_defaults(entry).items()
+            for key, value in pretraining_defaults(recommender).items()
         ],
         transfers=["full", *recommender.transfer_groups],
-        variants=dict(entry.variants),
+        variants=dict(recommender.variants),
     )
-
-
-def _origin(name: str) -> str:
-    origin = getattr(MODELS, "origin", None)
-    return "mmrec" if origin is None else str(origin(name))
 
 
 def _settings(config: Any, defaults: Mapping[str, Any] | None = None) -> list[Setting]:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -215,12 +215,19 @@ PRETRAIN = "pretrain"
 """Value of ``stage`` in the configuration of a pre-training."""
 
 
+def pretraining_settings(recommender: type[Recommender]) -> type[Settings] | None:
+    """Return the class of the settings that only ``mmrec pretrain`` knows, if there are any."""
+    if recommender.pretraining is None:
+        return None
+    return TASKS.find(recommender.pretraining.task).settings_class
+
+
 def pretraining_defaults(recommender: type[Recommender]) -> dict[str, Any]:
     """Return the settings that ``mmrec pretrain`` changes or adds, with their defaults."""
     if recommender.pretraining is None:
         return {}
-    settings_class = TASKS.find(recommender.pretraining.task).settings_class
-    own = {} if settings_class is None else settings_tables({}, settings_class())["model"]
+    settings_class = pretraining_settings(recommender)
+    own = {} if settings_class is None else asdict(settings_class())
     return {**recommender.pretraining.settings, **own}
 
 

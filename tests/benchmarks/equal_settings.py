@@ -16,7 +16,6 @@ RENAMED_SETTINGS: dict[str, str | None] = {
     "idsr:tower": "sequence_encoder",
     "mmsr:tower": "sequence_encoder",
     "mmsrec:length=8": "length=7",
-    "mmsrec:length=6": "length=5",
     "pmmrec:cosine=true": "score=cosine",
     "pmmrec:cosine=false": "score=dot",
 }

@@ -105,7 +105,14 @@ def test_a_stopped_grid_goes_on_and_prints_the_table(
     shown = float(table[3][1].removeprefix("*"))
     assert document["runs"][0]["metrics"]["HR@10"] == pytest.approx(shown, abs=1e-4)
     result = pq.read_table(document["result"])
-    assert result.column_names[:6] == ["model", "dataset", "features", "fusion", "sequence_encoder", "run"]
+    assert result.column_names[:6] == [
+        "model",
+        "dataset",
+        "features",
+        "fusion",
+        "sequence_encoder",
+        "run",
+    ]
     assert set(result["split"].to_pylist()) == {"validation", "test"}
     assert len(set(result["run"].to_pylist())) == 4
 
@@ -172,7 +179,10 @@ def test_columns_that_are_too_wide_stand_below_each_other(
 
 
 def test_combinations_start_from_other_runs(root: str, file: str) -> None:
-    fixed = GRID[: GRID.index("fusion =")].partition("[runs]")[2] + 'fusion = "sum"\nsequence_encoder = "gru"'
+    fixed = (
+        GRID[: GRID.index("fusion =")].partition("[runs]")[2]
+        + 'fusion = "sum"\nsequence_encoder = "gru"'
+    )
     variants = (
         "fresh = {init = ''}\nwhole = {init = 'source'}\n"
         "users = {init = 'source', transfer = 'users'}\n"

@@ -85,7 +85,7 @@ class MultimodalEncoder(nn.Module):
         *,
         causal: bool,
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # a subclass may be a recommender as well
         self.settings = settings
         self.causal = causal
         self.names = tuple(widths)

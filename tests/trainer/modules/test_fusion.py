@@ -22,7 +22,7 @@ Item = list[Tensor]
 """One item's tokens (T, D) for each modality, projected and typed."""
 
 
-def tower(fusion: str, widths: dict[str, int] = WIDTHS, **more: Any) -> ItemEncoder:
+def encoder(fusion: str, widths: dict[str, int] = WIDTHS, **more: Any) -> ItemEncoder:
     torch.manual_seed(0)
     sizes = {"dim": 8, "fusion_heads": 2, "hidden": 12}
     settings = FusionSettings(**{**sizes, **more})
@@ -154,9 +154,9 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("fusion", "more"), CASES)
 def test_a_batch_is_the_formula_item_by_item(fusion: str, more: dict[str, Any]) -> None:
-    model = tower(fusion, **more)
+    model = encoder(fusion, **more)
     with torch.no_grad():
-        together = model(features())
+        together = model(features()).fused_KD
         for item in range(5):
             alone = NAIVE[fusion](model.fusion, item_tokens(model, item))
             if model.dnn is not None:
@@ -164,27 +164,27 @@ def test_a_batch_is_the_formula_item_by_item(fusion: str, more: dict[str, Any]) 
                     alone = layer(alone)
                     alone = alone.relu() if index < 2 or more.get("dnn_relu") else alone
             torch.testing.assert_close(together[item], alone)
-        more_padding = model(features(padding=99.0, more=3))
+        more_padding = model(features(padding=99.0, more=3)).fused_KD
     torch.testing.assert_close(more_padding, together)
     assert not torch.allclose(together[2], together[4])  # something is known of one of them
 
 
 @pytest.mark.parametrize("fusion", list(FUSIONS))
 def test_every_modality_that_is_there_counts(fusion: str) -> None:
-    model = tower(fusion)
-    before = model(features())
+    model = encoder(fusion)
+    before = model(features()).fused_KD
     for name in WIDTHS:
         changed = features()
         x, mask = changed[name]
         changed[name] = (x + 1.0, mask)
-        differs = ~torch.isclose(model(changed), before).all(-1)
+        differs = ~torch.isclose(model(changed).fused_KD, before).all(-1)
         assert differs.tolist() == mask.any(-1).tolist()
 
 
 def test_a_model_of_one_modality_has_nothing_to_fuse() -> None:
-    model = tower("gate", {"text": 6})
+    model = encoder("gate", {"text": 6})
     x, mask = features()["text"]
-    found = model({"text": (x, mask)})
+    found = model({"text": (x, mask)}).fused_KD
     for item in range(5):
         own = x[item][mask[item]]
         expected = model.inputs["text"](own).mean(0) if len(own) else model.absent[0]
@@ -193,31 +193,31 @@ def test_a_model_of_one_modality_has_nothing_to_fuse() -> None:
 
 @pytest.mark.parametrize("fusion", list(FUSIONS))
 def test_tokens_are_projected_one_by_one_only_where_attention_reads_them(fusion: str) -> None:
-    model = tower(fusion)
+    model = encoder(fusion)
     seen: list[int] = []
     for part in model.inputs.values():
         part.register_forward_hook(lambda _, given, out: seen.append(given[0].shape[1]))
-    model(features())
+    model(features()).fused_KD
     assert seen == ([4, 4] if "attention" in fusion else [1, 1])
 
 
 def test_three_modalities() -> None:
     widths = {"image": 5, "text": 6, "video": 5}
     for fusion in ("sum", "concat", "merge-attention"):
-        found = tower(fusion, widths)({**features(), "video": features()["image"]})
+        found = encoder(fusion, widths)({**features(), "video": features()["image"]}).fused_KD
         assert found.shape == (5, 8)
     with pytest.raises(UserError, match=r"fusion='film' fuses two modalities.*or merge-attention"):
-        tower("film", widths)
+        encoder("film", widths)
 
 
 def test_the_dnn_as_published_has_no_negative_element() -> None:
-    assert (tower("sum", dnn=True, dnn_relu=True)(features()) >= 0).all()
-    assert (tower("sum", dnn=True)(features()) < 0).any()
+    assert (encoder("sum", dnn=True, dnn_relu=True)(features()).fused_KD >= 0).all()
+    assert (encoder("sum", dnn=True)(features()).fused_KD < 0).any()
 
 
 def test_dropout_only_in_training() -> None:
     for fusion in ("merge-attention", "co-attention"):
-        model = tower(fusion, dropout=0.5)
-        torch.testing.assert_close(model(features()), model(features()))
+        model = encoder(fusion, dropout=0.5)
+        torch.testing.assert_close(model(features()).fused_KD, model(features()).fused_KD)
         model.train()
-        assert not torch.allclose(model(features()), model(features()))
+        assert not torch.allclose(model(features()).fused_KD, model(features()).fused_KD)

@@ -98,14 +98,15 @@ def load_data(
         parts.append(features)
         identities.append(tables)
     dataset = loaded[0] if len(loaded) == 1 else _concatenate(loaded)
+    identity = DataIdentity(
+        items=dataset.info.fingerprint,
+        interactions=dataset.digest(),
+        features=_joint_identity(datasets, identities),
+    )
     return LoadedData(
         dataset=dataset,
         features=parts[0] if len(parts) == 1 else _concatenate_features(parts),
-        identity=DataIdentity(
-            items=dataset.info.fingerprint,
-            interactions=dataset.digest(),
-            features=_joint_identity(datasets, identities),
-        ),
+        identity=identity,
     )
 
 
@@ -147,7 +148,7 @@ def item_splits(
     Args:
         warehouse: Holds the datasets.
         datasets: Names of prepared datasets, whose items are concatenated.
-        shard: Shard of the items in each split, 0..0.5.
+        share: Share of the items in each split, 0..0.5.
 
     Returns:
         (N,) bool for each of ``validation`` and ``test``.

@@ -177,8 +177,8 @@ def corrupt(
         item_BL: (B, L) int64.
         lengths_B: (B,) int64, at least 1.
         generator: On the CPU.
-        shuffle: Shard of the items of a sequence that change places.
-        replace: Shard of the items that are replaced by the item of a random slot of the batch.
+        shuffle: Share of the items of a sequence that change places.
+        replace: Share of the items that are replaced by the item of a random slot of the batch.
 
     Returns:
         (B, L) the corrupted items and (B, L) ``UNCHANGED``, ``SHUFFLED`` or ``REPLACED``.

@@ -59,7 +59,7 @@ class MMSRecConfig(MultimodalSettings):
     """``masked``: predict hidden items of a history (the paper); ``next``: predict the item after
     each item with a causal encoder, which learns from every interaction in one pass."""
     mask_ratio: Probability = 0.2
-    """Shard of positions that are predicted when masked; the last one always is."""
+    """Share of positions that are predicted when masked; the last one always is."""
     stride: NonNegativeInt = 0
     """Interactions between two windows of a user when masked; 0: half a window."""
     corruption: Annotated[str, Choice("corruption", _CORRUPTIONS)] = "80-10-10"

@@ -79,9 +79,9 @@ class PMMRecConfig(CausalSettings, FusionSettings):
     rcl_temperature: Temperature = 0.1
     """Divisor of these scores (as published: 1)."""
     shuffle: Probability = 0.15
-    """Shard of a sequence's items that corruption moves."""
+    """Share of a sequence's items that corruption moves."""
     replace: Probability = 0.05
-    """Shard of a sequence's items that corruption replaces by other items of the batch."""
+    """Share of a sequence's items that corruption replaces by other items of the batch."""
 
     def check(self) -> None:
         """Check that there is an objective."""

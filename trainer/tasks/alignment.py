@@ -53,7 +53,7 @@ class AlignConfig(Settings):
         float,
         Range(0, 0.5, "above 0 and below 0.5: two such shares are held out", includes_low=False),
     ] = 0.05
-    """Shard of the items to validate on, and as many to test on, that training never sees: the
+    """Share of the items to validate on, and as many to test on, that training never sees: the
     same items in each run, chosen by a hash of their ids."""
 
     def check(self) -> None:

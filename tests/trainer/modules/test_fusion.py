@@ -197,7 +197,7 @@ def test_tokens_are_projected_one_by_one_only_where_attention_reads_them(fusion:
     seen: list[int] = []
     for part in model.inputs.values():
         part.register_forward_hook(lambda _, given, out: seen.append(given[0].shape[1]))
-    model(features()).fused_KD
+    model(features())
     assert seen == ([4, 4] if "attention" in fusion else [1, 1])
 
 

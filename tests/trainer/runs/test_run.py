@@ -137,7 +137,7 @@ def test_one_process_writes_a_run(house: Warehouse) -> None:
         ('model = "sasrec"', 'model = "nope"', "config.toml: unknown model 'nope'"),
         ("lr = 0.002", "lr = -1", "config.toml: lr=-1.0 must be above 0"),
         ("dim = 8", 'dim = "8"', "config.toml: dim='8' must be a whole number"),
-        ('monitor = "NDCG@10"', 'monitor = "NDCG"', "config.toml: monitor='NDCG' is not known"),
+        ('monitor = "NDCG@10"', 'monitor = "NDCG"', "config.toml: unknown monitor 'NDCG'"),
     ],
 )
 def test_a_damaged_configuration_names_its_file(
@@ -324,7 +324,7 @@ def test_a_killed_run_does_not_begin_from_other_weights(house: Warehouse) -> Non
     killed = worlds.begin(house, "sasrec", "world", settings=SMALL, name="killed", init="first")
     shutil.rmtree(first.folder)
     train_run(begin(house, "first", "lr=0.1"))
-    with pytest.raises(UserError, match=r"was to start from run 'first', whose weights are others"):
+    with pytest.raises(UserError, match=r"was to start from run 'first', .* train again"):
         open_run(house, killed.folder)
 
 
@@ -339,7 +339,7 @@ def test_what_is_gone_is_not_begun_again(house: Warehouse) -> None:
         train_run(open_run(house, run.folder), resume=True)
     (run.folder / "aside").rename(best)
     state.unlink()
-    with pytest.raises(UserError, match=r"resume\.safetensors is gone.*; its best weights stand"):
+    with pytest.raises(UserError, match=r"resume\.safetensors is gone.*.* mmrec eval"):
         train_run(open_run(house, run.folder), resume=True)
     evaluate(house, run, index="torch")
 

@@ -117,10 +117,10 @@ def test_a_part_of_sasrec(house: Warehouse) -> None:
     train_run(source)
     held = weights(source.folder)
     users = begin(house, "sasrec", "users", "seed=7", init="source", transfer="users")
-    assert {name for name in held if name not in equal(users, held)} == {"item.weight"}
+    assert {name for name in held if name not in equal(users, held)} == {"item_encoder.weight"}
     assert users.taken is not None
-    assert users.taken.loaded == ["position", "norm", "transformer"]
-    assert users.taken.fresh == [("item", "not part of the transfer 'users'")]
+    assert users.taken.loaded == ["sequence_encoder"]
+    assert users.taken.fresh == [("item_encoder", "not part of the transfer 'users'")]
     with pytest.raises(UserError, match=r"unknown transfer 'text'; known: full, items, users"):
         begin(house, "sasrec", "r", init="source", transfer="text")
 
@@ -135,9 +135,10 @@ def test_ids_stay_with_their_catalogue_and_positions_keep_their_meaning(house: W
     run = begin(house, "sasrec", "r", "length=7", "seed=7", init="source")
     assert run.taken is not None
     reasons = dict(run.taken.fresh)
-    assert reasons["item"] == "a row for each item, and the catalogue is another one"
-    assert reasons["position"] == "2 of 7 rows: 5 there"
-    assert torch.equal(run.model.state_dict()["position.weight"][:5], held["position.weight"])
+    assert reasons["item_encoder"] == "a row for each item, and the catalogue is another one"
+    assert reasons["sequence_encoder.position"] == "2 of 7 rows: 5 there"
+    name = "sequence_encoder.position.weight"
+    assert torch.equal(run.model.state_dict()[name][:5], held[name])
 
 
 def test_one_modality_of_two(house: Warehouse) -> None:

@@ -50,11 +50,12 @@ class BackboneEntry:
     make: Maker
 
 
-def of_class(backbone: type[Backbone], *, checkpoint: str = "") -> BackboneEntry:
+def of_class(backbone: type[Backbone], *, library: str = "", checkpoint: str = "") -> BackboneEntry:
     """Return the entry of a backbone that is created from its class alone.
 
     Args:
         backbone: The class; ``name``, ``modalities`` and ``dim`` are read from it.
+        library: Library that computes the vectors; by default the package of the class.
         checkpoint: Name of the checkpoint; by default the class's own fingerprint.
 
     Raises:
@@ -81,7 +82,7 @@ def of_class(backbone: type[Backbone], *, checkpoint: str = "") -> BackboneEntry
     return BackboneEntry(
         modalities=modalities,
         dim=dim,
-        library=backbone.__module__.partition(".")[0],
+        library=library or backbone.__module__.partition(".")[0],
         checkpoint=checkpoint or str(backbone.checkpoint),
         licence=backbone.licence,
         blocks=backbone.blocks if isinstance(backbone.blocks, int) else 0,

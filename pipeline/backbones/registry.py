@@ -35,7 +35,7 @@ _MAE = hf(
 )  # fmt: skip
 
 _TABLE: dict[str, BackboneEntry] = {
-    "hashed": of_class(Hashed, checkpoint="no weights"),
+    "hashed": of_class(Hashed, library="mmrec", checkpoint="no weights"),
     # Two encoders: the vectors of an image and of a text are in one space.
     "clip-vit-b-32": open_clip(
         "ViT-B-32", "openai", 512, "timm/vit_base_patch32_clip_224.openai", "MIT"

@@ -72,7 +72,7 @@ def test_it_describes_itself(backbone: Backbone) -> None:
         assert slug(backbone.name) == backbone.name  # the folder of its tables has its name
         assert entry.licence
         assert entry.checkpoint
-        assert entry.library in ("open_clip", "transformers", "pipeline")
+        assert entry.library in ("open_clip", "transformers", "mmrec")
     assert backbone.checkpoint
     assert backbone.compute == "float32"
     assert backbone.batch_size > 0

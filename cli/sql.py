@@ -1,4 +1,4 @@
-"""``mmrec sql``: questions to the warehouse."""
+"""``mmrec sql``: queries of the warehouse."""
 
 import sys
 from typing import Annotated, Any
@@ -9,7 +9,7 @@ from cli import console
 from cli.options import JsonOption, WarehouseOption
 from features.errors import UserError
 
-_MOST_ROWS = 200  # on a terminal; --json and --csv give all
+_MOST_ROWS = 200  # of a printed table; --json and --csv print all rows
 
 
 def sql(
@@ -18,11 +18,11 @@ def sql(
     csv: Annotated[bool, typer.Option("--csv", help="All rows as CSV.")] = False,
     root: WarehouseOption = None,
 ) -> None:
-    """Ask SQL of the warehouse; it only reads.
+    """Query the warehouse with SQL, read-only.
 
-    The views: items, interactions, splits, cold, features, failures, runs, metrics, predictions.
-    Each feature table is also a view of its own, whose embedding is FLOAT[D]:
-    features_DATASET_BACKBONE_MODALITY.
+    The views are items, interactions, splits, cold, features, tokens, failures, runs, metrics and
+    predictions. Each feature table also has a view features_DATASET_BACKBONE_MODALITY, whose
+    embedding is FLOAT[D].
     """
     if json and csv:
         raise UserError("--json and --csv exclude each other; give one")
@@ -47,7 +47,7 @@ def sql(
 
 
 def _flat(table: Any) -> Any:
-    """CSV has neither lists nor intervals: show each as JSON or text."""
+    """Return the table with nested values as JSON and intervals as text, for CSV."""
     from json import dumps
 
     import pyarrow as pa

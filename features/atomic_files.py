@@ -1,4 +1,4 @@
-"""Files that are whole or absent: written beside, synced, renamed."""
+"""Files that are complete or absent: written under a temporary name, synced, renamed."""
 
 import json
 import os
@@ -16,32 +16,32 @@ import pyarrow.parquet as pq
 
 from features.errors import UserError
 
-_MOST_REASON = 200  # characters of what a library says
-_UMASK = os.umask(0)  # the only way to learn it
+_MOST_REASON = 200  # characters of a library's message
+_UMASK = os.umask(0)  # there is no other way to read it
 os.umask(_UMASK)
 
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Give a temporary path; on success it becomes ``path`` in one rename, else it vanishes.
+    """Yield a temporary path, which is renamed to ``path`` on success and removed otherwise.
 
-    The temporary name starts with a dot and ends in ``.tmp``, so no glob of ours ever sees it.
+    The temporary name starts with a dot and ends in ``.tmp``, so that no glob of mmrec matches it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        yield beside
-        with beside.open("rb+") as stream:
+        yield temporary
+        with temporary.open("rb+") as stream:
             os.fsync(stream.fileno())
-        beside.chmod(0o666 & ~_UMASK)  # some libraries write for the owner alone
-        os.replace(beside, path)
+        temporary.chmod(0o666 & ~_UMASK)  # some libraries write files that only the owner can read
+        os.replace(temporary, path)
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames in a folder survive a power cut."""
+    """Sync a folder, so that renames in it survive a power failure."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -50,26 +50,26 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write ``text`` so that ``path`` holds all of it or what was there before."""
-    with atomic_write(path) as beside:
-        beside.write_text(text, encoding="utf-8")
+    """Write a text file, complete or not at all."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, document: Any) -> None:
-    """Write one JSON document, whole or not at all."""
+    """Write one JSON document, complete or not at all."""
     write_text(path, json.dumps(document, indent=2, sort_keys=True, allow_nan=False) + "\n")
 
 
 def write_table(path: Path, table: pa.Table, **options: Any) -> None:
-    """Write one Parquet file, whole or not at all; ``options`` go to the Parquet writer."""
-    with atomic_write(path) as beside:
-        pq.write_table(table, beside, write_page_checksum=True, **options)
+    """Write one Parquet file, complete or not at all; ``options`` go to the Parquet writer."""
+    with atomic_write(path) as temporary:
+        pq.write_table(table, temporary, write_page_checksum=True, **options)
 
 
 def open_table(path: Path, **options: Any) -> pq.ParquetFile:
-    """Open one Parquet file, of which no page is given whose bytes are not those written.
+    """Open one Parquet file; reading a page whose bytes have changed raises an error.
 
-    A checksum costs a tenth of the time of reading; files without any are read as they are.
+    Checksums take a tenth of the time of reading. Files without checksums are read as they are.
     """
     return pq.ParquetFile(path, page_checksum_verification=True, **options)
 
@@ -82,10 +82,10 @@ def read_table(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
 
 @contextmanager
 def read_errors(path: Path, remedy: str) -> Iterator[None]:
-    """Say in one line that ``path`` cannot be read, whichever library found out.
+    """Turn any library's error on reading ``path`` into one line with a remedy.
 
     Raises:
-        UserError: A file is damaged, absent, of other columns, or may not be read.
+        UserError: A file is damaged or missing, has other columns, or must not be read.
     """
     try:
         yield
@@ -97,17 +97,17 @@ def read_errors(path: Path, remedy: str) -> Iterator[None]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what a killed writer left in ``folder``: temporaries of :func:`atomic_write`."""
-    for beside in folder.glob(".*.tmp"):
-        if beside.is_dir():
-            shutil.rmtree(beside)
+    """Remove the temporary files of :func:`atomic_write` that a killed process left."""
+    for temporary in folder.glob(".*.tmp"):
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
         else:
-            beside.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager
 def database() -> Iterator[duckdb.DuckDBPyConnection]:
-    """Open DuckDB in memory; its progress bar would be written among a command's results."""
+    """Open DuckDB in memory, without the progress bar that it writes to standard output."""
     with duckdb.connect() as db:
         db.execute("SET enable_progress_bar = false")
         yield db

@@ -1,4 +1,4 @@
-"""Checkpoints of transformers, for whoever writes a table and whoever reads it."""
+"""Fingerprints of checkpoints, for extraction and for tuning blocks."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ _VOLATILE = ("_name_or_path", "transformers_version", "torch_dtype", "dtype")
 
 
 def stored_config(folder: Path) -> dict[str, Any]:
-    """Read a transformers folder's ``config.json``, less what changes without changing anything."""
+    """Read ``config.json`` of a transformers folder, without entries that do not affect outputs."""
     stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     return {key: value for key, value in stored.items() if key not in _VOLATILE}
 
@@ -21,12 +21,12 @@ def stored_config(folder: Path) -> dict[str, Any]:
 def fingerprint(
     tensors: Mapping[str, Any], config: Mapping[str, Any], without: Sequence[str] = ()
 ) -> str:
-    """Hash weights and configuration: the same in whatever file or folder they were stored.
+    """Return a hash of weights and configuration that does not depend on their files.
 
     Args:
         tensors: Name -> torch tensor.
-        config: What gives them their meaning.
-        without: Names of weights that the checkpoint lacks: they are random, and not used.
+        config: Configuration of the model.
+        without: Names of weights that the checkpoint lacks. They are random and not used.
     """
     import torch
 
@@ -43,7 +43,7 @@ def fingerprint(
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Keep transformers from warning, logging and drawing progress bars; as it was, afterwards."""
+    """Silence warnings, logs and progress bars of transformers; restore them at the end."""
     import transformers
 
     verbosity = transformers.logging.get_verbosity()

@@ -1,6 +1,6 @@
-"""A prepared dataset as flat arrays: sequences with offsets, and what the splits make of them.
+"""A prepared dataset as flat arrays: the users' sequences with offsets, and the splits.
 
-Legend: U users, N items, I interactions, E evaluated users.
+Shape suffixes in descriptions: U users, N items, I interactions, E evaluated users.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvalSplit:
-    """The evaluated users of one split: where in the flat array each one's target stands.
+    """The evaluated users of one split, and the positions of their targets in the flat array.
 
     The input of user ``users[e]`` is ``items[starts[e]:targets[e]]``, its target
     ``items[targets[e]]``.
@@ -45,11 +45,11 @@ class Dataset:
 
     info: DatasetInfo
     items: npt.NDArray[np.int32]
-    """(I,) item of every interaction."""
+    """(I,) item of each interaction."""
     offsets: Ints
     """(U + 1,) user u owns ``items[offsets[u]:offsets[u + 1]]``."""
     train_counts: Ints
-    """(N,) training interactions of every item; the only counts that popularity may use."""
+    """(N,) training interactions of each item; the only counts that popularity may use."""
 
     @property
     def cold(self) -> npt.NDArray[np.bool_]:
@@ -57,18 +57,18 @@ class Dataset:
         return self.train_counts < COLD_BELOW
 
     def digest(self) -> str:
-        """Hash of who clicked what in which order: another split is another dataset."""
-        found = hashlib.sha256(self.items.tobytes())
-        found.update(self.offsets.tobytes())
-        return found.hexdigest()[:16]
+        """Return a hash of the sequences of all users."""
+        digest = hashlib.sha256(self.items.tobytes())
+        digest.update(self.offsets.tobytes())
+        return digest.hexdigest()[:16]
 
     def train_ends(self) -> Ints:
-        """(U,) flat position one past the last training interaction of each user."""
+        """Return the flat position one past each user's last training interaction, (U,)."""
         lengths = np.diff(self.offsets)
         return self.offsets[1:] - np.where(lengths >= MIN_EVALUATED, 2, 0)
 
-    def held(self, split: str) -> EvalSplit:
-        """The evaluated users of ``validation`` or ``test``."""
+    def eval_split(self, split: str) -> EvalSplit:
+        """Return the evaluated users of ``validation`` or ``test``."""
         back = {"validation": 2, "test": 1}[split]
         users = np.flatnonzero(np.diff(self.offsets) >= MIN_EVALUATED)
         return EvalSplit(
@@ -97,10 +97,10 @@ def load_dataset(warehouse: Warehouse, name: str) -> Dataset:
     item = np.ascontiguousarray(flat["item"], dtype=np.int32)
     counted = (len(item), len(lengths), len(counts["train_count"]))
     if counted != (info.interactions, info.users, info.items) or not lengths.all():
-        found = np.count_nonzero(lengths)
+        active = np.count_nonzero(lengths)
         raise UserError(
-            f"{folder}: the tables hold {len(item)} interactions of {found} users with"
-            f" {counted[2]} items, dataset.json says {info.interactions} of {info.users} with"
+            f"{folder}: the tables hold {len(item)} interactions of {active} users with"
+            f" {counted[2]} items, but dataset.json has {info.interactions} of {info.users} with"
             f" {info.items}; run mmrec prepare again"
         )
     return Dataset(
@@ -121,7 +121,7 @@ def load_items(warehouse: Warehouse, name: str, columns: list[str]) -> pa.Table:
         table = pa.concat_tables(tables).sort_by("item").select(columns)
     if len(table) != info.items:
         raise UserError(
-            f"{folder}: the tables hold {len(table)} items, dataset.json says {info.items};"
+            f"{folder}: the tables hold {len(table)} items, but dataset.json has {info.items};"
             f" run mmrec prepare --dataset {name} again"
         )
     return table
@@ -132,7 +132,7 @@ def stream_items(
 ) -> Iterator[pa.RecordBatch]:
     """Read columns of the items table in the order of ``item``, some rows at a time.
 
-    Memory is flat in the number of items where the parts are in order, as ours are.
+    Memory does not grow with the number of items if the parts are in order, as those of mmrec are.
 
     Raises:
         UserError: The dataset is not prepared, or its tables contradict each other.
@@ -152,6 +152,7 @@ def stream_items(
 
 
 def _in_order(parts: Sequence[pq.ParquetFile], n_items: int, rows: int) -> bool:
+    """Return whether the parts hold the items 0..n_items-1 in order."""
     start = 0
     for part in parts:
         for batch in part.iter_batches(rows, columns=["item"]):
@@ -173,4 +174,5 @@ def load_user_ids(warehouse: Warehouse, name: str) -> pa.ChunkedArray:
 
 
 def _tables(folder: Path, name: str) -> AbstractContextManager[None]:
+    """Turn errors on reading a dataset's tables into one line."""
     return read_errors(folder, f"run mmrec prepare --dataset {name} again")

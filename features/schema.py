@@ -1,14 +1,11 @@
-"""The schemas of every table in the warehouse, in one place.
-
-Readers and writers share these; the prose contract is in ``warehouse/README.md``.
-"""
+"""Arrow schemas of all tables in the warehouse; ``warehouse/README.md`` describes the columns."""
 
 import pyarrow as pa
 
 MODALITIES = ("image", "text", "video")
-"""What an item may have; each is a column of the items table."""
+"""Modalities of an item; each is a column of the items table."""
 FEATURE_MODALITIES = (*MODALITIES, "joint")
-"""What a feature table may be of; joint: picture and text together."""
+"""Modalities of a feature table; joint is image and text together."""
 
 
 def _required(name: str, kind: pa.DataType) -> pa.Field:
@@ -53,8 +50,8 @@ METRICS_SCHEMA = pa.schema(
         _required("phase", pa.string()),  # train: written by the loop; eval: by an evaluation
         _required("epoch", pa.int32()),
         _required("split", pa.string()),
-        # all | cold: which targets the users were cut to; text-to-vision | vision-to-text: what is
-        # looked for, in retrieval
+        # all | cold: targets of the ranking; text-to-vision | vision-to-text: direction of
+        # cross-modal retrieval
         _required("targets", pa.string()),
         _required("ranker", pa.string()),  # the model's name, or "popularity"
         _required("seen", pa.string()),  # filtered | kept; "none" for a loss
@@ -73,7 +70,7 @@ PREDICTIONS_SCHEMA = pa.schema(
         _required("user_id", pa.string()),
         _required("item", pa.int32()),  # the target
         _required("item_id", pa.string()),
-        _required("history", pa.int32()),  # interactions that stand before the target
+        _required("history", pa.int32()),  # interactions before the target
         _required("cold", pa.bool_()),  # the target has fewer than 10 training interactions
         _required("rank_kept", pa.int32()),
         _required("rank_filtered", pa.int32()),
@@ -82,15 +79,16 @@ PREDICTIONS_SCHEMA = pa.schema(
 
 
 def feature_schema(dim: int, dtype: str, level: str = "pooled") -> pa.Schema:
-    """The schema of one feature part.
+    """Return the schema of one feature part.
 
-    Not-null on list and element, so that ``flatten`` can never drop a row and misalign the rest.
+    Lists and elements are not null, because ``flatten`` drops null rows, which would misalign the
+    rest.
 
     Args:
         dim: Width D of the embedding.
-        dtype: ``float16`` or ``float32``: how an element is stored.
-        level: ``pooled``: one vector an item; any other: ``n_tokens`` vectors, one behind another
-            in a list of n_tokens * D elements.
+        dtype: ``float16`` or ``float32``.
+        level: ``pooled`` for one vector per item. Otherwise the list has n_tokens * D elements,
+            token after token.
     """
     element = {"float16": pa.float16(), "float32": pa.float32()}[dtype]
     pooled = level == "pooled"
@@ -102,7 +100,7 @@ def feature_schema(dim: int, dtype: str, level: str = "pooled") -> pa.Schema:
             _required("content_hash", pa.string()),
             ("n_frames", pa.int32()),
             ("n_tokens", pa.int32()),  # of a text; of any input where the level is not pooled
-            ("partial", pa.bool_()),  # of a clip: used up to where its file is damaged
+            ("partial", pa.bool_()),  # the video was read up to where its file is damaged
             _required("embedding", embedding),
         ]
     )

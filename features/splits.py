@@ -2,10 +2,10 @@
 
 Leave-one-out by position: a user's last interaction is ``test``, the one before ``validation``,
 all others ``train``. Users with fewer than three interactions are trained on and never evaluated,
-because one of the three parts would be empty. The input of ``test`` includes the validation item.
+because one of the three splits would be empty. The input of ``test`` includes the validation item.
 
-Cold items have fewer than ``COLD_BELOW`` training interactions; what validation and test hold does
-not count, or the choice of the items would see the answers.
+Cold items have fewer than ``COLD_BELOW`` training interactions. Interactions of validation and test
+do not count: otherwise the choice of the items would depend on the targets.
 """
 
 MIN_EVALUATED = 3
@@ -13,7 +13,7 @@ COLD_BELOW = 10
 
 
 def split_sql(interactions: str) -> str:
-    """Give ``interactions`` (a table, view or subquery) one more column, ``split``."""
+    """Return a query that adds the column ``split`` to a table, view or subquery."""
     return f"""
         SELECT *, CASE
             WHEN n < {MIN_EVALUATED} OR position < n - 2 THEN 'train'
@@ -24,7 +24,7 @@ def split_sql(interactions: str) -> str:
 
 
 def train_counts_sql(interactions: str, items: str) -> str:
-    """Training interactions of every item, also of those that have none: (item, train_count)."""
+    """Return a query of (item, train_count), for every item, also those without interactions."""
     return f"""
         SELECT i.item, count(s.item) AS train_count
         FROM {items} i
@@ -35,11 +35,11 @@ def train_counts_sql(interactions: str, items: str) -> str:
 
 
 def cold_sql(interactions: str, items: str) -> str:
-    """The cold-start subset: held-out interactions whose item is cold.
+    """Return a query of the cold-start subset: held-out interactions whose item is cold.
 
-    Each row (user, item, position, split) stands for the user's sequence cut so that it ends in
-    this cold item. Only held-out positions are used: a cold item at a training position has been
-    a training target, and to rank it again would measure memory.
+    Each row (user, item, position, split) is the user's sequence up to this cold item. Only
+    held-out positions are used: a cold item at a training position has been a training target, and
+    ranking it again would measure memorisation.
     """
     return f"""
         SELECT s.user, s.item, s.position, s.split

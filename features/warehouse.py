@@ -1,4 +1,4 @@
-"""Where things stand: the warehouse's paths, and the names of what it holds."""
+"""Paths and names in a warehouse."""
 
 import json
 import os
@@ -11,19 +11,19 @@ from typing import Any
 from features.errors import UserError, unknown
 
 MARKER = ".mmrec-warehouse"
-RESERVED = ("runs", "raw")  # folders beside the datasets
+RESERVED = ("runs", "raw")  # folders that are no datasets
 _LONGEST_NAME = 100
 _NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{_LONGEST_NAME - 1}}}")
 
 
 def slug(name: str) -> str:
-    """Turn a backbone's name into a folder's name: ``hf:org/Name`` becomes ``hf-org-name``."""
+    """Return the folder's name of a backbone: ``hf:org/Name`` becomes ``hf-org-name``."""
     return re.sub(r"[^a-z0-9._]+", "-", name.lower()).strip("-.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DatasetInfo:
-    """What ``dataset.json`` says; written last, so its presence means: prepared whole."""
+    """Content of ``dataset.json``, which is written last: a dataset with it is prepared."""
 
     name: str
     format: str
@@ -31,26 +31,26 @@ class DatasetInfo:
     raw: str
     """The raw root, to which the paths of items are relative."""
     k_core: int
-    """Every user and every item has at least this many interactions; 0: not filtered."""
+    """Least number of interactions of each user and item; 0 if not filtered."""
     users: int
     items: int
     interactions: int
     fingerprint: str
-    """Hash of the ordered item ids: feature tables remember it, since ``item`` depends on it."""
+    """Hash of the ordered item ids; feature tables keep it, because ``item`` depends on it."""
     inputs: dict[str, str]
-    """Modality to a hash of what every item has of it (the text, or the reference of a file)."""
+    """Hash of all items' inputs (texts, or references to files) for each modality."""
     timestamps: bool
-    """Whether every interaction bears a time (else the order of the raw file is the order)."""
+    """Every interaction has a time; otherwise the order is that of the raw file."""
     tied: float
-    """Share of interactions whose time equals that of the one before, same user."""
+    """Share of interactions with the same time as the user's interaction before."""
 
     def inputs_of(self, modality: str) -> str:
-        """The hash of what a feature table of ``modality`` is made of; joint: two of them."""
+        """Return the hash of the inputs of a feature table; ``joint`` has two."""
         sources = ("image", "text") if modality == "joint" else (modality,)
         return "+".join(self.inputs.get(source, "") for source in sources)
 
     def summary(self) -> dict[str, Any]:
-        """Give the figures that ``mmrec prepare`` prints."""
+        """Return the figures that ``mmrec prepare`` prints."""
         cells = self.users * self.items
         return {
             "dataset": self.name,
@@ -58,7 +58,7 @@ class DatasetInfo:
             "items": self.items,
             "interactions": self.interactions,
             "average_length": self.interactions / self.users if self.users else 0.0,
-            # A pair that comes again counts again; none of the table can be less than empty.
+            # Repeated pairs count each time, so there can be more interactions than cells.
             "sparsity": max(0.0, 1 - self.interactions / cells) if cells else 1.0,
             "k_core": self.k_core,
         }
@@ -89,7 +89,7 @@ class Warehouse:
         )
 
     def create(self) -> None:
-        """Make the root and mark it as ours, if that has not been done."""
+        """Create the root and its marker file, if they do not exist."""
         self.root.mkdir(parents=True, exist_ok=True)
         (self.root / MARKER).touch()
 
@@ -100,7 +100,7 @@ class Warehouse:
         """Return ``name`` if it can be the folder of a dataset.
 
         Raises:
-            UserError: It cannot.
+            UserError: The name has other characters, is too long, or is reserved.
         """
         if not _NAME.fullmatch(name) or name in RESERVED:
             raise UserError(
@@ -110,19 +110,19 @@ class Warehouse:
         return name
 
     def dataset_dir(self, name: str) -> Path:
-        """The folder of one dataset, there or not."""
+        """Return the folder of a dataset, which may not exist."""
         return self.root / self.check_name(name)
 
     def raw_dir(self, name: str) -> Path:
-        """Where the raw files of a known dataset are expected when none are named."""
+        """Return the default folder of a known dataset's raw files."""
         return self.root / "raw" / name
 
     def datasets(self) -> list[str]:
-        """Names of the datasets that are prepared whole, in alphabetical order."""
+        """Return the names of the prepared datasets, in alphabetical order."""
         return sorted(path.parent.name for path in self.root.glob("*/dataset.json"))
 
     def info(self, name: str) -> DatasetInfo:
-        """Read what ``dataset.json`` says.
+        """Read ``dataset.json``.
 
         Raises:
             UserError: The dataset is not prepared, or its description cannot be read.
@@ -137,17 +137,17 @@ class Warehouse:
         return _info(read_json(path, _again(path)), path)
 
     def is_prepared(self, name: str) -> bool:
-        """Whether the canonical tables are there, whole."""
+        """Return whether a dataset is prepared."""
         return (self.dataset_dir(name) / "dataset.json").exists()
 
     def choose_dataset(self, name: str | None) -> tuple[str, str]:
-        """Pick the dataset of a command: the one given, the only one, the last one extracted.
+        """Choose a command's dataset: the given one, else the only one, else the last extracted.
 
         Returns:
-            The name and why it was picked.
+            The name, and the reason for the choice.
 
         Raises:
-            UserError: None can be picked.
+            UserError: No dataset can be chosen.
         """
         if name is not None:
             self.info(name)
@@ -184,23 +184,23 @@ class Warehouse:
         return self.root / "runs"
 
     def runs(self) -> list[str]:
-        """Names of the runs, the oldest first."""
-        found = [path.parent for path in self.runs_dir.glob("*/config.toml")]
-        return [path.name for path in sorted(found, key=lambda p: (_created(p), p.name))]
+        """Return the names of the runs, oldest first."""
+        folders = [path.parent for path in self.runs_dir.glob("*/config.toml")]
+        return [path.name for path in sorted(folders, key=lambda p: (_created(p), p.name))]
 
     def no_runs(self) -> list[Path]:
-        """Folders among the runs that are none, or cannot be read."""
+        """Return the folders in the folder of runs that are no runs."""
         if not self.runs_dir.is_dir():
             return []
         known = {*self.runs(), ""}
-        found = (path for path in self.runs_dir.iterdir() if path.name not in known)
-        return sorted(path for path in found if path.is_dir() and not path.name.startswith("."))
+        others = (path for path in self.runs_dir.iterdir() if path.name not in known)
+        return sorted(path for path in others if path.is_dir() and not path.name.startswith("."))
 
     def require(self) -> None:
-        """Refuse to answer questions about a root that is not there: a misspelt one is not empty.
+        """Check that the root exists: a misspelt root must not look like an empty warehouse.
 
         Raises:
-            UserError: There is no such folder.
+            UserError: The folder does not exist.
         """
         if not self.root.is_dir():
             raise UserError(
@@ -209,7 +209,7 @@ class Warehouse:
             )
 
     def choose_run(self, name: str | None) -> tuple[Path, str]:
-        """Pick the run of a command: the one given, else the last one.
+        """Choose a command's run: the given one, else the last one.
 
         Raises:
             UserError: There is no such run, or none at all.
@@ -233,19 +233,19 @@ class Warehouse:
 
 
 def _created(run: Path) -> str:
-    """When a run began, as it says itself: times of files do not survive being copied."""
+    """Return a run's creation time from its config, because copies change the times of files."""
     try:
         with (run / "config.toml").open("rb") as stream:
             return str(tomllib.load(stream)["run"]["created"])
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError, KeyError, TypeError):
-        return ""  # a damaged one is never the last one; named, it says what is wrong
+        return ""  # sorts first, so that a damaged run is never the last one
 
 
 def read_json(path: Path, remedy: str) -> Any:
     """Read one JSON document.
 
     Raises:
-        UserError: The file is not JSON; ``remedy`` says what to do.
+        UserError: The file cannot be read or is not JSON.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))

@@ -101,7 +101,7 @@ def test_ranks_and_metrics_equal_a_plain_recomputation(root: str) -> None:
     dataset = load_dataset(warehouse, "demo")
     table = pq.read_table(opened.folder / "predictions.parquet").to_pylist()
     for split, back in (("validation", 2), ("test", 1)):
-        users = dataset.held(split)
+        users = dataset.eval_split(split)
         items_ND = encode_catalogue(opened.model, opened.data)
         queries_ED = encode_histories(opened.model, opened.data, items_ND, users, 64)
         queries, items = (x.numpy().astype(np.float64) for x in (queries_ED, items_ND))

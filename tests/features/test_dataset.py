@@ -65,7 +65,7 @@ def test_a_dataset_by_hand(warehouse: Warehouse) -> None:
     assert dataset.train_ends().tolist() == [2, 5, 6, 10]
     assert dataset.train_counts.tolist() == [1, 2, 1, 2, 0]
     assert dataset.cold.all()
-    test, validation = dataset.held("test"), dataset.held("validation")
+    test, validation = dataset.eval_split("test"), dataset.eval_split("validation")
     assert test.users.tolist() == [0, 2]
     assert test.starts.tolist() == [0, 5]
     assert test.targets.tolist() == [3, 7]
@@ -94,7 +94,7 @@ def test_arrays_equal_the_lists(warehouse: Warehouse, sequences: list[list[int]]
     assert dataset.cold.tolist() == [trained[item] < 10 for item in range(6)]
     evaluated = [user for user, sequence in enumerate(sequences) if len(sequence) >= 3]
     for split, back in (("validation", 2), ("test", 1)):
-        held = dataset.held(split)
+        held = dataset.eval_split(split)
         assert held.users.tolist() == evaluated
         for user, start, target in zip(held.users, held.starts, held.targets, strict=True):
             assert dataset.items[start:target].tolist() == sequences[user][:-back]

@@ -51,7 +51,7 @@ def rank_split(
     Raises:
         UserError: A vector is not finite.
     """
-    users = data.dataset.held(split)
+    users = data.dataset.eval_split(split)
     targets_E, histories = targets_of(data.dataset, users), histories_of(data.dataset, users)
     items_ND = encode_catalogue(model, data)
     if model.has_vectors:

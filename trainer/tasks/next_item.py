@@ -89,7 +89,7 @@ class NextItem(Task[Batch]):
 def check_trainable(dataset: Dataset) -> None:
     """Raise a UserError if a dataset has too few interactions to learn from or to evaluate."""
     about = f"dataset {dataset.info.name!r}"
-    if not len(dataset.held("validation").users):
+    if not len(dataset.eval_split("validation").users):
         raise UserError(
             f"{about}: no user has {MIN_EVALUATED} interactions, so nothing can be validated or"
             " tested; prepare it with more"

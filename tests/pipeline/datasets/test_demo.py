@@ -104,7 +104,7 @@ def test_taste_and_order_tell_the_next_item_and_popularity_does_not(
     prepare_dataset(warehouse, PrepareOptions(dataset="demo", raw=raw))
     dataset = load_dataset(warehouse, "demo")
     traits = _traits(dataset, truth)
-    held_out = dataset.held("test")
+    held_out = dataset.eval_split("test")
     tastes = [
         np.bincount(traits[start:end, 0]).argmax()
         for start, end in zip(held_out.starts, held_out.targets, strict=True)
@@ -130,7 +130,7 @@ def test_new_items_are_cold_and_targets(
     assert dataset.cold[new].all()
     assert (dataset.train_counts[new] == 0).any()
     assert (dataset.train_counts[new] > 0).any()
-    targets = dataset.items[dataset.held("test").targets]
+    targets = dataset.items[dataset.eval_split("test").targets]
     assert new[targets].mean() > 0.05
 
 

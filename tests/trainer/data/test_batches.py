@@ -148,7 +148,7 @@ def test_histories_end_right_before_the_target() -> None:
         ("validation", {0: [1, 2], 2: [7]}),
         ("test", {0: [2, 3], 2: [7, 0]}),
     ):
-        held = world.held(split)
+        held = world.eval_split(split)
         found = {}
         for rows, sequences in data.histories(held, length=2, batch_size=1):
             for row, items, n in zip(rows, sequences.items_BL, sequences.lengths_B, strict=True):

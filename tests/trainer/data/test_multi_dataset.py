@@ -32,7 +32,7 @@ def test_joined_by_hand() -> None:
     assert both.train_counts.tolist() == [*one.train_counts, *other.train_counts]
     assert (both.info.name, both.info.users, both.info.items) == ("world+world", 3, 5)
     assert both.info.interactions == 11
-    assert both.held("test").targets.tolist() == [3, 10]
+    assert both.eval_split("test").targets.tolist() == [3, 10]
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ WORLD = worlds.dataset([[0, 1, 2, 3], [1, 1], [4, 1, 0], [1, 2, 5, 0]], 6)
 def test_all_that_came_before_the_target_is_seen(
     split: str, targets: list[int], seen: list[list[int]]
 ) -> None:
-    held = WORLD.held(split)
+    held = WORLD.eval_split(split)
     assert held.users.tolist() == [0, 2, 3]  # the second user has too few to be evaluated
     assert targets_of(WORLD, held).tolist() == targets
     found = histories_of(WORLD, held)

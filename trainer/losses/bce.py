@@ -19,7 +19,7 @@ def sampled_bce(
     exists_M: Tensor,
     scale: float = 1.0,
 ) -> Tensor:
-    """Binary cross-entropy of one positive and one negative a row (Eq. 6 of MMSR, as a mean).
+    """Return the binary cross-entropy of one positive and one negative a row (Eq. 6 of MMSR).
 
     mean_m -log sigma(s q_m . p_m)  +  mean_m -log(1 - sigma(s q_m . n_m)), the second over the rows
     that have a negative. In one of several processes it is the share of the means over all of their
@@ -35,11 +35,13 @@ def sampled_bce(
     positive_M = scale * (query_MD * positive_MD).sum(-1).float()
     negative_M = scale * (query_MD * negative_MD).sum(-1).float()
     device = query_MD.device
-    missed = functional.softplus(-positive_M).sum() / (
+    positive_loss = functional.softplus(-positive_M).sum() / (
         global_mean_rows(len(query_MD), device) or 1.0
     )
-    fooled_M = torch.where(exists_M, functional.softplus(negative_M), 0)
-    return missed + fooled_M.sum() / (global_mean_rows(int(exists_M.sum()), device) or 1.0)
+    negative_loss_M = torch.where(exists_M, functional.softplus(negative_M), 0)
+    return positive_loss + negative_loss_M.sum() / (
+        global_mean_rows(int(exists_M.sum()), device) or 1.0
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

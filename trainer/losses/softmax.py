@@ -1,4 +1,4 @@
-"""Objectives: plain functions over tensors, exact and in bounded memory.
+"""Softmax cross-entropy over the catalogue, exact and in bounded memory.
 
 Legend: M rows (predicted positions), N items, K of them, D width.
 """
@@ -16,13 +16,13 @@ from trainer.distributed import global_mean_rows
 from trainer.losses.base import DrawnItems, ItemVectors, Loss, Targets
 
 _BLOCK_BYTES = 2 * 2**20  # logits of one block of rows: they stay in a core's cache
-_FEWEST_ROWS = 192  # below this the matrix products lose more than the cache gives
+_FEWEST_ROWS = 192  # with fewer rows, matrix products lose more than the cache gains
 
 
 def cross_entropy_reference(
     query_MD: Tensor, item_ND: Tensor, target_M: Tensor, scale: float = 1.0
 ) -> Tensor:
-    """The mean full-softmax cross-entropy, written as the formula says: for tests.
+    """Return the mean cross-entropy, computed from all logits: the reference of tests.
 
     -1/M sum_m log( exp(scale q_m . i_t(m)) / sum_n exp(scale q_m . i_n) )
     """
@@ -31,16 +31,16 @@ def cross_entropy_reference(
 
 
 def full_softmax(query_MD: Tensor, item_ND: Tensor, target_M: Tensor, scale: float = 1.0) -> Tensor:
-    """Mean cross-entropy of a softmax over all items, without ever holding all logits.
+    """Return the mean cross-entropy of a softmax over all items, without holding all logits.
 
     The loss of the Cloze task of MMSRec (arXiv:2304.13277) and of SASRec with cross-entropy.
-    Rows are worked off in blocks; a block's gradient is formed while its logits are at hand, so
-    the backward pass recomputes nothing. Equal to ``cross_entropy_reference`` up to rounding.
+    Rows are computed in blocks, and the gradient of a block while its logits are in memory, so the
+    backward pass recomputes nothing. Equal to ``cross_entropy_reference`` up to rounding.
 
     Args:
         query_MD: (M, D) queries; float32, or bfloat16 for the matrix products.
         item_ND: (N, D) item vectors, same dtype.
-        target_M: (M,) int64, the item that each row should score highest.
+        target_M: (M,) int64, the target item of each row.
         scale: Factor on the scores: 1 / temperature.
 
     Returns:
@@ -54,15 +54,15 @@ def full_softmax(query_MD: Tensor, item_ND: Tensor, target_M: Tensor, scale: flo
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Candidates(DrawnItems):
-    """The part of a catalogue that a softmax runs over: no item twice, the targets first."""
+    """The items of a sampled softmax: no item twice, the targets first."""
 
     includes_targets = True
 
     target_M: Tensor
-    """(M,) int64, which of them each row should score highest."""
+    """(M,) int64, the index in ``items_X`` of each row's target."""
     offset_X: Tensor
-    """(X,) float32, added to their scores: 0 for targets, and for the others log(those that are no
-    targets / those drawn), so that the drawn ones weigh as much as all."""
+    """(X,) float32, added to the scores: 0 for targets; for drawn items the log of the number of
+    items that are no targets divided by the number of drawn items."""
 
 
 def draw_candidates(
@@ -70,8 +70,8 @@ def draw_candidates(
 ) -> Candidates:
     """Draw the items of a sampled softmax: all targets, and others evenly without replacement.
 
-    Whatever the scores, the sum of exp(score + offset) over the candidates has the sum of
-    exp(score) over the catalogue as its expectation (Horvitz and Thompson, 1952).
+    The expectation of the sum of exp(score + offset) over the candidates is the sum of exp(score)
+    over the catalogue (Horvitz and Thompson, 1952).
 
     Args:
         target_M: (M,) int64.
@@ -93,7 +93,7 @@ def draw_candidates(
 
 
 def part_softmax(query_MD: Tensor, item_KD: Tensor, part: Candidates, scale: float = 1.0) -> Tensor:
-    """Mean cross-entropy of a softmax over candidates that stand for the catalogue.
+    """Return the mean cross-entropy of a softmax over candidates that represent the catalogue.
 
     With all items as candidates it is :func:`full_softmax`, else an estimate of it.
 
@@ -103,7 +103,7 @@ def part_softmax(query_MD: Tensor, item_KD: Tensor, part: Candidates, scale: flo
         part: The candidates.
         scale: Factor on the scores, not on the offsets: 1 / temperature.
     """
-    # The offset is one more coordinate of an item, which every query has as 1.
+    # The offset is one more coordinate of each item; the same coordinate of a query is 1 / scale.
     ones_M1 = query_MD.new_full((len(query_MD), 1), 1 / scale)
     query_ME = torch.cat([query_MD, ones_M1], 1)
     item_KE = torch.cat([item_KD, part.offset_X[:, None].to(item_KD.dtype)], 1)
@@ -133,7 +133,7 @@ class _FullSoftmax(torch.autograd.Function):
             if not (need_query or need_item):
                 continue
             residual_BN = weights_BN.div_(total_B1)
-            # p - 1 in float32: in bfloat16 it would cancel where the model is sure.
+            # p - 1 in float32: in bfloat16 its digits cancel where the model is confident.
             residual_BN.scatter_add_(1, target_B1, residual_BN.new_full(target_B1.shape, -1.0))
             residual_BN = residual_BN.to(query_MD.dtype)
             if grad_query_MD is not None:
@@ -148,7 +148,7 @@ class _FullSoftmax(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         saved: tuple[Tensor | None, Tensor | None] = ctx.saved_tensors
-        query_MD, item_ND = (None if held is None else held * grad for held in saved)
+        query_MD, item_ND = (None if g is None else g * grad for g in saved)
         return query_MD, item_ND, None, None, None
 
 

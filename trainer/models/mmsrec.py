@@ -38,6 +38,7 @@ from trainer.data.windows import WindowSampling
 from trainer.losses.base import DrawnItems, ItemVectors, Loss, Targets
 from trainer.losses.registry import LOSSES
 from trainer.models.base import Catalogue, Pretraining, Recommender
+from trainer.modules.chunked_encoding import encode_items_in_chunks, encode_slots_in_chunks
 from trainer.modules.item_views import View, encode_views
 from trainer.modules.multimodal_encoder import MultimodalEncoder, MultimodalSettings
 
@@ -151,9 +152,9 @@ class MMSRec(MultimodalEncoder, Recommender):
         """Encode each item as a sequence of one item: (N, D)."""
         item_N = torch.arange(features.n_items, device=self.mask_token_D.device)
         if torch.is_grad_enabled():
-            return self.encode_each_item(item_N, features)
+            return encode_items_in_chunks(self, item_N, features)
         blocks = item_N.split(_ITEMS_PER_BLOCK)
-        return torch.cat([self.encode_each_item(item_K, features) for item_K in blocks])
+        return torch.cat([encode_items_in_chunks(self, item_K, features) for item_K in blocks])
 
     def encode_sequences(
         self, item_vectors_ND: Tensor, sequences: Sequences, features: ItemFeatures
@@ -166,8 +167,8 @@ class MMSRec(MultimodalEncoder, Recommender):
             items_BL = functional.pad(sequences.items_BL, (0, 1))
             sequences = Sequences(items_BL=items_BL, lengths_B=sequences.lengths_B + 1)
         last_BL = _last_slots(sequences)
-        query_BD, order_B = self.encode_sequence_slots(
-            sequences, features, None if self.causal else last_BL, last_BL
+        query_BD, order_B = encode_slots_in_chunks(
+            self, sequences, features, None if self.causal else last_BL, last_BL
         )
         return query_BD[order_B.argsort()]
 
@@ -187,7 +188,8 @@ class MMSRec(MultimodalEncoder, Recommender):
         else:
             ids = batch.sequences.items_BL[batch.sequences.mask_BL]
             ids_K = (ids if drawn is None else torch.cat([ids, drawn.items_X])).unique()
-        return ItemVectors(vectors_KD=self.encode_each_item(ids_K, batch.features), ids_K=ids_K)
+        vectors_KD = encode_items_in_chunks(self, ids_K, batch.features)
+        return ItemVectors(vectors_KD=vectors_KD, ids_K=ids_K)
 
     def _hidden_items(self, batch: Batch) -> tuple[Tensor, Targets]:
         """Draw the positions to predict, and corrupt their items (section 3.3 of the paper).
@@ -210,7 +212,9 @@ class MMSRec(MultimodalEncoder, Recommender):
         swapped_BL = chosen_BL & ~hidden_BL & (fate_BL < swapped)
         shown_BL = torch.where(swapped_BL, random_BL.to(items_BL.device), items_BL)
         shown = Sequences(items_BL=shown_BL, lengths_B=sequences.lengths_B)
-        query_MD, order_B = self.encode_sequence_slots(shown, batch.features, hidden_BL, chosen_BL)
+        query_MD, order_B = encode_slots_in_chunks(
+            self, shown, batch.features, hidden_BL, chosen_BL
+        )
         return query_MD, _targets(items_BL, chosen_BL, order_B)
 
     def _next_items(self, batch: Batch) -> tuple[Tensor, Targets]:
@@ -218,7 +222,7 @@ class MMSRec(MultimodalEncoder, Recommender):
         items_BL = batch.sequences.items_BL
         shown = Sequences(items_BL=items_BL[:, :-1], lengths_B=batch.sequences.lengths_B - 1)
         valid_BL = shown.mask_BL
-        query_MD, order_B = self.encode_sequence_slots(shown, batch.features, None, valid_BL)
+        query_MD, order_B = encode_slots_in_chunks(self, shown, batch.features, None, valid_BL)
         return query_MD, _targets(items_BL[:, 1:], valid_BL, order_B)
 
     @property

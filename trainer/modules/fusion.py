@@ -90,7 +90,7 @@ class Pooled(Fusion):
 
 
 class _Coarse(Fusion):
-    """What the coarse fusions share: a mean over tokens and a LayerNorm for each modality."""
+    """The base of the coarse fusions: a mean over tokens and a LayerNorm for each modality."""
 
     def __init__(self, settings: FusionSettings, names: Sequence[str]) -> None:
         super().__init__(settings, names)
@@ -98,11 +98,11 @@ class _Coarse(Fusion):
         self.norms = nn.ModuleDict({name: nn.LayerNorm(settings.dim) for name in kept})
 
     def _vectors(self, modalities: Sequence[Tokens]) -> list[Tensor]:
-        found = []
+        vectors = []
         for name, tokens in zip(self.names, modalities, strict=True):
             norm = self.norms[_SHARED if _SHARED in self.norms else name]
-            found.append(norm(masked_mean(*tokens)))
-        return found
+            vectors.append(norm(masked_mean(*tokens)))
+        return vectors
 
 
 class Sum(_Coarse):
@@ -147,7 +147,7 @@ class _Conditioned(_Coarse):
 
 
 class Gate(_Conditioned):
-    """W' (sigmoid(W_t LN(t)) * W_v LN(v)): the text gates the picture (gated selection)."""
+    """W' (sigmoid(W_t LN(t)) * W_v LN(v)): the text gates the image (gated selection)."""
 
     def __init__(self, settings: FusionSettings, names: Sequence[str]) -> None:
         super().__init__(settings, names)
@@ -179,7 +179,7 @@ class FiLM(_Conditioned):
 
 
 class MergeAttention(Fusion):
-    """All tokens of all modalities in one row through transformer blocks, then pooled.
+    """Transformer blocks over the concatenated tokens of all modalities, then pooling.
 
     PMMRec (Li et al., arXiv:2312.09602, Eq. 3) and MMSR; blocks as BERT's, post-LN and GELU.
     """
@@ -195,7 +195,7 @@ class MergeAttention(Fusion):
     def forward(self, modalities: Sequence[Tokens]) -> Tensor:
         """Return the fused vectors: (K, D)."""
         typed = _typed(modalities, self.types)
-        x_KSD, mask_KS = (torch.cat([one[i] for one in typed], dim=1) for i in range(2))
+        x_KSD, mask_KS = (torch.cat([tokens[i] for tokens in typed], dim=1) for i in range(2))
         x_KSD, mask_KS = _with_cls(x_KSD, mask_KS, self.cls)
         keys_KS = None if bool(mask_KS.all()) else mask_KS
         for block in self.blocks:
@@ -204,11 +204,11 @@ class MergeAttention(Fusion):
 
 
 class CoAttention(Fusion):
-    """Each of two modalities looks at the other, then at itself (LXMERT's cross-modality layer).
+    """Each of two modalities attends to the other, then to itself (LXMERT's cross-modality layer).
 
-    A layer is cross-attention, whose weights serve both directions, then self-attention and a
-    feed-forward network of each modality's own. The pooled modalities, side by side, are mapped
-    to one vector.
+    A layer is cross-attention with the same weights in both directions, then for each modality a
+    self-attention and a feed-forward network. The pooled modalities are concatenated and mapped to
+    one vector.
     """
 
     reads_tokens = True
@@ -229,8 +229,7 @@ class CoAttention(Fusion):
         typed = _typed(modalities, self.types)
         if len(self.cls):
             typed = [_with_cls(*typed[i], cls) for i, cls in enumerate(self.cls.values())]
-        x = [one[0] for one in typed]
-        masks = [one[1] for one in typed]
+        x, masks = [x_KTD for x_KTD, _ in typed], [mask_KT for _, mask_KT in typed]
         for layer, cross in enumerate(self.cross):
             x = [cross(x[i], x[1 - i], masks[1 - i]) for i in range(2)]
             x = [self.own[2 * layer + i](x[i], masks[i]) for i in range(2)]
@@ -272,7 +271,7 @@ class _Cross(nn.Module):
 class DNN(nn.Module):
     """Three layers, each a dropout and a linear map, with ReLUs between them.
 
-    As published (``dnn_relu``) one more ReLU stands at the end.
+    As published (``dnn_relu``), one more ReLU follows.
     """
 
     def __init__(self, settings: FusionSettings) -> None:

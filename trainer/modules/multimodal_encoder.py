@@ -20,7 +20,6 @@ from torch.nn import functional
 
 from trainer.config import Choice, PositiveInt, Probability, Temperature
 from trainer.data.batches import ItemFeatures, Sequences, TrainSet
-from trainer.kernels.activation_checkpoint import checkpoint_elementwise, tokens_per_chunk
 from trainer.kernels.elementwise import dropout
 from trainer.losses.base import SCORES, LossSettings
 from trainer.modules.sequence_encoders import SequenceSettings
@@ -186,7 +185,7 @@ class MultimodalEncoder(nn.Module):
         items_BL, valid_BL = sequences.items_BL, sequences.mask_BL
         if hidden_BL is None:
             hidden_BL = torch.zeros_like(valid_BL)
-        present_BLC = self._present(items_BL, features)
+        present_BLC = self.present(items_BL, features)
         empty_BL = ~present_BLC.any(-1)
         instead_BL = torch.zeros_like(items_BL)
         if self.settings.missing == "drop":
@@ -246,78 +245,10 @@ class MultimodalEncoder(nn.Module):
         largest_MD: Tensor = functools.reduce(torch.maximum, heads)
         return largest_MD
 
-    def encode_sequence_slots(
-        self,
-        sequences: Sequences,
-        features: ItemFeatures,
-        hidden_BL: Tensor | None,
-        selected_BL: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """Encode the selected slots of sequences, in chunks of sequences of similar length.
-
-        Args:
-            sequences: Items of the slots.
-            features: Of the whole catalogue.
-            hidden_BL: (B, L) bool, the slots that hold the mask token; ``None``: no slot.
-            selected_BL: (B, L) bool, the slots to encode.
-
-        Returns:
-            (M, D), sequence by sequence in an order (B,) int64, which comes with them.
-        """
-        item_K, row_BL = sequences.items_BL.unique(return_inverse=True)
-        items = self.embed_items(item_K, features)
-        lengths_B = sequences.lengths_B
-        if hidden_BL is None:
-            hidden_BL = torch.zeros_like(selected_BL)
-
-        def encode(order_B: Tensor) -> Tensor:
-            items_BL, rows_BL, hides_BL, selects_BL = (
-                x_BL[order_B, : int(lengths_B[order_B].max())]
-                for x_BL in (sequences.items_BL, row_BL, hidden_BL, selected_BL)
-            )
-            chunk = Sequences(items_BL=items_BL, lengths_B=lengths_B[order_B])
-            tokens = self.embed_slots(chunk, rows_BL, items, features, hides_BL)
-            return self.encode_slots(*tokens, selects_BL)
-
-        width = len(self.names) * sequences.items_BL.shape[1]  # tokens of a sequence
-        size = self._tokens_per_chunk(len(lengths_B) * width)
-        if not size:
-            order_B = torch.arange(len(lengths_B), device=lengths_B.device)
-            return encode(order_B), order_B
-        order_B = lengths_B.argsort(stable=True)
-        chunks = order_B.split(max(1, size // width))
-        return torch.cat([checkpoint_elementwise(encode, chunk_B) for chunk_B in chunks]), order_B
-
-    def encode_each_item(self, item_K: Tensor, features: ItemFeatures) -> Tensor:
-        """Encode each item as a sequence of length 1, in chunks: (K, D)."""
-        size = self._tokens_per_chunk(len(item_K) * len(self.names))
-        if not size:
-            return self._encode_items(item_K, features)
-        # Items with all modalities need no attention mask: they come first, in chunks of their own.
-        complete_K = self._present(item_K, features).all(-1)
-        order_K = complete_K.int().argsort(stable=True, descending=True)
-        chunks = [
-            chunk_B
-            for part in item_K[order_K].split([int(complete_K.sum()), int((~complete_K).sum())])
-            for chunk_B in part.split(max(1, size // len(self.names)))
-            if len(chunk_B)
-        ]
-        # Looked up at once: the gradient of one lookup is as large as the whole table.
-        identities: Sequence[Tensor | None] = [None] * len(chunks)
-        if self.settings.ids:
-            identities = self.embed_identity(item_K[order_K]).split([len(c) for c in chunks])
-        vectors = [
-            checkpoint_elementwise(
-                functools.partial(self._encode_items, features=features, identity_BD=identity_BD),
-                chunk_B,
-            )
-            for chunk_B, identity_BD in zip(chunks, identities, strict=True)
-        ]
-        return torch.cat(vectors).index_select(0, order_K.argsort())
-
-    def _encode_items(
+    def encode_single_items(
         self, item_B: Tensor, features: ItemFeatures, identity_BD: Tensor | None = None
     ) -> Tensor:
+        """Encode each item as a sequence of length 1: (B, D)."""
         sequences = Sequences(items_BL=item_B[:, None], lengths_B=torch.ones_like(item_B))
         row_B1 = torch.arange(len(item_B), device=item_B.device)[:, None]
         items = self.embed_items(item_B, features, identity_BD)
@@ -327,14 +258,9 @@ class MultimodalEncoder(nn.Module):
             vector_BD = self.settings.normalise(vector_BD + items.identity_KD)
         return vector_BD
 
-    def _present(self, items: Tensor, features: ItemFeatures) -> Tensor:
+    def present(self, items: Tensor, features: ItemFeatures) -> Tensor:
         """Return which modalities items have: bool, with one more dimension C."""
         return torch.stack([features.present[name][items] for name in self.names], -1)
-
-    def _tokens_per_chunk(self, tokens: int) -> int:
-        if self.transformer.compiled:
-            return 0
-        return tokens_per_chunk(self.mask_token_D, tokens)
 
 
 class _Head(nn.Sequential):

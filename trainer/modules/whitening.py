@@ -1,8 +1,8 @@
-"""Whitening of frozen features: directions of equal variance, fitted on the data, not learned.
+"""Whitening of frozen features, fitted on the data and not learned.
 
 Vectors of pre-trained encoders lie in a narrow cone: a few directions hold most of their variance,
-and the cosine of any two is high. WhitenRec (Zhang et al., ICDE 2024) shows what sequential
-recommendation gains when they are whitened before the first layer.
+and the cosine of any two vectors is high. WhitenRec (Zhang et al., ICDE 2024) shows that whitening
+them before the first layer improves sequential recommendation.
 
 Legend: K items, W width of the features.
 """
@@ -10,14 +10,14 @@ Legend: K items, W width of the features.
 import torch
 from torch import Tensor, nn
 
-_LEAST_VARIANCE = 1e-3  # of the mean one: what hardly varies in training is not blown up
+_LEAST_VARIANCE = 1e-3  # relative to the mean variance: bounds the scale of nearly constant axes
 
 
 class Whitening(nn.Module):
-    """``(x - mean) @ matrix``; both are buffers, the identity until fitted.
+    """The map ``(x - mean) @ matrix``; both are buffers, the identity before :meth:`fit`.
 
     Args:
-        width: W, of the features.
+        width: Width W of the features.
     """
 
     mean_W: Tensor
@@ -30,10 +30,10 @@ class Whitening(nn.Module):
 
     @torch.no_grad()
     def fit(self, x_KW: Tensor) -> None:
-        """Whiten so that these have mean 0 and about covariance 1, by ZCA: (C + eps)^(-1/2).
+        """Fit ZCA whitening, (C + eps)^(-1/2): mean 0 and a covariance of about 1 on ``x_KW``.
 
-        Of all whitenings it turns the features least. No items leave the identity; items that are
-        all the same are only centred.
+        Of all whitenings, ZCA changes the features least. Without items the map stays the identity;
+        items with equal features are only centred.
         """
         if not len(x_KW):
             return
@@ -48,5 +48,5 @@ class Whitening(nn.Module):
             self.matrix_WW.copy_(axes_WW * scales_W @ axes_WW.T)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Whiten (..., W)."""
+        """Whiten features of shape (..., W)."""
         return (x - self.mean_W) @ self.matrix_WW

@@ -11,9 +11,9 @@ from trainer.data.batches import ItemFeatures, TrainSet
 from trainer.kernels.activation_checkpoint import checkpoint_elementwise, tokens_per_chunk
 from trainer.kernels.dispatch import plain_forms
 from trainer.kernels.elementwise import dropout
+from trainer.losses import softmax
 from trainer.losses.softmax import cross_entropy_reference
-from trainer.models import mmsrec
-from trainer.modules import multimodal_encoder
+from trainer.modules import chunked_encoding
 
 N = 13
 
@@ -55,17 +55,17 @@ def test_chunks_of_mmsrec_give_the_gradients_of_one_graph(
     doubled = {name: vectors.double() for name, vectors in world.vectors.items()}
     features = ItemFeatures(n_items=N, vectors=doubled, present=world.present)
     settings = {"dropout": probability, "embed_dropout": probability, **options}
-    monkeypatch.setattr(mmsrec, "full_softmax", cross_entropy_reference)  # sums in float64
+    monkeypatch.setattr(softmax, "full_softmax", cross_entropy_reference)  # sums in float64
     model: Any = build("mmsrec", features, **settings).double().train()
     model.fit_buffers(features, TrainSet(counts_N=torch.arange(N), keys_J=torch.arange(N)))
     if not probability:
         with plain_forms():
             expected = losses_and_gradients(model, features)
-    monkeypatch.setattr(multimodal_encoder, "tokens_per_chunk", lambda weight, tokens: 20)
+    monkeypatch.setattr(chunked_encoding, "tokens_per_chunk", lambda weight, tokens: 20)
     chunked = losses_and_gradients(model, features)
     if probability:
         monkeypatch.setattr(
-            multimodal_encoder, "checkpoint_elementwise", lambda run, *inputs: run(*inputs)
+            chunked_encoding, "checkpoint_elementwise", lambda run, *inputs: run(*inputs)
         )
         expected = losses_and_gradients(model, features)
     torch.testing.assert_close(chunked, expected)

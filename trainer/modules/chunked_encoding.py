@@ -1,0 +1,99 @@
+"""Encode many items or slots in chunks, to bound the memory for activations.
+
+Chunks are used where :func:`trainer.kernels.activation_checkpoint.tokens_per_chunk` asks for them.
+Elsewhere each function makes one call of the encoder.
+
+Legend: B batch, L sequence length, K items to encode, D width, M selected slots.
+"""
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from trainer.data.batches import ItemFeatures, Sequences
+from trainer.kernels.activation_checkpoint import checkpoint_elementwise, tokens_per_chunk
+from trainer.modules.multimodal_encoder import MultimodalEncoder
+
+
+def encode_slots_in_chunks(
+    encoder: MultimodalEncoder,
+    sequences: Sequences,
+    features: ItemFeatures,
+    hidden_BL: Tensor | None,
+    selected_BL: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Encode the selected slots of sequences, in chunks of sequences of similar length.
+
+    Args:
+        encoder: The encoder.
+        sequences: Items of the slots.
+        features: Of the whole catalogue.
+        hidden_BL: (B, L) bool, the slots that hold the mask token; ``None``: no slot.
+        selected_BL: (B, L) bool, the slots to encode.
+
+    Returns:
+        (M, D), sequence by sequence in an order (B,) int64, which comes with them.
+    """
+    item_K, row_BL = sequences.items_BL.unique(return_inverse=True)
+    items = encoder.embed_items(item_K, features)
+    lengths_B = sequences.lengths_B
+    if hidden_BL is None:
+        hidden_BL = torch.zeros_like(selected_BL)
+
+    def encode(order_B: Tensor) -> Tensor:
+        items_BL, rows_BL, hides_BL, selects_BL = (
+            x_BL[order_B, : int(lengths_B[order_B].max())]
+            for x_BL in (sequences.items_BL, row_BL, hidden_BL, selected_BL)
+        )
+        chunk = Sequences(items_BL=items_BL, lengths_B=lengths_B[order_B])
+        tokens = encoder.embed_slots(chunk, rows_BL, items, features, hides_BL)
+        return encoder.encode_slots(*tokens, selects_BL)
+
+    width = len(encoder.names) * sequences.items_BL.shape[1]  # tokens of a sequence
+    size = _tokens_per_chunk(encoder, len(lengths_B) * width)
+    if not size:
+        order_B = torch.arange(len(lengths_B), device=lengths_B.device)
+        return encode(order_B), order_B
+    order_B = lengths_B.argsort(stable=True)
+    chunks = order_B.split(max(1, size // width))
+    return torch.cat([checkpoint_elementwise(encode, chunk_B) for chunk_B in chunks]), order_B
+
+
+def encode_items_in_chunks(
+    encoder: MultimodalEncoder, item_K: Tensor, features: ItemFeatures
+) -> Tensor:
+    """Encode each item as a sequence of length 1, in chunks: (K, D)."""
+    size = _tokens_per_chunk(encoder, len(item_K) * len(encoder.names))
+    if not size:
+        return encoder.encode_single_items(item_K, features)
+    # Items with all modalities need no attention mask: they come first, in chunks of their own.
+    complete_K = encoder.present(item_K, features).all(-1)
+    order_K = complete_K.int().argsort(stable=True, descending=True)
+    chunks = [
+        chunk_B
+        for part in item_K[order_K].split([int(complete_K.sum()), int((~complete_K).sum())])
+        for chunk_B in part.split(max(1, size // len(encoder.names)))
+        if len(chunk_B)
+    ]
+    # Looked up at once: the gradient of one lookup is as large as the whole table.
+    identities: Sequence[Tensor | None] = [None] * len(chunks)
+    if encoder.settings.ids:
+        identities = encoder.embed_identity(item_K[order_K]).split([len(c) for c in chunks])
+    vectors = [
+        checkpoint_elementwise(
+            functools.partial(
+                encoder.encode_single_items, features=features, identity_BD=identity_BD
+            ),
+            chunk_B,
+        )
+        for chunk_B, identity_BD in zip(chunks, identities, strict=True)
+    ]
+    return torch.cat(vectors).index_select(0, order_K.argsort())
+
+
+def _tokens_per_chunk(encoder: MultimodalEncoder, tokens: int) -> int:
+    if encoder.transformer.compiled:
+        return 0
+    return tokens_per_chunk(encoder.mask_token_D, tokens)

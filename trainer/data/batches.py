@@ -149,10 +149,11 @@ class TrainingData:
         def generate() -> Iterator[Batch]:
             for step in range(skip, len(batches)):
                 chosen = batches[step][shard.process_rank :: shard.world_size]
-                users = np.searchsorted(self.dataset.offsets, starts[chosen], side="right") - 1
+                sequences = self.gather(starts[chosen], lengths[chosen])
+                assert sequences.users_B is not None
                 yield Batch(
-                    users_B=torch.from_numpy(users).to(self.device, non_blocking=True),
-                    sequences=self.gather(starts[chosen], lengths[chosen]),
+                    users_B=sequences.users_B,
+                    sequences=sequences,
                     features=self.features,
                     train=self.train,
                     generator=torch.Generator().manual_seed(
@@ -171,7 +172,10 @@ class TrainingData:
         columns_L = torch.arange(int(lengths.max()), device=self.device)
         # Slots of padding repeat the last item: the flat array holds the next user's items there.
         index_BL = starts_B[:, None] + torch.minimum(columns_L, lengths_B[:, None] - 1)
-        return Sequences(items_BL=self._flat_I[index_BL].long(), lengths_B=lengths_B)
+        users = np.searchsorted(self.dataset.offsets, starts, side="right") - 1
+        users_B = torch.from_numpy(users).to(self.device, non_blocking=True)
+        items_BL = self._flat_I[index_BL].long()
+        return Sequences(items_BL=items_BL, lengths_B=lengths_B, users_B=users_B)
 
     def histories(
         self, split: EvalSplit, *, length: int, batch_size: int
@@ -185,7 +189,21 @@ class TrainingData:
         order = np.argsort(lengths, kind="stable")
         for begin in range(0, len(order), batch_size):
             rows = order[begin : begin + batch_size]
-            yield rows, self.gather(split.targets[rows] - lengths[rows], lengths[rows])
+            yield rows, self.history_batch(split, rows, length=length)
+
+    def history_batch(
+        self, split: EvalSplit, rows: slice | npt.NDArray[np.int64], *, length: int
+    ) -> Sequences:
+        """Return the last ``length`` items before the target of some evaluated users.
+
+        Args:
+            split: The evaluated users.
+            rows: Which of them.
+            length: Largest number of items.
+        """
+        targets = split.targets[rows]
+        lengths = np.minimum(targets - split.starts[rows], length)
+        return self.gather(targets - lengths, lengths)
 
 
 def _train_keys(dataset: Dataset) -> Ints:

@@ -1,25 +1,22 @@
-"""From a recommender to the ranks of held-out targets, under the one protocol.
+"""The ranks of held-out targets under the protocol, for a model and for the references.
 
-Legend: N items, D width, E evaluated users.
+Legend: E evaluated users.
 """
 
 from dataclasses import dataclass
 
 from features.dataset import EvalSplit, Ints
-from retrieval.index_ranking import rank_with
 from retrieval.ranking import Ranks
 from trainer.data.batches import TrainingData
 from trainer.evaluation.encode import (
-    encode_catalogue,
-    encode_histories,
-    histories_of,
     targets_of,
 )
+from trainer.evaluation.search import CatalogueSearch
 from trainer.models.base import Catalogue, Recommender
 from trainer.models.registry import MODELS
 
 REFERENCES = ("popularity",)
-"""Models that are evaluated beside the model in every table; they need no training."""
+"""Models that are evaluated with the model in every table; they need no training."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,14 +49,9 @@ def rank_split(
         UserError: A vector is not finite.
     """
     users = data.dataset.eval_split(split)
-    targets_E, histories = targets_of(data.dataset, users), histories_of(data.dataset, users)
-    items_ND = encode_catalogue(model, data)
-    if model.has_vectors:
-        queries_ED = encode_histories(model, data, items_ND, users, batch_size)
-        correction = model.correction(histories)
-        ranks = rank_with(index, queries_ED, items_ND, targets_E, histories, correction)
-    else:
-        raise NotImplementedError
+    targets_E = targets_of(data.dataset, users)
+    search = CatalogueSearch(model, data, index=index, batch_size=batch_size)
+    ranks = search.rank(users, targets_E)
     return SplitRanks(users=users, targets_E=targets_E, ranks=ranks)
 
 

@@ -1,15 +1,14 @@
-"""From a trained run to lists of items: for its users, for a history of anyone, for everybody.
+"""From a trained run to lists of items: for its users, for any history, for everybody.
 
 A user's query is made of the whole history, held-out items included: nothing is held back from a
-recommendation. The catalogue are all items of the preparation, also those that nobody has had: a
-recommender of features has a vector for each.
+recommendation. The catalogue is every item of the preparation, including items without
+interactions: a model of features has a vector for each of them.
 
-Legend: N items, D width, U users, B users of one block, K recommendations a user.
+Legend: N items, U users, B users of one block, L items of a history, K recommendations of a user.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -22,15 +21,15 @@ from features.atomic_files import atomic_write
 from features.dataset import EvalSplit, Ints, load_items, load_user_ids
 from features.errors import UserError
 from features.warehouse import Warehouse
-from retrieval.indexes import Index, TopItems, make_index
+from retrieval.indexes import TopItems, make_index
 from retrieval.seen_items import SeenItems
 from trainer.checkpoint import load_weights
 from trainer.data.batches import Sequences
-from trainer.evaluation.encode import encode_catalogue, encode_histories, histories_of
+from trainer.evaluation.search import CatalogueSearch
 from trainer.runs.run import Run
 
 _BLOCK = 4096  # users encoded, searched and written together
-_SUCH_AS = 3  # ids that an error names
+_EXAMPLES = 3  # ids that an error names
 
 RECOMMENDATIONS = pa.schema(
     [
@@ -42,7 +41,7 @@ RECOMMENDATIONS = pa.schema(
         pa.field("score", pa.float32(), nullable=False),
     ]
 )
-"""What :func:`write_all` writes: K rows a user, fewer where fewer items are left."""
+"""Columns that :func:`write_all` writes: K rows a user, fewer if fewer items are left."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,77 +52,74 @@ class Suggestion:
     item_id: str
     text: str | None
     score: float
-    """Inner product of the query and the item's vector; of similar items, their cosine."""
+    """Score of the model, in general an inner product; of similar items, the cosine."""
     cold: bool
-    """Whether the item has fewer than 10 training interactions."""
+    """True if the item has fewer than 10 training interactions."""
 
 
 class Predictor:
-    """A run with its best weights and the vectors of its catalogue, ready to be asked."""
+    """A run with its best weights and the vectors of its catalogue.
+
+    Args:
+        warehouse: Warehouse with the run's dataset.
+        run: The run; its weights are loaded.
+        index: Name in :data:`retrieval.indexes.INDEXES`.
+
+    Raises:
+        UserError: The run is a pre-training, or its checkpoint cannot be used.
+    """
 
     def __init__(self, warehouse: Warehouse, run: Run, *, index: str) -> None:
-        """Load the weights and encode the catalogue.
-
-        Args:
-            warehouse: Holds the run's dataset.
-            run: The run.
-            index: Name in ``retrieval.indexes.INDEXES``.
-
-        Raises:
-            UserError: It is a pre-training, or its checkpoint cannot be used.
-        """
         run.check_recommends()
         load_weights(run.weights, run.model, run.spec.identity())
         run.model.eval()
+        self.warehouse = warehouse
         self.run = run
         self.dataset = run.data.dataset
-        self.items_ND = encode_catalogue(run.model, run.data)
-        self.warehouse = warehouse
         self._index_name = index
+        self._search = CatalogueSearch(
+            run.model, run.data, index=index, batch_size=run.config.eval_batch
+        )
         table = load_items(warehouse, run.spec.dataset, ["item_id", "text"])
         self.item_ids = table.column("item_id").combine_chunks()
         self._texts = table.column("text")
 
-    @cached_property
-    def _index(self) -> Index:
-        return make_index(self._index_name, self.items_ND)
-
-    # -- who and what --------------------------------------------------------------------------
+    # -- users, items and histories ------------------------------------------------------------
 
     def user(self, user_id: str) -> int:
-        """The index of a user.
+        """Return the index of a user.
 
         Raises:
-            UserError: There is none of that id.
+            UserError: No user has the id.
         """
         ids = load_user_ids(self.warehouse, self.run.spec.dataset)
-        found = pc.index(ids, user_id).as_py()
-        if found < 0:
+        index = int(pc.index(ids, user_id).as_py())
+        if index < 0:
             raise UserError(
                 f"dataset {self.run.spec.dataset!r} has no user {user_id!r}"
-                f" ({_such_as(ids, 'users')}); for a new one give --history ITEM_ID,ITEM_ID,..."
+                f" ({_examples(ids, 'users')}); for a new user give --history ITEM_ID,ITEM_ID,..."
             )
-        return int(found)
+        return index
 
     def item(self, item_id: str) -> int:
-        """The index of an item.
+        """Return the index of an item.
 
         Raises:
-            UserError: The catalogue has none of that id.
+            UserError: No item of the catalogue has the id.
         """
-        found = pc.index(self.item_ids, item_id).as_py()
-        if found < 0:
+        index = int(pc.index(self.item_ids, item_id).as_py())
+        if index < 0:
             core = self.dataset.info.k_core
-            left_out = f"; the {core}-core left rare ones out" if core > 1 else ""
+            left_out = f"; the {core}-core left rare items out" if core > 1 else ""
             raise UserError(
                 f"the catalogue of {self.run.spec.dataset!r} has no item {item_id!r}"
-                f" ({_such_as(self.item_ids, 'items')}{left_out}); give an id of mmrec sql"
+                f" ({_examples(self.item_ids, 'items')}{left_out}); give an id of mmrec sql"
                 f" \"SELECT item_id, text FROM items WHERE dataset = '{self.run.spec.dataset}'\""
             )
-        return int(found)
+        return index
 
     def history(self, user: int) -> Ints:
-        """(L,) everything that a user has had, the oldest first."""
+        """Return all items of a user's history, oldest first: (L,)."""
         offsets = self.dataset.offsets
         return self.dataset.items[offsets[user] : offsets[user + 1]].astype(np.int64)
 
@@ -132,50 +128,65 @@ class Predictor:
     def for_history(
         self, items: Sequence[int] | Ints, k: int, *, keep_seen: bool = False
     ) -> TopItems:
-        """Recommend for one history, whoever has it.
+        """Recommend for one history of any user.
 
         Args:
-            items: (L,) its items, the oldest first, at least one.
+            items: (L,) items of the history, oldest first, at least one.
             k: Length of the list.
-            keep_seen: Whether items of the history may be recommended.
+            keep_seen: Let items of the history be recommended again.
 
         Returns:
             (1, K) scores and (1, K) items, see :meth:`retrieval.indexes.Index.search`.
         """
-        flat = np.asarray(items, dtype=np.int64)
-        last = torch.from_numpy(flat[-self.run.model.history :]).to(self.run.data.device)
-        sequences = Sequences(items_BL=last[None], lengths_B=last.new_tensor([len(last)]))
-        model, features = self.run.model, self.run.data.features
-        with torch.no_grad():
-            query_1D = model.encode_sequences(self.items_ND, sequences, features)
-        seen = SeenItems(items=flat, offsets=np.array([0, len(flat)]))
-        return self._index.search(query_1D.float(), self._most(k), None if keep_seen else seen)
+        history = np.asarray(items, dtype=np.int64)
+        last = torch.from_numpy(history[-self.run.model.history :]).to(self.run.data.device)
+        sequences = Sequences(
+            items_BL=last[None],
+            lengths_B=last.new_tensor([len(last)]),
+            users_B=last.new_tensor([-1]),
+        )
+        seen = SeenItems(items=history, offsets=np.array([0, len(history)]))
+        return self._search.best_for_history(
+            sequences, seen, self._list_length(k), keep_seen=keep_seen
+        )
 
     def for_users(self, users: Ints, k: int, *, keep_seen: bool = False) -> TopItems:
-        """Recommend for (B,) users of the dataset; they are encoded and searched together.
+        """Recommend for users of the dataset, who are encoded and searched together.
+
+        Args:
+            users: (B,) indices of users.
+            k: Length of a list.
+            keep_seen: Let items of the history be recommended again.
 
         Returns:
-            (B, K) scores and (B, K) items, -1 behind the last one that is left.
+            (B, K) scores and (B, K) items; -1 after the last item of a list that is too short.
         """
         offsets = self.dataset.offsets
-        held = EvalSplit(users=users, starts=offsets[users], targets=offsets[users + 1])
-        batch = self.run.config.eval_batch
-        queries_BD = encode_histories(self.run.model, self.run.data, self.items_ND, held, batch)
-        seen = None if keep_seen else histories_of(self.dataset, held)
-        return self._index.search(queries_BD, self._most(k), seen)
+        split = EvalSplit(users=users, starts=offsets[users], targets=offsets[users + 1])
+        return self._search.best_for_users(split, self._list_length(k), keep_seen=keep_seen)
 
     def similar(self, item: int, k: int) -> TopItems:
-        """The items whose vectors point the same way: (1, K) cosines and (1, K) items."""
-        unit_ND = torch.nn.functional.normalize(self.items_ND, dim=1)
+        """Return the items with the most similar vectors: (1, K) cosines and (1, K) items.
+
+        Raises:
+            UserError: The model's score is no inner product.
+        """
+        if not self.run.model.has_vectors:
+            raise UserError(
+                f"{self.run.spec.model} has no item vectors, so --similar compares nothing;"
+                " give --user or --history"
+            )
+        unit_ND = torch.nn.functional.normalize(self._search.items_ND, dim=1)
         itself = SeenItems(items=np.array([item]), offsets=np.array([0, 1]))
         query_1D = unit_ND[item : item + 1]
-        return make_index(self._index_name, unit_ND).search(query_1D, self._most(k), itself)
+        index = make_index(self._index_name, unit_ND)
+        return index.search(query_1D, self._list_length(k), itself)
 
-    def named(self, found: TopItems) -> list[Suggestion]:
-        """The first list of what was found, for people."""
-        scores, items = found[0][0], found[1][0]
-        left = items[items >= 0]
-        texts = self._texts.take(pa.array(left)).to_pylist()
+    def named(self, top: TopItems) -> list[Suggestion]:
+        """Return the first list with ids and texts, for people."""
+        scores, items = top[0][0], top[1][0]
+        listed = items[items >= 0]
+        texts = self._texts.take(pa.array(listed)).to_pylist()
         return [
             Suggestion(
                 rank=rank,
@@ -184,17 +195,17 @@ class Predictor:
                 score=float(score),
                 cold=bool(self.dataset.cold[item]),
             )
-            for rank, (item, text, score) in enumerate(zip(left, texts, scores, strict=False), 1)
+            for rank, (item, text, score) in enumerate(zip(listed, texts, scores, strict=False), 1)
         ]
 
-    def _most(self, k: int) -> int:
+    def _list_length(self, k: int) -> int:
         if k < 1:
             raise UserError(f"--k {k} is no length of a list; give at least 1")
-        return min(k, len(self.items_ND))
+        return min(k, len(self.item_ids))
 
 
 def write_all(
-    adviser: Predictor,
+    predictor: Predictor,
     path: Path,
     k: int,
     *,
@@ -203,48 +214,51 @@ def write_all(
 ) -> int:
     """Write the lists of every user into one Parquet file, whole or not at all.
 
-    Users are encoded and searched block by block, and each block is a row group: memory does not
-    grow with their number, but for their ids.
+    Users are encoded and searched block by block, and each block is a row group: apart from the
+    user ids, memory does not grow with the number of users.
 
     Args:
-        adviser: Whom to ask.
+        predictor: The run.
         path: The file, of the schema ``RECOMMENDATIONS``.
         k: Length of a list.
-        keep_seen: Whether items that a user has had may be recommended.
-        on_users: Told how many users are done, and of how many.
+        keep_seen: Let items of the history be recommended again.
+        on_users: Called with the numbers of users that are done, and of all users.
 
     Returns:
         The number of rows.
     """
-    total, rows = adviser.dataset.info.users, 0
-    with atomic_write(path) as beside, pq.ParquetWriter(beside, RECOMMENDATIONS) as writer:
-        for done, block in _blocks(adviser, k, keep_seen):
+    total, rows = predictor.dataset.info.users, 0
+    with (
+        atomic_write(path) as temporary,
+        pq.ParquetWriter(temporary, RECOMMENDATIONS) as writer,
+    ):
+        for done, block in _blocks(predictor, k, keep_seen):
             writer.write_table(block)
             rows += len(block)
             on_users(done, total)
     return rows
 
 
-def _blocks(adviser: Predictor, k: int, keep_seen: bool) -> Iterator[tuple[int, pa.Table]]:
-    user_ids = load_user_ids(adviser.warehouse, adviser.run.spec.dataset)
-    total = adviser.dataset.info.users
+def _blocks(predictor: Predictor, k: int, keep_seen: bool) -> Iterator[tuple[int, pa.Table]]:
+    user_ids = load_user_ids(predictor.warehouse, predictor.run.spec.dataset)
+    total = predictor.dataset.info.users
     for start in range(0, total, _BLOCK):
         users = np.arange(start, min(start + _BLOCK, total))
-        scores_BK, items_BK = adviser.for_users(users, k, keep_seen=keep_seen)
-        there_BK = items_BK >= 0
-        row, column = there_BK.nonzero()
-        user, item = pa.array(users[row], pa.int32()), pa.array(items_BK[there_BK], pa.int32())
+        scores_BK, items_BK = predictor.for_users(users, k, keep_seen=keep_seen)
+        is_item_BK = items_BK >= 0
+        row, column = is_item_BK.nonzero()
+        user, item = pa.array(users[row], pa.int32()), pa.array(items_BK[is_item_BK], pa.int32())
         columns = {
             "user": user,
             "user_id": user_ids.take(user),
             "rank": pa.array(column + 1, pa.int32()),
             "item": item,
-            "item_id": adviser.item_ids.take(item),
-            "score": pa.array(scores_BK[there_BK]),
+            "item_id": predictor.item_ids.take(item),
+            "score": pa.array(scores_BK[is_item_BK]),
         }
         yield start + len(users), pa.table(columns).cast(RECOMMENDATIONS)
 
 
-def _such_as(ids: pa.Array | pa.ChunkedArray, what: str) -> str:
-    some = ", ".join(ids.slice(0, _SUCH_AS).to_pylist())
-    return f"{len(ids):,} {what}, such as {some}"
+def _examples(ids: pa.Array | pa.ChunkedArray, kind: str) -> str:
+    examples = ", ".join(ids.slice(0, _EXAMPLES).to_pylist())
+    return f"{len(ids):,} {kind}, such as {examples}"

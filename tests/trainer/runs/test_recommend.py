@@ -69,7 +69,7 @@ def test_lists_are_those_of_plain_scores(house: Warehouse, model: str, keep_seen
 def test_similar_items_by_hand(house: Warehouse) -> None:
     run = begin(house, "sasrec", "r")
     adviser = Predictor(house, run, index="torch")
-    vectors = adviser.items_ND.double().numpy()
+    vectors = run.model.encode_items(run.data.features).detach().double().numpy()
     unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     cosines = unit @ unit[7]
     wanted = [item for item in np.argsort(-cosines).tolist() if item != 7][:3]

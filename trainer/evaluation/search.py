@@ -1,0 +1,135 @@
+"""The scores of a recommender over the whole catalogue: ranks of targets, and the best items.
+
+Models with vectors are ranked by an index and the model's sparse correction. Models whose score is
+no inner product are ranked by blocks of their scores.
+
+Legend: N items, D width, E users, K items of a list.
+"""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from features.dataset import EvalSplit, Ints
+from retrieval.index_ranking import rank_with
+from retrieval.indexes import Index, TopItems, make_index
+from retrieval.ranking import Ranks
+from retrieval.score_blocks import rank_scores, top_scores
+from retrieval.seen_items import SeenItems
+from trainer.data.batches import Sequences, TrainingData
+from trainer.evaluation.encode import (
+    encode_catalogue,
+    encode_histories,
+    evaluation_mode,
+    histories_of,
+)
+from trainer.models.base import Recommender
+
+SequenceBatches = Callable[[slice], Sequences]
+
+
+class CatalogueSearch:
+    """A recommender with the vectors of its catalogue.
+
+    Args:
+        model: The recommender; it is left as it was.
+        data: Data with the histories and the features.
+        index: Name in :data:`retrieval.indexes.INDEXES`; all give the same results.
+        batch_size: Histories encoded together.
+
+    Raises:
+        UserError: An item vector is not finite.
+    """
+
+    def __init__(
+        self, model: Recommender, data: TrainingData, *, index: str, batch_size: int
+    ) -> None:
+        self.model = model
+        self.data = data
+        self.items_ND = encode_catalogue(model, data)
+        self._index_name = index
+        self._batch_size = batch_size
+        self._index: Index | None = None
+
+    def rank(self, users: EvalSplit, targets_E: Ints) -> Ranks:
+        """Rank the target of each user, seen items filtered and kept.
+
+        Raises:
+            UserError: A query is not finite.
+        """
+        histories = histories_of(self.data.dataset, users)
+        if self.model.has_vectors:
+            return rank_with(
+                self._index_name,
+                self._queries(users),
+                self.items_ND,
+                targets_E,
+                histories,
+                self.model.correction(histories),
+            )
+        with evaluation_mode(self.model):
+            return rank_scores(
+                self._scorer(self._batches(users)), targets_E, len(self.items_ND), histories
+            )
+
+    def best_for_users(self, users: EvalSplit, k: int, *, keep_seen: bool) -> TopItems:
+        """Return the best items of users of the dataset: (E, K) scores and (E, K) items.
+
+        Args:
+            users: The users, and the end of each history.
+            k: Length of a list.
+            keep_seen: Let items of the history be recommended again.
+        """
+        histories = histories_of(self.data.dataset, users)
+        exclude = None if keep_seen else histories
+        if self.model.has_vectors:
+            return self._search(self._queries(users), histories, exclude, k)
+        with evaluation_mode(self.model):
+            scorer = self._scorer(self._batches(users))
+            return top_scores(scorer, len(users.users), len(self.items_ND), k, exclude)
+
+    def best_for_history(
+        self, sequences: Sequences, history: SeenItems, k: int, *, keep_seen: bool
+    ) -> TopItems:
+        """Return the best items of one history: (1, K) scores and (1, K) items.
+
+        Args:
+            sequences: The history as the model reads it: its last items.
+            history: The whole history.
+            k: Length of the list.
+            keep_seen: Let items of the history be recommended again.
+        """
+        exclude = None if keep_seen else history
+        with evaluation_mode(self.model):
+            if self.model.has_vectors:
+                query_1D = self.model.encode_sequences(self.items_ND, sequences, self.data.features)
+                return self._search(query_1D.float(), history, exclude, k)
+            scorer = self._scorer(lambda rows: sequences)
+            return top_scores(scorer, 1, len(self.items_ND), k, exclude)
+
+    def _search(
+        self, queries_ED: Tensor, histories: SeenItems, exclude: SeenItems | None, k: int
+    ) -> TopItems:
+        if self._index is None:
+            self._index = make_index(self._index_name, self.items_ND)
+        correction = self.model.correction(histories)
+        return self._index.search(queries_ED, k, exclude, correction)
+
+    def _queries(self, users: EvalSplit) -> Tensor:
+        return encode_histories(self.model, self.data, self.items_ND, users, self._batch_size)
+
+    def _batches(self, users: EvalSplit) -> SequenceBatches:
+        return lambda rows: self.data.history_batch(users, rows, length=self.model.history)
+
+    def _scorer(self, batches: SequenceBatches) -> Callable[[slice, int, int], Tensor]:
+        """Return the callback of :mod:`retrieval.score_blocks`; blocks of users follow in order."""
+        cached: dict[tuple[int, int], Sequences] = {}
+
+        def score(rows: slice, first: int, last: int) -> Tensor:
+            key = (rows.start, rows.stop)
+            if key not in cached:
+                cached.clear()
+                cached[key] = batches(rows)
+            return self.model.score(self.items_ND, cached[key], first, last)
+
+        return score

@@ -11,7 +11,7 @@ _SORTED_TOGETHER = 64  # batches whose windows are sorted by length together
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WindowSampling:
-    """How training histories are cut into windows."""
+    """Settings for cutting training histories into windows."""
 
     length: int
     """Most items of a window, targets included."""

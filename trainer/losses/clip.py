@@ -54,7 +54,7 @@ def in_batch_symmetric(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _LogSums:
-    """What the first pass computes of the scores."""
+    """The results of the first pass over the scores."""
 
     positive_B1: Tensor
     """Score of each pair."""

@@ -1,13 +1,15 @@
-"""MMSRec's pre-training (arXiv:2304.13277, section 3.2): modalities aligned item by item.
+"""MMSRec's pre-training (arXiv:2304.13277, section 3.2): align the modalities of items.
 
-Eq. 5: the weighted sum of four contrastive losses (Eq. 6, both directions summed) between encodings
-of the same items: (v, v'), (t, t'), (v, t), (vt, vt'), where v is what is seen of an item, t what
-is written, vt both, and the prime a second pass with other dropout. An item without one of the two
-takes part in the term of the other.
+The loss (Eq. 5) is the weighted sum of four contrastive losses (Eq. 6, both directions summed)
+between two encodings of the same items: (v, v'), (t, t'), (v, t) and (vt, vt'). Here v is the item
+encoded from its images or videos, t from its text, vt from both, and the prime is a second pass
+with other dropout masks. An item that has only vision or only text takes part in one term.
 
-Where code and paper differ from the sound form: they take for a negative of an item also its own
-copy, the same picture or title under another id (``duplicates="keep"``; the default leaves copies
-out); the released code has the negatives of one GPU's 6,000 items, here those of all processes.
+Differences from the paper and the released code:
+
+- In both, the copy of an item (the same image or title under another id) is a negative of the item:
+  ``duplicates="keep"``. By default it is not.
+- The negatives are those of all processes; in the released code, the 6,000 items of one GPU.
 
 Legend: K items of a batch, M items of a term, N items of the catalogue, D width.
 """
@@ -64,7 +66,7 @@ class AlignConfig(Settings):
 
 @runtime_checkable
 class Aligned(Protocol):
-    """A recommender whose item tower can encode an item from some of its modalities."""
+    """A recommender that can encode an item from some of its modalities."""
 
     @property
     def temperature(self) -> float:
@@ -72,25 +74,26 @@ class Aligned(Protocol):
 
     @property
     def unaligned(self) -> tuple[str, ...]:
-        """Parameters that ``encode_views`` never reads: they stay as they were drawn."""
+        """Names of the parameters that ``encode_views`` does not read; they are not trained."""
 
     def encode_views(
         self, items_K: Tensor, views: Sequence[tuple[Sequence[str], Tensor]], features: ItemFeatures
     ) -> list[Tensor]:
-        """See :meth:`trainer.models.mmsrec.MMSRec.encode_views`."""
+        """Encode items, see :func:`trainer.modules.item_views.encode_views`."""
 
 
 class Alignment(Task[Tensor]):
-    """Batches of items; validation retrieves held-out items across modalities.
+    """Train on batches of items; validate by retrieving held-out items across modalities.
 
     Args:
-        model: With ``encode_views``.
+        model: A recommender that is :class:`Aligned`.
         features: Of the whole catalogue.
-        splits: (N,) bool each, the items of ``validation`` and ``test``; training sees neither.
+        splits: (N,) bool for each of ``validation`` and ``test``, true for the items of the split.
+            Training uses no item of a split.
         config: Settings.
 
     Raises:
-        UserError: There are not both text and vision, or too few items with both.
+        UserError: There is no text or no vision, or too few items have both.
     """
 
     unit = "items"
@@ -118,33 +121,38 @@ class Alignment(Task[Tensor]):
     ) -> None:
         super().__init__(model)
         assert isinstance(model, Aligned)
-        self.tower: Aligned = model
+        self.aligned: Aligned = model
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name not in model.unaligned)
         self.features = features
         self.config = config
         self.sides = Sides.of(features)
-        seen_N, written_N = self.sides.present(features)
-        self._there = {"v": seen_N, "t": written_N, "vt": seen_N & written_N}
+        vision_N, text_N = self.sides.present(features)
+        self._present = {"v": vision_N, "t": text_N, "vt": vision_N & text_N}
         self._names = {
             "v": self.sides.vision,
             "t": self.sides.text,
             "vt": tuple(features.present),
         }
-        held = {name: torch.from_numpy(at_N).to(seen_N.device) for name, at_N in splits.items()}
-        left_N = ~torch.stack(list(held.values())).any(0)
+        in_split = {
+            name: torch.from_numpy(is_held_N).to(vision_N.device)
+            for name, is_held_N in splits.items()
+        }
+        is_training_N = ~torch.stack(list(in_split.values())).any(0)
         copies = self._copies()
-        learned = copies["vt"][self._there["vt"] & left_N]
-        new_N = self._there["vt"] & ~torch.isin(copies["vt"], learned)
-        self.pools = {name: (new_N & at_N).nonzero()[:, 0] for name, at_N in held.items()}
-        """(K,) the items of each split that have both sides, and are no copies of learned ones."""
-        self._known = ((seen_N | written_N) & left_N).nonzero()[:, 0].cpu().numpy()
+        training_labels = copies["vt"][self._present["vt"] & is_training_N]
+        is_new_N = self._present["vt"] & ~torch.isin(copies["vt"], training_labels)
+        self.pools = {
+            name: (is_new_N & is_held_N).nonzero()[:, 0] for name, is_held_N in in_split.items()
+        }
+        """(K,) the items of each split with vision and text, without copies of training items."""
+        self._training_items = ((vision_N | text_N) & is_training_N).nonzero()[:, 0].cpu().numpy()
         counts = {name: len(pool_K) for name, pool_K in self.pools.items()}
-        counts = {"training": int((self._there["vt"] & left_N).sum()), **counts}
+        counts = {"training": int((self._present["vt"] & is_training_N).sum()), **counts}
         if min(counts.values()) < 2:
-            found = ", ".join(f"{count} for {name}" for name, count in counts.items())
+            listed = ", ".join(f"{count} for {name}" for name, count in counts.items())
             raise UserError(
-                f"too few items have text and vision ({found}); extract more, or set holdout"
+                f"too few items have text and vision ({listed}); extract more, or set holdout"
                 f" (it is {config.holdout})"
             )
         self._labels = copies if config.duplicates == "mask" else {}
@@ -152,26 +160,26 @@ class Alignment(Task[Tensor]):
     def epoch(
         self, config: TrainConfig, epoch: int, *, skip: int, shard: Shard
     ) -> tuple[int, Iterator[Tensor]]:
-        """All items that are not held out, shuffled, in batches of nearly one size."""
-        order = np.random.default_rng([config.seed, epoch]).permutation(self._known)
+        """Return all training items, shuffled, in batches of nearly equal size."""
+        order = np.random.default_rng([config.seed, epoch]).permutation(self._training_items)
         batches = np.array_split(order, -(-len(order) // config.batch_size))
-        device = self._there["vt"].device
-        left = (
+        device = self._present["vt"].device
+        remaining = (
             torch.from_numpy(batch[shard.process_rank :: shard.world_size]).to(device)
             for batch in batches[skip:]
         )
-        return len(batches), left
+        return len(batches), remaining
 
     def size(self, batch: Tensor) -> int:
-        """Items."""
+        """Return the number of items."""
         return len(batch)
 
     def loss(self, batch: Tensor) -> dict[str, Tensor]:
-        """Eq. 5; each term by its name."""
-        rows = {side: there_N[batch].nonzero()[:, 0] for side, there_N in self._there.items()}
+        """Return the loss of Eq. 5, and each of its terms by its name."""
+        rows = {side: has_N[batch].nonzero()[:, 0] for side, has_N in self._present.items()}
         views = [(self._names[side], rows[side]) for side in ("v", "v", "t", "t", "vt", "vt")]
-        v, v2, t, t2, vt, vt2 = self.tower.encode_views(batch, views, self.features)
-        both_v, both_t = (self._there["vt"][batch[rows[side]]] for side in ("v", "t"))
+        v, v2, t, t2, vt, vt2 = self.aligned.encode_views(batch, views, self.features)
+        both_v, both_t = (self._present["vt"][batch[rows[side]]] for side in ("v", "t"))
         config = self.config
         terms = {
             "v-v": (config.weight_vv, "v", v, v2),
@@ -185,31 +193,31 @@ class Alignment(Task[Tensor]):
         for name, (weight, label, x_MD, y_MD) in terms.items():
             item_M = items[label] if label in items else items["vt"]
             label_M = self._labels[label][item_M] if self._labels else None
-            losses[name] = contrast(x_MD, y_MD, 1 / self.tower.temperature, label_M)
+            losses[name] = contrast(x_MD, y_MD, 1 / self.aligned.temperature, label_M)
             total = total + weight * losses[name]
         return {"loss": total, **{name: value.detach() for name, value in losses.items()}}
 
     def split(self, config: TrainConfig) -> str:
-        """The held-out items."""
+        """Return a line about the held-out items."""
         pool_K = self.pools["validation"]
         return f"validation: {len(pool_K):,} held-out items, text to vision and back"
 
     def validate(self, config: TrainConfig) -> Validation:
-        """Text to vision and back among the items of validation; monitored is their mean."""
+        """Retrieve validation items from text to vision and back; monitor the mean of both."""
         pool_K = self.pools["validation"]
-        found = retrieve(self.model, self.features, pool_K)
+        ranks = retrieve(self.model, self.features, pool_K)
         metrics = {
             (direction, metric): float(values.mean())
-            for direction, ranks_K in found.items()
+            for direction, ranks_K in ranks.items()
             for metric, values in recalls(ranks_K).items()
         }
         known = dict.fromkeys(metric for _, metric in metrics)
         if config.monitor not in known:
             raise UserError(
-                f"monitor={config.monitor!r} is no metric of retrieval; known: {', '.join(known)}"
+                f"monitor={config.monitor!r} is not a retrieval metric; known: {', '.join(known)}"
             )
         means = {
-            metric: sum(metrics[direction, metric] for direction in found) / len(found)
+            metric: sum(metrics[direction, metric] for direction in ranks) / len(ranks)
             for metric in known
         }
         return Validation(
@@ -220,32 +228,32 @@ class Alignment(Task[Tensor]):
         )
 
     def _copies(self) -> dict[str, Tensor]:
-        """For each term, (N,) labels: equal where two items are the same to it."""
+        """Return (N,) labels for each term, equal for items that are copies in that term."""
         hashes = {name: _hash_rows(x_ND) for name, x_ND in self.features.vectors.items()}
-        found = {}
+        labels = {}
         for side, names in self._names.items():
             stacked = torch.stack([hashes[name] for name in names], dim=1)
-            found[side] = stacked.unique(dim=0, return_inverse=True)[1]
-        # (v, t): two items that share a picture, or a title, and so on through third ones.
-        group_N = torch.arange(self.features.n_items, device=self._there["vt"].device)
-        both_N = self._there["vt"]
+            labels[side] = stacked.unique(dim=0, return_inverse=True)[1]
+        # (v, t): items are copies if they share an image or a title, or are copies of a third item.
+        group_N = torch.arange(self.features.n_items, device=self._present["vt"].device)
+        both_N = self._present["vt"]
         while True:
             before_N = group_N
             for side in ("v", "t"):
-                label_N = found[side]
+                label_N = labels[side]
                 least = torch.full_like(group_N, self.features.n_items)
                 least.scatter_reduce_(0, label_N[both_N], group_N[both_N], "amin")
                 group_N = torch.where(both_N, least[label_N], group_N)
             if torch.equal(group_N, before_N):
-                return {**found, "either": group_N}
+                return {**labels, "either": group_N}
 
 
 def contrast(x_MD: Tensor, y_MD: Tensor, scale: float, label_M: Tensor | None) -> Tensor:
-    """Eq. 6: x to y and y to x, summed, with the negatives of all processes.
+    """Return the loss of Eq. 6: x to y plus y to x, with the negatives of all processes.
 
     Args:
         x_MD: (M, D), of unit length.
-        y_MD: (M, D), row by row of the same items.
+        y_MD: (M, D), of unit length; row m is the same item as in ``x_MD``.
         scale: 1 / temperature.
         label_M: (M,) int64; rows with equal labels are no negatives of each other.
     """
@@ -263,7 +271,7 @@ def contrast(x_MD: Tensor, y_MD: Tensor, scale: float, label_M: Tensor | None) -
 
 
 def _hash_rows(x_ND: Tensor) -> Tensor:
-    """(N,) int64: equal for equal rows, and by all odds only for them."""
+    """Return (N,) int64 hashes of rows; different rows have equal hashes with low probability."""
     factors = np.random.default_rng(0).integers(-(2**62), 2**62, x_ND.shape[1])
     factor_D = torch.from_numpy(factors * 2 + 1).to(x_ND.device)
     blocks = x_ND.view(torch.int32).split(2**16)

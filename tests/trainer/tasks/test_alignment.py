@@ -252,9 +252,9 @@ def test_a_resumed_alignment_ends_where_the_whole_one_does(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"holdout": 0.0}, "holdout=0.0 must be above 0 and below 0.5"),
-        ({"duplicates": "no"}, "duplicates='no' is not known; known: mask, keep"),
-        ({"weight_vt": -1.0}, "weight_vt=-1.0 must be at least 0"),
+        ({"holdout": 0.0}, "holdout=0.0 .*above 0 and below 0.5"),
+        ({"duplicates": "no"}, "duplicates.*'no'.*mask, keep"),
+        ({"weight_vt": -1.0}, "weight_vt=-1.0"),
         (
             dict.fromkeys(("weight_vv", "weight_tt", "weight_vt", "weight_joint"), 0.0),
             "all four weights are 0",
@@ -278,7 +278,5 @@ def test_what_cannot_be_aligned() -> None:
     with pytest.raises(UserError, match=r"too few items have text and vision \(.*holdout"):
         alignment(worlds.features(6))
     task = alignment(worlds.features(40))
-    with pytest.raises(
-        UserError, match=r"monitor='HR@20' is no metric of retrieval; known: Recall"
-    ):
+    with pytest.raises(UserError, match=r"monitor='HR@20' .*known: Recall"):
         task.validate(TrainConfig(monitor="HR@20"))

@@ -31,7 +31,7 @@ SMALL: dict[str, Any] = {"dim": 8, "heads": 2, "hidden": 16, "length": 5, "dropo
 
 def world(name: str) -> tuple[Recommender, TrainingData]:
     features = worlds.features(N)
-    known = {field.name for field in fields(MODELS[name].load().settings_class)}
+    known = {field.name for field in fields(MODELS.find(name).load().settings_class)}
     small = {key: value for key, value in SMALL.items() if key in known}
     return worlds.build(name, features, **small), worlds.training_data(
         worlds.cycles(n_items=N), features
@@ -81,9 +81,9 @@ def test_a_resumed_run_ends_where_the_whole_one_does_to_the_bit(
     stopped, _, _ = train(name, tmp_path / "torn", interrupt_at=interrupt_at)
     assert not stopped.finished
     torch.manual_seed(99)  # whatever the process drew before
-    resumed, other, more = train(name, tmp_path / "torn", resume=True)
+    resumed, other, resumed_rows = train(name, tmp_path / "torn", resume=True)
     assert resumed == whole
-    assert more == rows[-len(more) :]
+    assert resumed_rows == rows[-len(resumed_rows) :]
     for (key, mine), theirs in zip(
         model.state_dict().items(), other.state_dict().values(), strict=True
     ):
@@ -109,16 +109,16 @@ def test_the_mean_of_the_weights_is_what_is_saved(
     step = AdamW.step
 
     def spy(self: AdamW, *args: Any) -> Any:
-        found = step(self, *args)
+        result = step(self, *args)
         after.append(self.param_groups[0]["params"][0].detach().clone())
-        return found
+        return result
 
     monkeypatch.setattr(AdamW, "step", spy)
     _, plain, rows = train("sasrec", tmp_path / "plain", epochs=1)
     after.clear()
-    _, model, more = train("sasrec", tmp_path / "mean", epochs=1, average=0.3)
-    assert rows[0].losses == more[0].losses
-    assert rows[0].metrics != more[0].metrics
+    _, model, mean_rows = train("sasrec", tmp_path / "mean", epochs=1, average=0.3)
+    assert rows[0].losses == mean_rows[0].losses
+    assert rows[0].metrics != mean_rows[0].metrics
     assert torch.equal(items(plain), items(model))
     mean = items(world("sasrec")[0]).double()
     for number, weight in enumerate(after, 1):
@@ -130,8 +130,8 @@ def test_the_mean_of_the_weights_is_what_is_saved(
 
 
 def items(model: Recommender) -> Tensor:
-    held: Tensor = model.state_dict()["item.weight"]
-    return held.clone()
+    weight: Tensor = model.state_dict()["item_encoder.weight"]
+    return weight.clone()
 
 
 def test_one_ctrl_c_that_arrives_twice_is_one_and_a_later_one_raises(
@@ -240,19 +240,19 @@ def steps_of(
     folder: Path, monkeypatch: pytest.MonkeyPatch, clip: float
 ) -> list[tuple[float, float]]:
     """The learning rate and the norm of the gradient at each step of a short training."""
-    found: list[tuple[float, float]] = []
+    steps: list[tuple[float, float]] = []
     real = torch.optim.AdamW.step
 
     def step(self: torch.optim.AdamW) -> None:
         (group,) = self.param_groups
         norms = [parameter.grad.norm() for parameter in group["params"]]
-        found.append((group["lr"], float(torch.stack(norms).norm())))
+        steps.append((group["lr"], float(torch.stack(norms).norm())))
         real(self)
 
     with monkeypatch.context() as patch:
         patch.setattr(torch.optim.AdamW, "step", step)
         train("sasrec", folder, epochs=2, clip=clip, warmup=4, lr=1e-3)
-    return found
+    return steps
 
 
 def test_the_optimizer_steps_at_that_rate_with_clipped_gradients(
@@ -280,20 +280,21 @@ def test_groups_have_rates_and_decays_of_their_own(
             {"params": rest, "lr": config.lr, "weight_decay": config.weight_decay},
         ]
 
-    found: list[list[tuple[float, float]]] = []
+    rates: list[list[tuple[float, float]]] = []
     real = torch.optim.AdamW.step
 
     def step(self: torch.optim.AdamW) -> None:
-        found.append([(group["lr"], group["weight_decay"]) for group in self.param_groups])
+        rates.append([(group["lr"], group["weight_decay"]) for group in self.param_groups])
         real(self)
 
     monkeypatch.setattr(SASRec, "parameter_groups", groups)
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
     _, before, _ = train("sasrec", tmp_path / "whole", epochs=2, warmup=2, lr=1e-3)
-    assert found[0] == [(1.25e-4, 0.0), (5e-4, 0.01)]
-    assert found[-1] == [(2.5e-4, 0.0), (1e-3, 0.01)]
-    drawn = world("sasrec")[0].state_dict()["position.weight"]
-    assert torch.equal(before.state_dict()["position.weight"], drawn)
+    assert rates[0] == [(1.25e-4, 0.0), (5e-4, 0.01)]
+    assert rates[-1] == [(2.5e-4, 0.0), (1e-3, 0.01)]
+    frozen = "sequence_encoder.position.weight"
+    drawn = world("sasrec")[0].state_dict()[frozen]
+    assert torch.equal(before.state_dict()[frozen], drawn)
     train("sasrec", tmp_path / "torn", epochs=2, warmup=2, lr=1e-3, interrupt_at=3)
     _, after, _ = train("sasrec", tmp_path / "torn", epochs=2, warmup=2, lr=1e-3, resume=True)
     for key, value in before.state_dict().items():
@@ -304,8 +305,8 @@ def test_every_named_loss_is_kept_and_told(tmp_path: Path, monkeypatch: pytest.M
     real = SASRec.loss
 
     def loss(self: SASRec, batch: Batch) -> dict[str, Tensor]:
-        found = real(self, batch)["loss"]
-        return {"loss": found, "twice": 2 * found}
+        value = real(self, batch)["loss"]
+        return {"loss": value, "twice": 2 * value}
 
     monkeypatch.setattr(SASRec, "loss", loss)
     ticks: list[TrainProgress] = []
@@ -313,8 +314,8 @@ def test_every_named_loss_is_kept_and_told(tmp_path: Path, monkeypatch: pytest.M
     assert rows[1].losses["twice"] == pytest.approx(2 * rows[1].losses["loss"])
     assert ticks[-1].parts == {"twice": pytest.approx(2 * ticks[-1].loss)}
     record(tmp_path / "metrics.parquet", "sasrec", rows[0])
-    held = pq.read_table(tmp_path / "metrics.parquet").to_pylist()
-    named = {row["metric"]: row["value"] for row in held if row["split"] == "train"}
+    stored = pq.read_table(tmp_path / "metrics.parquet").to_pylist()
+    named = {row["metric"]: row["value"] for row in stored if row["split"] == "train"}
     assert named.pop("seconds") == rows[0].seconds > 0
     assert named == rows[0].losses
 
@@ -339,8 +340,9 @@ def test_compiling_is_asked_of_the_transformer(
 ) -> None:
     asked: list[torch.nn.Module] = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: asked.append(self))
+    model: Any
     _, model, _ = train("sasrec", tmp_path / "run", epochs=1, compile=True)
-    assert asked == [model.transformer]
+    assert asked == [model.sequence_encoder.transformer]
 
 
 def test_every_other_epoch_and_the_last_are_validated(tmp_path: Path) -> None:

@@ -42,8 +42,8 @@ def block(part: Any, x_TD: Tensor, causal: bool) -> Tensor:
 
 
 def transformer(part: Any, x_TD: Tensor, causal: bool) -> Tensor:
-    for one in part.blocks:
-        x_TD = block(one, x_TD, causal)
+    for layer in part.blocks:
+        x_TD = block(layer, x_TD, causal)
     return norm(part.norm, x_TD)
 
 
@@ -64,29 +64,32 @@ def test_sasrec_is_the_next_items_cross_entropy_at_every_position(score: str) ->
     batch = worlds.batch(sequences(ROWS), features, generator)
     mine = model.loss(batch)["loss"]
     mine.backward()
-    gradient = model.item.weight.grad.clone()
+    gradient = model.item_encoder.weight.grad.clone()
 
     model.zero_grad()
     model.double()
+    encoder = model.sequence_encoder
     pairs = []
     for row in ROWS:
         inputs, targets = row[:-1], row[1:]
         x_TD = torch.stack(
             [
-                model.item.weight[item] + model.position.weight[len(inputs) - 1 - slot]
+                model.item_encoder.weight[item] + encoder.position.weight[len(inputs) - 1 - slot]
                 for slot, item in enumerate(inputs)
             ]
         )
-        hidden = transformer(model.transformer, norm(model.norm, x_TD), causal=True)
+        hidden = transformer(encoder.transformer, norm(encoder.norm, x_TD), causal=True)
         pairs += list(zip(hidden, targets, strict=True))
-    item_ND = model.item.weight
+    item_ND = model.item_encoder.weight
     if score == "cosine":
         item_ND = item_ND / item_ND.norm(dim=1, keepdim=True)
         pairs = [(query / query.norm(), target) for query, target in pairs]
     expected = mean_cross_entropy(pairs, item_ND, 1 / 0.5)
     expected.backward()
     torch.testing.assert_close(mine.double(), expected, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(gradient.double(), model.item.weight.grad, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(
+        gradient.double(), model.item_encoder.weight.grad, rtol=1e-3, atol=1e-6
+    )
 
 
 def mmsrec_tokens(
@@ -108,8 +111,8 @@ def mmsrec_tokens(
             else:
                 continue
             token = token + model.position.weight[len(shown) - 1 - slot] + model.modality.weight[c]
-            if item is not None and model.config.ids:
-                token = token + model.config.dim**0.5 * model.id.weight[item]
+            if item is not None and model.settings.ids:
+                token = token + model.settings.dim**0.5 * model.id.weight[item]
             tokens.append(norm(model.norm, token))
             owners.append((slot, name))
     return torch.stack(tokens), owners
@@ -118,7 +121,7 @@ def mmsrec_tokens(
 def mmsrec_vector(
     model: Any, features: ItemFeatures, shown: list[int | None], slot: int, missing: str
 ) -> Tensor:
-    """What a slot of a sequence gives, when all of the sequence is looked at."""
+    """The vector of a slot that attends to the whole sequence."""
     tokens, owners = mmsrec_tokens(model, features, shown, missing)
     hidden = transformer(model.transformer, tokens, causal=False)
     heads = []
@@ -133,13 +136,13 @@ def mmsrec_vector(
 
 def mmsrec_items(model: Any, features: ItemFeatures, missing: str) -> Tensor:
     """Each item as a sequence of its own, with ``ids`` plus what is learned of it alone."""
-    found = []
+    vectors = []
     for item in range(N):
         vector = mmsrec_vector(model, features, [item], 0, missing)
-        if model.config.ids:
+        if model.settings.ids:
             vector = vector + model.id.weight[item]
-        found.append(vector / vector.norm())
-    return torch.stack(found)
+        vectors.append(vector / vector.norm())
+    return torch.stack(vectors)
 
 
 @pytest.mark.parametrize("ids", [False, True])
@@ -151,8 +154,8 @@ def test_mmsrec_is_the_cloze_task_over_the_catalogue(
     missing: str, corruption: str, below: float, others: int, ids: bool
 ) -> None:
     features = worlds.features(N)
-    more = {"missing": missing, "corruption": corruption, "ids": ids}
-    model: Any = build("mmsrec", features, mask_ratio=0.7, temperature=0.5, **more)
+    options = {"missing": missing, "corruption": corruption, "ids": ids}
+    model: Any = build("mmsrec", features, mask_ratio=0.7, temperature=0.5, **options)
     initialise(model, std=0.3)
     batch = worlds.batch(sequences(ROWS), features, torch.Generator().manual_seed(1))
     mine = model.loss(batch)["loss"]
@@ -193,10 +196,10 @@ def test_mmsrec_is_the_cloze_task_over_the_catalogue(
 @pytest.mark.parametrize("ids", [False, True])
 @pytest.mark.parametrize("missing", ["drop", "mask"])
 def test_mmsrec_predicts_the_next_item_from_each_prefix(missing: str, ids: bool) -> None:
-    """In a stack of one block, a causal tower's state is that of its prefix alone."""
+    """In a stack of one block, the state of a causal encoder is that of the prefix alone."""
     features = worlds.features(N)
-    more = {"objective": "next", "missing": missing, "temperature": 0.5, "layers": 1, "ids": ids}
-    model: Any = build("mmsrec", features, **more)
+    options = {"objective": "next", "missing": missing, "layers": 1, "ids": ids}
+    model: Any = build("mmsrec", features, temperature=0.5, **options)
     initialise(model, std=0.3)
     mine = model.loss(worlds.batch(sequences(ROWS), features, torch.Generator()))["loss"]
     model.double()
@@ -225,9 +228,9 @@ def test_the_share_of_predicted_positions_is_what_was_asked_for() -> None:
     assert len(queries[0]) == pytest.approx(400 * (1 + 0.2 * 5), rel=0.1)
 
 
-@pytest.mark.parametrize(("name", "history", "window"), [("sasrec", 6, 7), ("mmsrec", 5, 6)])
-def test_a_length_is_of_the_history_or_of_the_slots(name: str, history: int, window: int) -> None:
-    """sasrec reads ``length`` items; mmsrec's ``length`` holds the predicted slot as well."""
-    model = build(name, worlds.features(N))
-    assert model.history == history
-    assert model.window_sampling.length == window
+@pytest.mark.parametrize("name", worlds.trained_models())
+def test_a_length_counts_the_items_of_a_history(name: str) -> None:
+    """A window of the training holds the predicted item as well."""
+    model = build(name, worlds.features(N), length=6)
+    assert model.history == 6
+    assert model.window_sampling.length == 7

@@ -12,7 +12,7 @@ from torch import Tensor
 from tests.trainer import worlds
 from trainer.data.batches import ItemFeatures, Sequences, TrainSet
 from trainer.losses.base import ItemVectors
-from trainer.losses.softmax import full_softmax
+from trainer.losses.softmax import Softmax
 from trainer.models import mmsrec
 from trainer.models.base import Recommender
 from trainer.models.registry import MODELS
@@ -31,10 +31,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def build(name: str, features: ItemFeatures, **more: Any) -> Recommender:
-    more = OPTIONS.get(name, {}) | more
+def build(name: str, features: ItemFeatures, **settings: Any) -> Recommender:
+    settings = OPTIONS.get(name, {}) | settings
     name = name.split(",")[0]
-    return worlds.build(name, features, **more).eval()
+    return worlds.build(name, features, **settings).eval()
 
 
 def sequences(rows: list[list[int]], padding: int = 0, width: int = 0) -> Sequences:
@@ -52,15 +52,16 @@ def encode(model: Recommender, rows: Sequences, features: ItemFeatures) -> Tenso
 
 @contextmanager
 def queries_of_the_loss() -> Iterator[list[Tensor]]:
-    """Collect the queries (M, D) that mmsrec passes to its softmax."""
+    """Collect the queries (M, D) that a model passes to its softmax."""
     queries: list[Tensor] = []
+    softmax = Softmax.__call__
 
-    def spy(query_MD: Tensor, *args: Any) -> Tensor:
+    def spy(self: Softmax, query_MD: Tensor, *args: Any) -> Tensor:
         queries.append(query_MD)
-        return full_softmax(query_MD, *args)
+        return softmax(self, query_MD, *args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mmsrec, "full_softmax", spy)
+        patch.setattr(Softmax, "__call__", spy)
         yield queries
 
 
@@ -131,7 +132,7 @@ def test_the_loss_is_deterministic_and_reaches_every_parameter(name: str) -> Non
     assert without == []
 
 
-def test_what_stands_beyond_a_sequence_never_reaches_the_loss(name: str) -> None:
+def test_padding_never_reaches_the_loss(name: str) -> None:
     features = worlds.features(N)
     model = build(name, features)
     losses = []
@@ -147,11 +148,11 @@ def test_a_causal_encoder_never_looks_ahead() -> None:
     features = worlds.features(N)
     model: Any = build("sasrec", features)
     items = ItemVectors(vectors_KD=model.encode_items(features))
-    one = model.states(items, sequences([[1, 2, 3, 4]]))
-    other = model.states(items, sequences([[1, 2, 3, 9]]))
-    # Positions count from the end, so both rows have the same length here.
-    torch.testing.assert_close(one[:, :3], other[:, :3])
-    assert not torch.allclose(one[:, 3], other[:, 3], atol=1e-4)
+    states = model.states(items, sequences([[1, 2, 3, 4]]))
+    changed = model.states(items, sequences([[1, 2, 3, 9]]))
+    # Positions count from the end, so both rows have the same length.
+    torch.testing.assert_close(states[:, :3], changed[:, :3])
+    assert not torch.allclose(states[:, 3], changed[:, 3], atol=1e-4)
 
 
 def test_what_predicts_the_next_item_never_looks_ahead() -> None:
@@ -163,11 +164,11 @@ def test_what_predicts_the_next_item_never_looks_ahead() -> None:
             model.loss(worlds.batch(sequences([row]), features, torch.Generator()))
         return queries[0]
 
-    one, other = predicted([1, 2, 3, 4, 5]), predicted([1, 2, 3, 9, 5])
-    assert len(one) == 4
-    torch.testing.assert_close(one[:3], other[:3])
-    assert not torch.allclose(one[3], other[3], atol=1e-4)
-    torch.testing.assert_close(one[3:], encode(model, sequences([[1, 2, 3, 4]]), features))
+    queries, changed = predicted([1, 2, 3, 4, 5]), predicted([1, 2, 3, 9, 5])
+    assert len(queries) == 4
+    torch.testing.assert_close(queries[:3], changed[:3])
+    assert not torch.allclose(queries[3], changed[3], atol=1e-4)
+    torch.testing.assert_close(queries[3:], encode(model, sequences([[1, 2, 3, 4]]), features))
 
 
 def test_the_hidden_item_does_not_leak_into_its_prediction() -> None:
@@ -280,8 +281,8 @@ def test_ids_take_no_part_in_the_alignment_of_modalities(missing: str) -> None:
     features = worlds.features(N, missing=False)
     model: Any = build("mmsrec", features, ids=True, missing=missing)
     views = [(view, torch.arange(N)) for view in (["image"], ["image", "text"])]
-    found = model.encode_views(torch.arange(N), views, features)
-    sum(view.sum() for view in found).backward()
+    encoded = model.encode_views(torch.arange(N), views, features)
+    sum(view.sum() for view in encoded).backward()
     without = {name for name, value in model.named_parameters() if value.grad is None}
     assert without == {*model.unaligned}
     assert "id.weight" in without

@@ -1,6 +1,6 @@
 """Settings: frozen dataclasses whose fields carry their limits, from TOML files and ``--set``.
 
-A field's annotation says which values it takes::
+The annotation of a field gives its limits::
 
     @dataclass(frozen=True, kw_only=True)
     class Config(Settings):

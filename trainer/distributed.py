@@ -23,23 +23,23 @@ T = TypeVar("T")
 
 
 def is_distributed() -> bool:
-    """Whether this process was started as one of several."""
+    """Return True if ``torchrun`` started this process as one of several."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def world_size() -> int:
-    """W, how many processes train together."""
+    """Return the number of processes W that train together."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def process_rank() -> int:
-    """Which of them this is; the first one writes and speaks."""
+    """Return the number of this process; process 0 writes files and prints."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 @contextmanager
 def process_group() -> Iterator[None]:
-    """Meet the other processes, where ``torchrun`` has started several; else nothing."""
+    """Join the process group if ``torchrun`` has started several processes."""
     if not is_distributed():
         yield
         return
@@ -54,44 +54,44 @@ def process_group() -> Iterator[None]:
 
 
 def on_rank_zero(make: Callable[[], T]) -> T:
-    """Let the first process do something, and give all of them what it gave.
+    """Call a function in process 0, and return its result in all processes.
 
     Raises:
-        UserError: What the first one raised, in all of them.
+        UserError: The function raised it; it is raised in all processes.
     """
     if world_size() == 1:
         return make()
-    found: list[Any] = [None, None]
+    outcome: list[Any] = [None, None]  # result, message of an error
     if process_rank() == 0:
         try:
-            found[0] = make()
+            outcome[0] = make()
         except UserError as error:
-            found[1] = str(error)
+            outcome[1] = str(error)
         except BaseException:
-            found[1] = "the first process failed; what it says stands above"
-            dist.broadcast_object_list(found)
+            outcome[1] = "the first process failed; see its message above"
+            dist.broadcast_object_list(outcome)
             raise
-    dist.broadcast_object_list(found)
-    if found[1] is not None:
-        raise UserError(found[1])
-    value: T = found[0]
+    dist.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise UserError(outcome[1])
+    value: T = outcome[0]
     return value
 
 
 def all_reduce_mean(
     values: list[float], stop: bool, device: torch.device
 ) -> tuple[list[float], bool]:
-    """The means of the processes' values, and whether any of them wants to stop."""
+    """Return the means of values over the processes, and True if any process wants to stop."""
     if world_size() == 1:
         return values, stop
     sums = torch.tensor([*values, float(stop)], dtype=torch.float64, device=device)
     dist.all_reduce(sums)
-    found = sums.tolist()
-    return [value / world_size() for value in found[:-1]], found[-1] > 0
+    *totals, stops = sums.tolist()
+    return [value / world_size() for value in totals], stops > 0
 
 
 def global_mean_rows(rows: int, device: torch.device) -> float:
-    """The processes' mean number of rows: what a local sum is divided by to give a joint mean."""
+    """Return the mean number of rows of a process: the divisor of a local sum."""
     if world_size() == 1:
         return float(rows)
     total = torch.tensor(rows, device=device)
@@ -100,25 +100,25 @@ def global_mean_rows(rows: int, device: torch.device) -> float:
 
 
 def scale_to_global_mean(loss: Tensor, rows: Tensor) -> Tensor:
-    """Turn a mean over this process's rows into its share of the mean over all processes'."""
+    """Turn a mean over the rows of this process into its share of the mean over all rows."""
     mean = global_mean_rows(len(rows), rows.device)
     return loss if len(rows) == mean else loss * (len(rows) / mean)
 
 
 def rank_offset(rows: int, device: torch.device) -> int:
-    """Where this process's rows begin in what :func:`gather_rows` gives."""
+    """Return the position of this process's first row in the result of :func:`gather_rows`."""
     return sum(_counts(rows, device)[: process_rank()])
 
 
 def gather_ids(ids_M: Tensor) -> Tensor:
-    """The ids of all processes' rows, in the order of the processes."""
+    """Return the ids of the rows of all processes, in the order of the processes."""
     if world_size() == 1:
         return ids_M
     return _gathered(ids_M, _counts(len(ids_M), ids_M.device))
 
 
 def gather_rows(x_MD: Tensor) -> Tensor:
-    """The rows of all processes, in their order; each process gets its own rows' gradients."""
+    """Return the rows of all processes in their order; gradients go back to the owner."""
     if world_size() == 1:
         return x_MD
     rows: Tensor = _Gather.apply(x_MD)
@@ -133,9 +133,9 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        """The sum over processes of the gradients of this one's rows: a reduce-scatter."""
-        # One reduction to each owner: unlike reduce_scatter, every backend knows it, and shares
-        # need not be of one size.
+        """Return the sum over processes of the gradients of this process's rows."""
+        # One reduction to each owner: unlike reduce_scatter, every backend has it, and it takes
+        # shares of different sizes.
         parts: list[Tensor] = [part.contiguous() for part in grad.split(ctx.counts)]
         for owner, part in enumerate(parts):
             dist.reduce(part, owner)
@@ -145,15 +145,15 @@ class _Gather(torch.autograd.Function):
 def _counts(rows: int, device: torch.device) -> list[int]:
     if world_size() == 1:
         return [rows]
-    found = [torch.zeros((), dtype=torch.int64, device=device) for _ in range(world_size())]
-    dist.all_gather(found, torch.tensor(rows, device=device))
-    return [int(count) for count in found]
+    counts = [torch.zeros((), dtype=torch.int64, device=device) for _ in range(world_size())]
+    dist.all_gather(counts, torch.tensor(rows, device=device))
+    return [int(count) for count in counts]
 
 
 def _gathered(x_M: Tensor, counts: list[int]) -> Tensor:
-    """Gather shares of different sizes: padded to the largest, cut again."""
+    """Gather parts of different sizes: pad them to the largest, gather, and cut them."""
     padded = x_M.new_zeros((max(counts), *x_M.shape[1:]))
     padded[: len(x_M)] = x_M.detach()
-    found = [torch.empty_like(padded) for _ in counts]
-    dist.all_gather(found, padded)
-    return torch.cat([part[:count] for part, count in zip(found, counts, strict=True)])
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])

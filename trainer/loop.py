@@ -24,8 +24,8 @@ from trainer.ema import ExponentialMovingAverage
 from trainer.optimizer import Optimizer
 from trainer.tasks.base import Task, Validation
 
-_ONE_INTERRUPT = 1.0  # seconds in which signals are the same Ctrl-C
-_SAVE_SECONDS = 300.0  # a killed run loses at most this, whatever an epoch takes
+_ONE_INTERRUPT = 1.0  # seconds in which several signals count as one Ctrl-C
+_SAVE_SECONDS = 300.0  # a killed run loses at most this
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -152,7 +152,7 @@ def test_another_setting_or_other_features_are_another_run(root: str, file: str)
 def test_what_a_run_cannot_be_is_refused_before_the_first_one(root: str, file: str) -> None:
     for line, message in (
         ("colour = 3", "table.toml, fusion=sum, sequence_encoder=sasrec: unknown setting 'colour'"),
-        ("loss = ['bce', 'mse']", "the axis 'loss' stands in neither rows nor columns"),
+        ("loss = ['bce', 'mse']", "the axis 'loss' is named neither"),
         ("dataset = 'none'", "dataset 'none' is not prepared"),
         ("features = 'video'", "has no feature table 'video'"),
     ):
@@ -229,7 +229,7 @@ def test_weights_that_changed_since_the_plan_are_not_trained_from(root: str, fil
     planned = runs_grid.plan_grid(warehouse, read_grid(Path(file)))
     path = warehouse.runs_dir / "source" / "model.safetensors"
     tensors, held = read_tensors(path, "")
-    tensors["item.weight"] += 1
+    tensors["item_encoder.weight"] += 1
     save_file(tensors, path, metadata={"mmrec": json.dumps(held)})
     outcome = next(runs_grid.run_grid(warehouse, planned))
     assert outcome.state == "failed"

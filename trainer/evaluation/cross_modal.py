@@ -1,7 +1,8 @@
-"""Retrieval across modalities: from an item's text to its picture or clip, and back.
+"""Retrieval across modalities: from an item's text to its image or video, and back.
 
-Each item of a pool is encoded twice, by its text alone and by what is seen of it alone; a query
-looks for its own item among all items of the pool. Ranks are exact, ties count against the model.
+Each item of a pool is encoded twice: by its text alone, and by its image and video alone. A query
+is ranked among all items of the pool, and its own item is the target. Ranks are exact, and ties
+count against the model.
 
 Legend: N items, K items of the pool, D width.
 """
@@ -27,14 +28,14 @@ _AT_ONCE = 4096
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sides:
-    """Which modalities are written, and which are seen."""
+    """The modalities of the text side and of the vision side."""
 
     vision: tuple[str, ...]
     text: tuple[str, ...]
 
     @classmethod
     def of(cls, features: ItemFeatures) -> "Sides":
-        """Sort modalities; joint vectors are of both sides, and of none.
+        """Return the sides of the modalities; joint vectors belong to neither.
 
         Raises:
             UserError: One side is empty.
@@ -50,17 +51,17 @@ class Sides:
         return cls(vision=vision, text=text)
 
     def present(self, features: ItemFeatures) -> tuple[Tensor, Tensor]:
-        """(N,) bool each: items of which something is seen, and something written."""
+        """Return the items that have vision, and those that have text: (N,) bool each."""
         sides = (self.vision, self.text)
-        seen_N, written_N = (
+        has_vision_N, has_text_N = (
             torch.stack([features.present[name] for name in side]).any(0) for side in sides
         )
-        return seen_N, written_N
+        return has_vision_N, has_text_N
 
 
 @torch.no_grad()
 def encode_sides(model: Any, features: ItemFeatures, pool_K: Tensor) -> tuple[Tensor, Tensor]:
-    """Encode the pool by what is seen alone and by text alone: (K, D) float32 each.
+    """Encode the pool by vision alone and by text alone: (K, D) float32 each.
 
     The model is put into evaluation mode and left as it was.
 
@@ -70,13 +71,13 @@ def encode_sides(model: Any, features: ItemFeatures, pool_K: Tensor) -> tuple[Te
     sides = Sides.of(features)
     was_training = model.training
     model.eval()
-    found = []
+    encoded = []
     for items in pool_K.split(_AT_ONCE):
         all_rows = torch.arange(len(items), device=items.device)
         views = [(sides.vision, all_rows), (sides.text, all_rows)]
-        found.append(model.encode_views(items, views, features))
+        encoded.append(model.encode_views(items, views, features))
     model.train(was_training)
-    vision_KD, text_KD = (torch.cat(parts).float() for parts in zip(*found, strict=True))
+    vision_KD, text_KD = (torch.cat(parts).float() for parts in zip(*encoded, strict=True))
     if not (vision_KD.isfinite().all() and text_KD.isfinite().all()):
         raise UserError(
             "the vectors are not finite: the training diverged; train again with a lower lr"
@@ -85,7 +86,7 @@ def encode_sides(model: Any, features: ItemFeatures, pool_K: Tensor) -> tuple[Te
 
 
 def both_ways(vision_KD: Tensor, text_KD: Tensor) -> dict[str, Ints]:
-    """(K,) rank of each query's own item, from 1, for each direction."""
+    """Return the rank of each query's own item (K,), from 1, for each direction."""
     targets = np.arange(len(text_KD))
     return {
         TO_VISION: rank(text_KD, vision_KD, targets).kept,
@@ -99,14 +100,16 @@ def retrieve(model: Any, features: ItemFeatures, pool_K: Tensor) -> dict[str, In
 
 
 def recalls(ranks: Ints) -> dict[str, PerUser]:
-    """Recall@1, 5, 10 and MRR of each query."""
+    """Return Recall@1, 5, 10 and MRR of each query."""
     return {f"Recall@{k}": hit_rate(ranks, k) for k in CUTOFFS} | {"MRR": reciprocal_rank(ranks)}
 
 
-def retrieval_rows(split: str, ranker: str, found: dict[str, Ints]) -> list[dict[str, Any]]:
-    """Rows of the metrics table, with intervals over queries."""
+def retrieval_rows(
+    split: str, ranker: str, ranks_by_direction: dict[str, Ints]
+) -> list[dict[str, Any]]:
+    """Return rows of the metrics table, with intervals over queries."""
     rows = []
-    for direction, ranks in found.items():
+    for direction, ranks in ranks_by_direction.items():
         values = recalls(ranks)
         matrix = np.stack(list(values.values()), axis=1)
         low, high = bootstrap(matrix)
@@ -123,9 +126,10 @@ def retrieval_rows(split: str, ranker: str, found: dict[str, Ints]) -> list[dict
 
 
 def raw_sides(features: ItemFeatures, pool_K: Tensor) -> tuple[Tensor, Tensor] | None:
-    """The features themselves, of unit length, where text and vision have vectors of one width.
+    """Return the features themselves, normalised, if text and vision vectors have one width.
 
-    CLIP's can be compared so; of other backbones equal widths mean nothing, and it will show.
+    Features of CLIP can be compared in this way. For other backbones equal widths mean nothing, and
+    the ranks show it.
     """
     sides = Sides.of(features)
     for seen in sides.vision:

@@ -1,11 +1,11 @@
-"""The protocol of an evaluation in words, as it stands below every table."""
+"""The protocol of an evaluation in words, printed below every table."""
 
 from features.splits import COLD_BELOW
 from features.warehouse import DatasetInfo
 
 
 def protocol_lines(info: DatasetInfo) -> list[str]:
-    """The protocol of a dataset, a statement a line."""
+    """Return the protocol of a dataset, one statement a line."""
     core = f"{info.k_core}-core" if info.k_core > 1 else "no k-core"
     order = "by time, ties in file order" if info.timestamps else "in file order (no times)"
     return [

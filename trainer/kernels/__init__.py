@@ -1,1 +1,1 @@
-"""Kernels: code that exists only for speed, each beside its plain form."""
+"""Kernels: code that exists only for speed, each next to its plain form."""

@@ -142,8 +142,8 @@ class Recommender(nn.Module, ABC):
         """Score a block of items for histories: (B, C).
 
         By default the inner products. A model that is no inner product overrides it and sets
-        ``has_vectors = False``; ``encode_items`` then returns whatever its :meth:`score` needs of
-        each item.
+        ``has_vectors = False``; ``encode_items`` then returns the tensor of each item that its
+        :meth:`score` needs.
 
         Args:
             item_vectors_ND: The result of :meth:`encode_items`.

@@ -1,4 +1,4 @@
-"""What models with a causal sequence encoder share: every position predicts the item after it.
+"""The base class of models with a causal sequence encoder: each position predicts the next item.
 
 Legend: B batch, L sequence length, N items, K distinct items, M predicted positions, D width.
 """

@@ -33,7 +33,7 @@ class Setting:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelDescription:
-    """What ``mmrec models NAME`` prints."""
+    """The description that ``mmrec models NAME`` prints."""
 
     model: str
     summary: str

@@ -22,7 +22,7 @@ from retrieval.significance import bootstrap
 from trainer.checkpoint import load_weights
 from trainer.evaluation.protocol import protocol_lines
 from trainer.evaluation.ranking import REFERENCES, SplitRanks, build_reference, rank_split
-from trainer.runs.folder import held_metrics, replace_metrics, run_lock
+from trainer.runs.folder import replace_metrics, run_lock, stored_metrics
 from trainer.runs.run import Run
 
 SPLITS = ("validation", "test")
@@ -80,7 +80,7 @@ def _evaluate(
     warehouse: Warehouse, run: Run, index: str, on_stage: Callable[[str], None]
 ) -> EvalReport:
     load_weights(run.weights, run.model, run.spec.identity())
-    held_metrics(run.folder / "metrics.parquet")  # a damaged table is reported before anything goes
+    stored_metrics(run.folder / "metrics.parquet")  # report a damaged table first
     dataset, batch_size = run.data.dataset, run.config.eval_batch
     references = [name for name in REFERENCES if name != run.spec.model]
     rows: list[dict[str, Any]] = []

@@ -1,4 +1,4 @@
-"""The retrieval protocol of a run: how well text finds its picture or clip, and back."""
+"""The retrieval protocol of a run: from an item's text to its image or video, and back."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,11 +29,11 @@ _ALL = "all items"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RetrievalReport:
-    """What ``mmrec eval --protocol retrieval`` prints."""
+    """The result of ``mmrec eval --protocol retrieval``."""
 
     run: str
     dataset: str
-    """Whose items are retrieved."""
+    """Dataset whose items are retrieved."""
     model: str
     features: list[str]
     protocol: list[str]
@@ -50,15 +50,15 @@ def evaluate_retrieval(
 ) -> RetrievalReport:
     """Rank a pool of items across modalities by the run's best weights.
 
-    Beside the model stand the same model as it was drawn, and the features themselves where both
-    sides have vectors of one width. What is found on the run's own items is kept in its metrics.
+    References are the same model with random weights, and the features themselves if both sides
+    have vectors of one width. Results on the run's own items are stored in its metrics.
 
     Args:
-        warehouse: Holds the dataset.
-        run: Its weights are loaded here.
+        warehouse: Warehouse with the dataset.
+        run: The run; its weights are loaded here.
         dataset: Another prepared dataset, with features of the same backbones; ``None``: the
-            run's own, of a pre-training the items that it has held out.
-        on_stage: Told what is being done.
+            run's own dataset, and for a pre-training the items that it holds out.
+        on_stage: Called with the name of each stage.
 
     Raises:
         UserError: The recommender cannot encode one modality alone, the features differ, no item
@@ -73,13 +73,13 @@ def evaluate_retrieval(
     rows: list[dict[str, Any]] = []
     raw = False
     with run_lock(run.folder):
-        on_stage("ranking by the model as it was drawn")
+        on_stage("ranking by the untrained model")
         drawn = {split: retrieve(run.model, features, pool_K) for split, pool_K in pools.items()}
         load_weights(run.weights, run.model, run.spec.identity())
         for split, pool_K in pools.items():
             on_stage(f"ranking {len(pool_K):,} items of {split} by {run.spec.model}")
-            found = retrieve(run.model, features, pool_K)
-            rows += retrieval_rows(split, run.spec.model, found)
+            ranks = retrieve(run.model, features, pool_K)
+            rows += retrieval_rows(split, run.spec.model, ranks)
             rows += retrieval_rows(split, "untrained", drawn[split])
             sides = raw_sides(features, pool_K)
             if sides is not None:
@@ -89,7 +89,7 @@ def evaluate_retrieval(
             replace_metrics(
                 run.folder / "metrics.parquet",
                 rows,
-                lambda held: held["phase"] == "eval" and held["targets"] in (TO_VISION, TO_TEXT),
+                lambda row: row["phase"] == "eval" and row["targets"] in (TO_VISION, TO_TEXT),
             )
     return RetrievalReport(
         run=run.name,
@@ -113,7 +113,7 @@ def _pools(
             for key in mine.keys() - {"content"}:
                 if mine[key] != other[key]:
                     raise UserError(
-                        f"the {mine['modality']} features of {dataset!r} are others than those of"
+                        f"the {mine['modality']} features of {dataset!r} differ from those of"
                         f" run {run.name!r}: {key} {other[key]!r}, not {mine[key]!r};"
                         " extract them with the same backbone"
                     )
@@ -137,7 +137,7 @@ def _protocol(splits: list[str], raw: bool) -> list[str]:
     lines = [
         f"{pool}; each is a query in both directions",
         "exact ranks, ties against the model; 95% intervals: bootstrap over queries",
-        "untrained: the same model as it was drawn",
+        "untrained: the same model with random weights",
     ]
     if raw:
         lines.append("features: cosine of the backbones' own vectors, which have one width")

@@ -20,35 +20,37 @@ if TYPE_CHECKING:
     from trainer.loop import EpochRow
 
 SECONDS = "seconds"
-"""What a metrics table calls the time that an epoch took."""
+"""Name of the metric that holds the duration of an epoch."""
 FORMAT = 2
 """Version of run folders: names of settings, weights and columns. mmrec 0.1 wrote none."""
 _ABOUT: dict[str, type] = {"model": str, "dataset": str, "features": list, "fingerprint": str}
 
 
 def run_lock(folder: Path) -> AbstractContextManager[None]:
-    """What everybody holds who writes into a run's folder.
+    """Return the lock that every process holds while it writes into a run's folder.
 
     Raises:
-        UserError: Another process holds it.
+        UserError: Another process holds the lock.
     """
     return lock(folder / ".lock", f"run {folder.name}")
 
 
 @contextmanager
-def create_run_dir(runs: Path, name: str | None, stamp: datetime, what: str) -> Iterator[Path]:
-    """Make a new run's folder, which two cannot do; if the body fails, it vanishes.
+def create_run_dir(runs: Path, name: str | None, stamp: datetime, title: str) -> Iterator[Path]:
+    """Create the folder of a new run; it is removed if the body fails.
+
+    Only one process can create a folder, so two runs never share one.
 
     Args:
         runs: The folder of all runs.
-        name: The run's name; ``None``: made of ``stamp``, then of the time now, and ``what``.
-        stamp: When the run began.
-        what: What it trains on what.
+        name: Name of the run; ``None``: ``stamp`` and ``title``.
+        stamp: Start of the run. If the folder of this second exists, the time now is taken.
+        title: Dataset and model.
 
     Raises:
-        UserError: The name that was given is taken.
+        UserError: The given name is taken.
     """
-    folder = runs / (name if name is not None else f"{stamp:%Y%m%d-%H%M%S}-{what}")
+    folder = runs / (name if name is not None else f"{stamp:%Y%m%d-%H%M%S}-{title}")
     while True:
         try:
             folder.mkdir(parents=True)
@@ -56,7 +58,7 @@ def create_run_dir(runs: Path, name: str | None, stamp: datetime, what: str) -> 
         except FileExistsError:
             if name is not None:
                 raise _taken(folder) from None
-            folder = runs / f"{datetime.now(UTC):%Y%m%d-%H%M%S-%f}-{what}"
+            folder = runs / f"{datetime.now(UTC):%Y%m%d-%H%M%S-%f}-{title}"
     try:
         yield folder
     except BaseException:
@@ -67,21 +69,17 @@ def create_run_dir(runs: Path, name: str | None, stamp: datetime, what: str) -> 
 def _taken(folder: Path) -> UserError:
     if (folder / "config.toml").exists():
         return UserError(
-            f"run {folder.name!r} is there already; give another name by --name, or go on with it:"
+            f"run {folder.name!r} exists already; give another name by --name, or resume it:"
             f" mmrec train --resume --run {folder.name}"
         )
     return UserError(
-        f"{folder} is there already, and is no run: one is just beginning, or was killed when it"
-        " began; give another name by --name, or remove the folder"
+        f"{folder} exists already and is no run: a run is being created, or was killed while it was"
+        " created; give another name by --name, or remove the folder"
     )
 
 
 def check_run_name(name: str) -> None:
-    """Refuse a name that cannot be a folder's.
-
-    Raises:
-        UserError: Says which can.
-    """
+    """Raise a UserError unless a name can be the name of a folder."""
     try:
         Warehouse.check_name(name)
     except UserError:
@@ -92,10 +90,10 @@ def check_run_name(name: str) -> None:
 
 
 def read_about(path: Path) -> dict[str, Any]:
-    """What a run's ``config.toml`` says of the run itself: model, dataset, features, fingerprint.
+    """Read the table ``[run]`` of a run's ``config.toml``: model, dataset, features, fingerprint.
 
     Raises:
-        UserError: It cannot be read, or says something that is no such thing.
+        UserError: The file cannot be read, or an entry has the wrong type.
     """
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -112,10 +110,10 @@ def read_about(path: Path) -> dict[str, Any]:
 
 
 def record(path: Path, model: str, row: "EpochRow") -> None:
-    """Put an epoch's rows into a run's metrics table, in place of any of this epoch or later.
+    """Write an epoch's rows into a run's metrics table; rows of this epoch or later are replaced.
 
-    What an evaluation has written goes, and its predictions with it: training is about to write
-    other weights.
+    The rows and the predictions of an evaluation are removed: training is about to write other
+    weights.
     """
     values: list[tuple[str, str, str, str, float, int | None]] = [
         ("train", "all", "none", name, value, None) for name, value in row.losses.items()
@@ -123,7 +121,7 @@ def record(path: Path, model: str, row: "EpochRow") -> None:
     if row.seconds:
         values.append(("train", "all", "none", SECONDS, row.seconds, None))
     for (kind, metric), value in row.metrics.items():
-        # A direction of retrieval says what is looked for, and nothing has been seen there.
+        # A direction of retrieval is stored in the column targets; it has no seen items.
         targets, seen = ("all", kind) if kind in ("filtered", "kept") else (kind, "none")
         values.append(("validation", targets, seen, metric, value, row.users))
     rows = [
@@ -134,22 +132,22 @@ def record(path: Path, model: str, row: "EpochRow") -> None:
         for split, targets, seen, metric, value, users in values
     ]  # fmt: skip
     path.with_name("predictions.parquet").unlink(missing_ok=True)
-    replace_metrics(path, rows, lambda held: held["phase"] == "eval" or held["epoch"] >= row.epoch)
+    replace_metrics(path, rows, lambda old: old["phase"] == "eval" or old["epoch"] >= row.epoch)
 
 
 def replace_metrics(
     path: Path, rows: list[dict[str, Any]], replaced: Callable[[dict[str, Any]], bool]
 ) -> None:
-    """Add rows to a run's metrics table; those already there for which ``replaced`` holds go."""
-    rows = [row for row in held_metrics(path) if not replaced(row)] + rows
+    """Add rows to a run's metrics table; old rows for which ``replaced`` is true are removed."""
+    rows = [row for row in stored_metrics(path) if not replaced(row)] + rows
     write_table(path, pa.Table.from_pylist(rows, schema=METRICS_SCHEMA), compression="zstd")
 
 
-def held_metrics(path: Path, remedy: str = "remove it") -> list[dict[str, Any]]:
-    """The rows of a run's metrics table; none where there is no table yet.
+def stored_metrics(path: Path, remedy: str = "remove it") -> list[dict[str, Any]]:
+    """Return the rows of a run's metrics table; no rows if there is no table yet.
 
     Raises:
-        UserError: It is damaged, or has other columns.
+        UserError: The table is damaged, or has other columns.
     """
     if not path.exists():
         return []

@@ -18,7 +18,7 @@ from trainer.config import SettingSources
 from trainer.evaluation.ranking import REFERENCES
 from trainer.loop import TrainProgress
 from trainer.runs.evaluate import evaluate
-from trainer.runs.folder import held_metrics
+from trainer.runs.folder import stored_metrics
 from trainer.runs.grid_file import Combination, Grid, setting_text
 from trainer.runs.run import create_run, open_run, train_run
 from trainer.runs.spec import InitialWeights, RunSpec
@@ -200,7 +200,7 @@ def _train(
 
 def _own_rows(folder: Path) -> list[dict[str, Any]]:
     """Return the rows of the evaluation that are the model's own."""
-    rows = held_metrics(folder / "metrics.parquet", "remove the run's folder")
+    rows = stored_metrics(folder / "metrics.parquet", "remove the run's folder")
     evaluated = [row for row in rows if row["phase"] == "eval"]
     own = [row for row in evaluated if row["ranker"] not in REFERENCES]
     return own or evaluated  # the run of a reference model itself

@@ -33,28 +33,28 @@ Scalar = str | int | float | bool
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Combination:
-    """One run of a grid, as the file asks for it."""
+    """One run of a grid, in the words of the file."""
 
     keys: dict[str, str]
-    """Axis -> its value here, as text; the variants' axis has the variant's name."""
+    """Axis -> its value as text; for an axis of variants, the name of the variant."""
     model: str
     dataset: str | None
     features: str | None
     init: str | None
-    """The run whose best weights it starts from."""
+    """The run whose best weights are the initial weights."""
     transfer: str | None
-    """Which of them; needs ``init``."""
+    """Which of these weights; needs ``init``."""
     settings: dict[str, Scalar]
 
     @property
     def label(self) -> str:
-        """All keys in one line."""
+        """All axes with their values, on one line."""
         return ", ".join(f"{key}={value}" for key, value in self.keys.items()) or self.model
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Grid:
-    """What a file asks for: the combinations, and how the table of results looks."""
+    """The combinations of a grid file, and the layout of its table of results."""
 
     path: Path
     rows: list[str]
@@ -108,8 +108,8 @@ def _grid(path: Path, document: dict[str, Any]) -> Grid:
     placed = [*rows, *columns]
     for key in axes:
         if placed.count(key) != 1 and (key != SEED or key in placed):
-            many = "in neither rows nor columns" if key not in placed else "twice in the table"
-            raise UserError(f"the axis {key!r} stands {many}; name it once")
+            place = "neither in rows nor in columns" if key not in placed else "twice"
+            raise UserError(f"the axis {key!r} is named {place}; name it once in rows or columns")
     metrics = document.get("metrics", ["HR@10", "NDCG@10"])
     if not metrics:
         raise UserError("metrics=[] leaves the table empty; name one, or leave the key out")
@@ -119,7 +119,7 @@ def _grid(path: Path, document: dict[str, Any]) -> Grid:
     split, seen = document.get("split", "test"), document.get("seen", "filtered")
     for name, value, known in (("split", split, SPLITS), ("seen", seen, SEEN)):
         if value not in known:
-            raise UserError(f"{name}={value!r} is not known; known: {', '.join(known)}")
+            raise unknown(name, str(value), list(known))
     return Grid(
         path=path,
         rows=rows,
@@ -132,25 +132,25 @@ def _grid(path: Path, document: dict[str, Any]) -> Grid:
 
 
 def _axes(runs: dict[str, Any]) -> dict[str, dict[str, dict[str, Scalar]]]:
-    """Axis -> value as text -> what it sets, in the file's order."""
+    """Return axis -> value as text -> the settings of the value, in the order of the file."""
     axes: dict[str, dict[str, dict[str, Scalar]]] = {}
     setters: dict[str, str] = {}
     for key, value in runs.items():
         if isinstance(value, list):
-            found = {setting_text(entry) or "-": {key: _scalar(key, entry)} for entry in value}
-            if len(found) < len(value):
+            values = {setting_text(entry) or "-": {key: _scalar(key, entry)} for entry in value}
+            if len(values) < len(value):
                 raise UserError(f"{key} has one value twice")
         elif isinstance(value, dict):
-            found = {name: _variant(key, name, sets) for name, sets in value.items()}
+            values = {name: _variant(key, name, sets) for name, sets in value.items()}
         else:
             _scalar(key, value)
             continue
-        if not found:
+        if not values:
             raise UserError(f"{key} is empty; give it a value, or leave it out")
         if key in _RESULT:
             raise UserError(f"an axis cannot be called {key!r}: so is a column of the result")
-        axes[key] = found
-        for name in {name for sets in found.values() for name in sets}:
+        axes[key] = values
+        for name in {name for sets in values.values() for name in sets}:
             if name in setters:
                 raise UserError(f"{name} is set by {setters[name]} and by {key}; set it by one")
             setters[name] = key
@@ -159,7 +159,7 @@ def _axes(runs: dict[str, Any]) -> dict[str, dict[str, dict[str, Scalar]]]:
 
 def _variant(key: str, name: str, sets: Any) -> dict[str, Scalar]:
     if not isinstance(sets, dict):
-        raise UserError(f"{key}.{name}={sets!r} must be a table of what this variant sets")
+        raise UserError(f"{key}.{name}={sets!r} must be a table of settings")
     return {inner: _scalar(f"{key}.{name}.{inner}", value) for inner, value in sets.items()}
 
 
@@ -179,7 +179,7 @@ def _cross(
 ) -> list[Combination]:
     count = int(np.prod([len(values) for values in axes.values()], dtype=object))
     if count > _MOST:
-        raise UserError(f"these are {count} combinations; at most {_MOST} are taken")
+        raise UserError(f"the grid has {count} combinations; give at most {_MOST}")
     combinations = []
     for names in itertools.product(*axes.values()):
         keys = dict(zip(axes, names, strict=True))
@@ -220,9 +220,9 @@ class Cell:
 
     value: float
     spread: float | None
-    """Standard deviation over seeds; nothing where there is one."""
+    """Standard deviation over seeds; ``None`` for a single seed."""
     best: bool
-    """Whether no other row has more in this column."""
+    """True if no other row has a higher value in this column."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -232,39 +232,39 @@ class Pivot:
     row_keys: list[tuple[str, ...]]
     column_keys: list[tuple[str, ...]]
     cells: dict[tuple[tuple[str, ...], tuple[str, ...], str], Cell]
-    """(row, column, metric) -> the figure; absent where no run has ended."""
+    """(row, column, metric) -> the figure; absent if no run has ended."""
 
 
 def pivot(grid: Grid, values: Sequence[Mapping[str, float] | None]) -> Pivot:
-    """Arrange what the runs gave.
+    """Arrange the values of the runs as a table.
 
     Args:
         grid: The grid.
-        values: For each combination metric -> value; ``None``: it has none.
+        values: For each combination metric -> value; ``None`` if its run has not ended.
     """
     places = [
         (
-            tuple(one.keys[key] for key in grid.rows),
-            tuple(one.keys[key] for key in grid.columns),
+            tuple(combination.keys[key] for key in grid.rows),
+            tuple(combination.keys[key] for key in grid.columns),
         )
-        for one in grid.combinations
+        for combination in grid.combinations
     ]
-    found: dict[tuple[tuple[str, ...], tuple[str, ...], str], list[float]] = {}
-    for (row, column), held in zip(places, values, strict=True):
-        for metric in grid.metrics if held is not None else ():
-            assert held is not None
-            found.setdefault((row, column, metric), []).append(held[metric])
-    means = {place: float(np.mean(some)) for place, some in found.items()}
+    figures: dict[tuple[tuple[str, ...], tuple[str, ...], str], list[float]] = {}
+    for (row, column), run_values in zip(places, values, strict=True):
+        if run_values is not None:
+            for metric in grid.metrics:
+                figures.setdefault((row, column, metric), []).append(run_values[metric])
+    means = {place: float(np.mean(seeds)) for place, seeds in figures.items()}
     top: dict[tuple[tuple[str, ...], str], float] = {}
     for (_, column, metric), value in means.items():
         top[column, metric] = max(value, top.get((column, metric), value))
     cells = {
         (row, column, metric): Cell(
             value=means[row, column, metric],
-            spread=float(np.std(some, ddof=1)) if len(some) > 1 else None,
+            spread=float(np.std(seeds, ddof=1)) if len(seeds) > 1 else None,
             best=means[row, column, metric] == top[column, metric],
         )
-        for (row, column, metric), some in found.items()
+        for (row, column, metric), seeds in figures.items()
     }
     return Pivot(
         row_keys=list(dict.fromkeys(row for row, _ in places)),

@@ -1,4 +1,4 @@
-"""What the folder of a run tells of it, read without building its model: no torch here."""
+"""Read the folder of a run without building its model. No torch here."""
 
 import json
 import tomllib
@@ -11,45 +11,45 @@ from safetensors import SafetensorError, safe_open
 
 from features.errors import UserError
 from features.warehouse import Warehouse
-from trainer.runs.folder import held_metrics, read_about
+from trainer.runs.folder import read_about, stored_metrics
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Record:
-    """A run as it describes itself."""
+    """The files of a run, read."""
 
     folder: Path
     about: dict[str, Any]
-    """``[run]`` of its ``config.toml``: model, dataset, features, fingerprint, ..."""
+    """Table ``[run]`` of its ``config.toml``: model, dataset, features, fingerprint, ..."""
     settings: dict[str, Any]
-    """All its settings, in one flat space, as ``--set`` knows them."""
+    """All settings in one flat space, as ``--set`` takes them."""
     identity: dict[str, Any]
-    """What its best weights are for; empty where there are none yet."""
+    """Identity that its best weights were saved with; empty if there are no weights yet."""
 
     @property
     def name(self) -> str:
-        """The run's name."""
+        """Name of the run."""
         return self.folder.name
 
     @property
     def pretraining(self) -> bool:
-        """Whether it recommends nothing."""
+        """True if the run is a pre-training, which recommends nothing."""
         return bool(self.about.get("stage"))
 
 
 def read_record(warehouse: Warehouse, name: str) -> Record:
-    """Read the configuration of a run, and what its weights say they are for.
+    """Read the configuration of a run and the identity of its weights.
 
     Raises:
-        UserError: There is no such run, or it is damaged.
+        UserError: No run has the name, or the run is damaged.
     """
     folder, _ = warehouse.choose_run(name)
     path = folder / "config.toml"
     about = read_about(path)
     document = tomllib.loads(path.read_text(encoding="utf-8"))
-    tables = [document.get(name, {}) for name in ("train", "model", "pretrain")]
+    tables = [document.get(name, {}) for name in ("train", "model", "task", "pretrain")]
     if not all(isinstance(table, dict) for table in tables):
-        raise UserError(f"{path} is damaged (its settings are no tables); train again")
+        raise UserError(f"{path} is damaged ([train], [model] or [task] is no table); train again")
     settings = {key: value for table in tables for key, value in table.items()}
     return Record(
         folder=folder,
@@ -63,7 +63,7 @@ def read_records(warehouse: Warehouse, names: Sequence[str]) -> list[Record]:
     """Read several runs, see :func:`read_record`.
 
     Raises:
-        UserError: One cannot be read, or stands twice.
+        UserError: A run cannot be read, or is named twice.
     """
     for name in names:
         if names.count(name) > 1:
@@ -77,10 +77,10 @@ def read_metrics(record: Record) -> list[dict[str, Any]]:
     The columns are those of :data:`features.schema.METRICS_SCHEMA`.
 
     Raises:
-        UserError: It is damaged.
+        UserError: The table is damaged.
     """
     remedy = f"remove it and run mmrec eval --run {record.name}"
-    return held_metrics(record.folder / "metrics.parquet", remedy)
+    return stored_metrics(record.folder / "metrics.parquet", remedy)
 
 
 def _identity(path: Path) -> dict[str, Any]:

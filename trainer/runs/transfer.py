@@ -1,12 +1,12 @@
-"""Starting from another run's best weights: which are taken, which are not, and why.
+"""Initial weights from another run: which are copied, which are not, and why.
 
-Weights are matched by name and shape. Three kinds of tables are matched by their rows instead: a
-row for each item stays with its catalogue, a row for each modality goes to the modality of the same
-name, and of positions counted from the end those are taken that both lengths have.
+Weights are matched by name and shape. Three kinds of tables are matched by their rows: a table with
+a row for each item is copied only within one catalogue; a row of a modality goes to the modality of
+the same name; of a table of positions that count from the end, the rows that both runs have.
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,57 +20,48 @@ from trainer.models.base import Recommender
 from trainer.runs.folder import read_about
 
 FULL = "full"
-_VISION = ("image", "video")  # one head serves both: the vectors of a clip are those of its frames
+_VISION = (
+    "image",
+    "video",
+)  # a video is the mean of image vectors: one head fits both
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Taken:
-    """What a model got from a run."""
+    """The weights that a model got from another run."""
 
     run: str
     transfer: str
     digest: str
     """Hash of that run's weights."""
     loaded: list[str]
-    """Names of the parameters, or of groups of them, that came from there."""
+    """Names of the parameters that were copied, or of groups of them."""
     fresh: list[tuple[str, str]]
-    """Those that did not, or not whole, and why."""
+    """Parameters that were not copied, or not as a whole, and the reason."""
     unused: list[tuple[str, str]]
-    """Weights of that run that have no place here, and why."""
+    """Weights of that run that this model does not have, and the reason."""
     share: float
-    """Of this model's numbers, how many came from there."""
-
-    def remembered(self) -> dict[str, str]:
-        """What a run's configuration and its checkpoints keep of it."""
-        return {"run": self.run, "transfer": self.transfer, "weights": self.digest}
+    """Share of this model's weights that were copied."""
 
     def lines(self) -> list[str]:
-        """It all, for people."""
-        found = [
+        """Return a report for people."""
+        report = [
             f"from run {self.run} ({self.transfer}): {', '.join(self.loaded)}"
             f" ({self.share:.1%} of the weights)"
         ]
-        found += [f"not from there: {name} ({why})" for name, why in self.fresh]
-        found += [f"left behind: {name} ({why})" for name, why in self.unused]
-        return found
+        report += [f"not from that run: {name} ({reason})" for name, reason in self.fresh]
+        report += [f"not used: {name} ({reason})" for name, reason in self.unused]
+        return report
 
 
-def check_transfer(name: str, model: type[Recommender]) -> None:
-    """Refuse a transfer that a recommender does not know.
-
-    Raises:
-        UserError: Names those that it knows.
-    """
-    if name not in (FULL, *model.transfer_groups):
-        raise unknown("transfer", name, [FULL, *model.transfer_groups])
+def check_transfer(name: str, recommender: type[Recommender]) -> None:
+    """Raise a UserError unless a recommender knows the transfer."""
+    if name not in (FULL, *recommender.transfer_groups):
+        raise unknown("transfer", name, [FULL, *recommender.transfer_groups])
 
 
 def check_source(run: Path, name: str) -> None:
-    """Refuse a run that is not of recommender ``name``.
-
-    Raises:
-        UserError: It is of another one.
-    """
+    """Raise a UserError unless a run is of recommender ``name``."""
     other = read_about(run / "config.toml")["model"]
     if other != name:
         raise UserError(
@@ -80,7 +71,7 @@ def check_source(run: Path, name: str) -> None:
 
 
 def read_source(run: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read the best weights of a run, and what they are for.
+    """Read the best weights of a run, and the identity that they were saved with.
 
     Raises:
         UserError: The run has no weights yet.
@@ -96,10 +87,10 @@ def take_weights(
     """Copy another run's best weights into a model, as far as they fit.
 
     Args:
-        run: The folder of the other run.
-        name: Of the recommender.
-        model: As it was drawn; what does not come from there stays so.
-        identity: What the model is for, see :meth:`trainer.runs.spec.RunSpec.identity`.
+        run: Folder of the other run.
+        name: Name of the recommender.
+        model: The model with random weights; weights that are not copied stay random.
+        identity: Identity of this run, see :meth:`trainer.runs.spec.RunSpec.identity`.
         transfer: ``full``, or one of the model's ``transfer_groups``.
 
     Raises:
@@ -107,37 +98,26 @@ def take_weights(
     """
     check_transfer(transfer, type(model))
     check_source(run, name)
-    tensors, held = read_source(run)
+    tensors, source_identity = read_source(run)
     digest = hash_tensors(tensors)
-    matching = _Matching(held, identity)
+    matching = _Matching(model, source_identity, identity, transfer)
     tensors = {matching.renamed(key): tensor for key, tensor in tensors.items()}
     for key in model.fitted_buffers:
         tensors.pop(key, None)
-    wanted = {k: place for k, place in model.state_dict().items() if k not in model.fitted_buffers}
-    prefixes = ("",) if transfer == FULL else model.transfer_groups[transfer]
+    own = {k: tensor for k, tensor in model.state_dict().items() if k not in model.fitted_buffers}
     loaded: list[str] = []
     fresh: dict[str, str] = {}
-    numbers = 0
-    for key, place in wanted.items():
-        reason = "" if key.startswith(prefixes) else f"not part of the transfer {transfer!r}"
-        reason = reason or matching.refused(key)
-        if key.startswith(model.item_tables or ("\0",)) and matching.other_catalogue:
-            reason = reason or "a row for each item, and the catalogue is another one"
+    copied = 0
+    for key, tensor in own.items():
+        reason = matching.refusal(key)
         if not reason and key not in tensors:
             reason = "that run does not have it"
-        if reason:
-            fresh[key] = reason
-            continue
-        rows = None
-        if key in model.modality_tables:
-            rows = matching.modality_rows()
-        elif key in model.reverse_positions and tensors[key].shape[1:] == place.shape[1:]:
-            both = range(min(len(place), len(tensors[key])))
-            rows = [(row, row) for row in both]
-        filled, reason = _filled(place, tensors[key], rows)
-        numbers += filled
-        if filled:
-            loaded.append(key)
+        if not reason:
+            rows = matching.rows(key, tensor, tensors[key])
+            count, reason = _copy(tensor, tensors[key], rows)
+            copied += count
+            if count:
+                loaded.append(key)
         if reason:
             fresh[key] = reason
     if not loaded:
@@ -146,95 +126,115 @@ def take_weights(
             f"nothing of run {run.name!r} fits: {key} is not taken ({reason});"
             " give another run by --init, or train it with the same settings"
         )
-    unused = {key: "no place here" for key in tensors if key not in wanted}
+    unused = {key: "this model does not have it" for key in tensors if key not in own}
     return Taken(
         run=run.name,
         transfer=transfer,
         digest=digest,
-        loaded=list(_grouped(dict.fromkeys(loaded, ""), {*wanted})),
-        fresh=list(_grouped(fresh, {*wanted}).items()),
+        loaded=list(_grouped(dict.fromkeys(loaded, ""), {*own})),
+        fresh=list(_grouped(fresh, {*own}).items()),
         unused=list(_grouped(unused, {*tensors}).items()),
-        share=numbers / max(1, sum(place.numel() for place in wanted.values())),
+        share=copied / max(1, sum(tensor.numel() for tensor in own.values())),
     )
 
 
-def hash_tensors(tensors: dict[str, Tensor]) -> str:
-    """Hash of names, kinds, shapes and values."""
-    found = hashlib.sha256()
+def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """Return a hash of the names, dtypes, shapes and values of tensors."""
+    digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()
-        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        found.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()[:16]
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 class _Matching:
-    """How the modalities and the catalogue of the other run stand to this one's."""
+    """Match the modalities and the catalogue of another run with those of this run.
 
-    def __init__(self, held: dict[str, Any], identity: dict[str, Any]) -> None:
-        self.there = {table["modality"]: table for table in held.get("features", [])}
-        self.here = {table["modality"]: table for table in identity["features"]}
-        self.other_catalogue = held.get("items") != identity["items"]
-        vision = [[m for m in _VISION if m in tables] for tables in (self.there, self.here)]
-        self.vision: tuple[str, str] | None = None
+    Args:
+        model: The model of this run.
+        source: Identity of the other run.
+        target: Identity of this run.
+        transfer: The weights to copy.
+    """
+
+    def __init__(
+        self, model: Recommender, source: dict[str, Any], target: dict[str, Any], transfer: str
+    ) -> None:
+        self._model = model
+        self._transfer = transfer
+        self._prefixes = ("",) if transfer == FULL else model.transfer_groups[transfer]
+        self._is_other_catalogue = source.get("items") != target["items"]
+        self._source = {table["modality"]: table for table in source.get("features", [])}
+        self._target = {table["modality"]: table for table in target["features"]}
+        vision = [[m for m in _VISION if m in tables] for tables in (self._source, self._target)]
+        self._vision: tuple[str, str] | None = None
         if len(vision[0]) == len(vision[1]) == 1 and vision[0] != vision[1]:
-            self.vision = vision[0][0], vision[1][0]
-            self.there = {self._as_here(name): table for name, table in self.there.items()}
+            self._vision = vision[0][0], vision[1][0]
+            self._source = {self._modality(m): table for m, table in self._source.items()}
 
-    def _as_here(self, modality: str) -> str:
-        return self.vision[1] if self.vision and modality == self.vision[0] else modality
+    def _modality(self, name: str) -> str:
+        return self._vision[1] if self._vision and name == self._vision[0] else name
 
     def renamed(self, name: str) -> str:
-        """A clip's head takes the place of a picture's, where each run has only one of them."""
-        return ".".join(self._as_here(word) for word in name.split("."))
+        """Return a weight's name here: a head of videos takes the weights of a head of images."""
+        return ".".join(self._modality(word) for word in name.split("."))
 
-    def refused(self, name: str) -> str:
-        """Why the weights of a modality do not fit here: other vectors under the same name."""
+    def refusal(self, name: str) -> str:
+        """Return the reason why a weight must not be copied, or an empty text."""
+        if not name.startswith(self._prefixes):
+            return f"not part of the transfer {self._transfer!r}"
         for word in name.split("."):
-            if word in self.here and word in self.there:
-                held, wanted = self.there[word], self.here[word]
+            if word in self._target and word in self._source:
+                source, target = self._source[word], self._target[word]
                 for key in ("backbone", "checkpoint", "level"):
-                    if held.get(key) != wanted.get(key):
-                        return f"{word}: {key} {held.get(key)} there, {wanted.get(key)} here"
+                    if source.get(key) != target.get(key):
+                        return f"{word}: {key} {source.get(key)} there, {target.get(key)} here"
+        if self._is_other_catalogue and name.startswith(self._model.item_tables or ("\0",)):
+            return "a row for each item, and the catalogue is another one"
         return ""
 
-    def modality_rows(self) -> list[tuple[int, int]]:
-        """(row here, row there) of each modality that both have."""
-        there = list(self.there)
-        return [(row, there.index(name)) for row, name in enumerate(self.here) if name in there]
+    def rows(self, name: str, own: Tensor, other: Tensor) -> list[tuple[int, int]] | None:
+        """Return (own row, other row) of the rows to copy; ``None``: the whole tensor."""
+        if name in self._model.modality_tables:
+            names = list(self._source)
+            return [(row, names.index(m)) for row, m in enumerate(self._target) if m in names]
+        if name in self._model.reverse_positions and other.shape[1:] == own.shape[1:]:
+            return [(row, row) for row in range(min(len(own), len(other)))]
+        return None
 
 
-def _filled(place: Tensor, tensor: Tensor, rows: list[tuple[int, int]] | None) -> tuple[int, str]:
-    """Fill a parameter, whole or by rows; how many numbers came, and why not all."""
+def _copy(own: Tensor, other: Tensor, rows: list[tuple[int, int]] | None) -> tuple[int, str]:
+    """Copy a tensor, whole or by rows; return how many elements, and why not all of them."""
     with torch.no_grad():
         if rows is None:
-            if tensor.shape != place.shape:
-                return 0, f"{_size(tensor)} there, {_size(place)} here"
-            place.copy_(tensor)
-            return place.numel(), ""
-        if tensor.shape[1:] != place.shape[1:]:
-            return 0, f"{_size(tensor)} there, {_size(place)} here"
-        for here, there in rows:
-            place[here].copy_(tensor[there])
-    left = len(place) - len(rows)
-    reason = f"{left} of {len(place)} rows: {len(tensor)} there" if left else ""
-    return len(rows) * place[:1].numel(), reason
+            if other.shape != own.shape:
+                return 0, f"{_size(other)} there, {_size(own)} here"
+            own.copy_(other)
+            return own.numel(), ""
+        if other.shape[1:] != own.shape[1:]:
+            return 0, f"{_size(other)} there, {_size(own)} here"
+        for own_row, other_row in rows:
+            own[own_row].copy_(other[other_row])
+    missing = len(own) - len(rows)
+    reason = f"{missing} of {len(own)} rows: {len(other)} there" if missing else ""
+    return len(rows) * own[:1].numel(), reason
 
 
 def _size(tensor: Tensor) -> str:
     return " x ".join(map(str, tensor.shape)) or "1"
 
 
-def _grouped(names: dict[str, str], known: set[str]) -> dict[str, str]:
-    """Names under their longest common beginning, where all known ones under it say the same."""
-    found: dict[str, str] = {}
-    for name, value in names.items():
+def _grouped(values: dict[str, str], known: set[str]) -> dict[str, str]:
+    """Replace names by their longest common prefix, if all known names under it share the value."""
+    groups: dict[str, str] = {}
+    for name, value in values.items():
         for prefix in _prefixes(name):
             under = [other for other in known if other == prefix or other.startswith(prefix + ".")]
-            if all(names.get(other) == value for other in under):
-                found[prefix] = value
+            if all(values.get(other) == value for other in under):
+                groups[prefix] = value
                 break
-    return found
+    return groups
 
 
 def _prefixes(name: str) -> Iterator[str]:

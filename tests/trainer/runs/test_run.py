@@ -77,7 +77,7 @@ def test_a_name_is_claimed_once_and_given_back_on_failure(house: Warehouse) -> N
 
     with suppress(RuntimeError), claim():
         assert house.runs() == []  # nobody sees it before it has its configuration
-        with pytest.raises(UserError, match="is no run: one is just beginning"):
+        with pytest.raises(UserError, match="is no run"):
             claim().__enter__()
         raise RuntimeError
     begin(house, "mine")

@@ -109,6 +109,18 @@ def read_about(path: Path) -> dict[str, Any]:
     return about
 
 
+def check_format(folder: Path, about: dict[str, Any]) -> None:
+    """Raise a UserError unless a run was written in the format of this version.
+
+    Metrics and predictions of other versions are read all the same.
+    """
+    if about.get("format") != FORMAT:
+        raise UserError(
+            f"run {folder.name!r} was written by another version of mmrec, whose settings and"
+            " weights have other names; train again, or use that version for it"
+        )
+
+
 def record(path: Path, model: str, row: "EpochRow") -> None:
     """Write an epoch's rows into a run's metrics table; rows of this epoch or later are replaced.
 

@@ -14,7 +14,7 @@ from trainer.config import Settings, SettingSources, TrainConfig, build_settings
 from trainer.data.multi_dataset import DataIdentity, choose_common_tables, identify_data
 from trainer.models.base import Recommender
 from trainer.models.registry import MODELS
-from trainer.runs.folder import FORMAT, read_about
+from trainer.runs.folder import FORMAT, check_format, read_about
 from trainer.runs.transfer import FULL, check_source, check_transfer, hash_tensors, read_source
 from trainer.tasks.registry import NEXT_ITEM, TASKS
 
@@ -129,11 +129,7 @@ class RunSpec:
         """
         path = folder / "config.toml"
         about = read_about(path)
-        if about.get("format") != FORMAT:
-            raise UserError(
-                f"run {folder.name!r} was written by another version of mmrec, whose settings and"
-                " weights have other names; train again, or use that version for it"
-            )
+        check_format(folder, about)
         model, datasets = about["model"], about.get("sources", [about["dataset"]])
         is_pretraining = about.get("stage") == PRETRAIN
         try:

@@ -17,7 +17,7 @@ from torch import Tensor
 from features.errors import UserError, unknown
 from trainer.checkpoint import read_tensors
 from trainer.models.base import Recommender
-from trainer.runs.folder import read_about
+from trainer.runs.folder import check_format, read_about
 
 FULL = "full"
 _VISION = (
@@ -62,7 +62,9 @@ def check_transfer(name: str, recommender: type[Recommender]) -> None:
 
 def check_source(run: Path, name: str) -> None:
     """Raise a UserError unless a run is of recommender ``name``."""
-    other = read_about(run / "config.toml")["model"]
+    about = read_about(run / "config.toml")
+    check_format(run, about)
+    other = about["model"]
     if other != name:
         raise UserError(
             f"run {run.name!r} is of {other!r}, its weights have no place in {name!r};"

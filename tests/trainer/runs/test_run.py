@@ -81,7 +81,7 @@ def test_a_name_is_claimed_once_and_given_back_on_failure(house: Warehouse) -> N
             claim().__enter__()
         raise RuntimeError
     begin(house, "mine")
-    with pytest.raises(UserError, match=r"go on with it: mmrec train --resume --run mine$"):
+    with pytest.raises(UserError, match=r"mmrec train --resume --run mine$"):
         begin(house, "mine")
     assert house.runs() == ["mine"]
 

@@ -192,3 +192,15 @@ def test_what_cannot_be_a_beginning(house: Warehouse) -> None:
     with pytest.raises(UserError, match=r"unknown run 'nope'"):
         begin(house, "sasrec", "r", init="nope")
     assert house.runs() == ["source"]
+
+
+def test_a_run_of_another_version_is_refused(house: Warehouse) -> None:
+    """A run folder of version 0.1 has no format."""
+    train_run(begin(house, "sasrec", "old"))
+    path = house.runs_dir / "old" / "config.toml"
+    path.write_text(path.read_text().replace("format = 2\n", ""))
+    with pytest.raises(UserError, match=r"'old' .* train again"):
+        open_run(house, path.parent)
+    with pytest.raises(UserError, match=r"'old' .* train again"):
+        begin(house, "sasrec", "new", init="old")
+    assert not (house.runs_dir / "new").exists()

@@ -55,7 +55,7 @@ class MultimodalSettings(SequenceSettings, LossSettings):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ItemInputs:
+class ItemEmbeddings:
     """The inputs of the transformer that depend on an item alone."""
 
     modalities: Sequence[Tensor]
@@ -146,7 +146,7 @@ class MultimodalEncoder(nn.Module):
 
     def embed_items(
         self, item_K: Tensor, features: ItemFeatures, identity_KD: Tensor | None = None
-    ) -> ItemInputs:
+    ) -> ItemEmbeddings:
         """Return the vectors that depend on an item alone.
 
         Args:
@@ -157,13 +157,13 @@ class MultimodalEncoder(nn.Module):
         modalities = [self.embed_modality(name, item_K, features) for name in self.names]
         if self.settings.ids and identity_KD is None:
             identity_KD = self.embed_identity(item_K)
-        return ItemInputs(modalities=modalities, identity_KD=identity_KD)
+        return ItemEmbeddings(modalities=modalities, identity_KD=identity_KD)
 
     def embed_slots(
         self,
         sequences: Sequences,
         row_BL: Tensor,
-        items: ItemInputs,
+        items: ItemEmbeddings,
         features: ItemFeatures,
         hidden_BL: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -12,6 +12,7 @@ from torch import Tensor
 from tests.trainer import worlds
 from trainer.data.batches import ItemFeatures, Sequences, TrainSet
 from trainer.losses.base import ItemVectors
+from trainer.losses.registry import LOSSES
 from trainer.losses.softmax import Softmax
 from trainer.models import mmsrec
 from trainer.models.base import Recommender
@@ -286,3 +287,27 @@ def test_ids_take_no_part_in_the_alignment_of_modalities(missing: str) -> None:
     without = {name for name, value in model.named_parameters() if value.grad is None}
     assert without == {*model.unaligned}
     assert "id.weight" in without
+
+
+def losses_by_model() -> list[tuple[str, str]]:
+    """Every model that has the setting ``loss``, with every loss."""
+    chosen = []
+    for model, entry in MODELS.items():
+        if "loss" in {field.name for field in fields(entry.load().settings_class)}:
+            chosen += [(model, loss) for loss in LOSSES]
+    return chosen
+
+
+@pytest.mark.parametrize(("model", "loss"), losses_by_model())
+def test_every_loss_fits_every_model(model: str, loss: str) -> None:
+    features = worlds.features(N)
+    recommender = worlds.build(model, features, loss=loss).eval()
+    values = []
+    for padding in (0, 7):
+        rows = sequences([[0, 1, 2, 3, 4, 11], [5, 6], [7, 8, 9, 10]], padding=padding)
+        batch = worlds.batch(rows, features, torch.Generator().manual_seed(2))
+        values.append(recommender.loss(batch)["loss"])
+    torch.testing.assert_close(values[0], values[1])
+    values[0].backward()
+    without = [key for key, value in recommender.named_parameters() if value.grad is None]
+    assert without == []

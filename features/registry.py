@@ -20,7 +20,7 @@ class Registry(MutableMapping[str, T], Generic[T]):
     object of the entry's class::
 
         [project.entry-points."mmrec.models"]
-        fpmc = "my_package.fpmc:FPMC"
+        fpmc = "my_package.entries:FPMC"
 
     A package that cannot be used is left out and listed in :attr:`broken`.
 

@@ -13,9 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import typer
 
-from cli.app import app
 from tests.cli.invoke import run
 from trainer.models.registry import MODELS
 
@@ -38,15 +36,6 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def rows(root: str, statement: str) -> list[dict[str, Any]]:
     return list(json.loads(run("sql", statement, "--json", "--warehouse", root).stdout))
-
-
-@pytest.mark.slow
-def test_every_command_has_help_and_is_in_the_readme() -> None:
-    group = typer.main.get_command(app)
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    for name, command in group.commands.items():  # type: ignore[attr-defined]
-        assert command.help, name
-        assert f"mmrec {name}" in text, name
 
 
 def test_a_flag_takes_no_value() -> None:

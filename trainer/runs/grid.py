@@ -15,7 +15,6 @@ from features.errors import UserError
 from features.schema import METRICS_SCHEMA
 from features.warehouse import Warehouse
 from trainer.config import SettingSources
-from trainer.evaluation.ranking import REFERENCES
 from trainer.loop import TrainProgress
 from trainer.runs.evaluate import evaluate
 from trainer.runs.folder import stored_metrics
@@ -163,7 +162,7 @@ def _run(
     folder = warehouse.runs_dir / planned.run
     began = time.monotonic()
     if is_done(warehouse, planned):
-        rows = _own_rows(folder)
+        rows = _own_rows(folder, planned.spec.model)
         if rows:
             return Outcome(planned=planned, state="reused", rows=rows)
     lock_file = warehouse.runs_dir / f".{planned.run}.lock"
@@ -176,7 +175,12 @@ def _run(
     except UserError as error:
         return Outcome(planned=planned, state="failed", message=str(error))
     seconds = time.monotonic() - began
-    return Outcome(planned=planned, state="finished", seconds=seconds, rows=_own_rows(folder))
+    return Outcome(
+        planned=planned,
+        state="finished",
+        seconds=seconds,
+        rows=_own_rows(folder, planned.spec.model),
+    )
 
 
 def _train(
@@ -198,9 +202,7 @@ def _train(
     write_json(folder / _DONE, planned.combination.keys)
 
 
-def _own_rows(folder: Path) -> list[dict[str, Any]]:
-    """Return the rows of the evaluation that are the model's own."""
+def _own_rows(folder: Path, model: str) -> list[dict[str, Any]]:
+    """Return the rows of the evaluation that are the model's own, not a reference's."""
     rows = stored_metrics(folder / "metrics.parquet", "remove the run's folder")
-    evaluated = [row for row in rows if row["phase"] == "eval"]
-    own = [row for row in evaluated if row["ranker"] not in REFERENCES]
-    return own or evaluated  # the run of a reference model itself
+    return [row for row in rows if row["phase"] == "eval" and row["ranker"] == model]

@@ -126,7 +126,7 @@ def evaluation(python: str, threads: int) -> None:
 
     features = ItemFeatures(n_items=ITEMS, vectors={}, present={})
     data = worlds.training_data(world, features)
-    model = SASRec(SASRecConfig(), Catalogue(n_items=ITEMS, widths={})).eval()
+    model = SASRec(SASRecConfig(), Catalogue(n_items=ITEMS, n_users=1, widths={})).eval()
 
     def work() -> None:
         ranks = rank_split(model, data, "test", 512).ranks

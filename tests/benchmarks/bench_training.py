@@ -69,7 +69,8 @@ def step(batch_size: int, length: int, items: int, precision: str, steps: int) -
     data = worlds.training_data(world, features)
     torch.manual_seed(0)
     model = MMSRec(
-        MMSRecConfig(dim=DIM, length=length), Catalogue(n_items=items, widths=features.widths)
+        MMSRecConfig(dim=DIM, length=length),
+        Catalogue(n_items=items, n_users=1, widths=features.widths),
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     before = peak()

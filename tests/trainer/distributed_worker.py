@@ -88,7 +88,7 @@ def aligned(folder: Path) -> dict[str, Tensor]:
     """Align modalities: every process's items are negatives of every other's."""
     features = worlds.features(40)
     torch.manual_seed(process_rank())
-    catalogue = Catalogue(n_items=40, widths=features.widths)
+    catalogue = Catalogue(n_items=40, n_users=1, widths=features.widths)
     model = MMSRec(MMSRecConfig(**SMALL, **MORE["mmsrec"]), catalogue)
     place = np.arange(40) % 5
     splits = {"validation": place == 0, "test": place == 1}
@@ -106,7 +106,7 @@ def torn(folder: Path) -> dict[str, Tensor]:
     ended = []
     for interrupt_at, resume in ((0, False), (3, False), (0, True)):
         torch.manual_seed(0)
-        catalogue = Catalogue(n_items=N, widths=features.widths)
+        catalogue = Catalogue(n_items=N, n_users=1, widths=features.widths)
         model = MMSRec(MMSRecConfig(**{**SMALL, "dropout": 0.3}), catalogue)
         mine = folder / ("torn" if interrupt_at or resume else "whole")
         mine.mkdir(exist_ok=True)

@@ -195,6 +195,8 @@ def begin(
 
 SMALL: dict[str, Any] = {"dim": 8, "heads": 2, "hidden": 16, "length": 6, "fusion_heads": 2}
 """Sizes of a small model; each model takes those that it knows."""
+USERS = 2048
+"""Users of a model that is built without a dataset: at least as many as any test's batch has."""
 
 
 def small_settings(model: str, **settings: Any) -> Any:
@@ -207,7 +209,7 @@ def small_settings(model: str, **settings: Any) -> Any:
 def build(model: str, held: ItemFeatures, *, seed: int = 0, **settings: Any) -> Recommender:
     """A small model for the items of these features, with random weights."""
     torch.manual_seed(seed)
-    catalogue = Catalogue(n_items=held.n_items, widths=held.widths)
+    catalogue = Catalogue(n_items=held.n_items, n_users=USERS, widths=held.widths)
     return MODELS.find(model).load()(small_settings(model, **settings), catalogue)
 
 

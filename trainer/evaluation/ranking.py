@@ -58,7 +58,8 @@ def rank_split(
 def build_reference(name: str, data: TrainingData) -> Recommender:
     """Build a reference model and fit it on the training interactions."""
     recommender = MODELS.find(name).load()
-    catalogue = Catalogue(n_items=data.dataset.info.items, widths={})
+    info = data.dataset.info
+    catalogue = Catalogue(n_items=info.items, n_users=info.users, widths={})
     model = recommender(recommender.settings_class(), catalogue).to(data.device)
     model.fit_buffers(data.features, data.train)
     return model

@@ -22,9 +22,11 @@ from trainer.data.windows import WindowSampling
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Catalogue:
-    """The items that a recommender is built for: it sizes its tables by them."""
+    """The items and users that a recommender is built for: it sizes its tables by them."""
 
     n_items: int
+    n_users: int
+    """Users of the dataset. Their indices are those of ``Sequences.users_B``."""
     widths: dict[str, int]
     """Modality to width of its features, in the order given; empty without features."""
     backbones: Mapping[str, nn.Module] = field(default_factory=dict)
@@ -51,7 +53,7 @@ class Recommender(nn.Module, ABC):
 
     Args:
         settings: An instance of ``settings_class``.
-        catalogue: The items that the model is built for.
+        catalogue: The items and users that the model is built for.
     """
 
     settings_class: ClassVar[type[Any]]
@@ -73,6 +75,8 @@ class Recommender(nn.Module, ABC):
     copies everything."""
     item_tables: ClassVar[tuple[str, ...]] = ()
     """Prefixes of tables with a row for each item. They are not copied to another catalogue."""
+    user_tables: ClassVar[tuple[str, ...]] = ()
+    """Prefixes of tables with a row for each user. They are not copied to other interactions."""
     fitted_buffers: ClassVar[tuple[str, ...]] = ()
     """Buffers fitted on the training interactions. They are never copied from another run."""
     modality_tables: ClassVar[tuple[str, ...]] = ()

@@ -212,7 +212,10 @@ def _build_run(
     source = load_data(warehouse, spec.datasets, spec.features, device)
     torch.manual_seed(spec.train.seed)  # weights are drawn on the CPU: the same on any device
     catalogue = Catalogue(
-        n_items=source.dataset.info.items, widths=source.features.widths, backbones=backbones
+        n_items=source.dataset.info.items,
+        n_users=source.dataset.info.users,
+        widths=source.features.widths,
+        backbones=backbones,
     )
     model = build_model(spec.model, spec.settings, catalogue).to(device)
     data = TrainingData(source.dataset, source.features, device)

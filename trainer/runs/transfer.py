@@ -167,6 +167,7 @@ class _Matching:
         self._transfer = transfer
         self._prefixes = ("",) if transfer == FULL else model.transfer_groups[transfer]
         self._is_other_catalogue = source.get("items") != target["items"]
+        self._has_other_users = source.get("interactions") != target["interactions"]
         self._source = {table["modality"]: table for table in source.get("features", [])}
         self._target = {table["modality"]: table for table in target["features"]}
         vision = [[m for m in _VISION if m in tables] for tables in (self._source, self._target)]
@@ -194,6 +195,8 @@ class _Matching:
                         return f"{word}: {key} {source.get(key)} there, {target.get(key)} here"
         if self._is_other_catalogue and name.startswith(self._model.item_tables or ("\0",)):
             return "a row for each item, and the catalogue is another one"
+        if self._has_other_users and name.startswith(self._model.user_tables or ("\0",)):
+            return "a row for each user, and the interactions are others"
         return ""
 
     def rows(self, name: str, own: Tensor, other: Tensor) -> list[tuple[int, int]] | None:

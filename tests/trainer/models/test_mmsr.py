@@ -54,7 +54,7 @@ def tokens() -> ItemFeatures:
 
 def build(features: ItemFeatures, **more: Any) -> MMSR:
     torch.manual_seed(0)
-    catalogue = Catalogue(n_items=features.n_items, widths=features.widths)
+    catalogue = Catalogue(n_items=features.n_items, n_users=1, widths=features.widths)
     model = MMSR(MMSRConfig(**{**SMALL, **more}), catalogue).eval()
     initialise(model, std=0.3)
     return model
@@ -234,14 +234,16 @@ def test_settings_that_cannot_be(settings: dict[str, Any], message: str) -> None
 
 def test_without_features_there_is_nothing_to_fuse() -> None:
     with pytest.raises(UserError, match="mmsr needs features"):
-        MMSR(MMSRConfig(**SMALL), Catalogue(n_items=N, widths={}))
+        MMSR(MMSRConfig(**SMALL), Catalogue(n_items=N, n_users=1, widths={}))
 
 
 @pytest.mark.parametrize("encoder", list(SEQUENCE_ENCODERS))
 def test_ids_in_place_of_modalities(encoder: str) -> None:
     features = ItemFeatures(n_items=N, vectors={}, present={})
     small = {key: value for key, value in SMALL.items() if key != "fusion_heads"}
-    model = IDSR(IDSRConfig(**small, sequence_encoder=encoder), Catalogue(n_items=N, widths={}))
+    model = IDSR(
+        IDSRConfig(**small, sequence_encoder=encoder), Catalogue(n_items=N, n_users=1, widths={})
+    )
     assert model.encode_items(features).shape == (N, 8)
     model.loss(batch(features))["loss"].backward()
     assert all(held.grad is not None for held in model.parameters())
@@ -274,7 +276,7 @@ def test_taste_in_the_texts_is_learned_from_the_texts_alone(
     for features in (both, pictures):
         torch.manual_seed(0)
         config = MMSRConfig(**small, fusion=fusion, sequence_encoder=encoder, loss=loss)
-        model = MMSR(config, Catalogue(n_items=planted.N, widths=features.widths))
+        model = MMSR(config, Catalogue(n_items=planted.N, n_users=1, widths=features.widths))
         data = worlds.training_data(dataset, features)
         optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
         for epoch in range(12):

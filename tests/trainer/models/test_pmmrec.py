@@ -52,7 +52,7 @@ def only(name: str) -> ItemFeatures:
 
 def build(features: ItemFeatures, std: float = 0.3, **more: Any) -> PMMRec:
     torch.manual_seed(0)
-    catalogue = Catalogue(n_items=features.n_items, widths=features.widths)
+    catalogue = Catalogue(n_items=features.n_items, n_users=1, widths=features.widths)
     model = PMMRec(PMMRecConfig(**{**SMALL, **more}), catalogue).eval()
     initialise(model, std=std)
     return model
@@ -324,9 +324,9 @@ def test_all_of_pretraining_gives_the_same_gradients_every_time() -> None:
 
 def test_what_is_refused() -> None:
     with pytest.raises(UserError, match=r"needs features; run mmrec extract"):
-        PMMRec(PMMRecConfig(), Catalogue(n_items=3, widths={}))
+        PMMRec(PMMRecConfig(), Catalogue(n_items=3, n_users=1, widths={}))
     with pytest.raises(UserError, match=r"align='nicl'.* only text; set align=none"):
-        PMMRec(PMMRecConfig(align="nicl"), Catalogue(n_items=3, widths={"text": 4}))
+        PMMRec(PMMRecConfig(align="nicl"), Catalogue(n_items=3, n_users=1, widths={"text": 4}))
     with pytest.raises(UserError, match=r"nothing to learn"):
         PMMRecConfig(dap=False)
     with pytest.raises(UserError, match=r"unknown align 'clip'"):

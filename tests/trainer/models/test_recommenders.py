@@ -104,7 +104,9 @@ def test_order_matters(name: str) -> None:
     if not learns(name):
         pytest.skip("it has no parameters")
     initialise(model, std=0.5)  # the usual start is so small that order hardly shows in it
-    query = encode(model, sequences([[1, 2, 3], [2, 1, 3]]), features)
+    # The order before the last item tells nothing to a model that reads one item.
+    rows = [[1, 2, 3], [2, 1, 3]] if model.history > 1 else [[1, 2, 3], [1, 3, 2]]
+    query = encode(model, sequences(rows), features)
     assert not torch.allclose(query[0], query[1], atol=1e-4)
 
 

@@ -26,7 +26,7 @@ SMALL: dict[str, Any] = {"dim": 16, "heads": 2, "hidden": 16, "length": 5, "drop
 
 def tower(features: ItemFeatures, **more: Any) -> MMSRec:
     torch.manual_seed(0)
-    catalogue = Catalogue(n_items=features.n_items, widths=features.widths)
+    catalogue = Catalogue(n_items=features.n_items, n_users=1, widths=features.widths)
     return MMSRec(MMSRecConfig(**{**SMALL, **more}), catalogue)
 
 

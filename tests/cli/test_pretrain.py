@@ -41,7 +41,7 @@ def test_from_items_to_recommendations(warehouse: Warehouse) -> None:
     line = run("eval", "--run", "p", *here, code=2).stderr.splitlines()[-1]
     assert line.startswith("error: run 'p' is a pre-training and recommends nothing; start one")
     line = run("train", "--resume", "--run", "p", *here, code=2).stderr.splitlines()[-1]
-    assert line.endswith("go on with it: mmrec pretrain --resume --run p")
+    assert line.endswith(": mmrec pretrain --resume --run p")
     assert "is finished already" in run("pretrain", "--resume", "--run", "p", *here).stderr
 
     found = run("eval", "--protocol", "retrieval", "--run", "p", "--json", *here)
@@ -88,8 +88,8 @@ def test_from_two_datasets_to_a_third(warehouse: Warehouse) -> None:
 
     start = ["train", "--model", "pmmrec", "--dataset", "c", "--init", "p", "--transfer", "text"]
     said = run(*start, "--name", "t", *sets, *here).stderr
-    assert "from run p (text): item_tower.text, user_encoder" in said
-    assert "not from there: item_tower.image (not part of the transfer 'text')" in said
+    assert "from run p (text): item_encoder.inputs.text, sequence_encoder" in said
+    assert "not from there: item_encoder.inputs.image (not part of the transfer 'text')" in said
     assert "left behind: nid (no place here)" in said
 
 

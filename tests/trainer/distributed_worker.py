@@ -2,7 +2,6 @@
 
 import signal
 import sys
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,11 +32,12 @@ from trainer.tasks.next_item import NextItem
 N = 12
 SMALL: dict[str, Any] = {"dim": 8, "heads": 2, "hidden": 16, "length": 5, "dropout": 0.0}
 # Without masks and dropout nothing is drawn: what is left depends on the rows alone.
-MORE: dict[str, dict[str, Any]] = {
+SETTINGS: dict[str, dict[str, Any]] = {
     "sasrec": {},
-    "mmsrec": {"mask_ratio": 0, "embed_dropout": 0},
+    # At length 5 an epoch has a last batch of one window, which two processes join to another.
+    "mmsrec": {"mask_ratio": 0, "embed_dropout": 0, "length": 4},
     "mmsrec-next": {"embed_dropout": 0, "objective": "next", "ids": True},
-    "mmsr": {"fusion_heads": 2, "tower": "gru"},
+    "mmsr": {"fusion_heads": 2, "sequence_encoder": "gru"},
     "idsr": {"loss": "bce"},
     "pmmrec": {
         "fusion_heads": 2, "align": "nicl", "nid": True, "rcl": True, "shuffle": 0, "replace": 0,
@@ -51,11 +51,6 @@ def unseen(train: TrainSet, users_M: Tensor, generator: torch.Generator) -> tupl
     return (users_M * 5) % N, users_M % 3 > 0
 
 
-def port(folder: Path) -> str:
-    """A port for this folder: two tests at one time have two folders."""
-    return str(20_000 + zlib.crc32(str(folder).encode()) % 20_000)
-
-
 def next_item(name: str) -> Callable[[Path], dict[str, Tensor]]:
     """Train a recommender; one process takes all rows of a batch, two take half each."""
 
@@ -63,9 +58,8 @@ def next_item(name: str) -> Callable[[Path], dict[str, Tensor]]:
         features = worlds.features(N)
         bce.sample_unseen = unseen  # type: ignore[attr-defined]
         # The first process's weights are everybody's.
-        model = worlds.build(
-            name.partition("-")[0], features, seed=process_rank(), **SMALL, **MORE[name]
-        )
+        settings = SMALL | SETTINGS[name]
+        model = worlds.build(name.partition("-")[0], features, seed=process_rank(), **settings)
         task = NextItem(model, worlds.training_data(worlds.cycles(n_items=N), features))
         mine = folder / (name if process_rank() == 0 else f"{name}-of-{process_rank()}")
         if process_rank() == 0:
@@ -89,7 +83,7 @@ def aligned(folder: Path) -> dict[str, Tensor]:
     features = worlds.features(40)
     torch.manual_seed(process_rank())
     catalogue = Catalogue(n_items=40, n_users=1, widths=features.widths)
-    model = MMSRec(MMSRecConfig(**SMALL, **MORE["mmsrec"]), catalogue)
+    model = MMSRec(MMSRecConfig(**SMALL | SETTINGS["mmsrec"]), catalogue)
     place = np.arange(40) % 5
     splits = {"validation": place == 0, "test": place == 1}
     task = Alignment(model, features, splits, AlignConfig())
@@ -149,10 +143,10 @@ def gathered(folder: Path) -> dict[str, Tensor]:
     loss = scores.logsumexp(1).sum() / global_mean_rows(len(mine), mine.device)
     loss.backward()
     assert weight.grad is not None
-    found = torch.cat([loss.detach()[None], weight.grad.flatten()])
+    values = torch.cat([loss.detach()[None], weight.grad.flatten()])
     if world_size() > 1:
-        torch.distributed.all_reduce(found)
-    return {"found": found / world_size()}
+        torch.distributed.all_reduce(values)
+    return {"values": values / world_size()}
 
 
 CASES: dict[str, Callable[[Path], dict[str, Tensor]]] = {
@@ -172,5 +166,5 @@ if __name__ == "__main__":
     where = Path(sys.argv[1])
     with process_group():
         for case, run in CASES.items():
-            found = {key: value.detach().contiguous() for key, value in run(where).items()}
-            save_file(found, where / f"{case}-{process_rank()}.safetensors")
+            tensors = {key: value.detach().contiguous() for key, value in run(where).items()}
+            save_file(tensors, where / f"{case}-{process_rank()}.safetensors")

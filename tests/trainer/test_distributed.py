@@ -1,8 +1,10 @@
 """Two processes that share each batch train what one process trains."""
 
 import os
+import socket
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -22,26 +24,35 @@ from trainer.distributed import (
 ROOT = Path(__file__).parents[2]
 
 
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port: int = server.getsockname()[1]
+        return port
+
+
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder in which two processes have left what they found."""
+    """The folder in which two processes have written the tensors of every case."""
     folder = tmp_path_factory.mktemp("two")
-    processes = []
-    for rank in range(2):
-        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": worker.port(folder)}
-        of = {"WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        processes.append(
-            subprocess.Popen(
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    with ExitStack() as stack:
+        processes = []
+        for rank in range(2):
+            place = {"WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            process = subprocess.Popen(
                 [sys.executable, "-m", worker.__name__, str(folder)],
                 cwd=ROOT,
-                env={**os.environ, **where, **of, "OMP_NUM_THREADS": "1"},
+                env={**os.environ, **address, **place, "OMP_NUM_THREADS": "1"},
                 stderr=subprocess.PIPE,
                 text=True,
             )
-        )
-    for process in processes:
-        _, said = process.communicate(timeout=120)
-        assert process.returncode == 0, said
+            stack.enter_context(process)  # closes the pipe and waits
+            stack.callback(process.kill)
+            processes.append(process)
+        for process in processes:
+            _, errors = process.communicate(timeout=120)
+            assert process.returncode == 0, errors
     return folder
 
 
@@ -54,13 +65,13 @@ def test_two_processes_are_one_with_the_joined_batch(two: Path, case: str, tmp_p
     assert alone.keys() == together.keys()
     for name, value in alone.items():
         assert torch.equal(together[name], other[name]), name
-        if name.endswith("qkv.bias"):  # a bias of keys moves no attention: what it gets is noise
+        if name.endswith("qkv.bias"):  # the bias of keys moves no attention: its gradient is noise
             value, together[name] = (x.view(3, -1)[[0, 2]] for x in (value, together[name]))
         torch.testing.assert_close(together[name], value, rtol=1e-3, atol=2e-5, msg=name)
 
 
 @pytest.mark.slow
-def test_only_the_first_writes(two: Path) -> None:
+def test_only_the_first_process_writes(two: Path) -> None:
     assert (two / "sasrec" / "model.safetensors").exists()
     assert not (two / "sasrec-of-1").exists()
 

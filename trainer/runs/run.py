@@ -119,7 +119,8 @@ def create_run(warehouse: Warehouse, spec: RunSpec, *, name: str | None = None) 
         if backbones:
             write_blocks(folder, backbones)
         if spec.init is not None:
-            run = replace(run, taken=_take_initial_weights(warehouse, run))
+            remedy = "wait until its training has ended, and try again"
+            run = replace(run, taken=_take_initial_weights(warehouse, run, remedy))
         document = spec.document()
         document["run"]["created"] = _utc_text(stamp)
         document["run"]["parameters"] = run.parameters
@@ -145,7 +146,7 @@ def open_run(warehouse: Warehouse, folder: Path, *, device: str | None = None) -
     run = _build_run(warehouse, folder, spec, backbones, device)
     is_saved = any((folder / f"{kind}.safetensors").exists() for kind in ("model", "resume"))
     if spec.init is not None and not is_saved:
-        _take_initial_weights(warehouse, run)
+        _take_initial_weights(warehouse, run, f"remove {folder} and train again")
     return run
 
 
@@ -248,7 +249,7 @@ def _load_backbones(warehouse: Warehouse, spec: RunSpec) -> Mapping[str, UpperBl
     return open_blocks(tables, spec.train.tune_blocks)
 
 
-def _take_initial_weights(warehouse: Warehouse, run: Run) -> Taken:
+def _take_initial_weights(warehouse: Warehouse, run: Run, remedy: str) -> Taken:
     init = run.spec.init
     assert init is not None
     source, _ = warehouse.choose_run(init.run)
@@ -256,7 +257,7 @@ def _take_initial_weights(warehouse: Warehouse, run: Run) -> Taken:
     if taken.digest != init.weights:
         raise UserError(
             f"run {run.name!r} was to start from run {source.name!r}, whose weights have changed"
-            f" since; remove {run.folder} and train again"
+            f" since; {remedy}"
         )
     return taken
 

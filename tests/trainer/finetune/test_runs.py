@@ -323,10 +323,10 @@ def test_a_run_without_its_description_of_blocks(warehouse: Warehouse, words: Pa
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"tune_blocks": -1}, "tune_blocks=-1 must be at least 0"),
-        ({"tune_lr": 2.0}, "tune_lr=2.0 must be at most 1"),
-        ({"tune_lr": 0.5, "tune_weight_decay": 3.0}, "tune_weight_decay=3.0 times tune_lr=0.5"),
-        ({"tune_lr": np.nan}, "tune_lr=nan must be at least 0"),
+        ({"tune_blocks": -1}, "tune_blocks=-1 .*at least 0"),
+        ({"tune_lr": 2.0}, "tune_lr=2.0 .*at most 1"),
+        ({"tune_lr": 0.5, "tune_weight_decay": 3.0}, "tune_weight_decay=3.0 .*tune_lr=0.5"),
+        ({"tune_lr": np.nan}, "tune_lr=nan .*at least 0"),
     ],
 )
 def test_settings_out_of_range(

@@ -37,7 +37,7 @@ def house(warehouse: Warehouse, tmp_path: Path) -> Warehouse:
 
 def begin(house: Warehouse, *, model: str = "pmmrec", **more: Any) -> Run:
     """Begin a run; what is no option of that is a setting."""
-    names = ("features", "stage", "name", "init", "transfer")
+    names = ("features", "is_pretraining", "name", "init", "transfer")
     options = {key: more.pop(key) for key in names if key in more}
     settings = [f"{key}={value}" for key, value in {**SMALL, **more}.items()]
     return worlds.begin(house, model, "tiny", settings=settings, **options)

@@ -1,7 +1,7 @@
-"""Worlds in which taste is only in pictures, only in texts, or only in the order of a history.
+"""Worlds in which taste is only in images, only in texts, or only in the order of a history.
 
-Each part learns what it can see, and nothing of what it cannot. Texts alone, for mmsrec and mmsr,
-are in test_planted and test_mmsr; ids and order in test_loop.
+A model learns the taste from the features that show it, and nothing from other features. Texts
+alone, for mmsrec and mmsr, are in test_planted and test_mmsr; ids and order in test_loop.
 """
 
 from dataclasses import replace
@@ -26,10 +26,10 @@ OTHER = {"image": "text", "text": "image"}
 
 
 def trained(
-    name: str, world: tuple[Dataset, ItemFeatures], epochs: int, lr: float, **more: Any
+    name: str, world: tuple[Dataset, ItemFeatures], epochs: int, lr: float, **settings: Any
 ) -> Recommender:
     dataset, features = world
-    small = {"dim": 16, "hidden": 32, "length": 8, **SETTINGS[name], **more}
+    small = {"dim": 16, "hidden": 32, "length": 8, **SETTINGS[name], **settings}
     model = worlds.build(name, features, **small)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     data = worlds.training_data(dataset, features)
@@ -48,14 +48,14 @@ def mean_rank(model: Recommender, dataset: Dataset, features: ItemFeatures, seen
 
 def taste(where: str, given: tuple[str, ...]) -> tuple[Dataset, ItemFeatures]:
     """Taste is in one modality, the other is noise; targets are items that nobody has clicked."""
-    dataset, held = planted.world()
+    dataset, planted_features = planted.world()
     noise = torch.randn(planted.N, 6, generator=torch.Generator().manual_seed(3))
-    both = {where: held.vectors["text"], OTHER[where]: noise}
-    there = held.present["text"]
+    both = {where: planted_features.vectors["text"], OTHER[where]: noise}
+    present = planted_features.present["text"]
     features = ItemFeatures(
         n_items=planted.N,
         vectors={name: both[name] for name in given},
-        present=dict.fromkeys(given, there),
+        present=dict.fromkeys(given, present),
     )
     return dataset, features
 
@@ -64,20 +64,22 @@ def taste(where: str, given: tuple[str, ...]) -> tuple[Dataset, ItemFeatures]:
 @pytest.mark.parametrize(
     ("name", "where"), [("mmsr", "image"), ("pmmrec", "image"), ("pmmrec", "text")]
 )
-def test_taste_in_one_modality_is_found_beside_noise_in_the_other(name: str, where: str) -> None:
+def test_taste_in_one_modality_is_learned_although_the_other_is_noise(
+    name: str, where: str
+) -> None:
     world = taste(where, ("image", "text"))
     assert mean_rank(trained(name, world, 8, 5e-3), *world, "filtered") < 4  # chance is 21
 
 
 @pytest.mark.slow
-def test_taste_in_pictures_is_not_found_by_texts() -> None:
+def test_taste_in_images_is_not_learned_from_texts() -> None:
     world = taste("image", ("text",))
     # Six unseen items: luck is not far from chance.
     assert mean_rank(trained("pmmrec", world, 8, 5e-3), *world, "filtered") > 8
 
 
 def order() -> tuple[Dataset, ItemFeatures]:
-    """Every other item is any, the one after it its successor: what else one has tells nothing."""
+    """A history is pairs of a random item and its successor: only the order predicts an item."""
     rng = np.random.default_rng(0)
     sequences = []
     for _ in range(150):
@@ -87,13 +89,17 @@ def order() -> tuple[Dataset, ItemFeatures]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "more"), [("mmsr", {"tower": "gru"}), ("pmmrec", {})])
-def test_order_is_learned_from_features_that_mean_nothing(name: str, more: dict[str, Any]) -> None:
-    """Features only tell items apart; where the history's order is turned round, all is lost."""
+@pytest.mark.parametrize(
+    ("name", "settings"), [("mmsr", {"sequence_encoder": "gru"}), ("pmmrec", {})]
+)
+def test_order_is_learned_from_features_that_mean_nothing(
+    name: str, settings: dict[str, Any]
+) -> None:
+    """Features only tell items apart: reversed histories rank like chance."""
     dataset, features = order()
-    model = trained(name, (dataset, features), 10, 1e-2, **more)
-    turned = dataset.items.reshape(150, 8).copy()
-    turned[:, :7] = turned[:, 6::-1]
+    model = trained(name, (dataset, features), 10, 1e-2, **settings)
+    reversed_items = dataset.items.reshape(150, 8).copy()
+    reversed_items[:, :7] = reversed_items[:, 6::-1]
     assert mean_rank(model, dataset, features, "kept") < 2  # chance is 6.5
-    other = replace(dataset, items=turned.ravel())
+    other = replace(dataset, items=reversed_items.ravel())
     assert mean_rank(model, other, features, "kept") > 4.5

@@ -26,7 +26,6 @@ _LIBRARIES = {  # module: distribution
     "pyarrow": "pyarrow",
     "av": "av",
     "PIL": "pillow",
-    "lmdb": "lmdb",
 }
 _SLOW = {  # take seconds each: imported only with ``thorough``
     "torchvision": "torchvision",

@@ -3,6 +3,11 @@
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+
+from features.errors import UserError
+
+_NO_PERMISSION = "no permission to read the file"
 
 
 class MediaError(Exception):
@@ -19,6 +24,32 @@ class MediaError(Exception):
         self.reason = reason
 
 
+class ContainerError(UserError):
+    """A tar or an LMDB, or a part of one, that cannot be read.
+
+    Args:
+        message: The container, the fault and the remedy in one line.
+        reason: The cause without names. The same fault always has the same reason.
+    """
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+def container_error(path: Path, kind: str, error: Exception) -> ContainerError:
+    """Return the error for a container of a kind (``tar`` or ``LMDB``) that cannot be opened."""
+    if isinstance(error, PermissionError):
+        return ContainerError(f"{path}: {_NO_PERMISSION}; change its permissions", _NO_PERMISSION)
+    remedy = "copy it again"
+    if kind == "tar":
+        remedy += ", and unpack a compressed one to a plain .tar"
+    return ContainerError(
+        f"{path} is not a readable {kind} ({one_line(error)[:100]}); {remedy}",
+        f"not a readable {kind}",
+    )
+
+
 @contextmanager
 def media_errors() -> Iterator[None]:
     """Convert the system's errors on reading into a :class:`MediaError`."""
@@ -27,7 +58,7 @@ def media_errors() -> Iterator[None]:
     except FileNotFoundError:
         raise MediaError("read", "file not found") from None
     except PermissionError:
-        raise MediaError("read", "no permission to read the file") from None
+        raise MediaError("read", _NO_PERMISSION) from None
     except (OSError, ValueError) as error:  # ValueError: a name with a null character
         raise MediaError("read", one_line(error)) from None
 

@@ -11,45 +11,33 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
-import lmdb
 from PIL import Image
 
 from features.errors import UserError
+from pipeline.media.errors import ContainerError
+from pipeline.media.lmdb_pages import LmdbPages
 
 CLASS = "LMDB_Image"
 MAX_LMDB_PIXELS = 178_956_970
 """Size limit of one image: Pillow's own limit against decompression bombs."""
+MAX_LMDB_INSTRUCTIONS = 1_000
+"""Limit of the instructions of one pickle; the pickles of the releases have about thirty."""
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
-class MissingKeyError(UserError):
-    """The LMDB has no such key."""
-
-
 class LmdbImages:
-    """One LMDB of images, open for reading. A forked process must open its own.
+    """One LMDB of images, open for reading. Threads may read concurrently.
 
     Args:
         path: The LMDB: a folder, or a single file.
 
     Raises:
-        UserError: The path is no readable LMDB.
+        ContainerError: The path is no readable LMDB.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            self._env = lmdb.open(
-                str(path),
-                subdir=path.is_dir(),
-                create=False,
-                readonly=True,
-                lock=False,
-                readahead=False,
-                meminit=False,
-            )
-        except lmdb.Error as error:
-            raise UserError(f"{path} is not a readable LMDB ({error}); copy it again") from None
+        self._pages = LmdbPages(path)
 
     def __enter__(self) -> Self:
         return self
@@ -64,32 +52,45 @@ class LmdbImages:
 
     def close(self) -> None:
         """Close the LMDB."""
-        self._env.close()
+        self._pages.close()
 
     def keys(self) -> Iterator[str]:
         """Yield every key that can be the id of an item, in the order of the file."""
-        with self._env.begin() as transaction, transaction.cursor() as cursor:
-            for key in cursor.iternext(keys=True, values=False):
-                # Some releases store their own lists under __keys__ and __len__.
-                if not key.startswith(b"__"):
-                    yield bytes(key).decode("utf-8", "replace")
+        for key in self._pages.plain_keys():
+            # Some releases store their own lists under __keys__ and __len__.
+            if not key.startswith(b"__"):
+                yield key.decode("utf-8", "replace")
+
+    def size(self, key: str) -> int:
+        """Return the size of one value in bytes.
+
+        Raises:
+            ContainerError: The LMDB has no such key, or is damaged on the way to the value.
+        """
+        return self._find(key)[1]
 
     def get(self, key: str) -> Image.Image | bytes:
         """Return one image: its pixels, or the encoded bytes if the LMDB holds encoded images.
 
         Raises:
-            MissingKeyError: The LMDB has no such key.
+            ContainerError: The LMDB has no such key, or is damaged on the way to the value.
             UserError: The value is a pickle of anything but an image.
         """
-        with self._env.begin() as transaction:
-            value = transaction.get(key.encode())
-        if value is None:
-            raise MissingKeyError(f"{self.path} has no key {key!r}; prepare the dataset again")
+        value = self._pages.read(*self._find(key))
         if not value.startswith(
             b"\x80"
         ):  # the first byte of a pickle since protocol 2, and of no image
-            return bytes(value)
+            return value
         return read_lmdb_image(value, f"{self.path}#{key}")
+
+    def _find(self, key: str) -> tuple[int, int]:
+        extent = self._pages.find(key.encode("utf-8", "surrogateescape"))
+        if extent is None:
+            raise ContainerError(
+                f"{self.path} has no key {key!r}; prepare the dataset again",
+                "no such key in the LMDB",
+            )
+        return extent
 
 
 def read_lmdb_image(data: bytes, where: str) -> Image.Image:
@@ -163,9 +164,11 @@ def _interpret(data: bytes) -> dict[str, Any]:
     stack: list[Any] = []
     memo: dict[int, Any] = {}
     try:
-        for opcode, argument, _ in pickletools.genops(data):
+        for number, (opcode, argument, _) in enumerate(pickletools.genops(data)):
             if opcode.name == "STOP":
                 break
+            if number >= MAX_LMDB_INSTRUCTIONS:
+                raise _RefusedError(f"it has more than {MAX_LMDB_INSTRUCTIONS:,} instructions")
             _apply(opcode.name, argument, stack, memo)
         (instance,) = stack
     except _RefusedError:

@@ -7,14 +7,13 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-import lmdb
 from PIL import Image
 
 from features.errors import UserError
-from pipeline.media.errors import MediaError, media_errors, one_line
-from pipeline.media.lmdb import LmdbImages, MissingKeyError
+from pipeline.media.errors import ContainerError, MediaError, media_errors, one_line
+from pipeline.media.lmdb import LmdbImages
 from pipeline.media.references import OUTSIDE, PREPARED, container_kind, relative_path
-from pipeline.media.tar import MissingMemberError, TarImages
+from pipeline.media.tar import TarImages
 
 MAX_FILE_BYTES = 256 << 20
 """Size limit of one encoded image."""
@@ -97,8 +96,10 @@ class MediaReader:
                     return None
                 try:
                     self._containers[path] = _OPEN[kind](path)
-                except (UserError, OSError):
-                    self._containers[path] = MediaError("read", f"not a readable {kind}")
+                except ContainerError as error:
+                    self._containers[path] = MediaError("read", error.reason)
+                except OSError as error:
+                    self._containers[path] = MediaError("read", one_line(error))
             images = self._containers[path]
         if isinstance(images, MediaError):
             raise images
@@ -116,18 +117,13 @@ def _require_path(path: Path | None) -> Path:
 
 def _read_member(images: LmdbImages | TarImages, name: str) -> bytes | Image.Image:
     try:
-        if isinstance(images, TarImages):
-            _check_bytes(images.size(name), MAX_FILE_BYTES)
+        _check_bytes(images.size(name), MAX_FILE_BYTES)
         return images.get(name)
-    except MissingKeyError:
-        raise MediaError("read", "no such key in the LMDB") from None
-    except MissingMemberError:
-        raise MediaError("read", "no such member in the tar") from None
+    except ContainerError as error:
+        raise MediaError("read", error.reason) from None
     except UserError:
-        if isinstance(images, TarImages):
-            raise MediaError("read", "truncated tar") from None
         raise MediaError("decode", "not an image of the kind that LMDBs hold") from None
-    except (lmdb.Error, OSError) as error:
+    except OSError as error:
         raise MediaError("read", one_line(error)) from None
 
 

@@ -64,6 +64,8 @@ def container_kind(path: Path) -> Literal["tar", "lmdb"] | None:
             return None
         with path.open("rb") as stream:
             start = stream.read(512)
+    except PermissionError:  # opening the container gives the right error
+        return {".lmdb": "lmdb", ".tar": "tar"}.get(path.suffix.lower())  # type: ignore[return-value]
     except (OSError, ValueError):  # ValueError: a name with a null character
         return None
     for kind, (offset, magic) in (("lmdb", _LMDB_MAGIC), ("tar", _TAR_MAGIC)):

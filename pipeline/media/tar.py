@@ -12,7 +12,7 @@ from typing import NamedTuple, Self
 
 import numpy as np
 
-from features.errors import UserError
+from pipeline.media.errors import ContainerError, container_error
 
 _MOST_HEADER = 1 << 20  # bytes of one header; names are shorter
 
@@ -26,15 +26,11 @@ class TarMember(NamedTuple):
     size: int
 
 
-class MissingMemberError(UserError):
-    """The tar has no such member."""
-
-
 def tar_members(path: Path) -> Iterator[TarMember]:
     """Yield the regular files of a tar in its order, without links, devices and sparse files.
 
     Raises:
-        UserError: The path is no tar, or a compressed one.
+        ContainerError: The path is no tar, or a compressed one.
     """
     try:
         with (
@@ -47,11 +43,7 @@ def tar_members(path: Path) -> Iterator[TarMember]:
                 if entry.isreg() and not entry.issparse():
                     yield TarMember(entry.name.removeprefix("./"), entry.offset_data, entry.size)
     except (tarfile.TarError, OSError, ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(
-            f"{path} is not a readable tar ({reason[:100]}); copy it again, and unpack a"
-            " compressed one to a plain .tar"
-        ) from None
+        raise container_error(path, "tar", error) from None
 
 
 class _Headers(io.BufferedReader):
@@ -70,7 +62,7 @@ class TarImages:
         path: An uncompressed tar.
 
     Raises:
-        UserError: The path is no tar.
+        ContainerError: The path is no tar.
     """
 
     def __init__(self, path: Path) -> None:
@@ -104,7 +96,7 @@ class TarImages:
         """Return the size of one member in bytes.
 
         Raises:
-            MissingMemberError: The tar has no member of this name.
+            ContainerError: The tar has no member of this name.
         """
         return int(self._extents[self._row(name)][1])
 
@@ -112,20 +104,24 @@ class TarImages:
         """Return one member; of several with one name, the last, as ``tar`` itself does.
 
         Raises:
-            MissingMemberError: The tar has no member of this name.
-            UserError: The tar ends within the member.
+            ContainerError: The tar has no member of this name, or ends within the member.
         """
         offset, size = map(int, self._extents[self._row(name)])
         data = os.pread(self._file, size, offset)  # pread moves no file position and needs no lock
         if len(data) < size:
-            raise UserError(f"{self.path} ends within {name!r}; copy it again")
+            raise ContainerError(
+                f"{self.path} ends within {name!r}; copy it again", "truncated tar"
+            )
         return data
 
     def _row(self, name: str) -> int:
         sought = np.uint64(_name_hash(name.removeprefix("./")))
         row = int(np.searchsorted(self._hashes, sought, side="right")) - 1
         if row < 0 or self._hashes[row] != sought:
-            raise MissingMemberError(f"{self.path} has no member {name!r}; prepare the data again")
+            raise ContainerError(
+                f"{self.path} has no member {name!r}; prepare the data again",
+                "no such member in the tar",
+            )
         return row
 
 

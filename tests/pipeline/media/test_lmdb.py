@@ -6,11 +6,15 @@ import pickle
 import pickletools
 import struct
 import sys
+import tempfile
+import time
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import lmdb
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -18,8 +22,162 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from features.errors import UserError
+from pipeline.media.errors import ContainerError
 from pipeline.media.lmdb import LmdbImages, read_lmdb_image
-from tests.pipeline.media.containers import PIXELS, write_lmdb
+from pipeline.media.reader import MediaReader
+from tests.pipeline.media.containers import PIXELS, refused, write_lmdb
+
+
+def _whole(path: Path) -> tuple[Path, dict[str, bytes]]:
+    """Write an LMDB with values in its leaves and values of several pages."""
+    random = np.random.RandomState(0)
+    values = {f"v{n}": b"x" + random.bytes(40 if n % 3 else 9000) for n in range(400)}
+    with lmdb.open(str(path), subdir=False, map_size=1 << 24) as env:
+        for start in range(0, 400, 50):  # many transactions leave free pages
+            with env.begin(write=True) as transaction:
+                for key in list(values)[start : start + 50]:
+                    transaction.put(key.encode(), b"old" * 3000)
+                    transaction.put(key.encode(), values[key])
+    return path, values
+
+
+def test_every_value_is_what_the_library_reads(tmp_path: Path) -> None:
+    path, values = _whole(tmp_path / "a.lmdb")
+    with LmdbImages(path) as images:
+        assert {key: images.get(key) for key in images.keys()} == values  # noqa: SIM118
+        assert {key: images.size(key) for key in values} == {k: len(v) for k, v in values.items()}
+        for key in ("", "a", "v", "v00", "v9999", "w", "k" * 600):
+            with pytest.raises(ContainerError, match="no key"):
+                images.get(key)
+
+
+@pytest.mark.parametrize("share", [0.001, 0.004, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99])
+def test_a_truncated_file_is_refused_in_one_line(tmp_path: Path, share: float) -> None:
+    path, _ = _whole(tmp_path / "a.lmdb")
+    os.truncate(path, int(path.stat().st_size * share))
+    with pytest.raises(ContainerError, match=r"a\.lmdb.*copy it again") as caught:
+        LmdbImages(path)
+    assert "\n" not in str(caught.value)
+    assert caught.value.reason in ("truncated LMDB", "not a readable LMDB")
+
+
+def _patch_headers(path: Path, offset: int, value: bytes) -> None:
+    """Overwrite bytes of both headers."""
+    data = bytearray(path.read_bytes())
+    for page in (0, 4096):
+        data[page + offset : page + offset + len(value)] = value
+    path.write_bytes(data)
+
+
+def test_a_file_without_its_unused_last_pages_is_read(tmp_path: Path) -> None:
+    path, values = _whole(tmp_path / "a.lmdb")
+    _patch_headers(path, 136, struct.pack("<Q", path.stat().st_size // 4096 + 7))
+    with LmdbImages(path) as images:
+        assert {key: images.get(key) for key in values} == values
+
+
+@given(
+    places=st.lists(st.integers(0, 100_000), min_size=1, max_size=20),
+    junk=st.binary(min_size=1, max_size=40),
+)
+@settings(max_examples=200, deadline=None)
+def test_damaged_pages_are_errors_and_never_signals(places: list[int], junk: bytes) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "a.lmdb"
+        path.write_bytes(_damaged_bytes(places, junk))
+        try:
+            with LmdbImages(path) as images:
+                list(images.keys())
+                for n in range(400):
+                    try:
+                        images.get(f"v{n}")
+                    except UserError as error:
+                        assert "\n" not in str(error)  # noqa: PT017
+        except UserError as error:
+            assert "\n" not in str(error)  # noqa: PT017
+
+
+@cache
+def _whole_bytes() -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        return _whole(Path(folder) / "a.lmdb")[0].read_bytes()
+
+
+def _damaged_bytes(places: list[int], junk: bytes) -> bytes:
+    """Overwrite the starts of pages: the places count 8-byte steps of the first 64 of each page."""
+    data = bytearray(_whole_bytes())
+    for place in places:
+        at = (place // 8) * 4096 % len(data) + (place % 8) * 8
+        data[at : at + len(junk)] = junk[: len(data) - at]
+    return bytes(data)
+
+
+@pytest.mark.parametrize("field", ["number", "flags", "lower", "upper"])
+def test_a_damaged_page_of_a_value_fails_that_image_alone(tmp_path: Path, field: str) -> None:
+    path = tmp_path / "covers.lmdb"
+    values = {f"v{n}": bytes([n]) * 9000 for n in range(5)}
+    write_lmdb(path, values, subdir=False)
+    data = bytearray(path.read_bytes())
+    start = data.index(values["v2"]) - 16  # the header of its first page
+    offset = {"number": 0, "flags": 10, "lower": 0, "upper": 1}[field]
+    data[start + offset] ^= 0xFF
+    path.write_bytes(data)
+    media = MediaReader(tmp_path)
+    assert refused(media, "covers.lmdb#v2") == "damaged LMDB"
+    assert media.read("covers.lmdb#v3") == values["v3"]
+    media.close()
+
+
+def test_the_newer_valid_header_counts(tmp_path: Path) -> None:
+    path = tmp_path / "a.lmdb"
+    write_lmdb(path, {"k": b"first"}, subdir=False)
+    write_lmdb(path, {"k": b"second"}, subdir=False)
+    data = bytearray(path.read_bytes())
+    transactions = [struct.unpack_from("<Q", data, 4096 * page + 144)[0] for page in (0, 1)]
+    with LmdbImages(path) as images:
+        assert images.get("k") == b"second"
+    newer = transactions.index(max(transactions))
+    if newer == 0:  # the header of a file needs its first page to be found
+        write_lmdb(path, {"k": b"third"}, subdir=False)
+        data, newer = bytearray(path.read_bytes()), 1
+    data[4096 * newer + 16] ^= 0xFF
+    path.write_bytes(data)
+    with LmdbImages(path) as images:
+        assert images.get("k") in (b"first", b"second")
+
+
+def test_kinds_of_lmdb_that_hold_no_images_by_id(tmp_path: Path) -> None:
+    with lmdb.open(str(tmp_path / "a"), max_dbs=1, map_size=1 << 20) as env:
+        named = env.open_db(b"table")
+        with env.begin(write=True) as transaction:
+            transaction.put(b"x", b"y", db=named)
+    with LmdbImages(tmp_path / "a") as images:
+        assert not list(images.keys())
+        with pytest.raises(ContainerError, match="'table' names a table"):
+            images.get("table")
+    path = write_lmdb(tmp_path / "b.lmdb", {"k": b"x"}, subdir=False)
+    _patch_headers(path, 92, b"\x08")
+    with pytest.raises(ContainerError, match="integer keys"):
+        LmdbImages(path)
+
+
+@pytest.mark.parametrize("instructions", [b"N" * 2_000_000, b"(" * 3000 + b"N", b"K\x01" * 5000])
+def test_a_pickle_of_many_instructions_is_refused_at_once(instructions: bytes) -> None:
+    start = time.process_time()
+    with pytest.raises(UserError, match=r"1,000 instructions.*refused"):
+        read_lmdb_image(b"\x80\x04" + instructions + b".", "x")
+    assert time.process_time() - start < 1
+
+
+def test_a_value_larger_than_a_file_may_be_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_lmdb(tmp_path / "a.lmdb", {"big": bytes(100_000), "small": b"x"}, subdir=False)
+    monkeypatch.setattr("pipeline.media.reader.MAX_FILE_BYTES", 65_536)
+    media = MediaReader(tmp_path)
+    assert refused(media, "a.lmdb#big") == "file larger than 0 MiB"
+    assert media.read("a.lmdb#small") == b"x"
+    media.close()
 
 
 @pytest.fixture(params=["__main__", "lmdb_build"])

@@ -20,6 +20,7 @@ from trainer.losses.registry import LOSSES
 from trainer.models.registry import MODELS, Model
 from trainer.modules.registry import FUSIONS, SEQUENCE_ENCODERS
 from trainer.runs.run import train_run
+from trainer.tasks.registry import TASKS
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "trainer"
@@ -32,7 +33,7 @@ def blocks(language: str) -> list[str]:
 
 
 def examples() -> dict[str, str]:
-    """Return the code of each example by the name of its file, such as ``models/fmc``."""
+    """Return the code of each example by the name of its file, such as ``models/fpmc``."""
     names = re.findall(r"complete `trainer/([\w/]+)\.py`", README)
     codes = [code for code in blocks("python") if code.startswith('"""')]
     return dict(zip(names, codes, strict=True))
@@ -108,7 +109,7 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> None:
     (line,) = [code for code in blocks("python") if code.startswith('"')
                and not code.startswith('"""')]  # fmt: skip
     lines: dict[str, tuple[Registry[Any], str]] = {
-        "models/fmc": (MODELS, line),
+        "models/fpmc": (MODELS, line),
         "losses/bpr": (LOSSES, re.findall(r'is `("bpr": \w+)`', README)[0]),
         "modules/max_fusion": (FUSIONS, re.findall(r'is `("max": \w+)`', README)[0]),
         "modules/mean_encoder": (SEQUENCE_ENCODERS, re.findall(r'is `("mean": \w+)`', README)[0]),
@@ -122,8 +123,8 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("model", "settings"),
     [
-        ("fmc", []),
-        ("fmc", ["loss=bpr"]),
+        ("fpmc", []),
+        ("fpmc", ["loss=bpr"]),
         ("sasrec", ["loss=bpr"]),
         ("mmsr", ["fusion=max", "fusion_heads=2"]),
         ("mmsr", ["sequence_encoder=mean", "fusion_heads=2"]),
@@ -151,7 +152,7 @@ def test_the_example_model_learns_transitions(registered: None, warehouse: Wareh
     ]
     worlds.prepare(warehouse, rows, world.info.items)
     settings = ["epochs=20", "dim=16", "lr=0.05", "device=cpu", "monitor=HR@5"]
-    assert train_run(worlds.begin(warehouse, "fmc", settings=settings)).best > 0.95
+    assert train_run(worlds.begin(warehouse, "fpmc", settings=settings)).best > 0.95
 
 
 @pytest.fixture
@@ -197,7 +198,7 @@ def test_the_examples_work_from_another_package(package: Path, warehouse: Wareho
     listed = mmrec(package, "models")
     assert not listed["broken"]
     origins = {model["model"]: model["origin"] for model in listed["models"]}
-    assert origins["fmc"] == "my-recommenders 1.0"
+    assert origins["fpmc"] == "my-recommenders 1.0"
     worlds.prepare(warehouse, [[i, i + 1, i + 2, i + 3] for i in range(4)], 7)
     worlds.extract(warehouse, worlds.features(7))
     settings = [*SMALL, "loss=bpr", "fusion=max", "sequence_encoder=mean", "fusion_heads=2"]
@@ -212,7 +213,7 @@ def test_every_group_of_entry_points_is_named() -> None:
     from pipeline.datasets.registry import DATASETS
 
     registries: list[Registry[Any]] = [
-        MODELS, LOSSES, FUSIONS, SEQUENCE_ENCODERS, BACKBONES, IMPORTERS, DATASETS,
+        MODELS, LOSSES, FUSIONS, SEQUENCE_ENCODERS, TASKS, BACKBONES, IMPORTERS, DATASETS,
     ]  # fmt: skip
     for registry in registries:
         assert registry.group in section("Add them from another package")

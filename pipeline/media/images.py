@@ -5,18 +5,17 @@ Every fault of a file becomes a :class:`pipeline.media.errors.MediaError`.
 
 import io
 import logging
+import re
 import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 from PIL.ExifTags import Base
 from PIL.Image import Transpose
 
+from pipeline.media.deep_images import deep_key_mask, restore_key, to_eight_bits
 from pipeline.media.errors import MediaError, one_line
 
 IMAGE_PREPROCESSING = "first frame, turned upright, alpha on white, 8 bits, RGB"
@@ -47,6 +46,9 @@ _UPRIGHT = {
     7: Transpose.TRANSVERSE,
     8: Transpose.ROTATE_90,
 }
+_OPTIONAL_ALPHA = ("BMP", "DIB", "TGA", "ICO", "DDS")
+"""Formats whose writers may leave the alpha channel unset: all of its values are zero."""
+_JPEG_MARKER = re.compile(rb"\xff+([^\x00\xff])")
 
 
 @contextmanager
@@ -78,13 +80,15 @@ def decode_image(data: bytes | Image.Image, draft: int | None = None) -> Image.I
     try:
         with _open(data) if isinstance(data, bytes) else data as image:
             check_size(*image.size)
+            if isinstance(data, bytes):
+                _check_end(image, data)
             if draft is not None:
                 size = image.size
                 image.draft(None, (draft, draft))
                 image.info[DRAFTED] = image.size != size
             with decoding_budget.reserve(image.width * image.height):
                 image.load()
-                return _upright(_to_rgb(image), _orientation(image))
+                return _upright(_to_rgb(image, data), _orientation(image))
     except MediaError:
         raise
     except UnidentifiedImageError:
@@ -157,10 +161,36 @@ def _upright(image: Image.Image, orientation: int) -> Image.Image:
     return image if method is None else image.transpose(method)
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I") or image.mode == "F":
-        image = _to_eight_bits(image)
-    if "A" in image.mode.upper().replace("LAB", "") or "transparency" in image.info:
+def _check_end(image: Image.Image, data: bytes) -> None:
+    """Refuse a JPEG without an end-of-image marker. Decoders accept one whose rest is zeros."""
+    if image.format not in ("JPEG", "MPO"):
+        return
+    position = 2
+    # Segments before the pixels may hold a thumbnail, which has an end-of-image marker of its own.
+    while segment := _JPEG_MARKER.search(data, position):
+        position = segment.end()
+        marker = segment[1][0]
+        if marker == 0xDA:  # start of scan
+            if data.find(b"\xff\xd9", position) < 0:
+                raise MediaError("decode", "truncated file")
+            return
+        if marker != 0x01 and not 0xD0 <= marker <= 0xD8:  # markers without a length
+            position += int.from_bytes(data[position : position + 2], "big")
+
+
+def _to_rgb(image: Image.Image, data: bytes | Image.Image) -> Image.Image:
+    key_mask = None
+    if image.format == "PNG" and isinstance(data, bytes):
+        restore_key(image, data)
+        key_mask = deep_key_mask(image, data)
+    image = to_eight_bits(image)
+    if key_mask is not None:
+        white = Image.new("RGB", image.size, "white")
+        white.paste(image.convert("RGB"), mask=key_mask)
+        return white
+    if image.mode == "La":  # Pillow converts it to LA only
+        image = image.convert("LA")
+    if _has_alpha(image) or "transparency" in image.info:
         pixels = image.convert("RGBA")
         white = Image.new("RGB", pixels.size, "white")
         white.paste(pixels, mask=pixels)
@@ -168,38 +198,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _to_eight_bits(image: Image.Image) -> Image.Image:
-    """Scale a deep greyscale image to 8 bits. Pillow's own conversion would cut it off at 255."""
-    values = np.asarray(image)
-    low, high = _value_range(values)
-    if image.mode == "F" and low >= 0 and high <= 1:
-        low, span = 0.0, 1.0
-    elif low < 0 or high > 65535:
-        span = high - low  # no convention fits: use the range of this image
-    else:
-        low, span = 0.0, 255.0 if high <= 255 and image.mode != "I;16" else float(_max_value(image))
-    scale = 255.0 / span if span else 0.0
-    grey = np.empty(values.shape, dtype=np.uint8)
-    for rows in _strips(values):  # floats of the whole image would take four times the memory
-        grey[rows] = np.clip((_finite(values[rows]) - low) * scale + 0.5, 0, 255)
-    return Image.fromarray(grey)
-
-
-def _value_range(values: npt.NDArray[Any]) -> tuple[float, float]:
-    ends = [(part.min(), part.max()) for part in (_finite(values[r]) for r in _strips(values))]
-    return float(min(low for low, _ in ends)), float(max(high for _, high in ends))
-
-
-def _strips(values: npt.NDArray[Any]) -> list[slice]:
-    return [slice(start, start + 256) for start in range(0, len(values), 256)]
-
-
-def _finite(values: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-    return np.nan_to_num(values.astype(np.float32), nan=0.0, posinf=0.0, neginf=0.0)
-
-
-def _max_value(image: Image.Image) -> int:
-    """Return the largest value of a sample by the file's TIFF header, or 65,535 without one."""
-    bits = getattr(image, "tag_v2", {}).get(258, (16,))
-    count = bits[0] if isinstance(bits, tuple) else bits
-    return (1 << int(count)) - 1 if count in (10, 12, 14, 16) else 65535
+def _has_alpha(image: Image.Image) -> bool:
+    if "A" not in image.mode.upper().replace("LAB", ""):
+        return False
+    return image.format not in _OPTIONAL_ALPHA or image.getchannel("A").getextrema() != (0, 0)

@@ -1,9 +1,11 @@
 import io
 import math
+import struct
 import subprocess
 import sys
 import threading
 import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -170,6 +172,130 @@ def test_floats_and_wide_integers_keep_their_shades() -> None:
     assert decoded(Image.fromarray(holes), "TIFF")[0, :, 0].tolist() == [0, 255, 0]
 
 
+RAMP = np.tile(np.arange(240, dtype=np.uint8), (60, 1))
+
+
+@pytest.mark.parametrize("white", [1.0, 255.0, 65535.0])
+@pytest.mark.parametrize(
+    ("share", "stray"), [(0.0, 0.0), (1e-4, 1.02), (1e-4, -0.001), (1e-4, 900.0), (0.03, 4.0)]
+)
+def test_a_few_stray_floats_do_not_change_the_other_pixels(
+    white: float, share: float, stray: float
+) -> None:
+    values = (RAMP / 255 * white).astype(np.float32)
+    is_stray = np.random.RandomState(0).rand(*values.shape) < share
+    is_stray[0, 0] = share > 0
+    values[is_stray] = stray * white
+    grey = decoded(Image.fromarray(values), "TIFF")[..., 0]
+    assert np.abs(grey[~is_stray].astype(int) - RAMP[~is_stray]).max() <= 1
+    assert (grey[is_stray] == (255 if stray > 0 else 0)).all()
+
+
+def tiff(
+    samples: "np.ndarray[tuple[int, ...], np.dtype[np.generic]]", tags: dict[int, int]
+) -> bytes:
+    """Return an uncompressed TIFF of one strip; ``tags`` replace the usual ones."""
+    height, width = samples.shape
+    bits = 8 * samples.itemsize
+    values = {
+        256: width, 257: height, 258: bits, 259: 1, 262: 1, 273: 0, 277: 1, 278: height,
+        279: samples.nbytes, 339: {"u": 1, "i": 2, "f": 3}[samples.dtype.kind], **tags,
+    }  # fmt: skip
+    values[273] = 8 + 2 + 12 * len(values) + 4
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, values[tag]) for tag in sorted(values))
+    return b"II*\0" + struct.pack("<IH", 8, len(values)) + entries + bytes(4) + samples.tobytes()
+
+
+@pytest.mark.parametrize("white_is_zero", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "white"), [("u1", 255), ("<u2", 65535), ("<f4", 1), ("<f4", 255), ("<f4", 65535)]
+)
+def test_a_tiff_says_which_sample_is_white(dtype: str, white: int, white_is_zero: bool) -> None:
+    samples = (RAMP / 255 * white).round(0 if white > 1 else 9).astype(dtype)
+    data = tiff(samples, {262: 0 if white_is_zero else 1})
+    grey = np.asarray(decode_image(data))[..., 0].astype(int)
+    assert np.abs(grey - (255 - RAMP if white_is_zero else RAMP)).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("dtype", "low", "high"),
+    [("<u4", 0, 4_294_967_295), ("<i4", -(2**31), 2**31 - 1), ("<i2", -9, 9), ("i1", -128, 127)],
+)
+def test_the_sign_of_integers_is_the_one_of_the_file(dtype: str, low: int, high: int) -> None:
+    samples = np.array([[low, (low + high) // 2, high]]).astype(dtype)
+    grey = np.asarray(decode_image(tiff(samples, {})))[0, :, 0].astype(int)
+    assert np.abs(grey - [0, 127, 255]).max() <= 1
+
+
+@pytest.mark.parametrize("maximum", [255, 300, 1023, 65535])
+def test_a_dark_pgm_stays_dark(maximum: int) -> None:
+    data = b"P5 3 1 %d\n" % maximum
+    pixels = np.array([0, maximum // 50, maximum // 10])
+    data += pixels.astype("u1" if maximum < 256 else ">u2").tobytes()
+    expected = pixels / maximum * 255
+    assert np.abs(np.asarray(decode_image(data))[0, :, 0] - expected).max() <= 1
+
+
+def png(bits: int, colour: int, samples: list[int], key: list[int]) -> bytes:
+    """Return a PNG of one row whose transparent colour is ``key``."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    row = "".join(format(sample, f"0{bits}b") for sample in samples)
+    row += "0" * (-len(row) % 8)
+    width = len(samples) // len(key)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", width, 1, bits, colour, 0, 0, 0))
+        + chunk(b"tRNS", struct.pack(f">{len(key)}H", *key))
+        + chunk(b"IDAT", zlib.compress(b"\0" + int(row, 2).to_bytes(len(row) // 8, "big")))
+        + chunk(b"IEND", b"")
+    )
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
+def test_a_transparent_colour_counts_at_any_depth(bits: int) -> None:
+    largest = (1 << bits) - 1
+    for key in {0, 1, largest}:
+        samples = sorted({0, 1, 2 % (largest + 1), largest})
+        grey = np.asarray(decode_image(png(bits, 0, samples, [key])))[0, :, 0]
+        for sample, shade in zip(samples, grey.tolist(), strict=True):
+            assert shade == (255 if sample == key else round(sample * 255 / largest))
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_a_transparent_colour_is_compared_in_all_of_its_bits(bits: int) -> None:
+    key = [0x12, 0x34, 0x56] if bits == 8 else [0x1234, 0x3456, 0x5678]
+    other = [key[0], key[1], key[2] + 1]
+    rgb = np.asarray(decode_image(png(bits, 2, key + other, key)))
+    assert rgb[0, 0].tolist() == [255] * 3
+    assert rgb[0, 1].tolist() == [sample >> (bits - 8) for sample in other]
+
+
+@pytest.mark.parametrize("kind", ["BMP", "DIB", "TGA", "DDS", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("alpha", [0, 9])
+def test_an_alpha_channel_of_zeros_is_unset_where_writers_leave_it_so(
+    kind: str, alpha: int
+) -> None:
+    pixels = np.dstack([RAMP] * 3 + [np.zeros_like(RAMP)])
+    pixels[0, 0, 3] = alpha
+    if kind in ("BMP", "DIB"):  # Pillow writes no mask for alpha
+        data = struct.pack("<IiiHHIIiiII", 108, 240, -60, 1, 32, 3, pixels.nbytes, 0, 0, 0, 0)
+        data += struct.pack("<4I", 0xFF, 0xFF00, 0xFF0000, 0xFF000000) + bytes(52)
+        if kind == "BMP":
+            data = b"BM" + struct.pack("<IHHI", 14 + 108 + pixels.nbytes, 0, 0, 14 + 108) + data
+        data += pixels.tobytes()
+    else:
+        more = {"lossless": True, "exact": True} if kind == "WEBP" else {}
+        data = encoded(Image.fromarray(pixels), kind, **more)
+    grey = np.asarray(decode_image(data))[..., 0]
+    is_unset = alpha == 0 and kind not in ("PNG", "WEBP", "TIFF")
+    assert (grey[1:] == (RAMP[1:] if is_unset else 255)).all()
+
+
 def test_print_colours_become_screen_colours() -> None:
     ink = Image.new("CMYK", (8, 8), (0, 255, 255, 0))  # magenta and yellow
     red = decoded(ink, "TIFF")[0, 0]
@@ -294,6 +420,23 @@ def test_damage_has_a_reason_that_can_be_counted() -> None:
     assert refused(whole[:-600]) == "truncated file"
     assert refused(whole[:-300]) == "truncated file"
     assert refused(b"<html>not image</html>") == "not an image in a known format"
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("thumbnail", [False, True])
+@pytest.mark.parametrize("kept", [0.5, 0.9, 0.999])
+def test_a_jpeg_whose_rest_is_zeros_is_truncated(
+    progressive: bool, thumbnail: bool, kept: float
+) -> None:
+    noise = Image.fromarray(np.random.RandomState(0).randint(0, 256, (90, 80, 3), dtype=np.uint8))
+    small = encoded(noise.resize((8, 8)), "JPEG")  # it has an end-of-image marker
+    exif = b"Exif\0\0" + small if thumbnail else b""
+    whole = encoded(noise, "JPEG", progressive=progressive, exif=exif)
+    end = int(len(whole) * kept)
+    assert refused(whole[:end] + bytes(len(whole) - end)) == "truncated file"
+    assert refused(whole[:-2] + bytes(100)) == "truncated file"
+    pixels = decode_image(whole).tobytes()
+    assert decode_image(whole + bytes(100)).tobytes() == pixels  # bytes after the end are allowed
 
 
 @settings(max_examples=60, deadline=None)

@@ -89,27 +89,27 @@ BROKEN: dict[str, tuple[Callable[[Tensors, Document], object], str]] = {
     "a moment is missing": (lambda t, d: t.pop("optimizer.2.exp_avg"), "exp_avg is missing"),
     "a mean is missing": (lambda t, d: t.pop("average.0.weight"), "average.0.weight is missing"),
     "no random state": (lambda t, d: t.pop("random.cpu"), "random.cpu is missing"),
-    "a strange tensor": (lambda t, d: t.update(x=torch.ones(1)), "x is unexpected"),
+    "a strange tensor": (lambda t, d: t.update(x=torch.ones(1)), "x .*unexpected"),
     "another shape": (
         lambda t, d: t.update({"model.0.weight": torch.ones(3)}),
-        r"model.0.weight is torch.float32 \[3\], not torch.float32 \[3, 2\]",
+        r"model.0.weight .*\[3\].*\[3, 2\]",
     ),
     "another kind": (
         lambda t, d: t.update({"optimizer.0.step": torch.ones((), dtype=torch.float64)}),
-        "optimizer.0.step is torch.float64",
+        "optimizer.0.step .*float64",
     ),
     "a wrong random state": (
         lambda t, d: t.update({"random.cpu": torch.ones(9, dtype=torch.uint8)}),
-        "random.cpu is not a random state",
+        "random.cpu is not",
     ),
     "a random state of floats": (
         lambda t, d: t.update({"random.cpu": torch.ones(9)}),
-        "random.cpu is not a random state",
+        "random.cpu is not",
     ),
-    "a strange key of progress": (change(pace=3), "its progress has pace=3"),
-    "a wrong value of progress": (change(epoch="2"), "its progress has epoch='2'"),
-    "a key of progress is missing": (lambda t, d: d["progress"].pop("best"), "has best=None"),
-    "progress is no table": (lambda t, d: d.update(progress=[1]), "its progress has best=None"),
+    "a strange key of progress": (change(pace=3), "pace=3"),
+    "a wrong value of progress": (change(epoch="2"), "epoch='2'"),
+    "a key of progress is missing": (lambda t, d: d["progress"].pop("best"), "best=None"),
+    "progress is no table": (lambda t, d: d.update(progress=[1]), "best=None"),
     "no progress": (lambda t, d: d.pop("progress"), "state of a training"),
     "identity is no table": (lambda t, d: d.update(identity=[1]), "state of a training"),
     "half an identity": (lambda t, d: d["identity"].pop("train"), "no identity"),
@@ -160,7 +160,7 @@ def test_weights_of_another_shape_are_refused(files: Path) -> None:
     tensors, document = read(files / "model.safetensors")
     write(files / "model.safetensors", {**tensors, "0.bias": torch.ones(7)}, document)
     model, _ = trained(1)
-    with pytest.raises(UserError, match=r"0.bias is torch.float32 \[7\], not torch.float32 \[3\]"):
+    with pytest.raises(UserError, match=r"0.bias .*\[7\].*\[3\]"):
         load_weights(files / "model.safetensors", model, IDENTITY)
 
 
@@ -169,11 +169,11 @@ def test_only_what_differs_is_named(files: Path) -> None:
     text = {"modality": "text", "backbone": "a", "dim": 3}
     image = {"modality": "image", "backbone": "b", "dim": 5}
     for other, message in (
-        ({"train": {"lr": 0.2, "seed": 1}}, "for train.lr=0.1, not 0.2"),
-        ({"model": "n"}, "for model='m', not 'n'"),
-        ({"features": [{**text, "dim": 4}]}, "for features.text.dim=3, not 4"),
-        ({"features": [image, text]}, r"for features.image=nothing, not \.\.\."),
-        ({"features": []}, r"for features.text=\.\.\., not nothing"),
+        ({"train": {"lr": 0.2, "seed": 1}}, "train.lr=0.1, not 0.2"),
+        ({"model": "n"}, "model='m', not 'n'"),
+        ({"features": [{**text, "dim": 4}]}, "features.text.dim=3, not 4"),
+        ({"features": [image, text]}, r"features.image=nothing, not \.\.\."),
+        ({"features": []}, r"features.text=\.\.\., not nothing"),
         (
             {"model": "n", "train": {"lr": 0.2, "seed": 2}, "features": [{**text, "dim": 4}]},
             "features.text.dim=3, not 4; model='m', not 'n'; train.lr=0.1, not 0.2 and 1 more",

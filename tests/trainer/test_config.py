@@ -31,30 +31,30 @@ def test_the_last_word_wins(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("dimm=3", "unknown setting 'dimm'; known: .*dim"),
-        ("dim", "must look like key=value"),
-        ("dim=3.5", "dim='3.5' must be a whole number"),
-        ("lr=fast", "lr='fast' must be a number"),
-        ("dim=0", "dim=0 must be above 0"),
-        ("heads=3", "dim=512 is not a multiple of heads=3"),
-        ("dropout=1", r"dropout=1.0 must be in \[0, 1\)"),
+        ("dimm=3", "'dimm'.*known: .*dim"),
+        ("dim", "'dim'.*key=value"),
+        ("dim=3.5", "dim='3.5' .*whole number"),
+        ("lr=fast", "lr='fast' .*number"),
+        ("dim=0", "dim=0 .*above 0"),
+        ("heads=3", "dim=512 .*heads=3"),
+        ("dropout=1", r"dropout=1.0 .*in \[0, 1\)"),
         ("missing=guess", "'guess'.*drop, mask"),
-        ("length=0", "length=0 must be above 0"),
+        ("length=0", "length=0 .*above 0"),
         ("monitor_seen=both", "known: filtered, kept"),
-        ("seed=-1", "seed=-1 must be at least 0"),
-        ("seed=99999999999999999999", "seed=99999999999999999999 must be at least 0 and below 2"),
-        ("epochs=99999999999", "epochs=99999999999 must be above 0 and below 2"),
-        ("lr=nan", "lr=nan must be above 0"),
-        ("lr=inf", "lr=inf must be above 0"),
-        ("lr=1e30", r"lr=1e\+30 must be above 0"),
-        ("lr=2", "lr=2.0 must be .* at most 1"),
-        ("clip=nan", "clip=nan must be at least 0"),
-        ("weight_decay=nan", "weight_decay=nan must be at least 0"),
+        ("seed=-1", "seed=-1 .*at least 0"),
+        ("seed=99999999999999999999", "seed=99999999999999999999 .*at least 0 and below 2"),
+        ("epochs=99999999999", "epochs=99999999999 .*above 0 and below 2"),
+        ("lr=nan", "lr=nan .*above 0"),
+        ("lr=inf", "lr=inf .*above 0"),
+        ("lr=1e30", r"lr=1e\+30 .*above 0"),
+        ("lr=2", "lr=2.0 .*at most 1"),
+        ("clip=nan", "clip=nan .*at least 0"),
+        ("weight_decay=nan", "weight_decay=nan .*at least 0"),
         ("weight_decay=1001", "weight_decay=1001.0 times lr=0.001 must be at most 1"),
-        ("temperature=nan", "temperature=nan must be at least"),
-        ("temperature=1e-30", "temperature=1e-30 must be at least 0.0001"),
-        ("dropout=nan", r"dropout=nan must be in \[0, 1\)"),
-        ("stride=-1", "stride=-1 must be at least 0"),
+        ("temperature=nan", "temperature=nan .*at least"),
+        ("temperature=1e-30", "temperature=1e-30 .*at least 0.0001"),
+        ("dropout=nan", r"dropout=nan .*in \[0, 1\)"),
+        ("stride=-1", "stride=-1 .*at least 0"),
         (
             "schedule=step",
             "'step'.*constant, cosine, linear, exponential",
@@ -74,7 +74,7 @@ def test_no_temperature_is_too_low_for_float32(name: str) -> None:
     config = MODELS[name].load().settings_class
     if "temperature" not in {field.name for field in fields(config)}:
         pytest.skip("it has no temperature")
-    with pytest.raises(UserError, match=r"temperature=1e-40 must be at least 0\.0001"):
+    with pytest.raises(UserError, match=r"temperature=1e-40 .*at least 0\.0001"):
         build(config, None, ["temperature=1e-40"])
 
 
@@ -89,10 +89,10 @@ def test_bad_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('dim = "64"', "dim='64' must be a whole number"),
-        ("lr = 1e30", r"lr=1e\+30 must be above 0"),
-        ("lr = 1" + "0" * 400, "lr=inf must be above 0"),
-        ("dropout = nan", "dropout=nan must be in"),
+        ('dim = "64"', "dim='64' .*whole number"),
+        ("lr = 1e30", r"lr=1e\+30 .*above 0"),
+        ("lr = 1" + "0" * 400, "lr=inf .*above 0"),
+        ("dropout = nan", "dropout=nan .*in"),
         ("train = 3", "unknown setting 'train'"),
     ],
 )
@@ -113,7 +113,7 @@ def test_recall_is_the_hit_rate_of_the_tables() -> None:
 def test_a_setting_in_two_tables_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "twice.toml"
     path.write_text("[model]\ndim = 8\n[train]\ndim = 16\n")
-    with pytest.raises(UserError, match=r"twice\.toml sets dim twice"):
+    with pytest.raises(UserError, match=r"twice\.toml .*dim twice"):
         build(SASRecConfig, path, [])
 
 
@@ -126,11 +126,11 @@ def test_every_variant_that_is_named_can_be_asked_for(name: str) -> None:
         task = TASKS.find(recommender.pretraining.task).settings_class
         classes += [task] if task is not None else []
     asked = 0
-    for what, words in recommender.variants.items():
-        pairs = [word.partition("=") for word in re.findall(r"--set ([^\s,]+)", words)]
+    for what, option in recommender.variants.items():
+        pairs = [word.partition("=") for word in re.findall(r"--set ([^\s,]+)", option)]
         for values in itertools.product(*(pair[2].split("|") for pair in pairs)):
             given = [f"{pair[0]}={value}" for pair, value in zip(pairs, values, strict=True)]
             build_settings(classes, SettingSources(pairs=given), {})
             asked += len(given)
-        assert re.search(r"--set|--features|--init|mmrec (train|prepare)", words), what
+        assert re.search(r"--set|--features|--init|mmrec (train|prepare)", option), what
     assert asked or not recommender.variants

@@ -178,7 +178,7 @@ def test_early_stopping_keeps_the_best(tmp_path: Path) -> None:
 
 def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:
     _, model, _ = train("sasrec", tmp_path / "run", epochs=1)
-    with pytest.raises(UserError, match="written for a=1, not 2"):
+    with pytest.raises(UserError, match="a=1, not 2"):
         load_weights(tmp_path / "run" / "model.safetensors", model, {"a": 2})
     with pytest.raises(UserError, match=r"none\.safetensors .*train again"):
         load_weights(tmp_path / "none.safetensors", model, {"a": 1})
@@ -195,7 +195,7 @@ def test_a_loss_that_is_no_number_stops_in_one_line(
         return {"loss": self.item_encoder.weight.sum() + value}
 
     monkeypatch.setattr(SASRec, "loss", loss)
-    with pytest.raises(UserError, match=f"the loss is {value} in epoch 1, step 1; .* lower lr"):
+    with pytest.raises(UserError, match=f"loss .*{value} .*epoch 1, step 1; .*lower lr"):
         train("sasrec", tmp_path / "run")
 
 
@@ -208,7 +208,7 @@ def test_weights_that_diverge_in_the_only_step_stop_in_one_line(
         }  # 0, with a gradient of 0 * infinity
 
     monkeypatch.setattr(SASRec, "loss", loss)
-    with pytest.raises(UserError, match=r"not finite: the training diverged; .* lower lr"):
+    with pytest.raises(UserError, match=r"not finite.*lower lr"):
         train("sasrec", tmp_path / "run", batch_size=999, epochs=1)
     assert not (tmp_path / "run" / "model.safetensors").exists()
 
@@ -372,11 +372,11 @@ def test_the_best_is_by_the_monitored_ranking(tmp_path: Path, seen: str) -> None
 @pytest.mark.parametrize(
     ("sequences", "message"),
     [
-        ([[1], [2, 3]], "no user has 3 interactions"),
-        ([[1, 2, 3], [1]], "no user has two training interactions"),
+        ([[1], [2, 3]], "3 interactions"),
+        ([[1, 2, 3], [1]], "two training interactions"),
     ],
 )
 def test_too_few_interactions(sequences: list[list[int]], message: str) -> None:
-    with pytest.raises(UserError, match=f"dataset 'world': {message}"):
+    with pytest.raises(UserError, match=f"'world'.*{message}"):
         check_trainable(worlds.dataset(sequences, N))
     check_trainable(worlds.dataset([[1, 2, 3, 4]], N))

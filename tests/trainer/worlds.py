@@ -69,28 +69,30 @@ def features(n_items: int, *, seed: int = 0, missing: bool = True) -> ItemFeatur
     generator = torch.Generator().manual_seed(seed)
     vectors, present = {}, {}
     for number, (name, width) in enumerate((("image", 6), ("text", 5))):
-        there = torch.ones(n_items, dtype=torch.bool)
+        is_present = torch.ones(n_items, dtype=torch.bool)
         if missing:
-            there[number::4] = False
-            there[-1] = False
+            is_present[number::4] = False
+            is_present[-1] = False
         values = torch.randn(n_items, width, generator=generator)
-        vectors[name] = values * there[:, None]
-        present[name] = there
+        vectors[name] = values * is_present[:, None]
+        present[name] = is_present
     return ItemFeatures(n_items=n_items, vectors=vectors, present=present)
 
 
-def batch(rows: Sequences, held: ItemFeatures, generator: torch.Generator) -> Batch:
+def batch(rows: Sequences, item_features: ItemFeatures, generator: torch.Generator) -> Batch:
     """A batch of sequences of as many users; each has in training what stands in its row."""
     users_B = torch.arange(len(rows.lengths_B))
-    keys = (users_B[:, None] * held.n_items + rows.items_BL)[rows.mask_BL]
-    counts_N = torch.bincount(rows.items_BL[rows.mask_BL], minlength=held.n_items)
+    keys = (users_B[:, None] * item_features.n_items + rows.items_BL)[rows.mask_BL]
+    counts_N = torch.bincount(rows.items_BL[rows.mask_BL], minlength=item_features.n_items)
     train = TrainSet(counts_N=counts_N, keys_J=keys.unique())
-    return Batch(users_B=users_B, sequences=rows, features=held, train=train, generator=generator)
+    return Batch(
+        users_B=users_B, sequences=rows, features=item_features, train=train, generator=generator
+    )
 
 
-def training_data(world: Dataset, held: ItemFeatures) -> TrainingData:
+def training_data(world: Dataset, item_features: ItemFeatures) -> TrainingData:
     """The data on the CPU."""
-    return TrainingData(world, held, torch.device("cpu"))
+    return TrainingData(world, item_features, torch.device("cpu"))
 
 
 def prepare(warehouse: Warehouse, sequences: list[list[int]], n_items: int) -> None:
@@ -110,13 +112,13 @@ def prepare(warehouse: Warehouse, sequences: list[list[int]], n_items: int) -> N
     write_json(folder / "dataset.json", asdict(dataset(sequences, n_items).info))
 
 
-def extract(warehouse: Warehouse, held: ItemFeatures, backbone: str = "toy") -> None:
+def extract(warehouse: Warehouse, item_features: ItemFeatures, backbone: str = "toy") -> None:
     """Write features as tables of the prepared dataset ``world``."""
-    for modality, vectors in held.vectors.items():
-        there = np.flatnonzero(held.present[modality].numpy())
-        found = vectors.numpy()[there]
-        embedding = embedding_array(found)
-        _write(warehouse, (backbone, modality, "pooled"), there, embedding, found.shape[1])
+    for modality, vectors in item_features.vectors.items():
+        items = np.flatnonzero(item_features.present[modality].numpy())
+        values = vectors.numpy()[items]
+        embedding = embedding_array(values)
+        _write(warehouse, (backbone, modality, "pooled"), items, embedding, values.shape[1])
 
 
 def extract_tokens(
@@ -126,16 +128,16 @@ def extract_tokens(
     backbone: str = "toy",
 ) -> None:
     """Write each item's tokens (T, D) float32 as a table of the prepared dataset ``world``."""
-    there, found = np.array(list(tokens)), list(tokens.values())
-    counts = pa.array([len(one) for one in found], pa.int32())
+    items, arrays = np.array(list(tokens)), list(tokens.values())
+    counts = pa.array([len(array) for array in arrays], pa.int32())
     where = (backbone, modality, "tokens")
-    _write(warehouse, where, there, token_array(found), found[0].shape[1], counts)
+    _write(warehouse, where, items, token_array(arrays), arrays[0].shape[1], counts)
 
 
 def _write(
     warehouse: Warehouse,
     where: tuple[str, str, str],
-    there: np.ndarray[Any, Any],
+    items: np.ndarray[Any, Any],
     embedding: pa.Array,
     dim: int,
     n_tokens: pa.Array | None = None,
@@ -153,12 +155,12 @@ def _write(
         dim=dim,
     )
     columns = [
-        pa.array(there, pa.int32()),
-        pa.array([f"i{item}" for item in there]),
-        pa.array([f"{backbone}{item}" for item in there]),
-        pa.nulls(len(there), pa.int32()),
-        pa.nulls(len(there), pa.int32()) if n_tokens is None else n_tokens,
-        pa.nulls(len(there), pa.bool_()),
+        pa.array(items, pa.int32()),
+        pa.array([f"i{item}" for item in items]),
+        pa.array([f"{backbone}{item}" for item in items]),
+        pa.nulls(len(items), pa.int32()),
+        pa.nulls(len(items), pa.int32()) if n_tokens is None else n_tokens,
+        pa.nulls(len(items), pa.bool_()),
         embedding,
     ]
     table = FeatureStore(warehouse).table("world", backbone, modality, level)
@@ -206,10 +208,12 @@ def small_settings(model: str, **settings: Any) -> Any:
     return settings_class(**{k: v for k, v in SMALL.items() if k in names} | settings)
 
 
-def build(model: str, held: ItemFeatures, *, seed: int = 0, **settings: Any) -> Recommender:
+def build(
+    model: str, item_features: ItemFeatures, *, seed: int = 0, **settings: Any
+) -> Recommender:
     """A small model for the items of these features, with random weights."""
     torch.manual_seed(seed)
-    catalogue = Catalogue(n_items=held.n_items, n_users=USERS, widths=held.widths)
+    catalogue = Catalogue(n_items=item_features.n_items, n_users=USERS, widths=item_features.widths)
     return MODELS.find(model).load()(small_settings(model, **settings), catalogue)
 
 
@@ -218,9 +222,11 @@ def trained_models() -> list[str]:
     return [name for name in MODELS if any(True for _ in build(name, features(4)).parameters())]
 
 
-def ranks(model: Recommender, world: Dataset, held: ItemFeatures, split: str = "test") -> Ranks:
+def ranks(
+    model: Recommender, world: Dataset, item_features: ItemFeatures, split: str = "test"
+) -> Ranks:
     """The ranks of the targets of a split."""
-    return rank_split(model, training_data(world, held), split, 64).ranks
+    return rank_split(model, training_data(world, item_features), split, 64).ranks
 
 
 def popularity_ranks(world: Dataset, split: str = "test") -> Ranks:

@@ -136,12 +136,12 @@ def test_runs_that_cannot_be_compared(evaluated: Warehouse) -> None:
     write_run(evaluated, "users", RANKS["a"], items=[5, 6, 7, 9])
     for names, message in (
         (["a"], "a is one run"),
-        (["a", "a"], "'a' is named twice"),
+        (["a", "a"], "'a' .*twice"),
         (["a", "none"], "unknown run 'none'"),
-        (["a", "new"], "run 'new' is not evaluated; run: mmrec eval --run new"),
-        (["a", "other"], "run 'other' is of dataset 'e', run 'a' of 'd'"),
-        (["a", "anew"], r"another preparation of 'd' than run 'a' \(items g, not f\)"),
-        (["a", "cut"], r"another preparation of 'd' than run 'a' \(interactions j, not i\)"),
+        (["a", "new"], "'new' .*mmrec eval --run new"),
+        (["a", "other"], "'other' .*'e'.*'a' .*'d'"),
+        (["a", "anew"], r"'d'.*'a' \(items g, not f\)"),
+        (["a", "cut"], r"'d'.*'a' \(interactions j, not i\)"),
         (["a", "pre"], "run 'pre' is a pre-training"),
         (["a", "users"], "other users or targets"),
     ):
@@ -149,10 +149,10 @@ def test_runs_that_cannot_be_compared(evaluated: Warehouse) -> None:
             compare(evaluated, names)
         assert "\n" not in str(refused.value)
     for settings, message in (
-        ({"split": "train"}, "unknown split 'train'; known: validation, test"),
-        ({"targets": "hot"}, "unknown targets"),
-        ({"metrics": ["AUC"]}, "unknown metric 'AUC'"),
-        ({"by": "seed"}, "unknown grouping 'seed'; known: run, model, settings"),
+        ({"split": "train"}, "'train'.*validation, test"),
+        ({"targets": "hot"}, "targets 'hot'"),
+        ({"metrics": ["AUC"]}, "'AUC'"),
+        ({"by": "seed"}, "'seed'.*run, model, settings"),
         ({"by": "model"}, "are one system .* model"),
     ):
         with pytest.raises(UserError, match=message):
@@ -162,7 +162,7 @@ def test_runs_that_cannot_be_compared(evaluated: Warehouse) -> None:
 def test_damaged_files_are_one_line(evaluated: Warehouse) -> None:
     path: Path = evaluated.runs_dir / "b" / "predictions.parquet"
     path.write_bytes(b"PAR1")
-    with pytest.raises(UserError, match="run: mmrec eval --run b"):
+    with pytest.raises(UserError, match="mmrec eval --run b"):
         compare(evaluated, ["a", "b"])
     (path.parent / "model.safetensors").write_bytes(b"x")
     with pytest.raises(UserError, match="is damaged"):

@@ -128,16 +128,16 @@ def test_what_cannot_be_drawn(warehouse: Warehouse, tmp_path: Path) -> None:
     ways = ("text-to-vision", "vision-to-text")
     write_run(warehouse, "p", about={"stage": "pretrain"}, directions=ways, monitor="Recall@10")
     for names, settings, message in (
-        (["a"], {"metric": "AUC"}, "unknown metric 'AUC'"),
-        (["a"], {"metric": "MRR"}, r"run 'a' has no MRR on validation; it has: HR@10"),
-        (["a"], {"seen": "x"}, "unknown ranking for --seen 'x'"),
-        (["a"], {"labels": ["x", "y"]}, "2 labels for 1 runs"),
-        (["none"], {}, "'none' has no finished epoch to draw.*: mmrec train --resume"),
-        (["a", "p"], {}, "run 'p' was validated by Recall@10, text to vision and back, run 'a' by"),
+        (["a"], {"metric": "AUC"}, "'AUC'"),
+        (["a"], {"metric": "MRR"}, r"'a' .*MRR .*HR@10"),
+        (["a"], {"seen": "x"}, "--seen 'x'"),
+        (["a"], {"labels": ["x", "y"]}, "2 labels .*1 run"),
+        (["none"], {}, "'none' .*: mmrec train --resume"),
+        (["a", "p"], {}, "'p' .*Recall@10.*'a'"),
     ):
         with pytest.raises(UserError, match=message):
             read_curves(read(warehouse, *names), **settings)
     with pytest.raises(UserError, match="at most 21"):
         draw_curves(read_curves(read(warehouse, "a") * (MAX_RUNS + 1)))
-    with pytest.raises(UserError, match=r"end it in \.png, \.svg, \.pdf"):
+    with pytest.raises(UserError, match=r"\.png, \.svg, \.pdf"):
         save_figure(draw_curves(read_curves(read(warehouse, "a"))), tmp_path / "x.jpg")

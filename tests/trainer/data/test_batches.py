@@ -134,7 +134,7 @@ def test_two_processes_draw_different_things_and_the_first_what_one_alone_draws(
         Shard(process_rank=1, world_size=2),
     ):
         batches = data.epoch(plan, batch_size=8, seed=1, epoch=2, shard=shard)[1]
-        drawn = [torch.rand(3, generator=one.generator) for one in batches]
+        drawn = [torch.rand(3, generator=batch.generator) for batch in batches]
         draws.append(torch.stack(drawn[:5]))
     alone, first, second = draws
     assert torch.equal(first, alone)
@@ -148,19 +148,20 @@ def test_histories_end_right_before_the_target() -> None:
         ("validation", {0: [1, 2], 2: [7]}),
         ("test", {0: [2, 3], 2: [7, 0]}),
     ):
-        held = world.eval_split(split)
-        found = {}
-        for rows, sequences in data.histories(held, length=2, batch_size=1):
+        evaluated = world.eval_split(split)
+        histories = {}
+        for rows, sequences in data.histories(evaluated, length=2, batch_size=1):
             for row, items, n in zip(rows, sequences.items_BL, sequences.lengths_B, strict=True):
-                found[int(held.users[row])] = items[:n].tolist()
-        assert found == expected
+                histories[int(evaluated.users[row])] = items[:n].tolist()
+        assert histories == expected
 
 
 def test_the_last_sequence_is_not_read_beyond_the_end_of_all_interactions() -> None:
     data = worlds.training_data(worlds.dataset([[0, 1, 2, 3], [4, 5]], 6), worlds.features(6))
-    found = data.gather(np.array([0, 5]), np.array([4, 1]))  # the second row ends with the array
-    assert found.items_BL.tolist() == [[0, 1, 2, 3], [5, 5, 5, 5]]
-    assert found.mask_BL.tolist() == [[True] * 4, [True, False, False, False]]
+    # The second row ends with the array.
+    sequences = data.gather(np.array([0, 5]), np.array([4, 1]))
+    assert sequences.items_BL.tolist() == [[0, 1, 2, 3], [5, 5, 5, 5]]
+    assert sequences.mask_BL.tolist() == [[True] * 4, [True, False, False, False]]
 
 
 def test_coverage_counts_items() -> None:

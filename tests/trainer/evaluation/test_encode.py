@@ -19,12 +19,13 @@ WORLD = worlds.dataset([[0, 1, 2, 3], [1, 1], [4, 1, 0], [1, 2, 5, 0]], 6)
 def test_all_that_came_before_the_target_is_seen(
     split: str, targets: list[int], seen: list[list[int]]
 ) -> None:
-    held = WORLD.eval_split(split)
-    assert held.users.tolist() == [0, 2, 3]  # the second user has too few to be evaluated
-    assert targets_of(WORLD, held).tolist() == targets
-    found = histories_of(WORLD, held)
+    evaluated = WORLD.eval_split(split)
+    assert evaluated.users.tolist() == [0, 2, 3]  # the second user has too few to be evaluated
+    assert targets_of(WORLD, evaluated).tolist() == targets
+    histories = histories_of(WORLD, evaluated)
     rows = [
-        found.items[a:b].tolist() for a, b in zip(found.offsets, found.offsets[1:], strict=False)
+        histories.items[a:b].tolist()
+        for a, b in zip(histories.offsets, histories.offsets[1:], strict=False)
     ]
     assert rows == seen
 

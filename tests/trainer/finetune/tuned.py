@@ -33,8 +33,8 @@ VISION: dict[str, Any] = {
 
 def world(warehouse: Warehouse, raw: Path) -> None:
     """Prepare the dataset ``tiny``: eight items, of which one has no text and one no picture."""
-    pictures = [tiny.picture(raw / f"{i}.png", i).name for i in range(N)]
-    images: list[str | None] = [None if i == 5 else name for i, name in enumerate(pictures)]
+    files = [tiny.picture(raw / f"{i}.png", i).name for i in range(N)]
+    images: list[str | None] = [None if i == 5 else name for i, name in enumerate(files)]
     ids = [f"i{i}" for i in range(N)]
     info = tiny.prepare(warehouse, raw, ids=ids, text=TEXTS, image=images)
     rows = [
@@ -45,8 +45,8 @@ def world(warehouse: Warehouse, raw: Path) -> None:
     folder = warehouse.dataset_dir("tiny")
     table = pa.Table.from_pylist(rows, INTERACTIONS_SCHEMA)
     write_table(folder / "interactions" / "part-0.parquet", table)
-    more = replace(info, users=len(SEQUENCES), interactions=len(rows))
-    write_json(folder / "dataset.json", asdict(more))
+    info = replace(info, users=len(SEQUENCES), interactions=len(rows))
+    write_json(folder / "dataset.json", asdict(info))
 
 
 def extracted(warehouse: Warehouse, level: str, **backbones: Path) -> None:
@@ -71,9 +71,9 @@ class Whole(TokenFeatures):
     _encode: Callable[[Sequence[int]], tuple[Tensor, Tensor]]
 
     def gather(self, items_K: Tensor) -> tuple[Tensor, Tensor]:
-        there = (np.diff(self.offsets) > 0)[items_K.numpy()]
-        x, mask = self._encode([int(item) for item in items_K[torch.from_numpy(there)]])
-        rows = torch.from_numpy(np.flatnonzero(there))
+        has_tokens = (np.diff(self.offsets) > 0)[items_K.numpy()]
+        x, mask = self._encode([int(item) for item in items_K[torch.from_numpy(has_tokens)]])
+        rows = torch.from_numpy(np.flatnonzero(has_tokens))
         x_KTD = x.new_zeros((len(items_K), *x.shape[1:])).index_copy(0, rows, x)
         mask_KT = mask.new_zeros((len(items_K), mask.shape[1])).index_copy(0, rows, mask)
         return x_KTD, mask_KT
@@ -100,8 +100,8 @@ def whole_picture(
     processor = processors.from_pretrained(folder)
 
     def encode(items: Sequence[int]) -> tuple[Tensor, Tensor]:
-        pictures = [Image.open(raw / f"{i}.png").convert("RGB") for i in items]
-        states = model(**processor(images=pictures, return_tensors="pt")).last_hidden_state
+        images = [Image.open(raw / f"{i}.png").convert("RGB") for i in items]
+        states = model(**processor(images=images, return_tensors="pt")).last_hidden_state
         return states, torch.ones(states.shape[:2], dtype=torch.bool)
 
     return encode
@@ -118,8 +118,8 @@ def whole_clip(
         seen: list[Tensor] = []
         hook = norm.register_forward_hook(lambda module, given, output: seen.append(output))
         if modality == "image":
-            pictures = [Image.open(raw / f"{i}.png").convert("RGB") for i in items]
-            model.encode_image(torch.stack([show(one) for one in pictures]))
+            images = [Image.open(raw / f"{i}.png").convert("RGB") for i in items]
+            model.encode_image(torch.stack([show(image) for image in images]))
             mask = torch.ones(seen[0].shape[:2], dtype=torch.bool)
         else:
             ids = open_clip.tokenize([TEXTS[i] or "" for i in items])

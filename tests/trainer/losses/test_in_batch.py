@@ -117,10 +117,10 @@ def test_the_operator_equals_the_formula_in_float64(case: dict[str, Any]) -> Non
     assert loss.dtype == dtype
     size = max(1.0, case["scale"])
     close(loss, expected, dtype, size)
-    for one, other in zip(mine, theirs, strict=True):
-        assert one.grad is not None
+    for tensor, other in zip(mine, theirs, strict=True):
+        assert tensor.grad is not None
         assert other.grad is not None
-        close(one.grad, other.grad, dtype, size)
+        close(tensor.grad, other.grad, dtype, size)
 
 
 @settings(deadline=None, max_examples=60)
@@ -154,33 +154,33 @@ def test_the_symmetric_form_equals_the_formula_in_float64(
         label_B = None if labels is None else torch.tensor(labels)
         loss = in_batch_symmetric(mine[0], mine[1], scale=scale, label_B=label_B)
     same = [[i] for i in range(pairs)]
-    there, back = (
+    to_keys, to_queries = (
         reference.in_batch(a, b, same, scale=scale, labels=labels)
         for a, b in ((theirs[0], theirs[1]), (theirs[1], theirs[0]))
     )
-    expected = (there + back) / 2
+    expected = (to_keys + to_queries) / 2
     (3 * loss).backward()
     (3 * expected).backward()
     close(loss, expected, dtype, max(1.0, scale))
-    for one, other in zip(mine, theirs, strict=True):
-        assert one.grad is not None
+    for tensor, other in zip(mine, theirs, strict=True):
+        assert tensor.grad is not None
         assert other.grad is not None
-        close(one.grad, other.grad, dtype, max(1.0, scale))
+        close(tensor.grad, other.grad, dtype, max(1.0, scale))
 
 
 def test_by_hand() -> None:
     # scores 0, log 2 and log 5: the share of the middle one is 2 / 8, without the last one 2 / 3
     key = torch.tensor([[1.0], [2.0], [5.0]]).log()
-    one = torch.ones(1, 1)
+    query = torch.ones(1, 1)
     target = torch.tensor([1])
-    torch.testing.assert_close(in_batch(one, key, target), torch.tensor(math.log(8 / 2)))
+    torch.testing.assert_close(in_batch(query, key, target), torch.tensor(math.log(8 / 2)))
     torch.testing.assert_close(
-        in_batch(one, key, target, columns=Columns(label_C=torch.tensor([4, 7, 7]))),
+        in_batch(query, key, target, columns=Columns(label_C=torch.tensor([4, 7, 7]))),
         torch.tensor(math.log(3 / 2)),
     )
     torch.testing.assert_close(
         in_batch(
-            one,
+            query,
             key,
             target,
             columns=Columns(label_C=torch.tensor([0, 1, 2])),
@@ -189,13 +189,13 @@ def test_by_hand() -> None:
         torch.tensor(math.log(7 / 2)),
     )
     torch.testing.assert_close(
-        in_batch(one, key, torch.tensor([[1, 2]])), torch.tensor(math.log(8 / 7))
+        in_batch(query, key, torch.tensor([[1, 2]])), torch.tensor(math.log(8 / 7))
     )
     torch.testing.assert_close(  # Eq. 8 of PMMRec: (2 + 5) / (2 + 1) is more than 1
-        in_batch(one, key, torch.tensor([[1, 2]]), counted=1), torch.tensor(math.log(3 / 7))
+        in_batch(query, key, torch.tensor([[1, 2]]), counted=1), torch.tensor(math.log(3 / 7))
     )
     torch.testing.assert_close(
-        in_batch(one, key, target, columns=Columns(count_C=torch.tensor([1.0, 9.0, 2.0]))),
+        in_batch(query, key, target, columns=Columns(count_C=torch.tensor([1.0, 9.0, 2.0]))),
         torch.tensor(math.log(13 / 2)),
     )
 
@@ -229,11 +229,11 @@ def test_the_sign_of_the_popularity_correction() -> None:
 
 
 def test_a_rare_negative_weighs_more_than_a_popular_one() -> None:
-    one, key = torch.ones(1, 1), torch.zeros(2, 1)
+    query, key = torch.ones(1, 1), torch.zeros(2, 1)
     counts = torch.tensor([10, 1, 100])
     rare, popular = (
         in_batch(
-            one,
+            query,
             key,
             torch.tensor([0]),
             columns=Columns(correction_C=log_popularity(counts)[[0, other]]),
@@ -297,14 +297,14 @@ def test_bfloat16_products_come_near(autocast: bool) -> None:
     wide = leaves(query, key)
     expected = in_batch(wide[0], wide[1], target, scale=0.5)
     expected.backward()
-    one = leaves(query, key) if autocast else leaves(query.bfloat16(), key.bfloat16())
+    narrow = leaves(query, key) if autocast else leaves(query.bfloat16(), key.bfloat16())
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        loss = in_batch(one[0], one[1], target, scale=0.5)
-        both = in_batch_symmetric(one[0], one[1], scale=0.5)
+        loss = in_batch(narrow[0], narrow[1], target, scale=0.5)
+        both = in_batch_symmetric(narrow[0], narrow[1], scale=0.5)
     assert loss.dtype == both.dtype == torch.float32
     loss.backward()
     torch.testing.assert_close(loss, expected, rtol=1e-2, atol=0)
-    for a, b in zip(one, wide, strict=True):
+    for a, b in zip(narrow, wide, strict=True):
         assert a.grad is not None
         assert b.grad is not None
         assert a.grad.dtype == a.dtype
@@ -318,11 +318,13 @@ def test_the_same_bits_every_time() -> None:
     target = torch.randint(20, (3000,), generator=generator)  # many rows pull at the same key
 
     def gradients() -> list[Tensor]:
-        one = leaves(query, key)
-        in_batch(one[0], one[1], target, columns=Columns(label_C=torch.arange(500) % 90)).backward()
-        two = leaves(query, query.flip(0))
-        in_batch_symmetric(two[0], two[1], label_B=torch.arange(3000) // 2).backward()
-        return [x.grad for x in (*one, *two) if x.grad is not None]
+        first = leaves(query, key)
+        in_batch(
+            first[0], first[1], target, columns=Columns(label_C=torch.arange(500) % 90)
+        ).backward()
+        second = leaves(query, query.flip(0))
+        in_batch_symmetric(second[0], second[1], label_B=torch.arange(3000) // 2).backward()
+        return [x.grad for x in (*first, *second) if x.grad is not None]
 
     first = gradients()
     assert len(first) == 4
@@ -344,11 +346,11 @@ class Largest(TorchDispatchMode):
     most = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **(kwargs or {}))
-        for one in found if isinstance(found, tuple | list) else [found]:
-            if isinstance(one, Tensor):
-                self.most = max(self.most, one.untyped_storage().nbytes() // one.itemsize)
-        return found
+        output = func(*args, **(kwargs or {}))
+        for tensor in output if isinstance(output, tuple | list) else [output]:
+            if isinstance(tensor, Tensor):
+                self.most = max(self.most, tensor.untyped_storage().nbytes() // tensor.itemsize)
+        return output
 
 
 @pytest.mark.parametrize("way", ["rows", "own items", "symmetric", "naive"])
@@ -378,5 +380,5 @@ def test_all_scores_are_never_held_at_once(way: str, monkeypatch: pytest.MonkeyP
             loss.backward()
         most.append(largest.most)
     bound = [32 * rows + 1024 for rows in (512, 1024)]
-    held = [one <= limit for one, limit in zip(most, bound, strict=True)]
-    assert held == [way != "naive"] * 2, most
+    is_bounded = [size <= limit for size, limit in zip(most, bound, strict=True)]
+    assert is_bounded == [way != "naive"] * 2, most

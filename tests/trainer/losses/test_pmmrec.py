@@ -32,11 +32,11 @@ sequences = st.lists(
 dtypes = st.sampled_from([torch.float32, torch.float64])
 
 
-def positions(rows: list[list[int]], more: list[set[int]]) -> Positions:
+def positions(rows: list[list[int]], extra_items: list[set[int]]) -> Positions:
     """What the model makes of a batch; each user has interacted with a row's items and more."""
     item_K = torch.tensor(sorted({item for row in rows for item in row}))
     place = {item: k for k, item in enumerate(item_K.tolist())}
-    own = [sorted({*row, *others}) for row, others in zip(rows, more, strict=True)]
+    own = [sorted({*row, *others}) for row, others in zip(rows, extra_items, strict=True)]
     width = max(map(len, own))
     flat = [item for row in rows for item in row]
     return Positions(
@@ -49,9 +49,9 @@ def positions(rows: list[list[int]], more: list[set[int]]) -> Positions:
     )
 
 
-def negatives(rows: list[list[int]], more: list[set[int]], user: int) -> list[int]:
+def negatives(rows: list[list[int]], extra_items: list[set[int]], user: int) -> list[int]:
     """N of Eq. 5: the items of all slots, except what the user has interacted with."""
-    mine = {*rows[user], *more[user]}
+    mine = {*rows[user], *extra_items[user]}
     return [item for row in rows for item in row if item not in mine]
 
 
@@ -61,10 +61,10 @@ def close(mine: Tensor, theirs: Tensor, dtype: torch.dtype) -> None:
 
 
 def gradients_close(mine: list[Tensor], theirs: list[Tensor], dtype: torch.dtype) -> None:
-    for one, other in zip(mine, theirs, strict=True):
-        assert one.grad is not None
+    for tensor, other in zip(mine, theirs, strict=True):
+        assert tensor.grad is not None
         assert other.grad is not None
-        close(one.grad, other.grad, dtype)
+        close(tensor.grad, other.grad, dtype)
 
 
 @settings(deadline=None, max_examples=25)
@@ -73,8 +73,8 @@ def test_dap_is_equation_5(
     rows: list[list[int]], corrected: bool, dtype: torch.dtype, seed: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
-    more = [{int(torch.randint(N, (), generator=generator))} for _ in rows]
-    at = positions(rows, more)
+    extra_items = [{int(torch.randint(N, (), generator=generator))} for _ in rows]
+    at = positions(rows, extra_items)
     e_ND = torch.randn(N, D, generator=generator, dtype=torch.float64)
     h_MD = torch.randn(len(at.next_M), D, generator=generator, dtype=torch.float64)
     log_p = torch.rand(N, generator=generator, dtype=torch.float64).log()
@@ -84,7 +84,7 @@ def test_dap_is_equation_5(
     for u, row in enumerate(rows):
         for following in row[1:]:
             scores = theirs[1] @ h_MD[m] - (log_p[at.item_C] if corrected else 0)
-            others = scores[[place[item] for item in negatives(rows, more, u)]].exp().sum()
+            others = scores[[place[item] for item in negatives(rows, extra_items, u)]].exp().sum()
             positive = scores[place[following]].exp()
             expected = expected - (positive / (positive + others)).log()
             m += 1
@@ -109,25 +109,25 @@ def test_alignments_are_equations_6_to_9(
     rows: list[list[int]], kind: str, literal: bool, scale: float, dtype: torch.dtype, seed: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
-    more = [{int(torch.randint(N, (), generator=generator))} for _ in rows]
-    at = positions(rows, more)
+    extra_items = [{int(torch.randint(N, (), generator=generator))} for _ in rows]
+    at = positions(rows, extra_items)
     t_ND, v_ND = (
         torch.randn(N, D, generator=generator, dtype=torch.float64).requires_grad_()
         for _ in range(2)
     )
-    there = torch.rand(2, N, generator=generator) < 0.8
+    present = torch.rand(2, N, generator=generator) < 0.8
     unit = [functional.normalize(x, dim=1) for x in (t_ND, v_ND)]
 
     def one_way(a: int, b: int) -> Tensor:
-        found = []
+        terms = []
         for u, row in enumerate(rows):
-            others = negatives(rows, more, u)
+            others = negatives(rows, extra_items, u)
             for item, following in itertools.pairwise(row):
-                if not (there[a, item] and there[b, item]):
+                if not (present[a, item] and present[b, item]):
                     continue
 
                 def delta(m: int, other: int, item: int = item) -> Tensor:
-                    return (scale * unit[a][item] @ unit[m][other]).exp() * there[m, other]
+                    return (scale * unit[a][item] @ unit[m][other]).exp() * present[m, other]
 
                 below = above = delta(b, item)
                 if kind in ("ncl", "nicl"):
@@ -135,23 +135,23 @@ def test_alignments_are_equations_6_to_9(
                     below = below if literal else above
                 for m in (a, b) if kind in ("icl", "nicl") else (b,):
                     below = below + sum(delta(m, other) for other in others)
-                found.append(-(above / below).log())
-        return torch.stack(found).mean() if found else torch.zeros((), dtype=torch.float64)
+                terms.append(-(above / below).log())
+        return torch.stack(terms).mean() if terms else torch.zeros((), dtype=torch.float64)
 
     expected = (one_way(0, 1) + one_way(1, 0)) / 2
     mine = [x.detach()[at.item_C].to(dtype).requires_grad_() for x in (t_ND, v_ND)]
-    modalities = [(x, has[at.item_C]) for x, has in zip(mine, there, strict=True)]
+    modalities = [(x, has[at.item_C]) for x, has in zip(mine, present, strict=True)]
     loss = align(kind, modalities, at, scale=scale, literal=literal)
     close(loss, expected, dtype)
     if expected.requires_grad:
         loss.backward()
         expected.backward()
-        for one, other in zip(mine, (t_ND, v_ND), strict=True):
-            assert one.grad is not None
+        for tensor, other in zip(mine, (t_ND, v_ND), strict=True):
+            assert tensor.grad is not None
             assert other.grad is not None
             # Normalising divides by the length, which may be small.
-            short = float(one.detach().norm(dim=1).min().clamp_max(1))
-            close(one.grad * short, other.grad[at.item_C] * short, dtype)
+            short = float(tensor.detach().norm(dim=1).min().clamp_max(1))
+            close(tensor.grad * short, other.grad[at.item_C] * short, dtype)
 
 
 def test_the_literal_denominator_lets_the_loss_go_below_zero() -> None:
@@ -246,17 +246,17 @@ def test_what_a_disturbance_does(
     width, lengths_B = max(lengths), torch.tensor(lengths)
     item = torch.arange(len(lengths) * width).view(len(lengths), width)  # all different
     valid = torch.arange(width) < lengths_B[:, None]
-    found, fate = corrupt(item, lengths_B, generator, shuffle=shuffle, replace=replace)
-    assert torch.equal(found[~valid], item[~valid])
-    assert torch.equal(fate == UNCHANGED, found == item)
+    corrupted, fate = corrupt(item, lengths_B, generator, shuffle=shuffle, replace=replace)
+    assert torch.equal(corrupted[~valid], item[~valid])
+    assert torch.equal(fate == UNCHANGED, corrupted == item)
     for row, length in enumerate(lengths):
         moved = fate[row] == SHUFFLED
         # They changed places among themselves, each left its own, and none is alone.
-        assert sorted(found[row][moved].tolist()) == sorted(item[row][moved].tolist())
+        assert sorted(corrupted[row][moved].tolist()) == sorted(item[row][moved].tolist())
         assert int(moved.sum()) != 1
         assert int(moved.sum()) <= max(2, math.ceil(shuffle * length))
         assert int((fate[row] == REPLACED).sum()) <= math.ceil(replace * length)
-    assert set(found[valid].tolist()) <= set(item[valid].tolist())
+    assert set(corrupted[valid].tolist()) <= set(item[valid].tolist())
 
 
 def test_the_shares_of_a_disturbance() -> None:
@@ -270,6 +270,6 @@ def test_the_shares_of_a_disturbance() -> None:
 
 def test_the_same_item_in_another_slot_is_unchanged() -> None:
     item = torch.zeros(3, 6, dtype=torch.int64)
-    found, fate = corrupt(item, torch.tensor([6, 4, 1]), torch.Generator(), shuffle=0.9)
-    assert not found.any()
+    corrupted, fate = corrupt(item, torch.tensor([6, 4, 1]), torch.Generator(), shuffle=0.9)
+    assert not corrupted.any()
     assert not fate.any()

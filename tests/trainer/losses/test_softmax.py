@@ -42,10 +42,10 @@ def test_full_softmax_equals_the_formula_in_float64(
     (3 * expected).backward()
 
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
-    for one, other in zip(mine, theirs, strict=True):
-        assert one.grad is not None
+    for tensor, other in zip(mine, theirs, strict=True):
+        assert tensor.grad is not None
         assert other.grad is not None
-        torch.testing.assert_close(one.grad.double(), other.grad, rtol=1e-4, atol=1e-5 * scale)
+        torch.testing.assert_close(tensor.grad.double(), other.grad, rtol=1e-4, atol=1e-5 * scale)
 
 
 def test_full_softmax_by_hand() -> None:
@@ -105,8 +105,8 @@ def test_all_candidates_are_the_full_softmax(scale: float) -> None:
     query, item = torch.randn(9, 4, generator=generator), torch.randn(7, 4, generator=generator)
     target = torch.randint(7, (9,), generator=generator)
     part = draw_candidates(target, 7, 7, generator)
-    found = part_softmax(query, item[part.items_X], part, scale)
-    torch.testing.assert_close(found, full_softmax(query, item, target, scale))
+    loss = part_softmax(query, item[part.items_X], part, scale)
+    torch.testing.assert_close(loss, full_softmax(query, item, target, scale))
 
 
 def test_candidates_by_hand() -> None:

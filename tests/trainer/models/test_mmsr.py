@@ -39,7 +39,7 @@ def tokens() -> ItemFeatures:
     pooled = worlds.features(N)
     lengths = np.arange(N) % 4
     values = np.random.default_rng(0).normal(size=(lengths.sum(), 5)).astype(np.float16)
-    found = TokenFeatures(
+    tokens = TokenFeatures(
         values=values,
         offsets=np.concatenate([[0], np.cumsum(lengths)]),
         device=torch.device("cpu"),
@@ -47,24 +47,24 @@ def tokens() -> ItemFeatures:
     return ItemFeatures(
         n_items=N,
         vectors={"image": pooled.vectors["image"]},
-        present={"image": pooled.present["image"], "text": found.present_N},
-        tokens={"text": found},
+        present={"image": pooled.present["image"], "text": tokens.present_N},
+        tokens={"text": tokens},
     )
 
 
-def build(features: ItemFeatures, **more: Any) -> MMSR:
+def build(features: ItemFeatures, **settings: Any) -> MMSR:
     torch.manual_seed(0)
     catalogue = Catalogue(n_items=features.n_items, n_users=1, widths=features.widths)
-    model = MMSR(MMSRConfig(**{**SMALL, **more}), catalogue).eval()
+    model = MMSR(MMSRConfig(**{**SMALL, **settings}), catalogue).eval()
     initialise(model, std=0.3)
     return model
 
 
-def rows(found: list[list[int]], padding: int = 0) -> Sequences:
-    width = max(map(len, found))
-    items = [row + [padding] * (width - len(row)) for row in found]
+def rows(histories: list[list[int]], padding: int = 0) -> Sequences:
+    width = max(map(len, histories))
+    items = [row + [padding] * (width - len(row)) for row in histories]
     return Sequences(
-        items_BL=torch.tensor(items), lengths_B=torch.tensor([len(row) for row in found])
+        items_BL=torch.tensor(items), lengths_B=torch.tensor([len(row) for row in histories])
     )
 
 
@@ -74,15 +74,15 @@ def batch(features: ItemFeatures, padding: int = 0) -> Batch:
 
 
 def states(model: IDSR, items: Tensor, sequences: Sequences) -> Tensor:
-    found = model.states(ItemVectors(vectors_KD=items), sequences)
-    return model.settings.normalise(found)
+    states = model.states(ItemVectors(vectors_KD=items), sequences)
+    return model.settings.normalise(states)
 
 
 @pytest.mark.parametrize(
     ("over", "fusion", "encoder", "loss"),
     [
-        *(("vectors", *one) for one in COMBINATIONS),
-        *(("tokens", *one) for one in COMBINATIONS[::4]),
+        *(("vectors", *combination) for combination in COMBINATIONS),
+        *(("tokens", *combination) for combination in COMBINATIONS[::4]),
     ],
 )
 def test_all_parts_together(over: str, fusion: str, encoder: str, loss: str) -> None:
@@ -100,7 +100,7 @@ def test_all_parts_together(over: str, fusion: str, encoder: str, loss: str) -> 
     value = model.loss(batch(features))["loss"]
     assert torch.equal(value, model.loss(batch(features, padding=7))["loss"])
     value.backward()
-    without = [key for key, held in model.named_parameters() if held.grad is None]
+    without = [key for key, parameter in model.named_parameters() if parameter.grad is None]
     assert without == []
 
 
@@ -111,10 +111,10 @@ def test_all_parts_together(over: str, fusion: str, encoder: str, loss: str) -> 
 def test_the_in_batch_loss_by_its_formula(score: str, debias: bool, divisor: float) -> None:
     features = worlds.features(N)
     model = build(features, loss="in-batch", score=score, debias=debias, temperature=0.5)
-    found = batch(features)
+    example = batch(features)
     items = model.encode_items(features)
     shown = [item for row in ROWS for item in row]
-    popularity = found.train.counts_N.float() / found.train.counts_N.sum()
+    popularity = example.train.counts_N.float() / example.train.counts_N.sum()
     losses = []
     for row in ROWS:
         for end in range(1, len(row)):
@@ -127,7 +127,7 @@ def test_the_in_batch_loss_by_its_formula(score: str, debias: bool, divisor: flo
             column = torch.stack([scores[row[end]], *negatives])
             losses.append(-column.log_softmax(0)[0])
     expected = torch.stack(losses).mean()
-    torch.testing.assert_close(model.loss(found)["loss"], expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model.loss(example)["loss"], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_the_binary_loss_by_its_formula(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,7 +168,7 @@ def test_every_item_of_a_batch_is_encoded_once(monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setattr(
             model,
             "encode_some",
-            lambda items, held, e=encode, s=seen: (s.append(items), e(items, held))[1],
+            lambda items, given, e=encode, s=seen: (s.append(items), e(items, given))[1],
         )
         twice = [[1, 2, 1, 2, 3], [2, 3, 1]]
         generator = torch.Generator().manual_seed(2)
@@ -193,13 +193,13 @@ def test_an_item_without_a_modality_is_not_read_there() -> None:
 
 def test_a_vector_is_a_modality_of_one_token() -> None:
     pooled = worlds.features(N)
-    there = pooled.present["text"].numpy()
-    one = TokenFeatures(
+    present = pooled.present["text"].numpy()
+    tokens = TokenFeatures(
         values=pooled.vectors["text"][pooled.present["text"]].numpy(),
-        offsets=np.concatenate([[0], np.cumsum(there)]),
+        offsets=np.concatenate([[0], np.cumsum(present)]),
         device=torch.device("cpu"),
     )
-    as_tokens = replace(pooled, vectors={"image": pooled.vectors["image"]}, tokens={"text": one})
+    as_tokens = replace(pooled, vectors={"image": pooled.vectors["image"]}, tokens={"text": tokens})
     for fusion in ("sum", "merge-attention"):
         model = build(pooled, fusion=fusion)
         torch.testing.assert_close(model.encode_items(pooled), model.encode_items(as_tokens))
@@ -218,13 +218,13 @@ def test_the_catalogue_in_pieces_is_the_catalogue(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"fusion": "add"}, "unknown fusion 'add'; known: sum,"),
+        ({"fusion": "add"}, "'add'.*known: sum,"),
         ({"sequence_encoder": "lstm"}, "'lstm'.*sasrec, gru, nextitnet"),
         ({"loss": "ce"}, "'ce'.*softmax, in-batch, bce"),
         ({"score": "sine"}, "'sine'.*dot, scaled, cosine"),
-        ({"pool": "max"}, "unknown pool 'max'"),
-        ({"fusion_heads": 3}, "not a multiple of fusion_heads=3"),
-        ({"temperature": 0.0}, "temperature=0.0 must be"),
+        ({"pool": "max"}, "pool 'max'"),
+        ({"fusion_heads": 3}, "fusion_heads=3"),
+        ({"temperature": 0.0}, "temperature=0.0"),
     ],
 )
 def test_settings_that_cannot_be(settings: dict[str, Any], message: str) -> None:
@@ -233,7 +233,7 @@ def test_settings_that_cannot_be(settings: dict[str, Any], message: str) -> None
 
 
 def test_without_features_there_is_nothing_to_fuse() -> None:
-    with pytest.raises(UserError, match="mmsr needs features"):
+    with pytest.raises(UserError, match=r"mmsr .*features"):
         MMSR(MMSRConfig(**SMALL), Catalogue(n_items=N, n_users=1, widths={}))
 
 
@@ -246,7 +246,7 @@ def test_ids_in_place_of_modalities(encoder: str) -> None:
     )
     assert model.encode_items(features).shape == (N, 8)
     model.loss(batch(features))["loss"].backward()
-    assert all(held.grad is not None for held in model.parameters())
+    assert all(parameter.grad is not None for parameter in model.parameters())
 
 
 @pytest.mark.slow
@@ -264,27 +264,28 @@ def test_taste_in_the_texts_is_learned_from_the_texts_alone(
     """The targets are items that nobody has clicked; pictures are noise."""
     dataset, texts = planted.world()
     noise = torch.randn(planted.N, 6, generator=torch.Generator().manual_seed(3))
-    there = texts.present["text"]
+    present = texts.present["text"]
     both = ItemFeatures(
         n_items=planted.N,
         vectors={"image": noise, **texts.vectors},
-        present={"image": there, "text": there},
+        present={"image": present, "text": present},
     )
-    pictures = replace(both, vectors={"image": noise}, present={"image": there})
+    images = replace(both, vectors={"image": noise}, present={"image": present})
     small = {**SMALL, "dim": 16, "hidden": 32, "length": 8}
     means = []
-    for features in (both, pictures):
+    for features in (both, images):
         torch.manual_seed(0)
         config = MMSRConfig(**small, fusion=fusion, sequence_encoder=encoder, loss=loss)
         model = MMSR(config, Catalogue(n_items=planted.N, n_users=1, widths=features.widths))
         data = worlds.training_data(dataset, features)
         optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
         for epoch in range(12):
-            for found in data.epoch(model.window_sampling, batch_size=16, seed=1, epoch=epoch)[1]:
+            _, batches = data.epoch(model.window_sampling, batch_size=16, seed=1, epoch=epoch)
+            for training_batch in batches:
                 optimizer.zero_grad()
-                model.loss(found)["loss"].backward()
+                model.loss(training_batch)["loss"].backward()
                 optimizer.step()
         means.append(worlds.ranks(model, dataset, features).filtered.mean())
-    by_text, by_picture = means
+    by_text, by_image = means
     assert by_text < 10  # chance is 21: half of the 42 items that are left
-    assert by_picture > 14  # six unseen items: luck is not far from chance
+    assert by_image > 14  # six unseen items: luck is not far from chance

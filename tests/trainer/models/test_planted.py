@@ -39,9 +39,9 @@ def world(seed: int = 0) -> tuple[Dataset, ItemFeatures]:
 def cold_ranks(name: str, folder: Path) -> tuple[float, float]:
     """Mean filtered rank of the unseen targets: by the model, by popularity."""
     dataset, features = world()
-    more = {"stride": 2} if name == "mmsrec" else {}
+    options = {"stride": 2} if name == "mmsrec" else {}
     sizes: dict[str, Any] = {"dim": 16, "heads": 2, "hidden": 32, "length": 8, "dropout": 0.1}
-    model = worlds.build(name, features, **sizes, **more)
+    model = worlds.build(name, features, **sizes, **options)
     data = worlds.training_data(dataset, features)
     config = TrainConfig(epochs=15, batch_size=16, lr=3e-3, patience=15)
     task = NextItem(model, data)

@@ -32,7 +32,7 @@ def tokens() -> ItemFeatures:
     pooled = worlds.features(N)
     lengths = np.arange(N) % 4
     values = np.random.default_rng(0).normal(size=(lengths.sum(), 5)).astype(np.float16)
-    found = TokenFeatures(
+    tokens = TokenFeatures(
         values=values,
         offsets=np.concatenate([[0], np.cumsum(lengths)]),
         device=torch.device("cpu"),
@@ -40,8 +40,8 @@ def tokens() -> ItemFeatures:
     return ItemFeatures(
         n_items=N,
         vectors={"image": pooled.vectors["image"]},
-        present={"image": pooled.present["image"], "text": found.present_N},
-        tokens={"text": found},
+        present={"image": pooled.present["image"], "text": tokens.present_N},
+        tokens={"text": tokens},
     )
 
 
@@ -50,19 +50,19 @@ def only(name: str) -> ItemFeatures:
     return replace(both, vectors={name: both.vectors[name]}, present={name: both.present[name]})
 
 
-def build(features: ItemFeatures, std: float = 0.3, **more: Any) -> PMMRec:
+def build(features: ItemFeatures, std: float = 0.3, **settings: Any) -> PMMRec:
     torch.manual_seed(0)
     catalogue = Catalogue(n_items=features.n_items, n_users=1, widths=features.widths)
-    model = PMMRec(PMMRecConfig(**{**SMALL, **more}), catalogue).eval()
+    model = PMMRec(PMMRecConfig(**{**SMALL, **settings}), catalogue).eval()
     initialise(model, std=std)
     return model
 
 
-def rows(found: list[list[int]], padding: int = 0) -> Sequences:
-    width = max(map(len, found))
-    items = [row + [padding] * (width - len(row)) for row in found]
+def rows(histories: list[list[int]], padding: int = 0) -> Sequences:
+    width = max(map(len, histories))
+    items = [row + [padding] * (width - len(row)) for row in histories]
     return Sequences(
-        items_BL=torch.tensor(items), lengths_B=torch.tensor([len(row) for row in found])
+        items_BL=torch.tensor(items), lengths_B=torch.tensor([len(row) for row in histories])
     )
 
 
@@ -93,25 +93,25 @@ LITERAL: dict[str, Any] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("more", [{}, LITERAL], ids=["sound", "literal"])
-def test_the_whole_loss_by_its_formulas(more: dict[str, Any]) -> None:
+@pytest.mark.parametrize("settings", [{}, LITERAL], ids=["sound", "literal"])
+def test_the_whole_loss_by_its_formulas(settings: dict[str, Any]) -> None:
     """Position by position; two rows are windows of one user."""
     features = worlds.features(N)
     given = {"temperature": 0.5, "align_temperature": 0.25, "rcl_temperature": 0.2, "shuffle": 0.5}
-    model = build(features, **PRETRAIN, **given, **more)
+    model = build(features, **PRETRAIN, **given, **settings)
     users = [0, 1, 0]
     own = {0: {*ROWS[0], *ROWS[2]}, 1: {*ROWS[1], 9}}  # one of the second is in no window
     train = TrainSet(
         counts_N=torch.arange(1, N + 1),
         keys_J=torch.tensor(sorted(u * N + i for u, items in own.items() for i in items)),
     )
-    found = model.loss(replace(batch(features), users_B=torch.tensor(users), train=train))
+    losses = model.loss(replace(batch(features), users_B=torch.tensor(users), train=train))
 
     def unit(x: Tensor) -> Tensor:
         return functional.normalize(x, dim=-1)
 
     def scored(x: Tensor) -> Tensor:
-        return unit(x) if more.get("score") == "cosine" else x
+        return unit(x) if settings.get("score") == "cosine" else x
 
     item_ND = model.encode_items(features)
     sides = []
@@ -120,7 +120,7 @@ def test_the_whole_loss_by_its_formulas(more: dict[str, Any]) -> None:
         own_ND = model.item_encoder.inputs[name](features.vectors[name])
         absent_D = model.item_encoder.absent[index]
         sides.append((unit(torch.where(there_N[:, None], own_ND, absent_D)), there_N))
-    popularity_N = (train.counts_N / train.counts_N.sum()).log() * more.get("debias", 1)
+    popularity_N = (train.counts_N / train.counts_N.sum()).log() * settings.get("debias", 1)
     slots = [item for row in ROWS for item in row]
     valid_BL = rows(ROWS).mask_BL
     items_BL = torch.where(valid_BL, rows(ROWS).items_BL, ROWS[0][0])
@@ -137,11 +137,11 @@ def test_the_whole_loss_by_its_formulas(more: dict[str, Any]) -> None:
         state_LD = model.sequence_encoder(item_ND[row[:-1]][None], length)[0]
         shown = item_K[noisy_BL[r, : len(row) - 1]]
         other_LD = model.sequence_encoder(item_ND[shown][None], length)[0]
-        pooled = [x[-1] if "rcl_pool" in more else x.mean(0) for x in (state_LD, other_LD)]
-        clean.append(unit(pooled[0]) if "rcl_cosine" not in more else pooled[0])
-        noisy.append(unit(pooled[1]) if "rcl_cosine" not in more else pooled[1])
+        pooled = [x[-1] if "rcl_pool" in settings else x.mean(0) for x in (state_LD, other_LD)]
+        clean.append(unit(pooled[0]) if "rcl_cosine" not in settings else pooled[0])
+        noisy.append(unit(pooled[1]) if "rcl_cosine" not in settings else pooled[1])
         logits_L3 = model.nid(other_LD)
-        logits_L3 = logits_L3.relu() if "nid_relu" in more else logits_L3
+        logits_L3 = logits_L3.relu() if "nid_relu" in settings else logits_L3
         for at, (item, following) in enumerate(itertools.pairwise(row)):
             score_N = item_ND @ scored(state_LD[at]) / 0.5 - popularity_N
             column = score_N[[following, *negatives]]
@@ -153,7 +153,7 @@ def test_the_whole_loss_by_its_formulas(more: dict[str, Any]) -> None:
                     inter, intra = ((x_ND[item] @ z.T / 0.25).exp() for z in (y_ND, x_ND))
                     inter, intra = inter * does_N, intra * has_N
                     above = inter[item] + inter[following] + intra[following]
-                    below = inter[item] if "align_literal" in more else above
+                    below = inter[item] if "align_literal" in settings else above
                     below = below + inter[negatives].sum() + intra[negatives].sum()
                     terms[name].append(-(above / below).log())
     expected = {name: torch.stack(values).mean() for name, values in terms.items()}
@@ -164,9 +164,9 @@ def test_the_whole_loss_by_its_formulas(more: dict[str, Any]) -> None:
         robust.append(-(torch.stack(keys) @ clean[b] / 0.2).log_softmax(0)[0])
     expected["rcl"] = torch.stack(robust).mean()
     expected["loss"] = torch.stack(list(expected.values())).sum()
-    assert found.keys() == expected.keys()
+    assert losses.keys() == expected.keys()
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5, msg=name)
+        torch.testing.assert_close(losses[name], value, rtol=1e-4, atol=1e-5, msg=name)
 
 
 def test_pretraining_is_equation_12() -> None:
@@ -189,7 +189,11 @@ def test_an_objective_alone(settings: dict[str, Any]) -> None:
     assert len(losses) == 2
     losses["loss"].backward()
     # What is trained has a gradient, or a checkpoint would miss its moments.
-    trained = {key: held.grad for key, held in model.named_parameters() if held.requires_grad}
+    trained = {
+        key: parameter.grad
+        for key, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
     assert [key for key, grad in trained.items() if grad is None] == []
     assert any(key.startswith("sequence_encoder.") for key in trained) == ("align" not in settings)
 
@@ -208,9 +212,9 @@ def test_a_later_item_never_changes_an_earlier_prediction(settings: dict[str, An
     model.sequence_encoder.forward = spy  # type: ignore[method-assign]
     for third in (3, 9):
         model.loss(worlds.batch(rows([[1, 2, third, 4]]), features, torch.Generator()))
-    one, other = seen
-    torch.testing.assert_close(one[:, :2], other[:, :2])
-    assert not torch.allclose(one[:, 2], other[:, 2], atol=1e-3)
+    states, changed = seen
+    torch.testing.assert_close(states[:, :2], changed[:, :2])
+    assert not torch.allclose(states[:, 2], changed[:, 2], atol=1e-3)
 
 
 def test_the_target_itself_is_not_among_what_is_read() -> None:
@@ -234,9 +238,9 @@ def test_each_item_of_a_batch_is_encoded_once(monkeypatch: pytest.MonkeyPatch) -
     asked: list[list[int]] = []
     gather = item_tokens
 
-    def spy(item_K: Tensor, *more: Any) -> Any:
+    def spy(item_K: Tensor, *arguments: Any) -> Any:
         asked.append(item_K.tolist())
-        return gather(item_K, *more)
+        return gather(item_K, *arguments)
 
     monkeypatch.setattr(pmmrec, "item_tokens", spy)
     doubled = rows([[3, 5, 3, 5], [5, 7]], padding=11)
@@ -254,8 +258,8 @@ def test_a_missing_modality_is_not_read(settings: dict[str, Any]) -> None:
     }
     other = replace(features, vectors=garbage)
     torch.testing.assert_close(model.encode_items(features), model.encode_items(other))
-    one, two = (model.loss(batch(held))["loss"] for held in (features, other))
-    torch.testing.assert_close(one, two)
+    loss, other_loss = (model.loss(batch(given))["loss"] for given in (features, other))
+    torch.testing.assert_close(loss, other_loss)
 
 
 def test_one_modality_has_nothing_to_fuse() -> None:
@@ -266,10 +270,10 @@ def test_one_modality_has_nothing_to_fuse() -> None:
     assert not {key for key in keys if "fusion" in key or "image" in key}
     assert keys <= set(build(worlds.features(N)).state_dict())
     item_ND = model.encode_items(features)
-    there = features.present["text"]
+    present = features.present["text"]
     expected = model.item_encoder.inputs["text"](features.vectors["text"])
-    torch.testing.assert_close(item_ND[there], expected[there])
-    torch.testing.assert_close(item_ND[~there], model.item_encoder.absent.expand(3 + 1, -1))
+    torch.testing.assert_close(item_ND[present], expected[present])
+    torch.testing.assert_close(item_ND[~present], model.item_encoder.absent.expand(3 + 1, -1))
     model.loss(batch(features))["loss"].backward()
 
 
@@ -323,13 +327,13 @@ def test_all_of_pretraining_gives_the_same_gradients_every_time() -> None:
 
 
 def test_what_is_refused() -> None:
-    with pytest.raises(UserError, match=r"needs features; run mmrec extract"):
+    with pytest.raises(UserError, match=r"pmmrec .*mmrec extract"):
         PMMRec(PMMRecConfig(), Catalogue(n_items=3, n_users=1, widths={}))
-    with pytest.raises(UserError, match=r"align='nicl'.* only text; set align=none"):
+    with pytest.raises(UserError, match=r"align='nicl'.*text; set align=none"):
         PMMRec(PMMRecConfig(align="nicl"), Catalogue(n_items=3, n_users=1, widths={"text": 4}))
     with pytest.raises(UserError, match=r"nothing to learn"):
         PMMRecConfig(dap=False)
-    with pytest.raises(UserError, match=r"unknown align 'clip'"):
+    with pytest.raises(UserError, match=r"align 'clip'.*known: "):
         PMMRecConfig(align="clip")
     with pytest.raises(UserError, match=r"dim=10 .* fusion_heads=4"):
         PMMRecConfig(dim=10)

@@ -22,10 +22,10 @@ Item = list[Tensor]
 """One item's tokens (T, D) for each modality, projected and typed."""
 
 
-def encoder(fusion: str, widths: dict[str, int] = WIDTHS, **more: Any) -> ItemEncoder:
+def encoder(fusion: str, widths: dict[str, int] = WIDTHS, **options: Any) -> ItemEncoder:
     torch.manual_seed(0)
     sizes = {"dim": 8, "fusion_heads": 2, "hidden": 12}
-    settings = FusionSettings(**{**sizes, **more})
+    settings = FusionSettings(**{**sizes, **options})
     built = ItemEncoder(fusion, settings, widths).double()
     initialise(built, std=0.4)
     for part in built.modules():
@@ -35,25 +35,25 @@ def encoder(fusion: str, widths: dict[str, int] = WIDTHS, **more: Any) -> ItemEn
     return built.eval()
 
 
-def features(padding: float = 0.0, more: int = 0) -> dict[str, tuple[Tensor, Tensor]]:
+def features(padding: float = 0.0, extra: int = 0) -> dict[str, tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(1)
-    found = {}
+    by_modality = {}
     for name, width in WIDTHS.items():
         lengths = torch.tensor(LENGTHS[name])
         tokens = torch.randn(len(lengths), 4, width, generator=generator, dtype=torch.float64)
-        tokens = functional.pad(tokens, (0, 0, 0, more))
-        mask = torch.arange(4 + more) < lengths[:, None]
-        found[name] = torch.where(mask[..., None], tokens, padding), mask
-    return found
+        tokens = functional.pad(tokens, (0, 0, 0, extra))
+        mask = torch.arange(4 + extra) < lengths[:, None]
+        by_modality[name] = torch.where(mask[..., None], tokens, padding), mask
+    return by_modality
 
 
 def item_tokens(model: ItemEncoder, item: int) -> Item:
-    found = []
+    tokens = []
     for index, (name, project) in enumerate(model.inputs.items()):
         x, mask = features()[name]
         own = project(x[item][mask[item]])
-        found.append(own if len(own) else model.absent[index][None])
-    return found
+        tokens.append(own if len(own) else model.absent[index][None])
+    return tokens
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, heads: int = 2) -> Tensor:
@@ -152,9 +152,9 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("fusion", "more"), CASES)
-def test_a_batch_is_the_formula_item_by_item(fusion: str, more: dict[str, Any]) -> None:
-    model = encoder(fusion, **more)
+@pytest.mark.parametrize(("fusion", "options"), CASES)
+def test_a_batch_is_the_formula_item_by_item(fusion: str, options: dict[str, Any]) -> None:
+    model = encoder(fusion, **options)
     with torch.no_grad():
         together = model(features()).fused_KD
         for item in range(5):
@@ -162,9 +162,9 @@ def test_a_batch_is_the_formula_item_by_item(fusion: str, more: dict[str, Any]) 
             if model.dnn is not None:
                 for index, layer in enumerate(model.dnn.maps):
                     alone = layer(alone)
-                    alone = alone.relu() if index < 2 or more.get("dnn_relu") else alone
+                    alone = alone.relu() if index < 2 or options.get("dnn_relu") else alone
             torch.testing.assert_close(together[item], alone)
-        more_padding = model(features(padding=99.0, more=3)).fused_KD
+        more_padding = model(features(padding=99.0, extra=3)).fused_KD
     torch.testing.assert_close(more_padding, together)
     assert not torch.allclose(together[2], together[4])  # something is known of one of them
 
@@ -184,11 +184,11 @@ def test_every_modality_that_is_there_counts(fusion: str) -> None:
 def test_a_model_of_one_modality_has_nothing_to_fuse() -> None:
     model = encoder("gate", {"text": 6})
     x, mask = features()["text"]
-    found = model({"text": (x, mask)}).fused_KD
+    fused = model({"text": (x, mask)}).fused_KD
     for item in range(5):
         own = x[item][mask[item]]
         expected = model.inputs["text"](own).mean(0) if len(own) else model.absent[0]
-        torch.testing.assert_close(found[item], expected)
+        torch.testing.assert_close(fused[item], expected)
 
 
 @pytest.mark.parametrize("fusion", list(FUSIONS))
@@ -204,9 +204,9 @@ def test_tokens_are_projected_one_by_one_only_where_attention_reads_them(fusion:
 def test_three_modalities() -> None:
     widths = {"image": 5, "text": 6, "video": 5}
     for fusion in ("sum", "concat", "merge-attention"):
-        found = encoder(fusion, widths)({**features(), "video": features()["image"]}).fused_KD
-        assert found.shape == (5, 8)
-    with pytest.raises(UserError, match=r"fusion='film' fuses two modalities.*or merge-attention"):
+        fused = encoder(fusion, widths)({**features(), "video": features()["image"]}).fused_KD
+        assert fused.shape == (5, 8)
+    with pytest.raises(UserError, match=r"fusion='film'.*or merge-attention"):
         encoder("film", widths)
 
 

@@ -21,7 +21,7 @@ from features.atomic_files import atomic_write
 from features.errors import UserError
 from features.sql_text import quoted
 from pipeline.datasets.importers.base import ImageColumn
-from pipeline.datasets.importers.raw_sql import quote_identifier
+from pipeline.datasets.importers.column_types import column_types, id_sql, quote_identifier
 from pipeline.media.references import PREPARED, relative_reference
 
 MEDIA = "media"
@@ -52,7 +52,7 @@ def copy_image_column(
         UserError: The file is damaged, or a path in the column leads outside the root.
     """
     source = f"read_parquet({quoted(str(images.path))}, file_row_number = true)"
-    item = f"{quote_identifier(images.item)}::VARCHAR"
+    item = id_sql(images.item, column_types(db, source)[images.item])
     core_only = "" if all_items else " SEMI JOIN core USING (i)"
     rows = db.sql(
         f"SELECT file_row_number AS row FROM {source}"

@@ -5,16 +5,27 @@
 the image and the video.
 """
 
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import duckdb
+from duckdb.sqltypes import DuckDBPyType
 
 from features.errors import UserError
 from features.sql_text import quoted
 from pipeline.datasets.importers.base import ImageColumn
+from pipeline.datasets.importers.column_types import (
+    check_ids,
+    column_types,
+    id_sql,
+    json_value_sql,
+    quote_identifier,
+    text_sql,
+    type_error,
+)
 from pipeline.datasets.importers.raw_sql import (
     TABLES,
     create_table,
@@ -22,7 +33,6 @@ from pipeline.datasets.importers.raw_sql import (
     find_column,
     find_optional_column,
     lines_sql,
-    quote_identifier,
     table_sql,
 )
 from pipeline.datasets.importers.text_sql import sentence_sql
@@ -67,49 +77,72 @@ def create_described_from(
         UserError: As :func:`create_described`.
     """
     item = find_column(path, names, *ID_COLUMNS)
-    types = {name: str(kind) for name, kind, *_ in db.sql(f"DESCRIBE FROM {source}").fetchall()}
-    images = _find_image_column(path, item, types)
-    # Bytes are neither text nor attributes.
-    columns = [name for name in names if "BLOB" not in types[name]]
-    has_text, select = _select_sql(columns, lambda name: f"{quote_identifier(name)}::VARCHAR")
+    types = column_types(db, source)
+    check_ids(db, path, source, item, types[item])
+    images = _find_image_column(db, path, source, item, types)
+    # Images that are bytes are copied later; bytes are no attributes.
+    columns = [name for name in names if "BLOB" not in str(types[name])]
+    has_text, select = _select_sql(
+        [name for name in names if images is None or name != images.column],
+        lambda name: text_sql(path, name, types[name]),
+    )
     pairs = ", ".join(
-        f"{quoted(name)}, {quote_identifier(name)}"
+        f"{quoted(name)}, {json_value_sql(name, types[name])}"
         for name in columns
         if name != item and name.lower() not in ("image", "video")
     )
     create_table(
         db,
         "described",
-        f"SELECT {quote_identifier(item)}::VARCHAR AS item_id, {select},"
+        f"SELECT {id_sql(item, types[item])} AS item_id, {select},"
         f" json_merge_patch('{{}}', json_object({pairs}))::VARCHAR AS attributes FROM {source}",
         path,
     )
     return ItemsFile(has_text=has_text, images=images)
 
 
-def _find_image_column(path: Path, item: str, types: Mapping[str, str]) -> ImageColumn | None:
+def _find_image_column(
+    db: duckdb.DuckDBPyConnection,
+    path: Path,
+    source: str,
+    item: str,
+    types: Mapping[str, DuckDBPyType],
+) -> ImageColumn | None:
     """Return the column of images if its values are bytes.
 
     Raises:
         UserError: The column of images or of videos holds neither references nor bytes.
     """
     image, video = (find_optional_column(list(types), name) for name in ("image", "video"))
-    if image is not None and types[image] in ("BLOB", *_STRUCTS):
+    if image is not None and str(types[image]) in ("BLOB", *_STRUCTS):
         return ImageColumn(path=path, item=item, column=image)
     for name in (image, video):
-        if name is not None and re.search(r"BLOB|STRUCT|MAP|\[", types[name]):
-            raise UserError(
-                f"{path}: the column {name!r} is of type {types[name][:80]}; give paths"
-                + (", bytes, or structs of bytes and path" if name == image else "")
-            )
+        if name is None or re.match(r"VARCHAR$|ENUM\(", str(types[name])):
+            continue
+        # pandas writes a column without any value as numbers.
+        if types[name].id == "list" or fetch_row(
+            db, f"SELECT count({quote_identifier(name)}) FROM {source}"
+        ) != (0,):
+            bytes_too = ", bytes, or structs of bytes and path" if name == image else ""
+            raise type_error(path, name, types[name], f"write paths{bytes_too}")
     return None
 
 
+def _strict_json(line: str) -> str:
+    """Return a line of JSON with null in place of NaN and Infinity, which JSON does not have."""
+    try:
+        return json.dumps(json.loads(line, parse_constant=lambda name: None), ensure_ascii=False)
+    except (ValueError, RecursionError):
+        return line  # reported with its number as no JSON object
+
+
 def _create_from_jsonl(db: duckdb.DuckDBPyConnection, path: Path) -> ItemsFile:
+    db.create_function("strict_json", _strict_json, ["VARCHAR"], "VARCHAR")
     create_table(
         db,
         "_lines",
-        "SELECT number, line FROM (SELECT row_number() OVER () AS number, line"
+        "SELECT number, CASE WHEN regexp_matches(line, 'NaN|Infinity') THEN strict_json(line)"
+        " ELSE line END AS line FROM (SELECT row_number() OVER () AS number, line"
         f" FROM {lines_sql(path)}) WHERE trim(line) <> ''",
         path,
     )
@@ -123,16 +156,39 @@ def _create_from_jsonl(db: duckdb.DuckDBPyConnection, path: Path) -> ItemsFile:
     keys = db.sql("SELECT DISTINCT unnest(json_keys(line)) AS name FROM _lines ORDER BY name")
     names = [name for (name,) in keys.fetchall()]
     item = find_column(path, names, *ID_COLUMNS)
+    identifier = _json_id_sql(db, path, item)
     has_text, select = _select_sql(names, _json_text_sql)
     media = (find_optional_column(names, name) for name in ("image", "video"))
     removed = ", ".join(f"{quoted(name)}, NULL" for name in (item, *media) if name is not None)
     db.execute(
-        f"CREATE TABLE described AS SELECT json_extract_string(line, {_path(item)}) AS item_id,"
+        f"CREATE TABLE described AS SELECT {identifier} AS item_id,"
         f" {select}, json_merge_patch(line, json_object({removed}))::VARCHAR AS attributes"
         " FROM _lines ORDER BY number"
     )
     db.execute("DROP TABLE _lines")
     return ItemsFile(has_text=has_text)
+
+
+def _json_id_sql(db: duckdb.DuckDBPyConnection, path: Path, item: str) -> str:
+    """Return SQL of the id of a line as text; a whole float is an integer.
+
+    Raises:
+        UserError: An id is neither text nor a whole number.
+    """
+    text = f"json_extract_string(line, {_path(item)})"
+    kind = f"json_type(line, {_path(item)})"
+    number = f"TRY_CAST({text} AS DOUBLE)"
+    is_whole = f"{number} = trunc({number}) AND abs({number}) <= 9007199254740992"
+    bad = db.sql(
+        f"SELECT number, {text} FROM _lines WHERE {kind} IN ('BOOLEAN', 'ARRAY', 'OBJECT')"
+        f" OR ({kind} = 'DOUBLE' AND NOT ({is_whole})) ORDER BY number LIMIT 1"
+    ).fetchall()
+    if bad:
+        ((line, value),) = bad
+        raise UserError(
+            f"{path}, line {line}: {item} is {value[:80]}; write the ids as text or integers"
+        )
+    return f"CASE WHEN {kind} = 'DOUBLE' THEN {number}::BIGINT::VARCHAR ELSE {text} END"
 
 
 def _select_sql(names: Sequence[str], value: Callable[[str], str]) -> tuple[bool, str]:

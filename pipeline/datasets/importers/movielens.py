@@ -12,13 +12,13 @@ import duckdb
 from features.errors import UserError
 from features.sql_text import quoted
 from pipeline.datasets.importers.base import Files, Importer, ImportResult
+from pipeline.datasets.importers.column_types import quote_identifier
 from pipeline.datasets.importers.media_files import create_raw_items
 from pipeline.datasets.importers.raw_sql import (
     create_interactions,
     create_table,
     delimited_sql,
     find_column,
-    quote_identifier,
     table_sql,
 )
 from pipeline.datasets.importers.sequences import create_from_sequences

@@ -3,6 +3,7 @@
 import csv
 import re
 from collections.abc import Sequence
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import duckdb
 
 from features.errors import UserError
 from features.sql_text import quoted
+from pipeline.datasets.importers.column_types import column_types, parquet_sql
 
 MAX_LINE = 64 * 1024 * 1024  # bytes; one user of a sequences file is one line
 _DELIMITERS = {".csv": ",", ".tsv": "\t", ".tab": "\t"}
@@ -21,11 +23,6 @@ def fetch_row(db: duckdb.DuckDBPyConnection, sql: str) -> tuple[Any, ...]:
     """Return the only row of a query."""
     (row,) = db.sql(sql).fetchall()
     return tuple(row)
-
-
-def quote_identifier(name: str) -> str:
-    """Quote the name of a column for SQL."""
-    return '"' + name.replace('"', '""') + '"'
 
 
 def delimited_sql(
@@ -74,9 +71,9 @@ def table_sql(db: duckdb.DuckDBPyConnection, path: Path) -> tuple[str, list[str]
     """
     suffix = path.suffix.lower()
     if suffix == ".parquet":
-        sql = f"read_parquet({quoted(str(path))})"
         try:
-            return sql, list(db.sql(f"SELECT * FROM {sql} LIMIT 0").columns)
+            source = parquet_sql(db, path)
+            return source, list(column_types(db, source))
         except duckdb.Error as error:
             raise file_error(error, path) from None
     if suffix not in _DELIMITERS:
@@ -197,34 +194,21 @@ def create_interactions(
     (row,) = fetch_row(db, "SELECT min(ordinal) FROM raw_interactions WHERE timestamp IS NULL")
     if row is not None:
         (text,) = fetch_row(db, f"SELECT {time}::VARCHAR FROM {source} LIMIT 1 OFFSET {row}")
-        value = repr(text) if text is not None else "empty"
+        fault = "empty" if text is None else f"{text[:120]!r}, {_time_fault(text)}"
         raise UserError(
-            f"{path}, row {row + 1}: the timestamp is {value}, not a whole number;"
+            f"{path}, row {row + 1}: the timestamp is {fault};"
             " write times as integers (such as Unix seconds), or leave the column out"
         )
 
 
-_UNITS = {
-    "DATE": ("days", "{} - DATE '1970-01-01'"),
-    "TIMESTAMP": ("microseconds", "epoch_us({})"),
-    "TIMESTAMP WITH TIME ZONE": ("microseconds", "epoch_us({})"),
-    "TIMESTAMP_S": ("microseconds", "epoch_us({})"),
-    "TIMESTAMP_MS": ("microseconds", "epoch_us({})"),
-    "TIMESTAMP_NS": ("nanoseconds", "epoch_ns({})"),
-}
-
-
-def integer_time_sql(
-    db: duckdb.DuckDBPyConnection, source: str, name: str
-) -> tuple[str, str | None]:
-    """Return SQL of a column of times as whole numbers, and the unit if the column is typed."""
-    ((_, kind, *_),) = db.sql(f"DESCRIBE SELECT {quote_identifier(name)} FROM {source}").fetchall()
-    if kind not in _UNITS:
-        return quote_identifier(name), None
-    unit, sql = _UNITS[kind]
-    # DuckDB has infinite times; they have no number of units.
-    column = quote_identifier(name)
-    return f"CASE WHEN isfinite({column}) THEN {sql.format(column)} END", unit
+def _time_fault(text: str) -> str:
+    try:
+        number = Decimal(text.strip())
+    except InvalidOperation:
+        return "not a whole number"
+    if number.is_finite() and (number.adjusted() > 30 or number == int(number)):
+        return "outside the range of 64-bit integers"
+    return "not a whole number"
 
 
 def integer_sql(value: str) -> str:

@@ -26,6 +26,12 @@ from pipeline.datasets.importers.base import (
     ImportResult,
     plural,
 )
+from pipeline.datasets.importers.column_types import (
+    check_ids,
+    column_types,
+    id_sql,
+    time_sql,
+)
 from pipeline.datasets.importers.items import create_described
 from pipeline.datasets.importers.media_files import create_raw_items
 from pipeline.datasets.importers.raw_sql import (
@@ -33,8 +39,6 @@ from pipeline.datasets.importers.raw_sql import (
     fetch_row,
     find_column,
     find_optional_column,
-    integer_time_sql,
-    quote_identifier,
     table_sql,
 )
 
@@ -65,11 +69,13 @@ def read(db: duckdb.DuckDBPyConnection, root: Path, files: Files) -> ImportResul
 def _create_interactions(db: duckdb.DuckDBPyConnection, path: Path) -> str | None:
     """Create ``raw_interactions`` and return the unit of a typed column of times."""
     source, names = table_sql(db, path)
-    user, item = (
-        quote_identifier(find_column(path, names, name)) for name in ("user_id", "item_id")
-    )
+    types = column_types(db, source)
+    user, item = (find_column(path, names, name) for name in ("user_id", "item_id"))
+    for name in (user, item):
+        check_ids(db, path, source, name, types[name])
+    user, item = id_sql(user, types[user]), id_sql(item, types[item])
     column = find_optional_column(names, "timestamp")
-    time, unit = integer_time_sql(db, source, column) if column else (None, None)
+    time, unit = time_sql(path, column, types[column]) if column else (None, None)
     create_interactions(db, path, source, user=user, item=item, time=time)
     return unit
 

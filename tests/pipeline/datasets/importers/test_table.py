@@ -158,7 +158,7 @@ def test_text_that_is_not_utf8(tmp_path: Path, name: str, text: bytes, line: int
 
 def test_a_file_that_is_no_parquet(tmp_path: Path) -> None:
     content: dict[str, str | bytes] = {"interactions.parquet": b"no" * 50, "items.csv": ITEMS}
-    assert "interactions.parquet: " in _refused(tmp_path, content)
+    assert re.search("interactions.parquet .*Parquet.*copy", _refused(tmp_path, content))
 
 
 def test_a_missing_file_names_what_was_looked_for(tmp_path: Path) -> None:

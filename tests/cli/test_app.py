@@ -180,7 +180,7 @@ def test_sql_prints_csv_and_a_table(root: str) -> None:
         (["train", "--model", "mmsrec", "--features", "smell=x"], "unknown modality 'smell'"),
         (["train", "--model", "sasrec", "--features", "text"], "item ids alone"),
         (["train", "--model", "sasrec", "--dataset", "nope"], "'nope' is not prepared"),
-        (["train", "--model", "sasrec", "--name", "sasrec"], "is there already"),
+        (["train", "--model", "sasrec", "--name", "sasrec"], "give another name by --name"),
         (["train", "--model", "sasrec", "--name", "../x"], "cannot be a folder"),
         (["train"], "give --model"),
         (["train", "--resume", "--run", "nope"], "unknown run 'nope'"),

@@ -34,6 +34,11 @@ class SeenItems:
         """Check the arrays."""
         check_rows("seen", self.items, self.offsets)
 
+    @classmethod
+    def empty(cls) -> SeenItems:
+        """Return the seen items of no user."""
+        return cls(items=np.zeros(0, np.int64), offsets=np.zeros(1, np.int64))
+
     def __len__(self) -> int:
         """Return the number of users."""
         return len(self.offsets) - 1

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from features.dataset import Dataset, EvalSplit, Ints
+from retrieval.seen_items import SeenItems
 from trainer.data.token_features import TokenFeatures
 from trainer.data.windows import WindowSampling, cut_batches, cut_windows
 
@@ -72,6 +73,8 @@ class TrainSet:
     """(N,) int64, number of training interactions of each item."""
     keys_J: Tensor
     """(J,) int64, ascending: user * N + item for each pair that occurs in training."""
+    histories: SeenItems = field(default_factory=SeenItems.empty)
+    """The training interactions of each user, oldest item first; for models that count them."""
 
     def seen(self, users: Tensor, items: Tensor) -> Tensor:
         """Return whether each user has each item in training; int64 tensors that broadcast."""
@@ -114,6 +117,7 @@ class TrainingData:
         self.train = TrainSet(
             counts_N=torch.from_numpy(dataset.train_counts).to(device),
             keys_J=torch.from_numpy(_train_keys(dataset)).to(device),
+            histories=_train_histories(dataset),
         )
         self._flat_I = torch.from_numpy(dataset.items).to(device)
 
@@ -206,12 +210,17 @@ class TrainingData:
         return self.gather(targets - lengths, lengths)
 
 
-def _train_keys(dataset: Dataset) -> Ints:
+def _train_histories(dataset: Dataset) -> SeenItems:
     lengths = dataset.train_ends() - dataset.offsets[:-1]
-    users = np.repeat(np.arange(len(lengths)), lengths)
-    first = np.repeat(dataset.offsets[:-1] - (np.cumsum(lengths) - lengths), lengths)
-    items = dataset.items[first + np.arange(len(users))]
-    return np.unique(users * len(dataset.train_counts) + items)
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    index = np.repeat(dataset.offsets[:-1] - offsets[:-1], lengths) + np.arange(offsets[-1])
+    return SeenItems(items=dataset.items[index].astype(np.int64), offsets=offsets)
+
+
+def _train_keys(dataset: Dataset) -> Ints:
+    histories = _train_histories(dataset)
+    users = np.repeat(np.arange(len(histories)), np.diff(histories.offsets))
+    return np.unique(users * len(dataset.train_counts) + histories.items)
 
 
 def combine_seeds(*parts: int) -> int:

@@ -33,6 +33,10 @@ MODELS: Registry[Model] = Registry(
             "trainer.models.popularity:Popularity",
             "counts of training interactions, the same list for everybody: a reference",
         ),
+        "transitions": Model(
+            "trainer.models.transitions:Transitions",
+            "counts of which item followed which in training histories: a reference",
+        ),
         "sasrec": Model(
             "trainer.models.sasrec:SASRec",
             "item ids, causal transformer, softmax over the catalogue: the baseline",

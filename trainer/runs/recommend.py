@@ -169,9 +169,9 @@ class Predictor:
         """Return the items with the most similar vectors: (1, K) cosines and (1, K) items.
 
         Raises:
-            UserError: The model's score is no inner product.
+            UserError: The model has no item vectors.
         """
-        if not self.run.model.has_vectors:
+        if not self.run.model.has_vectors or self._search.items_ND.shape[1] < 2:
             raise UserError(
                 f"{self.run.spec.model} has no item vectors, so --similar compares nothing;"
                 " give --user or --history"

@@ -16,7 +16,7 @@ def read(folder: Path, text: str) -> Grid:
 
 
 def test_lists_are_crossed_in_the_order_of_the_file(tmp_path: Path) -> None:
-    found = read(
+    grid = read(
         tmp_path,
         """
         columns = ["dataset"]
@@ -28,10 +28,10 @@ def test_lists_are_crossed_in_the_order_of_the_file(tmp_path: Path) -> None:
         lr = 0.01
         """,
     )
-    assert (found.rows, found.columns) == (["dnn"], ["dataset"])
-    assert (found.split, found.seen, found.metrics) == ("test", "filtered", ["HR@10", "NDCG@10"])
-    assert len(found.combinations) == 8
-    first, second = found.combinations[:2]
+    assert (grid.rows, grid.columns) == (["dnn"], ["dataset"])
+    assert (grid.split, grid.seen, grid.metrics) == ("test", "filtered", ["HR@10", "NDCG@10"])
+    assert len(grid.combinations) == 8
+    first, second = grid.combinations[:2]
     assert first.keys == {"dataset": "a", "dnn": "false", "seed": "1"}
     assert second.keys == {"dataset": "a", "dnn": "false", "seed": "2"}
     assert first.settings == {"lr": 0.01, "dnn": False, "seed": 1}
@@ -40,26 +40,29 @@ def test_lists_are_crossed_in_the_order_of_the_file(tmp_path: Path) -> None:
 
 
 def test_a_table_is_an_axis_of_variants(tmp_path: Path) -> None:
-    found = read(
+    grid = read(
         tmp_path,
         """
-        rows = ["tower"]
+        rows = ["sequence_encoder"]
         columns = ["system"]
         [runs]
         model = "mmsr"
-        tower = ["sasrec", "gru"]
+        sequence_encoder = ["sasrec", "gru"]
         [runs.system]
         IDSR = { model = "idsr" }
         MMSR-T = { features = "text", fusion = "sum" }
         """,
     )
-    assert [(one.keys["system"], one.model, one.features) for one in found.combinations] == [
+    assert [
+        (combination.keys["system"], combination.model, combination.features)
+        for combination in grid.combinations
+    ] == [
         ("IDSR", "idsr", None),
         ("MMSR-T", "mmsr", "text"),
         ("IDSR", "idsr", None),
         ("MMSR-T", "mmsr", "text"),
     ]
-    assert found.combinations[3].settings == {"tower": "gru", "fusion": "sum"}
+    assert grid.combinations[3].settings == {"sequence_encoder": "gru", "fusion": "sum"}
 
 
 @pytest.mark.parametrize(
@@ -109,22 +112,22 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
 
 
 def test_the_table_is_the_mean_over_seeds_and_knows_the_best(tmp_path: Path) -> None:
-    found = read(
+    grid = read(
         tmp_path,
         """
         rows = ["fusion"]
-        columns = ["tower"]
+        columns = ["sequence_encoder"]
         metrics = ["HR@10"]
         [runs]
         model = "mmsr"
         fusion = ["sum", "gate", "film"]
-        tower = ["gru", "sasrec"]
+        sequence_encoder = ["gru", "sasrec"]
         seed = [1, 2]
         """,
     )
     # sum: gru 1, 2 and sasrec 3, 4; gate: gru 1, - and sasrec 7, 1; film: nothing has ended.
     figures = [1.0, 2.0, 3.0, 4.0, 1.0, None, 7.0, 1.0, None, None, None, None]
-    table = pivot(found, [None if one is None else {"HR@10": one} for one in figures])
+    table = pivot(grid, [None if figure is None else {"HR@10": figure} for figure in figures])
     assert table.row_keys == [("sum",), ("gate",), ("film",)]
     assert table.column_keys == [("gru",), ("sasrec",)]
     assert {place[:2]: (cell.value, cell.best) for place, cell in table.cells.items()} == {

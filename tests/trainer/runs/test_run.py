@@ -54,21 +54,21 @@ def stop_at(count: int) -> Any:
 
 def test_runs_that_begin_together_have_folders_of_their_own(tmp_path: Path) -> None:
     barrier = threading.Barrier(8)
-    found: list[Path] = []
+    folders: list[Path] = []
 
     def begin() -> None:
         barrier.wait()
         with create_run_dir(tmp_path / "runs", None, STAMP, "d-m") as folder:
-            found.append(folder)
+            folders.append(folder)
 
     threads = [threading.Thread(target=begin) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(set(found)) == 8
-    assert tmp_path / "runs" / "20260102-030405-d-m" in found
-    assert sorted(found) == sorted((tmp_path / "runs").iterdir())
+    assert len(set(folders)) == 8
+    assert tmp_path / "runs" / "20260102-030405-d-m" in folders
+    assert sorted(folders) == sorted((tmp_path / "runs").iterdir())
 
 
 def test_a_name_is_claimed_once_and_given_back_on_failure(house: Warehouse) -> None:
@@ -163,11 +163,11 @@ def test_cold_targets_and_popularity_by_hand(house: Warehouse) -> None:
     run = begin(house)
     train_run(run)
     report = evaluate(house, run, index="torch")
-    held = pq.read_table(run.folder / "predictions.parquet").to_pylist()
-    assert {(row["split"], row["item"], row["cold"]) for row in held} == {
+    stored = pq.read_table(run.folder / "predictions.parquet").to_pylist()
+    assert {(row["split"], row["item"], row["cold"]) for row in stored} == {
         ("validation", 0, False), ("validation", 2, True), ("test", 3, True),
     }  # fmt: skip
-    assert [row["user_id"] for row in held[:3]] == ["u0", "u1", "u2"]
+    assert [row["user_id"] for row in stored[:3]] == ["u0", "u1", "u2"]
     # Training counts are 24 of item 0, 24 of item 1, none of the others. At the validation target
     # 0, item 1 is as popular: rank 2; seen, it is left out: rank 1. Target 2 has all five others at
     # or above it: rank 6, without the seen two rank 4. At test, 0 and 1 are seen, and of those
@@ -182,11 +182,11 @@ def test_cold_targets_and_popularity_by_hand(house: Warehouse) -> None:
         ("test", "cold", "kept"): 1 / 6,
         ("test", "cold", "filtered"): (1 / 4 + 1 / 3) / 2,
     }
-    found = metrics(run.folder, phase="eval", ranker="popularity", metric="MRR")
-    assert {(r["split"], r["targets"], r["seen"]): r["value"] for r in found} == pytest.approx(
+    rows = metrics(run.folder, phase="eval", ranker="popularity", metric="MRR")
+    assert {(r["split"], r["targets"], r["seen"]): r["value"] for r in rows} == pytest.approx(
         expected
     )
-    users = {(r["split"], r["targets"]): r["users"] for r in found}
+    users = {(r["split"], r["targets"]): r["users"] for r in rows}
     assert users == {
         ("validation", "all"): 12, ("validation", "cold"): 6, ("test", "all"): 12,
         ("test", "cold"): 12,
@@ -349,10 +349,10 @@ def test_a_folder_that_is_no_run_is_called_so(house: Warehouse) -> None:
     (house.runs_dir / "note.txt").touch()
     with pytest.raises(UserError, match=r"half is no run: it has no config\.toml"):
         house.choose_run("half")
-    said: list[str] = []
-    query(house, "SELECT * FROM runs", said.append)
-    assert [line for line in said if "half" in line] == said
-    assert len(said) == 1
+    messages: list[str] = []
+    query(house, "SELECT * FROM runs", messages.append)
+    assert [line for line in messages if "half" in line] == messages
+    assert len(messages) == 1
 
 
 def test_a_damaged_table_of_metrics_is_one_line(tmp_path: Path) -> None:

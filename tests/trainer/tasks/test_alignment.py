@@ -24,10 +24,10 @@ from trainer.tasks.alignment import AlignConfig, Alignment, contrast
 SMALL: dict[str, Any] = {"dim": 16, "heads": 2, "hidden": 16, "length": 5, "dropout": 0.1}
 
 
-def tower(features: ItemFeatures, **more: Any) -> MMSRec:
+def build(features: ItemFeatures, **settings: Any) -> MMSRec:
     torch.manual_seed(0)
     catalogue = Catalogue(n_items=features.n_items, n_users=1, widths=features.widths)
-    return MMSRec(MMSRecConfig(**{**SMALL, **more}), catalogue)
+    return MMSRec(MMSRecConfig(**{**SMALL, **settings}), catalogue)
 
 
 def splits(n_items: int) -> dict[str, Any]:
@@ -36,7 +36,7 @@ def splits(n_items: int) -> dict[str, Any]:
 
 
 def alignment(features: ItemFeatures, model: MMSRec | None = None, **config: Any) -> Alignment:
-    model = model or tower(features)
+    model = model or build(features)
     return Alignment(model, features, splits(features.n_items), AlignConfig(**config))
 
 
@@ -63,7 +63,7 @@ def test_a_pair_by_the_formula(labels: list[int] | None) -> None:
 @pytest.mark.parametrize("missing", ["drop", "mask"])
 def test_a_view_of_everything_is_the_item(missing: str) -> None:
     features = worlds.features(12)
-    model = tower(features, missing=missing).eval()
+    model = build(features, missing=missing).eval()
     items = torch.tensor([3, 2, 7])
     rows = torch.tensor([2, 0])
     views = [(("text", "image"), rows), (("text",), torch.tensor([0, 1]))]
@@ -74,7 +74,7 @@ def test_a_view_of_everything_is_the_item(missing: str) -> None:
 @pytest.mark.parametrize("missing", ["drop", "mask"])
 def test_a_view_of_one_modality_is_an_item_without_the_other(missing: str) -> None:
     features = worlds.features(12, missing=False)
-    model = tower(features, missing=missing).eval()
+    model = build(features, missing=missing).eval()
     gone = {**features.present, "image": torch.zeros(12, dtype=torch.bool)}
     blind = ItemFeatures(n_items=12, vectors=features.vectors, present=gone)
     items = torch.arange(12)
@@ -84,7 +84,7 @@ def test_a_view_of_one_modality_is_an_item_without_the_other(missing: str) -> No
 
 def test_the_loss_is_the_weighted_sum_and_items_without_a_side_take_part_in_the_other() -> None:
     features = worlds.features(40)
-    model = tower(features, dropout=0.0, embed_dropout=0.0)
+    model = build(features, dropout=0.0, embed_dropout=0.0)
     config = {"weight_vv": 0.1, "weight_tt": 0.2, "weight_vt": 0.3, "weight_joint": 0.4}
     task = alignment(features, model, **config)
     batch = torch.arange(40)
@@ -114,7 +114,7 @@ def test_the_loss_is_the_weighted_sum_and_items_without_a_side_take_part_in_the_
 
 def test_dropout_makes_the_second_view() -> None:
     features = worlds.features(20, missing=False)
-    still = alignment(features, tower(features, dropout=0.0, embed_dropout=0.0))
+    still = alignment(features, build(features, dropout=0.0, embed_dropout=0.0))
     moved = alignment(features)
     batch = torch.arange(20)
     assert moved.loss(batch)["v-v"] > still.loss(batch)["v-v"]
@@ -130,7 +130,7 @@ def test_copies_are_no_negatives_unless_kept() -> None:
     assert labels["vt"].unique().numel() == 20
     assert labels["either"][3] == labels["either"][4] == labels["either"][6]
     assert labels["either"].unique().numel() == 18
-    model = tower(features, dropout=0.0, embed_dropout=0.0)
+    model = build(features, dropout=0.0, embed_dropout=0.0)
     losses = {}
     for duplicates in ("mask", "keep"):
         losses[duplicates] = alignment(features, model, duplicates=duplicates).loss(
@@ -145,11 +145,11 @@ def test_held_out_items_are_never_learned_from() -> None:
     features = worlds.features(40)
     task = alignment(features)
     total, batches = task.epoch(TrainConfig(batch_size=7), 0, skip=0, shard=Shard())
-    found = torch.cat(list(batches))
-    held = torch.from_numpy(splits(40)["validation"] | splits(40)["test"])
+    items = torch.cat(list(batches))
+    evaluated = torch.from_numpy(splits(40)["validation"] | splits(40)["test"])
     anything = features.present["image"] | features.present["text"]
-    assert sorted(found.tolist()) == (anything & ~held).nonzero()[:, 0].tolist()
-    assert total == -(-len(found) // 7)
+    assert sorted(items.tolist()) == (anything & ~evaluated).nonzero()[:, 0].tolist()
+    assert total == -(-len(items) // 7)
     for name, pool in task.pools.items():
         assert set(pool.tolist()) <= set(np.flatnonzero(splits(40)[name]).tolist())
     _, rest = task.epoch(TrainConfig(batch_size=7), 0, skip=total - 1, shard=Shard())
@@ -178,10 +178,10 @@ def test_a_copy_of_what_is_learned_is_not_searched_for() -> None:
 def test_retrieval_by_hand_ties_count_against() -> None:
     vision = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
     text = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.1]])
-    found = both_ways(vision, text)
-    assert found["text-to-vision"].tolist() == [1, 2, 3]
-    assert found["vision-to-text"].tolist() == [2, 1, 2]
-    values = {name: value.mean() for name, value in recalls(found["text-to-vision"]).items()}
+    ranks = both_ways(vision, text)
+    assert ranks["text-to-vision"].tolist() == [1, 2, 3]
+    assert ranks["vision-to-text"].tolist() == [2, 1, 2]
+    values = {name: value.mean() for name, value in recalls(ranks["text-to-vision"]).items()}
     assert values["Recall@1"] == pytest.approx(1 / 3)
     assert values["Recall@5"] == 1
     assert values["MRR"] == pytest.approx((1 + 1 / 2 + 1 / 3) / 3)
@@ -196,8 +196,8 @@ def planted(n_items: int = 200) -> ItemFeatures:
         + 0.1 * torch.randn(n_items, width, generator=generator)
         for name, width in (("image", 10), ("text", 9))
     }
-    there = torch.ones(n_items, dtype=torch.bool)
-    return ItemFeatures(n_items=n_items, vectors=vectors, present=dict.fromkeys(vectors, there))
+    present = torch.ones(n_items, dtype=torch.bool)
+    return ItemFeatures(n_items=n_items, vectors=vectors, present=dict.fromkeys(vectors, present))
 
 
 LOOP: dict[str, Any] = {
@@ -211,7 +211,7 @@ LOOP: dict[str, Any] = {
 
 def run(folder: Path, *, epochs: int, resume: bool = False, stop: int = 0) -> tuple[Any, Any]:
     features = planted()
-    task = alignment(features, tower(features, dropout=0.1))
+    task = alignment(features, build(features, dropout=0.1))
     folder.mkdir(exist_ok=True)
     rows: list[EpochRow] = []
     config = TrainConfig(**{**LOOP, "epochs": epochs})
@@ -231,7 +231,7 @@ def run(folder: Path, *, epochs: int, resume: bool = False, stop: int = 0) -> tu
 def test_what_belongs_together_is_found_among_items_never_seen(tmp_path: Path) -> None:
     features = planted()
     pool = alignment(features).pools["test"]
-    before = retrieve(tower(features), features, pool)["text-to-vision"]
+    before = retrieve(build(features), features, pool)["text-to-vision"]
     task, rows = run(tmp_path / "run", epochs=15)
     load_weights(tmp_path / "run" / "model.safetensors", task.model, {})
     after = retrieve(task.model, features, pool)["text-to-vision"]

@@ -46,18 +46,24 @@ class MediaReader:
             MediaError: The image cannot be read, or is larger than :data:`MAX_FILE_BYTES`.
         """
         path = self._path(reference)
-        # The name of a plain file may look like a reference into a container.
-        if "#" in reference and (path is None or not os.path.isfile(path)):
-            end = reference.find("#")
-            while end != -1:
-                prefix = self._path(reference[:end])
-                if prefix is not None and (images := self._container(prefix)) is not None:
-                    return _read_member(images, reference[end + 1 :])
-                end = reference.find("#", end + 1)
+        member = self._member(reference, path)
+        if member is not None:
+            return _read_member(*member)
         path = _require_path(path)
         _check_file(path, MAX_FILE_BYTES)
         with media_errors():
             return path.read_bytes()
+
+    def exists(self, reference: str) -> bool:
+        """Return True if the reference names a file, or a part of a container that can be read."""
+        path = self._path(reference)
+        try:
+            if path is not None and os.path.isfile(path):
+                return True
+            member = self._member(reference, path)
+            return member is not None and member[0].size(member[1]) >= 0
+        except (MediaError, ContainerError, ValueError):  # ValueError: a null character
+            return False
 
     def open(self, reference: str) -> io.BufferedReader:
         """Open one video.
@@ -86,6 +92,20 @@ class MediaReader:
             base, reference = self._prepared, reference.removeprefix(PREPARED)
         tail = relative_path(base, reference) if base is not None else None
         return base / tail if base is not None and tail is not None else None
+
+    def _member(
+        self, reference: str, path: Path | None
+    ) -> tuple[LmdbImages | TarImages, str] | None:
+        """Return the container and the part that a reference names; None for a plain file."""
+        # The name of a plain file may look like a reference into a container.
+        if "#" in reference and (path is None or not os.path.isfile(path)):
+            end = reference.find("#")
+            while end != -1:
+                prefix = self._path(reference[:end])
+                if prefix is not None and (images := self._container(prefix)) is not None:
+                    return images, reference[end + 1 :]
+                end = reference.find("#", end + 1)
+        return None
 
     def _container(self, path: Path) -> LmdbImages | TarImages | None:
         """Return the open container at a path, or None if the path is no container."""

@@ -14,8 +14,11 @@ folder, is refused.
 """
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
+from unicodedata import normalize
+from urllib.parse import unquote, urlsplit
 
 OUTSIDE = "outside:"
 PREPARED = "prepared:"
@@ -45,6 +48,29 @@ def relative_reference(root: Path, reference: str) -> str | None:
     path, mark, key = _split_container(reference)
     tail = relative_path(root, path)
     return None if tail is None else tail + mark + key
+
+
+def is_url(reference: str) -> bool:
+    """Return True for a URL of a scheme other than ``file``."""
+    scheme, mark, _ = reference.strip().partition("://")
+    return bool(mark) and scheme.isalnum() and scheme.lower() != "file"
+
+
+def spellings(reference: str) -> Iterator[str]:
+    """Yield the reference as it is, then the other spellings under which its file may exist.
+
+    These are the reference without outer blanks, a ``file:`` URL as a path, slashes for
+    backslashes, both forms of composed letters of Unicode, and the suffix in another case.
+    """
+    yield reference
+    path = reference.strip()
+    if path.lower().startswith("file:"):
+        path = unquote(urlsplit(path).path)
+    for slashed in dict.fromkeys((path, path.replace("\\", "/"))):
+        stem, suffix = os.path.splitext(slashed)
+        for cased in dict.fromkeys((suffix, suffix.lower(), suffix.upper())):
+            name = stem + cased
+            yield from (name, normalize("NFC", name), normalize("NFD", name))
 
 
 def _split_container(reference: str) -> tuple[str, str, str]:

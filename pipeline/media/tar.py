@@ -4,7 +4,7 @@ import io
 import os
 import tarfile
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from hashlib import blake2b
 from pathlib import Path
 from types import TracebackType
@@ -14,6 +14,7 @@ import numpy as np
 
 from pipeline.media.errors import ContainerError, container_error
 
+_MOST_LINKS = 8  # links to links that are followed
 _MOST_HEADER = 1 << 20  # bytes of one header; names are shorter
 
 
@@ -27,11 +28,50 @@ class TarMember(NamedTuple):
 
 
 def tar_members(path: Path) -> Iterator[TarMember]:
-    """Yield the regular files of a tar in its order, without links, devices and sparse files.
+    """Yield the regular files of a tar in its order, without devices and sparse files.
+
+    Links to files of the same tar follow at the end, each with the place of the file it refers to.
 
     Raises:
         ContainerError: The path is no tar, or a compressed one.
     """
+    links: dict[str, str] = {}
+    for entry in _entries(path):
+        name = entry.name.removeprefix("./")
+        if entry.isreg() and not entry.issparse():
+            links.pop(name, None)  # of two members of one name, the last counts
+            yield TarMember(name, entry.offset_data, entry.size)
+        elif entry.islnk():
+            links[name] = entry.linkname.removeprefix("./")
+        elif entry.issym():
+            links[name] = os.path.normpath(os.path.join(os.path.dirname(name), entry.linkname))
+    if links:
+        yield from _linked_members(path, links)
+
+
+def _linked_members(path: Path, links: Mapping[str, str]) -> Iterator[TarMember]:
+    """Yield the links that lead to a regular file of the tar, in a second pass over the tar."""
+    targets = {}
+    for name in links:
+        target = name
+        for _ in range(_MOST_LINKS):  # a link may refer to a link, and links may form a circle
+            target = links.get(target, target)
+        targets[name] = target
+    wanted = set(targets.values())
+    files = {
+        name: (entry.offset_data, entry.size)
+        for entry in _entries(path)
+        if entry.isreg()
+        and not entry.issparse()
+        and (name := entry.name.removeprefix("./")) in wanted
+    }
+    for name, target in targets.items():
+        if target in files:
+            yield TarMember(name, *files[target])
+
+
+def _entries(path: Path) -> Iterator[tarfile.TarInfo]:
+    """Yield every entry of a tar; one entry is in memory at a time."""
     try:
         with (
             _Headers(io.FileIO(path)) as stream,
@@ -40,8 +80,7 @@ def tar_members(path: Path) -> Iterator[TarMember]:
             while (entry := tar.next()) is not None:
                 # tarfile would keep all entries in memory.
                 tar.members = []  # type: ignore[attr-defined]
-                if entry.isreg() and not entry.issparse():
-                    yield TarMember(entry.name.removeprefix("./"), entry.offset_data, entry.size)
+                yield entry
     except (tarfile.TarError, OSError, ValueError, RecursionError) as error:
         raise container_error(path, "tar", error) from None
 

@@ -2,7 +2,9 @@
 
 import os
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
+from unicodedata import normalize
 
 import duckdb
 import pyarrow as pa
@@ -11,15 +13,29 @@ from features.errors import UserError
 from pipeline.datasets.importers.base import Files, plural, quote_all
 from pipeline.datasets.importers.raw_sql import fetch_row
 from pipeline.media.lmdb import LmdbImages
-from pipeline.media.references import OUTSIDE, container_kind, relative_path, relative_reference
+from pipeline.media.reader import MediaReader
+from pipeline.media.references import (
+    OUTSIDE,
+    container_kind,
+    is_url,
+    relative_path,
+    relative_reference,
+    spellings,
+)
 from pipeline.media.tar import tar_members
 
 _IMAGE_SUFFIXES = frozenset(
-    (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".ppm")
-)
+    (
+        ".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".j2k", ".jpx", ".png", ".apng", ".webp", ".gif",
+        ".bmp", ".dib", ".tif", ".tiff", ".avif", ".heic", ".heif", ".ppm", ".pgm", ".pnm", ".tga",
+    )
+)  # fmt: skip
 _VIDEO_SUFFIXES = frozenset(
-    (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".flv", ".3gp")
-)
+    (
+        ".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".mpe", ".ts", ".mts",
+        ".m2ts", ".flv", ".f4v", ".wmv", ".ogv", ".3gp",
+    )
+)  # fmt: skip
 _ROLES = {"image": "images", "video": "videos"}
 """Column of ``described`` to the role of its files."""
 
@@ -42,37 +58,26 @@ def create_raw_items(db: duckdb.DuckDBPyConnection, root: Path, files: Files) ->
         UserError: A reference in the file of items leads outside the raw root, or a path of a role
             holds no images or videos.
     """
-    db.create_function(
-        "settle",
-        lambda reference: relative_reference(root, reference) or "",
-        ["VARCHAR"],
-        "VARCHAR",
-    )
-    notes = []
+    notes: list[str] = []
     for column, role in _ROLES.items():
-        _check_inside(db, root, files, column)
+        notes += _create_references(db, root, files, column)
         _create_listing(db, root, role, files.get(role, ()))
-        count, examples = fetch_row(
-            db,
-            f"SELECT count(*), list(item_id ORDER BY item_id)[:3] FROM {role}"
-            " SEMI JOIN described USING (item_id) WHERE n > 1",
-        )
-        if count:
-            notes.append(
-                f"{plural(count, 'item')} with several {role} (such as {quote_all(examples)});"
-                " the first by name is used"
-            )
+        notes += _listing_notes(db, role)
+    # The names of files on macOS have composed letters in another form than most ids.
+    named = "item_id = nfc_normalize(i.item_id)"
     db.execute(
         "CREATE TABLE raw_items AS SELECT i.item_id, i.text,"
-        f" coalesce({_settled_sql('i.image')}, p.path) AS image,"
-        f" coalesce({_settled_sql('i.video')}, v.path) AS video, i.attributes"
-        " FROM described i LEFT JOIN images p USING (item_id) LEFT JOIN videos v USING (item_id)"
+        " coalesce(a.path, p.path) AS image, coalesce(b.path, v.path) AS video, i.attributes"
+        " FROM described i"
+        " LEFT JOIN image_references a ON a.reference = i.image"
+        " LEFT JOIN video_references b ON b.reference = i.video"
+        f" LEFT JOIN images p ON p.{named} LEFT JOIN videos v ON v.{named}"
     )
     for column, role in _ROLES.items():
         count, examples = fetch_row(
             db,
-            f"SELECT count(*), list(item_id ORDER BY item_id)[:3] FROM raw_items r"
-            f" JOIN {role} f USING (item_id) WHERE r.{column} <> f.path",
+            f"SELECT count(*), list(r.item_id ORDER BY r.item_id)[:3] FROM raw_items r"
+            f" JOIN {role} f ON f.item_id = nfc_normalize(r.item_id) WHERE r.{column} <> f.path",
         )
         if count:
             notes.append(
@@ -82,23 +87,93 @@ def create_raw_items(db: duckdb.DuckDBPyConnection, root: Path, files: Files) ->
     return tuple(notes)
 
 
-def _settled_sql(value: str) -> str:
-    """Return SQL of a reference relative to the root; '' if the reference leads outside it."""
-    # Only rows that may lead outside call the Python function.
-    suspect = f"{value}[1] = '/' OR regexp_matches({value}, '[.]/|[.][.]|:')"
-    return f"CASE WHEN {suspect} THEN settle({value}) ELSE {value} END"
+def _create_references(
+    db: duckdb.DuckDBPyConnection, root: Path, files: Files, column: str
+) -> Iterator[str]:
+    """Create ``<column>_references`` (reference, path); yield messages for the user.
 
+    ``path`` is the reference relative to the root, spelled as its file; NULL for a URL.
 
-def _check_inside(db: duckdb.DuckDBPyConnection, root: Path, files: Files, column: str) -> None:
-    outside = db.sql(
-        f"SELECT item_id, {column} FROM described WHERE {_settled_sql(column)} = '' LIMIT 1"
+    Raises:
+        UserError: A reference leads outside the root.
+    """
+    media = MediaReader(root)
+    references: list[str] = []
+    paths: list[str | None] = []
+    urls, missing = [], []
+    rows = db.sql(
+        f"SELECT {column}, min(item_id) FROM described WHERE trim({column}) <> '' GROUP BY 1"
+        " ORDER BY 2, 1"
     ).fetchall()
-    if outside:
-        ((item, reference),) = outside
-        source = files["items"][0] if files.get("items") else root
-        raise UserError(
-            f"{source}: the {column} {reference[:120]!r} of item {item!r} leads outside {root};"
-            f" move it below that folder, or give its folder by --file {_ROLES[column]}=PATH"
+    for reference, item in rows:
+        references.append(reference)
+        if is_url(reference):
+            urls.append(reference)
+            paths.append(None)
+            continue
+        path = _existing_path(media, root, reference)
+        if path is None:
+            missing.append(reference)
+            cleaned = next(islice(spellings(reference), 1, None))
+            path = relative_reference(root, cleaned)
+        if path is None:
+            source = files["items"][0] if files.get("items") else root
+            raise UserError(
+                f"{source}: the {column} {reference[:120]!r} of item {item!r} leads outside {root};"
+                f" move it below that folder, or give its folder by --file {_ROLES[column]}=PATH"
+            )
+        paths.append(path)
+    media.close()
+    table = pa.table(
+        {"reference": pa.array(references, pa.string()), "path": pa.array(paths, pa.string())}
+    )
+    db.register("_references", table)
+    db.execute(f"CREATE TABLE {column}_references AS FROM _references")
+    db.unregister("_references")
+    if urls:
+        yield (
+            f"{plural(len(urls), column)} of the table of items given by URL (such as"
+            f" {quote_all(urls[:3])}); URLs are not read: download the files and name them by item"
+            " id"
+        )
+    if missing:
+        yield (
+            f"{len(missing)} of {plural(len(rows), column)} of the table of items without a file"
+            f" (such as {quote_all(missing[:3])}); write paths relative to {root}"
+        )
+
+
+def _existing_path(media: MediaReader, root: Path, reference: str) -> str | None:
+    """Return the reference relative to the root in the spelling of its file; None without one."""
+    for spelling in spellings(reference):
+        path = relative_reference(root, spelling)
+        if path is not None and media.exists(path):
+            return path
+    return None
+
+
+def _listing_notes(db: duckdb.DuckDBPyConnection, role: str) -> Iterator[str]:
+    """Yield messages about items with several files, and files without an item."""
+    ids = "SELECT nfc_normalize(item_id) AS item_id FROM described"
+    count, examples = fetch_row(
+        db,
+        f"SELECT count(*), list(item_id ORDER BY item_id)[:3] FROM {role}"
+        f" SEMI JOIN ({ids}) USING (item_id) WHERE n > 1",
+    )
+    if count:
+        yield (
+            f"{plural(count, 'item')} with several {role} (such as {quote_all(examples)});"
+            " the first by name is used"
+        )
+    total, count, examples = fetch_row(
+        db,
+        f"SELECT (SELECT sum(n) FROM {role}), sum(n), list(path ORDER BY path)[:3] FROM {role}"
+        f" ANTI JOIN ({ids}) USING (item_id)",
+    )
+    if count:
+        yield (
+            f"{count} of {plural(total, 'file')} in {role} fit no item (such as"
+            f" {quote_all(examples)}); a file is named by its item id"
         )
 
 
@@ -138,9 +213,9 @@ def _list(root: Path, role: str, path: Path) -> Iterator[tuple[str, str]]:
     if kind == "tar":
         for name in sorted(_image_names(path)):
             yield _item_id(name), f"{base}#{name}"
-    elif kind == "lmdb" or path.suffix == ".lmdb":
+    elif kind == "lmdb" or path.suffix.lower() == ".lmdb":
         with LmdbImages(path) as images:
-            yield from ((key, f"{base}#{key}") for key in list(images.keys()))
+            yield from ((normalize("NFC", key), f"{base}#{key}") for key in list(images.keys()))
     elif path.is_dir():
         suffixes = _IMAGE_SUFFIXES if role == "images" else _VIDEO_SUFFIXES
         for file in _files(path, suffixes):
@@ -156,7 +231,7 @@ def _reference(root: Path, path: Path) -> str:
 
 
 def _item_id(path: str) -> str:
-    return os.path.splitext(os.path.basename(path))[0]
+    return normalize("NFC", os.path.splitext(os.path.basename(path))[0])
 
 
 def _image_names(path: Path) -> Iterator[str]:

@@ -50,6 +50,44 @@ def test_members_that_are_no_plain_files_are_not_there(tmp_path: Path) -> None:
         images.get(f"{tarfile.SYMTYPE!r}.png")
 
 
+@pytest.mark.parametrize(
+    ("kind", "name", "target", "expected"),
+    [
+        (tarfile.LNKTYPE, "l.png", "d/a.png", b"a"),
+        (tarfile.LNKTYPE, "./l.png", "./d/a.png", b"a"),
+        (tarfile.SYMTYPE, "l.png", "d/a.png", b"a"),
+        (tarfile.SYMTYPE, "d/l.png", "a.png", b"a"),
+        (tarfile.SYMTYPE, "e/l.png", "../d/./a.png", b"a"),
+        (tarfile.SYMTYPE, "l.png", "first.png", b"a"),  # a link to a link
+        (tarfile.SYMTYPE, "l.png", "l.png", None),
+        (tarfile.SYMTYPE, "l.png", "../../d/a.png", None),
+        (tarfile.SYMTYPE, "l.png", "/etc/passwd", None),
+        (tarfile.LNKTYPE, "l.png", "gone.png", None),
+        (tarfile.SYMTYPE, "d/a.png", "/etc/passwd", b"a"),  # the later file replaces the link
+    ],
+)
+def test_links_lead_to_files_of_the_tar(
+    tmp_path: Path, kind: bytes, name: str, target: str, expected: bytes | None
+) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as into:
+        for link_kind, link, to in (
+            (tarfile.SYMTYPE, "first.png", "d/a.png"),
+            (kind, name, target),
+        ):
+            member = tarfile.TarInfo(link)
+            member.type, member.linkname = link_kind, to
+            into.addfile(member)
+        member = tarfile.TarInfo("d/a.png")
+        member.size = 1
+        into.addfile(member, io.BytesIO(b"a"))
+    with TarImages(tmp_path / "a.tar") as images:
+        if expected is None:
+            with pytest.raises(ContainerError, match="no member"):
+                images.get(name)
+        else:
+            assert images.get(name) == expected
+
+
 def test_many_threads_read_one_tar(tmp_path: Path) -> None:
     content = {f"{i}.png": bytes([i]) * (5000 + i) for i in range(200)}
     tar(tmp_path / "a.tar", content)

@@ -2,6 +2,7 @@
 
 import os
 import tarfile
+import unicodedata
 from pathlib import Path
 
 import lmdb
@@ -20,7 +21,7 @@ from pipeline.extraction.options import ExtractOptions
 from pipeline.media.reader import MediaReader
 from tests.pipeline.backbones import tiny
 from tests.pipeline.datasets.raws import INTERACTIONS, ITEMS, folder, items_of, prepared
-from tests.pipeline.media.containers import image_bytes, tar
+from tests.pipeline.media.containers import image_bytes, tar, write_lmdb
 
 
 def images_of(warehouse: Warehouse) -> list[str | None]:
@@ -320,3 +321,130 @@ def test_a_file_name_that_is_not_utf8_is_no_item(warehouse: Warehouse, tmp_path:
         pytest.skip("this file system takes UTF-8 names only")
     prepare_dataset(warehouse, PrepareOptions(dataset="mine", raw=raw, format="sequences"))
     assert [row["image"] for row in items_of(warehouse)] == ["images/a.jpg"]
+
+
+# -- names ----------------------------------------------------------------------------------
+
+NFC, NFD = (unicodedata.normalize(form, "é") for form in ("NFC", "NFD"))
+
+
+@pytest.mark.parametrize("container", ["folder", "tar", "lmdb"])
+@pytest.mark.parametrize(("item", "name"), [(NFC, NFD), (NFD, NFC), (NFC, NFC)])
+def test_names_match_in_both_forms_of_unicode(
+    warehouse: Warehouse, tmp_path: Path, container: str, item: str, name: str
+) -> None:
+    raw = folder(tmp_path / "raw", {"interactions.csv": f"user_id,item_id\nu,{item}\n"})
+    (raw / "items.csv").write_text(f"item_id\n{item}\n")
+    if container == "folder":
+        folder(raw, {f"images/{name}.png": "x"})
+    elif container == "tar":
+        tar(raw / "images.tar", {f"{name}.png": b"x"})
+    else:
+        write_lmdb(raw / "images.lmdb", {name: b"x"}, subdir=False)
+    info = prepared(warehouse, raw, {})
+    (image,) = images_of(warehouse)
+    assert MediaReader(Path(info.raw)).read(str(image)) == b"x"
+
+
+@pytest.mark.parametrize("suffix", [".jp2", ".jpe", ".JPG", ".Png", ".heic", ".j2k"])
+def test_endings_of_images(warehouse: Warehouse, tmp_path: Path, suffix: str) -> None:
+    content: dict[str, str | bytes] = {"interactions.csv": INTERACTIONS, "items.csv": ITEMS}
+    prepared(warehouse, tmp_path / "raw", {**content, f"images/a{suffix}": "x"})
+    assert images_of(warehouse) == [f"images/a{suffix}", None, None]
+
+
+@pytest.mark.parametrize(
+    ("reference", "file"),
+    [
+        (" art/a.png ", "art/a.png"),
+        ("art\\a.png", "art/a.png"),
+        ("\tart\\a.png", "art/a.png"),
+        ("art/a.PNG", "art/a.png"),
+        ("art/a.jpg", "art/a.JPG"),
+        (f"art/{NFC}.png", f"art/{NFD}.png"),
+        (f"art/{NFD}.png", f"art/{NFC}.png"),
+        ("{raw}/art/a.png", "art/a.png"),
+        ("file://{raw}/art/a%20b.png", "art/a b.png"),
+        ("FILE://localhost{raw}/art/a.png", "art/a.png"),
+        ("art\\a.png", "art\\a.png"),
+        (" a.png", " a.png"),
+    ],
+)
+def test_references_find_their_file(
+    warehouse: Warehouse, tmp_path: Path, reference: str, file: str
+) -> None:
+    raw = folder(tmp_path / "raw", {"interactions.csv": INTERACTIONS, file: "x"})
+    written = reference.replace("{raw}", str(raw))
+    (raw / "items.csv").write_text(f"item_id,image\na,{written}\nb,\nc,\n")
+    notes: list[str] = []
+    prepared(warehouse, raw, {}, notify=notes.append)
+    assert images_of(warehouse) == [file, None, None]
+    assert not any("without a file" in note for note in notes)
+
+
+@pytest.mark.parametrize("reference", ["file:///etc/passwd", "file://{raw}/../x.png", " /etc/x"])
+def test_other_spellings_do_not_lead_outside(
+    warehouse: Warehouse, tmp_path: Path, reference: str
+) -> None:
+    raw = folder(tmp_path / "raw", {"interactions.csv": INTERACTIONS})
+    written = reference.replace("{raw}", str(raw))
+    (raw / "items.csv").write_text(f"item_id,image\na,{written}\nb,\nc,\n")
+    with pytest.raises(UserError, match="'a' leads outside"):
+        prepared(warehouse, raw, {})
+
+
+@pytest.mark.parametrize("column", ["image", "video"])
+def test_references_without_a_file_are_counted(
+    warehouse: Warehouse, tmp_path: Path, column: str
+) -> None:
+    raw = folder(tmp_path / "raw", {"interactions.csv": INTERACTIONS, "b.png": "x"})
+    tar(raw / "t.tar", {"in.png": b"x"})
+    rows = ["a,no.png", "b,b.png", "c,t.tar#in.png", "d,t.tar#out.png", "e,x/y.png", "f,z.png"]
+    (raw / "items.csv").write_text(f"item_id,{column}\n" + "\n".join(rows) + "\n")
+    notes: list[str] = []
+    prepared(warehouse, raw, {}, notify=notes.append)
+    (note,) = [note for note in notes if "without a file" in note]
+    assert note.startswith(f"4 of 6 {column}s")
+    assert all(repr(name) in note for name in ("no.png", "t.tar#out.png", "x/y.png"))
+    assert "z.png" not in note
+
+
+def test_files_that_fit_no_item_are_counted(warehouse: Warehouse, tmp_path: Path) -> None:
+    files = {f"images/{name}": "x" for name in ("a.png", "A.png", "1 .png", "b_1.png", "c_1.png")}
+    notes: list[str] = []
+    content: dict[str, str | bytes] = {"interactions.csv": INTERACTIONS, "items.csv": ITEMS}
+    prepared(warehouse, tmp_path / "raw", {**content, **files}, notify=notes.append)
+    (note,) = [note for note in notes if "fit no item" in note]
+    assert note.startswith("4 of 5 files in images")
+    assert "'images/1 .png', 'images/A.png', 'images/b_1.png'" in note
+
+
+@pytest.mark.parametrize("url", ["https://x.org/a.jpg", "s3://bucket/a.jpg", "HTTP://x.org/a"])
+def test_urls_are_named_and_files_by_item_id_are_used(
+    warehouse: Warehouse, tmp_path: Path, url: str
+) -> None:
+    raw = folder(tmp_path / "raw", {"interactions.csv": INTERACTIONS, "images/a.png": "x"})
+    (raw / "items.csv").write_text(f"item_id,image\na,{url}\nb,{url}?b\nc,\n")
+    notes: list[str] = []
+    prepared(warehouse, raw, {}, notify=notes.append)
+    assert images_of(warehouse) == ["images/a.png", None, None]
+    (note,) = [note for note in notes if "URL" in note]
+    assert url in note
+    assert "download" in note
+
+
+def test_links_in_folders_and_tars(warehouse: Warehouse, tmp_path: Path) -> None:
+    raw = folder(tmp_path / "raw", {"interactions.csv": INTERACTIONS, "items.csv": ITEMS})
+    folder(raw, {"images/a.png": "x"})
+    os.link(raw / "images" / "a.png", raw / "images" / "b.png")
+    (raw / "images" / "c.png").symlink_to("a.png")
+    prepared(warehouse, raw, {})
+    assert images_of(warehouse) == ["images/a.png", "images/b.png", "images/c.png"]
+    with tarfile.open(raw / "linked.tar", "w") as into:
+        into.add(raw / "images", "deep")  # tarfile writes b.png as a hard link
+    prepared(warehouse, raw, {}, files={"images": "linked.tar"})
+    images = images_of(warehouse)
+    assert images == [f"linked.tar#deep/{name}.png" for name in "abc"]
+    media = MediaReader(raw)
+    assert [media.read(str(image)) for image in images] == [b"x"] * 3
+    media.close()

@@ -82,7 +82,7 @@ def of_class(backbone: type[Backbone], *, library: str = "", checkpoint: str = "
     return BackboneEntry(
         modalities=modalities,
         dim=dim,
-        library=library or backbone.__module__.partition(".")[0],
+        library=library or backbone.__module__.partition(".")[0].replace("pipeline", "mmrec"),
         checkpoint=checkpoint or str(backbone.checkpoint),
         licence=backbone.licence,
         blocks=backbone.blocks if isinstance(backbone.blocks, int) else 0,

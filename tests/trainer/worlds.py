@@ -217,6 +217,11 @@ def build(
     return MODELS.find(model).load()(small_settings(model, **settings), catalogue)
 
 
+def models_with(setting: str) -> list[str]:
+    """The models that have a setting."""
+    return [name for name in MODELS if hasattr(small_settings(name), setting)]
+
+
 def trained_models() -> list[str]:
     """The models that learn by gradients."""
     return [name for name in MODELS if any(True for _ in build(name, features(4)).parameters())]

@@ -1,12 +1,16 @@
 """Registry of the recommenders: a new one is one file and one line. No torch here."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from features.errors import UserError
 from features.registry import Registry
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from trainer.models.base import Recommender
 
 
@@ -20,9 +24,25 @@ class Model:
     """One line for ``mmrec models``."""
 
     def load(self) -> "type[Recommender]":
-        """Import the class; this imports torch."""
+        """Import the class; this imports torch.
+
+        Raises:
+            UserError: The class of an installed package cannot be imported, or is no recommender.
+        """
+        from trainer.models.base import Recommender
+
         module, _, name = self.path.partition(":")
-        recommender: type[Recommender] = getattr(import_module(module), name)
+        try:
+            recommender: type[Recommender] = getattr(import_module(module), name)
+            if not issubclass(recommender, Recommender):
+                raise TypeError(f"{name} is no subclass of Recommender")
+        except Exception as error:
+            if module.partition(".")[0] == "trainer":
+                raise
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise UserError(
+                f"the model {self.path} cannot be loaded ({reason}); repair or remove its package"
+            ) from None
         return recommender
 
 
@@ -60,3 +80,16 @@ MODELS: Registry[Model] = Registry(
     },
     group="mmrec.models",
 )
+
+
+def names_of(condition: "Callable[[type[Recommender]], bool]") -> list[str]:
+    """Return the names of the recommenders that meet a condition; this imports torch.
+
+    A recommender of an installed package that cannot be loaded is left out.
+    """
+    names = []
+    for name, model in MODELS.items():
+        with suppress(UserError):
+            if condition(model.load()):
+                names.append(name)
+    return names

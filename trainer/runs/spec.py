@@ -13,7 +13,7 @@ from features.warehouse import Warehouse
 from trainer.config import Settings, SettingSources, TrainConfig, build_settings, settings_tables
 from trainer.data.multi_dataset import DataIdentity, choose_common_tables, identify_data
 from trainer.models.base import Recommender
-from trainer.models.registry import MODELS
+from trainer.models.registry import MODELS, names_of
 from trainer.runs.folder import FORMAT, check_format, read_about
 from trainer.runs.transfer import FULL, check_source, check_transfer, hash_tensors, read_source
 from trainer.tasks.registry import NEXT_ITEM, TASKS
@@ -251,7 +251,7 @@ def _build(
 
 def _check_pretrains(name: str, recommender: type[Recommender]) -> None:
     if recommender.pretraining is None:
-        able = ", ".join(other for other, model in MODELS.items() if model.load().pretraining)
+        able = ", ".join(names_of(lambda model: model.pretraining is not None))
         raise UserError(f"{name} has no pre-training; known: {able}")
 
 
@@ -265,7 +265,7 @@ def _choose_tables(
     """Choose the feature tables, and check that the model can read them."""
     name, recommender = model
     if train.tune_blocks and not recommender.reads_tokens:
-        able = ", ".join(other for other, model in MODELS.items() if model.load().reads_tokens)
+        able = ", ".join(names_of(lambda model: model.reads_tokens))
         raise UserError(
             f"tune_blocks={train.tune_blocks} is for models that read tokens ({able}), not {name};"
             " leave it out"

@@ -228,7 +228,7 @@ def test_the_share_of_predicted_positions_is_what_was_asked_for() -> None:
     assert len(queries[0]) == pytest.approx(400 * (1 + 0.2 * 5), rel=0.1)
 
 
-@pytest.mark.parametrize("name", worlds.trained_models())
+@pytest.mark.parametrize("name", worlds.models_with("length"))
 def test_a_length_counts_the_items_of_a_history(name: str) -> None:
     """A window of the training holds the predicted item as well."""
     model = build(name, worlds.features(N), length=6)

@@ -283,6 +283,8 @@ def settings_tables(train: Any, model: Any, task: Any = None) -> dict[str, Any]:
     return tables if task is None else tables | {"task": asdict(task)}
 
 
+_RENAMED = {"tower": "sequence_encoder", "cosine": "score=cosine"}
+"""Settings of mmrec 0.1, and what replaces them."""
 _KINDS: dict[Any, str] = {
     int: "a whole number",
     float: "a number",
@@ -298,6 +300,8 @@ def _create(
     for settings_class in classes:
         kinds |= get_type_hints(settings_class)
     for key in (*values, *pairs):
+        if key not in kinds and key in _RENAMED:
+            raise UserError(f"setting {key!r} has a new name; give {_RENAMED[key]}")
         if key not in kinds:
             raise UserError(f"unknown setting {key!r}; known: {', '.join(sorted(kinds))}")
     values |= {key: _convert(key, text, kinds[key]) for key, text in pairs.items()}

@@ -31,6 +31,8 @@ def test_the_last_word_wins(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
+        ("tower=gru", r"'tower'.*sequence_encoder"),
+        ("cosine=true", r"'cosine'.*score=cosine"),
         ("dimm=3", "'dimm'.*known: .*dim"),
         ("dim", "'dim'.*key=value"),
         ("dim=3.5", "dim='3.5' .*whole number"),

@@ -105,7 +105,7 @@ def test_entries_are_listed_with_their_origin_and_broken_ones_are_named(
     lines = done.stderr.splitlines()
     for name, reason in {
         "format table": "arrow-logs 1.2",
-        "format number": "int",
+        "format number": "is 3",
         "dataset gone": "GONE",
         "dataset lost": "'nowhere'",
     }.items():

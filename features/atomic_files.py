@@ -91,6 +91,15 @@ def read_errors(path: Path, remedy: str) -> Iterator[None]:
         yield
     except UserError:
         raise
+    except PermissionError as error:
+        place = error.filename or path
+        raise UserError(f"{place}: no permission to read it; change its permissions") from None
+    except (MemoryError, duckdb.OutOfMemoryException, pa.ArrowMemoryError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"{path}: not enough memory or disk space to read it ({reason[:_MOST_REASON]}); free"
+            " memory and disk space"
+        ) from None
     except (pa.ArrowException, duckdb.Error, OSError, KeyError, ValueError, TypeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path} cannot be read ({reason[:_MOST_REASON]}); {remedy}") from None

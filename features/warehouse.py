@@ -249,6 +249,8 @@ def read_json(path: Path, remedy: str) -> Any:
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
+    except PermissionError:
+        raise UserError(f"{path}: no permission to read it; change its permissions") from None
     except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is damaged ({error}); {remedy}") from None
 

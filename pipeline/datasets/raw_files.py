@@ -1,5 +1,7 @@
 """The raw files of a dataset: the files that are expected, and where they are."""
 
+import fnmatch
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,6 +66,7 @@ def locate_files(
     """
     for role in given:
         format.files.find(role)
+    _refuse_url(str(root), "--raw")
     if not root.is_dir():
         raise UserError(
             f"{root} is no folder; the raw files of {dataset} are expected there"
@@ -89,6 +92,7 @@ def locate_files(
 
 
 def _resolve(role: str, root: Path, given: str) -> Path:
+    _refuse_url(given, f"--file {role}=")
     path = root / given
     for candidate in (path, Path(given)):
         if candidate.exists():
@@ -98,10 +102,23 @@ def _resolve(role: str, root: Path, given: str) -> Path:
     )
 
 
+def _refuse_url(given: str, option: str) -> None:
+    # Path writes the two slashes of a URL as one.
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", given) and not Path(given).exists():
+        raise UserError(
+            f"{option} {given} is a URL; download the files and give the path on this machine"
+        )
+
+
 def _match(root: Path, patterns: tuple[str, ...]) -> tuple[Path, ...]:
-    """Return the matches of the first pattern that has any."""
+    """Return the matches of the first pattern that has any; the case as written is preferred."""
     for pattern in patterns:
         paths = tuple(sorted(root.glob(pattern)))
+        if paths:
+            return paths
+    for pattern in patterns:
+        matches = re.compile(fnmatch.translate(pattern.lower())).match
+        paths = tuple(sorted(path for path in root.iterdir() if matches(path.name.lower())))
         if paths:
             return paths
     return ()

@@ -49,7 +49,7 @@ def parquet_sql(db: duckdb.DuckDBPyConnection, path: Path) -> str:
     try:
         schema = pq.read_schema(path)
     except (pa.ArrowException, OSError) as error:
-        raise parquet_error(error, path) from None
+        raise read_error(path, error) from None
     lowered = [name.lower() for name in schema.names]
     repeated = next((name for name in lowered if lowered.count(name) > 1), None)
     if repeated is not None:
@@ -70,8 +70,8 @@ def parquet_sql(db: duckdb.DuckDBPyConnection, path: Path) -> str:
     return f"(SELECT {', '.join(columns)} FROM {source})" if is_changed else source
 
 
-def parquet_error(error: Exception, path: Path) -> UserError:
-    """Return the error about a Parquet file that cannot be opened."""
+def read_error(path: Path, error: Exception) -> UserError:
+    """Return the error about a file that cannot be opened or is no Parquet file."""
     if isinstance(error, PermissionError):
         return UserError(f"{path}: no permission to read it; change its permissions")
     reason = " ".join(str(error).split())[:160]

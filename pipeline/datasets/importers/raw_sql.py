@@ -11,9 +11,10 @@ import duckdb
 
 from features.errors import UserError
 from features.sql_text import quoted
-from pipeline.datasets.importers.column_types import column_types, parquet_sql
+from pipeline.datasets.importers.column_types import column_types, parquet_sql, read_error
 
 MAX_LINE = 64 * 1024 * 1024  # bytes; one user of a sequences file is one line
+MAX_FIELD = 2_000_000  # bytes of a line of CSV that DuckDB reads
 _DELIMITERS = {".csv": ",", ".tsv": "\t", ".tab": "\t"}
 TABLES = (*_DELIMITERS, ".parquet")
 _ECHO = re.compile(r".*CSV Error on Line|Original Line:")  # these repeat a line of any length
@@ -98,6 +99,12 @@ def read_header(path: Path, delimiter: str) -> list[str]:
             f"{path}, line 1: {', '.join(map(repr, names)) or 'an empty line'} cannot name the"
             " columns; give every column a name of its own"
         )
+    other = next((mark for mark in ";\t|," if mark in names[0]), None)
+    if len(names) == 1 and other is not None:
+        raise UserError(
+            f"{path}, line 1: the columns are separated by {other!r}, not by {delimiter!r}; save"
+            " the file as CSV with commas, or as .tsv with tabs"
+        )
     return names
 
 
@@ -105,15 +112,23 @@ def read_first_row(path: Path, delimiter: str, quote: str) -> list[str]:
     """Return the first line of a delimited file as a list; an empty file gives an empty list.
 
     Raises:
-        UserError: The line is not UTF-8.
+        UserError: The line cannot be read, is not UTF-8, or ends in a carriage return alone.
     """
     quoting: Any = csv.QUOTE_MINIMAL if quote else csv.QUOTE_NONE
     try:
         with path.open("rb") as stream:
             line = stream.readline(MAX_LINE).decode("utf-8-sig")
         return next(csv.reader([line], delimiter=delimiter, quoting=quoting), [])
-    except (UnicodeDecodeError, csv.Error):
+    except PermissionError as error:
+        raise read_error(path, error) from None
+    except UnicodeDecodeError:
         raise UserError(f"{path}, line 1: not UTF-8; save the file as UTF-8") from None
+    except csv.Error as error:
+        if "\r" in line.rstrip("\r\n"):
+            raise UserError(
+                f"{path}: lines end in a carriage return alone; save the file with line feeds"
+            ) from None
+        raise UserError(f"{path}, line 1: {error}; correct the line") from None
 
 
 def find_column(path: Path, columns: Sequence[str], *names: str) -> str:
@@ -223,6 +238,8 @@ def integer_sql(value: str) -> str:
 def file_error(error: duckdb.Error, path: Path) -> UserError:
     """Return the error of DuckDB about a file as one line with a remedy."""
     text = str(error)
+    if "Permission denied" in text:
+        return read_error(path, PermissionError())
     line = re.search(r"CSV Error on Line: (\d+)", text)
     longer = re.search(r"Maximum line size of (\d+) bytes exceeded", text)
     width = re.search(r"Expected Number of Columns: (\d+) Found: (\d+)", text)
@@ -231,6 +248,9 @@ def file_error(error: duckdb.Error, path: Path) -> UserError:
             f"a line of more than {int(longer[1]):,} bytes",
             "shorten it, or use Parquet",
         )
+    elif "Parallel CSV Reader" in text:
+        reason = f"a field of more than {MAX_FIELD:,} bytes, or a quote that is not closed"
+        remedy = "shorten the field or close the quote, or use Parquet"
     elif width:
         reason = f"{width[2]} columns where {width[1]} are expected"
         remedy = "correct the line"
@@ -239,7 +259,8 @@ def file_error(error: duckdb.Error, path: Path) -> UserError:
     elif "state machine" in text:
         reason, remedy = "mixed line endings or a stray quote", "correct the file"
     elif "quote" in text.splitlines()[0].lower() or "unterminated quote" in text.lower():
-        reason, remedy = "a quote is not closed", "correct the line"
+        reason = f"a quote is not closed, or a field has more than {MAX_FIELD:,} bytes"
+        remedy = "correct the line, or use Parquet"
     else:
         lines = [part for part in text.splitlines() if part and not _ECHO.match(part)]
         reason = lines[0].partition(" Error: ")[2] or lines[0] if lines else type(error).__name__

@@ -2,11 +2,15 @@
 
 from pathlib import Path
 
+import duckdb
 import pytest
 
+from features.atomic_files import read_errors
 from features.errors import UserError
+from features.warehouse import Warehouse
+from pipeline.datasets.prepare import PrepareOptions, prepare_dataset
 from pipeline.datasets.raw_files import locate_files, raw_format
-from tests.pipeline.datasets.raws import folder
+from tests.pipeline.datasets.raws import INTERACTIONS, ITEMS, folder
 
 
 def test_a_given_format_wins_over_the_registered_one() -> None:
@@ -55,3 +59,52 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
         locate_files("amazon-beauty", format, tmp_path, {})
     folder(tmp_path, {"Beauty.txt": ""})
     assert locate_files("amazon-beauty", format, tmp_path, {})["items"] == ()
+
+
+@pytest.mark.parametrize("name", ["INTERACTIONS.CSV", "interactions.CSV", "Interactions.Parquet"])
+def test_the_case_of_names_does_not_matter(tmp_path: Path, name: str) -> None:
+    raw = folder(tmp_path, {name: "", "Items.TSV": "", "Images/a.png": ""})
+    files = locate_files("x", raw_format("x", "table"), raw, {})
+    assert files["interactions"] == (raw / name,)
+    assert files["items"] == (raw / "Items.TSV",)
+    assert files["images"] == (raw / "Images",)
+
+
+@pytest.mark.parametrize("url", ["https://x.org/d.csv", "s3://bucket/d.csv", "hf://datasets/x"])
+def test_urls_in_place_of_files(tmp_path: Path, url: str) -> None:
+    with pytest.raises(UserError, match="URL; download"):
+        locate_files("x", raw_format("x", "table"), tmp_path, {"items": url})
+    with pytest.raises(UserError, match="URL; download"):
+        locate_files("x", raw_format("x", "table"), Path(url), {})
+
+
+@pytest.mark.parametrize("name", ["interactions.csv", "interactions.parquet"])
+def test_a_file_without_permission(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    folder(tmp_path, {name: INTERACTIONS, "items.csv": ITEMS})
+
+    def refuse(*arguments: object, **options: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("pathlib.Path.open", refuse)
+    monkeypatch.setattr("pyarrow.parquet.read_schema", refuse)
+    options = PrepareOptions(dataset="mine", raw=tmp_path, format="table")
+    with pytest.raises(UserError, match=f"{name}: no permission.*permissions"):
+        prepare_dataset(Warehouse(tmp_path / "warehouse"), options)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (PermissionError(13, "denied", "x.parquet"), "x.parquet: no permission.*permissions"),
+        (duckdb.OutOfMemoryException("full"), "memory"),
+        (MemoryError(), "memory"),
+    ],
+)
+def test_faults_of_the_machine_do_not_ask_to_prepare_again(
+    tmp_path: Path, error: Exception, expected: str
+) -> None:
+    with pytest.raises(UserError, match=expected) as caught, read_errors(tmp_path, "prepare again"):
+        raise error
+    assert "prepare again" not in str(caught.value)

@@ -121,7 +121,11 @@ def test_anything_else_is_no_time(tmp_path: Path, time: str) -> None:
     ("name", "text", "expected"),
     [
         ("interactions.csv", "uid,item_id\nu,a\n", r"interactions\.csv .*'user_id'.*uid, item_id;"),
-        ("interactions.csv", "user_id;item_id\nu;a\n", "'user_id'.* user_id;item_id;.*rename"),
+        ("interactions.csv", "user_id;item_id\nu;a\n", "line 1: .*';'.*commas"),
+        ("interactions.csv", "user_id\titem_id\nu\ta\n", "line 1: .*tabs"),
+        ("interactions.csv", "user_id|item_id\nu|a\n", "line 1: .*'|'.*commas"),
+        ("interactions.csv", "user_id,item_id\ru,a\r", "carriage return.*line feeds"),
+        ("items.csv", "item_id,title\ra,caf\u00e9\rb,y\r", "carriage return.*line feeds"),
         ("interactions.csv", "", r"interactions\.csv, line 1: .*empty.*name"),
         ("interactions.csv", "user_id,item_id\n", r"interactions\.csv .*--file interactions=PATH"),
         ("interactions.csv", "user_id,item_id\nu,a\n,b\n", "row 2: user_id .*remove"),
@@ -139,6 +143,15 @@ def test_anything_else_is_no_time(tmp_path: Path, time: str) -> None:
 def test_mistakes_in_the_files(tmp_path: Path, name: str, text: str, expected: str) -> None:
     content: dict[str, str | bytes] = {"interactions.csv": INTERACTIONS, "items.csv": ITEMS}
     assert re.search(expected, _refused(tmp_path, {**content, name: text}))
+
+
+@pytest.mark.parametrize("quote", ['"', ""])
+@pytest.mark.parametrize("size", [3_000_000, 40_000_000])
+def test_a_field_that_is_too_long(tmp_path: Path, quote: str, size: int) -> None:
+    items = f"item_id,title\na,{quote}{'x' * size}{quote}\nb,y\n"
+    message = _refused(tmp_path, {"interactions.csv": INTERACTIONS, "items.csv": items})
+    assert "2,000,000 bytes" in message
+    assert "use Parquet" in message
 
 
 @pytest.mark.parametrize(

@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 def strict_fp32(device: torch.device) -> Iterator[None]:
     """Compute fp32 matrix products in fp32: no autocast, no TF32, no bf16.
 
-    The settings are restored at the end. They belong to the process, not to the thread.
+    The settings are restored at the end. They hold for all threads of the process.
     """
     import torch
 
-    mkldnn: Any = torch.backends.mkldnn  # its stub does not know matmul
+    mkldnn: Any = torch.backends.mkldnn  # torch's type stubs lack `mkldnn.matmul`
     switches = (torch.backends.cuda.matmul, mkldnn.matmul)
     before = [switch.fp32_precision for switch in switches]
     try:
@@ -37,15 +37,16 @@ def for_each_block(
 ) -> None:
     """Call ``work(slice)`` for consecutive blocks of 0..total-1, on torch's threads.
 
-    On a CPU each thread works on whole blocks. If all threads shared every small operation, they
-    would wait for each other at its end; with other programs on the same cores, the waiting was
-    measured at several times the work. On a GPU the blocks run one after another.
+    On a CPU each thread computes whole blocks, and torch runs each operation of a block on one
+    thread. Sharing every small operation among all threads makes them wait for each other at its
+    end; with other programs on the same cores, waiting took several times as long as computing. On
+    a GPU the blocks run one after another.
 
     Args:
-        work: Function of one block. Blocks must not depend on one another.
+        work: Function of one block. Blocks must not depend on each other.
         total: Number of rows.
-        step: Rows of one block; the last block may have fewer.
-        device: Device that the work runs on.
+        step: Rows per block; the last block may have fewer.
+        device: Device on which ``work`` computes.
     """
     import torch
 
@@ -56,7 +57,7 @@ def for_each_block(
         for block in blocks:
             work(block)
         return
-    inference = torch.is_inference_mode_enabled()  # belongs to the thread
+    inference = torch.is_inference_mode_enabled()  # each thread has its own inference mode
 
     def run(block: slice) -> None:
         with torch.inference_mode(inference):
@@ -67,5 +68,5 @@ def for_each_block(
         list(pool.map(run, blocks))
     finally:
         pool.shutdown(cancel_futures=True)
-        # A later thread starts with the value that the workers set for themselves.
+        # The workers' `set_num_threads(1)` also changes the default of later threads.
         torch.set_num_threads(before)

@@ -1,4 +1,4 @@
-"""Compressed sparse rows (CSR): the checks and the selection that every such type needs."""
+"""Checks and row selection for compressed sparse rows (CSR)."""
 
 from __future__ import annotations
 
@@ -57,9 +57,9 @@ def take_rows(offsets: Ints, users: Ints) -> tuple[Ints, Ints]:
         users: (R,) rows to select; a row may be selected more than once.
 
     Returns:
-        Index of each selected entry among all entries, and the (R + 1,) offsets of the selection.
+        The index of each selected entry among all entries, and (R + 1,) offsets of the selection.
     """
     starts, lengths = offsets[users], np.diff(offsets)[users]
-    taken = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
-    inside = np.arange(taken[-1]) - np.repeat(taken[:-1], lengths)
-    return np.repeat(starts, lengths) + inside, taken
+    new_offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
+    position_in_row = np.arange(new_offsets[-1]) - np.repeat(new_offsets[:-1], lengths)
+    return np.repeat(starts, lengths) + position_in_row, new_offsets

@@ -1,4 +1,4 @@
-"""Exact comparison of inner products: an error bound for fp32 and canonical float64 scores.
+"""Compare inner products exactly, by canonical float64 scores and an error bound for fp32.
 
 Shape suffixes: U users, B users of one block, N items, D dimensions, P pairs of a user and an item.
 """
@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     Indices: TypeAlias = torch.Tensor | npt.NDArray[np.int64]
 
 FP32_ROUNDOFF = 2.0**-24
+"""Unit roundoff of float32."""
 FP64_ROUNDOFF = 2.0**-53
+"""Unit roundoff of float64."""
 
 
 def as_matrix(name: str, values: Matrix) -> torch.Tensor:
@@ -34,7 +36,7 @@ def as_matrix(name: str, values: Matrix) -> torch.Tensor:
 
     matrix = values.detach() if isinstance(values, torch.Tensor) else _from_numpy(values)
     if matrix.dtype != torch.float32:
-        raise ValueError(f"{name} are {matrix.dtype}: ranks are decided in float32, convert first")
+        raise ValueError(f"{name} are {matrix.dtype}: convert them to float32")
     if matrix.ndim != 2 or matrix.shape[1] < 1:
         raise ValueError(f"{name} have shape {tuple(matrix.shape)}: expected (rows, dimensions)")
     return matrix
@@ -46,18 +48,10 @@ def as_indices(name: str, values: Indices) -> npt.NDArray[np.int64]:
     Raises:
         ValueError: The values are not one-dimensional or not integers.
     """
-    array = as_numpy(values)
+    array = values if isinstance(values, np.ndarray) else values.detach().cpu().numpy()
     if array.ndim != 1 or array.dtype.kind not in "iu":
         raise ValueError(f"{name} are {array.dtype} of shape {array.shape}: expected (n,) integers")
     return array.astype(np.int64, copy=False)
-
-
-def as_numpy(values: torch.Tensor | npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
-    """Return a torch tensor of any device, or a numpy array, as a numpy array."""
-    if isinstance(values, np.ndarray):
-        return values
-    array: npt.NDArray[np.generic] = values.detach().cpu().numpy()
-    return array
 
 
 def _from_numpy(values: npt.NDArray[np.float32]) -> torch.Tensor:
@@ -114,10 +108,16 @@ def exact_scores(
 ) -> torch.Tensor:
     """Return the canonical inner products of the pairs (left_P, right_P), (P,) float64.
 
-    A product of two fp32 numbers is exact in float64. The sum is folded in halves, in a fixed order
-    of elementwise additions, so that the bits depend neither on the device nor on the number of
-    pairs; those of a matrix product do. The pairs are computed in chunks, so that memory does not
-    grow with P x D.
+    A product of two fp32 numbers is exact in float64. The products are summed by adding the second
+    half of the vector to the first, again and again. This fixed order of elementwise additions
+    gives the same bits on every device and for any number of pairs; a matrix product does not. The
+    pairs are computed in chunks, so that memory does not grow with P x D.
+
+    Args:
+        left_UD: (U, D) fp32.
+        right_ND: (N, D) fp32, on the same device.
+        left_P: (P,) row of `left_UD` for each pair.
+        right_P: (P,) row of `right_ND` for each pair.
     """
     import torch
 
@@ -137,22 +137,22 @@ def exact_scores(
 
 
 def _rows_at_once(matrix_RD: torch.Tensor) -> int:
-    """Return the rows of one chunk: they fit a CPU's cache, or occupy a GPU."""
+    """Return the rows of one chunk, which fits a CPU's cache or keeps a GPU busy."""
     return max(1, (2**17 if matrix_RD.device.type == "cpu" else 2**25) // matrix_RD.shape[1])
 
 
 class TargetScores:
-    """Canonical score of each user's target, to which the other items are compared.
+    """The canonical score of each user's target, and comparisons of other items with it.
 
     The canonical score of a pair is the float64 inner product of `exact_scores` plus the pair's
     float64 correction, rounded once. `at_least` compares canonical scores. `margin` bounds the
-    error of scores in lower precision, so that only close pairs need `at_least`.
+    error of scores in a lower precision, so that only pairs within the margin need `at_least`.
 
     Args:
         queries: (U, D) fp32.
         items: (N, D) fp32, on the same device.
         targets: (U,) item of each user.
-        correction: Scores added to the inner products; none if None.
+        correction: Scores that are added to the inner products; none if None.
 
     Raises:
         ValueError: Shapes, dtypes, devices, targets or items of the correction that do not fit,
@@ -187,7 +187,7 @@ class TargetScores:
         self.target_U = torch.from_numpy(target_U.copy()).to(self.device)
         self.query_length_U = row_norms("queries", self.query_UD)
         self.item_length_N = row_norms("items", self.item_ND)
-        refuse_overflow(self.query_length_U, self.item_length_N, correction)
+        check_overflow(self.query_length_U, self.item_length_N, correction)
         self.score_U = torch.empty(users, dtype=torch.float64, device=self.device)
         self.target_value_U: torch.Tensor | None = None
         """(U,) correction of the target, float64; None without a correction."""
@@ -207,14 +207,15 @@ class TargetScores:
         for_each_block(score, users, 512 if self.device.type == "cpu" else 2**20, self.device)
 
     def margin(self, users: slice, longest: torch.Tensor, roundoff: float) -> torch.Tensor:
-        """Return the difference to the target's score beyond which its sign is certain.
+        """Return a bound on the error of the difference of an item's and the target's score.
 
-        The difference is an uncorrected item's score minus the target's canonical score, both in
-        the format of `roundoff`.
+        If the absolute difference is larger than the bound, its sign is correct. The difference is
+        an uncorrected item's score minus the target's canonical score, both in the format of
+        `roundoff`.
 
         Args:
-            users: B users.
-            longest: Length of the longest item vector among the items.
+            users: The block of B users.
+            longest: Euclidean length of the longest item vector.
             roundoff: Unit roundoff of the format that the scores are computed in.
 
         Returns:
@@ -222,9 +223,9 @@ class TargetScores:
         """
         length_B = self.query_length_U[users]
         target_length_B = self.item_length_N[self.target_U[users]]
-        theirs_B = error_bound(self.dim, length_B, longest, roundoff)
+        item_error_B = error_bound(self.dim, length_B, longest, roundoff)
         # The target's score is canonical; its only error is one rounding to the format.
-        margin_B = theirs_B + 8 * roundoff * length_B * target_length_B
+        margin_B = item_error_B + 8 * roundoff * length_B * target_length_B
         if self.target_value_U is not None:
             margin_B += 8 * roundoff * self.target_value_U[users].abs()
         return margin_B
@@ -232,7 +233,7 @@ class TargetScores:
     def at_least(
         self, user_P: torch.Tensor, item_P: torch.Tensor, value_P: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Return for each pair whether the item scores no less than the user's target.
+        """Return True for each pair whose item scores at least as much as the user's target.
 
         Args:
             user_P: (P,) user of each pair.
@@ -250,9 +251,9 @@ class TargetScores:
     def equals_target(
         self, user_P: torch.Tensor, item_P: torch.Tensor, value_P: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Return for each pair whether the item's vector and correction are the target's.
+        """Return True for each pair whose item has the vector and the correction of the target.
 
-        Such an item ties with the target, whatever the query. Arguments as in `at_least`.
+        Such an item ties with the target for every query. The arguments are those of `at_least`.
         """
         same_P = self.vector_N[item_P] == self.vector_N[self.target_U[user_P]]
         if self.target_value_U is not None:
@@ -278,12 +279,12 @@ def check_targets(target_U: npt.NDArray[np.int64], users: int, items: int) -> No
         raise ValueError(f"target {target_U[row]} of row {row} is outside 0..{items - 1}")
 
 
-def refuse_overflow(
+def check_overflow(
     query_length_U: torch.Tensor,
     item_length_N: torch.Tensor,
     correction: SparseScores | None = None,
 ) -> None:
-    """Raise ValueError when a score, or a difference of two, can leave fp32's range."""
+    """Raise ValueError if a score, or a difference of two scores, can exceed the range of fp32."""
     largest = float(query_length_U.max()) * float(item_length_N.max()) if len(query_length_U) else 0
     if correction is not None and len(correction.values):
         largest += max(float(correction.values.max()), -float(correction.values.min()))

@@ -1,10 +1,11 @@
 """Indexes over a catalogue: the best items of each query.
 
-Every index is exact, and all of them return the same bits. An index proposes candidates by fp32
-scores of its own. An error bound selects the candidates that can be among the best, and canonical
-float64 scores (`retrieval.exact_scores.exact_scores`) give their order.
+Every index is exact, and all indexes return the same bits. An index selects candidates by fp32
+scores. An error bound keeps the candidates that can be among the best, and canonical float64 scores
+(`retrieval.exact_scores.exact_scores`) give their order.
 
-Shape suffixes: U users, B users of one block, N items, D dimensions, F fetched candidates, K kept.
+Shape suffixes: U users, B users of one block, N items, D dimensions, F fetched candidates,
+K items returned, P pairs of a user and an item, W corrected items per user.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from retrieval.blocks import for_each_block, strict_fp32
 from retrieval.exact_scores import (
     FP32_ROUNDOFF,
     as_matrix,
+    check_overflow,
     error_bound,
     exact_scores,
-    refuse_overflow,
     row_norms,
 )
 from retrieval.pairs import CorrectedPairs, contains, corrected_pairs, most_pairs, seen_pairs
@@ -38,9 +39,9 @@ TopItems = tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]
 """(U, k) scores, descending, and (U, k) items."""
 
 _SPARE = 16  # candidates beyond k, so that items with nearly the k-th score are among them
-LONGEST_LIST = (
-    2048  # candidates a query; past it FAISS's heaps cost more than a product and a top-k
-)
+LONGEST_LIST = 2048
+"""Most candidates per query that FAISS fetches; for more, a matrix product and a top-k are faster.
+"""
 
 
 class Index(Protocol):
@@ -55,36 +56,41 @@ class Index(Protocol):
     ) -> TopItems:
         """Return the k items with the highest scores of each query, exactly.
 
-        A score is an inner product plus the correction. Order: score descending, item ascending
-        among equals, where scores are float64 inner products of the fp32 vectors, summed in a fixed
-        order, plus the float64 correction. The order depends neither on the index, nor on the
-        block, the threads or the device.
+        A score is the float64 inner product of the fp32 vectors, summed in a fixed order, plus the
+        float64 correction. Items are in descending order of the score; items with equal scores are
+        in ascending order of the item. The order does not depend on the index, the block, the
+        threads or the device.
 
         Args:
             queries: (U, D) fp32.
-            k: Items to a query, at least 1.
-            exclude: Items to leave out, user by user; none when None.
+            k: Items per query, at least 1.
+            exclude: Items to leave out for each user; none when None.
             correction: Scores that are added to the inner products; none when None.
 
         Returns:
-            (U, k) fp32 scores, the canonical ones rounded once, and (U, k) int64 items. Where a
-            user has fewer than k items left, the tail holds score -inf and item -1.
+            (U, k) scores, rounded once to fp32, and (U, k) int64 items. If fewer than k items are
+            left for a user, the tail holds score -inf and item -1.
 
         Raises:
-            ValueError: Shapes, dtypes, excluded or corrected items that do not fit, vectors with
-                NaN or infinity, or scores beyond fp32.
+            ValueError: Shapes, dtypes, excluded or corrected items do not match, a vector has NaN
+                or infinity, or scores can exceed the range of fp32.
         """
         ...
 
 
 class TorchIndex:
-    """Index that takes its candidates from matrix products, tile by tile, on the items' device.
+    """Index that finds candidates by matrix products, tile by tile, on the device of the items.
 
     A subclass that overrides `candidates` is an exact index as well.
+
+    Args:
+        items: (N, D) fp32, torch or numpy; not copied.
+
+    Raises:
+        ValueError: The items are empty, not a (N, D) fp32 matrix, or not finite.
     """
 
     def __init__(self, items: Matrix) -> None:
-        """Keep the (N, D) fp32 items, without a copy."""
         self.item_ND = as_matrix("items", items)
         if not len(self.item_ND):
             raise ValueError("items are empty: there is nothing to search")
@@ -97,7 +103,7 @@ class TorchIndex:
         exclude: SeenItems | None = None,
         correction: SparseScores | None = None,
     ) -> TopItems:
-        """See `Index.search`."""
+        """Return the k items with the highest scores of each query; see `Index.search`."""
         query_UD = as_matrix("queries", queries).to(self.item_ND.device)
         (users, dim), (count, item_dim) = query_UD.shape, self.item_ND.shape
         if dim != item_dim:
@@ -116,7 +122,7 @@ class TorchIndex:
             query_BD = query_UD[part]
             length_B = row_norms("queries", query_BD)
             rows = None if correction is None else correction.rows(part.start, part.stop)
-            refuse_overflow(length_B, self._length_N, rows)
+            check_overflow(length_B, self._length_N, rows)
             seen = seen_pairs(exclude, part, count, query_UD.device)
             corrected = corrected_pairs(correction, part, seen, count)
             self._search_block(query_BD, length_B, seen, corrected, (scores[part], items[part]))
@@ -144,7 +150,7 @@ class TorchIndex:
             may_lead = corrected.with_seen(seen, corrected.value < 0)
             best = self._best_corrected(query_BD, corrected, k)
         score_BF, item_BF, bound_B = self.candidates(query_BD, k + _SPARE, left_out, may_lead)
-        # Both the k-th candidate and an item below it can err, towards each other.
+        # The errors of the k-th candidate's score and of another score can add up: twice the bound.
         longest = self._length_N.max()
         margin_B = 2 * error_bound(query_BD.shape[1], length_B, longest, FP32_ROUNDOFF)
         floor_B = _kth_score(score_BF, k, best) - margin_B
@@ -155,7 +161,8 @@ class TorchIndex:
         if best is not None:
             exact_BF, item_BF = torch.cat([exact_BF, best[0]], 1), torch.cat([item_BF, best[1]], 1)
         _write_best(exact_BF, item_BF, out)
-        # An item that was not fetched can be among the best: many scores are equal or nearly so.
+        # Many scores are nearly equal, and an item that was not fetched can be among the best:
+        # score the whole catalogue for this user.
         for row in (bound_B >= floor_B).logical_and_(bound_B > -torch.inf).nonzero()[:, 0].tolist():
             score_N = torch.mv(self.item_ND, query_BD[row])
             score_N[left_out[1][left_out[0] == row]] = -torch.inf
@@ -174,8 +181,8 @@ class TorchIndex:
         """Return the k best corrected items of each user that the user has not seen.
 
         Returns:
-            (B, W) canonical scores, descending, and (B, W) items, W <= k. Where a user has fewer
-            such items, the tail holds score -inf and item -1.
+            (B, W) canonical scores, descending, and (B, W) items, W <= k. If a user has fewer than
+            W such items, the tail holds score -inf and item -1.
         """
         import torch
 
@@ -205,15 +212,15 @@ class TorchIndex:
 
         Args:
             query_BD: Queries.
-            fetch: Number of items to return for each query, if there are so many. A left-out item
-                with a high inner product counts as one of them, unless it is in `may_lead`.
-            left_out: Distinct (row, item) to leave out: the seen items and the corrected ones.
-            may_lead: Those of them that can have a high inner product without a high score: the
-                seen items and those with a negative correction.
+            fetch: Number of items to return for each query, at most N. A left-out item with a high
+                inner product counts as one of them, unless it is in `may_lead`.
+            left_out: Distinct (row, item) to leave out: the seen items and the corrected items.
+            may_lead: The pairs of `left_out` that can have a high inner product without a high
+                score: the seen items and the items with a negative correction.
 
         Returns:
-            (B, F) fp32 scores in descending order, -inf for a left-out item, (B, F) items, and the
-            (B,) bound: no item outside, except for left-out ones, scores above it.
+            (B, F) fp32 scores in descending order, -inf for a left-out item, (B, F) items, and (B,)
+            bounds: an item that is neither returned nor left out scores at most the bound.
         """
         import torch
 
@@ -235,7 +242,7 @@ class TorchIndex:
 def _kth_score(
     score_BF: torch.Tensor, k: int, best: tuple[torch.Tensor, torch.Tensor] | None
 ) -> torch.Tensor:
-    """Return the (B,) k-th highest score of candidates and corrected items, -inf if fewer."""
+    """Return the k-th highest score of candidates and corrected items: (B,); -inf if fewer."""
     import torch
 
     if best is not None:
@@ -246,7 +253,7 @@ def _kth_score(
 
 
 def _write_best(exact_BF: torch.Tensor, item_BF: torch.Tensor, out: TopItems) -> None:
-    """Write the best of (B, F) canonical scores and items into `out`, in the order of `search`."""
+    """Write the best of (B, F) canonical scores and items to `out`, ordered as `Index.search`."""
     import torch
 
     item_BF, by_item = item_BF.sort(1)
@@ -258,14 +265,20 @@ def _write_best(exact_BF: torch.Tensor, item_BF: torch.Tensor, out: TopItems) ->
 
 
 class FaissIndex(TorchIndex):
-    """Index that takes its candidates from a flat FAISS index (`IndexFlatIP`), on the CPU.
+    """Index that finds candidates with a flat FAISS index (`IndexFlatIP`), on the CPU.
 
-    It fetches k items and a few more, plus the largest number of items that one user of the block
-    has seen or a correction lowers. If these are more than 2,048, the candidates come from torch.
+    The index fetches k items and a few more, plus the largest number of items that one user of the
+    block has seen or a correction lowers. If these are more than `LONGEST_LIST`, the candidates
+    come from `TorchIndex`.
+
+    Args:
+        items: (N, D) fp32, torch or numpy; copied to FAISS.
+
+    Raises:
+        ValueError: As `TorchIndex`.
     """
 
     def __init__(self, items: Matrix) -> None:
-        """Copy the (N, D) fp32 items into the index."""
         import faiss
 
         super().__init__(items)
@@ -277,7 +290,7 @@ class FaissIndex(TorchIndex):
         import faiss
         import torch
 
-        # FAISS has an OpenMP runtime of its own; it gets the number of threads of torch.
+        # FAISS has a separate OpenMP runtime: set the number of threads that torch uses.
         faiss.omp_set_num_threads(torch.get_num_threads())
         score_BF, item_BF = self._flat.search(query_BD.cpu().contiguous().numpy(), fetch)
         device = query_BD.device
@@ -286,7 +299,7 @@ class FaissIndex(TorchIndex):
     def candidates(
         self, query_BD: torch.Tensor, fetch: int, left_out: Pairs, may_lead: Pairs
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """See `TorchIndex.candidates`."""
+        """Return the items with the highest inner products; see `TorchIndex.candidates`."""
         import torch
 
         count = len(self.item_ND)
@@ -301,13 +314,14 @@ class FaissIndex(TorchIndex):
 
 
 INDEXES: dict[str, Callable[[Matrix], Index]] = {"faiss": FaissIndex, "torch": TorchIndex}
+"""Name to class of an index."""
 
 
 def make_index(name: str, items: Matrix) -> Index:
     """Return the index of this name over (N, D) fp32 items.
 
     Raises:
-        ValueError: An unknown name, or items that are not a finite fp32 matrix.
+        ValueError: The name is unknown, or the items are not a finite fp32 matrix.
     """
     return find_index(name)(items)
 

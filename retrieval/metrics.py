@@ -1,4 +1,4 @@
-"""Ranking metrics for one target per user. Each returns a value per user; callers take the mean.
+"""Ranking metrics for one target per user. A metric returns a value per user; callers average.
 
 With one target, HR@k (the target is among the first k) and Recall@k (the share of targets among the
 first k) are equal, and precision@k is the same divided by k.
@@ -15,23 +15,23 @@ PerUser = npt.NDArray[np.float64]
 
 
 def hit_rate(ranks: npt.NDArray[np.int64], k: int) -> PerUser:
-    """Return HR@k, which is Recall@k with one target: (U,) 1.0 where rank <= k, else 0.0."""
+    """Return HR@k: (U,) 1.0 where rank <= k, else 0.0. With one target it equals Recall@k."""
     return (_ranks(ranks) <= _cutoff(k)).astype(np.float64)
 
 
 def ndcg(ranks: npt.NDArray[np.int64], k: int) -> PerUser:
     """Return NDCG@k: (U,) 1 / log2(rank + 1) where rank <= k, else 0.
 
-    The ideal list has its one relevant item first, a gain of 1 / log2(2) = 1, so this is normalised
-    (Jarvelin and Kekalainen 2002). Libraries that divide by the ideal gain of k relevant items
-    print a number 4.54 times smaller at k = 10.
+    The ideal list has its one relevant item first. Its gain is 1 / log2(2) = 1, so no further
+    normalisation is needed (Jarvelin and Kekalainen 2002). Libraries that divide by the ideal gain
+    of k relevant items print a number 4.54 times smaller at k = 10.
     """
     discount = 1 / np.log2(_ranks(ranks) + 1.0)
     return np.where(ranks <= _cutoff(k), discount, 0.0)
 
 
 def reciprocal_rank(ranks: npt.NDArray[np.int64]) -> PerUser:
-    """Return 1 / rank, (U,), over the whole list; the mean over users is MRR."""
+    """Return 1 / rank in the full list: (U,). The mean over users is MRR."""
     return 1.0 / _ranks(ranks)
 
 
@@ -50,11 +50,11 @@ def per_user(ranks: npt.NDArray[np.int64], cutoffs: Sequence[int] = CUTOFFS) -> 
     """Return every metric of every user: "HR@5", ..., "NDCG@5", ..., "MRR", each (U,) float64.
 
     Args:
-        ranks: (U,) from 1, filtered or kept.
+        ranks: (U,) from 1, with seen items filtered or kept.
         cutoffs: The k of HR@k and NDCG@k.
 
     Raises:
-        ValueError: A rank or a cut-off below 1, or ranks that are not integers.
+        ValueError: A rank or a cut-off is below 1, or the ranks are not (U,) integers.
     """
     table = {f"{name}@{k}": metric(ranks, k) for name, metric in METRICS.items() for k in cutoffs}
     return table | {"MRR": reciprocal_rank(ranks)}

@@ -1,6 +1,6 @@
-"""Pairs of a user and an item, for one block of users: the seen ones and the corrected ones.
+"""Pairs of a user and an item for one block of users: seen pairs and corrected pairs.
 
-Shape suffixes: U users, B users of the block, F items listed for each, P pairs.
+Shape suffixes: U users, B users of the block, F items per user, P pairs.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Pairs: TypeAlias = "tuple[torch.Tensor, torch.Tensor]"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CorrectedPairs:
-    """Corrected pairs of a block of users, in ascending order of the item."""
+    """Pairs of a block of users that have a correction, in ascending order of the item."""
 
     row: torch.Tensor
     """(P,) row in the block, int64."""
@@ -31,10 +31,10 @@ class CorrectedPairs:
     value: torch.Tensor
     """(P,) score that is added to the inner product, float64."""
     is_seen: torch.Tensor
-    """(P,) whether the user has seen the item, bool."""
+    """(P,) bool, True if the user has seen the item."""
 
     def where(self, chosen: torch.Tensor | slice) -> CorrectedPairs:
-        """Return the chosen pairs; `chosen` is a (P,) mask or a slice."""
+        """Return the pairs that `chosen` selects: a (P,) bool mask or a slice."""
         return CorrectedPairs(
             row=self.row[chosen],
             item=self.item[chosen],
@@ -43,7 +43,7 @@ class CorrectedPairs:
         )
 
     def between(self, items: slice) -> CorrectedPairs:
-        """Return the pairs of a range of items."""
+        """Return the pairs whose item is in a range of items."""
         import torch
 
         edges = self.item.new_tensor([items.start, items.stop])
@@ -51,22 +51,32 @@ class CorrectedPairs:
         return self.where(slice(begin, end))
 
     def with_seen(self, seen: Pairs, chosen: torch.Tensor | None = None) -> Pairs:
-        """Return the seen pairs and the (chosen) corrected pairs that are not seen."""
+        """Return the seen pairs followed by the unseen corrected pairs, or the chosen ones of them.
+
+        Args:
+            seen: Distinct (row in the block, seen item).
+            chosen: (P,) bool, the corrected pairs to add; None adds all.
+        """
         import torch
 
-        new = ~self.is_seen if chosen is None else chosen & ~self.is_seen
-        return torch.cat([seen[0], self.row[new]]), torch.cat([seen[1], self.item[new]])
+        added = ~self.is_seen if chosen is None else chosen & ~self.is_seen
+        return torch.cat([seen[0], self.row[added]]), torch.cat([seen[1], self.item[added]])
 
 
-def seen_pairs(
-    exclude: SeenItems | None, users: slice, items: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the distinct (row in the block of users, item) to leave out, on the device."""
+def seen_pairs(exclude: SeenItems | None, users: slice, items: int, device: torch.device) -> Pairs:
+    """Return the distinct seen pairs of a block of users, without pairs if `exclude` is None.
+
+    Args:
+        exclude: Seen items of all users.
+        users: Users of the block.
+        items: Number of items.
+        device: Device of the result.
+    """
     import torch
 
     if exclude is None:
-        nothing = torch.zeros(0, dtype=torch.int64, device=device)
-        return nothing, nothing
+        empty = torch.zeros(0, dtype=torch.int64, device=device)
+        return empty, empty
     row, item = exclude.pairs(users.start, users.stop, items)
     return torch.from_numpy(row).to(device), torch.from_numpy(item).to(device)
 
@@ -81,11 +91,11 @@ def corrected_pairs(
     """Return the corrected pairs of a block of users, on the device of the seen pairs.
 
     Args:
-        correction: Scores of all users; the result is None if it is None.
+        correction: Additive scores of all users; None returns None.
         users: Users of the block.
         seen: Distinct (row in the block, seen item).
         items: Number of items.
-        target_U: (U,) target of each user; pairs of a user and the target are left out.
+        target_U: (U,) target of each user. The pair of a user and its target is left out.
     """
     import torch
 
@@ -98,8 +108,8 @@ def corrected_pairs(
         torch.from_numpy(values[order]).to(device) for values in (row, item, value)
     )
     if target_U is not None:
-        rival_P = item_P != target_U[users][row_P]
-        row_P, item_P, value_P = row_P[rival_P], item_P[rival_P], value_P[rival_P]
+        is_other_P = item_P != target_U[users][row_P]
+        row_P, item_P, value_P = row_P[is_other_P], item_P[is_other_P], value_P[is_other_P]
     is_seen = torch.isin(row_P * items + item_P, seen[0] * items + seen[1])
     return CorrectedPairs(row=row_P, item=item_P, value=value_P, is_seen=is_seen)
 
@@ -110,7 +120,13 @@ def most_pairs(row_P: torch.Tensor) -> int:
 
 
 def contains(pairs: Pairs, item_BF: torch.Tensor, count: int) -> torch.Tensor:
-    """Return whether the pairs hold (row, item) for each item of a (B, F) table."""
+    """Return (B, F) bool, True where (row, item) is one of the pairs.
+
+    Args:
+        pairs: Rows and items.
+        item_BF: Items of each row.
+        count: Number of items of the catalogue.
+    """
     import torch
 
     row_B = torch.arange(len(item_BF), device=item_BF.device)

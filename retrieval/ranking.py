@@ -1,13 +1,13 @@
-"""Exact full-catalogue ranks by counting, with the seen items kept and filtered.
+"""Compute exact ranks in the full catalogue by counting, with seen items kept and filtered.
 
 Shape suffixes: U users, B users of one block, N items, C items of one tile, D dimensions,
-P pairs of a user and an item.
+P pairs of a user and an item, Q pairs of a user and a group of columns, G columns of a group.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -17,11 +17,8 @@ from retrieval.exact_scores import (
     FP32_ROUNDOFF,
     FP64_ROUNDOFF,
     TargetScores,
-    as_indices,
-    as_numpy,
-    check_targets,
 )
-from retrieval.pairs import CorrectedPairs, corrected_pairs, seen_pairs
+from retrieval.pairs import CorrectedPairs, Pairs, corrected_pairs, seen_pairs
 from retrieval.seen_items import SeenItems
 from retrieval.sparse_scores import SparseScores
 
@@ -38,9 +35,9 @@ class Ranks:
     """Rank of each user's target, from 1; ties count against the model."""
 
     kept: npt.NDArray[np.int64]
-    """(U,) among the whole catalogue."""
+    """(U,) rank among all items."""
     filtered: npt.NDArray[np.int64]
-    """(U,) without the user's seen items; the target itself always stays."""
+    """(U,) rank among the items that the user has not seen, and the target."""
 
 
 def rank(
@@ -52,14 +49,14 @@ def rank(
     correction: SparseScores | None = None,
     block: tuple[int, int] | None = None,
 ) -> Ranks:
-    """Rank each user's target among all items, exactly, from one scoring pass.
+    """Rank each user's target among all items, exactly. Each pair is scored once in fp32.
 
     A score is an inner product plus the correction. rank = 1 + the number of other items that
-    score at least as much as the target. The fp32 matrix product decides every pair that its error
-    bound allows it to decide. The rest (in general a few in 10,000) are compared by canonical
-    scores: float64 inner products of the fp32 vectors, summed in a fixed order, plus the float64
-    correction. So the ranks depend neither on the block, nor on the threads, the BLAS or the
-    device.
+    score at least as much as the target. The fp32 score decides a pair if it differs from the
+    target's score by more than the error bound. The other pairs (in general a few in 10,000) are
+    compared by canonical scores: float64 inner products of the fp32 vectors, summed in a fixed
+    order, plus the float64 correction. The ranks therefore do not depend on the block, the threads,
+    the BLAS or the device.
 
     Args:
         queries: (U, D) fp32, torch on any device or numpy.
@@ -67,11 +64,17 @@ def rank(
         targets: (U,) the item that each user interacted with.
         exclude: Items that the filtered rank leaves out; none when None.
         correction: Scores that are added to the inner products; none when None.
-        block: Users and items of one tile of scores; each thread holds a few such tiles.
+        block: Users and items of one tile of scores; each thread has a few tiles in memory.
 
     Raises:
-        ValueError: Shapes, dtypes, devices, targets, excluded or corrected items that do not fit,
-            vectors with NaN or infinity, or scores beyond fp32.
+        ValueError: Shapes, dtypes, devices, targets, excluded or corrected items do not match, a
+            vector has NaN or infinity, or scores can exceed the range of fp32.
+
+    Examples:
+        >>> queries = np.array([[1.0, 0.0]], np.float32)
+        >>> items = np.array([[0.2, 0.0], [0.9, 0.0], [0.5, 0.0]], np.float32)
+        >>> rank(queries, items, targets=np.array([2])).kept
+        array([2])
     """
     import torch
 
@@ -82,7 +85,7 @@ def rank(
     block = block or _default_block(users, target_scores.device)
     if min(block) < 1:
         raise ValueError(f"block is {block}: both sides must be at least 1")
-    width = min(block[1], count, 2**24)  # flags are added up in fp32, exact up to here
+    width = min(block[1], count, 2**24)  # `_compare` counts in fp32, which is exact up to 2**24
     above_U = torch.zeros(users, dtype=torch.int64, device=target_scores.device)
     seen_above_U = torch.zeros_like(above_U)
 
@@ -103,7 +106,7 @@ def rank(
 
 
 def _default_block(users: int, device: torch.device) -> tuple[int, int]:
-    """Return users and items of a tile that keep every CPU thread, or the GPU, busy."""
+    """Return the numbers of users and items of a tile that keep all CPU threads or the GPU busy."""
     import torch
 
     if device.type != "cpu":
@@ -116,13 +119,22 @@ def _count_tile(
     target_scores: TargetScores,
     users: slice,
     tile: slice,
-    seen: tuple[torch.Tensor, torch.Tensor],
+    seen: Pairs,
     corrected: CorrectedPairs | None,
     scratch: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Count the (B,) items of a tile at or above each target, and (B,) the seen ones among them.
+    """Count the items of a tile that score at least as much as each target.
 
-    `scratch` (>= B * C,) sets the precision of the product, and saves fresh memory for each tile.
+    Args:
+        target_scores: Scores of the targets.
+        users: The block of B users.
+        tile: The C items.
+        seen: Distinct (row in the block, seen item).
+        corrected: Corrected pairs of the block.
+        scratch: At least B * C elements, reused for each tile; its dtype is that of the product.
+
+    Returns:
+        (B,) the number of these items, and (B,) the number of the seen items among them.
     """
     import torch
 
@@ -140,7 +152,7 @@ def _count_tile(
     above_B, row, column = _compare(score_BC, target_scores.score_U[users].to(dtype), margin_B)
     many = len(row) + close > 1024 + score_BC.numel() // 64
     if many and dtype == torch.float32:
-        # Many vectors are nearly equal: float64 decides most of the pairs.
+        # Many scores are close to the target's: the product in float64 decides most of the pairs.
         wide = torch.empty_like(scratch, dtype=torch.float64)
         return _count_tile(target_scores, users, tile, seen, corrected, wide)
 
@@ -150,7 +162,7 @@ def _count_tile(
     above_B += count(row[_at_least(target_scores, users, row, column + tile.start, many)])
     in_tile = (seen[1] >= tile.start) & (seen[1] < tile.stop)
     seen_row, seen_item = seen[0][in_tile], seen[1][in_tile]
-    ahead = score_BC[seen_row, seen_item - tile.start]  # by now less the target's score
+    ahead = score_BC[seen_row, seen_item - tile.start]  # `_compare` subtracted the target's score
     seen_above_B = count(seen_row[ahead > margin_B[seen_row]])
     near = ahead.abs() <= margin_B[seen_row]
     seen_row, seen_item = seen_row[near], seen_item[near]
@@ -174,7 +186,7 @@ def _score_tile(
     shape = len(query_BD), len(item_CD)
     score_BC = scratch[: shape[0] * shape[1]].view(shape)
     torch.mm(query_BD, item_CD.T, out=score_BC)
-    # The target is not above itself, and does not count as seen.
+    # The target counts neither as an item above itself nor as a seen item.
     target_B = target_scores.target_U[users]
     own_row = ((target_B >= tile.start) & (target_B < tile.stop)).nonzero()[:, 0]
     score_BC[own_row, target_B[own_row] - tile.start] = -torch.inf
@@ -191,10 +203,11 @@ def _compare_corrected(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compare the corrected pairs of a tile with the target, and set their scores to -inf.
 
-    The value is added in float64, so that a large value does not blur its own pair or any other.
+    The correction is added in float64, so that a large value does not round off the inner product.
 
     Returns:
-        (P,) whether a pair is above the target by more than the margin, (P,) whether it is close.
+        (P,) bool, True for a pair above the target by more than the margin, and (P,) bool, True for
+        a pair within the margin.
     """
     import torch
 
@@ -209,10 +222,11 @@ def _compare_corrected(
 def _compare(
     score_BC: torch.Tensor, target_score_B: torch.Tensor, margin_B: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Subtract the target's score in place, count the items above, and list the close ones.
+    """Subtract the target's score in place, count the items above, and list the close items.
 
     Returns:
-        (B,) number of columns beyond the margin, and the rows and columns within it.
+        (B,) number of columns above the margin, and the rows and columns of the pairs within the
+        margin.
     """
     import torch
 
@@ -220,7 +234,7 @@ def _compare(
     width = columns // _GROUP
     above_B = torch.empty(rows, dtype=torch.int64, device=score_BC.device)
     least_BK = score_BC.new_empty(rows, width)
-    # A few rows at a time stay in a core's cache through all the passes.
+    # A few rows at a time fit a core's cache, so that all passes over them are fast.
     step = max(1, 2**17 // columns) if score_BC.device.type == "cpu" else rows
     work = score_BC.new_empty(min(step, rows), columns)
     for start in range(0, rows, step):
@@ -230,7 +244,7 @@ def _compare(
         # Column g * width + k belongs to group k, so that minima run along contiguous columns.
         torch.abs(ahead, out=spare)
         least_BK[part] = spare[:, : _GROUP * width].unflatten(1, (_GROUP, width)).amin(1)
-        # Flags as floats are added up several times faster than booleans.
+        # Summing flags stored as floats is several times faster than summing booleans.
         above_B[part] = torch.gt(ahead, margin_B[part, None], out=spare).sum(1)
     row_Q, group_Q = (least_BK <= margin_B[:, None]).nonzero(as_tuple=True)
     member_QG = score_BC[:, : _GROUP * width].unflatten(1, (_GROUP, width))[row_Q, :, group_Q]
@@ -249,9 +263,9 @@ def _at_least(
     many: bool,
     value_P: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return for each close pair whether its canonical score is at least the target's, (P,) bool.
+    """Return (P,) bool, True for a close pair whose canonical score is at least the target's.
 
-    With many pairs, those that equal the target in vector and correction need no score.
+    With `many` pairs, no score is computed for items with the vector and correction of the target.
     """
     user_P = row_P + users.start
     if not many:
@@ -261,44 +275,3 @@ def _at_least(
     rest_value = None if value_P is None else value_P[rest]
     above_P[rest] = target_scores.at_least(user_P[rest], item_P[rest], rest_value)
     return above_P
-
-
-def rank_static(
-    scores: npt.NDArray[np.generic] | torch.Tensor,
-    targets: Indices,
-    exclude: SeenItems | None = None,
-) -> Ranks:
-    """Rank each user's target by a score that is the same for everybody, such as popularity.
-
-    One sort of the N scores; the scores are compared as they are, in their own dtype.
-
-    Args:
-        scores: (N,) integers or floats, higher is better.
-        targets: (U,) the item that each user interacted with.
-        exclude: Items that the filtered rank leaves out; none when None.
-
-    Raises:
-        ValueError: Shapes, targets or excluded items that do not fit, or a score that is NaN or
-            infinite.
-    """
-    score_N: npt.NDArray[Any] = as_numpy(scores)
-    if score_N.ndim != 1 or score_N.dtype.kind not in "iuf" or not len(score_N):
-        raise ValueError(f"scores are {score_N.dtype} of shape {score_N.shape}: expected (N,) real")
-    if not np.isfinite(score_N).all():
-        raise ValueError("scores hold NaN or infinity")
-    target_U = as_indices("targets", targets)
-    users, count = len(target_U), len(score_N)
-    check_targets(target_U, users, count)
-    score_U = score_N[target_U]
-    kept = count - np.searchsorted(np.sort(score_N), score_U, side="left")
-    filtered = kept.copy()
-    if exclude is not None:
-        exclude.check(users, count)
-        step = 65536  # users whose seen items are sorted at once
-        for start in range(0, users, step):
-            row, item = exclude.pairs(start, min(start + step, users), count)
-            user = row + start
-            above = (score_N[item] >= score_U[user]) & (item != target_U[user])
-            part = slice(start, start + step)
-            filtered[part] -= np.bincount(row[above], minlength=len(filtered[part]))
-    return Ranks(kept=kept, filtered=filtered)

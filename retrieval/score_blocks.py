@@ -1,11 +1,13 @@
-"""Ranks and best items by scores that are no inner product.
+"""Rank and search by scores that are not inner products.
 
-A callback gives the scores, block by block: `score(rows, item_begin, item_end)` returns the
-(B, C) scores of the users of the slice `rows` for the items item_begin..item_end-1. All blocks of
-some users follow one another, in the order of the items, so that the callback can keep what it
-computed from those users. Scores are compared as they are, in their own dtype.
+A callback returns the scores, block by block: `score(rows, item_begin, item_end)` returns the
+(B, C) scores of the users of the slice `rows` for the items item_begin..item_end-1. It is called
+for all items of a slice of users, in the order of the items, before the next slice of users. The
+callback can therefore cache what it computes for a slice of users. Scores are compared in the dtype
+that the callback returns.
 
-Shape suffixes: U users, B users of one block, N items, C items of one block, K items returned.
+Shape suffixes: U users, B users of one block, N items, C items of one block, F fetched items,
+K items returned, P pairs of a user and a seen item.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
     ScoreBlock: TypeAlias = Callable[[slice, int, int], Scores]
 
 _SCORES_AT_ONCE = 2**25  # elements of the (B, N) scores of one block of users
-_SPARE = 16  # items beyond k, so that equal scores at the k-th place are among them
+_SPARE = 16  # items fetched beyond k, so that items with the k-th score are among them
 
 
 def rank_scores(
@@ -45,18 +47,18 @@ def rank_scores(
     """Rank each user's target among all items by the scores of a callback.
 
     rank = 1 + the number of other items that score at least as much as the target. Each score is
-    computed once. Memory is the scores of one block of users, at most 2^25 for the default block.
+    computed once. The scores of one block of users are in memory: about 2^25 scores by default.
 
     Args:
-        score: Callback, see the module's description.
+        score: The callback; see the documentation of this module.
         targets: (U,) the item that each user interacted with.
         items: Number of items.
         exclude: Items that the filtered rank leaves out; none when None.
-        block: Users that are ranked together, and items of one call of `score`.
+        block: Number of users that are ranked together, and of items per call of `score`.
 
     Raises:
-        ValueError: Targets, excluded items or blocks that do not fit, or scores that are not a
-            finite (B, C) matrix of real numbers.
+        ValueError: Targets, excluded items or blocks are out of range, or scores are not a finite
+            (B, C) matrix of real numbers.
 
     Examples:
         >>> scores = np.array([[0.1, 0.7, 0.7]])
@@ -94,23 +96,24 @@ def top_scores(
 ) -> TopItems:
     """Return the k items with the highest scores of a callback for each user.
 
-    Order: score descending, item ascending among equals. Memory as for `rank_scores`.
+    Items are in descending order of the score; items with equal scores are in ascending order of
+    the item. Memory is that of `rank_scores`.
 
     Args:
-        score: Callback, see the module's description.
+        score: The callback; see the documentation of this module.
         users: Number of users.
         items: Number of items.
-        k: Items for each user, at least 1.
-        exclude: Items to leave out, user by user; none when None.
-        block: Users that are searched together, and items of one call of `score`.
+        k: Items per user, at least 1.
+        exclude: Items to leave out for each user; none when None.
+        block: Number of users that are searched together, and of items per call of `score`.
 
     Returns:
-        (U, k) fp32 scores and (U, k) int64 items. Where a user has fewer than k items left, the
+        (U, k) fp32 scores and (U, k) int64 items. If fewer than k items are left for a user, the
         tail holds score -inf and item -1.
 
     Raises:
-        ValueError: k, excluded items or blocks that do not fit, or scores that are not a finite
-            (B, C) matrix of real numbers within float32.
+        ValueError: k, excluded items or blocks are out of range, or scores are not a finite (B, C)
+            matrix of real numbers in the range of float32.
 
     Examples:
         >>> scores = np.array([[0.25, 0.75, 0.75]])
@@ -134,7 +137,8 @@ def top_scores(
         item_BF, by_item = item_BF.sort(1)
         score_BF, by_score = score_BF.gather(1, by_item).sort(dim=1, descending=True, stable=True)
         item_BF = item_BF.gather(1, by_score)
-        # More items share the k-th score than were fetched: any of them may be missing.
+        # If the last fetched item has the k-th score, items with that score may be missing: sort
+        # all items of this user.
         if score_BF.shape[1] < items:
             for row in (score_BF[:, -1] == score_BF[:, width - 1]).nonzero()[:, 0].tolist():
                 order_N = score_BN[row].argsort(descending=True, stable=True)
@@ -148,7 +152,7 @@ def top_scores(
 def _rows_of_scores(
     score: ScoreBlock, users: int, items: int, block: tuple[int, int] | None
 ) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Yield each block of users and its (B, N) floating-point scores, which may be changed."""
+    """Yield each block of users and its (B, N) floating-point scores, which may be modified."""
     import torch
 
     if items < 1:

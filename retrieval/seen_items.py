@@ -1,4 +1,4 @@
-"""The items that each user has interacted with, which a filtered ranking leaves out."""
+"""The items that each user has interacted with. A filtered ranking leaves them out."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class SeenItems:
     """
 
     items: npt.NDArray[np.int64]
-    """(nnz,) item of each entry; a user's own entries may repeat and need no order."""
+    """(nnz,) item of each entry; the entries of a user may repeat and be in any order."""
     offsets: npt.NDArray[np.int64]
-    """(U + 1,) user u owns items[offsets[u]:offsets[u + 1]]."""
+    """(U + 1,) the items of user u are items[offsets[u]:offsets[u + 1]]."""
 
     def __post_init__(self) -> None:
         """Check the arrays."""

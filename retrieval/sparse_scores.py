@@ -1,8 +1,8 @@
 """Additive scores of a few items per user: the sparse correction of an inner product.
 
-A model's score is an inner product plus, where the model has one, a sparse correction: a bias on
-items of the history, or the log of transition counts, say. The correction is in units of the inner
-product. It is a matrix (users x items) as compressed sparse rows; an item without an entry has 0.
+A model's score is an inner product plus, if the model defines one, a sparse correction, for example
+a bias on items of the history or the log of transition counts. The correction is in units of the
+inner product. It is a (users, items) matrix in compressed sparse rows; a missing entry is 0.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class SparseScores:
             the items of a row do not ascend, or a value is not a finite float64.
 
     Examples:
-        User 0 has -7.4 on item 1 and 0.5 on item 4, user 1 has nothing:
+        User 0 has -7.4 for item 1 and 0.5 for item 4; user 1 has no entry:
 
         >>> scores = SparseScores(
         ...     items=np.array([1, 4]), offsets=np.array([0, 2, 2]), values=np.array([-7.4, 0.5])
@@ -38,7 +38,7 @@ class SparseScores:
     items: Ints
     """(nnz,) item of each entry; ascending in each row, each item at most once."""
     offsets: Ints
-    """(U + 1,) user u owns the entries offsets[u] to offsets[u + 1]."""
+    """(U + 1,) the entries of user u are those from offsets[u] to offsets[u + 1]."""
     values: Values
     """(nnz,) score that is added to the inner product."""
 

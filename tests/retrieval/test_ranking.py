@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from retrieval.blocks import strict_fp32
 from retrieval.exact_scores import TargetScores, error_bound, exact_scores, row_norms
-from retrieval.ranking import Ranks, rank, rank_static
+from retrieval.ranking import Ranks, rank
 from retrieval.seen_items import SeenItems
 from tests.retrieval import brute
 from tests.retrieval.brute import Floats, Ints, make_seen
@@ -198,25 +198,21 @@ def test_the_error_bound_holds_and_the_canonical_score_is_one(
     assert torch.equal(torch.cat(alone), exact)
 
 
-def test_static_ranks_by_hand() -> None:
-    popularity = np.array([5, 9, 5, 1, 5])
-    found = rank_static(
-        popularity, np.array([0, 3, 1]), make_seen([[2, 2, 1, 0], [0, 1, 2], [1, 3]])
-    )
-    same(found, (np.array([4, 5, 1]), np.array([2, 2, 1])))
+def test_ranks_by_one_score_per_item_by_hand() -> None:
+    popularity = one_dimension([5, 9, 5, 1, 5])
+    seen = make_seen([[2, 2, 1, 0], [0, 1, 2], [1, 3]])
+    ranks = rank(np.ones((3, 1), np.float32), popularity, np.array([0, 3, 1]), seen)
+    same(ranks, (np.array([4, 5, 1]), np.array([2, 2, 1])))
 
 
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), users=st.integers(0, 9), count=st.integers(1, 60))
-def test_static_ranks_match_the_definition(seed: int, users: int, count: int) -> None:
+def test_ranks_by_one_score_per_item_are_exact(seed: int, users: int, count: int) -> None:
     rng = np.random.default_rng(seed)
     scores = rng.integers(0, 8, count)
     targets = rng.integers(0, count, users)
     lists = brute.seen_lists(rng, users, count, 20)
     expected = brute.ranks(np.tile(scores, (users, 1)), targets, [*map(set, lists)])
-    same(
-        rank_static(torch.from_numpy(scores), torch.from_numpy(targets), make_seen(lists)), expected
-    )
     same(
         rank(
             np.ones((users, 1), np.float32),
@@ -284,10 +280,6 @@ def test_what_cannot_be_ranked_is_refused(
 def test_malformed_settings_are_refused() -> None:
     with pytest.raises(ValueError, match="block is"):
         rank(E2, E2, ONE, block=(0, 4))
-    with pytest.raises(ValueError, match="NaN"):
-        rank_static(np.array([1.0, np.nan]), ONE)
-    with pytest.raises(ValueError, match="expected"):
-        rank_static(np.array(["a"]), ONE)
     for items, offsets, message in [
         ([0, 1], [0, 1], "run from 0 to 2"),
         ([0, 1], [1, 2], "run from 0 to 2"),

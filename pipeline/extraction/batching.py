@@ -1,4 +1,4 @@
-"""Run work in threads ahead of the model, and form batches of texts with little padding."""
+"""Run functions in threads ahead of their consumer, and form text batches with little padding."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -17,7 +17,11 @@ def prefetch(
 ) -> Iterator[Out]:
     """Run ``work`` in threads and yield its results in the order of ``inputs``.
 
-    At most ``ahead`` results are in memory or under way, however slow the consumer is.
+    Args:
+        work: Function of one input. Threads call it concurrently.
+        inputs: The inputs.
+        threads: Number of threads.
+        ahead: Most results that are computed, or being computed, and not yet yielded.
     """
     pending: deque[Future[Out]] = deque()
     pool = ThreadPoolExecutor(threads, thread_name_prefix="prefetch")
@@ -39,8 +43,8 @@ def token_batches(
 
     Args:
         lengths: (R,) tokens of each text.
-        max_tokens: Tokens of a batch, padding included. A longer text is a batch of its own.
-        max_texts: Texts of a batch.
+        max_tokens: Most tokens of a batch, padding included. A longer text is a batch by itself.
+        max_texts: Most texts of a batch.
 
     Yields:
         Indices into ``lengths``. Every text is in exactly one batch.

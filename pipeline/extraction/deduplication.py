@@ -1,7 +1,7 @@
 """Encode identical content once, and count what happens to every input of an extraction.
 
-A content is known by its hash: 32 hexadecimal digits in plain sets and lists. One hash takes some
-125 bytes of memory, so that 10 million items take 1.2 GB.
+A content is identified by its hash, 32 hexadecimal digits. The hashes are in plain sets and lists;
+a hash takes about 125 bytes of memory, so 10 million items take 1.2 GB.
 
 Legend: T tokens of an input, D width of the embedding.
 """
@@ -20,7 +20,7 @@ from PIL import Image
 from features.errors import UserError
 from pipeline.media.errors import MediaError
 
-_MAX_SOURCE_CHARS = 120  # characters of a text that a failure keeps
+_MAX_SOURCE_CHARS = 120  # first characters of a text that a failure stores
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,9 +33,9 @@ class EncodedRow:
     vector: npt.NDArray[Any]
     """(D,), or (T, D) at a level of tokens."""
     frames: int | None = None
-    """Frames of a video."""
+    """Number of encoded frames of a video."""
     tokens: int | None = None
-    """Tokens of a text; at a level of tokens, those of any input."""
+    """Number of tokens of a text; at a level of tokens, of any input."""
     partial: bool | None = None
     """Of a video: True if its file is damaged and only the frames before the damage are used."""
 
@@ -69,7 +69,7 @@ class ExtractionCounts:
 
 
 class RowStore(ABC):
-    """The rows that a :class:`Deduplicator` reads and adds; by default it starts empty."""
+    """The rows that a :class:`Deduplicator` reads and adds. By default no rows are stored yet."""
 
     def has(self, item: int, content: str) -> bool:
         """Return True if the item has a row from an earlier run, made from this content."""
@@ -97,7 +97,7 @@ class Deduplicator:
     Args:
         rows: The rows of the table, of earlier runs and of this one.
         dtype: Type of a stored element, such as ``float16``.
-        item_id: Return the id of an item, for messages.
+        item_id: Function that returns the id of an item, for messages.
         strict: Raise an error at the first failure.
     """
 
@@ -115,7 +115,7 @@ class Deduplicator:
         self._item_id = item_id
         self._strict = strict
         self._claimed: set[str] = set()  # contents that this run encodes or has failed to encode
-        self._claiming = threading.Lock()
+        self._claim_lock = threading.Lock()
         self._duplicates: dict[int, tuple[str, str]] = {}  # item: (content, source)
         self._failed: dict[str, tuple[str, str]] = {}  # content: (stage, reason)
 
@@ -123,13 +123,13 @@ class Deduplicator:
         """Return True if the caller must encode this content. Threads may call concurrently."""
         if self._rows.has(item, content) or self._rows.has_content(content):
             return False
-        with self._claiming:
+        with self._claim_lock:
             is_new = content not in self._claimed
             self._claimed.add(content)
             return is_new
 
     def skip(self, item: int, content: str, source: str) -> None:
-        """Record an input that :meth:`claim` refused: it has a row, or a duplicate has one."""
+        """Record an input that :meth:`claim` refused: its item or another item has its content."""
         if self._rows.has(item, content):
             self._rows.keep(item)
             self.counts.reused += 1
@@ -137,7 +137,7 @@ class Deduplicator:
             self._duplicates[item] = (content, source[:_MAX_SOURCE_CHARS])
 
     def add(self, row: EncodedRow, source: str) -> None:
-        """Record a new float32 vector: store it, or record a failure if it cannot be stored."""
+        """Store a new float32 vector, or record a failure if its elements do not fit the dtype."""
         with np.errstate(over="ignore"):
             stored = row.vector.astype(self._dtype)
         if not np.isfinite(stored).all():
@@ -150,7 +150,7 @@ class Deduplicator:
         self.counts.partial += bool(row.partial)
 
     def fail_unread(self, item: int, error: MediaError, source: str) -> None:
-        """Record an input that cannot be read. Its row from an earlier run is kept."""
+        """Record an input that cannot be read, and keep its row from an earlier run."""
         self._rows.keep(item)
         self.fail(item, "", error, source)
 

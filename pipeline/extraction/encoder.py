@@ -18,7 +18,7 @@ from pipeline.extraction.tasks import EncodeOptions, Input
 from pipeline.media.reader import MediaReader
 
 TOKENS_PER_TEXT = 64
-"""A batch of texts has this many tokens for each text of the batch size, padding included."""
+"""Most tokens of a batch of texts, padding included, divided by the batch size."""
 
 
 class InputEncoder:
@@ -86,13 +86,13 @@ class InputEncoder:
         size, threads = self._options.batch_size, self._options.threads
         loader = VisualLoader(self._backbone, self._options, self._deduplicator, self._media)
         ahead = threads + (2 if self._options.modality == "video" else 2 * size)
-        waiting: list[tuple[_Pooling, Any]] = []  # (input, its image or one of its frames)
+        waiting: list[tuple[_FrameMean, Any]] = []  # (input, its image or one of its frames)
         for loaded in prefetch(loader.load, inputs, threads=threads, ahead=ahead):
             if loaded.error is not None or loaded.inputs is None:
                 self._record_unencoded(loaded)
                 continue
-            pooling = _Pooling(loaded=loaded, n_frames=len(loaded.inputs))
-            waiting.extend((pooling, image) for image in loaded.inputs)
+            frame_mean = _FrameMean(loaded=loaded, n_frames=len(loaded.inputs))
+            waiting.extend((frame_mean, image) for image in loaded.inputs)
             while len(waiting) >= size:
                 self._encode_images(waiting[:size])
                 del waiting[:size]
@@ -108,22 +108,22 @@ class InputEncoder:
             self._deduplicator.fail_unread(loaded.item, loaded.error, loaded.source)
         self._report(self._deduplicator.counts)
 
-    def _encode_images(self, batch: list[tuple["_Pooling", Any]]) -> None:
+    def _encode_images(self, batch: list[tuple["_FrameMean", Any]]) -> None:
         texts = [entry.loaded.text for entry, _ in batch if entry.loaded.text is not None]
         vectors = self._forward(InputBatch(images=[image for _, image in batch], texts=texts))
-        for (pooling, _), vector in zip(batch, vectors, strict=True):
-            loaded = pooling.loaded
+        for (frame_mean, _), vector in zip(batch, vectors, strict=True):
+            loaded = frame_mean.loaded
             if not self._options.is_pooled:
                 row = EncodedRow(
                     item=loaded.item, content=loaded.content, vector=vector, tokens=len(vector)
                 )
                 self._deduplicator.add(row, loaded.source)
-            elif (mean := pooling.add(vector)) is not None:
+            elif (mean := frame_mean.add(vector)) is not None:
                 row = EncodedRow(
                     item=loaded.item,
                     content=loaded.content,
                     vector=mean,
-                    frames=pooling.n_frames if self._options.modality == "video" else None,
+                    frames=frame_mean.n_frames if self._options.modality == "video" else None,
                     partial=loaded.partial,
                 )
                 self._deduplicator.add(row, loaded.source)
@@ -131,7 +131,7 @@ class InputEncoder:
 
 
 @dataclass(kw_only=True, slots=True)
-class _Pooling:
+class _FrameMean:
     """The mean over the frames of one input; an image is one frame."""
 
     loaded: LoadedInput

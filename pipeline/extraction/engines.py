@@ -1,7 +1,7 @@
 """The registry of engines: the ways to run the backbones of an extraction.
 
-A new engine is one file with a class that has the methods of :class:`Engine`, a function here
-that imports it, and one line in :data:`ENGINES`.
+A new engine is a file with a class that has the methods of :class:`Engine`, a function in this
+file that imports the class, and one line in :data:`ENGINES`.
 """
 
 from collections.abc import Callable, Iterable
@@ -17,7 +17,11 @@ class Engine(Protocol):
     """Run the backbones of one extraction."""
 
     def session(self) -> AbstractContextManager[None]:
-        """Start what the engine needs, and stop it at the end of the block."""
+        """Start the processes of the engine, and stop them at the end of the block.
+
+        Raises:
+            UserError: The engine is not installed.
+        """
         ...
 
     def encode(
@@ -29,10 +33,10 @@ class Engine(Protocol):
         report: Callable[[ExtractionCounts], None],
         notify: Callable[[str], None],
     ) -> None:
-        """Encode inputs and give the results to the deduplicator.
+        """Encode inputs and pass the results to the deduplicator.
 
         Args:
-            task: What is encoded, and by which backbone.
+            task: The modality to encode, and its backbone.
             inputs: Pairs (item, input) in the order of ``item``.
             deduplicator: Decides which inputs are encoded, and receives the results.
             report: Called with the counts so far.
@@ -54,4 +58,4 @@ def _ray() -> Engine:
 
 
 ENGINES: Registry[Callable[[], Engine]] = Registry("engine", {"local": _local, "ray": _ray})
-"""``local`` encodes in this process; ``ray`` on actors of Ray Data, here or on a cluster."""
+"""``local`` encodes in this process; ``ray`` on Ray Data actors, on this machine or a cluster."""

@@ -15,7 +15,7 @@ from pipeline.media.reader import MediaReader
 
 _PROBE_BATCHES = {"image": 2, "joint": 2, "text": 8}
 _PROBE_VIDEOS = 4
-_OTHER_BYTES = 64  # bytes of a row without its embedding
+_OTHER_BYTES = 64  # bytes of a row besides its embedding
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,17 +31,17 @@ class ExtractionEstimate:
     rows: int
     """Items that have an input of this modality."""
     absent: int
-    """Items that have none."""
+    """Items without an input of this modality."""
     tokens: float | None
-    """Mean tokens of a row; None at the level ``pooled``."""
+    """Mean number of tokens of a row; None at the level ``pooled``."""
     bytes: int
     """Size of the table on disk."""
     seconds: float
-    """Wall time on an idle machine like this one, without loading the backbone."""
+    """Wall time on this machine when it is idle, without loading the backbone."""
     probed: int
     """Inputs that were read and encoded for the estimate."""
     failed: int
-    """Inputs of these that could not be used."""
+    """Probed inputs that cannot be used."""
 
 
 class _CountedRows(RowStore):
@@ -68,6 +68,15 @@ def estimate_extraction(
 ) -> list[ExtractionEstimate]:
     """Read and encode a few inputs of each modality, spread over the dataset, in this process.
 
+    Args:
+        warehouse: The warehouse with the dataset.
+        dataset: Name of a prepared dataset.
+        options: Options of the extraction to estimate.
+        notify: Called with messages for the user.
+
+    Returns:
+        One estimate for each modality.
+
     Raises:
         UserError: As :func:`pipeline.extraction.job.extract_features`.
     """
@@ -86,7 +95,7 @@ def _probe(
     inputs = list(islice(plan.items.inputs(modality), 0, None, max(1, n_inputs // size)))[:size]
     media = MediaReader(task.raw, task.prepared)
     try:
-        for subset in (inputs[:1], inputs):  # the first pass warms up
+        for subset in (inputs[:1], inputs):  # the first pass is a warm-up
             rows = _CountedRows()
             deduplicator = Deduplicator(
                 rows, plan.options.dtype, item_id=plan.item_id, strict=plan.options.strict

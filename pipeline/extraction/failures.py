@@ -1,4 +1,4 @@
-"""Write the inputs of one feature table that could not be used."""
+"""Write the table of the inputs that could not be used."""
 
 import pyarrow as pa
 
@@ -13,7 +13,7 @@ from pipeline.extraction.plan import ExtractionPlan
 def write_failures(
     plan: ExtractionPlan, table: FeatureTable, modality: str, failures: list[Failure]
 ) -> None:
-    """Write the failures in the order of items, or remove the file if there are none."""
+    """Write the failures of a feature table in the order of items; without any, remove the file."""
     folder = plan.warehouse.dataset_dir(plan.info.name) / "failures"
     level = "" if table.level == POOLED else f"-{table.level}"
     path = folder / f"{table.backbone}-{modality}{level}.parquet"

@@ -14,9 +14,9 @@ from pipeline.media.errors import one_line
 
 
 class ForwardPass:
-    """Encode batches; divide a batch that the device has no memory for.
+    """Encode batches; divide a batch that does not fit into the memory of the device.
 
-    The size that fits is remembered for later batches.
+    Later batches are divided to the size that fitted.
 
     Args:
         backbone: The backbone.
@@ -34,7 +34,7 @@ class ForwardPass:
         """Return one vector (D,) for each input, or its tokens (T, D).
 
         Raises:
-            UserError: The device has no memory for a single input.
+            UserError: A single input does not fit into the memory of the device.
         """
         size = max(len(batch.images), len(batch.texts))
         half = size // 2
@@ -69,7 +69,7 @@ class ForwardPass:
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """Return True if a smaller batch may succeed. torch's own class is not imported."""
+    """Return True if a smaller batch may succeed. The error class of torch is not imported."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     phrases = ("out of memory", "not enough memory", "can't allocate memory")
@@ -77,7 +77,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 
 def _free_memory() -> None:
-    """Release the memory of a failed forward pass. torch is not imported for it."""
+    """Release the memory of a failed forward pass. torch is used only if it is imported already."""
     gc.collect()
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():

@@ -15,7 +15,7 @@ from pipeline.extraction.tasks import Input
 
 
 def input_columns(modality: str) -> tuple[str, ...]:
-    """Return the columns of the items table that a modality needs; an item must have all."""
+    """Return the columns of the items table that a modality needs. An item must have them all."""
     return ("image", "text") if modality == "joint" else (modality,)
 
 
@@ -35,7 +35,7 @@ class ItemInputs:
         self._dataset = dataset
         self.ids: pa.ChunkedArray = load_items(warehouse, dataset, ["item_id"])["item_id"]
         self.counts: Counter[str] = Counter()
-        """Number of items that have an input, by modality. Blank text is no input."""
+        """Number of items that have an input, by modality. A blank text does not count."""
         for batch in stream_items(warehouse, dataset, MODALITIES):
             for modality in FEATURE_MODALITIES:
                 self.counts[modality] += int(np.count_nonzero(_is_present(batch, modality)))
@@ -58,7 +58,7 @@ class ItemInputs:
 
 
 def _is_present(rows: pa.RecordBatch, modality: str) -> npt.NDArray[np.bool_]:
-    """Return (R,) True for the rows that have an input of this modality."""
+    """Return (R,) bool, True for the rows that have an input of this modality."""
     is_present = np.ones(len(rows), np.bool_)
     for name in input_columns(modality):
         trimmed = pc.utf8_trim_whitespace(rows[name])

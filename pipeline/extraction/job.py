@@ -1,8 +1,8 @@
-"""Extract the features of a dataset: encode every item's input once by a frozen backbone.
+"""Extract the features of a dataset: encode the input of every item with a frozen backbone.
 
-An input is read once: the bytes that are hashed are the bytes that are decoded. Rows of earlier
-runs are reused, and identical content is encoded once. An input that cannot be used becomes a row
-of ``failures``; the next run tries it again.
+The bytes that are hashed are the bytes that are decoded. Rows of earlier runs are reused, and
+identical content is encoded once. An input that cannot be used becomes a row of ``failures``, and
+the next run tries it again.
 """
 
 import time
@@ -40,12 +40,12 @@ def extract_features(
     progress: Callable[[ExtractProgress], None] | None = None,
     notify: Callable[[str], None] = lambda line: None,
 ) -> ExtractReport:
-    """Encode a prepared dataset. A second run encodes only what is missing or has changed.
+    """Encode a prepared dataset. A later run encodes only inputs that are new or have changed.
 
     Args:
         warehouse: The warehouse that holds the dataset and receives its tables.
         dataset: Name of a prepared dataset.
-        options: What is extracted, and how.
+        options: The backbones, the level, and how inputs are read and stored.
         progress: Called with the progress of the job.
         notify: Called with messages for the user.
 
@@ -66,9 +66,10 @@ def extract_features(
 
 @contextmanager
 def _system_memory() -> Iterator[None]:
-    """Let Arrow return memory to the system: its own pool keeps 30 MB, and more with the items.
+    """Allocate the memory of Arrow from the system, which gets freed memory back at once.
 
-    That pool is made for many columns of short life. Here a part is written every few seconds.
+    Arrow's default pool keeps 30 MB and more of freed memory. Reusing that memory saves time for
+    many short-lived columns, but an extraction writes one part every few seconds.
     """
     before = pa.default_memory_pool()
     pa.set_memory_pool(pa.system_memory_pool())
@@ -85,7 +86,7 @@ def _extract_modality(
     progress: Callable[[ExtractProgress], None] | None,
     notify: Callable[[str], None],
 ) -> ModalityReport:
-    """Extract one modality into its feature table, which is locked meanwhile."""
+    """Extract one modality into its feature table, and lock the table until the end."""
     backbone = plan.backbones[modality]
     table = FeatureStore(plan.warehouse).table(
         plan.info.name, backbone.name, modality, plan.options.level
@@ -109,7 +110,7 @@ def _extract_modality(
                 report=report,
                 notify=notify,
             )
-            # Failures come first: when the manifest exists, both are of the same run.
+            # The manifest is written last: if it exists, the failures are of the same run.
             write_failures(plan, table, modality, deduplicator.counts.failures)
             weights = backbone.source
             writer.finish(plan.info.fingerprint, plan.info.inputs_of(modality), weights)
@@ -152,7 +153,7 @@ def _check_provenance(table: FeatureTable, provenance: Provenance, overwrite: bo
     """Refuse to mix vectors of two provenances; remove the old ones only with ``overwrite``."""
     try:
         stored = table.provenance()
-    except UserError:  # damaged or mixed: nothing in the table can be trusted
+    except UserError:  # the table is damaged or mixes provenances: no row can be used
         if not overwrite:
             raise
         table.clear()

@@ -1,4 +1,4 @@
-"""Load the inputs of a backbone: read, hash, decode and prepare them, ahead of the model.
+"""Load the inputs of a backbone: read, hash, decode and preprocess them ahead of the model.
 
 An input is decoded only if the deduplicator claims its content.
 """
@@ -20,21 +20,21 @@ from pipeline.media.reader import MediaReader
 from pipeline.media.video import sample_frames
 
 TEXT_WINDOW = 4096
-"""Texts that are sorted by length together."""
+"""Number of texts that are sorted by length together."""
 MAX_TEXT_CHARS = 1 << 16
-"""Characters of a text that a backbone receives. Tokenizers themselves have no limit."""
+"""First characters of a text that a backbone receives. Tokenizers do not limit the length."""
 
 
 @dataclass(kw_only=True, slots=True)
 class LoadedInput:
-    """An image, a joint input or a video on its way from the threads to the model."""
+    """A loaded image, joint input or video: the result of :meth:`VisualLoader.load`."""
 
     item: int
     source: str
     content: str = ""
     """Content hash; empty if the input cannot be read."""
     inputs: list[Any] | None = None
-    """The prepared image or frames; None if nothing is to be encoded."""
+    """The preprocessed image or frames; None if the deduplicator has not claimed the content."""
     text: TokenIds | None = None
     """The text of a joint input."""
     partial: bool | None = None
@@ -65,7 +65,7 @@ class VisualLoader:
         self._media = media
 
     def load(self, pair: tuple[int, Input]) -> LoadedInput:
-        """Load the input of one item. A fault is returned in ``error``, not raised."""
+        """Load the input of one item. A MediaError is returned in ``error``, not raised."""
         item, value = pair
         loaded = LoadedInput(item=item, source=split_input(value)[0])
         try:
@@ -99,7 +99,7 @@ class VisualLoader:
     def _prepare(self, image: Image.Image) -> Any:
         try:
             return self._backbone.image(image)
-        except Exception as error:  # a transform that cannot take this size or shape
+        except Exception as error:  # for example, the transform cannot take this size
             raise MediaError("encode", one_line(error)) from None
 
 
@@ -116,7 +116,7 @@ class TextWindow:
 def load_texts(
     inputs: Iterable[tuple[int, Input]], backbone: Backbone, deduplicator: Deduplicator
 ) -> Iterator[TextWindow]:
-    """Yield the texts that the deduplicator claims, tokenised one window ahead."""
+    """Yield the texts that the deduplicator claims, tokenised one window ahead of the consumer."""
 
     def tokenise(rows: list[tuple[int, str, str]]) -> TextWindow:
         items, contents, texts = (list(column) for column in zip(*rows, strict=True))
@@ -149,7 +149,7 @@ def read_image(media: MediaReader, value: Input) -> tuple[str, bytes | Image.Ima
     """Read an image, or the image of a joint input.
 
     Returns:
-        The content hash, which for a joint input includes the text, and what was read.
+        The content hash, which for a joint input includes the text, and the bytes or the image.
 
     Raises:
         MediaError: The image cannot be read.

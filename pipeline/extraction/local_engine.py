@@ -1,4 +1,4 @@
-"""Encode in this process: threads read and decode, the main thread runs the backbone."""
+"""Encode in this process: threads read and decode, and the main thread runs the backbone."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -10,11 +10,11 @@ from pipeline.media.reader import MediaReader
 
 
 class LocalEngine:
-    """Encode in this process."""
+    """Engine that encodes in this process."""
 
     @contextmanager
     def session(self) -> Iterator[None]:
-        """Do nothing: this engine needs no other processes."""
+        """Do nothing, because this engine has no other processes."""
         yield
 
     def encode(

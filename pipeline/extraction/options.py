@@ -1,6 +1,6 @@
 """Options of an extraction: the backbones, the level, and how inputs are read and stored.
 
-Every choice that a user types is an entry of a registry.
+Names that a user can give are checked against registries.
 """
 
 import re
@@ -23,7 +23,7 @@ DECODE_MODES = Registry(
 DEVICES = Registry(
     "device", {"cpu": "processor", "cuda": "NVIDIA GPU", "mps": "Apple GPU", "xpu": "Intel GPU"}
 )
-"""Kinds of devices; ``:N`` after the name selects one of several."""
+"""Kinds of devices; ``:N`` after the name selects one of several devices."""
 MAX_FRAMES = 1024
 """Largest number of evenly spread frames of a video."""
 
@@ -43,13 +43,13 @@ class ExtractOptions:
     video: str | None = None
     """Backbone for videos. It encodes the frames, and their vectors are averaged."""
     joint: str | None = None
-    """Backbone that encodes an item's image and text together. Without any backbone, CLIP ViT-B/32
-    encodes the images and the texts."""
+    """Backbone that encodes an item's image and text together. If no backbone is given for any
+    modality, CLIP ViT-B/32 encodes the images and the texts."""
     level: str = POOLED
-    """``pooled``: one vector for an input; ``tokens``: the tokens of the last layer; ``layer-K``:
-    the hidden states after block K, so that the blocks above can be trained without those below."""
+    """``pooled``: one vector per input; ``tokens``: the tokens of the last layer; ``layer-K``: the
+    hidden states after block K, from which ``--tune-blocks`` trains the blocks above."""
     frames: int | None = None
-    """Evenly spread frames of each video. None takes one a second."""
+    """Number of evenly spread frames of each video. None takes one frame per second."""
     decode: str = "exact"
     """A name of :data:`DECODE_MODES`."""
     dtype: str = "float16"
@@ -57,10 +57,10 @@ class ExtractOptions:
     compute: str = "float32"
     """A name of :data:`COMPUTE_TYPES`."""
     device: str | None = None
-    """A name of :data:`DEVICES`, with ``:N`` if wanted. None takes a CUDA device or else the
-    CPU."""
+    """A name of :data:`DEVICES`, optionally with ``:N``. None takes a CUDA device if there is one,
+    else the CPU."""
     batch_size: int | None = None
-    """Images, frames or texts of a forward pass. None takes 32 on a CPU and 256 on a GPU."""
+    """Images, frames or texts per forward pass. None takes 32 on a CPU and 256 on a GPU."""
     overwrite: bool = False
     """Extract a table again if its vectors have another provenance (checkpoint, dtype, ...)."""
     strict: bool = False
@@ -68,7 +68,7 @@ class ExtractOptions:
     engine: str = "local"
     """A name of :data:`pipeline.extraction.engines.ENGINES`."""
     workers: int | None = None
-    """Actors of Ray. None takes one for each GPU of this machine, or for every four cores."""
+    """Number of Ray actors. None takes one per GPU of this machine, or one per four cores."""
 
     def __post_init__(self) -> None:
         DTYPES.find(self.dtype)

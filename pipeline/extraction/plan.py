@@ -22,7 +22,7 @@ from pipeline.media.video import describe_sampling
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExtractionPlan:
-    """The dataset, the options and the loaded backbones of one extraction."""
+    """The dataset, the options and the loaded backbones of an extraction."""
 
     warehouse: Warehouse
     info: DatasetInfo
@@ -60,7 +60,7 @@ class ExtractionPlan:
 
 
 def plan_extraction(warehouse: Warehouse, dataset: str, options: ExtractOptions) -> ExtractionPlan:
-    """Check everything that can be checked before the work, and load all backbones.
+    """Check the dataset and the options before anything is encoded, and load all backbones.
 
     Raises:
         UserError: The dataset is not prepared or has no input of a modality, its raw files are
@@ -89,11 +89,16 @@ def plan_extraction(warehouse: Warehouse, dataset: str, options: ExtractOptions)
 
 
 def provenance_of(task: EncodeTask, dtype: str) -> Provenance:
-    """Return the provenance of the table that a task makes."""
+    """Return the provenance of the table that a task writes.
+
+    Args:
+        task: The modality and its backbone.
+        dtype: Type of a stored element.
+    """
     backbone, options = task.backbone, task.options
     image = IMAGE_PREPROCESSING + (f"; {DRAFT_PREPROCESSING}" if options.draft is not None else "")
     text = f"at most {MAX_TEXT_CHARS} characters"
-    reading = {
+    reading_steps = {
         "image": image,
         "text": text,
         "video": describe_sampling(options.frames),
@@ -103,7 +108,7 @@ def provenance_of(task: EncodeTask, dtype: str) -> Provenance:
     return Provenance(
         backbone=backbone.name,
         checkpoint=backbone.checkpoint,
-        preprocessing=f"{reading}; {backbone.preprocessing(options.modality)}",
+        preprocessing=f"{reading_steps}; {backbone.preprocessing(options.modality)}",
         pooling=f"{pooling}; mean over frames" if options.modality == "video" else pooling,
         modality=options.modality,
         level=options.level,
@@ -115,14 +120,14 @@ def provenance_of(task: EncodeTask, dtype: str) -> Provenance:
 
 
 def _choose_backbones(dataset: str, items: ItemInputs, names: dict[str, str]) -> dict[str, str]:
-    """Return the backbone of each modality; without any choice, CLIP for images and texts."""
+    """Return the backbone of each modality; by default, CLIP for images and texts."""
     counts = items.counts
     if not names:
         names = {modality: DEFAULT for modality in ("image", "text") if counts[modality]}
         if not names:
             raise UserError(
                 f"no item of {dataset} has an image or a text; prepare the dataset again with"
-                " some, or give --video BACKBONE"
+                " images or texts, or give --video BACKBONE"
             )
     for modality in names:
         if counts[modality]:
@@ -141,7 +146,7 @@ def _choose_backbones(dataset: str, items: ItemInputs, names: dict[str, str]) ->
 
 
 def _load_backbones(names: dict[str, str], options: ExtractOptions) -> dict[str, Backbone]:
-    """Load each backbone once; all of them before the work, so that a missing one shows early."""
+    """Load each backbone once, before any input is read: a missing backbone is reported early."""
     loaded: dict[str, Backbone] = {}
     for modality, name in names.items():
         check_modality(name, modality)

@@ -1,10 +1,10 @@
-"""Encode on Ray Data: actors hold the backbone, this process writes the table.
+"""Encode on Ray Data: actors run the backbone, and this process writes the table.
 
-The inputs are sent in shards, and the results come back in order. The first of several inputs with
-the same content is therefore the one that is encoded, and the table is the one that the local
-engine writes. If a worker dies, another one gets its shard. This process holds the reference or
-the text of every item meanwhile. Ray starts on this machine unless ``RAY_ADDRESS`` names a
-cluster; the raw files must have the same path on all machines of a cluster.
+The inputs are sent in shards, and the results come back in order. Of several inputs with the same
+content, the first is therefore encoded, and the table equals that of the local engine. If a worker
+dies, another worker gets its shard. This process has the reference or the text of every item in
+memory. Ray starts on this machine unless ``RAY_ADDRESS`` names a cluster; the raw files must have
+the same path on all machines of a cluster.
 
 Legend: T tokens of an input, D width of the embedding.
 """
@@ -41,8 +41,8 @@ from pipeline.media.images import quiet_decoders
 from pipeline.media.reader import MediaReader
 
 INPUTS_PER_HASH_SHARD = 512
-"""Inputs of a shard that is only read and hashed."""
-_MESSAGE = -1  # in place of an item: the reason is a message for the user
+"""Number of inputs of a shard that is only read and hashed."""
+_MESSAGE = -1  # value of `item` in a row whose `reason` is a message for the user
 _RESULTS = pa.schema(
     [
         ("item", pa.int32()),
@@ -73,16 +73,16 @@ class WorkerConfig:
 
 
 class RayEngine:
-    """Encode on actors of Ray Data."""
+    """Engine that encodes on actors of Ray Data."""
 
     @contextmanager
     def session(self) -> Iterator[None]:
-        """Start Ray for one extraction, or use the Ray that is running, and restore its settings.
+        """Start Ray or use the running Ray, and restore its settings at the end of the block.
 
         Raises:
-            UserError: Ray is not installed, or a worker fails.
+            UserError: Ray is not installed, or a worker fails in the block.
         """
-        # The logs of Ray's own processes are not for users; errors come back as exceptions.
+        # Errors come back as exceptions, so the logs of Ray's processes are not shown.
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         try:
             ray, data = import_module("ray"), import_module("ray.data")
@@ -104,7 +104,7 @@ class RayEngine:
         except ray.exceptions.RayError as error:
             line = " ".join(str(error).split())
             raise UserError(
-                f"a worker of Ray failed: {line[-300:]}; mend the cause, or leave --engine out"
+                f"a worker of Ray failed: {line[-300:]}; repair the cause, or leave --engine out"
             ) from None
         finally:
             context.execution_options.preserve_order, context.enable_progress_bars = before
@@ -132,7 +132,7 @@ class RayEngine:
             prepared=task.prepared.resolve(),
         )
         pairs = dict(inputs)
-        contents: dict[int, str] = {}  # of the items to encode
+        contents: dict[int, str] = {}  # content hash of each item to encode
         for item, content, error in _hash_inputs(data, config, pairs):
             source = split_input(pairs[item])[0]
             if error is not None:
@@ -174,7 +174,7 @@ def record_result(
         row: The row: item, content, vector, frames, tokens, partial, stage and reason.
         content: Content hash of the input when it was claimed.
         source: The reference or the text.
-        token_dim: D of a token, or None if the row has one vector.
+        token_dim: Width D of a token, or None if the row has one vector.
     """
     error = None
     if row["vector"] is None:
@@ -192,9 +192,9 @@ def record_result(
 
 
 def worker_device(device: str | None) -> str | None:
-    """Return the device of a worker's backbone: a GPU of its own if this machine has any.
+    """Return the device of a worker's backbone: ``cuda`` if this machine has a GPU.
 
-    Ray shows no GPU to a worker that requests none. A worker requests one for ``cuda``.
+    Ray assigns a GPU only to workers that request one; with ``cuda``, each worker requests one.
     """
     torch = sys.modules.get("torch")  # a backbone without weights has not imported torch
     if device is None and torch is not None and torch.cuda.is_available():
@@ -203,7 +203,7 @@ def worker_device(device: str | None) -> str | None:
 
 
 def default_workers(device: str | None) -> int:
-    """Return one worker for each GPU of this machine, or one for every four cores."""
+    """Return the number of workers: one per GPU of this machine, or one per four cores."""
     if device is not None and device.startswith("cuda"):
         import torch
 
@@ -252,7 +252,7 @@ def _rows(mapped: Any) -> Iterator[dict[str, Any]]:
 
 
 class EncodeWorker:
-    """An actor: load the backbone once, and encode one shard at each call."""
+    """Actor that loads the backbone once and encodes one shard per call."""
 
     def __init__(self, config: WorkerConfig) -> None:
         self._backbone = load_backbone(
@@ -305,7 +305,7 @@ def hash_shard(shard: pa.Table, config: WorkerConfig) -> pa.Table:
 
 
 class _ResultRows(RowStore):
-    """Rows in memory, in the form of a worker's results."""
+    """Rows in memory, by item, as dictionaries of the result columns."""
 
     def __init__(self) -> None:
         self.rows: dict[int, dict[str, Any]] = {}
@@ -331,12 +331,12 @@ def make_shards(pairs: dict[int, Input], size: int) -> list[pa.Table]:
 
 
 def _shard(pairs: list[tuple[int, Input]]) -> pa.Table:
-    halves = [split_input(value) for _, value in pairs]
+    sources_and_texts = [split_input(value) for _, value in pairs]
     return pa.table(
         {
             "item": pa.array([item for item, _ in pairs], pa.int32()),
-            "source": pa.array([source for source, _ in halves], pa.string()),
-            "text": pa.array([text for _, text in halves], pa.string()),
+            "source": pa.array([source for source, _ in sources_and_texts], pa.string()),
+            "text": pa.array([text for _, text in sources_and_texts], pa.string()),
         }
     )
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pipeline.extraction.deduplication import ExtractionCounts
 
 SECONDS_BETWEEN_REPORTS = 0.1
+"""Shortest time between two reports of progress."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,17 +25,17 @@ class ModalityReport:
     shared: int
     """Items that got the vector of another item with the same content."""
     reused: int
-    """Items that had their vector from an earlier run."""
+    """Items whose vector is from an earlier run."""
     absent: int
     """Items without an input of this modality."""
     failed: dict[str, int]
     """Inputs that could not be used, by reason."""
     partial: int
-    """Encoded videos of which only the frames before the damage were used."""
+    """Encoded videos of which only the frames before a damage were used."""
     seconds: float
-    """Wall time of the job, without loading the backbone."""
+    """Wall time, without loading the backbone."""
     rate: float
-    """Encoded items a second."""
+    """Encoded items per second."""
     bytes: int
     """Size of the table on disk."""
     path: str
@@ -51,7 +52,7 @@ class ExtractReport:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExtractProgress:
-    """Progress of one modality, reported some times a second and at the end."""
+    """Progress of one modality, reported several times per second and at the end."""
 
     modality: str
     backbone: str
@@ -70,7 +71,7 @@ class ProgressReporter:
         modality: The modality.
         backbone: Name of the backbone.
         total: Items that have an input of this modality.
-        progress: Called with the progress; None reports nothing.
+        progress: Called with the progress. None disables reports.
     """
 
     def __init__(
@@ -87,7 +88,7 @@ class ProgressReporter:
         self._last = 0.0
 
     def __call__(self, counts: ExtractionCounts) -> None:
-        """Report the counts, if it is time or all items are done."""
+        """Report the counts if the last report is old enough or all items are done."""
         now = time.monotonic()
         is_early = now - self._last < SECONDS_BETWEEN_REPORTS and counts.done < self._total
         if self._progress is None or is_early:

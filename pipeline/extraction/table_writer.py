@@ -1,10 +1,10 @@
 """Write one feature table: add new rows, reuse the rows of earlier runs, drop stale ones.
 
-Rows are matched with the dataset by ``item_id`` and with the input by its content hash. A row
-therefore survives a kill, another preparation of the dataset, and a second item with the same
-content. Every kill is harmless, because of the order of the steps: new rows are appended before
-stale ones are dropped, of two rows of one item the one in the later part is valid, and the
-manifest is removed while anything changes.
+A row is matched with an item by ``item_id``, and with the item's input by the content hash. A row
+can therefore be reused after a kill, after another preparation of the dataset, and for another item
+with the same content. The order of the steps makes a kill harmless at any time: new rows are
+appended before stale rows are dropped, the later of two rows of an item is valid, and the manifest
+is removed before the first change.
 
 Legend: N items of the dataset, R rows of the table, T tokens of an item, D width.
 """
@@ -25,7 +25,7 @@ from features.table_parts import BYTES_PER_PART, ROWS_PER_PART
 from pipeline.extraction.deduplication import EncodedRow, RowStore
 
 SECONDS_PER_PART = 30.0
-"""Seconds after which a part is written even if it is small: the most work that a kill costs."""
+"""Seconds after which a part is written even if it is small. A kill loses at most this work."""
 
 
 class FeatureTableWriter(RowStore):
@@ -47,7 +47,9 @@ class FeatureTableWriter(RowStore):
         self._waiting_bytes = 0
         self._waiting_since = 0.0
         self._match_items()
-        self._content: list[str | None] = [None] * len(item_ids)  # of each item's stored row
+        self._content: list[str | None] = [None] * len(
+            item_ids
+        )  # content of each item's stored row
         self._stored: set[str] = set()  # the contents of all stored rows
         self._is_stale = np.zeros(len(item_ids), np.bool_)  # until the content is seen again
         for batch in table.small_columns(["item", "content_hash"]).to_batches():
@@ -58,17 +60,17 @@ class FeatureTableWriter(RowStore):
             self._is_stale[items] = True
 
     def _match_items(self) -> None:
-        """Renumber stored rows by the present dataset; drop those of items that are gone."""
-        light = self.table.small_columns(["item", "item_id"])
-        if not len(light):
+        """Renumber the stored rows by the current dataset; drop rows of items that are gone."""
+        columns = self.table.small_columns(["item", "item_id"])
+        if not len(columns):
             return
-        item = positions(light.column("item_id"), self._item_ids)
+        item = positions(columns.column("item_id"), self._item_ids)
         row = np.arange(len(item))
         last = np.full(len(self._item_ids) + 1, -1)
-        last[item] = row  # the last assignment is valid: that of the later part
+        last[item] = row  # of several rows of an item, the last assignment counts: the later part
         keep = (item >= 0) & (last[item] == row)
-        has_moved = item != light.column("item").to_numpy()
-        part_of = light.column("part").to_numpy()
+        has_moved = item != columns.column("item").to_numpy()
+        part_of = columns.column("part").to_numpy()
         for number, part in enumerate(self.table.parts()):
             in_part = part_of == number
             if (has_moved | ~keep)[in_part].any():
@@ -111,7 +113,7 @@ class FeatureTableWriter(RowStore):
             return
         item = pa.array([row.item for row in rows], pa.int32())
         vectors = [row.vector for row in rows]
-        made = self.provenance
+        is_pooled = self.provenance.level == "pooled"
         columns = [
             item,
             self._item_ids.take(item).combine_chunks(),
@@ -119,13 +121,17 @@ class FeatureTableWriter(RowStore):
             pa.array([row.frames for row in rows], pa.int32()),
             pa.array([row.tokens for row in rows], pa.int32()),
             pa.array([row.partial for row in rows], pa.bool_()),
-            embedding_array(np.stack(vectors)) if made.level == "pooled" else token_array(vectors),
+            embedding_array(np.stack(vectors)) if is_pooled else token_array(vectors),
         ]
-        schema = feature_schema(made.dim, made.dtype, made.level)
+        provenance = self.provenance
+        schema = feature_schema(provenance.dim, provenance.dtype, provenance.level)
         self._append(pa.Table.from_arrays(columns, schema=schema))
-        self._waiting, self._waiting_bytes = [], 0  # after writing: a flush can be repeated
+        self._waiting, self._waiting_bytes = (
+            [],
+            0,
+        )  # cleared after writing, so that a failed flush can be repeated
         self._is_stale[item.to_numpy()] = False
-        pa.default_memory_pool().release_unused()  # Arrow keeps some 30 MB of each
+        pa.default_memory_pool().release_unused()  # else Arrow keeps about 30 MB per part
 
     def _append(self, rows: pa.Table) -> None:
         self.table.unfinish()
@@ -135,11 +141,11 @@ class FeatureTableWriter(RowStore):
         """Give each item (key) a copy of the stored row of its content (value)."""
         self.flush()
         items = np.fromiter(contents.keys(), np.int32, len(contents))
-        sought = pa.array(contents.values(), pa.string())
+        hashes = pa.array(contents.values(), pa.string())
         is_missing = np.ones(len(items), np.bool_)
         for part in self.table.parts():
             stored = self.table.rows(part, ["content_hash"])["content_hash"].combine_chunks()
-            source = pc.index_in(sought, value_set=stored)  # row of the part, or null
+            source = pc.index_in(hashes, value_set=stored)  # row of the part, or null
             indices = np.flatnonzero(is_missing & source.is_valid().to_numpy(zero_copy_only=False))
             if not len(indices):
                 continue
@@ -178,12 +184,12 @@ class FeatureTableWriter(RowStore):
 
     def _drop_stale(self) -> None:
         """Remove the rows whose content is gone, or whose item has a row in a later part."""
-        light = self.table.small_columns(["item"])
-        item = light["item"].to_numpy()
+        columns = self.table.small_columns(["item"])
+        item = columns["item"].to_numpy()
         last = np.full(len(self._item_ids), -1)
         last[item] = np.arange(len(item))
         drop = self._is_stale[item] | (last[item] != np.arange(len(item)))
-        part_of = light["part"].to_numpy()
+        part_of = columns["part"].to_numpy()
         for number, part in enumerate(self.table.parts()):
             in_part = part_of == number
             if drop[in_part].any():
@@ -192,7 +198,7 @@ class FeatureTableWriter(RowStore):
         self._is_stale[:] = False
 
     def _join_parts(self) -> None:
-        """Write neighbouring small parts as one. A kill in between leaves rows twice, no gaps."""
+        """Join neighbouring small parts. A kill in between leaves duplicate rows and loses none."""
         parts = self.table.parts()
         is_pooled = self.provenance.level == "pooled"
         groups: list[list[int]] = []

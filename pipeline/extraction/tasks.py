@@ -1,4 +1,4 @@
-"""Describe what one engine encodes: one modality of a dataset, by one backbone."""
+"""The task of an engine: encode one modality of a dataset with one backbone."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 from pipeline.backbones.base import POOLED, Backbone
 
 Input = str | tuple[str, str]
-"""A reference or a text. For a joint input both, the image's reference first."""
+"""A reference or a text; for a joint input, the reference of the image and the text."""
 
 
 def split_input(value: Input) -> tuple[str, str | None]:
@@ -23,18 +23,18 @@ class EncodeOptions:
     level: str = POOLED
     """``pooled``, ``tokens`` or ``layer-K``."""
     batch_size: int
-    """Images, frames or texts of a forward pass."""
+    """Images, frames or texts per forward pass."""
     threads: int
-    """Threads that read and decode."""
+    """Number of threads that read and decode."""
     draft: int | None = None
     """Pixels that the shorter side of a JPEG keeps when it is scaled down in decoding. None
     decodes all pixels."""
     frames: int | None = None
-    """Evenly spread frames of a video. None takes one a second."""
+    """Number of evenly spread frames of a video. None takes one frame per second."""
 
     @property
     def is_pooled(self) -> bool:
-        """True if an input gives one vector, False if it gives one for each token."""
+        """True if an input gives one vector; False if it gives one vector per token."""
         return self.level == POOLED
 
 
@@ -48,11 +48,11 @@ class EncodeTask:
     """The name that :func:`pipeline.backbones.registry.load_backbone` takes."""
     options: EncodeOptions
     device: str | None
-    """The device that the user chose, if any."""
+    """The device that the user gave, or None."""
     compute: str
     """Arithmetic of the forward pass."""
     workers: int | None
-    """Processes of a distributed engine. None lets the engine choose."""
+    """Number of processes of a distributed engine. None lets the engine choose."""
     raw: Path
     """Folder of the raw files."""
     prepared: Path

@@ -223,8 +223,8 @@ def _describe(run: "Run") -> None:
         console.notify(f"of {run.data.features.n_items:,} items: {have}, none of these {bare:,}")
     if spec.is_pretraining:
         console.notify(f"validated on {run.task.split(run.config)}")
-    if run.taken:
-        for line in run.taken.lines():
+    if run.copied_weights:
+        for line in run.copied_weights.lines():
             console.notify(line)
 
 
@@ -255,7 +255,7 @@ class TrainWatch:
     def __call__(self, progress: "TrainProgress") -> None:
         """Show one report of the loop."""
         self.called = True
-        losses = "".join(f"  {name} {value:.4f}" for name, value in progress.parts.items())
+        losses = "".join(f"  {name} {value:.4f}" for name, value in progress.loss_terms.items())
         text = (
             f"epoch {progress.epoch}/{progress.epochs}  loss {progress.loss:.4f}{losses}"
             f"  {progress.rate:,.0f} {progress.unit}/s"
@@ -265,7 +265,7 @@ class TrainWatch:
             text += f"  validation {figures}  best epoch {progress.best_epoch}"
             self.line.update(text, keep=True)
         else:
-            left = console.format_duration(progress.left)
+            left = console.format_duration(progress.seconds_left)
             step = f"step {progress.step}/{progress.steps}"
             self.line.update(f"{text}  {step}, {left} left in this epoch")
 

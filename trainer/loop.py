@@ -1,4 +1,4 @@
-"""The training loop, whole on one screen."""
+"""The training loop: optimizer steps, validation, checkpoints and early stopping."""
 
 import math
 import signal
@@ -24,48 +24,53 @@ from trainer.ema import ExponentialMovingAverage
 from trainer.optimizer import Optimizer
 from trainer.tasks.base import Task, Validation
 
-_ONE_INTERRUPT = 1.0  # seconds in which several signals count as one Ctrl-C
-_SAVE_SECONDS = 300.0  # a killed run loses at most this
+_INTERRUPT_SECONDS = 1.0  # signals within this time count as one Ctrl-C
+_SECONDS_BETWEEN_SAVES = 300.0  # a killed run loses at most this much training
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainProgress:
-    """One report of the loop, for a live display."""
+    """Progress of the training, for a live display."""
 
     epoch: int
+    """Number of the epoch, from 1."""
     epochs: int
+    """Largest number of epochs."""
     step: int
-    """Steps of this epoch that are done."""
+    """Finished steps of this epoch."""
     steps: int
-    """Steps of this epoch in total."""
+    """All steps of this epoch."""
     loss: float
-    """Mean over the epoch so far."""
-    parts: dict[str, float]
+    """Mean loss over the epoch so far."""
+    loss_terms: dict[str, float]
     """Means of the terms of the loss, by name; empty if the loss has a single term."""
     unit: str
-    """The unit that the task counts: windows or items."""
+    """Unit of ``rate``: windows or items."""
     rate: float
-    """Units a second in this epoch, over all processes."""
-    left: float
-    """Seconds that the rest of this epoch takes at this rate, without validation."""
+    """Units per second in this epoch, over all processes."""
+    seconds_left: float
+    """Estimated seconds until the end of this epoch, without validation."""
     metrics: dict[str, float]
     """Validation metrics, at the end of an epoch that was validated."""
     best_epoch: int
+    """Epoch with the best validation, from 1; -1 before the first validation."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EpochRow:
-    """The figures of an epoch that the run's metrics table stores."""
+    """The values of an epoch that the run's metrics table stores."""
 
     epoch: int
+    """Number of the epoch, from 1."""
     losses: dict[str, float]
-    """Means over the epoch, by name; ``loss`` was minimised."""
+    """Means over the epoch, by name; ``loss`` is the minimised one."""
     metrics: dict[tuple[str, str], float]
     """As in :class:`trainer.tasks.base.Validation`; empty if the epoch was not validated."""
     users: int
+    """Number of users, or of queries, that the metrics are means over."""
     seconds: float = field(default=0.0, compare=False)
-    """Training and validation. The time of an interrupted epoch is extrapolated from its last part,
-    and 0 if that part had no step."""
+    """Wall time of training and validation. For a resumed epoch it is extrapolated from the steps
+    after the resume, and 0 if there was no such step."""
 
 
 def fit(
@@ -83,11 +88,12 @@ def fit(
     Args:
         task: A recommender with the data that it learns from.
         config: Settings of the loop.
-        folder: Folder for ``model.safetensors`` (best by validation) and ``resume.safetensors``.
+        folder: Folder for ``model.safetensors`` (the best weights by validation) and
+            ``resume.safetensors``.
         identity: Identity of the run; a resumed checkpoint must have the same.
         resume: Continue from ``resume.safetensors``.
-        on_epoch: Called with each finished epoch, before its weights are saved: results of older
-            weights can be removed while these weights are still the saved ones.
+        on_epoch: Called with each finished epoch, before its weights are saved. It can remove
+            results of older weights while the older weights are still the saved ones.
         on_progress: Called after each step.
 
     Returns:
@@ -103,9 +109,9 @@ def fit(
     optimizer = Optimizer(model, config)
     average = ExponentialMovingAverage(model, config.average)
     state = TrainState()
-    saved = (folder / "resume.safetensors", model, optimizer.adamw)
+    checkpoint = (folder / "resume.safetensors", model, optimizer.adamw)
     if resume:
-        state = load_state(*saved, identity, average.values)
+        state = load_state(*checkpoint, identity, average.values)
         best = folder / "model.safetensors"
         if state.best_epoch >= 0 and not best.exists():
             raise UserError(
@@ -117,7 +123,7 @@ def fit(
 
     def save() -> None:
         if is_first:
-            save_state(*saved, state, identity, average.values)
+            save_state(*checkpoint, state, identity, average.values)
 
     model.train()
     with _interrupted() as stop:
@@ -128,7 +134,7 @@ def fit(
             units = steps_done = 0
             for batch in batches:
                 optimizer.prepare(state, total)
-                if not is_first:  # each process has its own dropout, the same after a resume
+                if not is_first:  # dropout differs between processes, and is equal after a resume
                     torch.manual_seed(combine_seeds(config.seed, shard.process_rank, state.steps))
                 with torch.autocast(device.type, torch.bfloat16, config.precision == "bf16"):
                     losses = forward(batch)
@@ -137,13 +143,13 @@ def fit(
                     torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
                 values = torch.stack([value.detach().float() for value in losses.values()])
                 means, stopped = all_reduce_mean(values.tolist(), stop.is_set(), device)
-                named = dict(zip(losses, means, strict=True))
-                _check_finite(named["loss"], config, state)
+                mean_losses = dict(zip(losses, means, strict=True))
+                _check_finite(mean_losses["loss"], config, state)
                 optimizer.adamw.step()
                 state.step += 1
                 state.steps += 1
                 average.update(state.steps)
-                for name, value in named.items():
+                for name, value in mean_losses.items():
                     state.losses[name] = state.losses.get(name, 0.0) + value
                 steps_done += 1
                 units += task.size(batch) * shard.world_size
@@ -154,7 +160,7 @@ def fit(
                 if stopped or (shard.world_size == 1 and stop.is_set()):
                     save()
                     return state
-                if now - last_save > _SAVE_SECONDS:
+                if now - last_save > _SECONDS_BETWEEN_SAVES:
                     save()
                     last_save = now
 
@@ -163,7 +169,7 @@ def fit(
                 row, validation = _validate(task, config, state, pace)
             if is_first:
                 on_epoch(row)
-            if validation is not None and _is_best(state, validation, row.epoch) and is_first:
+            if validation is not None and _update_best(state, validation, row.epoch) and is_first:
                 with average.applied():
                     save_weights(folder / "model.safetensors", model, identity)
             if is_first:
@@ -188,7 +194,7 @@ def _fit_without_steps(
     state, pace = TrainState(), _Pace(0, 0, 0, 0.0)
     row, validation = _validate(task, replace(config, validate_every=1), state, pace)
     assert validation is not None
-    _is_best(state, validation, row.epoch)
+    _update_best(state, validation, row.epoch)
     if process_rank() == 0:
         on_epoch(row)
         save_weights(folder / "model.safetensors", task.model, identity)
@@ -205,8 +211,8 @@ def _check_finite(loss: float, config: TrainConfig, state: TrainState) -> None:
         )
 
 
-def _is_best(state: TrainState, validation: Validation, epoch: int) -> bool:
-    """Update the best value and the validations since; return True if this one is the best."""
+def _update_best(state: TrainState, validation: Validation, epoch: int) -> bool:
+    """Store a new best value or count a validation without one; return True if it is the best."""
     if validation.monitored > state.best:
         state.best, state.best_epoch, state.waited = validation.monitored, epoch, 0
         return True
@@ -216,20 +222,22 @@ def _is_best(state: TrainState, validation: Validation, epoch: int) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Pace:
-    """The progress of an epoch in this process, since its start or since it was resumed."""
+    """The progress of an epoch since it started or was resumed."""
 
     steps: int
-    """Steps of the epoch in total."""
+    """All steps of the epoch."""
     units: int
-    """Units done, over all processes."""
+    """Finished units, over all processes."""
     steps_done: int
+    """Finished steps."""
     seconds: float
+    """Elapsed wall time."""
 
 
 def _validate(
     task: Task[Any], config: TrainConfig, state: TrainState, pace: _Pace
 ) -> tuple[EpochRow, Validation | None]:
-    """Validate if it is time to; return the epoch's figures."""
+    """Return the values of the epoch, and the validation if this epoch is validated."""
     began = time.monotonic()
     epoch = state.epoch + 1
     losses = {name: total / pace.steps for name, total in state.losses.items()}
@@ -245,7 +253,7 @@ def _validate(
 
 
 class _Forward(nn.Module):
-    """A task's loss as a module, for DistributedDataParallel."""
+    """Module that computes the loss of a task, for DistributedDataParallel."""
 
     def __init__(self, task: Task[Any]) -> None:
         super().__init__()
@@ -279,10 +287,10 @@ def _report(
         step=state.step,
         steps=pace.steps,
         loss=state.losses.get("loss", 0.0) / step,
-        parts={name: v / step for name, v in state.losses.items() if name != "loss"},
+        loss_terms={name: v / step for name, v in state.losses.items() if name != "loss"},
         unit=task.unit,
         rate=pace.units / seconds,
-        left=(pace.steps - state.step) * seconds / max(1, pace.steps_done),
+        seconds_left=(pace.steps - state.step) * seconds / max(1, pace.steps_done),
         metrics=validation.shown if validation else {},
         best_epoch=state.best_epoch,
     )
@@ -292,25 +300,25 @@ def _report(
 def _interrupted() -> Iterator[threading.Event]:
     """Turn the first Ctrl-C into an event that the loop reads between two steps.
 
-    A step is never torn: the saved state is one that an uninterrupted run has as well. The second
-    Ctrl-C raises KeyboardInterrupt. ``torchrun`` forwards a signal that its processes may have
-    received from the terminal already: signals within a second count as one.
+    The current step is completed, so the saved state equals a state of an uninterrupted run. The
+    second Ctrl-C raises KeyboardInterrupt. ``torchrun`` forwards signals that its processes may
+    have received from the terminal already, so signals within a second count as one.
     """
     event = threading.Event()
     first = 0.0
     if threading.current_thread() is not threading.main_thread():
-        yield event  # signals belong to the main thread
+        yield event  # only the main thread can set signal handlers
         return
 
     def handle(number: int, frame: FrameType | None) -> None:
         nonlocal first
-        if event.is_set() and time.monotonic() - first > _ONE_INTERRUPT:
+        if event.is_set() and time.monotonic() - first > _INTERRUPT_SECONDS:
             raise KeyboardInterrupt
         first = first if event.is_set() else time.monotonic()
         event.set()
 
-    before = signal.signal(signal.SIGINT, handle)
+    previous = signal.signal(signal.SIGINT, handle)
     try:
         yield event
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, previous)

@@ -47,9 +47,8 @@ class FeatureTableWriter(RowStore):
         self._waiting_bytes = 0
         self._waiting_since = 0.0
         self._match_items()
-        self._content: list[str | None] = [None] * len(
-            item_ids
-        )  # content of each item's stored row
+        # The content of each item's stored row.
+        self._content: list[str | None] = [None] * len(item_ids)
         self._stored: set[str] = set()  # the contents of all stored rows
         self._is_stale = np.zeros(len(item_ids), np.bool_)  # until the content is seen again
         for batch in table.small_columns(["item", "content_hash"]).to_batches():
@@ -126,10 +125,8 @@ class FeatureTableWriter(RowStore):
         provenance = self.provenance
         schema = feature_schema(provenance.dim, provenance.dtype, provenance.level)
         self._append(pa.Table.from_arrays(columns, schema=schema))
-        self._waiting, self._waiting_bytes = (
-            [],
-            0,
-        )  # cleared after writing, so that a failed flush can be repeated
+        # Cleared after writing, so that a failed flush can be repeated.
+        self._waiting, self._waiting_bytes = [], 0
         self._is_stale[item.to_numpy()] = False
         pa.default_memory_pool().release_unused()  # else Arrow keeps about 30 MB per part
 

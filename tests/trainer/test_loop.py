@@ -44,19 +44,19 @@ def train(
     *,
     resume: bool = False,
     interrupt_at: int | None = None,
-    watch: Callable[[TrainProgress], None] = lambda tick: None,
+    watch: Callable[[TrainProgress], None] = lambda progress: None,
     **settings: Any,
 ) -> tuple[TrainState, Recommender, list[EpochRow]]:
     model, data = world(name)
     folder.mkdir(exist_ok=True)
     rows: list[EpochRow] = []
-    ticks = 0
+    n_reports = 0
 
-    def on_progress(tick: TrainProgress) -> None:
-        nonlocal ticks
-        ticks += 1
-        watch(tick)
-        if ticks == interrupt_at:
+    def on_progress(progress: TrainProgress) -> None:
+        nonlocal n_reports
+        n_reports += 1
+        watch(progress)
+        if n_reports == interrupt_at:
             signal.raise_signal(signal.SIGINT)
 
     config = TrainConfig(**{"epochs": 4, "batch_size": 16, "device": "cpu", **settings})
@@ -146,7 +146,7 @@ def test_one_ctrl_c_that_arrives_twice_is_one_and_a_later_one_raises(
     stopped, _, _ = train("sasrec", tmp_path / "once", watch=twice)
     assert (stopped.steps, stopped.finished) == (1, False)
     assert (tmp_path / "once" / "resume.safetensors").exists()
-    monkeypatch.setattr(loop, "_ONE_INTERRUPT", -1.0)
+    monkeypatch.setattr(loop, "_INTERRUPT_SECONDS", -1.0)
     with pytest.raises(KeyboardInterrupt):
         train("sasrec", tmp_path / "later", watch=twice)
 
@@ -309,10 +309,10 @@ def test_every_named_loss_is_kept_and_told(tmp_path: Path, monkeypatch: pytest.M
         return {"loss": value, "twice": 2 * value}
 
     monkeypatch.setattr(SASRec, "loss", loss)
-    ticks: list[TrainProgress] = []
-    _, _, rows = train("sasrec", tmp_path / "run", epochs=2, watch=ticks.append)
+    reports: list[TrainProgress] = []
+    _, _, rows = train("sasrec", tmp_path / "run", epochs=2, watch=reports.append)
     assert rows[1].losses["twice"] == pytest.approx(2 * rows[1].losses["loss"])
-    assert ticks[-1].parts == {"twice": pytest.approx(2 * ticks[-1].loss)}
+    assert reports[-1].loss_terms == {"twice": pytest.approx(2 * reports[-1].loss)}
     record(tmp_path / "metrics.parquet", "sasrec", rows[0])
     stored = pq.read_table(tmp_path / "metrics.parquet").to_pylist()
     named = {row["metric"]: row["value"] for row in stored if row["split"] == "train"}

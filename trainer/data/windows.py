@@ -6,20 +6,21 @@ import numpy as np
 
 from features.dataset import Ints
 
-_SORTED_TOGETHER = 64  # batches whose windows are sorted by length together
+_SORTED_TOGETHER = 64  # number of batches whose windows are sorted by length together
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WindowSampling:
-    """Settings for cutting training histories into windows."""
+    """Settings of cutting training histories into windows."""
 
     length: int
-    """Most items of a window, targets included."""
+    """Largest number of items of a window, targets included."""
     stride: int
-    """Interactions between the ends of two windows of a user."""
+    """Number of interactions between the ends of two windows of a user."""
     every_target: bool
-    """True: each epoch holds every interaction as a target, the newest ones up to twice (causal
-    models). False: each epoch draws other ends (masked models, which predict the end)."""
+    """For causal models True: in each epoch every interaction after the first is a target, the
+    newest up to twice. For masked item prediction, which always predicts the end of a window,
+    False: each epoch draws random ends."""
 
 
 def cut_windows(
@@ -35,13 +36,13 @@ def cut_windows(
     are (``stride`` - 1) / 2 targets a user and epoch. No item is a target three times.
 
     Args:
-        starts: (U,) first flat position of each training history.
-        ends: (U,) one past the last position; users with fewer than two items give no window.
+        starts: (U,) index of the first interaction of each training history.
+        ends: (U,) one past the last index; users with fewer than two items give no window.
         sampling: Length and stride; with ``every_target``, the stride is below the length.
         rng: Draws the shifts.
 
     Returns:
-        (W,) first flat position and (W,) length of each window, user by user.
+        (W,) index of the first interaction and (W,) length of each window, user by user.
     """
     assert sampling.stride < sampling.length or not sampling.every_target
     long_enough = ends - starts >= 2
@@ -62,16 +63,16 @@ def cut_windows(
 
 
 def cut_batches(lengths: Ints, size: int, rng: np.random.Generator, least: int = 1) -> list[Ints]:
-    """Shuffle windows into batches of similar lengths, so that batches have little padding.
+    """Shuffle windows into batches of similar length, so that batches have little padding.
 
     Args:
         lengths: (W,) length of each window.
-        size: Windows in a batch.
+        size: Number of windows of a batch.
         rng: Draws the order.
-        least: A last batch with fewer windows joins the batch before it.
+        least: A last batch with fewer windows is merged with the batch before it.
 
     Returns:
-        Arrays of window numbers, which together hold each window once.
+        Arrays of indices into ``lengths``. Every window is in exactly one batch.
     """
     order = rng.permutation(len(lengths))
     together = size * _SORTED_TOGETHER

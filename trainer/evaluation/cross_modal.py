@@ -1,7 +1,8 @@
-"""Retrieval across modalities: from an item's text to its image or video, and back.
+"""Evaluate retrieval across modalities: from an item's text to its image or video, and back.
 
-Each item of a pool is encoded twice: by its text alone, and by its image and video alone. A query
-is ranked among all items of the pool, and its own item is the target. Ranks are exact, and ties
+Each item of a pool is encoded twice: from its text, and from its image and video. A query is the
+encoding of one side. It ranks the encodings of the other side of all items of the pool, and the
+target is the same item. Ranks are exact, and ties
 count against the model.
 
 Legend: N items, K items of the pool, D width.
@@ -22,8 +23,9 @@ from retrieval.significance import bootstrap
 from trainer.data.batches import ItemFeatures
 
 CUTOFFS = (1, 5, 10)
+"""The k of Recall@k."""
 TO_VISION, TO_TEXT = "text-to-vision", "vision-to-text"
-_AT_ONCE = 4096
+_ITEMS_PER_BLOCK = 4096  # items that are encoded together
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,7 +37,7 @@ class Sides:
 
     @classmethod
     def of(cls, features: ItemFeatures) -> "Sides":
-        """Return the sides of the modalities; joint vectors belong to neither.
+        """Return the modalities of each side that have features; joint vectors are on neither side.
 
         Raises:
             UserError: One side is empty.
@@ -51,7 +53,7 @@ class Sides:
         return cls(vision=vision, text=text)
 
     def present(self, features: ItemFeatures) -> tuple[Tensor, Tensor]:
-        """Return the items that have vision, and those that have text: (N,) bool each."""
+        """Return (N,) bool, true for items with vision, and (N,) bool, true for items with text."""
         sides = (self.vision, self.text)
         has_vision_N, has_text_N = (
             torch.stack([features.present[name] for name in side]).any(0) for side in sides
@@ -61,9 +63,14 @@ class Sides:
 
 @torch.no_grad()
 def encode_sides(model: Any, features: ItemFeatures, pool_K: Tensor) -> tuple[Tensor, Tensor]:
-    """Encode the pool by vision alone and by text alone: (K, D) float32 each.
+    """Encode the items of the pool from their vision and from their text: (K, D) float32 each.
 
-    The model is put into evaluation mode and left as it was.
+    The model is in evaluation mode meanwhile, and its mode is restored.
+
+    Args:
+        model: A recommender with ``encode_views``.
+        features: Features of the whole catalogue.
+        pool_K: (K,) int64 items that have vision and text.
 
     Raises:
         UserError: A vector is not finite.
@@ -72,7 +79,7 @@ def encode_sides(model: Any, features: ItemFeatures, pool_K: Tensor) -> tuple[Te
     was_training = model.training
     model.eval()
     encoded = []
-    for items in pool_K.split(_AT_ONCE):
+    for items in pool_K.split(_ITEMS_PER_BLOCK):
         all_rows = torch.arange(len(items), device=items.device)
         views = [(sides.vision, all_rows), (sides.text, all_rows)]
         encoded.append(model.encode_views(items, views, features))
@@ -86,7 +93,7 @@ def encode_sides(model: Any, features: ItemFeatures, pool_K: Tensor) -> tuple[Te
 
 
 def both_ways(vision_KD: Tensor, text_KD: Tensor) -> dict[str, Ints]:
-    """Return the rank of each query's own item (K,), from 1, for each direction."""
+    """Return for each direction the rank of each query's item among all items: (K,), from 1."""
     targets = np.arange(len(text_KD))
     return {
         TO_VISION: rank(text_KD, vision_KD, targets).kept,
@@ -95,7 +102,7 @@ def both_ways(vision_KD: Tensor, text_KD: Tensor) -> dict[str, Ints]:
 
 
 def retrieve(model: Any, features: ItemFeatures, pool_K: Tensor) -> dict[str, Ints]:
-    """Rank the pool by a recommender that has ``encode_views``."""
+    """Encode the pool by :func:`encode_sides`, and rank it in both directions: see `both_ways`."""
     return both_ways(*encode_sides(model, features, pool_K))
 
 
@@ -107,7 +114,7 @@ def recalls(ranks: Ints) -> dict[str, PerUser]:
 def retrieval_rows(
     split: str, ranker: str, ranks_by_direction: dict[str, Ints]
 ) -> list[dict[str, Any]]:
-    """Return rows of the metrics table, with intervals over queries."""
+    """Return rows of the metrics table, with bootstrap intervals over queries."""
     rows = []
     for direction, ranks in ranks_by_direction.items():
         values = recalls(ranks)
@@ -126,15 +133,15 @@ def retrieval_rows(
 
 
 def raw_sides(features: ItemFeatures, pool_K: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Return the features themselves, normalised, if text and vision vectors have one width.
+    """Return normalised features of vision and text, (K, D) each, if both have the same width.
 
-    Features of CLIP can be compared in this way. For other backbones equal widths mean nothing, and
-    the ranks show it.
+    Features of CLIP can be compared in this way. Features of two unrelated backbones with the same
+    width are ranked at random.
     """
     sides = Sides.of(features)
-    for seen in sides.vision:
-        vision_ND, text_ND = features.vectors[seen], features.vectors[sides.text[0]]
-        if vision_ND.shape == text_ND.shape and bool(features.present[seen][pool_K].all()):
+    for name in sides.vision:
+        vision_ND, text_ND = features.vectors[name], features.vectors[sides.text[0]]
+        if vision_ND.shape == text_ND.shape and bool(features.present[name][pool_K].all()):
             vision_KD, text_KD = vision_ND[pool_K], text_ND[pool_K]
             return torch.nn.functional.normalize(vision_KD), torch.nn.functional.normalize(text_KD)
     return None

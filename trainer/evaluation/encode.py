@@ -1,4 +1,4 @@
-"""From a recommender to vectors: the catalogue, and the histories of users.
+"""Encode the catalogue and the histories of users with a recommender.
 
 Legend: N items, D width, E evaluated users, B users of a batch.
 """
@@ -19,7 +19,7 @@ from trainer.models.base import Recommender
 
 @contextmanager
 def evaluation_mode(model: Recommender) -> Iterator[None]:
-    """Put a model into evaluation mode without gradients, and back afterwards."""
+    """Set evaluation mode without gradients, and restore the mode at the end of the block."""
     was_training = model.training
     model.eval()
     try:
@@ -36,7 +36,8 @@ def encode_catalogue(model: Recommender, data: TrainingData) -> Tensor:
         UserError: A vector is not finite.
     """
     with evaluation_mode(model):
-        items_ND = model.encode_items(data.features).detach().float()  # may be the weights
+        # Detached, because the result can be a parameter of the model.
+        items_ND = model.encode_items(data.features).detach().float()
     return _check_finite(items_ND, "items")
 
 
@@ -49,7 +50,7 @@ def encode_histories(
         model: The recommender.
         data: Data with the histories.
         items_ND: The result of :func:`encode_catalogue`.
-        users: The users, and the end of each history; the target itself is never read.
+        users: The users, and the end of each history. The target is never read.
         batch_size: Histories encoded together.
 
     Raises:
@@ -78,7 +79,7 @@ def targets_of(dataset: Dataset, users: EvalSplit) -> Ints:
 
 
 def histories_of(dataset: Dataset, users: EvalSplit) -> SeenItems:
-    """Return everything that each evaluated user had before the target, oldest item first."""
+    """Return the items of each evaluated user before the target, oldest first."""
     counts = users.targets - users.starts
     offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
     index = np.repeat(users.starts - offsets[:-1], counts) + np.arange(offsets[-1])

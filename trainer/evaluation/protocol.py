@@ -1,11 +1,11 @@
-"""The protocol of an evaluation in words, printed below every table."""
+"""Describe the protocol of an evaluation, for printing below every table."""
 
 from features.splits import COLD_BELOW
 from features.warehouse import DatasetInfo
 
 
 def protocol_lines(info: DatasetInfo) -> list[str]:
-    """Return the protocol of a dataset, one statement a line."""
+    """Return the description of the protocol of a dataset, one statement per line."""
     core = f"{info.k_core}-core" if info.k_core > 1 else "no k-core"
     order = "by time, ties in file order" if info.timestamps else "in file order (no times)"
     return [

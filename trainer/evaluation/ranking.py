@@ -1,4 +1,4 @@
-"""The ranks of held-out targets under the protocol, for a model and for the references.
+"""Rank held-out targets with a model, and build the reference models.
 
 Legend: E evaluated users.
 """
@@ -8,15 +8,13 @@ from dataclasses import dataclass
 from features.dataset import EvalSplit, Ints
 from retrieval.ranking import Ranks
 from trainer.data.batches import TrainingData
-from trainer.evaluation.encode import (
-    targets_of,
-)
+from trainer.evaluation.encode import targets_of
 from trainer.evaluation.search import CatalogueSearch
 from trainer.models.base import Catalogue, Recommender
 from trainer.models.registry import MODELS
 
 REFERENCES = ("popularity",)
-"""Models that are evaluated with the model in every table; they need no training."""
+"""Models that every table shows next to the evaluated model. They need no training."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,8 +22,11 @@ class SplitRanks:
     """The ranks of the targets of one split."""
 
     users: EvalSplit
+    """The evaluated users."""
     targets_E: Ints
+    """(E,) held-out item of each user."""
     ranks: Ranks
+    """Ranks of the targets, seen items filtered and kept."""
 
 
 def rank_split(
@@ -39,7 +40,7 @@ def rank_split(
     """Rank the target of every evaluated user in the full catalogue.
 
     Args:
-        model: The recommender; it is left as it was.
+        model: The recommender. Its mode is restored.
         data: Data with the histories.
         split: ``validation`` or ``test``.
         batch_size: Histories encoded together.

@@ -1,7 +1,7 @@
-"""The scores of a recommender over the whole catalogue: ranks of targets, and the best items.
+"""Rank targets and search the best items in the whole catalogue with a recommender.
 
 Models with vectors are ranked by an index and the model's sparse correction. Models whose score is
-no inner product are ranked by blocks of their scores.
+not an inner product are ranked by blocks of scores.
 
 Legend: N items, D width, E users, K items of a list.
 """
@@ -26,13 +26,14 @@ from trainer.evaluation.encode import (
 from trainer.models.base import Recommender
 
 SequenceBatches = Callable[[slice], Sequences]
+"""Function that returns the histories of a slice of users."""
 
 
 class CatalogueSearch:
-    """A recommender with the vectors of its catalogue.
+    """Search in the catalogue of a recommender. The catalogue is encoded once.
 
     Args:
-        model: The recommender; it is left as it was.
+        model: The recommender. Its mode is restored.
         data: Data with the histories and the features.
         index: Name in :data:`retrieval.indexes.INDEXES`; all give the same results.
         batch_size: Histories encoded together.
@@ -52,7 +53,7 @@ class CatalogueSearch:
         self._index: Index | None = None
 
     def rank(self, users: EvalSplit, targets_E: Ints) -> Ranks:
-        """Rank the target of each user, seen items filtered and kept.
+        """Rank the target of each user, with seen items filtered and kept.
 
         Raises:
             UserError: A query is not finite.
@@ -78,7 +79,10 @@ class CatalogueSearch:
         Args:
             users: The users, and the end of each history.
             k: Length of a list.
-            keep_seen: Let items of the history be recommended again.
+            keep_seen: If true, items of the history can be recommended.
+
+        Raises:
+            UserError: A query is not finite.
         """
         histories = histories_of(self.data.dataset, users)
         exclude = None if keep_seen else histories
@@ -94,10 +98,10 @@ class CatalogueSearch:
         """Return the best items of one history: (1, K) scores and (1, K) items.
 
         Args:
-            sequences: The history as the model reads it: its last items.
+            sequences: The last items of the history, which the model reads.
             history: The whole history.
             k: Length of the list.
-            keep_seen: Let items of the history be recommended again.
+            keep_seen: If true, items of the history can be recommended.
         """
         exclude = None if keep_seen else history
         with evaluation_mode(self.model):
@@ -122,7 +126,7 @@ class CatalogueSearch:
         return lambda rows: self.data.history_batch(users, rows, length=self.model.history)
 
     def _scorer(self, batches: SequenceBatches) -> Callable[[slice, int, int], Tensor]:
-        """Return the callback of :mod:`retrieval.score_blocks`; blocks of users follow in order."""
+        """Return a callback of :mod:`retrieval.score_blocks` that caches the sequences."""
         cached: dict[tuple[int, int], Sequences] = {}
 
         def score(rows: slice, first: int, last: int) -> Tensor:

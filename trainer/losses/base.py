@@ -1,7 +1,7 @@
-"""The contract of a next-item loss: what it draws, and how it scores.
+"""The base class of next-item losses, their settings and their inputs.
 
-A loss sees inner products of queries and item vectors only. A model asks the loss which items it
-draws, encodes them together with the items of the batch, and calls the loss.
+A loss reads query and item vectors, never a model. A model asks the loss which items it draws,
+encodes them together with the items of the batch, and calls the loss.
 
 Legend: B batch, M predicted positions, K encoded items, X drawn items, N items of the catalogue,
 D width.
@@ -20,6 +20,7 @@ from trainer.config import Choice, NonNegativeInt, Temperature, WidthSettings
 from trainer.data.batches import Batch
 
 SCORES = ("dot", "scaled", "cosine")
+"""Values of the setting ``score``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,24 +29,25 @@ class LossSettings(WidthSettings):
 
     score: Annotated[str, Choice("score", SCORES)] = "dot"
     """``dot``: inner product of query and item vector; ``scaled``: inner product / sqrt(``dim``) in
-    the loss, so that training starts alike at any width; ``cosine``: vectors of length 1."""
+    the loss, so that initial scores are of equal size at any width; ``cosine``: vectors of
+    length 1."""
     temperature: Temperature = 1.0
-    """Divisor of the scores in the loss; a cosine needs one of about 0.07."""
+    """Divisor of the scores in the loss; with ``score=cosine``, about 0.07."""
     candidates: NonNegativeInt = 0
-    """With ``loss=softmax``: items of a step's softmax, namely the targets and others drawn evenly,
-    which are weighted to represent the rest; 0: the whole catalogue."""
+    """With ``loss=softmax``: number of items in the softmax of a step. They are the targets and
+    uniformly drawn items, weighted to represent the rest of the catalogue. 0: all items."""
     debias: bool = True
-    """With ``loss=in-batch``: subtract the log popularity from the scores, because popular items
-    are drawn more often."""
+    """With ``loss=in-batch``: subtract the log popularity of an item from its score, because
+    popular items are more often in a batch."""
 
     @property
     def scale(self) -> float:
-        """Factor on inner products in the loss."""
+        """Factor on inner products in the loss: 1 / (temperature * sqrt(dim) if scaled)."""
         root = math.sqrt(self.dim) if self.score == "scaled" else 1.0
         return 1 / (self.temperature * root)
 
     def normalise(self, x: Tensor) -> Tensor:
-        """Return vectors (..., D) of length 1 with ``score=cosine``, else ``x`` itself."""
+        """Return vectors (..., D), scaled to length 1 with ``score=cosine``, else unchanged."""
         return functional.normalize(x, dim=-1) if self.score == "cosine" else x
 
 
@@ -61,42 +63,46 @@ class Targets:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ItemVectors:
-    """Encoded items."""
+    """Vectors of K items, found by their ids."""
 
     vectors_KD: Tensor
+    """(K, D) vectors."""
     ids_K: Tensor | None = None
-    """(K,) int64, ascending without repetition, or exactly the items that the loss has drawn;
-    ``None``: the whole catalogue in its order."""
+    """(K,) int64, ascending without repetition, or the tensor of the items that the loss has drawn;
+    ``None``: the vectors are those of the whole catalogue, in its order."""
 
-    def places(self, ids: Tensor) -> Tensor:
-        """Return the row of each id, int64 of the same shape; every id must be encoded."""
+    def rows(self, ids: Tensor) -> Tensor:
+        """Return the row of each id in ``vectors_KD``, int64 of the same shape.
+
+        Every id must be one of ``ids_K``, which must be ascending.
+        """
         if self.ids_K is None:
             return ids
         return torch.searchsorted(self.ids_K, ids.contiguous())
 
     def gather(self, ids: Tensor) -> Tensor:
-        """Return the vectors of ids: (..., D)."""
+        """Return the vector of each id: (..., D)."""
         if ids is self.ids_K:
             return self.vectors_KD
-        # Not `vectors_KD[...]`: the order in which its backward pass adds depends on the threads.
-        return functional.embedding(self.places(ids), self.vectors_KD)
+        # The backward pass of `vectors_KD[...]` adds in an order that depends on the threads.
+        return functional.embedding(self.rows(ids), self.vectors_KD)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DrawnItems:
-    """Items that a loss draws for a batch; subclasses add what else the loss needs."""
+    """Items that a loss draws for a batch. Subclasses add fields that the loss needs."""
 
     items_X: Tensor
     """(X,) int64 ids, possibly repeated."""
     includes_targets: ClassVar[bool] = False
-    """True if the loss needs no other items than the drawn ones."""
+    """True if the loss scores the drawn items only."""
 
 
 class Loss(ABC):
-    """A loss over the scores of the next item.
+    """Base class of next-item losses.
 
     Args:
-        settings: Settings of all losses; ``settings.scale`` is the factor on inner products.
+        settings: Settings of the loss; ``settings.scale`` is the factor on inner products.
     """
 
     def __init__(self, settings: LossSettings) -> None:
@@ -104,11 +110,11 @@ class Loss(ABC):
 
     @property
     def needs_catalogue(self) -> bool:
-        """True if every item of the catalogue is encoded in each step; by default False."""
+        """True if the loss scores every item of the catalogue; by default False."""
         return False
 
     def draw(self, targets: Targets, batch: Batch) -> DrawnItems | None:
-        """Draw the items that are needed besides those of the batch; by default none."""
+        """Draw the items that the loss needs besides the items of the batch; by default None."""
         return None
 
     @abstractmethod
@@ -120,9 +126,9 @@ class Loss(ABC):
         batch: Batch,
         drawn: DrawnItems | None,
     ) -> Tensor:
-        """Return the loss of a batch: a scalar.
+        """Return the loss of a batch, a scalar.
 
-        In one of several processes it is the share of the mean over all rows, see
+        With several processes it is the share of this process in the mean over all rows, see
         :mod:`trainer.distributed`.
 
         Args:
@@ -130,5 +136,5 @@ class Loss(ABC):
             items: Vectors of the items of the batch and of the drawn items, or of the catalogue.
             targets: The predicted positions.
             batch: The batch.
-            drawn: What :meth:`draw` returned.
+            drawn: The result of :meth:`draw`.
         """

@@ -204,11 +204,11 @@ def corrupt(
     drawn_BL = flat[(any_BL * len(flat)).long().clamp_max(len(flat) - 1)]
     value_BL = torch.where(replaced_BL, drawn_BL, item_BL.gather(1, source_BL))
     changed_BL = torch.empty_like(item_BL).scatter_(1, order_BL, value_BL)
-    fate_BL = torch.empty_like(item_BL).scatter_(1, order_BL, 1 + replaced_BL.long())
-    return changed_BL, torch.where(changed_BL == item_BL, UNCHANGED, fate_BL)
+    label_BL = torch.empty_like(item_BL).scatter_(1, order_BL, 1 + replaced_BL.long())
+    return changed_BL, torch.where(changed_BL == item_BL, UNCHANGED, label_BL)
 
 
-def nid(logits_M3: Tensor, fate_M: Tensor, *, relu: bool = False) -> Tensor:
+def nid(logits_M3: Tensor, label_M: Tensor, *, relu: bool = False) -> Tensor:
     """Return the noised item detection loss, Eq. 10: classify items as :func:`corrupt` left them.
 
     The equation takes the log of rectified logits without a softmax, which is -inf where a logit is
@@ -216,10 +216,10 @@ def nid(logits_M3: Tensor, fate_M: Tensor, *, relu: bool = False) -> Tensor:
 
     Args:
         logits_M3: (M, 3) logits of each slot of the corrupted sequences.
-        fate_M: (M,) int64, ``UNCHANGED``, ``SHUFFLED`` or ``REPLACED``.
+        label_M: (M,) int64, ``UNCHANGED``, ``SHUFFLED`` or ``REPLACED``.
         relu: Clip the logits at 0 before the softmax: the nearest trainable form of the equation.
     """
-    loss = functional.cross_entropy(logits_M3.relu() if relu else logits_M3, fate_M)
+    loss = functional.cross_entropy(logits_M3.relu() if relu else logits_M3, label_M)
     return scale_to_global_mean(loss, logits_M3)
 
 

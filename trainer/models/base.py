@@ -1,6 +1,6 @@
-"""The contract of a recommender: two encoders, a loss, and the windows it trains on.
+"""The base class of recommenders: two encoders, a loss, and windows to train on.
 
-The loop and the evaluation use nothing else of a model.
+The training loop and the evaluation use a model only through this class.
 
 Legend: B batch, L sequence length, N items of the catalogue, C items of a block, D width of the
 shared space.
@@ -22,15 +22,17 @@ from trainer.data.windows import WindowSampling
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Catalogue:
-    """The items and users that a recommender is built for: it sizes its tables by them."""
+    """The items and users that a recommender is built for. They determine its parameter shapes."""
 
     n_items: int
+    """Number of items N."""
     n_users: int
-    """Users of the dataset. Their indices are those of ``Sequences.users_B``."""
+    """Number of users of the dataset. Their indices are those of ``Sequences.users_B``."""
     widths: dict[str, int]
-    """Modality to width of its features, in the order given; empty without features."""
+    """Modality to width of its features, in the order of the feature tables; empty without
+    features."""
     backbones: Mapping[str, nn.Module] = field(default_factory=dict)
-    """Modality to the upper blocks of its backbone, which are trained with the recommender, see
+    """Modality to the upper blocks of its backbone, which are trained with the recommender; see
     :mod:`trainer.finetune.upper_blocks`."""
 
 
@@ -41,15 +43,15 @@ class Pretraining:
     task: str
     """Name in :data:`trainer.tasks.registry.TASKS`."""
     settings: Mapping[str, Any]
-    """Defaults of the loop and of the recommender that differ in pre-training."""
+    """Settings of the loop and of the recommender whose defaults differ in pre-training."""
 
 
 class Recommender(nn.Module, ABC):
-    """An item encoder and a sequence encoder that share one space.
+    """An item encoder and a sequence encoder into one vector space.
 
-    The score of an item is the inner product of the two vectors, plus a sparse correction if
-    :meth:`correction` returns one. A model whose score is no inner product sets
-    ``has_vectors = False`` and implements :meth:`score`.
+    The score of an item is the inner product of its vector and the vector of the sequence, plus a
+    sparse correction if :meth:`correction` returns one. A model whose score is not an inner product
+    sets ``has_vectors = False`` and implements :meth:`score`.
 
     Args:
         settings: An instance of ``settings_class``.
@@ -61,15 +63,15 @@ class Recommender(nn.Module, ABC):
     needs_features: ClassVar[bool] = False
     """True if the model reads feature tables."""
     reads_tokens: ClassVar[bool] = False
-    """True if the model can read tables of tokens, not only pooled vectors."""
+    """True if the model can read tables of tokens as well as pooled vectors."""
     train_defaults: ClassVar[Mapping[str, Any]] = {}
-    """Defaults of the loop that differ for this model."""
+    """Settings of the loop whose defaults differ for this model."""
     pretraining: ClassVar[Pretraining | None] = None
-    """``None`` if the model has no pre-training."""
+    """The pre-training of the model; ``None`` without one."""
     variants: ClassVar[Mapping[str, str]] = {}
-    """Ablations, published forms and other useful forms, to the words that ask for them."""
+    """Ablation, published form or other useful form, to the options that select it."""
     has_vectors: ClassVar[bool] = True
-    """True if a score is an inner product of the vectors of both encoders."""
+    """True if a score is the inner product of the vectors of the two encoders."""
     transfer_groups: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     """Name of a transfer (``--transfer``) to prefixes of the parameters that it copies; ``full``
     copies everything."""
@@ -82,20 +84,21 @@ class Recommender(nn.Module, ABC):
     modality_tables: ClassVar[tuple[str, ...]] = ()
     """Parameters with a row for each modality, in the order of ``Catalogue.widths``."""
     reverse_positions: ClassVar[tuple[str, ...]] = ()
-    """Tables of positions whose row 0 is the newest slot: they fit any length."""
+    """Tables of positions whose row 0 is the newest slot. They are copied to a model of another
+    length row by row."""
 
     def __init__(self, settings: Any, catalogue: Catalogue) -> None:
         super().__init__()
         self.settings = settings
 
     def fit_buffers(self, features: ItemFeatures, train: TrainSet) -> None:
-        """Set the buffers that are computed from the training data; by default none.
+        """Compute the buffers that depend on the training data; by default there are none.
 
-        Called once, before weights are loaded: a checkpoint brings its own buffers.
+        The method is called once, before weights are loaded, because a checkpoint contains buffers.
 
         Args:
             features: Features of the whole catalogue.
-            train: The training interactions, the only ones that may be used.
+            train: The training interactions. No other interactions may be used.
         """
 
     @property
@@ -106,17 +109,21 @@ class Recommender(nn.Module, ABC):
     @property
     @abstractmethod
     def history(self) -> int:
-        """Largest number of items of a history that the sequence encoder reads."""
+        """Largest number of items of a history that the sequence encoder reads: the newest ones."""
 
     @abstractmethod
     def encode_items(self, features: ItemFeatures) -> Tensor:
-        """Encode the whole catalogue: (N, D)."""
+        """Encode the whole catalogue: (N, D).
+
+        Args:
+            features: Features of the whole catalogue.
+        """
 
     @abstractmethod
     def encode_sequences(
         self, item_vectors_ND: Tensor, sequences: Sequences, features: ItemFeatures
     ) -> Tensor:
-        """Encode histories into the query for the next item: (B, D).
+        """Encode each history into a query for the next item: (B, D).
 
         Args:
             item_vectors_ND: The result of :meth:`encode_items`.
@@ -127,45 +134,48 @@ class Recommender(nn.Module, ABC):
 
     @abstractmethod
     def loss(self, batch: Batch) -> dict[str, Tensor]:
-        """Return named scalars of one batch; ``loss`` is minimised."""
+        """Return scalars of one batch by name. ``loss`` is minimised; the others are reported."""
 
     def correction(self, histories: SeenItems) -> SparseScores | None:
-        """Return scores to add to the inner products of some users; by default none.
+        """Return scores to add to the inner products of E users; by default None.
 
-        Ranking, search, recommendation and the stored predictions add them exactly.
+        Ranking, search, recommendation and the stored predictions add these scores exactly.
 
         Args:
             histories: The whole histories of E users, oldest item first.
 
         Returns:
-            Additive scores (E x N), in units of the inner product.
+            Additive scores (E, N), in units of the inner product; ``None`` adds nothing.
         """
         return None
 
     def score(self, item_vectors_ND: Tensor, sequences: Sequences, first: int, last: int) -> Tensor:
-        """Score a block of items for histories: (B, C).
+        """Score a block of items for each history: (B, C).
 
-        By default the inner products. A model that is no inner product overrides it and sets
-        ``has_vectors = False``; ``encode_items`` then returns the tensor of each item that its
-        :meth:`score` needs.
+        Only called, and then required, if ``has_vectors`` is False. ``encode_items`` of such a
+        model returns the tensors of the items that this method reads.
 
         Args:
             item_vectors_ND: The result of :meth:`encode_items`.
             sequences: Histories of at most ``history`` items.
             first: First item of the block.
             last: One past the last item of the block.
+
+        Raises:
+            NotImplementedError: The scores of the model are inner products.
         """
         raise NotImplementedError(f"{type(self).__name__} ranks by inner products")
 
     def compiled_parts(self) -> list[nn.Module]:
-        """Return the modules that ``compile=true`` compiles: those with ``can_compile``."""
+        """Return the modules that ``compile=true`` compiles: those with a true ``can_compile``."""
         return [module for module in self.modules() if getattr(module, "can_compile", False)]
 
     def parameter_groups(self, config: TrainConfig) -> list[dict[str, Any]]:
         """Return the parameter groups of AdamW, each with its ``lr`` and ``weight_decay``.
 
-        Modules with a :class:`trainer.optimizer.HasParameterGroup`, such as the upper blocks of a
-        backbone, are groups of their own.
+        The optimizer moves the parameters of each module that is a
+        :class:`trainer.optimizer.HasParameterGroup`, such as the upper blocks of a backbone, to a
+        separate group.
         """
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
         return [{"params": trained, "lr": config.lr, "weight_decay": config.weight_decay}]

@@ -1,4 +1,4 @@
-"""The base class of models with a causal sequence encoder: each position predicts the next item.
+"""The base class of models with a causal sequence encoder, which predict the item after each item.
 
 Legend: B batch, L sequence length, N items, K distinct items, M predicted positions, D width.
 """
@@ -18,7 +18,7 @@ from trainer.losses.registry import LOSSES
 from trainer.models.base import Catalogue, Recommender
 from trainer.modules.sequence_encoders import SequenceEncoder, SequenceSettings, last_state
 
-_TOKENS_PER_CHUNK = 2**15  # without gradients; with gradients all activations are kept anyway
+_TOKENS_PER_CHUNK = 2**15  # of the catalogue; bounds the activations without gradients
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,14 +26,15 @@ class CausalSettings(SequenceSettings, LossSettings):
     """Settings of every model with a causal sequence encoder."""
 
     loss: Annotated[str, Choice("loss", LOSSES)] = "softmax"
-    """Next-item loss: ``softmax`` over the catalogue (or ``candidates``), ``in-batch`` over the
-    items of the batch, ``bce`` with one sampled negative for each position."""
+    """Next-item loss: ``softmax`` over the catalogue (or ``candidates`` of it), ``in-batch`` over
+    the items of the batch, ``bce`` with one sampled negative for each position."""
 
 
 class CausalRecommender(Recommender):
-    """Item vectors, a causal sequence encoder over them, and a next-item loss at every position.
+    """A causal sequence encoder over item vectors, with a next-item loss at every position.
 
-    A subclass builds ``item_encoder`` and ``sequence_encoder`` and encodes some items.
+    A subclass creates ``item_encoder`` and ``sequence_encoder`` in its constructor, and implements
+    :meth:`encode_some`.
     """
 
     transfer_groups: ClassVar = {"items": ("item_encoder.",), "users": ("sequence_encoder.",)}
@@ -49,26 +50,26 @@ class CausalRecommender(Recommender):
 
     @abstractmethod
     def encode_some(self, items_K: Tensor, features: ItemFeatures) -> Tensor:
-        """Encode some items: (K, D), before the vectors are normalised.
+        """Encode the given items: (K, D), before normalisation.
 
         Args:
-            items_K: (K,) int64, each item once.
+            items_K: (K,) int64 item ids, without repetition.
             features: Features of the whole catalogue.
         """
 
     @property
     def window_sampling(self) -> WindowSampling:
-        """Windows over whole histories: every interaction is a target, the newest up to twice."""
+        """Windows over whole histories, in which every interaction after the first is a target."""
         length = self.settings.length
         return WindowSampling(length=length + 1, stride=length, every_target=True)
 
     @property
     def history(self) -> int:
-        """Largest number of items of a history that are read."""
+        """Largest number of items of a history that the sequence encoder reads."""
         return self.settings.length
 
     def encode_items(self, features: ItemFeatures) -> Tensor:
-        """Encode the whole catalogue: (N, D), with ``score=cosine`` each vector of length 1."""
+        """Encode the whole catalogue: (N, D); with ``score=cosine`` the vectors have length 1."""
         longest = max([1, *(tokens.longest for tokens in features.tokens.values())])
         items_N = torch.arange(features.n_items, device=next(self.parameters()).device)
         chunks = items_N.split(max(1, _TOKENS_PER_CHUNK // longest))
@@ -91,7 +92,10 @@ class CausalRecommender(Recommender):
         return {"loss": self.next_item_loss(query_MD, items, targets, batch, drawn)}
 
     def batch_items(self, batch: Batch, drawn: DrawnItems | None) -> ItemVectors:
-        """Encode each item of a batch and each drawn item once, or the whole catalogue."""
+        """Encode each distinct item of the batch and of the drawn items.
+
+        If the loss needs the catalogue, encode the whole catalogue instead.
+        """
         if self.next_item_loss.needs_catalogue:
             return ItemVectors(vectors_KD=self.encode_items(batch.features))
         ids = batch.sequences.items_BL[batch.sequences.mask_BL]
@@ -102,7 +106,12 @@ class CausalRecommender(Recommender):
         return ItemVectors(vectors_KD=vectors_KD, ids_K=ids_K)
 
     def states(self, items: ItemVectors, sequences: Sequences) -> Tensor:
-        """Return the state after each item of sequences (B, L, D), before it is normalised."""
+        """Return the state after each item: (B, L, D), before normalisation.
+
+        Args:
+            items: Vectors that include all items of the sequences.
+            sequences: The sequences.
+        """
         states_BLD: Tensor = self.sequence_encoder(
             items.gather(sequences.items_BL), sequences.lengths_B
         )
@@ -113,11 +122,11 @@ def next_item_targets(batch: Batch) -> tuple[Sequences, Targets, Tensor]:
     """Split windows into inputs and targets.
 
     Returns:
-        The inputs (all items but the last), the targets, and (B, L) bool: the positions of the
-        inputs that have a target.
+        The inputs (all items of a window but the last), the targets, and (B, L) bool, true at the
+        positions of the inputs that have a target.
     """
     windows = batch.sequences
-    # Padding repeats an item of the batch: no other item has to be encoded.
+    # Padding becomes an item of the batch, so that no other item has to be encoded.
     items_BL = torch.where(windows.mask_BL, windows.items_BL, windows.items_BL[0, 0])
     is_target_BL = windows.mask_BL[:, 1:]
     inputs = Sequences(
@@ -127,15 +136,3 @@ def next_item_targets(batch: Batch) -> tuple[Sequences, Targets, Tensor]:
     )
     targets = Targets(item_M=items_BL[:, 1:][is_target_BL], row_M=is_target_BL.nonzero()[:, 0])
     return inputs, targets, is_target_BL
-
-
-def initialise_glorot(module: nn.Module) -> None:
-    """Draw linear and embedding weights as Glorot and Bengio do (the released code); biases 0.
-
-    Smaller weights, such as BERT's of 0.02, starve the DNN of three layers at small widths.
-    """
-    for part in module.modules():
-        if isinstance(part, nn.Linear | nn.Embedding):
-            nn.init.xavier_normal_(part.weight)
-        if isinstance(part, nn.Linear):
-            nn.init.zeros_(part.bias)

@@ -1,13 +1,13 @@
-"""MMSR: any item encoder, any fusion, any sequence encoder; and IDSR, the same over item ids.
+"""MMSR: modalities, a fusion and a causal sequence encoder; and IDSR, the same over item ids.
 
 Li et al., "An Empirical Study of Training ID-Agnostic Multi-modal Sequential Recommenders". An
 item's modalities are fused into one vector (:mod:`trainer.modules.item_encoder`), a causal encoder
 reads the vectors of a history (:mod:`trainer.modules.sequence_encoders`), and a score is an inner
 product. ``idsr`` is the paper's counterpart, with a learned vector for each item.
 
-The paper trains with the binary cross-entropy and one sampled negative; the softmax over the batch
-and over the catalogue are added here. The item encoder reads pooled vectors or token tables; the
-blocks above a ``layer-K`` table can be trained, see :mod:`trainer.finetune.upper_blocks`.
+The paper trains with the binary cross-entropy and one sampled negative; mmrec adds the softmax over
+the batch and over the catalogue. The item encoder reads pooled vectors or token tables. The blocks
+of a backbone above a ``layer-K`` table can be trained, see :mod:`trainer.finetune.upper_blocks`.
 
 Legend: K distinct items, D width.
 """
@@ -21,12 +21,14 @@ from features.errors import UserError
 from trainer.config import Choice, PositiveInt
 from trainer.data.batches import ItemFeatures
 from trainer.finetune.upper_blocks import item_tokens
+from trainer.losses.base import SCORES
 from trainer.losses.registry import LOSSES
 from trainer.models.base import Catalogue
-from trainer.models.causal import CausalRecommender, CausalSettings, initialise_glorot
+from trainer.models.causal import CausalRecommender, CausalSettings
 from trainer.modules.fusion import FusionSettings
 from trainer.modules.item_encoder import EncodedItems, ItemEncoder
 from trainer.modules.registry import FUSIONS, SEQUENCE_ENCODERS
+from trainer.modules.transformer import initialise_glorot
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,13 +38,13 @@ class IDSRConfig(CausalSettings):
     dim: PositiveInt = 256
     """Width of item vectors and states (the paper: 768)."""
     sequence_encoder: Annotated[str, Choice("sequence encoder", SEQUENCE_ENCODERS)] = "sasrec"
-    """``sasrec``, ``gru`` or ``nextitnet`` (the paper: with 2, 4 and 2 layers)."""
+    """``sasrec``, ``gru`` or ``nextitnet`` (in the paper with 2, 4 and 2 layers)."""
     loss: Annotated[str, Choice("loss", LOSSES)] = "in-batch"
     """Next-item loss: ``bce`` with one sampled negative (the paper), ``in-batch`` over the items of
     the batch, ``softmax`` over the catalogue."""
-    score: Annotated[str, Choice("score", ("dot", "scaled", "cosine"))] = "scaled"
+    score: Annotated[str, Choice("score", SCORES)] = "scaled"
     """``dot``: inner product (the paper); ``scaled``: inner product / sqrt(``dim``) in the loss, so
-    that training starts alike at any width; ``cosine``: vectors of length 1."""
+    that initial scores are of equal size at any width; ``cosine``: vectors of length 1."""
 
 
 class IDSR(CausalRecommender):
@@ -59,31 +61,34 @@ class IDSR(CausalRecommender):
             settings, settings.dropout
         )
         initialise_glorot(self)
-        self.backbones = nn.ModuleDict(dict(catalogue.backbones))  # they have weights already
+        # Added after the initialisation, so that the backbones keep their pre-trained weights.
+        self.backbones = nn.ModuleDict(dict(catalogue.backbones))
 
     def _item_encoder(self, catalogue: Catalogue) -> nn.Module:
         return nn.Embedding(catalogue.n_items, self.settings.dim)
 
     def encode_some(self, items_K: Tensor, features: ItemFeatures) -> Tensor:
-        """Return the learned vectors of some items: (K, D)."""
+        """Return the learned vectors of the given items: (K, D)."""
         vectors_KD: Tensor = self.item_encoder(items_K)
         return vectors_KD
 
 
 @dataclass(frozen=True, kw_only=True)
 class MMSRConfig(IDSRConfig, FusionSettings):
-    """Settings of MMSR; options name where the released code or the paper differ."""
+    """Settings of MMSR. The descriptions name the values of the paper and the released code."""
 
     fusion: Annotated[str, Choice("fusion", FUSIONS)] = "merge-attention"
-    """``sum``, ``concat``, ``gate``, ``film``, ``co-attention`` or ``merge-attention``; ignored if
-    there is one modality."""
+    """``sum``, ``concat``, ``gate``, ``film``, ``co-attention`` or ``merge-attention``; ignored
+    with a single modality."""
 
 
 class MMSR(IDSR):
-    """Items by whichever modalities have features: text, image, video, or a joint vector.
+    """A fusion of the modalities that have features, and a causal sequence encoder.
+
+    The modalities are text, image, video, and joint vectors of image and text.
 
     Raises:
-        UserError: There are no features, or the fusion cannot fuse as many modalities.
+        UserError: There are no features, or too many modalities for the fusion.
     """
 
     settings_class = MMSRConfig
@@ -125,6 +130,6 @@ class MMSR(IDSR):
         return ItemEncoder(self.settings.fusion, self.settings, catalogue.widths)
 
     def encode_some(self, items_K: Tensor, features: ItemFeatures) -> Tensor:
-        """Encode some items by their features: (K, D)."""
+        """Encode the given items from their features: (K, D)."""
         items: EncodedItems = self.item_encoder(item_tokens(items_K, features, self.backbones))
         return items.fused_KD

@@ -1,24 +1,25 @@
 """MMSRec (Song et al., arXiv:2304.13277): one transformer encodes items and sequences.
 
-An item is one token for each modality, a history is the tokens of its items, see
-:mod:`trainer.modules.multimodal_encoder`. The model predicts hidden items of a history (a Cloze
-task), and the next item as the hidden last item, by cosine over the whole catalogue.
+An item is one token for each modality, and a history is the tokens of its items, see
+:mod:`trainer.modules.multimodal_encoder`. In training, the mask token replaces some items of a
+history, and the model predicts these hidden items (a Cloze task) by cosine over the whole
+catalogue. To predict the next item, the mask token is appended to the history.
 
 Differences from the paper and the released code:
 
-- A missing modality has no token. The paper puts the mask token in its place: ``missing="mask"``.
-  An item without any modality has a token of its own.
+- A missing modality has no token. In the paper it has the mask token: ``missing="mask"``. An item
+  without any modality has one special token.
 - Positions count from the end of the sequence. In the released code they depend on the longest
   sequence of the batch.
-- Each epoch draws windows with random ends, in place of one sample for each prefix.
+- Each epoch draws windows with random ends, instead of one sample for each prefix.
 
-Four options are not the paper's and are off by default:
+Four options are not in the paper and are off by default:
 
 - ``objective=next`` trains as SASRec does: each item of a history predicts the item after it, and
   no token attends to a later item.
-- ``ids`` adds a learned vector of an item to its tokens and to its vector.
+- ``ids`` adds a learned vector of the item to its tokens and to its vector.
 - ``whiten`` decorrelates frozen features, as WhitenRec does (Zhang et al., ICDE 2024).
-- ``candidates`` computes the softmax of a step over a part of the catalogue.
+- ``candidates`` computes the softmax of a step over a sample of the catalogue.
 
 Legend: B batch, L sequence length, N items, K of them, D width, M predicted positions.
 """
@@ -42,10 +43,10 @@ from trainer.modules.chunked_encoding import encode_items_in_chunks, encode_slot
 from trainer.modules.item_views import View, encode_views
 from trainer.modules.multimodal_encoder import MultimodalEncoder, MultimodalSettings
 
-# Probability of the mask token, the same plus that of a random item, and the number of the last
-# items that are never drawn as the random item.
+# Name to: probability of the mask token; probability of the mask token or a random item; number of
+# items at the end of the catalogue that are never drawn as the random item.
 _CORRUPTIONS = {"80-10-10": (0.8, 0.9, 0), "81-9-10": (0.81, 0.9, 1)}
-_ITEMS_PER_BLOCK = 4096  # of the catalogue, encoded without gradients
+_ITEMS_PER_BLOCK = 4096  # items of the catalogue that are encoded together without gradients
 _SHARED = ("norm.", "transformer.")
 
 
@@ -60,13 +61,14 @@ class MMSRecConfig(MultimodalSettings):
     """``masked``: predict hidden items of a history (the paper); ``next``: predict the item after
     each item with a causal encoder, which learns from every interaction in one pass."""
     mask_ratio: Probability = 0.2
-    """Share of positions that are predicted when masked; the last one always is."""
+    """With ``objective=masked``: share of the positions that are predicted. The last position is
+    always predicted."""
     stride: NonNegativeInt = 0
-    """Interactions between two windows of a user when masked; 0: half a window."""
+    """With ``objective=masked``: interactions between two windows of a user; 0: half a window."""
     corruption: Annotated[str, Choice("corruption", _CORRUPTIONS)] = "80-10-10"
-    """When masked: percentages of predicted items that are masked, swapped for a random item, and
-    kept (the paper); ``81-9-10`` is the released code, which never swaps in the last item of the
-    catalogue."""
+    """With ``objective=masked``: percentages of the predicted items that are replaced by the mask
+    token, replaced by a random item, and kept. ``80-10-10`` is the paper; ``81-9-10`` is the
+    released code, which never draws the last item of the catalogue."""
 
 
 class MMSRec(MultimodalEncoder, Recommender):
@@ -78,7 +80,7 @@ class MMSRec(MultimodalEncoder, Recommender):
 
     settings_class: ClassVar[type[Any]] = MMSRecConfig
     needs_features = True
-    # Each step encodes the catalogue once, for any batch size: larger batches pay.
+    # Each step encodes the whole catalogue, so larger batches make an epoch faster.
     train_defaults: ClassVar = {"batch_size": 256}
     variants: ClassVar = {
         "without vision": "--features text",
@@ -136,7 +138,7 @@ class MMSRec(MultimodalEncoder, Recommender):
 
     @property
     def window_sampling(self) -> WindowSampling:
-        """With ``objective=next`` each interaction is a target; else the random ends always are."""
+        """Windows that cover each interaction with ``objective=next``, else with random ends."""
         length = self.settings.length + 1
         if self.causal:
             return WindowSampling(length=length, stride=length - 1, every_target=True)
@@ -145,7 +147,7 @@ class MMSRec(MultimodalEncoder, Recommender):
 
     @property
     def history(self) -> int:
-        """Largest number of items of a history that are read."""
+        """Largest number of items of a history that the encoder reads."""
         return self.settings.length
 
     def encode_items(self, features: ItemFeatures) -> Tensor:
@@ -194,8 +196,9 @@ class MMSRec(MultimodalEncoder, Recommender):
     def _hidden_items(self, batch: Batch) -> tuple[Tensor, Targets]:
         """Draw the positions to predict, and corrupt their items (section 3.3 of the paper).
 
-        The last item is always predicted, and always the mask token. Of the other predicted items,
-        80 % are the mask token, 10 % a random item, 10 % stay, or as ``corruption`` states.
+        The last item is always predicted and always hidden. Of the other predicted items,
+        80 % become the mask token, 10 % become a random item, and 10 % stay; the setting
+        ``corruption`` selects other percentages.
 
         Returns:
             (M, D) queries, and the items to predict.
@@ -204,12 +207,12 @@ class MMSRec(MultimodalEncoder, Recommender):
         items_BL, last_BL = sequences.items_BL, _last_slots(sequences)
         chosen_BL = torch.rand(items_BL.shape, generator=generator).to(items_BL.device)
         chosen_BL = ((chosen_BL < self.settings.mask_ratio) & sequences.mask_BL) | last_BL
-        fate_BL = torch.rand(items_BL.shape, generator=generator).to(items_BL.device)
+        uniform_BL = torch.rand(items_BL.shape, generator=generator).to(items_BL.device)
         masked, swapped, left_out = _CORRUPTIONS[self.settings.corruption]
         n_random = max(1, batch.features.n_items - left_out)
         random_BL = torch.randint(n_random, items_BL.shape, generator=generator)
-        hidden_BL = chosen_BL & ((fate_BL < masked) | last_BL)
-        swapped_BL = chosen_BL & ~hidden_BL & (fate_BL < swapped)
+        hidden_BL = chosen_BL & ((uniform_BL < masked) | last_BL)
+        swapped_BL = chosen_BL & ~hidden_BL & (uniform_BL < swapped)
         shown_BL = torch.where(swapped_BL, random_BL.to(items_BL.device), items_BL)
         shown = Sequences(items_BL=shown_BL, lengths_B=sequences.lengths_B)
         query_MD, order_B = encode_slots_in_chunks(
@@ -218,7 +221,7 @@ class MMSRec(MultimodalEncoder, Recommender):
         return query_MD, _targets(items_BL, chosen_BL, order_B)
 
     def _next_items(self, batch: Batch) -> tuple[Tensor, Targets]:
-        """Return queries (M, D) at all slots but the last, and the items after them."""
+        """Return the queries (M, D) of all items but the last, and the item after each of them."""
         items_BL = batch.sequences.items_BL
         shown = Sequences(items_BL=items_BL[:, :-1], lengths_B=batch.sequences.lengths_B - 1)
         valid_BL = shown.mask_BL
@@ -227,19 +230,19 @@ class MMSRec(MultimodalEncoder, Recommender):
 
     @property
     def temperature(self) -> float:
-        """Divides the cosines in the alignment of modalities, too."""
+        """Divisor of the cosines in the alignment of modalities, the same as in the loss."""
         return self.settings.temperature
 
     @property
     def unaligned(self) -> tuple[str, ...]:
-        """Parameters that :meth:`encode_views` does not read."""
+        """Names of the parameters that :meth:`encode_views` does not read."""
         mask = ("instead.weight",) if self.settings.missing == "drop" else ()
         return *mask, *(("id.weight",) if self.settings.ids else ())
 
     def encode_views(
         self, items_K: Tensor, views: Sequence[View], features: ItemFeatures
     ) -> list[Tensor]:
-        """Encode items from some of their modalities, see :func:`item_views.encode_views`."""
+        """Encode items from some of their modalities; see :func:`item_views.encode_views`."""
         return encode_views(self, items_K, views, features)
 
 

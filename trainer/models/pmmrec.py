@@ -1,4 +1,4 @@
-"""PMMRec (Li et al., arXiv:2312.09602): items by their modalities alone, made to be transferred.
+"""PMMRec (Li et al., arXiv:2312.09602): a transferable model whose items are modalities only.
 
 The tokens of an item's modalities go through a merge-attention block, and their mean is the item's
 vector. With a single modality the vector is the mean of the projected tokens. A causal transformer
@@ -6,10 +6,10 @@ reads the items of a history. Fine-tuning predicts the next item among the items
 ``loss=in-batch``); pre-training adds the alignment of modalities (NICL) and two objectives on
 corrupted sequences (NID, RCL), see :mod:`trainer.losses.pmmrec`.
 
-Where code and paper differ, or the paper's form cannot be trained, the sound form is the default;
-``pool``, ``token_types``, ``debias``, ``align_temperature``, ``align_literal``, ``nid_relu`` and
-``rcl_*`` select the published one. A modality that an item lacks is a learned token that represents
-the absence.
+Where code and paper differ, or the paper's form cannot be trained, the sound form is the default.
+The settings ``pool``, ``token_types``, ``debias``, ``align_temperature``, ``align_literal``,
+``nid_relu`` and ``rcl_*`` select the published form. A learned token replaces a modality that an
+item lacks.
 
 Legend: B batch, L sequence length, N items, K distinct items, T tokens, D width, M positions.
 """
@@ -50,51 +50,53 @@ from trainer.modules.transformer import initialise
 
 @dataclass(frozen=True, kw_only=True)
 class PMMRecConfig(CausalSettings, FusionSettings):
-    """Settings of PMMRec; options name where the paper and the released code differ."""
+    """Settings of PMMRec. The descriptions name the values of the paper and the released code."""
 
     dim: PositiveInt = 256
     """Width of tokens, item vectors and states (the paper: 768)."""
     fusion: Annotated[str, Choice("fusion", FUSIONS)] = "merge-attention"
     """Fusion of the modalities (the paper: ``merge-attention``)."""
     dap: bool = True
-    """Predict the next item, by ``loss``."""
+    """Train on next-item prediction with ``loss``."""
     loss: Annotated[str, Choice("loss", LOSSES)] = "in-batch"
     """Loss of the next item; ``in-batch`` is DAP (Eq. 5)."""
     align: Annotated[str, Choice("align", ("none", *ALIGNMENTS))] = "none"
-    """Contrast of modalities: ``none``, ``vcl``, ``icl``, ``ncl`` or ``nicl``."""
+    """Contrastive loss of the modalities: ``none``, ``vcl``, ``icl``, ``ncl`` or ``nicl``."""
     align_temperature: Temperature = 0.1
-    """Divisor of the cosines of the contrast (the equations: 1)."""
+    """Divisor of the cosines in the contrastive loss of the modalities (the equations: 1)."""
     align_literal: bool = False
-    """Eq. 8 to the letter: the positives of the next item are not in the denominator."""
+    """Use Eq. 8 as printed, without the positives of the next item in the denominator."""
     nid: bool = False
-    """Detect which items of a corrupted sequence are shuffled or replaced."""
+    """Train to detect which items of a corrupted sequence are shuffled or replaced."""
     nid_relu: bool = False
-    """Clip the logits at 0 before the softmax, as near to Eq. 10 as can be trained."""
+    """Clip the logits of NID at 0 before the softmax: the trainable form closest to Eq. 10."""
     rcl: bool = False
-    """Contrast a sequence with its corrupted copy."""
+    """Train to match a sequence with its corrupted copy."""
     rcl_pool: Annotated[str, Choice("rcl_pool", ("mean", "last"))] = "mean"
-    """A sequence is the ``mean`` of its states, or the ``last`` state."""
+    """Vector of a sequence in RCL: the ``mean`` of its states, or the ``last`` state."""
     rcl_cosine: bool = True
-    """Compare sequences by cosine. As published: false, by inner product."""
+    """Compare sequences in RCL by cosine. As published: false, by inner product."""
     rcl_temperature: Temperature = 0.1
-    """Divisor of these scores (as published: 1)."""
+    """Divisor of the scores in RCL (as published: 1)."""
     shuffle: Probability = 0.15
     """Share of a sequence's items that corruption moves."""
     replace: Probability = 0.05
     """Share of a sequence's items that corruption replaces by other items of the batch."""
 
     def check(self) -> None:
-        """Check that there is an objective."""
+        """Raise a UserError unless at least one objective is switched on."""
         super().check()
         if not (self.dap or self.align != "none" or self.nid or self.rcl):
-            raise UserError("nothing to learn: dap, nid and rcl are false and align is none")
+            raise UserError(
+                "nothing to learn: dap, nid and rcl are false and align is none; set one of them"
+            )
 
 
 class PMMRec(CausalRecommender):
-    """Multi-modal items and a user encoder, over whichever modalities have features.
+    """A multimodal item encoder and a causal user encoder, on all modalities that have features.
 
     Raises:
-        UserError: There are no features, or ``align`` needs two modalities and there is one.
+        UserError: There are no features, or ``align`` is set and there is only one modality.
     """
 
     settings_class = PMMRecConfig
@@ -111,9 +113,9 @@ class PMMRec(CausalRecommender):
         "the paper's item (Eq. 3)": "--set pool=cls",
         "the released code's item": "--set token_types=false",
         "the paper's DAP (Eq. 5)": "--set debias=false",
-        "NICL to the letter (Eq. 8)": "--set align_temperature=1 --set align_literal=true",
-        "NID to the letter (Eq. 10)": "--set nid_relu=true",
-        "RCL to the letter (Eq. 11)": "--set rcl_cosine=false --set rcl_temperature=1",
+        "NICL as printed (Eq. 8)": "--set align_temperature=1 --set align_literal=true",
+        "NID as printed (Eq. 10)": "--set nid_relu=true",
+        "RCL as printed (Eq. 11)": "--set rcl_cosine=false --set rcl_temperature=1",
     }
     transfer_groups: ClassVar = {
         "items": ("item_encoder.", "backbones."),
@@ -134,7 +136,7 @@ class PMMRec(CausalRecommender):
             )
         if settings.align != "none" and len(catalogue.widths) < 2:
             raise UserError(
-                f"align={settings.align!r} contrasts modalities, and there is only"
+                f"align={settings.align!r} contrasts modalities, and the only modality is"
                 f" {', '.join(catalogue.widths)}; set align=none"
             )
         self.item_encoder = ItemEncoder(settings.fusion, settings, catalogue.widths)
@@ -142,17 +144,18 @@ class PMMRec(CausalRecommender):
         if settings.nid:
             self.nid = nn.Linear(settings.dim, 3)
         initialise(self)
-        if not (settings.dap or settings.nid or settings.rcl):  # alignment alone reads neither
+        if not (settings.dap or settings.nid or settings.rcl):  # alignment uses neither of the two
             self.sequence_encoder.requires_grad_(False)
             self.item_encoder.fusion.requires_grad_(False)
-        self.backbones = nn.ModuleDict(dict(catalogue.backbones))  # they have weights already
+        # Added after the initialisation, so that the backbones keep their pre-trained weights.
+        self.backbones = nn.ModuleDict(dict(catalogue.backbones))
 
     def encode_some(self, items_K: Tensor, features: ItemFeatures) -> Tensor:
-        """Encode some items by their features: (K, D)."""
+        """Encode the given items from their features: (K, D)."""
         return self._encode(items_K, features).fused_KD
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
-        """Return the sum of the objectives that are switched on, and each of them (Eq. 12)."""
+        """Return each objective that is switched on, and their sum as ``loss`` (Eq. 12)."""
         settings = self.settings
         inputs, targets, is_target_BL = next_item_targets(batch)
         drawn = self.next_item_loss.draw(targets, batch) if settings.dap else None
@@ -172,9 +175,9 @@ class PMMRec(CausalRecommender):
         if settings.align != "none":
             losses[settings.align] = self._alignment(batch, encoded, ids_K)
         if settings.nid or settings.rcl:
-            place_BL = items.places(inputs.items_BL)
-            noisy_BL, fate_BL = corrupt(
-                place_BL,
+            row_BL = items.rows(inputs.items_BL)
+            noisy_BL, label_BL = corrupt(
+                row_BL,
                 inputs.lengths_B,
                 batch.generator,
                 shuffle=settings.shuffle,
@@ -184,7 +187,7 @@ class PMMRec(CausalRecommender):
             noisy_BLD: Tensor = self.sequence_encoder(x_BLD, inputs.lengths_B)
         if settings.nid:
             logits_M3 = self.nid(noisy_BLD[is_target_BL])
-            losses["nid"] = nid(logits_M3, fate_BL[is_target_BL], relu=settings.nid_relu)
+            losses["nid"] = nid(logits_M3, label_BL[is_target_BL], relu=settings.nid_relu)
         if settings.rcl:
             losses["rcl"] = rcl(
                 self._pooled(state_BLD, inputs.lengths_B),
@@ -199,19 +202,19 @@ class PMMRec(CausalRecommender):
         return encoded
 
     def _alignment(self, batch: Batch, encoded: EncodedItems, ids_K: Tensor) -> Tensor:
-        """Contrast the modalities of the items of the batch (Eq. 6 to 9)."""
+        """Return the contrastive loss of the modalities of the items of the batch (Eq. 6 to 9)."""
         windows = batch.sequences
         is_target_BL = windows.mask_BL[:, 1:]
-        place_BL = torch.searchsorted(
+        row_BL = torch.searchsorted(
             ids_K, torch.where(windows.mask_BL, windows.items_BL, windows.items_BL[0, 0])
         )
-        counts_K = torch.bincount(place_BL[windows.mask_BL], minlength=len(ids_K))
+        counts_K = torch.bincount(row_BL[windows.mask_BL], minlength=len(ids_K))
         begin = rank_offset(len(ids_K), ids_K.device)
         positions = Positions(
             item_C=gather_ids(ids_K),
             count_C=gather_ids(counts_K),
-            anchor_M=begin + place_BL[:, :-1][is_target_BL],
-            next_M=begin + place_BL[:, 1:][is_target_BL],
+            anchor_M=begin + row_BL[:, :-1][is_target_BL],
+            next_M=begin + row_BL[:, 1:][is_target_BL],
             own_UJ=own_items(batch),
             owner_M=is_target_BL.nonzero()[:, 0],
         )

@@ -1,4 +1,4 @@
-"""Popularity: items in the order of their training interactions, the same for every user.
+"""Popularity: rank items by their number of training interactions, equally for every user.
 
 Legend: B batch, N items.
 """
@@ -22,7 +22,7 @@ class PopularityConfig(Settings):
 class Popularity(Recommender):
     """Score an item by its number of training interactions.
 
-    The item vector is that number and every query is 1. There is nothing to learn by gradients.
+    The vector of an item is that number, and every query is 1. No parameter is trained.
     """
 
     settings_class = PopularityConfig
@@ -41,16 +41,16 @@ class Popularity(Recommender):
 
     @property
     def window_sampling(self) -> WindowSampling:
-        """The shortest windows: none of them is read."""
+        """The shortest windows, which are not used."""
         return WindowSampling(length=2, stride=1, every_target=True)
 
     @property
     def history(self) -> int:
-        """One item: histories change nothing."""
+        """One item; the scores do not depend on histories."""
         return 1
 
     def encode_items(self, features: ItemFeatures) -> Tensor:
-        """Return the numbers of training interactions: (N, 1)."""
+        """Return the number of training interactions of each item: (N, 1)."""
         return self.counts_N1
 
     def encode_sequences(
@@ -60,5 +60,5 @@ class Popularity(Recommender):
         return item_vectors_ND.new_ones(len(sequences.lengths_B), 1)
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
-        """Return a loss of 0: there is nothing to learn."""
+        """Return 0, because no parameter is trained."""
         return {"loss": self.counts_N1.new_zeros(())}

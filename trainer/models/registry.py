@@ -1,4 +1,7 @@
-"""Registry of the recommenders: a new one is one file and one line. No torch here."""
+"""Registry of the recommenders. A new recommender is one file, and one line here.
+
+This module does not import torch.
+"""
 
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,15 +19,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """An entry of the registry: where the class of a recommender is, and what it is."""
+    """An entry of the registry: the location of the class of a recommender, and a summary."""
 
     path: str
-    """``package.module:Class``, imported when the class is needed."""
+    """``package.module:Class``, imported by :meth:`load`."""
     summary: str
     """One line for ``mmrec models``."""
 
     def load(self) -> "type[Recommender]":
-        """Import the class; this imports torch.
+        """Import the class of the recommender, and with it torch.
 
         Raises:
             UserError: The class of an installed package cannot be imported, or is no recommender.

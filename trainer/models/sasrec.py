@@ -4,9 +4,9 @@ The model differs from the paper where later work found the paper's choice to be
 over the catalogue instead of one sampled negative (Klenitskiy and Vasilev, RecSys 2023), windows
 over the whole history, and BERT's order of layers (a LayerNorm on the embedded items, post-LN
 blocks, GELU). ``score=cosine`` trains on cosines, as MMSRec does. Attention weights have no
-dropout: on ml-100k it gave nothing on validation, and attention then needs no L x L matrix.
+dropout: on ml-100k it did not improve validation, and without it attention needs no L x L matrix.
 
-Legend: B batch, L sequence length, N items, K of them, D width.
+Legend: B batch, L sequence length, N items, K items to encode, D width.
 """
 
 from dataclasses import dataclass
@@ -55,20 +55,20 @@ class SASRec(CausalRecommender):
         initialise(self)
 
     def encode_some(self, items_K: Tensor, features: ItemFeatures) -> Tensor:
-        """Return the learned vectors of some items: (K, D)."""
+        """Return the learned vectors of the given items: (K, D)."""
         vectors_KD: Tensor = self.item_encoder(items_K)
         return vectors_KD
 
     def encode_items(self, features: ItemFeatures) -> Tensor:
-        """Return the learned item vectors (N, D), with ``score=cosine`` each of length 1."""
+        """Return the learned item vectors: (N, D); with ``score=cosine`` they have length 1."""
         return self.settings.normalise(self.item_encoder.weight)
 
     def batch_items(self, batch: Batch, drawn: DrawnItems | None) -> ItemVectors:
-        """Return the whole table: its vectors need no encoding."""
+        """Return the whole table of learned vectors, which needs no encoding."""
         return ItemVectors(vectors_KD=self.encode_items(batch.features))
 
     def states(self, items: ItemVectors, sequences: Sequences) -> Tensor:
-        """Return the state after each item (B, L, D), from item vectors of any length."""
+        """Return the state after each item: (B, L, D). Input vectors are not normalised."""
         x_BLD = self.item_encoder(sequences.items_BL)
         states_BLD: Tensor = self.sequence_encoder(x_BLD, sequences.lengths_B)
         return states_BLD

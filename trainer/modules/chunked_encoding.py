@@ -1,7 +1,7 @@
-"""Encode many items or slots in chunks, to bound the memory for activations.
+"""Encode many items or slots in chunks, to bound the memory of activations.
 
-Chunks are used where :func:`trainer.kernels.activation_checkpoint.tokens_per_chunk` asks for them.
-Elsewhere each function makes one call of the encoder.
+:func:`trainer.kernels.activation_checkpoint.tokens_per_chunk` decides the size of a chunk. If it
+returns 0, or the encoder is compiled, each function calls the encoder once.
 
 Legend: B batch, L sequence length, K items to encode, D width, M selected slots.
 """
@@ -29,12 +29,13 @@ def encode_slots_in_chunks(
     Args:
         encoder: The encoder.
         sequences: Items of the slots.
-        features: Of the whole catalogue.
-        hidden_BL: (B, L) bool, the slots that hold the mask token; ``None``: no slot.
-        selected_BL: (B, L) bool, the slots to encode.
+        features: Features of the whole catalogue.
+        hidden_BL: (B, L) bool, true where the slot gets the mask token; ``None``: no slot.
+        selected_BL: (B, L) bool, true for the slots to encode.
 
     Returns:
-        (M, D), sequence by sequence in an order (B,) int64, which comes with them.
+        (M, D) vectors of the selected slots, sequence by sequence, and (B,) int64, the order of the
+        sequences in these vectors.
     """
     item_K, row_BL = sequences.items_BL.unique(return_inverse=True)
     items = encoder.embed_items(item_K, features)
@@ -64,31 +65,37 @@ def encode_slots_in_chunks(
 def encode_items_in_chunks(
     encoder: MultimodalEncoder, item_K: Tensor, features: ItemFeatures
 ) -> Tensor:
-    """Encode each item as a sequence of length 1, in chunks: (K, D)."""
+    """Encode each item as a sequence of length 1, in chunks: (K, D).
+
+    Args:
+        encoder: The encoder.
+        item_K: (K,) int64 item ids.
+        features: Features of the whole catalogue.
+    """
     size = _tokens_per_chunk(encoder, len(item_K) * len(encoder.names))
     if not size:
         return encoder.encode_single_items(item_K, features)
-    # Items with all modalities need no attention mask: they come first, in chunks of their own.
+    # Items with all modalities need no attention mask: they are encoded first, in separate chunks.
     complete_K = encoder.present(item_K, features).all(-1)
     order_K = complete_K.int().argsort(stable=True, descending=True)
     chunks = [
-        chunk_B
+        chunk_K
         for part in item_K[order_K].split([int(complete_K.sum()), int((~complete_K).sum())])
-        for chunk_B in part.split(max(1, size // len(encoder.names)))
-        if len(chunk_B)
+        for chunk_K in part.split(max(1, size // len(encoder.names)))
+        if len(chunk_K)
     ]
-    # Looked up at once: the gradient of one lookup is as large as the whole table.
+    # One lookup for all chunks, because the gradient of a lookup is as large as the table.
     identities: Sequence[Tensor | None] = [None] * len(chunks)
     if encoder.settings.ids:
         identities = encoder.embed_identity(item_K[order_K]).split([len(c) for c in chunks])
     vectors = [
         checkpoint_elementwise(
             functools.partial(
-                encoder.encode_single_items, features=features, identity_BD=identity_BD
+                encoder.encode_single_items, features=features, identity_KD=identity_KD
             ),
-            chunk_B,
+            chunk_K,
         )
-        for chunk_B, identity_BD in zip(chunks, identities, strict=True)
+        for chunk_K, identity_KD in zip(chunks, identities, strict=True)
     ]
     return torch.cat(vectors).index_select(0, order_K.argsort())
 

@@ -1,13 +1,13 @@
-"""From the tokens of an item's modalities to one vector: the fusions of MMSR.
+"""Fusions: combine the tokens of an item's modalities into one vector.
 
-The item encoders of MMSR (Li et al., "An Empirical Study of Training ID-Agnostic Multi-modal
-Sequential Recommenders", section 3.3): coarse fusions of one vector for each modality, the same
-with a three-layer DNN behind them, and two attention fusions over tokens.
+The fusions are those of MMSR (Li et al., "An Empirical Study of Training ID-Agnostic Multi-modal
+Sequential Recommenders", section 3.3): coarse fusions of one vector for each modality, optionally
+followed by a three-layer DNN, and two attention fusions over tokens.
 
-Every fusion takes the same input: for each modality a matrix of tokens and which of them exist. A
-pooled vector is a modality of one token; for the coarse fusions, tokens are averaged first. A
-modality that an item lacks is one learned token that says so: each fusion sees what is there. (The
-released code cannot do without a modality.)
+All fusions take the same input: for each modality the tokens, and a mask of the tokens that exist.
+A pooled vector is a modality of one token. The coarse fusions average the tokens first.
+A learned token replaces a modality that an item lacks, so that a fusion can tell which modalities
+exist. (The released code requires all modalities.)
 
 Legend: K items, T tokens of a modality, S tokens of all modalities, D width, M modalities, H heads,
 E width of a head.
@@ -32,33 +32,34 @@ _SHARED = "shared"
 
 @dataclass(frozen=True, kw_only=True)
 class FusionSettings(NetworkSettings):
-    """Settings of a fusion; where code and paper differ, the sound form is the default."""
+    """Settings of a fusion. Where code and paper differ, the sound form is the default."""
 
     fusion_layers: PositiveInt = 1
     """Blocks of the attention fusions (the paper tries 1, 2 and 4)."""
     fusion_heads: PositiveInt = 4
     """Attention heads of the attention fusions."""
     pool: Annotated[str, Choice("pool", ("mean", "cls"))] = "mean"
-    """With an attention fusion, an item is the ``mean`` of the states of its tokens (the released
-    code), or the state of a learned ``cls`` token (PMMRec, Eq. 3)."""
+    """Vector of an item in an attention fusion: the ``mean`` of the states of its tokens (the
+    released code), or the state of a learned ``cls`` token (PMMRec, Eq. 3)."""
     token_types: bool = True
     """With an attention fusion, add a learned vector of the modality to each token. As published:
-    false, the released code computes the vector and drops it."""
+    false, because the released code computes the vector but does not use it."""
     shared_norm: bool = False
     """With a coarse fusion, use one LayerNorm for all modalities. As published: true."""
     dnn: bool = False
-    """Put a DNN of three layers after the fusion."""
+    """Apply a DNN of three layers after the fusion."""
     dnn_relu: bool = False
-    """End the DNN in a ReLU. As published: true, so that no vector has a negative element."""
+    """Apply a ReLU after the last layer of the DNN. As published: true, which makes all elements of
+    the vectors non-negative."""
 
     def check(self) -> None:
-        """Check that the heads share the width evenly."""
+        """Raise a UserError unless ``dim`` is a multiple of ``fusion_heads``."""
         super().check()
         check_multiple(self, "dim", "fusion_heads")
 
 
 class Fusion(nn.Module, ABC):
-    """From the tokens of an item's modalities to one vector.
+    """Base class of fusions: combine the tokens of an item's modalities into one vector.
 
     Args:
         settings: Settings of the fusion.
@@ -66,7 +67,7 @@ class Fusion(nn.Module, ABC):
     """
 
     reads_tokens: ClassVar[bool] = False
-    """True if the fusion reads single tokens; else it gets the mean of each modality's tokens."""
+    """True if the fusion reads single tokens; false if it gets the mean of each modality."""
     takes_any_number: ClassVar[bool] = True
     """False if the fusion takes exactly two modalities."""
 
@@ -77,11 +78,16 @@ class Fusion(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, modalities: Sequence[Tokens]) -> Tensor:
-        """Return the items' vectors (K, D) from the tokens of each modality."""
+        """Return the vectors of K items: (K, D).
+
+        Args:
+            modalities: For each modality (K, T, D) tokens, and (K, T) bool, true where a token
+                exists; at least one token for each item.
+        """
 
 
 class Pooled(Fusion):
-    """The mean of the tokens of the only modality: there is nothing to fuse."""
+    """Mean of the tokens, for items with a single modality."""
 
     def forward(self, modalities: Sequence[Tokens]) -> Tensor:
         """Return the mean of the tokens: (K, D)."""
@@ -90,12 +96,12 @@ class Pooled(Fusion):
 
 
 class _Coarse(Fusion):
-    """The base of the coarse fusions: a mean over tokens and a LayerNorm for each modality."""
+    """Base class of the coarse fusions: a mean over tokens and a LayerNorm for each modality."""
 
     def __init__(self, settings: FusionSettings, names: Sequence[str]) -> None:
         super().__init__(settings, names)
-        kept = [_SHARED] if settings.shared_norm else self.names
-        self.norms = nn.ModuleDict({name: nn.LayerNorm(settings.dim) for name in kept})
+        norm_names = [_SHARED] if settings.shared_norm else self.names
+        self.norms = nn.ModuleDict({name: nn.LayerNorm(settings.dim) for name in norm_names})
 
     def _vectors(self, modalities: Sequence[Tokens]) -> list[Tensor]:
         vectors = []
@@ -106,7 +112,7 @@ class _Coarse(Fusion):
 
 
 class Sum(_Coarse):
-    """sum_m W_m LN(x_m)."""
+    """Sum of the mapped modalities: sum_m W_m LN(x_m)."""
 
     def __init__(self, settings: FusionSettings, names: Sequence[str]) -> None:
         super().__init__(settings, names)
@@ -120,7 +126,7 @@ class Sum(_Coarse):
 
 
 class Concat(_Coarse):
-    """W [LN(x_1); LN(x_2); ...]."""
+    """Map of the concatenated modalities: W [LN(x_1); LN(x_2); ...]."""
 
     def __init__(self, settings: FusionSettings, names: Sequence[str]) -> None:
         super().__init__(settings, names)
@@ -133,21 +139,24 @@ class Concat(_Coarse):
 
 
 class _Conditioned(_Coarse):
-    """Two modalities, one of which conditions the other: the text if there is one."""
+    """Base class of fusions in which one of two modalities conditions the other.
+
+    The conditioning modality is the text, or the first modality if there is no text.
+    """
 
     takes_any_number = False
 
     def __init__(self, settings: FusionSettings, names: Sequence[str]) -> None:
         super().__init__(settings, names)
-        self.by = list(names).index("text") if "text" in names else 0
+        self.condition_index = list(names).index("text") if "text" in names else 0
 
     def _pair(self, modalities: Sequence[Tokens]) -> tuple[Tensor, Tensor]:
         vectors = self._vectors(modalities)
-        return vectors[self.by], vectors[1 - self.by]
+        return vectors[self.condition_index], vectors[1 - self.condition_index]
 
 
 class Gate(_Conditioned):
-    """W' (sigmoid(W_t LN(t)) * W_v LN(v)): the text gates the image (gated selection)."""
+    """Gated selection, in which t gates v: W' (sigmoid(W_t LN(t)) * W_v LN(v))."""
 
     def __init__(self, settings: FusionSettings, names: Sequence[str]) -> None:
         super().__init__(settings, names)
@@ -157,13 +166,13 @@ class Gate(_Conditioned):
 
     def forward(self, modalities: Sequence[Tokens]) -> Tensor:
         """Return the fused vectors: (K, D)."""
-        by_KD, other_KD = self._pair(modalities)
-        fused: Tensor = self.map(self.gate(by_KD).sigmoid() * self.value(other_KD))
+        condition_KD, other_KD = self._pair(modalities)
+        fused: Tensor = self.map(self.gate(condition_KD).sigmoid() * self.value(other_KD))
         return fused
 
 
 class FiLM(_Conditioned):
-    """W' (g * LN(v) + b) with (g, b) = W LN(t) (Perez et al., AAAI 2018)."""
+    """FiLM (Perez et al., AAAI 2018): W' (g * LN(v) + b) with (g, b) = W LN(t)."""
 
     def __init__(self, settings: FusionSettings, names: Sequence[str]) -> None:
         super().__init__(settings, names)
@@ -172,8 +181,8 @@ class FiLM(_Conditioned):
 
     def forward(self, modalities: Sequence[Tokens]) -> Tensor:
         """Return the fused vectors: (K, D)."""
-        by_KD, other_KD = self._pair(modalities)
-        scale_KD, shift_KD = self.condition(by_KD).chunk(2, dim=-1)
+        condition_KD, other_KD = self._pair(modalities)
+        scale_KD, shift_KD = self.condition(condition_KD).chunk(2, dim=-1)
         fused: Tensor = self.map(scale_KD * other_KD + shift_KD)
         return fused
 
@@ -181,7 +190,8 @@ class FiLM(_Conditioned):
 class MergeAttention(Fusion):
     """Transformer blocks over the concatenated tokens of all modalities, then pooling.
 
-    PMMRec (Li et al., arXiv:2312.09602, Eq. 3) and MMSR; blocks as BERT's, post-LN and GELU.
+    Source: PMMRec (Li et al., arXiv:2312.09602, Eq. 3) and MMSR. The blocks are those of BERT:
+    post-LN with GELU.
     """
 
     reads_tokens = True
@@ -269,9 +279,9 @@ class _Cross(nn.Module):
 
 
 class DNN(nn.Module):
-    """Three layers, each a dropout and a linear map, with ReLUs between them.
+    """Three layers, each a dropout and a linear map, with a ReLU between two layers.
 
-    As published (``dnn_relu``), one more ReLU follows.
+    With ``dnn_relu``, as published, a ReLU follows the last layer.
     """
 
     def __init__(self, settings: FusionSettings) -> None:
@@ -304,7 +314,7 @@ def _types(settings: FusionSettings, names: Sequence[str]) -> nn.Parameter | Non
 
 
 def learned(*shape: int) -> nn.Parameter:
-    """Return a learned vector or table of this shape, drawn from N(0, 0.02)."""
+    """Return a learned vector or table of this shape, drawn from N(0, 0.02^2)."""
     return nn.Parameter(torch.randn(*shape) * 0.02)
 
 

@@ -1,4 +1,4 @@
-"""The item encoder: from the features of an item's modalities to its vector.
+"""The item encoder: project and fuse the features of an item's modalities into one vector.
 
 Legend: K items, T tokens of a modality, D width, D_m width of modality m.
 """
@@ -16,17 +16,18 @@ from trainer.modules.tokens import Tokens, averaged, fill, masked_mean
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EncodedItems:
-    """Items as the item encoder returns them."""
+    """Result of :class:`ItemEncoder` for K items."""
 
     fused_KD: Tensor
+    """(K, D) vectors of the items."""
     modalities: Sequence[Tokens]
-    """The projected tokens of each modality: (K, T, D) and (K, T) bool. An item without a modality
-    has one learned token that represents the absence."""
+    """The projected tokens of each modality, (K, T, D), and (K, T) bool, true where a token exists.
+    An item without the modality has one learned token."""
     has_modality: Sequence[Tensor]
-    """(K,) bool of each modality."""
+    """For each modality (K,) bool, true for the items that have it."""
 
     def modality_vectors(self) -> list[tuple[Tensor, Tensor]]:
-        """Return the mean of each modality's tokens (K, D), and which items have it (K,)."""
+        """Return the mean of each modality's tokens (K, D), with its ``has_modality`` (K,)."""
         means = [masked_mean(*tokens) for tokens in self.modalities]
         return list(zip(means, self.has_modality, strict=True))
 
@@ -34,15 +35,15 @@ class EncodedItems:
 class ItemEncoder(nn.Module):
     """Project each modality, fuse the modalities, and apply a DNN if there is one.
 
-    An item of a single modality is the mean of its projected tokens: there is nothing to fuse.
+    If the run has a single modality, the vector is the mean of the projected tokens.
 
     Args:
-        fusion: A name in :data:`trainer.modules.registry.FUSIONS`.
+        fusion: Name in :data:`trainer.modules.registry.FUSIONS`.
         settings: Settings of the fusion.
         widths: Modality to width of its features; at least one.
 
     Raises:
-        UserError: The fusion takes two modalities, and there are more.
+        UserError: The fusion takes two modalities, and the run has more.
     """
 
     def __init__(self, fusion: str, settings: FusionSettings, widths: Mapping[str, int]) -> None:
@@ -64,7 +65,8 @@ class ItemEncoder(nn.Module):
         """Encode K items.
 
         Args:
-            features: Modality to (K, T, D_m) and (K, T) bool, a T for each modality.
+            features: Modality to (K, T, D_m) tokens and (K, T) bool, true where a token exists.
+                T can differ between modalities.
         """
         modalities, has_modality = [], []
         for index, (name, project) in enumerate(self.inputs.items()):

@@ -1,4 +1,4 @@
-"""Encode items from some of their modalities: the views that MMSRec's pre-training contrasts.
+"""Encode views of items, from some of their modalities, for the pre-training of MMSRec.
 
 Legend: K items, M items of a view, C tokens of an item, D width.
 """
@@ -15,7 +15,7 @@ from trainer.kernels.elementwise import dropout
 from trainer.modules.multimodal_encoder import MultimodalEncoder
 
 View = tuple[Sequence[str], Tensor]
-"""The modalities that a view reads, and (M,) int64, the rows of the items that it encodes."""
+"""The modalities that a view encodes, and (M,) int64, the indices of its items in ``item_K``."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,17 +31,17 @@ def encode_views(
 ) -> list[Tensor]:
     """Encode items, each as a sequence of length 1, from some of their modalities.
 
-    The vectors that depend on an item alone are computed once for all views. Views with the same
-    number of tokens pass through the transformer together.
+    The projected features of an item are computed once for all views. Views with the same number of
+    tokens pass through the transformer together.
 
     Args:
         encoder: The encoder.
-        item_K: (K,) int64.
-        views: Each item of a view must have one of the modalities of the view.
-        features: Of the whole catalogue.
+        item_K: (K,) int64 item ids.
+        views: The views. Each item of a view must have at least one of the view's modalities.
+        features: Features of the whole catalogue.
 
     Returns:
-        For each view (M, D) of length 1.
+        For each view (M, D) vectors of length 1.
     """
     position_D, modality_CD = encoder.position.weight[0], encoder.modality.weight
     masked_CD = encoder.norm(encoder.mask_token_D + position_D + modality_CD)
@@ -80,11 +80,11 @@ def _view_tokens(
     """Stack the tokens of a view.
 
     Args:
-        encoder: With ``missing=mask``, the mask token replaces every token that the view lacks.
-        embedded: Modality of the encoder -> (K, D), the embedded tokens.
+        encoder: The encoder. With ``missing=mask``, the mask token replaces each missing token.
+        embedded: Each modality of the encoder to its embedded tokens (K, D).
         masked_CD: The embedded mask token in each modality.
-        row_M: Rows of the items.
-        present: Modality of the view -> (M,) bool.
+        row_M: Index of each item of the view in ``embedded``.
+        present: Each modality of the view to (M,) bool, true for the items that have it.
     """
     as_mask = encoder.settings.missing == "mask"
     names = [name for name in embedded if as_mask or name in present]

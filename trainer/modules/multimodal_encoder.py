@@ -1,8 +1,8 @@
-"""One transformer that encodes items and sequences alike, from one token for each modality.
+"""One transformer for items and sequences, with one token for each modality of an item.
 
-An item is one token for each of its modalities; a sequence is the tokens of its items. Both pass
-through the same transformer. The vector of a slot is the element-wise maximum over the outputs of
-its tokens. An item is encoded as a sequence of length 1.
+An item is one token for each of its modalities, and a sequence is the tokens of its items. The
+vector of a slot is the element-wise maximum over the outputs of its tokens. An item is encoded as a
+sequence of length 1.
 
 Legend: B batch, L sequence length, N items of the catalogue, K items to encode, C tokens of an item
 (modalities), D width, W width of features, T = L * C tokens of a sequence, M selected slots.
@@ -29,10 +29,10 @@ from trainer.modules.whitening import Whitening
 
 @dataclass(frozen=True, kw_only=True)
 class MultimodalSettings(SequenceSettings, LossSettings):
-    """Settings of the encoder; sizes and dropout are those of MMSRec's paper."""
+    """Settings of the encoder. Sizes and dropout are those of the MMSRec paper."""
 
     dim: PositiveInt = 512
-    """Width of tokens, transformer and shared space."""
+    """Width of tokens, of the transformer and of the vectors."""
     heads: PositiveInt = 8
     hidden: PositiveInt = 1024
     length: PositiveInt = 19
@@ -46,12 +46,13 @@ class MultimodalSettings(SequenceSettings, LossSettings):
     temperature: Temperature = 0.05
     """Divisor of the scores in the loss."""
     missing: Annotated[str, Choice("missing", ("drop", "mask"))] = "drop"
-    """``drop``: a missing modality has no token; ``mask``: it is the mask token (the paper)."""
+    """``drop``: a missing modality has no token; ``mask``: it has the mask token (the paper)."""
     ids: bool = False
     """Add a learned vector of each item to its tokens and to its vector. An item without training
-    interactions has none and is encoded from its features alone."""
+    interactions has no learned vector and is encoded from its features alone."""
     whiten: bool = False
-    """Whiten the features of each modality, fitted on the items of the training interactions."""
+    """Whiten the features of each modality. The whitening is fitted on the items that have training
+    interactions."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,9 +60,9 @@ class ItemEmbeddings:
     """The inputs of the transformer that depend on an item alone."""
 
     modalities: Sequence[Tensor]
-    """(K, D) for each modality: its projected features."""
+    """For each modality its projected features (K, D)."""
     identity_KD: Tensor | None
-    """(K, D) learned vectors, with ``ids``."""
+    """(K, D) learned vectors; ``None`` without ``ids``."""
 
 
 class MultimodalEncoder(nn.Module):
@@ -70,8 +71,8 @@ class MultimodalEncoder(nn.Module):
     Args:
         settings: Sizes and options.
         n_items: Number of items N; the size of the table of learned vectors.
-        widths: Modality -> width W of its features; at least one.
-        causal: Whether a token attends only to tokens of its own item and of items before it.
+        widths: Modality to width W of its features; at least one modality.
+        causal: If true, a token attends only to tokens of the same item and of earlier items.
     """
 
     known_N: Tensor
@@ -84,7 +85,7 @@ class MultimodalEncoder(nn.Module):
         *,
         causal: bool,
     ) -> None:
-        nn.Module.__init__(self)  # a subclass may be a recommender as well
+        nn.Module.__init__(self)  # not super(): a subclass can also be a Recommender
         self.settings = settings
         self.causal = causal
         self.names = tuple(widths)
@@ -107,20 +108,20 @@ class MultimodalEncoder(nn.Module):
             hidden=settings.hidden,
             dropout=settings.dropout,
             attention_dropout=settings.dropout,
-            causal=False,  # the mask that `causal` needs is one of items, not of tokens
+            causal=False,  # `encode_slots` makes the causal mask, which is between items
         )
         initialise(self)
 
     @property
     def mask_token_D(self) -> Tensor:
-        """(D,) the token of a hidden item, in every modality."""
+        """(D,) mask token, which replaces each token of a hidden item."""
         return self.instead.weight[0]
 
     def fit_buffers(self, features: ItemFeatures, train: TrainSet) -> None:
-        """Fit the whitening, and store which items have a learned vector.
+        """Fit the whitening, and store the items that have a learned vector.
 
         Args:
-            features: Of the whole catalogue.
+            features: Features of the whole catalogue.
             train: The training interactions.
         """
         known_N = train.counts_N > 0
@@ -147,12 +148,12 @@ class MultimodalEncoder(nn.Module):
     def embed_items(
         self, item_K: Tensor, features: ItemFeatures, identity_KD: Tensor | None = None
     ) -> ItemEmbeddings:
-        """Return the vectors that depend on an item alone.
+        """Return the inputs of the transformer that do not depend on the slot.
 
         Args:
             item_K: (K,) int64.
-            features: Of the whole catalogue.
-            identity_KD: The learned vectors, if they have been looked up.
+            features: Features of the whole catalogue.
+            identity_KD: (K, D) learned vectors, if they are already looked up.
         """
         modalities = [self.embed_modality(name, item_K, features) for name in self.names]
         if self.settings.ids and identity_KD is None:
@@ -169,14 +170,14 @@ class MultimodalEncoder(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Embed the tokens of sequences.
 
-        A hidden slot holds the mask token in every modality. An item without any modality has a
-        token of its own: with the mask token, its vector would be close to every query.
+        A hidden slot has the mask token in every modality. An item without any modality has one
+        special token. With the mask token, its vector would be close to every query.
 
         Args:
             sequences: Items of the slots.
-            row_BL: (B, L) int64, the row of each slot's item in ``items``.
-            items: The vectors of the distinct items.
-            features: Of the whole catalogue.
+            row_BL: (B, L) int64, the index of each slot's item in ``items``.
+            items: The inputs of the distinct items.
+            features: Features of the whole catalogue.
             hidden_BL: (B, L) bool, the hidden slots; ``None``: no slot is hidden.
 
         Returns:
@@ -187,34 +188,39 @@ class MultimodalEncoder(nn.Module):
             hidden_BL = torch.zeros_like(valid_BL)
         present_BLC = self.present(items_BL, features)
         empty_BL = ~present_BLC.any(-1)
-        instead_BL = torch.zeros_like(items_BL)
+        special_BL = torch.zeros_like(items_BL)
         if self.settings.missing == "drop":
-            instead_BL = (empty_BL & ~hidden_BL).long()
+            special_BL = (empty_BL & ~hidden_BL).long()
         replaced_BLC = (hidden_BL | empty_BL)[..., None].expand_as(present_BLC)
         if self.settings.missing == "mask":
             replaced_BLC = replaced_BLC | ~present_BLC
-        # Not `x_KD[row_BL]`: its backward pass adds in an order that depends on the threads.
+        # The backward pass of `x_KD[row_BL]` adds in an order that depends on the threads.
         tokens_BLCD = torch.stack([functional.embedding(row_BL, x) for x in items.modalities], 2)
         # The causal encoder always reads `instead`, so that every step gives it a gradient.
         if self.causal or bool(replaced_BLC.any()):
-            instead_BLD = self.instead(instead_BL)
-            tokens_BLCD = torch.where(replaced_BLC[..., None], instead_BLD[:, :, None], tokens_BLCD)
+            special_BLD = self.instead(special_BL)
+            tokens_BLCD = torch.where(replaced_BLC[..., None], special_BLD[:, :, None], tokens_BLCD)
         positions_BL = positions_from_end(sequences.lengths_B, items_BL.shape[1])
         tokens_BLCD = tokens_BLCD + self.position(positions_BL)[:, :, None] + self.modality.weight
         if items.identity_KD is not None:
             identity_BLD = functional.embedding(row_BL, items.identity_KD)
             identity_BLD = identity_BLD.masked_fill(hidden_BL[..., None], 0)
-            # Elements of a token are of about size 1, those of a unit vector of about 1 / sqrt(D):
-            # the factor gives an identity the same weight in both.
+            # Elements of a token are about 1, and elements of a vector of length 1 are about
+            # 1 / sqrt(D). With the factor, a learned vector has the same weight in both.
             tokens_BLCD = tokens_BLCD + (math.sqrt(self.settings.dim) * identity_BLD)[:, :, None]
         tokens_BLCD = dropout(self.norm(tokens_BLCD), self.settings.embed_dropout, self.training)
         return tokens_BLCD, (present_BLC | replaced_BLC) & valid_BL[..., None]
 
     def encode_slots(self, tokens_BLCD: Tensor, exists_BLC: Tensor, selected_BL: Tensor) -> Tensor:
-        """Run the transformer and return the vectors of the selected slots.
+        """Encode tokens, and return the vectors of the selected slots.
+
+        Args:
+            tokens_BLCD: Tokens, as :meth:`embed_slots` returns them.
+            exists_BLC: Bool, true where a token exists.
+            selected_BL: Bool, true for the slots to return.
 
         Returns:
-            (M, D), row by row; with ``score=cosine`` of length 1.
+            (M, D), sequence by sequence; with ``score=cosine`` of length 1.
         """
         B, L, C, D = tokens_BLCD.shape
         mask = None if bool(exists_BLC.all()) else exists_BLC.view(B, L * C)
@@ -232,11 +238,11 @@ class MultimodalEncoder(nn.Module):
 
         Args:
             states_MCD: Outputs of the transformer.
-            exists_MC: True where a token exists; at least once in each row.
+            exists_MC: Bool, true where a token exists; at least one in each row.
             names: The modality of each of the C tokens.
 
         Returns:
-            (M, D), before they are normalised.
+            (M, D), before normalisation.
         """
         heads = [self.outputs[name](states_MCD[:, c]) for c, name in enumerate(names)]
         lowest = torch.finfo(heads[0].dtype).min
@@ -246,20 +252,31 @@ class MultimodalEncoder(nn.Module):
         return largest_MD
 
     def encode_single_items(
-        self, item_B: Tensor, features: ItemFeatures, identity_BD: Tensor | None = None
+        self, item_K: Tensor, features: ItemFeatures, identity_KD: Tensor | None = None
     ) -> Tensor:
-        """Encode each item as a sequence of length 1: (B, D)."""
-        sequences = Sequences(items_BL=item_B[:, None], lengths_B=torch.ones_like(item_B))
-        row_B1 = torch.arange(len(item_B), device=item_B.device)[:, None]
-        items = self.embed_items(item_B, features, identity_BD)
-        tokens = self.embed_slots(sequences, row_B1, items, features)
-        vector_BD = self.encode_slots(*tokens, sequences.mask_BL)
+        """Encode each item as a sequence of length 1: (K, D).
+
+        Args:
+            item_K: (K,) int64 item ids.
+            features: Features of the whole catalogue.
+            identity_KD: (K, D) learned vectors, if they are already looked up.
+        """
+        sequences = Sequences(items_BL=item_K[:, None], lengths_B=torch.ones_like(item_K))
+        row_K1 = torch.arange(len(item_K), device=item_K.device)[:, None]
+        items = self.embed_items(item_K, features, identity_KD)
+        tokens = self.embed_slots(sequences, row_K1, items, features)
+        vectors_KD = self.encode_slots(*tokens, sequences.mask_BL)
         if items.identity_KD is not None:
-            vector_BD = self.settings.normalise(vector_BD + items.identity_KD)
-        return vector_BD
+            vectors_KD = self.settings.normalise(vectors_KD + items.identity_KD)
+        return vectors_KD
 
     def present(self, items: Tensor, features: ItemFeatures) -> Tensor:
-        """Return which modalities items have: bool, with one more dimension C."""
+        """Return bool of shape (..., C), true where an item has the modality.
+
+        Args:
+            items: (...) int64 item ids.
+            features: Features of the whole catalogue.
+        """
         return torch.stack([features.present[name][items] for name in self.names], -1)
 
 

@@ -1,4 +1,4 @@
-"""Registries of fusions and sequence encoders: a new one is one class and one line."""
+"""Registries of fusions and sequence encoders. A new one is one class, and one line here."""
 
 from features.registry import Registry
 from trainer.modules.fusion import (

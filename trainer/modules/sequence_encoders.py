@@ -1,7 +1,7 @@
 """Sequence encoders over item vectors: self-attention, recurrence, dilated convolutions.
 
-All are causal: the state at a position depends on the items up to that position. Sequences are
-padded on the right, which no causal encoder reads, so padding changes nothing.
+All encoders are causal: the state at a position depends on the items up to that position. Sequences
+are padded on the right, so states of items do not depend on padding.
 
 Legend: B batch, L sequence length, D width.
 """
@@ -27,24 +27,24 @@ class SequenceSettings(NetworkSettings):
     """Settings of a sequence encoder, the same in every model."""
 
     layers: LayerCount = 2
-    """Blocks of the sequence encoder."""
+    """Number of layers of the sequence encoder."""
     heads: PositiveInt = 2
-    """Attention heads of the sequence encoder."""
+    """Number of attention heads of the sequence encoder."""
     length: PositiveInt = 20
-    """Largest number of items of a history that are read."""
+    """Largest number of items of a history that the sequence encoder reads."""
 
     def check(self) -> None:
-        """Check that the heads share the width evenly."""
+        """Raise a UserError unless ``dim`` is a multiple of ``heads``."""
         super().check()
         check_multiple(self, "dim", "heads")
 
 
 class SequenceEncoder(nn.Module, ABC):
-    """From the item vectors of a history to a state after each item.
+    """Base class of causal encoders of the item vectors of a history.
 
     Args:
         settings: Settings of the encoder.
-        attention_dropout: Probability on attention weights, for encoders with attention.
+        attention_dropout: Dropout probability of attention weights; ignored without attention.
     """
 
     def __init__(self, settings: SequenceSettings, attention_dropout: float) -> None:
@@ -57,7 +57,7 @@ class SequenceEncoder(nn.Module, ABC):
 
         Args:
             x_BLD: Item vectors, padded on the right.
-            lengths_B: (B,) int64, at least 1.
+            lengths_B: (B,) int64, the number of items of each sequence, at least 1.
         """
 
 
@@ -109,8 +109,8 @@ class GRUEncoder(SequenceEncoder):
 class NextItNetEncoder(SequenceEncoder):
     """NextItNet (Yuan et al., WSDM 2019): residual blocks of dilated causal convolutions.
 
-    A layer is two residual blocks (its Figure 3b), with dilations 1 and 4; each block convolves
-    with its dilation and with twice that.
+    A layer is two residual blocks (Figure 3b of the paper), with dilations 1 and 4. Each block has
+    two convolutions: one with the dilation of the block, and one with twice the dilation.
     """
 
     def __init__(self, settings: SequenceSettings, attention_dropout: float) -> None:

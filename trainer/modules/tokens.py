@@ -1,4 +1,4 @@
-"""Tokens of items: masked means, and a learned token for items without any.
+"""Tokens of items: means over the tokens that exist, and a token for items without tokens.
 
 Legend: K items, T tokens of an item, D width.
 """
@@ -8,11 +8,11 @@ from torch import Tensor
 from torch.nn import functional
 
 Tokens = tuple[Tensor, Tensor]
-"""(K, T, D) float, and (K, T) bool, true where a token exists."""
+"""(K, T, D) float tokens, and (K, T) bool, true where a token exists."""
 
 
 def masked_mean(x_KTD: Tensor, mask_KT: Tensor) -> Tensor:
-    """Return the mean of the tokens that exist, at least one for each item: (K, D)."""
+    """Return the mean of the tokens that exist: (K, D). Each item must have at least one."""
     if x_KTD.shape[1] == 1:
         return x_KTD[:, 0]
     total_KD = torch.where(mask_KT[..., None], x_KTD, 0).sum(1)
@@ -20,7 +20,10 @@ def masked_mean(x_KTD: Tensor, mask_KT: Tensor) -> Tensor:
 
 
 def averaged(x_KTD: Tensor, mask_KT: Tensor) -> Tokens:
-    """Return the mean of each item's tokens as its only token: a linear map then costs less."""
+    """Return the mean of each item's tokens as its only token, (K, 1, D) and (K, 1).
+
+    A linear map of the result is cheaper than the mean of the mapped tokens.
+    """
     if x_KTD.shape[1] == 1:
         return x_KTD, mask_KT
     total_K1D = torch.where(mask_KT[..., None], x_KTD, 0).sum(1, keepdim=True)
@@ -29,7 +32,13 @@ def averaged(x_KTD: Tensor, mask_KT: Tensor) -> Tokens:
 
 
 def fill(x_KTD: Tensor, mask_KT: Tensor, absent_D: Tensor) -> Tokens:
-    """Give each item without tokens one learned token."""
+    """Replace the first token of each item without tokens by a learned token.
+
+    Args:
+        x_KTD: Tokens.
+        mask_KT: Bool, true where a token exists.
+        absent_D: The learned token.
+    """
     missing_K1 = ~mask_KT.any(1, keepdim=True)
     first_KT = functional.pad(missing_K1, (0, mask_KT.shape[1] - 1))
     return torch.where(first_KT[..., None], absent_D, x_KTD), mask_KT | first_KT

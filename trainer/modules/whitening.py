@@ -1,7 +1,7 @@
-"""Whitening of frozen features, fitted on the data and not learned.
+"""Whiten frozen features by a map that is fitted on the data and not learned.
 
-Vectors of pre-trained encoders lie in a narrow cone: a few directions hold most of their variance,
-and the cosine of any two vectors is high. WhitenRec (Zhang et al., ICDE 2024) shows that whitening
+A few directions hold most of the variance of the vectors of a pre-trained encoder, so the cosine of
+any two vectors is high. WhitenRec (Zhang et al., ICDE 2024) shows that whitening
 them before the first layer improves sequential recommendation.
 
 Legend: K items, W width of the features.
@@ -10,7 +10,7 @@ Legend: K items, W width of the features.
 import torch
 from torch import Tensor, nn
 
-_LEAST_VARIANCE = 1e-3  # relative to the mean variance: bounds the scale of nearly constant axes
+_LEAST_VARIANCE = 1e-3  # relative to the mean variance; bounds the scale of nearly constant axes
 
 
 class Whitening(nn.Module):
@@ -32,8 +32,11 @@ class Whitening(nn.Module):
     def fit(self, x_KW: Tensor) -> None:
         """Fit ZCA whitening, (C + eps)^(-1/2): mean 0 and a covariance of about 1 on ``x_KW``.
 
-        Of all whitenings, ZCA changes the features least. Without items the map stays the identity;
-        items with equal features are only centred.
+        Of all whitening maps, ZCA changes the features least. Without items the map stays the
+        identity. If all items have equal features, they are only centred.
+
+        Args:
+            x_KW: Features of the K items to fit.
         """
         if not len(x_KW):
             return

@@ -1,4 +1,4 @@
-"""A run: one training of one recommender, created, opened again and trained."""
+"""Runs: create, open and train. A run is one training of one recommender."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -28,7 +28,7 @@ from trainer.models.base import Catalogue, Recommender
 from trainer.models.registry import MODELS
 from trainer.runs.folder import check_run_name, create_run_dir, record, run_lock
 from trainer.runs.spec import PRETRAIN, RunSpec
-from trainer.runs.transfer import Taken, take_weights
+from trainer.runs.transfer import CopiedWeights, copy_weights
 from trainer.tasks.base import Task
 from trainer.tasks.next_item import check_trainable
 from trainer.tasks.registry import NEXT_ITEM, TASKS
@@ -36,15 +36,15 @@ from trainer.tasks.registry import NEXT_ITEM, TASKS
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
-    """A run with its model and data on the device."""
+    """A run with its model and its data on the device."""
 
     folder: Path
     spec: RunSpec
     model: Recommender
     data: TrainingData
     task: Task[Any]
-    taken: Taken | None = None
-    """The initial weights of a run that begins, if they come from another run."""
+    copied_weights: CopiedWeights | None = None
+    """The initial weights of a new run, if they come from another run."""
 
     @property
     def name(self) -> str:
@@ -67,7 +67,7 @@ class Run:
         return sum(parameter.numel() for parameter in self.model.parameters())
 
     def check_recommends(self) -> None:
-        """Raise a UserError if the run is a pre-training; the line names what can be done."""
+        """Raise a UserError if the run is a pre-training; the message names the next command."""
         if self.spec.is_pretraining:
             also = ", or see mmrec eval --protocol retrieval" if self.task.pools else ""
             raise UserError(
@@ -78,35 +78,43 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainReport:
-    """The end of a training, for people and for ``--json``."""
+    """Result of a training, printed as text or with ``--json``."""
 
     run: str
     dataset: str
     model: str
     features: list[str]
+    """Labels of the feature tables."""
     parameters: int
+    """Number of parameters."""
     device: str
     epochs: int
+    """Finished epochs."""
     best_epoch: int
+    """Epoch with the best validation, from 1; -1 before the first validation."""
     monitor: str
+    """The monitored metric and the split that it is measured on."""
     best: float
+    """Best value of the monitored metric."""
     seconds: float
+    """Wall time of this call."""
     finished: bool
+    """False after an interrupt."""
 
 
 def create_run(warehouse: Warehouse, spec: RunSpec, *, name: str | None = None) -> Run:
-    """Create a run's folder and build its model and data; nothing is trained yet.
+    """Create a run's folder and build its model and data, without training.
 
-    The folder is created before the data are loaded, so that no other run can take its name. It
-    counts as a run when it has its ``config.toml``.
+    The folder is created before the data are loaded, so that no other run can take its name. A
+    folder with a ``config.toml`` is a run.
 
     Args:
         warehouse: Warehouse with the data; the run is written to it.
         spec: The run.
-        name: Name of the run; by default time, dataset and model.
+        name: Name of the run; by default made of time, dataset and model.
 
     Raises:
-        UserError: The name is taken, or the data cannot be used; no folder is left.
+        UserError: The name is taken, or the data cannot be used. The folder is removed.
     """
     if name is not None:
         check_run_name(name)
@@ -120,7 +128,7 @@ def create_run(warehouse: Warehouse, spec: RunSpec, *, name: str | None = None) 
             write_blocks(folder, backbones)
         if spec.init is not None:
             remedy = "wait until its training has ended, and try again"
-            run = replace(run, taken=_take_initial_weights(warehouse, run, remedy))
+            run = replace(run, copied_weights=_copy_initial_weights(warehouse, run, remedy))
         document = spec.document()
         document["run"]["created"] = _utc_text(stamp)
         document["run"]["parameters"] = run.parameters
@@ -129,9 +137,9 @@ def create_run(warehouse: Warehouse, spec: RunSpec, *, name: str | None = None) 
 
 
 def open_run(warehouse: Warehouse, folder: Path, *, device: str | None = None) -> Run:
-    """Build the model and data of a run; weights are not loaded yet.
+    """Build the model and data of a run, without loading its weights.
 
-    A run that was stopped before anything was saved has its initial weights.
+    A run that was stopped before its first save gets its initial weights.
 
     Args:
         warehouse: Warehouse with the run and its data.
@@ -139,14 +147,14 @@ def open_run(warehouse: Warehouse, folder: Path, *, device: str | None = None) -
         device: Device of model and data; by default the device that it was trained on.
 
     Raises:
-        UserError: The folder is damaged, or the data have changed since.
+        UserError: The folder is damaged, or the data have changed since the run was created.
     """
     spec = RunSpec.read(warehouse, folder)
     backbones = read_blocks(folder) if spec.train.tune_blocks else {}
     run = _build_run(warehouse, folder, spec, backbones, device)
     is_saved = any((folder / f"{kind}.safetensors").exists() for kind in ("model", "resume"))
     if spec.init is not None and not is_saved:
-        _take_initial_weights(warehouse, run, f"remove {folder} and train again")
+        _copy_initial_weights(warehouse, run, f"remove {folder} and train again")
     return run
 
 
@@ -156,11 +164,16 @@ def train_run(
     resume: bool = False,
     on_progress: Callable[[TrainProgress], None] = lambda progress: None,
 ) -> TrainReport:
-    """Train a run to its end or to an interrupt; the metrics table grows with each epoch.
+    """Train a run until its end or an interrupt, and add each epoch to the metrics table.
 
-    The first epoch removes the rows of an evaluation: they belong to older weights. A run that has
-    ended is not trained, and keeps them. With ``resume``, a run that was stopped before anything
-    was saved begins again, with the same bits.
+    The first epoch removes the rows of an evaluation, which belong to older weights. A finished run
+    is not trained and keeps the rows. With ``resume``, a run that was stopped before its first save
+    starts again and gives the same weights, bit for bit.
+
+    Args:
+        run: The run, as :func:`create_run` or :func:`open_run` returns it.
+        resume: Continue from the last saved state.
+        on_progress: Called after each step.
 
     Raises:
         UserError: Another process trains the run, its checkpoint cannot be used, or it diverges.
@@ -211,7 +224,8 @@ def _build_run(
     if spec.task == NEXT_ITEM:
         check_trainable(load_dataset(warehouse, spec.datasets[0]))
     source = load_data(warehouse, spec.datasets, spec.features, device)
-    torch.manual_seed(spec.train.seed)  # weights are drawn on the CPU: the same on any device
+    # The weights are drawn on the CPU, so that they are equal on all devices.
+    torch.manual_seed(spec.train.seed)
     catalogue = Catalogue(
         n_items=source.dataset.info.items,
         n_users=source.dataset.info.users,
@@ -249,17 +263,17 @@ def _load_backbones(warehouse: Warehouse, spec: RunSpec) -> Mapping[str, UpperBl
     return open_blocks(tables, spec.train.tune_blocks)
 
 
-def _take_initial_weights(warehouse: Warehouse, run: Run, remedy: str) -> Taken:
+def _copy_initial_weights(warehouse: Warehouse, run: Run, remedy: str) -> CopiedWeights:
     init = run.spec.init
     assert init is not None
     source, _ = warehouse.choose_run(init.run)
-    taken = take_weights(source, run.spec.model, run.model, run.spec.identity(), init.transfer)
-    if taken.digest != init.weights:
+    copied = copy_weights(source, run.spec.model, run.model, run.spec.identity(), init.transfer)
+    if copied.digest != init.weights:
         raise UserError(
             f"run {run.name!r} was to start from run {source.name!r}, whose weights have changed"
             f" since; {remedy}"
         )
-    return taken
+    return copied
 
 
 def _utc_text(stamp: datetime) -> str:

@@ -1,4 +1,8 @@
-"""The description of a run: made once from words or from a run's folder, then handed on."""
+"""The description of a run: model, datasets, feature tables, settings and initial weights.
+
+A description is created once, from a command or from a run's folder. Training, resuming,
+evaluation, transfer and grids receive it.
+"""
 
 import hashlib
 import json
@@ -18,6 +22,9 @@ from trainer.runs.folder import FORMAT, check_format, read_about
 from trainer.runs.transfer import FULL, check_source, check_transfer, hash_tensors, read_source
 from trainer.tasks.registry import NEXT_ITEM, TASKS
 
+PRETRAIN = "pretrain"
+"""Value of ``stage`` in the configuration of a pre-training."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class InitialWeights:
@@ -25,20 +32,22 @@ class InitialWeights:
 
     run: str
     transfer: str = FULL
-    """Which of its weights, see :func:`trainer.runs.transfer.take_weights`."""
+    """Name of the transfer, which selects the weights to copy; see
+    :func:`trainer.runs.transfer.copy_weights`."""
     weights: str = ""
-    """Hash of its weights; empty until the weights are read."""
+    """Hash of the weights of that run; empty until they are read."""
 
     def document(self) -> dict[str, str]:
-        """Return the fields as a run's configuration and checkpoints store them."""
+        """Return the fields in the form that ``config.toml`` and checkpoints store."""
         return {"run": self.run, "transfer": self.transfer, "weights": self.weights}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunSpec:
-    """Everything that decides the result of a run.
+    """The description of a run: all inputs that determine its result.
 
-    Two runs with equal identities give equal weights on one machine with as many threads.
+    Two runs with equal identities give equal weights on one machine with the same number of
+    threads.
 
     Examples:
         >>> warehouse = Warehouse("warehouse")                        # doctest: +SKIP
@@ -54,16 +63,19 @@ class RunSpec:
     datasets: tuple[str, ...]
     """Prepared datasets; several only for a pre-training."""
     features: tuple[str, ...]
-    """Labels ``modality=backbone[:level]`` of the feature tables, at most one a modality."""
+    """Labels ``modality=backbone[:level]`` of the feature tables, at most one per modality."""
     is_pretraining: bool
-    """True for ``mmrec pretrain``: the run recommends nothing."""
+    """True for ``mmrec pretrain``. A pre-trained run gives no recommendations."""
     train: TrainConfig
+    """Settings of the training loop."""
     settings: Settings
     """Settings of the model."""
     task_settings: Settings | None
-    """Settings of the task, if it has any."""
+    """Settings of the task; ``None`` if it has none."""
     data: DataIdentity
+    """Hashes of the datasets and feature tables."""
     init: InitialWeights | None = None
+    """The run whose weights are the initial weights; ``None``: random weights."""
 
     @classmethod
     def resolve(
@@ -77,7 +89,7 @@ class RunSpec:
         sources: SettingSources | None = None,
         init: InitialWeights | None = None,
     ) -> Self:
-        """Describe a run from the words of a user; nothing is written.
+        """Create a description from the arguments of a command. Nothing is written.
 
         Args:
             warehouse: Warehouse with the datasets, feature tables and runs.
@@ -85,12 +97,13 @@ class RunSpec:
             datasets: Names of prepared datasets.
             is_pretraining: Pre-train instead of training for recommendation.
             features: Feature tables, see :func:`trainer.data.feature_tables.choose_tables`; an
-                entry may name several, separated by commas. ``None``: each modality's only one.
+                entry may name several, separated by commas. ``None``: the only table of each
+                modality.
             sources: The settings that differ from the defaults.
             init: The run whose weights are the initial weights.
 
         Raises:
-            UserError: Something that the user gave is unknown, or does not fit the rest.
+            UserError: A name or a setting is unknown, or the arguments contradict each other.
         """
         recommender = MODELS.find(model).load()
         if is_pretraining:
@@ -167,7 +180,7 @@ class RunSpec:
         return _task_name(MODELS.find(self.model).load(), self.is_pretraining)
 
     def identity(self) -> dict[str, Any]:
-        """Return everything that decides the result, as a JSON document for checkpoints."""
+        """Return all inputs that determine the result, as a JSON document for checkpoints."""
         document: dict[str, Any] = {
             "recommender": self.model,
             "dataset": self.dataset,
@@ -176,7 +189,7 @@ class RunSpec:
             "features": [dict(table) for table in self.data.features],
         }
         tables = settings_tables(self.train, self.settings, self.task_settings)
-        assert not document.keys() & tables.keys(), "two parts of one name"
+        assert not document.keys() & tables.keys(), "a settings table and an entry share a key"
         document |= tables
         return document if self.init is None else document | {"init": self.init.document()}
 
@@ -190,7 +203,7 @@ class RunSpec:
         return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()[:12]
 
     def document(self) -> dict[str, Any]:
-        """Return the content of the run's ``config.toml``, without what is known at its start."""
+        """Return the content of ``config.toml``, without the entries that ``create_run`` adds."""
         about: dict[str, Any] = {
             "format": FORMAT,
             "model": self.model,
@@ -207,12 +220,8 @@ class RunSpec:
         return {"run": about, **settings_tables(self.train, self.settings, self.task_settings)}
 
 
-PRETRAIN = "pretrain"
-"""Value of ``stage`` in the configuration of a pre-training."""
-
-
 def pretraining_settings(recommender: type[Recommender]) -> type[Settings] | None:
-    """Return the class of the settings that only ``mmrec pretrain`` knows, if there are any."""
+    """Return the settings class of the model's pre-training task; ``None`` without settings."""
     if recommender.pretraining is None:
         return None
     return TASKS.find(recommender.pretraining.task).settings_class
@@ -237,7 +246,7 @@ def _task_name(recommender: type[Recommender], is_pretraining: bool) -> str:
 def _build(
     recommender: type[Recommender], is_pretraining: bool, sources: SettingSources
 ) -> tuple[Any, ...]:
-    """Create the settings of the loop, of the model, and of the task if it has any."""
+    """Create the settings of the loop, of the model and, if the task has any, of the task."""
     defaults: Mapping[str, Any] = recommender.train_defaults
     if is_pretraining:
         assert recommender.pretraining is not None
@@ -276,10 +285,10 @@ def _choose_tables(
                 f"{name} learns from item ids alone; leave --features {','.join(features)} out"
             )
         return []
-    wanted = None
+    labels = None
     if features is not None:
-        wanted = [part.strip() for entry in features for part in entry.split(",")]
-    tables = choose_common_tables(warehouse, datasets, wanted, layers=train.tune_blocks > 0)
+        labels = [part.strip() for entry in features for part in entry.split(",")]
+    tables = choose_common_tables(warehouse, datasets, labels, layers=train.tune_blocks > 0)
     for table in tables:
         if table.level != "pooled" and not recommender.reads_tokens:
             raise UserError(
@@ -289,14 +298,14 @@ def _choose_tables(
 
 
 def _read_init(warehouse: Warehouse, spec: RunSpec, init: InitialWeights) -> InitialWeights:
-    """Hash the initial weights, and check that they are of the same model."""
+    """Hash the initial weights, and check that their run has the same model."""
     check_transfer(init.transfer, MODELS.find(spec.model).load())
     folder, _ = warehouse.choose_run(init.run)
     check_source(folder, spec.model)
     digest = hash_tensors(read_source(folder)[0])
     if init.weights not in ("", digest):
         raise UserError(
-            f"run {init.run!r} has other weights than before: it is being trained; wait for its end"
-            " and try again"
+            f"the weights of run {init.run!r} have changed, because it is being trained; wait for"
+            " its end and try again"
         )
     return replace(init, weights=digest)

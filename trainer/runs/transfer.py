@@ -1,8 +1,9 @@
-"""Initial weights from another run: which are copied, which are not, and why.
+"""Copy initial weights from another run, and report which weights were copied.
 
 Weights are matched by name and shape. Three kinds of tables are matched by their rows: a table with
-a row for each item is copied only within one catalogue; a row of a modality goes to the modality of
-the same name; of a table of positions that count from the end, the rows that both runs have.
+a row for each item is copied only within one catalogue; a row of a modality is copied to the
+modality of the same name; of a table of positions that count from the end, the rows that both runs
+have are copied.
 """
 
 import hashlib
@@ -27,8 +28,8 @@ _VISION = (
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Taken:
-    """The weights that a model got from another run."""
+class CopiedWeights:
+    """The weights that were copied from another run into a model."""
 
     run: str
     transfer: str
@@ -83,9 +84,9 @@ def read_source(run: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     )
 
 
-def take_weights(
+def copy_weights(
     run: Path, name: str, model: Recommender, identity: dict[str, Any], transfer: str = FULL
-) -> Taken:
+) -> CopiedWeights:
     """Copy another run's best weights into a model, as far as they fit.
 
     Args:
@@ -125,11 +126,11 @@ def take_weights(
     if not loaded:
         key, reason = next(iter(fresh.items()))
         raise UserError(
-            f"nothing of run {run.name!r} fits: {key} is not taken ({reason});"
+            f"nothing of run {run.name!r} fits: {key} is not copied ({reason});"
             " give another run by --init, or train it with the same settings"
         )
     unused = {key: "this model does not have it" for key in tensors if key not in own}
-    return Taken(
+    return CopiedWeights(
         run=run.name,
         transfer=transfer,
         digest=digest,

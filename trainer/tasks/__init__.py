@@ -1,1 +1,1 @@
-"""Tasks: what a training does in an epoch, one file per task."""
+"""Tasks: batches, loss and validation of a training, one file per task."""

@@ -7,9 +7,10 @@ with other dropout masks. An item that has only vision or only text takes part i
 
 Differences from the paper and the released code:
 
-- In both, the copy of an item (the same image or title under another id) is a negative of the item:
-  ``duplicates="keep"``. By default it is not.
-- The negatives are those of all processes; in the released code, the 6,000 items of one GPU.
+- In both, a copy of an item (the same image or title under another id) is a negative of the item.
+  Here it is not, unless ``duplicates="keep"``.
+- The negatives are the items of all processes. In the released code they are the 6,000 items of one
+  GPU.
 
 Legend: K items of a batch, M items of a term, N items of the catalogue, D width.
 """
@@ -38,7 +39,7 @@ from trainer.tasks.base import Task, Validation
 
 @dataclass(frozen=True, kw_only=True)
 class AlignConfig(Settings):
-    """Settings of the alignment; weights and temperature are the paper's."""
+    """Settings of the alignment. The weights are those of the paper."""
 
     weight_vv: NonNegativeFloat = 0.25
     """Weight of the term (v, v')."""
@@ -49,17 +50,17 @@ class AlignConfig(Settings):
     weight_joint: NonNegativeFloat = 0.25
     """Weight of the term (vt, vt')."""
     duplicates: Annotated[str, Choice("duplicates", ("mask", "keep"))] = "mask"
-    """``mask``: items with the same vectors are no negatives of each other; ``keep``: they are
+    """``mask``: items with equal vectors are not negatives of each other; ``keep``: they are
     negatives, as published."""
     holdout: Annotated[
         float,
         Range(0, 0.5, "above 0 and below 0.5: two such shares are held out", includes_low=False),
     ] = 0.05
-    """Share of the items to validate on, and as many to test on, that training never sees: the
-    same items in each run, chosen by a hash of their ids."""
+    """Share of the items to validate on, and of the items to test on. Training uses neither. A hash
+    of the ids chooses the items, so they are the same in each run."""
 
     def check(self) -> None:
-        """Check that at least one term counts."""
+        """Raise a UserError if all weights are 0."""
         if self.weight_vv + self.weight_tt + self.weight_vt + self.weight_joint == 0:
             raise UserError("all four weights are 0, so nothing can be learned; set one above 0")
 
@@ -70,7 +71,7 @@ class Aligned(Protocol):
 
     @property
     def temperature(self) -> float:
-        """Divides the cosines."""
+        """Divisor of the cosines."""
 
     @property
     def unaligned(self) -> tuple[str, ...]:
@@ -79,7 +80,7 @@ class Aligned(Protocol):
     def encode_views(
         self, items_K: Tensor, views: Sequence[tuple[Sequence[str], Tensor]], features: ItemFeatures
     ) -> list[Tensor]:
-        """Encode items, see :func:`trainer.modules.item_views.encode_views`."""
+        """Encode items; see :func:`trainer.modules.item_views.encode_views`."""
 
 
 class Alignment(Task[Tensor]):
@@ -87,7 +88,7 @@ class Alignment(Task[Tensor]):
 
     Args:
         model: A recommender that is :class:`Aligned`.
-        features: Of the whole catalogue.
+        features: Features of the whole catalogue.
         splits: (N,) bool for each of ``validation`` and ``test``, true for the items of the split.
             Training uses no item of a split.
         config: Settings.
@@ -108,7 +109,7 @@ class Alignment(Task[Tensor]):
         datasets: Sequence[str],
         settings: Any,
     ) -> Self:
-        """Create the task; the held-out items are chosen by a hash of their ids."""
+        """Create the task. A hash of the item ids chooses the held-out items."""
         splits = item_splits(warehouse, datasets, settings.holdout)
         return cls(model, data.features, splits, settings)
 
@@ -145,7 +146,7 @@ class Alignment(Task[Tensor]):
         self.pools = {
             name: (is_new_N & is_held_N).nonzero()[:, 0] for name, is_held_N in in_split.items()
         }
-        """(K,) the items of each split with vision and text, without copies of training items."""
+        """Split to its items (K,) that have vision and text, without copies of training items."""
         self._training_items = ((vision_N | text_N) & is_training_N).nonzero()[:, 0].cpu().numpy()
         counts = {name: len(pool_K) for name, pool_K in self.pools.items()}
         counts = {"training": int((self._present["vt"] & is_training_N).sum()), **counts}
@@ -175,7 +176,7 @@ class Alignment(Task[Tensor]):
         return len(batch)
 
     def loss(self, batch: Tensor) -> dict[str, Tensor]:
-        """Return the loss of Eq. 5, and each of its terms by its name."""
+        """Return the loss of Eq. 5, and its terms by name."""
         rows = {side: has_N[batch].nonzero()[:, 0] for side, has_N in self._present.items()}
         views = [(self._names[side], rows[side]) for side in ("v", "v", "t", "t", "vt", "vt")]
         v, v2, t, t2, vt, vt2 = self.aligned.encode_views(batch, views, self.features)
@@ -198,7 +199,7 @@ class Alignment(Task[Tensor]):
         return {"loss": total, **{name: value.detach() for name, value in losses.items()}}
 
     def split(self, config: TrainConfig) -> str:
-        """Return a line about the held-out items."""
+        """Return the number of held-out items and the directions of retrieval."""
         pool_K = self.pools["validation"]
         return f"validation: {len(pool_K):,} held-out items, text to vision and back"
 
@@ -228,13 +229,14 @@ class Alignment(Task[Tensor]):
         )
 
     def _copies(self) -> dict[str, Tensor]:
-        """Return (N,) labels for each term, equal for items that are copies in that term."""
+        """Return (N,) int64 labels for each term. Items that are copies have equal labels."""
         hashes = {name: _hash_rows(x_ND) for name, x_ND in self.features.vectors.items()}
         labels = {}
         for side, names in self._names.items():
             stacked = torch.stack([hashes[name] for name in names], dim=1)
             labels[side] = stacked.unique(dim=0, return_inverse=True)[1]
-        # (v, t): items are copies if they share an image or a title, or are copies of a third item.
+        # Term (v, t): items are copies if they share an image or a title, or both are copies of a
+        # third item.
         group_N = torch.arange(self.features.n_items, device=self._present["vt"].device)
         both_N = self._present["vt"]
         while True:
@@ -249,13 +251,13 @@ class Alignment(Task[Tensor]):
 
 
 def contrast(x_MD: Tensor, y_MD: Tensor, scale: float, label_M: Tensor | None) -> Tensor:
-    """Return the loss of Eq. 6: x to y plus y to x, with the negatives of all processes.
+    """Return the loss of Eq. 6, x to y plus y to x, with the items of all processes as negatives.
 
     Args:
         x_MD: (M, D), of unit length.
         y_MD: (M, D), of unit length; row m is the same item as in ``x_MD``.
         scale: 1 / temperature.
-        label_M: (M,) int64; rows with equal labels are no negatives of each other.
+        label_M: (M,) int64; rows with equal labels are not negatives of each other.
     """
     if world_size() == 1:
         return 2 * in_batch_symmetric(x_MD, y_MD, scale=scale, label_B=label_M)

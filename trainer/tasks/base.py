@@ -1,6 +1,6 @@
-"""The contract of a task: what a training does in an epoch, and how it is validated.
+"""The base class of tasks: the batches, the loss and the validation of a training.
 
-The loop uses tasks only, and a task uses one recommender.
+The training loop uses a task, and the task uses a recommender.
 """
 
 from abc import ABC, abstractmethod
@@ -23,24 +23,24 @@ class Validation:
     """The result of one validation."""
 
     metrics: dict[tuple[str, str], float]
-    """(``filtered`` | ``kept`` | a direction of retrieval, metric) to value."""
+    """(``filtered``, ``kept`` or a direction of retrieval; metric) to value."""
     users: int
     """Number of users, or of queries, that the values are means over."""
     monitored: float
     """The value that decides early stopping and the best checkpoint."""
     shown: dict[str, float]
-    """The values of the live line, by name."""
+    """Values for the live display, by name."""
 
 
 class Task(ABC, Generic[B]):
     """A recommender with the data that it learns from."""
 
     unit: ClassVar[str]
-    """What a batch holds, for the live line: windows or items."""
+    """Unit of a batch, for the live display: ``windows`` or ``items``."""
     settings_class: ClassVar[type[Settings] | None] = None
-    """Dataclass of the task's own settings, if there are any."""
+    """Dataclass of the settings of the task; ``None`` without settings."""
     pools: Mapping[str, Tensor] = {}
-    """Split to held-out items (K,), for tasks that hold out items instead of interactions."""
+    """Split to its held-out items (K,); empty if the task holds out interactions."""
 
     def __init__(self, model: Recommender) -> None:
         self.model = model
@@ -58,19 +58,19 @@ class Task(ABC, Generic[B]):
         """Create the task for the data of one or more datasets.
 
         Raises:
-            UserError: There is too little to learn from.
+            UserError: There are too few data to learn from or to validate on.
         """
 
     @abstractmethod
     def epoch(
         self, config: TrainConfig, epoch: int, *, skip: int, shard: Shard
     ) -> tuple[int, Iterator[B]]:
-        """Return the batches of an epoch, a function of seed and epoch alone.
+        """Return the batches of an epoch. They depend only on the seed and the epoch.
 
         Args:
             config: Settings of the loop: batch size and seed.
             epoch: Number of the epoch, from 0.
-            skip: Number of first batches to leave out, because a resumed run has had them.
+            skip: Number of batches at the start to leave out: a resumed run was trained on them.
             shard: The part of each batch that this process takes.
 
         Returns:
@@ -83,16 +83,16 @@ class Task(ABC, Generic[B]):
 
     @abstractmethod
     def loss(self, batch: B) -> dict[str, Tensor]:
-        """Return named scalars; ``loss`` is minimised."""
+        """Return scalars by name. ``loss`` is minimised; the others are reported."""
 
     @abstractmethod
     def split(self, config: TrainConfig) -> str:
-        """Return the data that :meth:`validate` uses, in words."""
+        """Return a description of the data that :meth:`validate` uses."""
 
     @abstractmethod
     def validate(self, config: TrainConfig) -> Validation:
-        """Measure the model on data that training never sees; never on the test split.
+        """Measure the model on validation data: neither training data nor the test split.
 
         Raises:
-            UserError: The vectors are not finite.
+            UserError: A vector is not finite.
         """

@@ -1,4 +1,4 @@
-"""The task of stage 2: windows of training histories, and the next item of each user."""
+"""The task of ``mmrec train``: predict the next item from windows of training histories."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, Self
@@ -20,7 +20,7 @@ from trainer.tasks.base import Task, Validation
 class NextItem(Task[Batch]):
     """Train on windows of the histories; validate by the rank of each user's held-out item.
 
-    Also the pre-training of models that learn from histories with objectives of their own.
+    The task is also the pre-training of models that add objectives on histories, such as PMMRec.
     """
 
     unit = "windows"
@@ -38,14 +38,14 @@ class NextItem(Task[Batch]):
         datasets: Sequence[str],
         settings: Any,
     ) -> Self:
-        """Create the task; there must be something to learn and to validate."""
+        """Create the task; see :meth:`trainer.tasks.base.Task.build`."""
         check_trainable(data.dataset)
         return cls(model, data)
 
     def epoch(
         self, config: TrainConfig, epoch: int, *, skip: int, shard: Shard
     ) -> tuple[int, Iterator[Batch]]:
-        """Return windows as the model samples them."""
+        """Return batches of windows, cut as the model's ``window_sampling`` states."""
         return self.data.epoch(
             self.model.window_sampling,
             batch_size=config.batch_size,
@@ -64,7 +64,7 @@ class NextItem(Task[Batch]):
         return self.model.loss(batch)
 
     def split(self, config: TrainConfig) -> str:
-        """Return the validation split and the ranking of the monitored metric."""
+        """Return ``validation`` and the monitored ranking: seen items filtered or kept."""
         return f"validation, {config.monitor_seen}"
 
     def validate(self, config: TrainConfig) -> Validation:

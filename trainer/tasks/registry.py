@@ -1,4 +1,4 @@
-"""Registry of the tasks: a new one is one file and one line."""
+"""Registry of the tasks. A new task is one file, and one line here."""
 
 from typing import Any
 
@@ -8,6 +8,7 @@ from trainer.tasks.base import Task
 from trainer.tasks.next_item import NextItem
 
 NEXT_ITEM = "next-item"
+"""Name of the task of ``mmrec train``."""
 
 TASKS: Registry[type[Task[Any]]] = Registry(
     "task",

@@ -121,8 +121,8 @@ def test_trained_blocks_go_to_runs_that_start_from_them(
     train_run(source)
     for transfer in ("full", "items", "text", "users"):
         run = begin(warehouse, init="source", transfer=transfer)
-        assert run.taken is not None
-        taken = any(name.startswith("backbones") for name in run.taken.loaded)
+        assert run.copied_weights is not None
+        taken = any(name.startswith("backbones") for name in run.copied_weights.loaded)
         assert taken == (transfer != "users")
         expected = weights(source) if taken else {}
         if not taken:  # as the checkpoint has them

@@ -187,12 +187,12 @@ def test_nothing_to_align_is_no_loss() -> None:
 
 def test_nid_is_cross_entropy_on_logits() -> None:
     logits = torch.tensor([[0.0, math.log(3.0), -1e9], [2.0, 2.0, 2.0]])
-    fate = torch.tensor([SHUFFLED, UNCHANGED])
+    label = torch.tensor([SHUFFLED, UNCHANGED])
     expected = -(math.log(3 / 4) + math.log(1 / 3)) / 2
-    torch.testing.assert_close(nid(logits, fate), torch.tensor(expected))
+    torch.testing.assert_close(nid(logits, label), torch.tensor(expected))
     # clipped: e^0, 3 and e^0
     expected = -(math.log(3 / 5) + math.log(1 / 3)) / 2
-    torch.testing.assert_close(nid(logits, fate, relu=True), torch.tensor(expected))
+    torch.testing.assert_close(nid(logits, label, relu=True), torch.tensor(expected))
 
 
 @settings(deadline=None, max_examples=20)
@@ -246,16 +246,16 @@ def test_what_a_disturbance_does(
     width, lengths_B = max(lengths), torch.tensor(lengths)
     item = torch.arange(len(lengths) * width).view(len(lengths), width)  # all different
     valid = torch.arange(width) < lengths_B[:, None]
-    corrupted, fate = corrupt(item, lengths_B, generator, shuffle=shuffle, replace=replace)
+    corrupted, label = corrupt(item, lengths_B, generator, shuffle=shuffle, replace=replace)
     assert torch.equal(corrupted[~valid], item[~valid])
-    assert torch.equal(fate == UNCHANGED, corrupted == item)
+    assert torch.equal(label == UNCHANGED, corrupted == item)
     for row, length in enumerate(lengths):
-        moved = fate[row] == SHUFFLED
+        moved = label[row] == SHUFFLED
         # They changed places among themselves, each left its own, and none is alone.
         assert sorted(corrupted[row][moved].tolist()) == sorted(item[row][moved].tolist())
         assert int(moved.sum()) != 1
         assert int(moved.sum()) <= max(2, math.ceil(shuffle * length))
-        assert int((fate[row] == REPLACED).sum()) <= math.ceil(replace * length)
+        assert int((label[row] == REPLACED).sum()) <= math.ceil(replace * length)
     assert set(corrupted[valid].tolist()) <= set(item[valid].tolist())
 
 
@@ -263,13 +263,13 @@ def test_the_shares_of_a_disturbance() -> None:
     generator = torch.Generator().manual_seed(0)
     for length in (20, 7, 3):
         item = torch.arange(4000 * length).view(4000, length)
-        _, fate = corrupt(item, torch.full((4000,), length), generator)
-        assert (fate == SHUFFLED).float().mean().item() == pytest.approx(0.15, abs=0.01)
-        assert (fate == REPLACED).float().mean().item() == pytest.approx(0.05, abs=0.005)
+        _, label = corrupt(item, torch.full((4000,), length), generator)
+        assert (label == SHUFFLED).float().mean().item() == pytest.approx(0.15, abs=0.01)
+        assert (label == REPLACED).float().mean().item() == pytest.approx(0.05, abs=0.005)
 
 
 def test_the_same_item_in_another_slot_is_unchanged() -> None:
     item = torch.zeros(3, 6, dtype=torch.int64)
-    corrupted, fate = corrupt(item, torch.tensor([6, 4, 1]), torch.Generator(), shuffle=0.9)
+    corrupted, label = corrupt(item, torch.tensor([6, 4, 1]), torch.Generator(), shuffle=0.9)
     assert not corrupted.any()
-    assert not fate.any()
+    assert not label.any()

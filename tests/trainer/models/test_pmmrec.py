@@ -126,7 +126,7 @@ def test_the_whole_loss_by_its_formulas(settings: dict[str, Any]) -> None:
     items_BL = torch.where(valid_BL, rows(ROWS).items_BL, ROWS[0][0])
     item_K, place_BL = items_BL.unique(return_inverse=True)
     lengths_B = torch.tensor([len(row) - 1 for row in ROWS])
-    noisy_BL, fate_BL = corrupt(
+    noisy_BL, label_BL = corrupt(
         place_BL[:, :-1], lengths_B, torch.Generator().manual_seed(2), shuffle=0.5
     )
     terms: dict[str, list[Tensor]] = {name: [] for name in ("dap", "nid", "image", "text")}
@@ -146,7 +146,7 @@ def test_the_whole_loss_by_its_formulas(settings: dict[str, Any]) -> None:
             score_N = item_ND @ scored(state_LD[at]) / 0.5 - popularity_N
             column = score_N[[following, *negatives]]
             terms["dap"].append(-column.log_softmax(0)[0])
-            terms["nid"].append(-logits_L3[at].log_softmax(0)[fate_BL[r, at]])
+            terms["nid"].append(-logits_L3[at].log_softmax(0)[label_BL[r, at]])
             for name, a, b in (("image", 0, 1), ("text", 1, 0)):
                 (x_ND, has_N), (y_ND, does_N) = sides[a], sides[b]
                 if has_N[item] and does_N[item]:

@@ -12,7 +12,7 @@ from tests.trainer import worlds
 from trainer.checkpoint import read_tensors
 from trainer.data.batches import ItemFeatures
 from trainer.runs.run import Run, open_run, train_run
-from trainer.runs.transfer import take_weights
+from trainer.runs.transfer import copy_weights
 
 N = 12
 SMALL = {
@@ -79,10 +79,10 @@ def test_everything_comes_over(house: Warehouse, words: str) -> None:
     held = weights(source.folder)
     run = begin(house, model, "r", "seed=7", *settings, init="source")
     assert equal(run, held) == set(held)  # of the same interactions, known_N is too
-    assert run.taken is not None
-    assert run.taken.share == 1
-    assert run.taken.fresh == run.taken.unused == []
-    assert run.taken.lines()[0].startswith("from run source (full): ")
+    assert run.copied_weights is not None
+    assert run.copied_weights.share == 1
+    assert run.copied_weights.fresh == run.copied_weights.unused == []
+    assert run.copied_weights.lines()[0].startswith("from run source (full): ")
 
 
 def test_what_training_has_seen_is_never_taken_from_another_run(house: Warehouse) -> None:
@@ -91,7 +91,7 @@ def test_what_training_has_seen_is_never_taken_from_another_run(house: Warehouse
     run = begin(house, "mmsrec", "r", "ids=true")
     known_N = run.model.get_buffer("known_N")
     known_N.copy_(torch.arange(N) % 2 == 0)
-    taken = take_weights(house.runs_dir / "source", "mmsrec", run.model, run.spec.identity())
+    taken = copy_weights(house.runs_dir / "source", "mmsrec", run.model, run.spec.identity())
     assert known_N.tolist() == [i % 2 == 0 for i in range(N)]
     assert taken.share == 1
     assert taken.fresh == taken.unused == []
@@ -118,9 +118,9 @@ def test_a_part_of_sasrec(house: Warehouse) -> None:
     held = weights(source.folder)
     users = begin(house, "sasrec", "users", "seed=7", init="source", transfer="users")
     assert {name for name in held if name not in equal(users, held)} == {"item_encoder.weight"}
-    assert users.taken is not None
-    assert users.taken.loaded == ["sequence_encoder"]
-    assert users.taken.fresh == [("item_encoder", "not part of the transfer 'users'")]
+    assert users.copied_weights is not None
+    assert users.copied_weights.loaded == ["sequence_encoder"]
+    assert users.copied_weights.fresh == [("item_encoder", "not part of the transfer 'users'")]
     with pytest.raises(UserError, match=r"unknown transfer 'text'; known: full, items, users"):
         begin(house, "sasrec", "r", init="source", transfer="text")
 
@@ -133,8 +133,8 @@ def test_ids_stay_with_their_catalogue_and_positions_keep_their_meaning(house: W
     path = house.dataset_dir("world") / "dataset.json"
     path.write_text(path.read_text().replace('"fingerprint": "f"', '"fingerprint": "g"'))
     run = begin(house, "sasrec", "r", "length=7", "seed=7", init="source")
-    assert run.taken is not None
-    reasons = dict(run.taken.fresh)
+    assert run.copied_weights is not None
+    reasons = dict(run.copied_weights.fresh)
     assert reasons["item_encoder"] == "a row for each item, and the catalogue is another one"
     assert reasons["sequence_encoder.position"] == "2 of 7 rows: 5 there"
     name = "sequence_encoder.position.weight"
@@ -147,10 +147,10 @@ def test_one_modality_of_two(house: Warehouse) -> None:
     train_run(source)
     held = weights(source.folder)
     run = begin(house, "mmsrec", "r", "seed=7", init="source", features=["text"])
-    assert run.taken is not None
-    assert run.taken.share == 1
+    assert run.copied_weights is not None
+    assert run.copied_weights.share == 1
     assert torch.equal(run.model.state_dict()["modality.weight"][0], held["modality.weight"][1])
-    assert {name for name, _ in run.taken.unused} == {"inputs.image", "outputs.image"}
+    assert {name for name, _ in run.copied_weights.unused} == {"inputs.image", "outputs.image"}
 
 
 def test_other_vectors_under_the_same_name_are_refused(house: Warehouse) -> None:
@@ -159,9 +159,9 @@ def test_other_vectors_under_the_same_name_are_refused(house: Warehouse) -> None
     worlds.extract(house, worlds.features(N, seed=1), backbone="other")
     wanted = ["image=other", "text=toy"]
     run = begin(house, "mmsrec", "r", init="source", features=wanted)
-    assert run.taken is not None
+    assert run.copied_weights is not None
     why = "image: backbone toy there, other here"
-    assert run.taken.fresh == [("inputs.image", why), ("outputs.image", why)]
+    assert run.copied_weights.fresh == [("inputs.image", why), ("outputs.image", why)]
 
 
 def test_a_clip_is_known_by_the_head_of_pictures(house: Warehouse) -> None:
@@ -172,8 +172,8 @@ def test_a_clip_is_known_by_the_head_of_pictures(house: Warehouse) -> None:
     there = {"video": features.present["image"]}
     worlds.extract(house, ItemFeatures(n_items=N, vectors=clips, present=there))
     run = begin(house, "mmsrec", "r", "seed=7", init="source", features=["video", "text"])
-    assert run.taken is not None
-    assert run.taken.share == 1
+    assert run.copied_weights is not None
+    assert run.copied_weights.share == 1
     held = weights(source.folder)
     mine = run.model.state_dict()
     assert torch.equal(mine["inputs.video.0.weight"], held["inputs.image.0.weight"])

@@ -19,18 +19,18 @@ def sampled_bce(
     exists_M: Tensor,
     scale: float = 1.0,
 ) -> Tensor:
-    """Return the binary cross-entropy of one positive and one negative a row (Eq. 6 of MMSR).
+    """Return the binary cross-entropy of one positive and one negative per row (Eq. 6 of MMSR).
 
     mean_m -log sigma(s q_m . p_m)  +  mean_m -log(1 - sigma(s q_m . n_m)), the second over the rows
-    that have a negative. In one of several processes it is the share of the means over all of their
-    rows, see :mod:`trainer.distributed`.
+    that have a negative. With several processes it is the share of this process in the means over
+    all rows, see :mod:`trainer.distributed`.
 
     Args:
         query_MD: (M, D) queries.
         positive_MD: (M, D) vectors of the targets.
         negative_MD: (M, D) vectors of the negatives.
-        exists_M: (M,) bool, which negatives there are.
-        scale: s: 1 / temperature.
+        exists_M: (M,) bool, true for rows that have a negative.
+        scale: s, which is 1 / temperature.
     """
     positive_M = scale * (query_MD * positive_MD).sum(-1).float()
     negative_M = scale * (query_MD * negative_MD).sum(-1).float()
@@ -49,7 +49,7 @@ class SampledNegatives(DrawnItems):
     """One negative for each predicted position."""
 
     exists_X: Tensor
-    """(X,) bool, False if the user has every item, so that there is no negative."""
+    """(X,) bool, false if the user has seen every item and has no negative."""
 
 
 class SampledBCE(Loss):
@@ -70,7 +70,7 @@ class SampledBCE(Loss):
         batch: Batch,
         drawn: DrawnItems | None,
     ) -> Tensor:
-        """See :func:`sampled_bce`."""
+        """Return the loss; see :func:`sampled_bce`."""
         assert isinstance(drawn, SampledNegatives)
         positive_MD, negative_MD = items.gather(targets.item_M), items.gather(drawn.items_X)
         return sampled_bce(query_MD, positive_MD, negative_MD, drawn.exists_X, self.settings.scale)

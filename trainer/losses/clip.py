@@ -41,7 +41,7 @@ def in_batch_symmetric(
         x_BD: (B, D); dtypes as in :func:`trainer.losses.in_batch.in_batch`.
         y_BD: (B, D), same dtype.
         scale: Factor on inner products: 1 / temperature.
-        label_B: (B,) int64; pairs with equal labels are no negatives of each other.
+        label_B: (B,) int64; pairs with equal labels are not negatives of each other.
 
     Returns:
         A scalar, float32 or float64; 0 without pairs.

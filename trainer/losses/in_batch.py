@@ -1,9 +1,9 @@
 """The in-batch contrastive loss: a softmax over the columns of a batch, in blocks of rows.
 
-The B x B matrix of scores is never held: each block of rows has its scores in one buffer, and its
-gradient is computed while they are there. Scores of positives are computed in full precision apart
-from the matrix products, and their gradient is minus the share of the negatives, so no digits
-cancel where the model is confident. No sum depends on the order of threads.
+The B x B matrix of scores is never in memory. The scores of a block of rows are in one buffer, and
+the gradient of the block is computed from the buffer. Scores of positives are computed in full
+precision, outside the matrix products, and their gradient is minus the share of the negatives, so
+no digits cancel where the model is confident. No sum depends on the order of threads.
 
 Legend: M rows (queries), C columns (keys), D width, P positives of a row, U owners (users), J
 labels of an owner, R rows of a block.
@@ -39,8 +39,8 @@ class Columns:
     correction_C: Tensor | None = None
     """(C,) subtracted from scores: the log of the probability that the column is in a batch."""
     count_C: Tensor | None = None
-    """(C,) the number of negatives that a column counts as: duplicates are held once. A column of
-    count 0 is no negative."""
+    """(C,) the number of negatives that a column counts as: duplicate items are one column. A
+    column of count 0 is not a negative."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,7 +67,7 @@ def in_batch(
 
     With s_mc = scale q_m . k_c - correction_c, the loss of row m is
     -log( sum_{p in P(m)} e^s_mp / (sum_{p in P(m)} e^s_mp + sum_{c in N(m)} count_c e^s_mc) ).
-    N(m) holds every column that is no positive of the row and whose label is not excluded. A
+    N(m) contains every column that is not a positive of the row and whose label is not excluded. A
     positive that is listed twice counts twice.
 
     Args:
@@ -78,8 +78,8 @@ def in_batch(
             the first positive is always valid.
         scale: Factor on inner products: 1 / temperature.
         columns: Labels, counts and corrections of the columns.
-        excluded: The labels that are no negatives of a row; ``None``: those of its positives. Only
-            read where ``columns`` have labels.
+        excluded: Labels that are not negatives of a row; ``None``: the labels of its positives.
+            Ignored if ``columns`` have no labels.
         counted: Number of positives, from the first, in the denominator; ``None``: all. With fewer
             than all, the loss can be negative.
 
@@ -300,7 +300,7 @@ class InBatch(Loss):
         batch: Batch,
         drawn: DrawnItems | None,
     ) -> Tensor:
-        """See :func:`in_batch`."""
+        """Return the loss; see :func:`in_batch`."""
         windows = batch.sequences
         item_K = items.ids_K
         if item_K is None:

@@ -1,7 +1,7 @@
 """The objectives of PMMRec (Li et al., arXiv:2312.09602), as plain functions.
 
-Each item of a batch is held once, with the number of slots that contain it. It counts as that many
-negatives, so the softmax equals that over slots, which is in the equations. The negatives of a
+Each item of a batch is one column, with the number of slots that contain it. It counts as that many
+negatives, so the softmax equals the softmax over slots of the equations. The negatives of a
 position are "all the items in the batch except the interacted items of the current user".
 
 In several processes, the columns are those of all processes, and every mean is the process's share
@@ -93,8 +93,9 @@ def align(
     ========  ===========================================  =====================================
 
     The loss is the mean over the anchors t_l and v_l (over all ordered pairs of more than two
-    modalities). A position whose item lacks a modality of a pair is no anchor for that pair. (By
-    its text, the NCL of Table VIII lacks the positives of the next item: that is ``icl``.)
+    modalities). A position whose item lacks a modality of a pair is not an anchor of that pair.
+    (According to the text of the paper, the NCL of Table VIII lacks the positives of the next item.
+    That loss is ``icl``.)
 
     Args:
         kind: One of ``ALIGNMENTS``.
@@ -102,8 +103,8 @@ def align(
             item has the modality.
         at: The positions that are anchors.
         scale: 1 / temperature; the equations have 1.
-        literal: Use the literal denominator of Eq. 8, which lacks the positives of the next item,
-            so the loss can be negative. Otherwise the denominator contains all positives.
+        literal: Use the denominator of Eq. 8 as printed, without the positives of the next item.
+            The loss can then be negative. Otherwise the denominator contains all positives.
 
     Returns:
         A scalar; zero where no item has two modalities.
@@ -166,12 +167,12 @@ def corrupt(
     shuffle: float = 0.15,
     replace: float = 0.05,
 ) -> tuple[Tensor, Tensor]:
-    """Corrupt sequences: some items change places, others are replaced by items of the batch.
+    """Corrupt sequences: some items change places, and others are replaced by items of the batch.
 
-    The shuffled items of a sequence rotate in a random order, so that each leaves its place. The
+    The shuffled items of a sequence rotate in a random order, so that each item moves. The
     number of shuffled or replaced items is rounded up or down at random, so that its expectation is
-    exact. A single item cannot be shuffled: in place of one item, two or none are. A slot that
-    receives the item that it had is unchanged.
+    exact. A single item cannot be shuffled: instead of one item, two or none are shuffled. A slot
+    that receives the same item again is unchanged.
 
     Args:
         item_BL: (B, L) int64.
@@ -209,7 +210,7 @@ def corrupt(
 
 
 def nid(logits_M3: Tensor, label_M: Tensor, *, relu: bool = False) -> Tensor:
-    """Return the noised item detection loss, Eq. 10: classify items as :func:`corrupt` left them.
+    """Return the noised item detection loss, Eq. 10: classify the items of corrupted sequences.
 
     The equation takes the log of rectified logits without a softmax, which is -inf where a logit is
     clipped. With a softmax it is this cross-entropy.
@@ -229,7 +230,7 @@ def rcl(clean_BD: Tensor, noisy_BD: Tensor, user_B: Tensor, *, scale: float) -> 
     Args:
         clean_BD: (B, D) pooled states of the sequences.
         noisy_BD: (B, D) pooled states of the corrupted sequences.
-        user_B: (B,) int64, at least 0: sequences of the same user are no negatives of each other.
+        user_B: (B,) int64, at least 0: sequences of the same user are not negatives of each other.
         scale: Factor on inner products; the equation has 1.
     """
     begin = rank_offset(len(user_B), user_B.device)

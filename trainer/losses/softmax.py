@@ -31,7 +31,7 @@ def cross_entropy_reference(
 
 
 def full_softmax(query_MD: Tensor, item_ND: Tensor, target_M: Tensor, scale: float = 1.0) -> Tensor:
-    """Return the mean cross-entropy of a softmax over all items, without holding all logits.
+    """Return the mean cross-entropy of a softmax over all items, without storing all logits.
 
     The loss of the Cloze task of MMSRec (arXiv:2304.13277) and of SASRec with cross-entropy.
     Rows are computed in blocks, and the gradient of a block while its logits are in memory, so the
@@ -54,7 +54,7 @@ def full_softmax(query_MD: Tensor, item_ND: Tensor, target_M: Tensor, scale: flo
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Candidates(DrawnItems):
-    """The items of a sampled softmax: no item twice, the targets first."""
+    """The items of a sampled softmax, without repetition, the targets first."""
 
     includes_targets = True
 
@@ -62,7 +62,7 @@ class Candidates(DrawnItems):
     """(M,) int64, the index in ``items_X`` of each row's target."""
     offset_X: Tensor
     """(X,) float32, added to the scores: 0 for targets; for drawn items the log of the number of
-    items that are no targets divided by the number of drawn items."""
+    items that are not targets divided by the number of drawn items."""
 
 
 def draw_candidates(
@@ -76,8 +76,8 @@ def draw_candidates(
     Args:
         target_M: (M,) int64.
         n_items: N.
-        most: K at most, but there is always one other item drawn for each two targets.
-        generator: On the CPU; decides.
+        most: Largest number of candidates K; exceeded if needed to draw one item for two targets.
+        generator: Generator on the CPU.
     """
     targets_K, where_M = target_M.unique(return_inverse=True)
     other_N = torch.ones(n_items, dtype=torch.bool, device=target_M.device)
@@ -157,7 +157,7 @@ class Softmax(Loss):
 
     @property
     def needs_catalogue(self) -> bool:
-        """True without ``candidates``."""
+        """True if ``candidates`` is 0."""
         return not self.settings.candidates
 
     def draw(self, targets: Targets, batch: Batch) -> Candidates | None:
@@ -175,7 +175,7 @@ class Softmax(Loss):
         batch: Batch,
         drawn: DrawnItems | None,
     ) -> Tensor:
-        """See :func:`full_softmax` and :func:`part_softmax`."""
+        """Return the loss; see :func:`full_softmax` and :func:`part_softmax`."""
         if drawn is None:
             return full_softmax(query_MD, items.vectors_KD, targets.item_M, self.settings.scale)
         assert isinstance(drawn, Candidates)

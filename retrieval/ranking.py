@@ -69,12 +69,6 @@ def rank(
     Raises:
         ValueError: Shapes, dtypes, devices, targets, excluded or corrected items do not match, a
             vector has NaN or infinity, or scores can exceed the range of fp32.
-
-    Examples:
-        >>> queries = np.array([[1.0, 0.0]], np.float32)
-        >>> items = np.array([[0.2, 0.0], [0.9, 0.0], [0.5, 0.0]], np.float32)
-        >>> rank(queries, items, targets=np.array([2])).kept
-        array([2])
     """
     import torch
 

@@ -96,8 +96,7 @@ def top_scores(
 ) -> TopItems:
     """Return the k items with the highest scores of a callback for each user.
 
-    Items are in descending order of the score; items with equal scores are in ascending order of
-    the item. Memory is that of `rank_scores`.
+    Order: score descending, then item ascending. Memory is that of `rank_scores`.
 
     Args:
         score: The callback; see the documentation of this module.
@@ -137,8 +136,7 @@ def top_scores(
         item_BF, by_item = item_BF.sort(1)
         score_BF, by_score = score_BF.gather(1, by_item).sort(dim=1, descending=True, stable=True)
         item_BF = item_BF.gather(1, by_score)
-        # If the last fetched item has the k-th score, items with that score may be missing: sort
-        # all items of this user.
+        # If the last fetched item has the k-th score, further items with that score may be missing.
         if score_BF.shape[1] < items:
             for row in (score_BF[:, -1] == score_BF[:, width - 1]).nonzero()[:, 0].tolist():
                 order_N = score_BN[row].argsort(descending=True, stable=True)

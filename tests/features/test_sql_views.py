@@ -1,5 +1,6 @@
 import signal
-import threading
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,8 @@ from features.sql_views import VIEWS, query
 from features.store import FeatureStore
 from features.warehouse import Warehouse
 from tests.pipeline.backbones import tiny
+
+ROOT = Path(__file__).parents[2]
 
 
 def add_table(warehouse: Warehouse, backbone: str, modality: str, dim: int) -> None:
@@ -278,13 +281,32 @@ def test_predictions_of_another_preparation_and_odd_runs_are_left_out(
     assert "another preparation of tiny" in "".join(said)
 
 
+ENDLESS = """
+import sys
+from features.sql_views import query
+from features.warehouse import Warehouse
+
+statement = "SELECT count(*) FROM range(10000000) a, range(10000000) b WHERE a.range < b.range"
+print("started", flush=True)
+try:
+    query(Warehouse(sys.argv[1]), statement)
+except (KeyboardInterrupt, RuntimeError):
+    print("interrupted", flush=True)
+"""
+
+
 def test_a_query_can_be_interrupted(warehouse: Warehouse) -> None:
-    # What a shell starts behind its back ignores the signal, and would never end.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    endless = "SELECT count(*) FROM range(10000000) a, range(10000000) b WHERE a.range < b.range"
-    timer = threading.Timer(0.5, signal.raise_signal, (signal.SIGINT,))
-    timer.start()
-    with pytest.raises((KeyboardInterrupt, RuntimeError)):
-        query(warehouse, endless)
-    timer.cancel()
-    signal.signal(signal.SIGINT, before)
+    command = [sys.executable, "-c", ENDLESS, str(warehouse.root)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "started\n"
+        for _ in range(60):  # the first signal may arrive before the query has begun
+            process.send_signal(signal.SIGINT)
+            try:
+                process.wait(1)
+                break
+            except subprocess.TimeoutExpired:
+                continue
+        else:
+            process.kill()
+        assert process.stdout.read() == "interrupted\n"

@@ -288,19 +288,22 @@ from features.warehouse import Warehouse
 
 statement = "SELECT count(*) FROM range(10000000) a, range(10000000) b WHERE a.range < b.range"
 print("started", flush=True)
-try:
-    query(Warehouse(sys.argv[1]), statement)
-except (KeyboardInterrupt, RuntimeError):
-    print("interrupted", flush=True)
+query(Warehouse(sys.argv[1]), statement)
 """
 
 
 def test_a_query_can_be_interrupted(warehouse: Warehouse) -> None:
     command = [sys.executable, "-c", ENDLESS, str(warehouse.root)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        cwd=ROOT,
+    ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "started\n"
-        for _ in range(60):  # the first signal may arrive before the query has begun
+        for _ in range(60):  # a signal may arrive before the query has begun
             process.send_signal(signal.SIGINT)
             try:
                 process.wait(1)
@@ -309,4 +312,4 @@ def test_a_query_can_be_interrupted(warehouse: Warehouse) -> None:
                 continue
         else:
             process.kill()
-        assert process.stdout.read() == "interrupted\n"
+    assert process.returncode not in (0, -signal.SIGKILL)

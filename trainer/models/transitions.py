@@ -68,8 +68,9 @@ class Transitions(Recommender):
 
     @property
     def window_sampling(self) -> WindowSampling:
-        """The shortest windows: none of them is read."""
-        return WindowSampling(length=2, stride=1, every_target=True)
+        """Windows of a history and its next item; none of them is read."""
+        length = self.settings.length
+        return WindowSampling(length=length + 1, stride=length, every_target=True)
 
     @property
     def history(self) -> int:

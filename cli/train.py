@@ -1,7 +1,5 @@
 """``mmrec train``."""
 
-from typing import TYPE_CHECKING
-
 from cli.options import DatasetOption, JsonOption, WarehouseOption
 from cli.training_options import (
     ConfigOption,
@@ -19,9 +17,6 @@ from cli.training_options import (
     resume_training,
     start_training,
 )
-
-if TYPE_CHECKING:
-    pass
 
 
 def train(

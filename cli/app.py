@@ -27,13 +27,20 @@ from cli import (
 )
 from cli.console import notify
 from features.errors import UserError
+from features.memory import memory_errors
 
 _UsageError: Any = typer.BadParameter.__base__  # typer does not export its usage error
+_MEMORY_REMEDY = (
+    "free memory, raise the limit of the process (ulimit -v), or give smaller batches or models"
+)
 _RENAMED = {"--unmasked": "--keep-seen"}  # options of earlier versions
 
 
 class Group(TyperGroup):
-    """The commands; a mistake of the user in any of them is one line and exit code 2."""
+    """The commands; a mistake of the user in any of them is one line and exit code 2.
+
+    Too little memory is one line and exit code 1.
+    """
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """Return a command whose flags show no type in the help text, since they take no value."""
@@ -56,9 +63,10 @@ class Group(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
         try:
-            return super().invoke(ctx)
+            with memory_errors("mmrec", _MEMORY_REMEDY):
+                return super().invoke(ctx)
         except UserError as error:
-            _fail(str(error))
+            _fail(str(error), error.exit_code)
         except _UsageError as error:
             _fail(_usage_message(error))
         except BrokenPipeError:
@@ -84,9 +92,9 @@ def _usage_message(error: Any) -> str:
     return f"{reason} See: {error.ctx.command_path if error.ctx else 'mmrec'} --help"
 
 
-def _fail(message: str) -> NoReturn:
+def _fail(message: str, exit_code: int = 2) -> NoReturn:
     notify(f"error: {message}")
-    raise typer.Exit(2) from None
+    raise typer.Exit(exit_code) from None
 
 
 def _interrupted() -> NoReturn:

@@ -41,13 +41,13 @@ def grid(
     spec = read_grid(file)
     warehouse = Warehouse(root)
     warehouse.require()
-    from trainer.runs.grid import plan_grid, write_result
+    from trainer.runs.grid import Stopped, plan_grid, write_result
 
     planned = plan_grid(warehouse, spec)
     if dry_run:
         _list_runs(warehouse, spec, planned, json)
         return
-    outcomes, is_stopped = _run_all(warehouse, spec, planned)
+    outcomes, end = _run_all(warehouse, spec, planned)
     path = out or file.with_suffix(".parquet")
     write_result(path, spec, outcomes)
     if json:
@@ -57,7 +57,9 @@ def grid(
         values += [None] * (len(planned) - len(outcomes))
         datasets = dict.fromkeys(entry.spec.dataset for entry in planned)
         show_pivot(spec, pivot(spec, values), list(datasets))
-    if is_stopped:
+    if end is not None and not isinstance(end, Stopped | KeyboardInterrupt):
+        raise end
+    if end is not None:
         option = f" --warehouse {shlex.quote(str(root))}" if root else ""
         console.notify(
             f"stopped: {len(outcomes)} of {len(planned)} runs ended, and everything is saved;"
@@ -73,9 +75,9 @@ def grid(
 
 def _run_all(
     warehouse: Warehouse, spec: Grid, planned: "list[Planned]"
-) -> "tuple[list[Outcome], bool]":
-    """Run all combinations; return the outcomes, and whether the user interrupted the grid."""
-    from trainer.runs.grid import Stopped, run_grid
+) -> "tuple[list[Outcome], BaseException | None]":
+    """Run all combinations; return the outcomes, and the exception that ended the grid early."""
+    from trainer.runs.grid import run_grid
 
     outcomes: list[Outcome] = []
     with console.ProgressLine() as line:
@@ -84,9 +86,9 @@ def _run_all(
             for outcome in run_grid(warehouse, planned, on_progress=progress.show_step):
                 outcomes.append(outcome)
                 progress.show_outcome(outcome)
-        except (Stopped, KeyboardInterrupt):
-            return outcomes, True
-    return outcomes, False
+        except (Exception, KeyboardInterrupt) as error:  # the finished runs are printed first
+            return outcomes, error
+    return outcomes, None
 
 
 class _GridProgress:

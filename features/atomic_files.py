@@ -14,7 +14,8 @@ import filelock
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from features.errors import UserError
+from features.errors import OutOfMemoryError, UserError
+from features.memory import check_address_space, is_out_of_memory, memory_reason
 
 _MOST_REASON = 200  # characters of a library's message
 _UMASK = os.umask(0)  # there is no other way to read it
@@ -94,13 +95,17 @@ def read_errors(path: Path, remedy: str) -> Iterator[None]:
     except PermissionError as error:
         place = error.filename or path
         raise UserError(f"{place}: no permission to read it; change its permissions") from None
-    except (MemoryError, duckdb.OutOfMemoryException, pa.ArrowMemoryError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"{path}: not enough memory or disk space to read it ({reason[:_MOST_REASON]}); free"
-            " memory and disk space"
-        ) from None
-    except (pa.ArrowException, duckdb.Error, OSError, KeyError, ValueError, TypeError) as error:
+    except (
+        pa.ArrowException, duckdb.Error, MemoryError, RuntimeError, OSError, KeyError, ValueError,
+        TypeError,
+    ) as error:  # fmt: skip
+        if is_out_of_memory(error):
+            raise OutOfMemoryError(
+                f"{path}: not enough memory or disk space to read it ({memory_reason(error)});"
+                " free memory and disk space"
+            ) from None
+        if isinstance(error, RuntimeError):
+            raise
         reason = " ".join(str(error).split())
         raise UserError(f"{path} cannot be read ({reason[:_MOST_REASON]}); {remedy}") from None
 
@@ -116,7 +121,12 @@ def remove_leftovers(folder: Path) -> None:
 
 @contextmanager
 def database() -> Iterator[duckdb.DuckDBPyConnection]:
-    """Open DuckDB in memory, without the progress bar that it writes to standard output."""
+    """Open DuckDB in memory, without the progress bar that it writes to standard output.
+
+    Raises:
+        OutOfMemoryError: The limit of the process is too small for DuckDB's threads.
+    """
+    check_address_space("DuckDB")
     with duckdb.connect() as db:
         db.execute("SET enable_progress_bar = false")
         yield db

@@ -1,4 +1,6 @@
-"""The exception for mistakes that the user can correct."""
+"""The exceptions that end a command with one line."""
+
+from typing import ClassVar
 
 _MOST_NAMES = 24  # a warehouse can hold thousands of runs; the latest are named
 
@@ -6,8 +8,18 @@ _MOST_NAMES = 24  # a warehouse can hold thousands of runs; the latest are named
 class UserError(ValueError):
     """A mistake in the user's input: one line with the value, the place and the remedy.
 
-    The command line prints the line and ends with exit code 2; it never shows a traceback for it.
+    The command line prints the line and ends with :attr:`exit_code`; it never shows a traceback for
+    it.
     """
+
+    exit_code: ClassVar[int] = 2
+    """Exit code of the command line."""
+
+
+class OutOfMemoryError(UserError):
+    """The machine has too little memory: one line with the value, the place and the remedy."""
+
+    exit_code = 1
 
 
 def unknown(kind: str, value: str, known: list[str]) -> UserError:

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 
 from features.atomic_files import read_errors
 from features.errors import UserError
+from features.memory import check_address_space
 from features.schema import FAILURES_SCHEMA, INTERACTIONS_SCHEMA, ITEMS_SCHEMA
 from features.splits import cold_sql, split_sql
 from features.sql_feature_views import create_feature_views
@@ -50,6 +51,7 @@ def connect(
         UserError: There is no warehouse, or its tables cannot be read.
     """
     warehouse.require()
+    check_address_space("DuckDB")
     db = duckdb.connect()
     try:
         db.execute("SET enable_progress_bar = false")  # it would be among the results

@@ -3,12 +3,11 @@
 Legend: B inputs of a batch, T tokens of an input, D width of the embedding.
 """
 
-import gc
 import math
-import sys
 from collections.abc import Callable, Sequence
 
-from features.errors import UserError
+from features.errors import OutOfMemoryError
+from features.memory import free_memory, is_out_of_memory
 from pipeline.backbones.base import POOLED, Backbone, InputBatch, Vectors
 from pipeline.media.errors import one_line
 
@@ -34,7 +33,7 @@ class ForwardPass:
         """Return one vector (D,) for each input, or its tokens (T, D).
 
         Raises:
-            UserError: A single input does not fit into the memory of the device.
+            OutOfMemoryError: A single input does not fit into the memory of the device.
         """
         size = max(len(batch.images), len(batch.texts))
         half = size // 2
@@ -43,17 +42,17 @@ class ForwardPass:
             try:
                 return self._run(batch, size)
             except Exception as error:
-                if not _is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 reason = one_line(error)
             if size < 2:
-                raise UserError(
+                raise OutOfMemoryError(
                     f"out of memory with a single input ({reason}); give --device cpu, --compute"
                     " bfloat16 or a smaller backbone (encoded items are kept)"
                 )
             self._max_cost = cost // 2
             self._notify(f"out of memory with {size} inputs ({reason}); continuing with {half}")
-            _free_memory()
+            free_memory()
         parts = [
             InputBatch(images=batch.images[start:end], texts=batch.texts[start:end])
             for start, end in ((0, half), (half, size))
@@ -66,19 +65,3 @@ class ForwardPass:
         vectors_BD = self._backbone.embed(batch)
         assert vectors_BD.shape == (size, self._backbone.dim)
         return list(vectors_BD)
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """Return True if a smaller batch may succeed. The error class of torch is not imported."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return True
-    phrases = ("out of memory", "not enough memory", "can't allocate memory")
-    return isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in phrases)
-
-
-def _free_memory() -> None:
-    """Release the memory of a failed forward pass. torch is used only if it is imported already."""
-    gc.collect()
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
-        torch.cuda.empty_cache()

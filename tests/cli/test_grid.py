@@ -24,6 +24,7 @@ from trainer.models.registry import MODELS, Model
 from trainer.models.sasrec import SASRec
 from trainer.runs import grid as runs_grid
 from trainer.runs.grid_file import pivot, read_grid
+from trainer.runs.run import train_run
 
 GRID = """
 rows = ["fusion"]
@@ -257,3 +258,42 @@ def test_two_models_of_one_configuration_class_are_two_runs(
     assert [entry["state"] for entry in done] == ["finished"] * 2
     assert len({entry["run"] for entry in done}) == 2
     assert done[0]["metrics"] != done[1]["metrics"]
+
+
+@pytest.mark.slow
+def test_a_run_out_of_memory_is_a_failed_cell_and_the_others_are_printed(
+    root: str, file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = train_run
+
+    def train_small(trained: Any, **options: Any) -> Any:
+        if trained.spec.settings.fusion == "merge-attention":
+            torch.empty(2**50)
+        return train(trained, **options)
+
+    monkeypatch.setattr(runs_grid, "train_run", train_small)
+    result = run("grid", file, "--warehouse", root, code=2)
+    failed = [line for line in result.stderr.splitlines() if "failed: " in line]
+    assert len(failed) == 2
+    assert all("out of memory" in line and "give smaller settings" in line for line in failed)
+    assert re.search(r"^sum +\*?\d\.\d{4}", result.stdout, re.MULTILINE)
+    assert "2 of 4 runs failed" in result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), TypeError("a bug")])
+def test_an_error_that_ends_the_grid_comes_after_the_finished_rows(
+    error: Exception, root: str, file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = train_run
+
+    def train_some(trained: Any, **options: Any) -> Any:
+        if trained.spec.settings.fusion == "merge-attention":
+            raise error
+        return train(trained, **options)
+
+    monkeypatch.setattr(runs_grid, "train_run", train_some)
+    code = 2 if isinstance(error, OSError) else 1
+    result = run("grid", file, "--warehouse", root, code=code)
+    assert re.search(r"^sum +\*?\d\.\d{4}", result.stdout, re.MULTILINE)
+    assert "No space left" in result.stderr or result.exception is error

@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from features.atomic_files import write_table
 from features.dataset import Dataset, load_items, load_user_ids
+from features.memory import memory_errors
 from features.schema import PREDICTIONS_SCHEMA
 from features.warehouse import Warehouse
 from retrieval.metrics import per_user
@@ -69,10 +70,13 @@ def evaluate(
     Raises:
         UserError: The run is a pre-training, its checkpoint is absent or was written for something
             else, or another process trains or evaluates it.
+        OutOfMemoryError: The ranking does not fit into memory.
         ValueError: The index is not known.
     """
     run.check_recommends()
-    with run_lock(run.folder):
+    batch = f"evaluation of run {run.name} (eval_batch={run.config.eval_batch})"
+    remedy = "free memory, or train again with a smaller eval_batch"
+    with run_lock(run.folder), memory_errors(batch, remedy):
         return _evaluate(warehouse, run, index, on_stage)
 
 

@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from features.atomic_files import lock, write_json, write_table
 from features.errors import UserError
+from features.memory import free_memory, memory_errors
 from features.schema import METRICS_SCHEMA
 from features.warehouse import Warehouse
 from trainer.config import SettingSources
@@ -167,12 +168,16 @@ def _run(
             return Outcome(planned=planned, state="reused", rows=rows)
     lock_file = warehouse.runs_dir / f".{planned.run}.lock"
     try:
-        with lock(lock_file, f"run {planned.run}"):
+        with (
+            lock(lock_file, f"run {planned.run}"),
+            memory_errors(f"run {planned.run}", "give smaller settings, or free memory"),
+        ):
             if folder.exists() and not is_begun(warehouse, planned):
                 shutil.rmtree(folder)  # killed while it was created: nobody else holds the lock
             _train(warehouse, planned, folder, on_progress)
             lock_file.unlink(missing_ok=True)
     except UserError as error:
+        free_memory()  # for the next run
         return Outcome(planned=planned, state="failed", message=str(error))
     seconds = time.monotonic() - began
     return Outcome(

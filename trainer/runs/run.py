@@ -14,6 +14,7 @@ import torch
 from features.atomic_files import write_text
 from features.dataset import load_dataset
 from features.errors import UserError
+from features.memory import memory_errors
 from features.store import FeatureStore
 from features.warehouse import Warehouse
 from trainer.config import TrainConfig
@@ -177,6 +178,7 @@ def train_run(
 
     Raises:
         UserError: Another process trains the run, its checkpoint cannot be used, or it diverges.
+        OutOfMemoryError: A step or a validation does not fit into memory.
     """
     if resume and not (run.folder / "resume.safetensors").exists():
         if run.weights.exists():
@@ -187,7 +189,15 @@ def train_run(
         resume = False
     metrics = run.folder / "metrics.parquet"
     began = time.monotonic()
-    with run_lock(run.folder) if process_rank() == 0 else nullcontext():
+    with (
+        run_lock(run.folder) if process_rank() == 0 else nullcontext(),
+        memory_errors(
+            f"training of {run.spec.model} on {run.spec.dataset}"
+            f" (batch_size={run.config.batch_size}, {run.parameters:,} parameters)"
+            f" on {run.data.device}",
+            f"train again with a smaller batch_size or model: mmrec models {run.spec.model}",
+        ),
+    ):
         state = fit(
             run.task,
             run.config,
@@ -243,17 +253,12 @@ def build_model(name: str, settings: Any, catalogue: Catalogue) -> Recommender:
     """Build a recommender with random weights, on the CPU.
 
     Raises:
-        UserError: The model does not fit the catalogue, or not into memory.
+        UserError: The model does not fit the catalogue.
+        OutOfMemoryError: The weights do not fit into memory.
     """
-    try:
+    place = f"the weights of {name} with these settings"
+    with memory_errors(place, f"give smaller ones (see the sizes in mmrec models {name})"):
         return MODELS.find(name).load()(settings, catalogue)
-    except (RuntimeError, MemoryError) as error:
-        if "memory" not in str(error) and not isinstance(error, MemoryError):
-            raise
-        raise UserError(
-            f"{name} with these settings does not fit into memory; give smaller ones"
-            f" (see the sizes in mmrec models {name})"
-        ) from None
 
 
 def _load_backbones(warehouse: Warehouse, spec: RunSpec) -> Mapping[str, UpperBlocks]:

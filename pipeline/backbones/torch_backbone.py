@@ -4,9 +4,10 @@ Legend: B inputs of a batch, T tokens of an input, D width of the embedding.
 """
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from pipeline.backbones import torch_utils
@@ -34,6 +35,9 @@ class TorchBackbone(Backbone):
     Raises:
         UserError: torch has no such device.
     """
+
+    mixes_sizes = False
+    """Whether a forward pass takes images of several sizes, padded and masked."""
 
     def __init__(self, name: str, device: str | None, compute: str) -> None:
         super().__init__(name)
@@ -102,12 +106,39 @@ class TorchBackbone(Backbone):
         return self._describe_pooling(modality)
 
     def embed(self, batch: InputBatch) -> Vectors:
-        """Encode a batch: (B, D) float32."""
-        with torch_utils.forward(self._device, self.compute):
-            return torch_utils.to_numpy(self._vectors(batch))
+        """Encode a batch: (B, D) float32. Images of one size share a forward pass."""
+        return np.stack(self._by_size(batch, lambda part: list(self._embed(part))))
 
     def tokens(self, batch: InputBatch, level: str) -> list[Vectors]:
         """Encode a batch to tokens: (T, D) float32 for each input."""
+        return self._by_size(batch, lambda part: self._tokens(part, level))
+
+    def _by_size(
+        self, batch: InputBatch, encode: Callable[[InputBatch], Sequence[Vectors]]
+    ) -> list[Vectors]:
+        """Encode the images of each size in one call; return the results in the batch's order."""
+        groups: dict[Any, list[int]] = {}
+        for index in range(len(batch)):
+            size = None
+            if len(batch.images) and not self.mixes_sizes:
+                size = tuple(getattr(batch.images[index], "shape", ()))
+            groups.setdefault(size, []).append(index)
+        if len(groups) == 1:
+            return list(encode(batch))
+        vectors: dict[int, Vectors] = {}
+        for indices in groups.values():
+            part = InputBatch(
+                images=[batch.images[i] for i in indices],
+                texts=[batch.texts[i] for i in indices] if len(batch.texts) else [],
+            )
+            vectors.update(zip(indices, encode(part), strict=True))
+        return [vectors[index] for index in range(len(batch))]
+
+    def _embed(self, batch: InputBatch) -> Vectors:
+        with torch_utils.forward(self._device, self.compute):
+            return torch_utils.to_numpy(self._vectors(batch))
+
+    def _tokens(self, batch: InputBatch, level: str) -> list[Vectors]:
         with torch_utils.forward(self._device, self.compute):
             inputs = self._inputs(batch)
             hidden = self._encoders[batch.modality].hidden(level, inputs)

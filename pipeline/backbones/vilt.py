@@ -21,6 +21,8 @@ class Vilt(JointBackbone):
     Images keep their shape, and the patches are in reading order.
     """
 
+    mixes_sizes = True
+
     def _find_encoders(self, probe: InputBatch) -> dict[str, HiddenStates]:
         depth, inputs = self._model.config.num_hidden_layers, self._inputs(probe)
         return {"joint": of_transformers(self._model, depth, self._model, inputs)}

@@ -15,6 +15,7 @@ from pipeline.extraction.deduplication import Deduplicator, EncodedRow, Extracti
 from pipeline.extraction.forward import ForwardPass
 from pipeline.extraction.loading import LoadedInput, TextWindow, VisualLoader, load_texts
 from pipeline.extraction.tasks import EncodeOptions, Input
+from pipeline.media.errors import MediaError
 from pipeline.media.reader import MediaReader
 
 TOKENS_PER_TEXT = 64
@@ -73,6 +74,11 @@ class InputEncoder:
         ):
             vectors = self._forward(InputBatch(texts=[window.token_ids[i] for i in indices]))
             for i, vector in zip(indices, vectors, strict=True):
+                if isinstance(vector, MediaError):
+                    self._deduplicator.fail(
+                        window.items[i], window.contents[i], vector, window.texts[i]
+                    )
+                    continue
                 row = EncodedRow(
                     item=window.items[i],
                     content=window.contents[i],
@@ -113,7 +119,11 @@ class InputEncoder:
         vectors = self._forward(InputBatch(images=[image for _, image in batch], texts=texts))
         for (frame_mean, _), vector in zip(batch, vectors, strict=True):
             loaded = frame_mean.loaded
-            if not self._options.is_pooled:
+            if isinstance(vector, MediaError):
+                if not frame_mean.has_failed:
+                    self._deduplicator.fail(loaded.item, loaded.content, vector, loaded.source)
+                frame_mean.has_failed = True
+            elif not self._options.is_pooled:
                 row = EncodedRow(
                     item=loaded.item, content=loaded.content, vector=vector, tokens=len(vector)
                 )
@@ -137,6 +147,7 @@ class _FrameMean:
     loaded: LoadedInput
     n_frames: int
     n_added: int = 0
+    has_failed: bool = False
     total: Any = 0.0  # (D,) sum of the vectors so far
 
     def add(self, vector: Vectors) -> Vectors | None:

@@ -6,10 +6,14 @@ Legend: B inputs of a batch, T tokens of an input, D width of the embedding.
 import math
 from collections.abc import Callable, Sequence
 
+from PIL import Image
+
 from features.errors import OutOfMemoryError
 from features.memory import free_memory, is_out_of_memory
 from pipeline.backbones.base import POOLED, Backbone, InputBatch, Vectors
-from pipeline.media.errors import one_line
+from pipeline.media.errors import MediaError, one_line
+
+_GREY = Image.new("RGB", (64, 64), "grey")
 
 
 class ForwardPass:
@@ -29,8 +33,10 @@ class ForwardPass:
         self._notify = notify
         self._max_cost = math.inf  # inputs, times tokens of the longest text
 
-    def __call__(self, batch: InputBatch) -> Sequence[Vectors]:
-        """Return one vector (D,) for each input, or its tokens (T, D).
+    def __call__(self, batch: InputBatch) -> Sequence[Vectors | MediaError]:
+        """Return one vector (D,) for each input, or its tokens (T, D), or the reason of a failure.
+
+        An input that the backbone cannot encode does not affect the others of its batch.
 
         Raises:
             OutOfMemoryError: A single input does not fit into the memory of the device.
@@ -42,9 +48,13 @@ class ForwardPass:
             try:
                 return self._run(batch, size)
             except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
                 reason = one_line(error)
+                if not is_out_of_memory(error):
+                    if size < 2 and not self._encodes_probe(batch.modality):
+                        raise  # the backbone is at fault, not the input
+                    if size < 2:
+                        return [MediaError("encode", reason)]
+                    return self._halves(batch, half)
             if size < 2:
                 raise OutOfMemoryError(
                     f"out of memory with a single input ({reason}); give --device cpu, --compute"
@@ -53,11 +63,24 @@ class ForwardPass:
             self._max_cost = cost // 2
             self._notify(f"out of memory with {size} inputs ({reason}); continuing with {half}")
             free_memory()
+        return self._halves(batch, half)
+
+    def _halves(self, batch: InputBatch, half: int) -> Sequence[Vectors | MediaError]:
         parts = [
             InputBatch(images=batch.images[start:end], texts=batch.texts[start:end])
-            for start, end in ((0, half), (half, size))
+            for start, end in ((0, half), (half, None))
         ]
         return [vector for part in parts for vector in self(part)]
+
+    def _encodes_probe(self, modality: str) -> bool:
+        """Return True if the backbone encodes a grey image, a letter, or both."""
+        images = [] if modality == "text" else [self._backbone.image(_GREY)]
+        texts = [] if modality == "image" else self._backbone.texts(["a"])
+        try:
+            self._run(InputBatch(images=images, texts=texts), 1)
+        except Exception:  # the error of the input is raised, not this one
+            return False
+        return True
 
     def _run(self, batch: InputBatch, size: int) -> Sequence[Vectors]:
         if self._level != POOLED:

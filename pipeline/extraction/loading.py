@@ -25,6 +25,9 @@ MAX_TEXT_CHARS = 1 << 16
 """First characters of a text that a backbone receives. Tokenizers do not limit the length."""
 
 
+NO_TOKEN = MediaError("encode", "a text without a token of the backbone's vocabulary")
+
+
 @dataclass(kw_only=True, slots=True)
 class LoadedInput:
     """A loaded image, joint input or video: the result of :meth:`VisualLoader.load`."""
@@ -85,6 +88,8 @@ class VisualLoader:
         text = split_input(value)[1]
         if text is not None:
             loaded.text = self._backbone.texts([text[:MAX_TEXT_CHARS]])[0]
+            if not len(loaded.text):
+                raise NO_TOKEN
 
     def _load_video(self, loaded: LoadedInput) -> None:
         with self._media.open(loaded.source) as stream:
@@ -123,7 +128,25 @@ def load_texts(
         token_ids = backbone.texts(texts)
         return TextWindow(items=items, contents=contents, texts=texts, token_ids=token_ids)
 
-    yield from prefetch(tokenise, _claimed_texts(inputs, deduplicator), threads=1, ahead=2)
+    for window in prefetch(tokenise, _claimed_texts(inputs, deduplicator), threads=1, ahead=2):
+        yield _without_empty(window, deduplicator)
+
+
+def _without_empty(window: TextWindow, deduplicator: Deduplicator) -> TextWindow:
+    """Record the texts of a window that have no token as failures; return the others."""
+    keep = []
+    for index, ids in enumerate(window.token_ids):
+        if len(ids):
+            keep.append(index)
+        else:
+            row = (window.items[index], window.contents[index])
+            deduplicator.fail(*row, NO_TOKEN, window.texts[index])
+    return TextWindow(
+        items=[window.items[i] for i in keep],
+        contents=[window.contents[i] for i in keep],
+        texts=[window.texts[i] for i in keep],
+        token_ids=[window.token_ids[i] for i in keep],
+    )
 
 
 def _claimed_texts(

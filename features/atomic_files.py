@@ -1,6 +1,5 @@
 """Files that are complete or absent: written under a temporary name, synced, renamed."""
 
-import json
 import os
 import secrets
 import shutil
@@ -14,8 +13,8 @@ import filelock
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from features.errors import OutOfMemoryError, UserError
-from features.memory import check_address_space, is_out_of_memory, memory_reason
+from features.checksums import EMPTY_CHECKSUM, seal, verify
+from features.errors import UserError
 
 _MOST_REASON = 200  # characters of a library's message
 _UMASK = os.umask(0)  # there is no other way to read it
@@ -56,23 +55,44 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_json(path: Path, document: Any) -> None:
-    """Write one JSON document, complete or not at all."""
-    write_text(path, json.dumps(document, indent=2, sort_keys=True, allow_nan=False) + "\n")
+def write_table(
+    path: Path, table: pa.Table, *, row_group_size: int | None = None, **options: Any
+) -> None:
+    """Write one Parquet file with its checksum, complete or not at all.
+
+    Args:
+        path: The file.
+        table: Its content.
+        row_group_size: Largest number of rows of a row group.
+        options: Options of the Parquet writer.
+    """
+    with parquet_writer(path, table.schema, **options) as writer:
+        writer.write_table(table, row_group_size)
 
 
-def write_table(path: Path, table: pa.Table, **options: Any) -> None:
-    """Write one Parquet file, complete or not at all; ``options`` go to the Parquet writer."""
+@contextmanager
+def parquet_writer(path: Path, schema: pa.Schema, **options: Any) -> Iterator[pq.ParquetWriter]:
+    """Yield the writer of one Parquet file, which is complete on success and absent otherwise.
+
+    The pages have checksums of their own, which other programs can verify.
+    """
     with atomic_write(path) as temporary:
-        pq.write_table(table, temporary, write_page_checksum=True, **options)
+        with pq.ParquetWriter(temporary, schema, write_page_checksum=True, **options) as writer:
+            yield writer
+            writer.add_key_value_metadata({"checksum": EMPTY_CHECKSUM})
+        seal(temporary)
 
 
 def open_table(path: Path, **options: Any) -> pq.ParquetFile:
-    """Open one Parquet file; reading a page whose bytes have changed raises an error.
+    """Open one Parquet file, and check that its bytes are those that were written.
 
-    Checksums take a tenth of the time of reading. Files without checksums are read as they are.
+    In a file without a checksum, the checksums of the pages are verified while they are read. A
+    file of another program may have neither.
+
+    Raises:
+        ChangedBytesError: The bytes have changed.
     """
-    return pq.ParquetFile(path, page_checksum_verification=True, **options)
+    return pq.ParquetFile(path, page_checksum_verification=not verify(path), **options)
 
 
 def read_table(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
@@ -95,17 +115,13 @@ def read_errors(path: Path, remedy: str) -> Iterator[None]:
     except PermissionError as error:
         place = error.filename or path
         raise UserError(f"{place}: no permission to read it; change its permissions") from None
-    except (
-        pa.ArrowException, duckdb.Error, MemoryError, RuntimeError, OSError, KeyError, ValueError,
-        TypeError,
-    ) as error:  # fmt: skip
-        if is_out_of_memory(error):
-            raise OutOfMemoryError(
-                f"{path}: not enough memory or disk space to read it ({memory_reason(error)});"
-                " free memory and disk space"
-            ) from None
-        if isinstance(error, RuntimeError):
-            raise
+    except (MemoryError, duckdb.OutOfMemoryException, pa.ArrowMemoryError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"{path}: not enough memory or disk space to read it ({reason[:_MOST_REASON]}); free"
+            " memory and disk space"
+        ) from None
+    except (pa.ArrowException, duckdb.Error, OSError, KeyError, ValueError, TypeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path} cannot be read ({reason[:_MOST_REASON]}); {remedy}") from None
 
@@ -121,12 +137,7 @@ def remove_leftovers(folder: Path) -> None:
 
 @contextmanager
 def database() -> Iterator[duckdb.DuckDBPyConnection]:
-    """Open DuckDB in memory, without the progress bar that it writes to standard output.
-
-    Raises:
-        OutOfMemoryError: The limit of the process is too small for DuckDB's threads.
-    """
-    check_address_space("DuckDB")
+    """Open DuckDB in memory, without the progress bar that it writes to standard output."""
     with duckdb.connect() as db:
         db.execute("SET enable_progress_bar = false")
         yield db

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from features.atomic_files import database, open_table, read_errors, read_table
+from features.checksums import verify_folder
 from features.errors import UserError
 from features.splits import COLD_BELOW, MIN_EVALUATED, train_counts_sql
 from features.sql_text import parquet_sql
@@ -87,6 +88,8 @@ def load_dataset(warehouse: Warehouse, name: str) -> Dataset:
     interactions = parquet_sql(folder / "interactions")
     items = parquet_sql(folder / "items")
     with _tables(folder, name), database() as db:
+        verify_folder(folder / "interactions")
+        verify_folder(folder / "items")
         flat = db.execute(
             f"SELECT user, item FROM {interactions} ORDER BY user, position"
         ).fetchnumpy()
@@ -167,6 +170,7 @@ def load_user_ids(warehouse: Warehouse, name: str) -> pa.ChunkedArray:
     folder = warehouse.dataset_dir(name)
     interactions = parquet_sql(folder / "interactions")
     with _tables(folder, name), database() as db:
+        verify_folder(folder / "interactions")
         table = db.sql(
             f"SELECT any_value(user_id) AS user_id FROM {interactions} GROUP BY user ORDER BY user"
         ).to_arrow_table()

@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from features.arrow_columns import copy_tokens, items_of, vectors_of
 from features.atomic_files import atomic_write, open_table, read_errors
+from features.checksums import EMPTY_CHECKSUM, ChangedBytesError, seal, verify
 from features.errors import UserError
 from features.provenance import REMOVE_FILE, Provenance
 
@@ -65,7 +66,7 @@ def read_vectors(parts: Sequence[Path], n_items: int, provenance: Provenance) ->
 def map_tokens(
     path: Path, parts: Sequence[Path], offsets: npt.NDArray[np.int64], provenance: Provenance
 ) -> TokenMatrix:
-    """Map the tokens of a table into memory, and write the mapped file if it is missing.
+    """Map the tokens of a table into memory; write the mapped file if it is missing or damaged.
 
     One part at a time is copied into the file, so that memory does not grow with the table.
 
@@ -81,7 +82,7 @@ def map_tokens(
         OSError: The disk is full.
     """
     shape = (int(offsets[-1]), provenance.dim)
-    if not path.exists():
+    if not _is_intact(path):
         with atomic_write(path) as temporary:
             values = np.lib.format.open_memmap(temporary, "w+", provenance.dtype, shape)
             # A full disk is an error now. Without this call it would be a signal (SIGBUS) later.
@@ -92,6 +93,9 @@ def map_tokens(
                     copy_tokens(rows, offsets, values, part)
             values.flush()
             del values
+            with temporary.open("ab") as stream:  # NumPy reads nothing after the values
+                stream.write(EMPTY_CHECKSUM.encode())
+            seal(temporary)
         for older in path.parent.glob("tokens-*.npy"):
             if older != path:
                 older.unlink()
@@ -100,6 +104,14 @@ def map_tokens(
         if mapped.shape != shape or mapped.dtype != provenance.dtype:
             raise UserError(f"{path} is damaged; remove it; it is made again")
     return TokenMatrix(values=mapped, offsets=offsets, provenance=provenance)
+
+
+def _is_intact(path: Path) -> bool:
+    """Return True if a file of tokens exists and has the bytes that were written."""
+    try:
+        return path.exists() and verify(path)
+    except ChangedBytesError:
+        return False
 
 
 def _row_groups(part: Path) -> Iterator[pa.Table]:

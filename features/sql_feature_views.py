@@ -8,7 +8,7 @@ embeddings. The view of one table is ``features_<dataset>_<backbone>_<modality>`
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 
 import duckdb
@@ -48,6 +48,7 @@ def create_feature_views(
     warehouse: Warehouse,
     datasets: Mapping[str, DatasetInfo],
     notify: Callable[[str], None],
+    names: Set[str] = frozenset(),
 ) -> None:
     """Create the views of the complete feature tables, ``features`` and ``tokens``.
 
@@ -56,8 +57,9 @@ def create_feature_views(
         warehouse: Warehouse with the tables.
         datasets: Datasets whose tables are shown.
         notify: Called with one line for each table that is left out.
+        names: Names in the statement that will be run. Tables that it reads are verified.
     """
-    views = _complete_tables(warehouse, datasets, notify)
+    views = _complete_tables(warehouse, datasets, notify, names)
     for view in views:
         db.execute(_table_view_sql(view))
     empty = (
@@ -85,7 +87,10 @@ def create_feature_views(
 
 
 def _complete_tables(
-    warehouse: Warehouse, datasets: Mapping[str, DatasetInfo], notify: Callable[[str], None]
+    warehouse: Warehouse,
+    datasets: Mapping[str, DatasetInfo],
+    notify: Callable[[str], None],
+    names: Set[str],
 ) -> list[_TableView]:
     """Return the tables that can be shown, each with a name of its own."""
     store = FeatureStore(warehouse)
@@ -94,6 +99,10 @@ def _complete_tables(
         for table in store.tables(name):
             try:
                 table.check(info.fingerprint, info.inputs_of(table.modality))
+                union = "features" if table.level == "pooled" else "tokens"
+                # A view that shares its name with another has a suffix.
+                if union in names or any(word.startswith(view_name(table)) for word in names):
+                    table.verify()
                 tables.append((table, read_provenance(table.parts()[0]).dim))
             except UserError as error:
                 notify(f"left out: {error}")

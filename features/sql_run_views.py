@@ -1,7 +1,6 @@
 """SQL views of the runs: ``runs``, ``metrics`` and ``predictions``."""
 
-import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,8 @@ import duckdb
 import pyarrow as pa
 
 from features.atomic_files import read_errors
+from features.checksums import verify
+from features.documents import read_toml
 from features.errors import UserError
 from features.result_tables import metrics_sql, predictions_sql
 from features.schema import METRICS_SCHEMA, PREDICTIONS_SCHEMA
@@ -26,6 +27,7 @@ def create_run_views(
     warehouse: Warehouse,
     datasets: Mapping[str, DatasetInfo],
     notify: Callable[[str], None],
+    names: Set[str] = frozenset(),
 ) -> None:
     """Create ``runs``, ``metrics`` and ``predictions``.
 
@@ -37,6 +39,7 @@ def create_run_views(
         warehouse: Warehouse with the runs.
         datasets: Prepared datasets.
         notify: Called with one line for each run or table that is left out.
+        names: Names in the statement that will be run. Tables that it reads are verified.
     """
     rows: list[dict[str, Any]] = []
     queries: dict[str, list[str]] = {kind: [] for kind in _SELECTS}
@@ -45,7 +48,7 @@ def create_run_views(
     for name in warehouse.runs():
         folder = warehouse.runs_dir / name
         try:
-            row, selects = _run_row(folder), _result_selects(folder)
+            row, selects = _run_row(folder), _result_selects(folder, names)
         except UserError as error:
             notify(f"left out: {error}")
             continue
@@ -60,9 +63,9 @@ def create_run_views(
         columns = f"{quoted(name)} AS run, {quoted(row['dataset'])} AS dataset, *"
         for kind, select in selects.items():
             queries[kind].append(f"SELECT {columns} FROM ({select})")
-    names = [pa.field("run", pa.string()), pa.field("dataset", pa.string())]
+    keys = [pa.field("run", pa.string()), pa.field("dataset", pa.string())]
     for kind, schema in _SCHEMAS.items():
-        empty = f"SELECT * FROM {empty_table(pa.schema([*names, *schema]))}"
+        empty = f"SELECT * FROM {empty_table(pa.schema([*keys, *schema]))}"
         db.execute(f"CREATE VIEW {kind} AS {union_all(queries[kind], empty)}")
     _create_runs(db, rows)
 
@@ -80,7 +83,7 @@ def _create_runs(db: duckdb.DuckDBPyConnection, rows: list[dict[str, Any]]) -> N
     db.unregister("_runs")
 
 
-def _result_selects(folder: Path) -> dict[str, str]:
+def _result_selects(folder: Path, names: Set[str]) -> dict[str, str]:
     """Return a SELECT over each result table that a run's folder has.
 
     Raises:
@@ -91,6 +94,8 @@ def _result_selects(folder: Path) -> dict[str, str]:
         path = folder / f"{kind}.parquet"
         if path.exists():
             with read_errors(path, "evaluate the run again"):
+                if kind in names:
+                    verify(path)
                 selects[kind] = select(folder)
     return selects
 
@@ -98,8 +103,8 @@ def _result_selects(folder: Path) -> dict[str, str]:
 def _run_row(folder: Path) -> dict[str, Any]:
     """Return a run's row of the table ``runs``, and the fingerprint of its items."""
     path = folder / "config.toml"
+    document = read_toml(path, "remove the run's folder")
     try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
         run = document["run"]
         return {
             "run": folder.name,

@@ -9,7 +9,7 @@ cannot be shown (an unfinished table, a damaged run) is left out, and the caller
 import re
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
 from pathlib import Path
 
 import duckdb
@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from features.atomic_files import read_errors
+from features.checksums import verify
 from features.errors import UserError
 from features.memory import check_address_space
 from features.schema import FAILURES_SCHEMA, INTERACTIONS_SCHEMA, ITEMS_SCHEMA
@@ -30,6 +31,11 @@ VIEWS = (
     "items", "interactions", "splits", "cold", "features", "tokens", "failures", "runs", "metrics",
     "predictions",
 )  # fmt: skip
+_SOURCES = {
+    "items": {"items", "cold", "failures"},
+    "interactions": {"interactions", "splits", "cold"},
+}
+"""Table of a dataset -> views that read it."""
 MEMORY = "8GB"
 """Memory of DuckDB's own; a query that needs more writes to a temporary folder."""
 
@@ -39,13 +45,15 @@ def _silent(message: str) -> None:
 
 
 def connect(
-    warehouse: Warehouse, notify: Callable[[str], None] = _silent
+    warehouse: Warehouse, notify: Callable[[str], None] = _silent, sql: str = ""
 ) -> duckdb.DuckDBPyConnection:
     """Open DuckDB in memory with the views; it can read the warehouse and nothing else.
 
     Args:
         warehouse: Warehouse that is shown.
         notify: Called with one line for each table or run that is left out.
+        sql: Statement that will be run. The files of the views that it names are verified, and
+            those whose bytes have changed are left out.
 
     Raises:
         UserError: There is no warehouse, or its tables cannot be read.
@@ -56,11 +64,12 @@ def connect(
     try:
         db.execute("SET enable_progress_bar = false")  # it would be among the results
         with read_errors(warehouse.root, "run again the command that wrote it"):
-            datasets = _readable_datasets(warehouse, notify)
+            names = set(re.findall(r"\w+", sql.lower()))
+            datasets = _readable_datasets(warehouse, notify, names)
             _create_dataset_views(db, warehouse, datasets)
-            create_feature_views(db, warehouse, datasets, notify)
-            _create_failures(db, warehouse, datasets, notify)
-            create_run_views(db, warehouse, datasets, notify)
+            create_feature_views(db, warehouse, datasets, notify, names)
+            _create_failures(db, warehouse, datasets, notify, names)
+            create_run_views(db, warehouse, datasets, notify, names)
             _restrict(db, warehouse)
     except BaseException:
         db.close()
@@ -86,7 +95,7 @@ def query(warehouse: Warehouse, sql: str, notify: Callable[[str], None] = _silen
         >>> from features.warehouse import Warehouse
         >>> table = query(Warehouse("warehouse"), "SELECT * FROM runs")  # doctest: +SKIP
     """
-    db = connect(warehouse, notify)
+    db = connect(warehouse, notify, sql)
     try:
         try:
             sql.encode()
@@ -115,15 +124,17 @@ def query(warehouse: Warehouse, sql: str, notify: Callable[[str], None] = _silen
 
 
 def _readable_datasets(
-    warehouse: Warehouse, notify: Callable[[str], None]
+    warehouse: Warehouse, notify: Callable[[str], None], names: Set[str]
 ) -> dict[str, DatasetInfo]:
     """Return the prepared datasets whose files can be read."""
+    is_read = {table: not names.isdisjoint(views) for table, views in _SOURCES.items()}
     datasets: dict[str, DatasetInfo] = {}
     for name in warehouse.datasets():
         try:
             info = warehouse.info(name)
             for table in ("items", "interactions"):
-                _check_files(warehouse.dataset_dir(name) / table, f"mmrec prepare --dataset {name}")
+                remedy = f"mmrec prepare --dataset {name}"
+                _check_files(warehouse.dataset_dir(name) / table, remedy, is_read[table])
             datasets[name] = info
         except UserError as error:
             notify(f"left out: {error}")
@@ -163,6 +174,7 @@ def _create_failures(
     warehouse: Warehouse,
     names: Iterable[str],
     notify: Callable[[str], None],
+    views: Set[str],
 ) -> None:
     """Create ``failures``, with today's item indices: a preparation changes them, not the ids."""
     columns = ", ".join(f"f.{name}" for name in FAILURES_SCHEMA.names if name != "item")
@@ -171,7 +183,7 @@ def _create_failures(
         f" FROM {parquet_sql(warehouse.dataset_dir(name) / 'failures')} f"
         f" JOIN items i ON i.dataset = {quoted(name)} AND i.item_id = f.item_id"
         for name in names
-        if _has_failures(warehouse, name, notify)
+        if _has_failures(warehouse, name, notify, "failures" in views)
     ]
     empty = f"SELECT * FROM {_empty_with_dataset(FAILURES_SCHEMA)}"
     db.execute(f"CREATE VIEW failures AS {union_all(queries, empty)}")
@@ -193,8 +205,8 @@ def _empty_with_dataset(schema: pa.Schema) -> str:
     return empty_table(pa.schema([pa.field("dataset", pa.string()), *schema]))
 
 
-def _check_files(folder: Path, remedy: str) -> None:
-    """Read the footer of every file of a table.
+def _check_files(folder: Path, remedy: str, is_read: bool) -> None:
+    """Read the footer of every file of a table, and all of it if the statement reads the table.
 
     Raises:
         UserError: A file is damaged, or the table has none.
@@ -204,16 +216,20 @@ def _check_files(folder: Path, remedy: str) -> None:
         raise UserError(f"{folder} holds no table; run: {remedy}")
     for path in paths:
         with read_errors(path, f"run: {remedy}"):
+            if is_read:
+                verify(path)
             pq.read_schema(path)
 
 
-def _has_failures(warehouse: Warehouse, name: str, notify: Callable[[str], None]) -> bool:
+def _has_failures(
+    warehouse: Warehouse, name: str, notify: Callable[[str], None], is_read: bool
+) -> bool:
     """Return whether a dataset has a table of failures that can be read."""
     folder = warehouse.dataset_dir(name) / "failures"
     if not any(folder.glob("*.parquet")):
         return False
     try:
-        _check_files(folder, f"mmrec extract --dataset {name}")
+        _check_files(folder, f"mmrec extract --dataset {name}", is_read)
     except UserError as error:
         notify(f"left out: {error}")
         return False

@@ -91,6 +91,7 @@ class FeatureTable(TableParts):
             UserError: There is no table, it is unfinished, or of another preparation.
         """
         self.check(info.fingerprint, info.inputs_of(self.modality))
+        self.verify()
         provenance = self.provenance()
         return {**(provenance.identity() if provenance else {}), "content": self.digest()}
 
@@ -142,6 +143,7 @@ class FeatureTable(TableParts):
     def _complete(self, fingerprint: str, inputs: str) -> tuple[dict[str, Any], Provenance]:
         """Return the manifest and the provenance of a table that can be read."""
         manifest = self.check(fingerprint, inputs)
+        self.verify()
         provenance = self.provenance()
         if provenance is None:
             raise UserError(

@@ -22,9 +22,10 @@ from features.atomic_files import (
     read_errors,
     read_table,
     remove_leftovers,
-    write_json,
     write_table,
 )
+from features.checksums import verify
+from features.documents import read_json, write_json
 from features.errors import UserError
 from features.provenance import (
     EXTRACT_AGAIN,
@@ -36,7 +37,6 @@ from features.provenance import (
     read_provenance,
 )
 from features.schema import feature_schema
-from features.warehouse import read_json
 
 ROWS_PER_PART = 8192
 """Most rows of one part. A part is also the unit of resuming an extraction."""
@@ -71,6 +71,16 @@ class TableParts:
         if not isinstance(document, dict) or not {"items", "rows"} <= document.keys():
             raise UserError(f"{path} is damaged (items or rows is missing); {EXTRACT_AGAIN}")
         return document
+
+    def verify(self) -> None:
+        """Check the bytes of every part against its checksum.
+
+        Raises:
+            UserError: The bytes of a part have changed since it was written.
+        """
+        for part in self.parts():
+            with read_errors(part, REMOVE_FILE):
+                verify(part)
 
     def provenance(self) -> Provenance | None:
         """Return the provenance that all parts share, or None if there is no part.

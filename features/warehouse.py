@@ -1,13 +1,12 @@
 """Paths and names in a warehouse."""
 
-import json
 import os
 import re
-import tomllib
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from features.documents import read_json, read_toml
 from features.errors import UserError, unknown
 
 MARKER = ".mmrec-warehouse"
@@ -220,6 +219,11 @@ class Warehouse:
                 raise UserError(
                     f"there is no run in {self.runs_dir}; run: mmrec train --model sasrec"
                 )
+            if not _created(self.runs_dir / names[0]):  # it may be the last one
+                read_toml(
+                    self.runs_dir / names[0] / "config.toml",
+                    "name a run by --run, or remove this run's folder",
+                )
             return self.runs_dir / names[-1], "the last one"
         if name not in names:
             for folder in self.no_runs():
@@ -235,24 +239,9 @@ class Warehouse:
 def _created(run: Path) -> str:
     """Return a run's creation time from its config, because copies change the times of files."""
     try:
-        with (run / "config.toml").open("rb") as stream:
-            return str(tomllib.load(stream)["run"]["created"])
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError, KeyError, TypeError):
-        return ""  # sorts first, so that a damaged run is never the last one
-
-
-def read_json(path: Path, remedy: str) -> Any:
-    """Read one JSON document.
-
-    Raises:
-        UserError: The file cannot be read or is not JSON.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except PermissionError:
-        raise UserError(f"{path}: no permission to read it; change its permissions") from None
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is damaged ({error}); {remedy}") from None
+        return str(read_toml(run / "config.toml", "")["run"]["created"])
+    except (UserError, KeyError, TypeError):
+        return ""  # sorts first
 
 
 def _info(document: Any, path: Path) -> DatasetInfo:

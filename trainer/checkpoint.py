@@ -19,10 +19,12 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from features.atomic_files import atomic_write
+from features.checksums import EMPTY_CHECKSUM, seal, verify
 from features.errors import UserError
 
 _MOST_DIFFERENCES = 3  # that an error message names
 _ABSENT = object()
+_CHECKSUM = "checksum"  # entry of the document in the header of a file
 
 
 @dataclass(kw_only=True, slots=True)
@@ -59,9 +61,11 @@ def _save(path: Path, tensors: dict[str, Tensor], document: dict[str, Any]) -> N
     """
     with atomic_write(path) as temporary:
         try:
-            save_file(tensors, temporary, metadata={"mmrec": json.dumps(document, sort_keys=True)})
+            text = json.dumps({_CHECKSUM: EMPTY_CHECKSUM, **document}, sort_keys=True)
+            save_file(tensors, temporary, metadata={"mmrec": text})
         except SafetensorError as error:  # safetensors wraps the OSError
             raise OSError(errno.EIO, " ".join(str(error).split())[:200], str(path)) from None
+        seal(temporary)
 
 
 def load_weights(path: Path, model: nn.Module, identity: dict[str, Any]) -> None:
@@ -175,6 +179,7 @@ def read_tensors(path: Path, remedy: str) -> tuple[dict[str, Tensor], dict[str, 
             f"{path} does not exist: nothing was saved yet, or it was removed; {remedy}"
         )
     try:
+        verify(path)
         with safe_open(path, framework="pt") as file:
             document = json.loads((file.metadata() or {})["mmrec"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -184,7 +189,27 @@ def read_tensors(path: Path, remedy: str) -> tuple[dict[str, Tensor], dict[str, 
         raise _damaged(path, error) from None
     if not isinstance(document, dict):
         raise _damaged(path, "it has no identity of a run")
+    document.pop(_CHECKSUM, None)
+    _check_not_zero(path, tensors)
     return tensors, document
+
+
+def _check_not_zero(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Refuse weights that are all zero, as an empty disk block leaves them.
+
+    Vectors and scalars do not count: biases can be zero. Files without a matrix of more than one
+    column are not checked.
+    """
+    matrices = [
+        tensor
+        for name, tensor in tensors.items()
+        if not name.startswith(("optimizer.", "random."))
+        and tensor.is_floating_point()
+        and tensor.ndim > 1
+        and tensor.shape[-1] > 1
+    ]
+    if matrices and not any(bool(tensor.count_nonzero()) for tensor in matrices):
+        raise _damaged(path, "all its weights are zero")
 
 
 def _check_tensors(path: Path, tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

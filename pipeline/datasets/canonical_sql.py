@@ -10,9 +10,8 @@ from pathlib import Path
 
 import duckdb
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from features.atomic_files import atomic_write
+from features.atomic_files import parquet_writer
 from features.errors import UserError
 from features.registry import Registry
 from features.schema import INTERACTIONS_SCHEMA, ITEMS_SCHEMA, MODALITIES
@@ -248,10 +247,7 @@ def write_tables(db: duckdb.DuckDBPyConnection, stage: Path) -> None:
 
 
 def _stream(db: duckdb.DuckDBPyConnection, sql: str, schema: pa.Schema, path: Path) -> None:
-    with (
-        atomic_write(path) as temporary,
-        pq.ParquetWriter(temporary, schema, write_page_checksum=True) as writer,
-    ):
+    with parquet_writer(path, schema) as writer:
         for batch in db.sql(sql).to_arrow_reader(ROW_GROUP):
             # Results of DuckDB have no NOT NULL; a null here would be an error of this module.
             assert not any(

@@ -8,7 +8,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
-from features.atomic_files import lock, remove_leftovers, sync_folder, write_json
+from features.atomic_files import lock, remove_leftovers, sync_folder
+from features.documents import write_json
 from features.warehouse import MARKER, DatasetInfo, Warehouse
 from pipeline.datasets.importers.image_column import MEDIA
 

@@ -11,8 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from features import dataset
-from features.atomic_files import write_json, write_table
+from features.atomic_files import write_table
 from features.dataset import load_dataset, load_items, stream_items
+from features.documents import write_json
 from features.errors import UserError
 from features.schema import INTERACTIONS_SCHEMA, ITEMS_SCHEMA
 from features.sql_text import parquet_sql, quoted

@@ -13,7 +13,14 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from features.errors import UserError
-from trainer.checkpoint import TrainState, load_state, load_weights, save_state, save_weights
+from trainer.checkpoint import (
+    TrainState,
+    load_state,
+    load_weights,
+    read_tensors,
+    save_state,
+    save_weights,
+)
 
 IDENTITY = {
     "model": "m",
@@ -36,7 +43,9 @@ def trained(seed: int) -> tuple[nn.Module, AdamW]:
 def read(path: Path) -> tuple[Tensors, Document]:
     with safe_open(path, framework="pt") as file:
         names = list(file.keys())
-        return {n: file.get_tensor(n) for n in names}, json.loads(file.metadata()["mmrec"])
+        document = json.loads(file.metadata()["mmrec"])
+        document.pop("checksum", None)
+        return {n: file.get_tensor(n) for n in names}, document
 
 
 def write(path: Path, tensors: Tensors, document: object) -> None:
@@ -194,3 +203,25 @@ def test_a_checkpoint_of_version_0_1_is_refused_with_its_remedy(files: Path) -> 
     for load in loads:
         with pytest.raises(UserError, match=r"safetensors .*mmrec 0\.1; train again"):
             load()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "resume.safetensors"])
+def test_weights_of_zero_are_refused(files: Path, name: str) -> None:
+    path = files / "resume.safetensors"
+    tensors, document = read(path)
+    zero = {
+        key: value if key.startswith(("optimizer.", "random.")) else torch.zeros_like(value)
+        for key, value in tensors.items()
+    }
+    write(files / name, zero, document)
+    with pytest.raises(UserError, match=rf"{name} is damaged .*zero.*train again"):
+        read_tensors(files / name, "train again")
+
+
+def test_a_flipped_byte_of_weights_is_refused(files: Path) -> None:
+    path = files / "resume.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-9] ^= 4
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"resume\.safetensors is damaged .*changed"):
+        read_tensors(path, "train again")

@@ -10,8 +10,9 @@ import pyarrow as pa
 import torch
 
 from features.arrow_columns import embedding_array, token_array
-from features.atomic_files import write_json, write_table
+from features.atomic_files import write_table
 from features.dataset import Dataset
+from features.documents import write_json
 from features.provenance import Provenance
 from features.schema import INTERACTIONS_SCHEMA, ITEMS_SCHEMA, feature_schema
 from features.splits import MIN_EVALUATED

@@ -10,12 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from features.atomic_files import write_json
 from features.checkpoint_fingerprint import quiet_transformers, stored_config
+from features.documents import read_json, write_json
 from features.encoder_blocks import config_side
 from features.errors import UserError
 from features.store import FeatureTable
-from features.warehouse import read_json
 from trainer.finetune.split_encoder import LIBRARIES, build, find_encoder, load
 from trainer.finetune.upper_blocks import UpperBlocks
 

@@ -1,7 +1,6 @@
 """The folder of a run: its name, its lock, its configuration file and its metrics table."""
 
 import shutil
-import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from datetime import UTC, datetime
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from features.atomic_files import lock, read_errors, write_table
+from features.documents import read_toml
 from features.errors import UserError
 from features.result_tables import read_metrics_table
 from features.schema import METRICS_SCHEMA
@@ -95,10 +95,7 @@ def read_about(path: Path) -> dict[str, Any]:
     Raises:
         UserError: The file cannot be read, or an entry has the wrong type.
     """
-    try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({error}); train again") from None
+    document = read_toml(path, "train again")
     about = document.get("run")
     for key, kind in _ABOUT.items():
         value = about.get(key) if isinstance(about, dict) else None

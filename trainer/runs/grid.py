@@ -10,7 +10,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from features.atomic_files import lock, write_json, write_table
+from features.atomic_files import lock, write_table
+from features.documents import write_json
 from features.errors import UserError
 from features.memory import free_memory, memory_errors
 from features.schema import METRICS_SCHEMA

@@ -1,7 +1,6 @@
 """Read the folder of a run without building its model. No torch here."""
 
 import json
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,8 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from features.checksums import verify
+from features.documents import read_toml
 from features.errors import UserError
 from features.warehouse import Warehouse
 from trainer.runs.folder import read_about, stored_metrics
@@ -46,7 +47,7 @@ def read_record(warehouse: Warehouse, name: str) -> Record:
     folder, _ = warehouse.choose_run(name)
     path = folder / "config.toml"
     about = read_about(path)
-    document = tomllib.loads(path.read_text(encoding="utf-8"))
+    document = read_toml(path, "train again")
     tables = [document.get(name, {}) for name in ("train", "model", "task", "pretrain")]
     if not all(isinstance(table, dict) for table in tables):
         raise UserError(f"{path} is damaged ([train], [model] or [task] is no table); train again")
@@ -87,10 +88,14 @@ def _identity(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
+        verify(path)
         with safe_open(path, framework="numpy") as file:
             document = json.loads((file.metadata() or {})["mmrec"])
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise UserError(
             f"{path} is damaged ({' '.join(str(error).split())}); train again"
         ) from None
-    return document if isinstance(document, dict) else {}
+    if not isinstance(document, dict):
+        return {}
+    document.pop("checksum", None)
+    return document

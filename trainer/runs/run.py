@@ -8,11 +8,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import tomli_w
 import torch
 
-from features.atomic_files import write_text
 from features.dataset import load_dataset
+from features.documents import write_toml
 from features.errors import UserError
 from features.memory import memory_errors
 from features.store import FeatureStore
@@ -133,7 +132,7 @@ def create_run(warehouse: Warehouse, spec: RunSpec, *, name: str | None = None) 
         document = spec.document()
         document["run"]["created"] = _utc_text(stamp)
         document["run"]["parameters"] = run.parameters
-        write_text(folder / "config.toml", tomli_w.dumps(document))
+        write_toml(folder / "config.toml", document)
     return run
 
 

@@ -9,7 +9,8 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from features.atomic_files import write_json, write_table
+from features.atomic_files import write_table
+from features.documents import write_json
 from features.schema import INTERACTIONS_SCHEMA, ITEMS_SCHEMA
 from features.warehouse import DatasetInfo, Warehouse
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from features.atomic_files import write_json
+from features.documents import write_json
 from features.errors import UserError
 from features.warehouse import Warehouse
 from tests.trainer import worlds

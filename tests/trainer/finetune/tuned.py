@@ -14,7 +14,8 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from torch import Tensor
 
-from features.atomic_files import write_json, write_table
+from features.atomic_files import write_table
+from features.documents import write_json
 from features.schema import INTERACTIONS_SCHEMA
 from features.warehouse import Warehouse
 from pipeline.extraction.job import extract_features

@@ -1,0 +1,93 @@
+"""Tests of checksums: a changed byte is refused, or a copy is made again."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from features.atomic_files import read_table, write_table
+from features.checksums import EMPTY_CHECKSUM, ChangedBytesError, seal, verify
+from features.documents import read_json, read_toml, write_json, write_toml
+from features.errors import UserError
+
+
+def write_parquet(path: Path) -> None:
+    write_table(path, pa.table({"a": np.arange(20_000)}), compression="none")
+
+
+def write_array(path: Path) -> None:
+    np.save(path, np.arange(50_000))
+    with path.open("ab") as stream:
+        stream.write(EMPTY_CHECKSUM.encode())
+    seal(path)
+
+
+WRITERS: dict[str, Callable[[Path], None]] = {
+    "a.parquet": write_parquet,
+    "a.npy": write_array,
+    "a.json": lambda path: write_json(path, {"number": 12345, "text": "x"}),
+    "a.toml": lambda path: write_toml(path, {"run": {"number": 12345}}),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_every_changed_byte_is_refused_or_leaves_the_content(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    WRITERS[name](path)
+    assert verify(path)
+    data = path.read_bytes()
+    mark = data.index(EMPTY_CHECKSUM.split(":")[0].encode())
+    for place in np.linspace(0, len(data) - 1, 60).astype(int).tolist():
+        changed = bytearray(data)
+        changed[place] ^= 1 << place % 8
+        path.write_bytes(changed)
+        if mark <= place < mark + len(EMPTY_CHECKSUM):
+            continue  # the content is the same
+        with pytest.raises(ChangedBytesError, match=f"{name} have changed"):
+            verify(path)
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_copies_and_new_times_are_no_change(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    WRITERS[name](path)
+    copy = tmp_path / "elsewhere" / f"b{path.suffix}"
+    copy.parent.mkdir()
+    shutil.copyfile(path, copy)
+    assert verify(copy)
+
+
+def test_files_of_other_programs_are_not_verified(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"a": [1]}), path)
+    assert not verify(path)
+    assert read_table(path)["a"].to_pylist() == [1]
+
+
+@pytest.mark.parametrize(
+    ("name", "read", "place"),
+    [("a.json", read_json, "entry checksum"), ("a.toml", read_toml, "first line")],
+)
+def test_an_edited_document_names_what_to_do(
+    tmp_path: Path, name: str, read: Callable[[Path, str], Any], place: str
+) -> None:
+    path = tmp_path / name
+    WRITERS[name](path)
+    path.write_text(path.read_text().replace("12345", "12346"))
+    with pytest.raises(UserError, match=f"{name} is damaged .*make it again.*{place}"):
+        read(path, "make it again")
+    lines = [line for line in path.read_text().splitlines() if "mmrec-crc32" not in line]
+    path.write_text("\n".join(lines))
+    assert "12346" in str(read(path, "make it again"))
+
+
+def test_a_file_without_a_place_for_the_checksum_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(bytes(1000))
+    with pytest.raises(ValueError, match="no place"):
+        seal(path)

@@ -82,6 +82,9 @@ Probability = Annotated[float, Range(0, 1, "in [0, 1)")]
 Temperature = Annotated[
     float, Range(1e-4, _END, "at least 0.0001: float32 scores are too coarse for less")
 ]
+NormEpsilon = Annotated[
+    float, Range(1e-12, 0.01, "at least 1e-12 and at most 0.01", includes_high=True)
+]
 LayerCount = Annotated[
     int, Range(0, 1000, "above 0 and at most 1000", includes_low=False, includes_high=True)
 ]
@@ -128,6 +131,9 @@ class NetworkSettings(WidthSettings):
     """Width of the feed-forward networks."""
     dropout: Probability = 0.1
     """Dropout probability, in the item encoder and in the sequence encoder."""
+    inner_dropout: bool = True
+    """Use dropout inside the feed-forward networks as well as on their outputs. As published by
+    MMSR and PMMRec: false."""
 
 
 def check_multiple(settings: Settings, name: str, divisor: str) -> None:

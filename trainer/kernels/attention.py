@@ -120,9 +120,10 @@ def _pair_attention(x_B2D: Tensor, projection: nn.Linear, heads: int, probabilit
     """
     B, _, D = x_B2D.shape
     weight, bias = projection.weight, projection.bias
-    query_B2D = functional.linear(x_B2D, weight[:D], bias[:D])
+    query_bias, value_bias = (None, None) if bias is None else (bias[:D], bias[2 * D :])
+    query_B2D = functional.linear(x_B2D, weight[:D], query_bias)
     difference_BD = functional.linear(x_B2D[:, 0] - x_B2D[:, 1], weight[D : 2 * D])
-    value_B2D = functional.linear(x_B2D, weight[2 * D :], bias[2 * D :])
+    value_B2D = functional.linear(x_B2D, weight[2 * D :], value_bias)
     mask, scale = draw_dropout_mask((B, 2, heads, 2), probability) if probability else (None, 1.0)
     mixed_B2HE: Tensor = _PairAttention.apply(
         query_B2D.view(B, 2, heads, -1),

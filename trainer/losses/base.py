@@ -21,6 +21,8 @@ from trainer.data.batches import Batch
 
 SCORES = ("dot", "scaled", "cosine")
 """Values of the setting ``score``."""
+EXCLUDED = ("history", "window")
+"""Values of the setting ``exclude``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +41,10 @@ class LossSettings(WidthSettings):
     debias: bool = True
     """With ``loss=in-batch``: subtract the log popularity of an item from its score, because
     popular items are more often in a batch."""
+    exclude: Annotated[str, Choice("exclude", EXCLUDED)] = "history"
+    """Items of the batch that are no negatives of a user: with ``history`` all training items of
+    the user (PMMRec, Eq. 5); with ``window`` those of the row's window (the released code), so that
+    other items that the user has are negatives. Read by ``loss=in-batch`` and by ``align``."""
 
     @property
     def scale(self) -> float:

@@ -111,12 +111,19 @@ def in_batch(
     return loss
 
 
-def own_items(batch: Batch) -> Tensor:
-    """Return the training items of each row's user, as ``ExcludedLabels.own_UJ`` takes them.
+def own_items(batch: Batch, exclude: str = "history") -> Tensor:
+    """Return the items of each row's user, as ``ExcludedLabels.own_UJ`` takes them.
+
+    Args:
+        batch: The batch.
+        exclude: ``history``: the training items of the user, ascending; ``window``: the items of
+            the row, in the order of the row.
 
     Returns:
-        (B, J) int64, ascending, padded with -1.
+        (B, J) int64, padded with -1.
     """
+    if exclude == "window":
+        return torch.where(batch.sequences.mask_BL, batch.sequences.items_BL, -1)
     keys_J, items = batch.train.keys_J, len(batch.train.counts_N)
     starts_B = torch.searchsorted(keys_J, batch.users_B * items)
     lengths_B = torch.searchsorted(keys_J, (batch.users_B + 1) * items) - starts_B
@@ -288,6 +295,7 @@ class _InBatch(torch.autograd.Function):
 class InBatch(Loss):
     """``loss=in-batch``: softmax over the items of the batch, without those of the user.
 
+    The items of the user are its training items, or those of the row (``exclude=window``).
     The items of all processes' batches are the candidates. An item counts as often as it occurs in
     the batch. This is DAP of PMMRec (Eq. 5) and the in-batch loss of MMSR.
     """
@@ -311,6 +319,7 @@ class InBatch(Loss):
         items_C = gather_ids(item_K)
         popularity_N = log_popularity(batch.train.counts_N) if self.settings.debias else None
         begin = rank_offset(len(item_K), item_K.device)
+        own_UJ = own_items(batch, self.settings.exclude)
         loss = in_batch(
             query_MD,
             gather_rows(items.gather(item_K)),
@@ -321,6 +330,6 @@ class InBatch(Loss):
                 correction_C=None if popularity_N is None else popularity_N[items_C],
                 count_C=gather_ids(counts_K),
             ),
-            excluded=ExcludedLabels(own_UJ=own_items(batch), owner_M=targets.row_M),
+            excluded=ExcludedLabels(own_UJ=own_UJ, owner_M=targets.row_M),
         )
         return scale_to_global_mean(loss, query_MD)

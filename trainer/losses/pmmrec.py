@@ -38,7 +38,7 @@ class Positions:
     next_M: Tensor
     """(M,) int64 in [0, C), the item after it."""
     own_UJ: Tensor
-    """(U, J) int64, ids of the training items of each user, padded with -1."""
+    """(U, J) int64, ids of the items of each user that are no negatives, padded with -1."""
     owner_M: Tensor
     """(M,) int64 in [0, U), the user of each position."""
 

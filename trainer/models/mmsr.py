@@ -25,14 +25,16 @@ from trainer.losses.base import SCORES
 from trainer.losses.registry import LOSSES
 from trainer.models.base import Catalogue
 from trainer.models.causal import CausalRecommender, CausalSettings
+from trainer.models.released import RELEASED_ATTENTION, RELEASED_COARSE, RELEASED_ENCODER
 from trainer.modules.fusion import FusionSettings
 from trainer.modules.item_encoder import EncodedItems, ItemEncoder
 from trainer.modules.registry import FUSIONS, SEQUENCE_ENCODERS
+from trainer.modules.released_weights import InitialisationSettings, initialise_released
 from trainer.modules.transformer import initialise_glorot
 
 
 @dataclass(frozen=True, kw_only=True)
-class IDSRConfig(CausalSettings):
+class IDSRConfig(CausalSettings, InitialisationSettings):
     """Settings of a sequence encoder over one vector for each item."""
 
     dim: PositiveInt = 256
@@ -53,6 +55,7 @@ class IDSR(CausalRecommender):
     settings_class: ClassVar[type[Any]] = IDSRConfig
     settings: IDSRConfig
     item_tables: ClassVar[tuple[str, ...]] = ("item_encoder.",)
+    variants: ClassVar = {"as published": f"--set loss=bce --set score=dot {RELEASED_ENCODER}"}
 
     def __init__(self, settings: IDSRConfig, catalogue: Catalogue) -> None:
         super().__init__(settings, catalogue)
@@ -60,7 +63,10 @@ class IDSR(CausalRecommender):
         self.sequence_encoder = SEQUENCE_ENCODERS.find(settings.sequence_encoder)(
             settings, settings.dropout
         )
-        initialise_glorot(self)
+        if settings.initialisation == "released":
+            initialise_released(self)
+        else:
+            initialise_glorot(self)
         # Added after the initialisation, so that the backbones keep their pre-trained weights.
         self.backbones = nn.ModuleDict(dict(catalogue.backbones))
 
@@ -97,11 +103,20 @@ class MMSR(IDSR):
     reads_tokens: ClassVar[bool] = True
     variants: ClassVar = {
         "from item ids": "mmrec train --model idsr",
-        "as published": "--set loss=bce --set score=dot --set dim=768 --set fusion_heads=12",
-        "as the released code fuses": (
-            "--set token_types=false --set shared_norm=true --set dnn_relu=true"
+        "as published": (
+            f"--set loss=bce --set score=dot {RELEASED_ENCODER} {RELEASED_ATTENTION}"
+            " --set token_types=false"
+        ),
+        "as published, co-attention": (
+            f"--set fusion=co-attention --set loss=bce --set score=dot {RELEASED_ENCODER}"
+            f" {RELEASED_ATTENTION} --set token_types=true"
+        ),
+        "as published, coarse fusions": (
+            f"--set fusion=sum|concat|gate|film --set loss=bce --set score=dot {RELEASED_ENCODER}"
+            f" {RELEASED_COARSE}"
         ),
         "GRU of the paper": "--set sequence_encoder=gru --set layers=4",
+        "NextItNet as released": "--set sequence_encoder=nextitnet --set norm_eps=1e-8",
         "top blocks fine-tuned": "--set tune_blocks=2, tables layer-K, K = blocks - 2",
     }
     item_tables: ClassVar[tuple[str, ...]] = ()

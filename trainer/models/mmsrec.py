@@ -42,6 +42,10 @@ from trainer.models.base import Catalogue, Pretraining, Recommender
 from trainer.modules.chunked_encoding import encode_items_in_chunks, encode_slots_in_chunks
 from trainer.modules.item_views import View, encode_views
 from trainer.modules.multimodal_encoder import MultimodalEncoder, MultimodalSettings
+from trainer.modules.released_weights import (
+    InitialisationSettings,
+    initialise_attention_released,
+)
 
 # Name to: probability of the mask token; probability of the mask token or a random item; number of
 # items at the end of the catalogue that are never drawn as the random item.
@@ -51,7 +55,7 @@ _SHARED = ("norm.", "transformer.")
 
 
 @dataclass(frozen=True, kw_only=True)
-class MMSRecConfig(MultimodalSettings):
+class MMSRecConfig(MultimodalSettings, InitialisationSettings):
     """Settings of MMSRec; sizes, dropout, temperature and mask ratio are the paper's."""
 
     loss: Annotated[str, Choice("loss", LOSSES)] = "softmax"
@@ -89,6 +93,7 @@ class MMSRec(MultimodalEncoder, Recommender):
         "sparser or denser data": "mmrec prepare --name NAME --k-core 4..7",
         "as the paper's missing modality": "--set missing=mask",
         "as the released code masks": "--set corruption=81-9-10",
+        "initial weights as released": "--set initialisation=released",
         "next item, not the Cloze task": "--set objective=next",
         "with ids, features whitened": "--set ids=true --set whiten=true",
         "pre-training as published": (
@@ -134,6 +139,8 @@ class MMSRec(MultimodalEncoder, Recommender):
         MultimodalEncoder.__init__(
             self, settings, catalogue.n_items, catalogue.widths, causal=causal
         )
+        if settings.initialisation == "released":
+            initialise_attention_released(self.transformer)
         self.item_loss: Loss = LOSSES.find(settings.loss)(settings)
 
     @property

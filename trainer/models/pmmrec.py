@@ -7,9 +7,9 @@ reads the items of a history. Fine-tuning predicts the next item among the items
 corrupted sequences (NID, RCL), see :mod:`trainer.losses.pmmrec`.
 
 Where code and paper differ, or the paper's form cannot be trained, the sound form is the default.
-The settings ``pool``, ``token_types``, ``debias``, ``align_temperature``, ``align_literal``,
-``nid_relu`` and ``rcl_*`` select the published form. A learned token replaces a modality that an
-item lacks.
+The settings ``pool``, ``token_types``, ``debias``, ``exclude``, ``align_temperature``,
+``align_literal``, ``nid_relu`` and ``rcl_*`` select the published form. A learned token replaces a
+modality that an item lacks.
 
 Legend: B batch, L sequence length, N items, K distinct items, T tokens, D width, M positions.
 """
@@ -41,15 +41,17 @@ from trainer.losses.pmmrec import (
 from trainer.losses.registry import LOSSES
 from trainer.models.base import Catalogue, Pretraining
 from trainer.models.causal import CausalRecommender, CausalSettings, next_item_targets
+from trainer.models.released import RELEASED_ATTENTION, RELEASED_ENCODER
 from trainer.modules.fusion import FusionSettings
 from trainer.modules.item_encoder import EncodedItems, ItemEncoder
 from trainer.modules.registry import FUSIONS
+from trainer.modules.released_weights import InitialisationSettings, initialise_released
 from trainer.modules.sequence_encoders import SASRecEncoder
 from trainer.modules.transformer import initialise
 
 
 @dataclass(frozen=True, kw_only=True)
-class PMMRecConfig(CausalSettings, FusionSettings):
+class PMMRecConfig(CausalSettings, FusionSettings, InitialisationSettings):
     """Settings of PMMRec. The descriptions name the values of the paper and the released code."""
 
     dim: PositiveInt = 256
@@ -107,6 +109,9 @@ class PMMRec(CausalRecommender):
         task="next-item", settings={"align": "nicl", "nid": True, "rcl": True}
     )
     variants: ClassVar = {
+        "as published": (
+            f"{RELEASED_ENCODER} {RELEASED_ATTENTION} --set token_types=false --set exclude=window"
+        ),
         "top blocks fine-tuned": "--set tune_blocks=2, tables layer-K, K = blocks - 2",
         "rates of the released code": "--set lr=1e-4 --set tune_lr=1e-4 --set weight_decay=0.1",
         "Table VIII": "--set align=none|vcl|icl|ncl, --set nid=false, --set rcl=false",
@@ -143,7 +148,10 @@ class PMMRec(CausalRecommender):
         self.sequence_encoder = SASRecEncoder(settings, settings.dropout)
         if settings.nid:
             self.nid = nn.Linear(settings.dim, 3)
-        initialise(self)
+        if settings.initialisation == "released":
+            initialise_released(self)
+        else:
+            initialise(self)
         if not (settings.dap or settings.nid or settings.rcl):  # alignment uses neither of the two
             self.sequence_encoder.requires_grad_(False)
             self.item_encoder.fusion.requires_grad_(False)
@@ -215,7 +223,7 @@ class PMMRec(CausalRecommender):
             count_C=gather_ids(counts_K),
             anchor_M=begin + row_BL[:, :-1][is_target_BL],
             next_M=begin + row_BL[:, 1:][is_target_BL],
-            own_UJ=own_items(batch),
+            own_UJ=own_items(batch, self.settings.exclude),
             owner_M=is_target_BL.nonzero()[:, 0],
         )
         modalities = [

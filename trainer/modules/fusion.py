@@ -22,10 +22,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from trainer.config import Choice, NetworkSettings, PositiveInt, check_multiple
+from trainer.config import Choice, NetworkSettings, NormEpsilon, PositiveInt, check_multiple
 from trainer.kernels.elementwise import dropout
 from trainer.modules.tokens import Tokens, masked_mean
-from trainer.modules.transformer import TransformerBlock
+from trainer.modules.transformer import BlockConfig, TransformerBlock
 
 _SHARED = "shared"
 
@@ -43,7 +43,8 @@ class FusionSettings(NetworkSettings):
     released code), or the state of a learned ``cls`` token (PMMRec, Eq. 3)."""
     token_types: bool = True
     """With an attention fusion, add a learned vector of the modality to each token. As published:
-    false, because the released code computes the vector but does not use it."""
+    true with ``co-attention``; false with ``merge-attention``, where the released code computes the
+    vector but does not use it."""
     shared_norm: bool = False
     """With a coarse fusion, use one LayerNorm for all modalities. As published: true."""
     dnn: bool = False
@@ -51,6 +52,9 @@ class FusionSettings(NetworkSettings):
     dnn_relu: bool = False
     """Apply a ReLU after the last layer of the DNN. As published: true, which makes all elements of
     the vectors non-negative."""
+    fusion_norm_eps: NormEpsilon = 1e-5
+    """Epsilon of the LayerNorms of the fusion. As published: 1e-12 with an attention fusion, 1e-6
+    with a coarse fusion."""
 
     def check(self) -> None:
         """Raise a UserError unless ``dim`` is a multiple of ``fusion_heads``."""
@@ -101,7 +105,7 @@ class _Coarse(Fusion):
     def __init__(self, settings: FusionSettings, names: Sequence[str]) -> None:
         super().__init__(settings, names)
         norm_names = [_SHARED] if settings.shared_norm else self.names
-        self.norms = nn.ModuleDict({name: nn.LayerNorm(settings.dim) for name in norm_names})
+        self.norms = nn.ModuleDict({name: _norm(settings) for name in norm_names})
 
     def _vectors(self, modalities: Sequence[Tokens]) -> list[Tensor]:
         vectors = []
@@ -257,7 +261,7 @@ class _Cross(nn.Module):
         self.query = nn.Linear(settings.dim, settings.dim)
         self.key_value = nn.Linear(settings.dim, 2 * settings.dim)
         self.out = nn.Linear(settings.dim, settings.dim)
-        self.norm = nn.LayerNorm(settings.dim)
+        self.norm = _norm(settings)
 
     def forward(self, x_KTD: Tensor, other_KSD: Tensor, mask_KS: Tensor) -> Tensor:
         K, T, D = x_KTD.shape
@@ -299,14 +303,21 @@ class DNN(nn.Module):
 
 
 def _block(settings: FusionSettings) -> TransformerBlock:
-    return TransformerBlock(
+    config = BlockConfig(
         dim=settings.dim,
         heads=settings.fusion_heads,
         hidden=settings.hidden,
         dropout=settings.dropout,
         attention_dropout=settings.dropout,
         causal=False,
+        inner_dropout=settings.inner_dropout,
+        norm_eps=settings.fusion_norm_eps,
     )
+    return TransformerBlock(config)
+
+
+def _norm(settings: FusionSettings) -> nn.LayerNorm:
+    return nn.LayerNorm(settings.dim, eps=settings.fusion_norm_eps)
 
 
 def _types(settings: FusionSettings, names: Sequence[str]) -> nn.Parameter | None:

@@ -23,7 +23,7 @@ from trainer.data.batches import ItemFeatures, Sequences, TrainSet
 from trainer.kernels.elementwise import dropout
 from trainer.losses.base import SCORES, LossSettings
 from trainer.modules.sequence_encoders import SequenceSettings
-from trainer.modules.transformer import Transformer, initialise, positions_from_end
+from trainer.modules.transformer import initialise, positions_from_end
 from trainer.modules.whitening import Whitening
 
 
@@ -90,26 +90,20 @@ class MultimodalEncoder(nn.Module):
         self.causal = causal
         self.names = tuple(widths)
         dim = settings.dim
-        self.inputs = nn.ModuleDict({name: _Head(widths[name], dim) for name in self.names})
+        eps = settings.norm_eps
+        self.inputs = nn.ModuleDict({name: _Head(widths[name], dim, eps) for name in self.names})
         if settings.whiten:
             self.whitening = nn.ModuleDict({name: Whitening(widths[name]) for name in self.names})
         if settings.ids:
             self.id = nn.Embedding(n_items, dim)
             self.register_buffer("known_N", torch.ones(n_items, dtype=torch.bool))
-        self.outputs = nn.ModuleDict({name: _Head(dim, dim) for name in self.names})
+        self.outputs = nn.ModuleDict({name: _Head(dim, dim, eps) for name in self.names})
         self.instead = nn.Embedding(2, dim)  # the mask token; the token of an item without features
         self.position = nn.Embedding(settings.length + 1, dim)
         self.modality = nn.Embedding(len(self.names), dim)
-        self.norm = nn.LayerNorm(dim)
-        self.transformer = Transformer(
-            layers=settings.layers,
-            dim=dim,
-            heads=settings.heads,
-            hidden=settings.hidden,
-            dropout=settings.dropout,
-            attention_dropout=settings.dropout,
-            causal=False,  # `encode_slots` makes the causal mask, which is between items
-        )
+        self.norm = nn.LayerNorm(dim, eps=eps)
+        # Not causal: `encode_slots` makes the causal mask, which is between items.
+        self.transformer = settings.transformer(attention_dropout=settings.dropout, causal=False)
         initialise(self)
 
     @property
@@ -283,5 +277,5 @@ class MultimodalEncoder(nn.Module):
 class _Head(nn.Sequential):
     """A linear layer and a LayerNorm."""
 
-    def __init__(self, width: int, dim: int) -> None:
-        super().__init__(nn.Linear(width, dim), nn.LayerNorm(dim))
+    def __init__(self, width: int, dim: int, norm_eps: float) -> None:
+        super().__init__(nn.Linear(width, dim), nn.LayerNorm(dim, eps=norm_eps))

@@ -8,15 +8,23 @@ Legend: B batch, L sequence length, D width.
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from trainer.config import LayerCount, NetworkSettings, PositiveInt, check_multiple
+from trainer.config import (
+    Choice,
+    LayerCount,
+    NetworkSettings,
+    NormEpsilon,
+    PositiveInt,
+    check_multiple,
+)
 from trainer.data.batches import Sequences
 from trainer.kernels.elementwise import dropout
-from trainer.modules.transformer import Transformer, positions_from_end
+from trainer.modules.transformer import ACTIVATIONS, BlockConfig, Transformer, positions_from_end
 
 _KERNEL = 3  # width of NextItNet's convolutions
 _DILATIONS = (1, 4)  # of the two residual blocks in a layer of NextItNet
@@ -32,11 +40,39 @@ class SequenceSettings(NetworkSettings):
     """Number of attention heads of the sequence encoder."""
     length: PositiveInt = 20
     """Largest number of items of a history that the sequence encoder reads."""
+    activation: Annotated[str, Choice("activation", ACTIVATIONS)] = "gelu"
+    """Activation of the feed-forward networks of the sequence encoder, ``gelu`` or ``relu``. As
+    published by MMSR and PMMRec: ``relu``."""
+    final_norm: bool = True
+    """Use a LayerNorm after the last block of self-attention. As published by MMSR and PMMRec:
+    false."""
+    attention_bias: bool = True
+    """Use biases in the self-attention of the sequence encoder. As published by MMSR and PMMRec:
+    false."""
+    norm_eps: NormEpsilon = 1e-5
+    """Epsilon of the LayerNorms of the sequence encoder. As published by MMSR and PMMRec: 1e-6,
+    with ``nextitnet`` 1e-8."""
 
     def check(self) -> None:
         """Raise a UserError unless ``dim`` is a multiple of ``heads``."""
         super().check()
         check_multiple(self, "dim", "heads")
+
+    def transformer(self, *, attention_dropout: float, causal: bool) -> Transformer:
+        """Return a new transformer with these settings."""
+        config = BlockConfig(
+            dim=self.dim,
+            heads=self.heads,
+            hidden=self.hidden,
+            dropout=self.dropout,
+            attention_dropout=attention_dropout,
+            causal=causal,
+            activation=self.activation,
+            attention_bias=self.attention_bias,
+            inner_dropout=self.inner_dropout,
+            norm_eps=self.norm_eps,
+        )
+        return Transformer(config, layers=self.layers, final_norm=self.final_norm)
 
 
 class SequenceEncoder(nn.Module, ABC):
@@ -70,16 +106,8 @@ class SASRecEncoder(SequenceEncoder):
     def __init__(self, settings: SequenceSettings, attention_dropout: float) -> None:
         super().__init__(settings, attention_dropout)
         self.position = nn.Embedding(settings.length, settings.dim)
-        self.norm = nn.LayerNorm(settings.dim)
-        self.transformer = Transformer(
-            layers=settings.layers,
-            dim=settings.dim,
-            heads=settings.heads,
-            hidden=settings.hidden,
-            dropout=settings.dropout,
-            attention_dropout=attention_dropout,
-            causal=True,
-        )
+        self.norm = nn.LayerNorm(settings.dim, eps=settings.norm_eps)
+        self.transformer = settings.transformer(attention_dropout=attention_dropout, causal=True)
 
     def forward(self, x_BLD: Tensor, lengths_B: Tensor) -> Tensor:
         """Return the state after each item: (B, L, D)."""
@@ -116,7 +144,7 @@ class NextItNetEncoder(SequenceEncoder):
     def __init__(self, settings: SequenceSettings, attention_dropout: float) -> None:
         super().__init__(settings, attention_dropout)
         dilations = _DILATIONS * settings.layers
-        self.blocks = nn.ModuleList(_Residual(settings.dim, dilation) for dilation in dilations)
+        self.blocks = nn.ModuleList(_Residual(settings, dilation) for dilation in dilations)
         self.out = nn.Linear(settings.dim, settings.dim)
 
     def forward(self, x_BLD: Tensor, lengths_B: Tensor) -> Tensor:
@@ -129,12 +157,14 @@ class NextItNetEncoder(SequenceEncoder):
 
 
 class _Residual(nn.Module):
-    def __init__(self, dim: int, dilation: int) -> None:
+    def __init__(self, settings: SequenceSettings, dilation: int) -> None:
         super().__init__()
         self.convolutions = nn.ModuleList(
-            _CausalConvolution(dim, dilation * factor) for factor in (1, 2)
+            CausalConvolution(settings.dim, dilation * factor) for factor in (1, 2)
         )
-        self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in range(2))
+        self.norms = nn.ModuleList(
+            nn.LayerNorm(settings.dim, eps=settings.norm_eps) for _ in range(2)
+        )
 
     def forward(self, x_BLD: Tensor) -> Tensor:
         y_BLD = x_BLD
@@ -143,7 +173,7 @@ class _Residual(nn.Module):
         return x_BLD + y_BLD
 
 
-class _CausalConvolution(nn.Module):
+class CausalConvolution(nn.Module):
     """out_t = sum_k W_k x_(t - (2 - k) dilation) + b; inputs before the sequence are zero.
 
     The convolution is one linear layer over the three shifted inputs. It is initialised like the
@@ -156,6 +186,7 @@ class _CausalConvolution(nn.Module):
         self.map = nn.Linear(_KERNEL * dim, dim)
 
     def forward(self, x_BLD: Tensor) -> Tensor:
+        """Return the convolved sequence: (B, L, D)."""
         length = x_BLD.shape[1]
         reach = (_KERNEL - 1) * self.dilation
         padded_BPD = functional.pad(x_BLD, (0, 0, reach, 0))

@@ -3,46 +3,57 @@
 Legend: B batch, T tokens, D width, F width of the feed-forward network, M selected tokens.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
 from trainer.kernels.attention import self_attention
-from trainer.kernels.elementwise import add_norm, gelu_dropout
+from trainer.kernels.elementwise import add_norm, dropout, gelu_dropout
+
+ACTIVATIONS = ("gelu", "relu")
+"""Values of the setting ``activation``."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BlockConfig:
+    """Sizes and options of a transformer block. The default options are those of BERT."""
+
+    dim: int
+    """Width D; a multiple of ``heads``."""
+    heads: int
+    """Number of attention heads."""
+    hidden: int
+    """Width F of the feed-forward network."""
+    dropout: float
+    """Probability on the output of both sublayers, and inside the feed-forward network."""
+    attention_dropout: float
+    """Probability on the attention weights."""
+    causal: bool
+    """If true, a token attends only to itself and the tokens before it."""
+    activation: str = "gelu"
+    """Activation of the feed-forward network, one of ``ACTIVATIONS``."""
+    attention_bias: bool = True
+    """Whether the linear layers of the attention have biases."""
+    inner_dropout: bool = True
+    """Whether the activations inside the feed-forward network have dropout."""
+    norm_eps: float = 1e-5
+    """Epsilon of the LayerNorms."""
 
 
 class TransformerBlock(nn.Module):
-    """A post-LN transformer block (Vaswani et al., 2017) with GELU, as in BERT.
+    """A post-LN transformer block (Vaswani et al., 2017)."""
 
-    Args:
-        dim: Width D; a multiple of ``heads``.
-        heads: Number of attention heads.
-        hidden: Width F of the feed-forward network.
-        dropout: Probability inside the feed-forward network and on the output of both sublayers.
-        attention_dropout: Probability on the attention weights.
-        causal: If true, a token attends only to itself and the tokens before it.
-    """
-
-    def __init__(
-        self,
-        *,
-        dim: int,
-        heads: int,
-        hidden: int,
-        dropout: float,
-        attention_dropout: float,
-        causal: bool,
-    ) -> None:
+    def __init__(self, config: BlockConfig) -> None:
         super().__init__()
-        self.heads = heads
-        self.dropout = dropout
-        self.attention_dropout = attention_dropout
-        self.causal = causal
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.out = nn.Linear(dim, dim)
-        self.up = nn.Linear(dim, hidden)
-        self.down = nn.Linear(hidden, dim)
-        self.norm_attention = nn.LayerNorm(dim)
-        self.norm_feed = nn.LayerNorm(dim)
+        self.config = config
+        dim, bias = config.dim, config.attention_bias
+        self.qkv = nn.Linear(dim, 3 * dim, bias=bias)
+        self.out = nn.Linear(dim, dim, bias=bias)
+        self.up = nn.Linear(dim, config.hidden)
+        self.down = nn.Linear(config.hidden, dim)
+        self.norm_attention = nn.LayerNorm(dim, eps=config.norm_eps)
+        self.norm_feed = nn.LayerNorm(dim, eps=config.norm_eps)
 
     def forward(
         self, x_BTD: Tensor, mask: Tensor | None = None, selected_M: Tensor | None = None
@@ -59,62 +70,42 @@ class TransformerBlock(nn.Module):
         Returns:
             (B, T, D), or (M, D) with ``selected_M``.
         """
-        probability = self.dropout if self.training else 0.0
+        probability = self.config.dropout if self.training else 0.0
         attended = self_attention(
             x_BTD,
             self.qkv,
-            self.heads,
+            self.config.heads,
             mask=mask,
-            causal=self.causal,
-            probability=self.attention_dropout if self.training else 0.0,
+            causal=self.config.causal,
+            probability=self.config.attention_dropout if self.training else 0.0,
         )
         x = x_BTD
         if selected_M is not None:
             x, attended = (t.flatten(0, 1).index_select(0, selected_M) for t in (x, attended))
         x = add_norm(x, self.out(attended), self.norm_attention, probability)
-        hidden = gelu_dropout(self.up(x), probability)
+        inner = probability if self.config.inner_dropout else 0.0
+        if self.config.activation == "gelu":
+            hidden = gelu_dropout(self.up(x), inner)
+        else:
+            hidden = dropout(self.up(x).relu(), inner, self.training)
         return add_norm(x, self.down(hidden), self.norm_feed, probability)
 
 
 class Transformer(nn.Module):
-    """A stack of post-LN blocks and a final LayerNorm.
+    """A stack of post-LN blocks, and a LayerNorm after the last block.
 
     Args:
+        config: Sizes and options of each block.
         layers: Number of blocks.
-        dim: Width D; a multiple of ``heads``.
-        heads: Number of attention heads.
-        hidden: Width F of the feed-forward networks.
-        dropout: Probability inside the feed-forward networks and on the output of each sublayer.
-        attention_dropout: Probability on the attention weights.
-        causal: If true, a token attends only to itself and the tokens before it.
+        final_norm: Whether there is a LayerNorm after the last block.
     """
 
     can_compile = True
 
-    def __init__(
-        self,
-        *,
-        layers: int,
-        dim: int,
-        heads: int,
-        hidden: int,
-        dropout: float,
-        attention_dropout: float,
-        causal: bool,
-    ) -> None:
+    def __init__(self, config: BlockConfig, *, layers: int, final_norm: bool = True) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(
-            TransformerBlock(
-                dim=dim,
-                heads=heads,
-                hidden=hidden,
-                dropout=dropout,
-                attention_dropout=attention_dropout,
-                causal=causal,
-            )
-            for _ in range(layers)
-        )
-        self.norm = nn.LayerNorm(dim)
+        self.blocks = nn.ModuleList(TransformerBlock(config) for _ in range(layers))
+        self.norm = nn.LayerNorm(config.dim, eps=config.norm_eps) if final_norm else nn.Identity()
 
     @property
     def compiled(self) -> bool:
@@ -163,7 +154,7 @@ def initialise_glorot(module: nn.Module) -> None:
     for part in module.modules():
         if isinstance(part, nn.Linear | nn.Embedding):
             nn.init.xavier_normal_(part.weight)
-        if isinstance(part, nn.Linear):
+        if isinstance(part, nn.Linear) and part.bias is not None:
             nn.init.zeros_(part.bias)
 
 

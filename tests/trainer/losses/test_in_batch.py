@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,10 +14,12 @@ from tests.trainer import worlds
 from tests.trainer.losses import in_batch_reference as reference
 from trainer.data.batches import Sequences
 from trainer.losses import chunked_scores, clip
+from trainer.losses.base import ItemVectors, LossSettings, Targets
 from trainer.losses.clip import in_batch_symmetric
 from trainer.losses.in_batch import (
     Columns,
     ExcludedLabels,
+    InBatch,
     in_batch,
     log_popularity,
     own_items,
@@ -338,6 +341,42 @@ def test_own_items_are_the_users_training_items() -> None:
     )
     batch = worlds.batch(rows, worlds.features(6), torch.Generator())
     assert own_items(batch).tolist() == [[1, 3], [0, 2], [4, -1]]
+    older = replace(batch.train, keys_J=torch.tensor([0, 1, 3, 6, 8, 10, 16]))
+    batch = replace(batch, train=older)
+    assert own_items(batch).tolist() == [[0, 1, 3], [0, 2, 4], [4, -1, -1]]
+    assert own_items(batch, "window").tolist() == [[3, 1, 3], [0, 2, -1], [4, -1, -1]]
+
+
+@pytest.mark.parametrize("debias", [True, False])
+def test_the_window_or_the_history_is_no_negative(debias: bool) -> None:
+    """Column by column in float64; the first user has item 5, which the second row contains."""
+    rows = [[3, 1, 3], [0, 2, 5]]
+    histories = {"history": [{1, 3, 5}, {0, 2, 5}], "window": [{1, 3}, {0, 2, 5}]}
+    sequences = Sequences(items_BL=torch.tensor(rows), lengths_B=torch.tensor([3, 3]))
+    batch = worlds.batch(sequences, worlds.features(6), torch.Generator())
+    batch = replace(batch, train=replace(batch.train, keys_J=torch.tensor([1, 3, 5, 6, 8, 11])))
+    generator = torch.Generator().manual_seed(0)
+    item_ND = torch.randn(6, 4, generator=generator, dtype=torch.float64)
+    query_MD = torch.randn(4, 4, generator=generator, dtype=torch.float64)
+    target_M, row_M = torch.tensor([1, 3, 2, 5]), torch.tensor([0, 0, 1, 1])
+    popularity_N = log_popularity(batch.train.counts_N).double() if debias else torch.zeros(6)
+    losses = []
+    for exclude, own in histories.items():
+        terms = []
+        for query_D, target, row in zip(query_MD, target_M, row_M.tolist(), strict=True):
+            columns = [int(target), *(i for r in rows for i in r if i not in own[row])]
+            scores = item_ND[columns] @ query_D - popularity_N[columns]
+            terms.append(-scores.log_softmax(0)[0])
+        loss = InBatch(LossSettings(dim=4, debias=debias, exclude=exclude))(
+            query_MD,
+            ItemVectors(vectors_KD=item_ND),
+            Targets(item_M=target_M, row_M=row_M),
+            batch,
+            None,
+        )
+        torch.testing.assert_close(loss, torch.stack(terms).mean(), rtol=0, atol=1e-12)
+        losses.append(float(loss))
+    assert losses[1] > losses[0]  # a negative more
 
 
 class Largest(TorchDispatchMode):

@@ -27,10 +27,10 @@ def norm(part: Any, x: Tensor) -> Tensor:
 
 def block(part: Any, x_TD: Tensor, causal: bool) -> Tensor:
     T, D = x_TD.shape
-    E = D // part.heads
+    E = D // part.config.heads
     q, k, v = (x_TD @ part.qkv.weight.T + part.qkv.bias).split(D, dim=1)
     mixed = torch.zeros_like(x_TD)
-    for head in range(part.heads):
+    for head in range(part.config.heads):
         s = slice(head * E, (head + 1) * E)
         for t in range(T):
             last = t + 1 if causal else T

@@ -3,13 +3,12 @@ import torch
 from torch import Tensor
 
 from trainer.kernels.dispatch import plain_forms
-from trainer.modules.transformer import Transformer, initialise
+from trainer.modules.transformer import BlockConfig, Transformer, initialise
 
 
 def build(*, causal: bool = False, dropout: float = 0.0) -> Transformer:
     torch.manual_seed(0)
-    made = Transformer(
-        layers=2,
+    config = BlockConfig(
         dim=8,
         heads=2,
         hidden=12,
@@ -17,6 +16,7 @@ def build(*, causal: bool = False, dropout: float = 0.0) -> Transformer:
         attention_dropout=dropout,
         causal=causal,
     )
+    made = Transformer(config, layers=2)
     initialise(made, std=0.4)
     return made.double()
 

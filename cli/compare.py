@@ -24,7 +24,10 @@ def compare(
     split: Annotated[str, typer.Option("--split", help="test or validation.")] = "test",
     targets: Annotated[
         str,
-        typer.Option("--targets", help="all, or cold (fewer than 10 training interactions)."),
+        typer.Option(
+            "--targets",
+            help="all, new, repeated (the user had it), or cold (fewer than 10 interactions).",
+        ),
     ] = "all",
     metric: Annotated[
         list[str] | None,
@@ -76,7 +79,7 @@ def show_comparison(comparison: "Comparison") -> None:
     for system in comparison.systems:
         if len(system.runs) > 1:
             console.print_text(f"{system.label}: {', '.join(system.runs)}")
-    for seen in SEEN:
+    for seen in [seen for seen in SEEN if any(line.seen == seen for line in comparison.lines)]:
         console.out.print()
         console.table(
             ["metric", "run", "value", "difference", "p"],
@@ -84,6 +87,11 @@ def show_comparison(comparison: "Comparison") -> None:
             title=_TITLES[seen],
         )
     console.out.print()
+    console.print_text(
+        f"{comparison.repeated:.2%} of the targets are repeated: the user already had them;"
+        " filtered, they are misses.",
+        indent=2,
+    )
     if any(line.spread is not None for line in comparison.lines):
         console.print_text(
             "±: standard deviation over runs; differences are between means over runs.",

@@ -110,6 +110,7 @@ def show_evaluated(report: "EvalReport") -> None:
         (r["split"], r["targets"], r["metric"], r["ranker"], r["seen"]): r for r in report.rows
     }
     groups = dict.fromkeys((r["split"], r["targets"], r["users"]) for r in report.rows)
+    counts = {(split, targets): users for split, targets, users in groups}
     metrics = list(dict.fromkeys(r["metric"] for r in report.rows))
     rankers = list(dict.fromkeys(r["ranker"] for r in report.rows))
 
@@ -119,15 +120,15 @@ def show_evaluated(report: "EvalReport") -> None:
         return f"{ranker}\n{seen}", list(values)
 
     for split, targets, users in groups:
-        kind = "" if targets == "all" else ", cold targets only"
+        kind = "" if targets == "all" else f", {targets} targets only"
+        share = counts.get((split, "repeated"), 0) / counts[split, "all"]
+        repeated = f", {share:.2%} repeated targets" if targets == "all" else ""
+        rankings = ("kept",) if targets == "repeated" else ("filtered", "kept")
         console.out.print()
         console.stacked_tables(
             [("metric", metrics)],
-            [
-                [column((split, targets), ranker, seen) for seen in ("filtered", "kept")]
-                for ranker in rankers
-            ],
-            title=f"{split}{kind}: {users:,} users",
+            [[column((split, targets), ranker, seen) for seen in rankings] for ranker in rankers],
+            title=f"{split}{kind}: {users:,} users{repeated}",
         )
     console.out.print()
     for text in report.protocol:

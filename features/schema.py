@@ -73,7 +73,7 @@ PREDICTIONS_SCHEMA = pa.schema(
         _required("history", pa.int32()),  # interactions before the target
         _required("cold", pa.bool_()),  # the target has fewer than 10 training interactions
         _required("rank_kept", pa.int32()),
-        _required("rank_filtered", pa.int32()),
+        ("rank_filtered", pa.int32()),  # NULL: the user already had the target
     ]
 )
 

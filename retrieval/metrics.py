@@ -13,6 +13,9 @@ import numpy.typing as npt
 
 PerUser = npt.NDArray[np.float64]
 
+UNRANKED = int(np.iinfo(np.int64).max)
+"""Rank of a target that is not in the ranking: every metric is 0, whatever the cut-off."""
+
 
 def hit_rate(ranks: npt.NDArray[np.int64], k: int) -> PerUser:
     """Return HR@k: (U,) 1.0 where rank <= k, else 0.0. With one target it equals Recall@k."""
@@ -31,8 +34,8 @@ def ndcg(ranks: npt.NDArray[np.int64], k: int) -> PerUser:
 
 
 def reciprocal_rank(ranks: npt.NDArray[np.int64]) -> PerUser:
-    """Return 1 / rank in the full list: (U,). The mean over users is MRR."""
-    return 1.0 / _ranks(ranks)
+    """Return 1 / rank in the full list, 0 if unranked: (U,). The mean over users is MRR."""
+    return np.where(_ranks(ranks) == UNRANKED, 0.0, 1.0 / ranks)
 
 
 METRICS: dict[str, Callable[[npt.NDArray[np.int64], int], PerUser]] = {
@@ -50,7 +53,8 @@ def per_user(ranks: npt.NDArray[np.int64], cutoffs: Sequence[int] = CUTOFFS) -> 
     """Return every metric of every user: "HR@5", ..., "NDCG@5", ..., "MRR", each (U,) float64.
 
     Args:
-        ranks: (U,) from 1, with seen items filtered or kept.
+        ranks: (U,) from 1, with seen items filtered or kept; :data:`UNRANKED` for a target that is
+            not in the ranking.
         cutoffs: The k of HR@k and NDCG@k.
 
     Raises:

@@ -17,7 +17,9 @@ from retrieval.exact_scores import (
     FP32_ROUNDOFF,
     FP64_ROUNDOFF,
     TargetScores,
+    as_indices,
 )
+from retrieval.metrics import UNRANKED
 from retrieval.pairs import CorrectedPairs, Pairs, corrected_pairs, seen_pairs
 from retrieval.seen_items import SeenItems
 from retrieval.sparse_scores import SparseScores
@@ -37,7 +39,29 @@ class Ranks:
     kept: npt.NDArray[np.int64]
     """(U,) rank among all items."""
     filtered: npt.NDArray[np.int64]
-    """(U,) rank among the items that the user has not seen, and the target."""
+    """(U,) rank among the items that the user has not seen; `retrieval.metrics.UNRANKED` if the
+    user has seen the target."""
+
+    @classmethod
+    def of(
+        cls,
+        kept: npt.NDArray[np.int64],
+        seen_above: npt.NDArray[np.int64],
+        targets: npt.NDArray[np.int64],
+        exclude: SeenItems | None,
+    ) -> Ranks:
+        """Return both ranks of each target.
+
+        Args:
+            kept: (U,) ranks among all items.
+            seen_above: (U,) number of seen items that score at least as much as the target.
+            targets: (U,) targets.
+            exclude: Items that the filtered rank leaves out; none when None.
+        """
+        filtered = kept - seen_above
+        if exclude is not None:
+            filtered[exclude.contain(targets)] = UNRANKED
+        return cls(kept=kept, filtered=filtered)
 
 
 def rank(
@@ -52,11 +76,13 @@ def rank(
     """Rank each user's target among all items, exactly. Each pair is scored once in fp32.
 
     A score is an inner product plus the correction. rank = 1 + the number of other items that
-    score at least as much as the target. The fp32 score decides a pair if it differs from the
-    target's score by more than the error bound. The other pairs (in general a few in 10,000) are
-    compared by canonical scores: float64 inner products of the fp32 vectors, summed in a fixed
-    order, plus the float64 correction. The ranks therefore do not depend on the block, the threads,
-    the BLAS or the device.
+    score at least as much as the target. A target among the excluded items is not in the filtered
+    ranking: its filtered rank is `retrieval.metrics.UNRANKED`.
+
+    The fp32 score decides a pair if it differs from the target's score by more than the error
+    bound. Other pairs (in general a few in 10,000) are compared by canonical scores: float64 inner
+    products of the fp32 vectors, summed in a fixed order, plus the float64 correction. The ranks
+    therefore do not depend on the block, the threads, the BLAS or the device.
 
     Args:
         queries: (U, D) fp32, torch on any device or numpy.
@@ -96,7 +122,7 @@ def rank(
     with strict_fp32(target_scores.device):
         for_each_block(count_block, users, block[0], target_scores.device)
     kept = 1 + above_U.cpu().numpy()
-    return Ranks(kept=kept, filtered=kept - seen_above_U.cpu().numpy())
+    return Ranks.of(kept, seen_above_U.cpu().numpy(), as_indices("targets", targets), exclude)
 
 
 def _default_block(users: int, device: torch.device) -> tuple[int, int]:

@@ -52,6 +52,21 @@ class SeenItems:
         index, offsets = take_rows(self.offsets, users)
         return SeenItems(items=self.items[index], offsets=offsets)
 
+    def contain(self, items: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        """Return whether each user has seen an item.
+
+        Args:
+            items: (U,) one item for each user.
+
+        Examples:
+            >>> seen = SeenItems(items=np.array([4, 1]), offsets=np.array([0, 2, 2]))
+            >>> seen.contain(np.array([1, 1]))
+            array([ True, False])
+        """
+        lengths = np.diff(self.offsets)
+        row = np.repeat(np.arange(len(lengths)), lengths)
+        return np.bincount(row[self.items == items[row]], minlength=len(lengths)) > 0
+
     def pairs(
         self, start: int, stop: int, items: int
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:

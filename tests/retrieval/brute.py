@@ -8,6 +8,7 @@ from itertools import chain
 import numpy as np
 import numpy.typing as npt
 
+from retrieval.metrics import UNRANKED
 from retrieval.seen_items import SeenItems
 
 Floats = npt.NDArray[np.float32]
@@ -26,12 +27,12 @@ def all_scores(queries: Floats, items: Floats) -> npt.NDArray[np.float64]:
 def ranks(
     scores: npt.NDArray[np.float64], targets: Ints, seen: list[set[int]]
 ) -> tuple[Ints, Ints]:
-    """(kept, filtered) from a (U, N) score matrix, by the definition."""
+    """(kept, filtered) from a (U, N) score matrix, by the definition; a seen target is unranked."""
     kept, filtered = [], []
     for row, target, gone in zip(scores, targets.tolist(), seen, strict=True):
         above = {j for j in range(len(row)) if j != target and row[j] >= row[target]}
         kept.append(1 + len(above))
-        filtered.append(1 + len(above - gone))
+        filtered.append(UNRANKED if target in gone else 1 + len(above - gone))
     return np.array(kept), np.array(filtered)
 
 

@@ -8,7 +8,11 @@ from hypothesis import strategies as st
 
 from retrieval.blocks import strict_fp32
 from retrieval.exact_scores import TargetScores, error_bound, exact_scores, row_norms
+from retrieval.index_ranking import rank_with
+from retrieval.indexes import INDEXES
+from retrieval.metrics import UNRANKED, per_user
 from retrieval.ranking import Ranks, rank
+from retrieval.score_blocks import rank_scores
 from retrieval.seen_items import SeenItems
 from tests.retrieval import brute
 from tests.retrieval.brute import Floats, Ints, make_seen
@@ -32,16 +36,30 @@ def test_ranks_by_hand() -> None:
         np.ones((3, 1), np.float32),
         items,
         np.array([2, 2, 1]),
-        make_seen([[0, 0, 1, 4, 2], [], [0, 2, 3, 4]]),
+        make_seen([[0, 0, 1, 4], [], [0, 2, 3, 4]]),
     )
-    # User 0 has seen 0 (twice), 1, 4 and the target: only item 3 is left above it.
+    # User 0 has seen 0 (twice), 1 and 4: only item 3 is left above the target.
     same(found, (np.array([4, 4, 5]), np.array([2, 4, 1])))
+
+
+def test_a_target_that_the_user_has_seen_is_unranked_when_seen_items_are_filtered() -> None:
+    items = one_dimension([9, 1, 5, 7, 5])
+    targets = np.array([2, 0, 1, 3])
+    seen = make_seen([[2, 4, 2], [0], [0, 2], []])
+    expected = (np.array([4, 1, 5, 2]), np.array([UNRANKED, UNRANKED, 3, 2]))
+    queries = np.ones((4, 1), np.float32)
+    same(rank(queries, items, targets, seen), expected)
+    for name in INDEXES:
+        same(rank_with(name, queries, items, targets, seen), expected)
+    scores = queries @ items.T
+    same(rank_scores(lambda rows, begin, end: scores[rows, begin:end], targets, 5, seen), expected)
+    assert [set(metric[:2]) for metric in per_user(expected[1]).values()] == [{0.0}] * 9
 
 
 def test_ties_count_against_the_model() -> None:
     items, targets = np.ones((6, 4), np.float32), np.array([0, 5])
-    found = rank(np.ones((2, 4), np.float32), items, targets, make_seen([[1, 2], [5, 5]]))
-    same(found, (np.array([6, 6]), np.array([4, 6])))
+    found = rank(np.ones((2, 4), np.float32), items, targets, make_seen([[1, 2], [4, 4]]))
+    same(found, (np.array([6, 6]), np.array([4, 5])))
 
 
 @pytest.mark.parametrize("kind", brute.KINDS)
@@ -84,7 +102,9 @@ def test_ranks_do_not_depend_on_the_block(
     whole = rank(queries, items, targets, seen, block=(max(1, users), count))
     found = rank(queries, items, targets, seen, block=block)
     same(found, (whole.kept, whole.filtered))
-    assert (whole.filtered <= whole.kept).all()
+    is_ranked = whole.filtered != UNRANKED
+    assert (whole.filtered <= whole.kept)[is_ranked].all()
+    np.testing.assert_array_equal(is_ranked, ~seen.contain(targets))
     assert (whole.filtered >= 1).all()
     assert (whole.kept <= count).all()
 
@@ -200,7 +220,7 @@ def test_the_error_bound_holds_and_the_canonical_score_is_one(
 
 def test_ranks_by_one_score_per_item_by_hand() -> None:
     popularity = one_dimension([5, 9, 5, 1, 5])
-    seen = make_seen([[2, 2, 1, 0], [0, 1, 2], [1, 3]])
+    seen = make_seen([[2, 2, 1], [0, 1, 2], [3]])
     ranks = rank(np.ones((3, 1), np.float32), popularity, np.array([0, 3, 1]), seen)
     same(ranks, (np.array([4, 5, 1]), np.array([2, 2, 1])))
 

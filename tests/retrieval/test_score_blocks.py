@@ -30,7 +30,7 @@ class Blocks:
 
 def test_by_hand() -> None:
     blocks = Blocks(np.array([[9.0, 1, 5, 7, 5], [0, 0, 0, 0, 1]]))
-    ranks = rank_scores(blocks, np.array([2, 0]), 5, make_seen([[0, 0, 2], []]), block=(1, 3))
+    ranks = rank_scores(blocks, np.array([2, 0]), 5, make_seen([[0, 0], []]), block=(1, 3))
     assert ranks.kept.tolist() == [4, 5]
     assert ranks.filtered.tolist() == [3, 5]
     assert blocks.calls == [(0, 1, 0, 3), (0, 1, 3, 5), (1, 2, 0, 3), (1, 2, 3, 5)]

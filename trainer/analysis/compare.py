@@ -11,18 +11,19 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from features.atomic_files import read_errors
 from features.errors import UserError, unknown
 from features.result_tables import read_predictions_table
 from features.warehouse import Warehouse
-from retrieval.metrics import METRIC_NAMES, per_user
+from retrieval.metrics import METRIC_NAMES, UNRANKED, per_user
 from retrieval.significance import PairedTest, paired_test
 from trainer.runs.read import Record, read_records
 
 SPLITS = ("validation", "test")
-TARGETS = ("all", "cold")
+TARGETS = ("all", "new", "repeated", "cold")
 SEEN = ("filtered", "kept")
 SIGNS = 10_000
 """Number of random sign assignments of a paired test."""
@@ -76,6 +77,8 @@ class Comparison:
     split: str
     targets: str
     users: int
+    repeated: float
+    """Share of the targets of the split that the user already had."""
     systems: list[System]
     lines: list[SystemMetric]
 
@@ -96,7 +99,9 @@ def compare(
         warehouse: The warehouse of the runs.
         names: Names of the runs. The system of the first run is the reference.
         split: ``test`` or ``validation``.
-        targets: ``all``, or ``cold``: users whose target has fewer than 10 training interactions.
+        targets: ``all``; ``cold``: users whose target has fewer than 10 training interactions;
+            ``repeated``: users who already had the target, with seen items kept only; ``new``: all
+            others.
         metrics: Names such as ``NDCG@10``.
         by: Name of a grouping in :data:`GROUPINGS`; runs with one key form one system.
         on_stage: Receives the name of each step.
@@ -115,11 +120,16 @@ def compare(
     for record in records:
         _check_comparable(records[0], record)
     users, ranks = _read_ranks(records, split)
-    chosen = np.ones(len(users.cold), bool) if targets == "all" else users.cold
+    chosen = {
+        "all": np.ones(len(users.cold), bool),
+        "new": ~users.repeated,
+        "repeated": users.repeated,
+        "cold": users.cold,
+    }[targets]
     if not chosen.any():
         raise UserError(f"the {split} split has no target that is {targets}; leave --targets out")
     lines = []
-    for seen in SEEN:
+    for seen in SEEN if targets != "repeated" else ("kept",):
         values = {
             system.label: [per_user(ranks[name][seen][chosen]) for name in system.runs]
             for system in systems
@@ -132,6 +142,7 @@ def compare(
         split=split,
         targets=targets,
         users=int(chosen.sum()),
+        repeated=float(users.repeated.mean()),
         systems=systems,
         lines=lines,
     )
@@ -226,6 +237,8 @@ class _Users:
     """(E, 3) user, item, and length of the history."""
     cold: npt.NDArray[np.bool_]
     """(E,) whether the target is cold."""
+    repeated: npt.NDArray[np.bool_]
+    """(E,) whether the user already had the target."""
 
 
 _Ranks = dict[str, dict[str, npt.NDArray[np.int64]]]
@@ -241,10 +254,20 @@ def _read_ranks(records: Sequence[Record], split: str) -> tuple[_Users, _Ranks]:
         with read_errors(path, f"run: mmrec eval --run {record.name}"):
             table = read_predictions_table(path)
             table = table.filter(pc.field("split") == split).sort_by("user")
+            filtered = table.column("rank_filtered")
+            is_repeated = filtered.is_null().to_numpy()
+            table = table.drop_columns("rank_filtered").append_column(
+                "rank_filtered", filtered.cast(pa.int64()).fill_null(UNRANKED)
+            )
             columns = {name: table.column(name).to_numpy() for name in table.column_names}
         target = np.stack([columns[key] for key in ("user", "item", "history")], axis=1)
         if users is None:
-            users = _Users(target=target, cold=columns["cold"])
+            users = _Users(target=target, cold=columns["cold"], repeated=is_repeated)
+        elif not np.array_equal(users.repeated, is_repeated):
+            raise UserError(
+                f"runs {records[0].name!r} and {record.name!r} were evaluated by versions that rank"
+                " repeated targets differently; run mmrec eval --run NAME for both"
+            )
         elif not np.array_equal(users.target, target):
             raise UserError(
                 f"runs {records[0].name!r} and {record.name!r} were evaluated on other users or"

@@ -17,7 +17,7 @@ from markupsafe import Markup
 
 from features.errors import UserError
 from features.warehouse import Warehouse
-from trainer.analysis.compare import SEEN, SIGNS, Comparison, compare
+from trainer.analysis.compare import SEEN, SIGNS, TARGETS, Comparison, compare
 from trainer.analysis.curves import Curve
 from trainer.analysis.figures import draw_curves, write_figure
 from trainer.evaluation.protocol import protocol_lines
@@ -196,7 +196,11 @@ def _tests(records: Sequence[Record], labels: Sequence[str]) -> dict[str, Any]:
 
 
 def _target_group(targets: str) -> str:
-    return {"all": "all targets", "cold": "cold targets only"}.get(targets, targets)
+    return (
+        "all targets"
+        if targets == "all"
+        else (f"{targets} targets only" if targets in TARGETS else targets)
+    )
 
 
 def _test_tables(

@@ -12,6 +12,7 @@ def protocol_lines(info: DatasetInfo) -> list[str]:
         f"{core}; interactions {order}; leave-one-out: last item test, the one before validation",
         "full catalogue ranking, ties against the model; test input includes the validation item",
         "filtered: items the user has seen are out of the ranking; kept: they are in it",
+        "repeated: targets that the user already had, misses when filtered; new: all others",
         "HR@k equals Recall@k with one target; 95% intervals: bootstrap over users",
         f"cold: targets with fewer than {COLD_BELOW} training interactions",
         "popularity: training interactions only; the checkpoint is the best one by validation",

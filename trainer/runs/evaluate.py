@@ -17,7 +17,7 @@ from features.dataset import Dataset, load_items, load_user_ids
 from features.memory import memory_errors
 from features.schema import PREDICTIONS_SCHEMA
 from features.warehouse import Warehouse
-from retrieval.metrics import per_user
+from retrieval.metrics import UNRANKED, per_user
 from retrieval.ranking import Ranks
 from retrieval.significance import bootstrap
 from trainer.checkpoint import load_weights
@@ -27,7 +27,8 @@ from trainer.runs.folder import replace_metrics, run_lock, stored_metrics
 from trainer.runs.run import Run
 
 SPLITS = ("validation", "test")
-TARGETS = ("all", "cold")
+TARGETS = ("all", "new", "repeated", "cold")
+"""Subsets of targets; ``repeated``: the user already had the target, ``new``: all others."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,10 +99,9 @@ def _evaluate(
             ranks[name] = rank_split(model, run.data, split, batch_size, index=index).ranks
         is_cold = dataset.cold[own.targets_E]
         on_stage(f"intervals of {split}")
-        for targets, subset in zip(TARGETS, (np.ones_like(is_cold), is_cold), strict=True):
-            if subset.any():
-                for name, model_ranks in ranks.items():
-                    rows += metric_rows(split, targets, name, model_ranks, subset)
+        for targets, subset in _subsets(own.ranks, is_cold).items():
+            for name, model_ranks in ranks.items():
+                rows += metric_rows(split, targets, name, model_ranks, subset)
         predictions.append(_predictions(dataset, split, own, is_cold))
     table = _with_ids(warehouse, run.spec.dataset, pa.concat_tables(predictions))
     path = run.folder / "predictions.parquet"
@@ -124,10 +124,25 @@ def _evaluate(
     )
 
 
+def _subsets(ranks: Ranks, is_cold: npt.NDArray[np.bool_]) -> dict[str, npt.NDArray[np.bool_]]:
+    """Return the users of each subset of targets that is not empty.
+
+    Without repeated targets, ``new`` would equal ``all`` and is left out.
+    """
+    is_repeated = ranks.filtered == UNRANKED
+    subsets = {"all": np.ones_like(is_cold)}
+    if is_repeated.any():
+        subsets |= {"new": ~is_repeated, "repeated": is_repeated}
+    subsets["cold"] = is_cold
+    return {name: subset for name, subset in subsets.items() if subset.any()}
+
+
 def metric_rows(
     split: str, targets: str, ranker: str, ranks: Ranks, subset: npt.NDArray[np.bool_]
 ) -> list[dict[str, Any]]:
     """Return rows of the metrics table for some users of one split.
+
+    Repeated targets have rows with seen items kept only: filtered, they are all missed.
 
     Args:
         split: ``validation`` or ``test``.
@@ -138,6 +153,8 @@ def metric_rows(
     """
     rows = []
     for seen, seen_ranks in (("filtered", ranks.filtered), ("kept", ranks.kept)):
+        if targets == "repeated" and seen == "filtered":
+            continue
         values = per_user(seen_ranks[subset])
         matrix = np.stack(list(values.values()), axis=1)
         low, high = bootstrap(matrix)
@@ -164,7 +181,9 @@ def _predictions(
             "history": pa.array(users.targets - users.starts, pa.int32()),
             "cold": pa.array(is_cold),
             "rank_kept": pa.array(ranked.ranks.kept, pa.int32()),
-            "rank_filtered": pa.array(ranked.ranks.filtered, pa.int32()),
+            "rank_filtered": pa.array(
+                ranked.ranks.filtered, pa.int32(), mask=ranked.ranks.filtered == UNRANKED
+            ),
         }
     )
 

@@ -169,12 +169,15 @@ def test_cold_targets_and_popularity_by_hand(house: Warehouse) -> None:
     }  # fmt: skip
     assert [row["user_id"] for row in stored[:3]] == ["u0", "u1", "u2"]
     # Training counts are 24 of item 0, 24 of item 1, none of the others. At the validation target
-    # 0, item 1 is as popular: rank 2; seen, it is left out: rank 1. Target 2 has all five others at
-    # or above it: rank 6, without the seen two rank 4. At test, 0 and 1 are seen, and of those
-    # whose validation item was 2, that one too.
+    # 0, item 1 is as popular: rank 2; the user already had 0, a miss when filtered. Target 2 has
+    # all five others at or above it: rank 6, without the seen two rank 4. At test, 0 and 1 are
+    # seen, and of those whose validation item was 2, that one too.
     expected = {
         ("validation", "all", "kept"): (1 / 2 + 1 / 6) / 2,
-        ("validation", "all", "filtered"): (1 / 1 + 1 / 4) / 2,
+        ("validation", "all", "filtered"): (0 + 1 / 4) / 2,
+        ("validation", "new", "kept"): 1 / 6,
+        ("validation", "new", "filtered"): 1 / 4,
+        ("validation", "repeated", "kept"): 1 / 2,
         ("validation", "cold", "kept"): 1 / 6,
         ("validation", "cold", "filtered"): 1 / 4,
         ("test", "all", "kept"): 1 / 6,
@@ -189,7 +192,7 @@ def test_cold_targets_and_popularity_by_hand(house: Warehouse) -> None:
     users = {(r["split"], r["targets"]): r["users"] for r in rows}
     assert users == {
         ("validation", "all"): 12, ("validation", "cold"): 6, ("test", "all"): 12,
-        ("test", "cold"): 12,
+        ("test", "cold"): 12, ("validation", "new"): 6, ("validation", "repeated"): 6,
     }  # fmt: skip
     assert {row["ranker"] for row in report.rows} == {"sasrec", "popularity"}
 

@@ -182,11 +182,13 @@ def test_the_mapped_file_follows_the_table(tiny: Warehouse, raw: Path, watched: 
     assert len(rows_of(read(tiny, "text"))[0]) == 1
     (second,) = folder.glob("tokens-*.npy")
     assert second != first
-    second.write_bytes(second.read_bytes()[:-300])
-    with pytest.raises(UserError, match=r"tokens-.*\.npy"):
-        read(tiny, "text")
-    second.unlink()
-    assert len(rows_of(read(tiny, "text"))[0]) == 1
+    data = second.read_bytes()
+    flipped = bytearray(data)
+    flipped[200] ^= 1
+    for damaged in (data[:-300], bytes(flipped), b""):  # the copy is made again
+        second.write_bytes(damaged)
+        assert len(rows_of(read(tiny, "text"))[0]) == 1
+        assert second.read_bytes() == data
 
 
 def test_rows_of_another_length_than_they_say_are_refused(
@@ -373,20 +375,19 @@ def test_a_full_disk_loses_nothing_that_was_written(
     texts = [f"title {i}" for i in range(40)]
     prepare(warehouse, raw, ids=texts, text=texts)
     monkeypatch.setattr(table_writer, "SECONDS_PER_PART", 0.0)
-    plain = pq.write_table
+    plain = pq.ParquetWriter.write_table
     room = 3
 
-    def write(rows: pa.Table, path: Path, **options: Any) -> None:
+    def write(writer: pq.ParquetWriter, rows: pa.Table, *options: Any) -> None:
         nonlocal room
-        if "features" in path.parts:
+        if "features" in Path(writer.where).parts:
             room -= 1
             if room < 0:
-                path.write_bytes(b"half of it")
                 raise OSError(errno.ENOSPC, "No space left on device")
-        plain(rows, path, **options)
+        plain(writer, rows, *options)
 
     with monkeypatch.context() as full:
-        full.setattr(pq, "write_table", write)
+        full.setattr(pq.ParquetWriter, "write_table", write)
         with pytest.raises(OSError, match="No space left"):
             run(warehouse, text="watched", level=level, batch_size=2)
     stored = table(warehouse, "text", level)

@@ -1,6 +1,5 @@
 """Runs that train the upper blocks of a backbone: what they keep, take over, and refuse."""
 
-import json
 import shutil
 import signal
 from pathlib import Path
@@ -14,6 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from features.documents import read_json, write_json
 from features.errors import UserError
 from features.store import FeatureStore
 from features.warehouse import Warehouse
@@ -281,8 +281,8 @@ def test_a_model_without_tokens_is_refused(
 def test_a_table_that_names_no_checkpoint(warehouse: Warehouse, checkpoint: Path) -> None:
     (table,) = FeatureStore(warehouse).tables("tiny")
     path = table.path / "manifest.json"
-    manifest = json.loads(path.read_text())
-    path.write_text(json.dumps({key: manifest[key] for key in manifest if key != "source"}))
+    manifest = read_json(path, "extract again")
+    write_json(path, {key: manifest[key] for key in manifest if key != "source"})
     refused(warehouse, "text=words:layer-1 .*no checkpoint")
 
 
@@ -320,9 +320,9 @@ def test_a_library_that_computes_otherwise(
 def test_a_run_without_its_description_of_blocks(warehouse: Warehouse, checkpoint: Path) -> None:
     run = begin(warehouse, name="r")
     path = run.folder / "blocks.json"
-    document = json.loads(path.read_text())
+    document = read_json(path, "train again")
     document["text"]["config"]["hidden_size"] = "wide"
-    path.write_text(json.dumps(document))
+    write_json(path, document)
     with pytest.raises(UserError, match=r"blocks\.json is damaged.*; train again"):
         open_run(warehouse, run.folder)
     path.unlink()

@@ -92,6 +92,8 @@ def show_comparison(comparison: "Comparison") -> None:
         " filtered, they are misses.",
         indent=2,
     )
+    for fact in comparison.protocol:
+        console.print_text(fact, indent=2)
     if any(line.spread is not None for line in comparison.lines):
         console.print_text(
             "±: standard deviation over runs; differences are between means over runs.",

@@ -41,6 +41,7 @@ def grid(
     spec = read_grid(file)
     warehouse = Warehouse(root)
     warehouse.require()
+    from trainer.evaluation.protocol import ties_lines
     from trainer.runs.grid import Stopped, plan_grid, write_result
 
     planned = plan_grid(warehouse, spec)
@@ -57,6 +58,9 @@ def grid(
         values += [None] * (len(planned) - len(outcomes))
         datasets = dict.fromkeys(entry.spec.dataset for entry in planned)
         show_pivot(spec, pivot(spec, values), list(datasets))
+        for name, data in {entry.spec.dataset: entry.spec.data for entry in planned}.items():
+            for line in ties_lines(data.tied, data.ties):
+                console.print_text(f"{name}: {line}", indent=2)
     if end is not None and not isinstance(end, Stopped | KeyboardInterrupt):
         raise end
     if end is not None:

@@ -37,6 +37,10 @@ def prepare(
         str,
         typer.Option(help="Interactions with items that are not listed: refuse, keep or drop."),
     ] = "refuse",
+    ties: Annotated[
+        str,
+        typer.Option(help="Order of equal times of a user: file, id, id-desc or hash."),
+    ] = "file",
     json: JsonOption = False,
     root: WarehouseOption = None,
 ) -> None:
@@ -52,6 +56,7 @@ def prepare(
         format=format,
         files=dict(map(_role_and_path, file or [])),
         unlisted=unlisted,
+        ties=ties,
     )
     info = run_prepare(warehouse, options)
     if json:

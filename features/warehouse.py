@@ -2,9 +2,9 @@
 
 import os
 import re
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from features.documents import read_json, read_toml
 from features.errors import UserError, unknown
@@ -42,6 +42,11 @@ class DatasetInfo:
     """Every interaction has a time; otherwise the order is that of the raw file."""
     tied: float
     """Share of interactions with the same time as the user's interaction before."""
+    ties: str = "file"
+    """Order of interactions of equal times: a name in ``mmrec prepare --ties``."""
+    tied_ascending: float | None = None
+    """Share of the tied neighbours in the raw file whose second item has the larger id; None: no
+    such pair, or not counted."""
 
     def inputs_of(self, modality: str) -> str:
         """Return the hash of the inputs of a feature table; ``joint`` has two."""
@@ -60,6 +65,9 @@ class DatasetInfo:
             # Repeated pairs count each time, so there can be more interactions than cells.
             "sparsity": max(0.0, 1 - self.interactions / cells) if cells else 1.0,
             "k_core": self.k_core,
+            "tied": self.tied,
+            "ties": self.ties,
+            "tied_ascending": self.tied_ascending,
         }
 
 
@@ -247,12 +255,19 @@ def _created(run: Path) -> str:
 def _info(document: Any, path: Path) -> DatasetInfo:
     known: dict[str, Any] = {entry.name: entry.type for entry in fields(DatasetInfo)}
     known["inputs"] = dict
+    # Preparations of earlier versions have no entries of the fields that were added since.
+    absent = {entry.name for entry in fields(DatasetInfo) if entry.default is not MISSING}
+    if isinstance(document, dict):
+        absent -= document.keys()
     wrong = [
         name
         for name, kind in known.items()
-        if not isinstance(document, dict) or type(document.get(name)) is not kind
+        if name not in absent
+        and not (
+            isinstance(document, dict) and type(document.get(name)) in (get_args(kind) or (kind,))
+        )
     ]
-    if wrong or document.keys() != known.keys():
+    if wrong or not document.keys() <= known.keys():
         what = f"without a usable {wrong[0]}" if wrong else "with entries of another version"
         raise UserError(f"{path} is damaged ({what}); {_again(path)}")
     return DatasetInfo(**document)

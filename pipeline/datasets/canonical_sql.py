@@ -130,12 +130,36 @@ def filter_core(db: duckdb.DuckDBPyConnection, k: int, name: str) -> None:
         )
 
 
-def create_tables(db: duckdb.DuckDBPyConnection, k: int) -> None:
+TIES: Registry[str] = Registry(
+    "order of ties",
+    {
+        "file": "ordinal",
+        "id": "i, ordinal",
+        "id-desc": "i DESC, ordinal",
+        # The lengths keep apart the pairs (a, bc) and (ab, c).
+        "hash": "md5_number_lower(strlen(user_id) || ':' || user_id || item_id), i, ordinal",
+    },
+)
+"""Choice of ``--ties`` to the SQL that orders the interactions of a user with equal times.
+
+``id`` is the order of the item indices: ids of at most 18 digits count as numbers and come first,
+the other ids follow as text. ``hash`` depends on the ids of the user and the item alone, so it is
+the same for any order of the raw file and on any machine.
+"""
+
+
+def create_tables(db: duckdb.DuckDBPyConnection, k: int, ties: str) -> None:
     """Create ``users`` (u, user_id, user), ``items`` (i, item_id, item) and ``ordered``.
 
-    ``user`` and ``item`` are dense. ``ordered`` (u, i, timestamp, position, tie) has the
-    interactions of each user in the order of time; ``tie`` marks those with the time of the one
-    before.
+    ``user`` and ``item`` are dense. ``ordered`` (u, i, timestamp, position, tie, ascends) has the
+    interactions of each user in the order of time. ``tie`` marks those with the time of the one
+    before in the raw file. ``ascends`` compares the items of these two and is NULL if the items are
+    equal.
+
+    Args:
+        db: A connection with the table ``core``.
+        k: The k-core; 0 keeps the items without an interaction.
+        ties: A name in ``TIES``.
     """
     db.execute(
         "CREATE TABLE users AS SELECT u, user_id, (row_number() OVER (ORDER BY u) - 1)::INTEGER"
@@ -147,11 +171,14 @@ def create_tables(db: duckdb.DuckDBPyConnection, k: int) -> None:
         "CREATE TABLE items AS SELECT i, item_id, (row_number() OVER (ORDER BY i) - 1)::INTEGER"
         f" AS item FROM item_ids{core_only}"
     )
+    ids = " JOIN user_ids USING (u) JOIN item_ids USING (i)" if ties == "hash" else ""
     db.execute(
-        "CREATE TABLE ordered AS SELECT u, i, timestamp,"
-        " (row_number() OVER each - 1)::INTEGER AS position,"
-        " coalesce(timestamp = lag(timestamp) OVER each, false) AS tie"
-        " FROM core WINDOW each AS (PARTITION BY u ORDER BY timestamp, ordinal)"
+        "CREATE TABLE ordered AS SELECT u, i, timestamp, position, coalesce(tie, false) AS tie,"
+        " CASE WHEN tie AND i <> before THEN i > before END AS ascends FROM (SELECT u, i,"
+        " timestamp, (row_number() OVER chosen - 1)::INTEGER AS position,"
+        " timestamp = lag(timestamp) OVER raw AS tie, lag(i) OVER raw AS before"
+        f" FROM core{ids} WINDOW raw AS (PARTITION BY u ORDER BY timestamp, ordinal),"
+        f" chosen AS (PARTITION BY u ORDER BY timestamp, {TIES.find(ties)}))"
     )
     db.execute("DROP TABLE core")
 
@@ -160,12 +187,21 @@ def create_tables(db: duckdb.DuckDBPyConnection, k: int) -> None:
 
 
 def describe_tables(
-    db: duckdb.DuckDBPyConnection, *, name: str, format: str, raw: str, k: int, timestamps: bool
+    db: duckdb.DuckDBPyConnection,
+    *,
+    name: str,
+    format: str,
+    raw: str,
+    k: int,
+    timestamps: bool,
+    ties: str,
 ) -> DatasetInfo:
     """Return the content of ``dataset.json``: the arguments, counts and fingerprints."""
     (users,) = fetch_row(db, "SELECT count(*) FROM users")
     (items,) = fetch_row(db, "SELECT count(*) FROM items")
-    interactions, ties = fetch_row(db, "SELECT count(*), count(*) FILTER (WHERE tie) FROM ordered")
+    interactions, tied, ascending = fetch_row(
+        db, "SELECT count(*), count(*) FILTER (WHERE tie), avg(ascends::INTEGER) FROM ordered"
+    )
     (fingerprint,) = fetch_row(
         db,
         "SELECT sha256(string_agg(strlen(item_id) || ':' || item_id, '' ORDER BY item)) FROM items",
@@ -191,7 +227,9 @@ def describe_tables(
         fingerprint=fingerprint,
         inputs=dict(zip(MODALITIES, hashes, strict=True)),
         timestamps=timestamps,
-        tied=ties / interactions,
+        tied=tied / interactions,
+        ties=ties,
+        tied_ascending=ascending,
     )
 
 
@@ -219,9 +257,13 @@ def data_notes(db: duckdb.DuckDBPyConnection, info: DatasetInfo) -> Iterator[str
     if rows:
         yield f"{plural(rows, 'interaction')} equal to another in user, item and time; kept"
     if info.tied:
+        ascending = "all of the same item"
+        if info.tied_ascending is not None:
+            ascending = f"item ids ascend in {info.tied_ascending:.1%} of these pairs in the file"
+        others = ", ".join(name for name in TIES if name != info.ties)
         yield (
-            f"{info.tied:.1%} of the interactions have the time of the one before them;"
-            " these are in the order of the raw file"
+            f"{info.tied:.1%} of the interactions have the time of the user's one before"
+            f" ({ascending}); these are ordered by {info.ties} (--ties: {others})"
         )
 
 

@@ -14,6 +14,7 @@ from features.atomic_files import database
 from features.errors import UserError
 from features.warehouse import DatasetInfo, Warehouse
 from pipeline.datasets.canonical_sql import (
+    TIES,
     UNLISTED,
     create_tables,
     data_notes,
@@ -23,7 +24,7 @@ from pipeline.datasets.canonical_sql import (
     index_ids,
     write_tables,
 )
-from pipeline.datasets.importers.base import check_raw_tables
+from pipeline.datasets.importers.base import Files, check_raw_tables
 from pipeline.datasets.importers.image_column import MEDIA, copy_image_column
 from pipeline.datasets.importers.raw_sql import is_out_of_space
 from pipeline.datasets.importers.text_sql import install_text_functions
@@ -39,7 +40,7 @@ class PrepareOptions:
     """The dataset to prepare, and the way to prepare it.
 
     Raises:
-        UserError: The k-core is negative, or ``unlisted`` is unknown.
+        UserError: The k-core is negative, or ``unlisted`` or ``ties`` is unknown.
     """
 
     dataset: str
@@ -59,6 +60,9 @@ class PrepareOptions:
     unlisted: str = "refuse"
     """Treatment of interactions whose item is not in the file of items: ``refuse``, ``keep`` (the
     item has no text and no image) or ``drop``."""
+    ties: str = "file"
+    """Order of the interactions of a user with equal times: ``file``, ``id``, ``id-desc`` or
+    ``hash``; see :data:`pipeline.datasets.canonical_sql.TIES`."""
 
     def __post_init__(self) -> None:
         if self.k_core is not None and self.k_core < 0:
@@ -66,6 +70,7 @@ class PrepareOptions:
                 f"--k-core {self.k_core} is negative; give 0 for no filter, or 5 as most papers do"
             )
         UNLISTED.find(self.unlisted)
+        TIES.find(self.ties)
 
     @property
     def target(self) -> str:
@@ -114,13 +119,14 @@ def prepare_dataset(
         with _database(stage) as db:
             result = layout.importer.read(db, root, files)
             check_raw_tables(db, files)
+            _check_ties(options.ties, result.timestamps, files)
             for note in chain(result.notes, handle_unlisted(db, options.unlisted, files)):
                 notify(note)
             index_ids(db)
             filter_core(db, k, options.dataset)
             if result.images:
                 copy_image_column(db, result.images, root, stage / MEDIA, all_items=k == 0)
-            create_tables(db, k)
+            create_tables(db, k, options.ties)
             info = describe_tables(
                 db,
                 name=options.target,
@@ -128,12 +134,22 @@ def prepare_dataset(
                 raw=str(root.resolve()),
                 k=k,
                 timestamps=result.timestamps,
+                ties=options.ties,
             )
             write_tables(db, stage)
             for note in data_notes(db, info):
                 notify(note)
         swap_tables(folder, stage, info)
     return info
+
+
+def _check_ties(ties: str, timestamps: bool, files: Files) -> None:
+    """Refuse an order of equal times for interactions without times."""
+    if ties != "file" and not timestamps:
+        raise UserError(
+            f"--ties {ties} orders interactions of equal times, but {files['interactions'][0]} has"
+            " no times; leave --ties out"
+        )
 
 
 def earlier_info(warehouse: Warehouse, name: str) -> DatasetInfo | None:

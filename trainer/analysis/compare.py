@@ -20,6 +20,7 @@ from features.result_tables import read_predictions_table
 from features.warehouse import Warehouse
 from retrieval.metrics import METRIC_NAMES, UNRANKED, per_user
 from retrieval.significance import PairedTest, paired_test
+from trainer.evaluation.protocol import ties_lines
 from trainer.runs.read import Record, read_records
 
 SPLITS = ("validation", "test")
@@ -81,6 +82,8 @@ class Comparison:
     """Share of the targets of the split that the user already had."""
     systems: list[System]
     lines: list[SystemMetric]
+    protocol: list[str]
+    """Facts about the data that decide the values, one statement a line."""
 
 
 def compare(
@@ -145,6 +148,7 @@ def compare(
         repeated=float(users.repeated.mean()),
         systems=systems,
         lines=lines,
+        protocol=ties_lines(*records[0].ties),
     )
 
 
@@ -223,9 +227,12 @@ def _check_comparable(first: Record, record: Record) -> None:
         ("interactions", *(r.identity.get("interactions") for r in (record, first))),
     ):
         if value != first_value:
+            ties = (record.ties[1], first.ties[1])
+            order = f"; ties ordered by {ties[0]}, not by {ties[1]}" if ties[0] != ties[1] else ""
             raise UserError(
                 f"run {record.name!r} was trained on another preparation of {dataset!r} than run"
-                f" {first.name!r} ({key} {value}, not {first_value}); train one of them again"
+                f" {first.name!r} ({key} {value}, not {first_value}{order}); train one of them"
+                " again"
             )
 
 

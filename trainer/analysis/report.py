@@ -8,6 +8,7 @@ import io
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from features.errors import UserError
-from features.warehouse import Warehouse
+from features.warehouse import DatasetInfo, Warehouse
 from trainer.analysis.compare import SEEN, SIGNS, TARGETS, Comparison, compare
 from trainer.analysis.curves import Curve
 from trainer.analysis.figures import draw_curves, write_figure
-from trainer.evaluation.protocol import protocol_lines
+from trainer.evaluation.protocol import protocol_lines, ties_lines
 from trainer.runs.read import Record, read_metrics
 
 _REFERENCES = ("popularity", "untrained", "features")
@@ -329,6 +330,12 @@ def _features(records: Sequence[Record], labels: Sequence[str]) -> PageTable | N
     return PageTable([], rows)
 
 
+def _is_prepared_again(record: Record, info: DatasetInfo) -> bool:
+    """Return True if the dataset has other items than the run, or another order of ties."""
+    current = (info.fingerprint, info.ties)
+    return (record.about["fingerprint"], record.about.get("ties", info.ties)) != current
+
+
 def _protocols(warehouse: Warehouse, records: Sequence[Record]) -> dict[str, Any]:
     """Return the counts and the evaluation protocol of each dataset."""
     protocols, notes = [], []
@@ -339,8 +346,10 @@ def _protocols(warehouse: Warehouse, records: Sequence[Record]) -> dict[str, Any
         except UserError:
             notes.append(f"{dataset} is no longer in this warehouse, or is several datasets.")
             continue
-        if any(record.about["fingerprint"] != info.fingerprint for record in members):
+        if any(_is_prepared_again(record, info) for record in members):
             notes.append(f"{dataset} was prepared again after training; its protocol may differ.")
+            for line in dict.fromkeys(chain(*(ties_lines(*record.ties) for record in members))):
+                notes.append(f"{dataset} as it was: {line}.")
             continue
         summary = info.summary()
         counts = [info.users, info.items, info.interactions]

@@ -34,6 +34,10 @@ class DataIdentity:
     """Fingerprint of the item ids in their order."""
     interactions: str
     """Digest of the interactions."""
+    tied: float
+    """Share of interactions with the time of the user's interaction before."""
+    ties: str
+    """Order of these interactions; names that differ are joined by ``+``."""
     features: Sequence[Mapping[str, Any]]
     """Provenance of each feature table, with a digest of its content."""
 
@@ -101,6 +105,8 @@ def load_data(
     identity = DataIdentity(
         items=dataset.info.fingerprint,
         interactions=dataset.digest(),
+        tied=dataset.info.tied,
+        ties=dataset.info.ties,
         features=_joint_identity(datasets, identities),
     )
     return LoadedData(
@@ -128,6 +134,8 @@ def identify_data(
     return DataIdentity(
         items=dataset.info.fingerprint,
         interactions=dataset.digest(),
+        tied=dataset.info.tied,
+        ties=dataset.info.ties,
         features=_joint_identity(datasets, identities),
     )
 
@@ -216,6 +224,8 @@ def _concatenate(parts: Sequence[Dataset]) -> Dataset:
             items=int(items[-1]),
             interactions=int(rows[-1]),
             fingerprint=_joint_fingerprint([info.fingerprint for info in infos]),
+            tied=sum(info.tied * info.interactions for info in infos) / int(rows[-1]),
+            ties="+".join(dict.fromkeys(info.ties for info in infos)),
         ),
         items=np.concatenate(
             [part.items + np.int32(first) for part, first in zip(parts, items, strict=False)]

@@ -7,9 +7,10 @@ from features.warehouse import DatasetInfo
 def protocol_lines(info: DatasetInfo) -> list[str]:
     """Return the description of the protocol of a dataset, one statement per line."""
     core = f"{info.k_core}-core" if info.k_core > 1 else "no k-core"
-    order = "by time, ties in file order" if info.timestamps else "in file order (no times)"
+    order = "by time" if info.timestamps else "in file order (no times)"
     return [
         f"{core}; interactions {order}; leave-one-out: last item test, the one before validation",
+        *ties_lines(info.tied, info.ties),
         "full catalogue ranking, ties against the model; test input includes the validation item",
         "filtered: items the user has seen are out of the ranking; kept: they are in it",
         "repeated: targets that the user already had, misses when filtered; new: all others",
@@ -17,3 +18,15 @@ def protocol_lines(info: DatasetInfo) -> list[str]:
         f"cold: targets with fewer than {COLD_BELOW} training interactions",
         "popularity: training interactions only; the checkpoint is the best one by validation",
     ]
+
+
+def ties_lines(tied: float, ties: str) -> list[str]:
+    """Return the line about interactions of equal times; no line if there are none.
+
+    Args:
+        tied: Share of interactions with the time of the user's interaction before.
+        ties: Order of these interactions, a name in ``mmrec prepare --ties``.
+    """
+    if not tied:
+        return []
+    return [f"ties in time: {tied:.1%} of interactions, ordered by {ties}"]

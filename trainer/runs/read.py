@@ -33,6 +33,11 @@ class Record:
         return self.folder.name
 
     @property
+    def ties(self) -> tuple[float, str]:
+        """Share of interactions tied in time, and their order; (0, file) in runs before 0.2."""
+        return float(self.about.get("tied", 0.0)), str(self.about.get("ties", "file"))
+
+    @property
     def pretraining(self) -> bool:
         """True if the run is a pre-training, which recommends nothing."""
         return bool(self.about.get("stage"))

@@ -152,11 +152,7 @@ class RunSpec:
         sources = SettingSources(file=path)
         train, settings, *task_settings = _build(recommender, is_pretraining, sources)
         data = identify_data(warehouse, datasets, about["features"])
-        if data.items != about["fingerprint"]:
-            raise UserError(
-                f"run {folder.name!r} was trained on another preparation of {about['dataset']!r};"
-                " prepare it as it was, or train again"
-            )
+        _check_preparation(folder, about, data)
         return cls(
             model=model,
             datasets=tuple(datasets),
@@ -210,6 +206,9 @@ class RunSpec:
             "dataset": self.dataset,
             "features": list(self.features),
             "fingerprint": self.data.items,
+            "interactions": self.data.interactions,
+            "tied": self.data.tied,
+            "ties": self.data.ties,
         }
         if self.is_pretraining:
             about["stage"] = PRETRAIN
@@ -218,6 +217,23 @@ class RunSpec:
         if self.init is not None:
             about["init"] = self.init.document()
         return {"run": about, **settings_tables(self.train, self.settings, self.task_settings)}
+
+
+def _check_preparation(folder: Path, about: Mapping[str, Any], data: DataIdentity) -> None:
+    """Refuse data other than those that a run was created with.
+
+    Runs of earlier versions name no interactions; their checkpoints do.
+    """
+    ties = about.get("ties", data.ties)
+    order = f" (ties ordered by {ties}, now by {data.ties})" if ties != data.ties else ""
+    if (data.items, data.interactions) != (
+        about["fingerprint"],
+        about.get("interactions", data.interactions),
+    ):
+        raise UserError(
+            f"run {folder.name!r} was trained on another preparation of"
+            f" {about['dataset']!r}{order}; prepare it as it was, or train again"
+        )
 
 
 def pretraining_settings(recommender: type[Recommender]) -> type[Settings] | None:

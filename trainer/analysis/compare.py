@@ -123,14 +123,7 @@ def compare(
     for record in records:
         _check_comparable(records[0], record)
     users, ranks = _read_ranks(records, split)
-    chosen = {
-        "all": np.ones(len(users.cold), bool),
-        "new": ~users.repeated,
-        "repeated": users.repeated,
-        "cold": users.cold,
-    }[targets]
-    if not chosen.any():
-        raise UserError(f"the {split} split has no target that is {targets}; leave --targets out")
+    chosen = _choose_users(users, split, targets)
     lines = []
     for seen in SEEN if targets != "repeated" else ("kept",):
         values = {
@@ -150,6 +143,19 @@ def compare(
         lines=lines,
         protocol=ties_lines(*records[0].ties),
     )
+
+
+def _choose_users(users: "_Users", split: str, targets: str) -> npt.NDArray[np.bool_]:
+    """Return the users whose targets belong to a subset, (E,); at least one user."""
+    chosen: npt.NDArray[np.bool_] = {
+        "all": np.ones(len(users.cold), bool),
+        "new": ~users.repeated,
+        "repeated": users.repeated,
+        "cold": users.cold,
+    }[targets]
+    if not chosen.any():
+        raise UserError(f"the {split} split has no target that is {targets}; leave --targets out")
+    return chosen
 
 
 def _group(records: Sequence[Record], by: str) -> list[System]:

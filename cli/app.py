@@ -1,5 +1,6 @@
 """The ``mmrec`` command: its subcommands, and one way to report errors for all of them."""
 
+import errno
 import io
 import os
 import sys
@@ -34,6 +35,20 @@ _MEMORY_REMEDY = (
     "free memory, raise the limit of the process (ulimit -v), or give smaller batches or models"
 )
 _RENAMED = {"--unmasked": "--keep-seen"}  # options of earlier versions
+_REMEDIES = {
+    errno.ENOSPC: "free disk space",
+    errno.EDQUOT: "free disk space, or raise your quota",
+    errno.EACCES: "change the permissions, or give another folder",
+    errno.EPERM: "change the permissions, or give another folder",
+    errno.EROFS: "give a folder that can be written to",
+    errno.EFBIG: "raise the limit of the size of files (ulimit -f), or give another disk",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ENAMETOOLONG: "give a shorter name",
+    errno.ELOOP: "remove the circle of links",
+    errno.ENOTDIR: "a part of the path is a file; give another path",
+    errno.EISDIR: "give a file, not a folder",
+}
+"""What to do about an error of the operating system."""
 
 
 class Group(TyperGroup):
@@ -41,14 +56,6 @@ class Group(TyperGroup):
 
     Too little memory is one line and exit code 1.
     """
-
-    def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """Return a command whose flags show no type in the help text, since they take no value."""
-        command = super().get_command(ctx, cmd_name)
-        for option in getattr(command, "params", ()):
-            if getattr(option, "is_flag", False) and option.metavar is None:
-                option.metavar = ""
-        return command
 
     def parse_args(self, ctx: Any, args: list[str]) -> Any:
         """Parse the words before the command; no option but ``--help`` is valid there."""
@@ -72,10 +79,7 @@ class Group(TyperGroup):
         except BrokenPipeError:
             raise  # the reader of the output has closed it: typer ends quietly
         except OSError as error:  # such as a full disk or a read-only folder
-            place = f"{error.filename}: " if error.filename else ""
-            _fail(
-                f"{place}{error.strerror or error}; files that were complete before are unchanged"
-            )
+            _fail(_system_message(error))
         except KeyboardInterrupt:
             _interrupted()
         except RuntimeError as error:
@@ -90,6 +94,15 @@ def _usage_message(error: Any) -> str:
         return f"option {old_name} has a new name; give {_RENAMED[old_name]}"
     reason = " ".join(error.format_message().split())
     return f"{reason} See: {error.ctx.command_path if error.ctx else 'mmrec'} --help"
+
+
+def _system_message(error: OSError) -> str:
+    """Return an error of the operating system as one line: the place, the reason, the remedy."""
+    place = f"{error.filename}: " if error.filename else ""
+    remedy = _REMEDIES.get(error.errno or 0, "see to the disk and the folder")
+    return (
+        f"{place}{error.strerror or error}; {remedy}; files that were complete before are unchanged"
+    )
 
 
 def _fail(message: str, exit_code: int = 2) -> NoReturn:
@@ -108,6 +121,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # help texts are plain: names in brackets are no markup
     help="Multimodal sequential recommendation: extract features once, train lightly, rank all.",
 )
 app.command("datasets")(datasets.datasets)

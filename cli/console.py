@@ -5,6 +5,7 @@ import math
 import re
 import sys
 import time
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from decimal import Decimal
 from types import TracebackType
@@ -26,13 +27,50 @@ _BAR_WIDTH = 16
 _REFRESH_SECONDS = 0.1  # between two states of a live line
 # A dash for no value; a number with its interval or spread, the best one marked; a vector.
 _NUMBER = re.compile(r"-|\*?[-+]?[\d,.]+(e[-+]?\d+)?%?( \[.*\]| ?(±|\+-)[\d.]+)?|\[.*\]")
+# Control characters, invisible formats (such as changes of direction), surrogates, separators.
+_UNSAFE_CATEGORIES = ("Cc", "Cf", "Cs", "Zl", "Zp")
+_JOINERS = "\u200c\u200d"  # formats that words of some languages and emoji need
+
+
+def printable(text: str, *, keep: str = "") -> str:
+    r"""Return a text with escapes in place of characters that a terminal obeys or does not show.
+
+    Ids, titles, file names and messages of libraries may contain such characters. An escape
+    sequence could colour or clear the screen, and a change of direction could reorder a line.
+
+    Args:
+        text: Any text.
+        keep: Characters that stay as they are.
+
+    Examples:
+        >>> printable("red: \x1b[31m")
+        'red: \\x1b[31m'
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        char.encode("unicode_escape").decode() if _is_unsafe(char) and char not in keep else char
+        for char in text
+    )
+
+
+def _is_unsafe(char: str) -> bool:
+    return unicodedata.category(char) in _UNSAFE_CATEGORIES and char not in _JOINERS
+
+
+class SafeConsole(Console):
+    """A console that prints every string as it is, but for characters that are not printable."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Convert a string to a text without unsafe characters; line breaks stay."""
+        return super().render_str(printable(text, keep="\n"), **options)
 
 
 def _console(*, stderr: bool) -> Console:
     """Return a console that prints text as it is, without wrapping: commands can be copied."""
     stream = sys.stderr if stderr else sys.stdout
     width = None if stream.isatty() else _UNBOUNDED
-    return Console(
+    return SafeConsole(
         stderr=stderr, highlight=False, markup=False, emoji=False, soft_wrap=True, width=width
     )
 
@@ -42,8 +80,8 @@ err = _console(stderr=True)
 
 
 def notify(message: str) -> None:
-    """Print a message for the user on standard error."""
-    err.print(message)
+    """Print a message for the user on standard error, in one line."""
+    err.print(printable(message))
 
 
 def print_text(text: str, *, indent: int = 0) -> None:
@@ -52,7 +90,10 @@ def print_text(text: str, *, indent: int = 0) -> None:
 
 
 def emit_json(document: Any) -> None:
-    """Print a document as one line of JSON; NaN and infinities become null."""
+    """Print a document as one line of JSON; NaN and infinities become null.
+
+    Strings keep all their characters: a program reads them.
+    """
     text = json.dumps(_jsonable(document), ensure_ascii=not _has_unicode(out), default=str)
     sys.stdout.write(text + "\n")
 
@@ -89,6 +130,7 @@ def table(
         wrap: Continue long texts on the next line; otherwise cut them.
         transpose: Print the columns as rows where the terminal is too narrow for all of them.
     """
+    columns = [printable(column, keep="\n") for column in columns]
     cells = [[_cell(value) for value in row] for row in rows]
     if transpose and table_width(columns, cells) > out.width:
         headings, *cells = [list(line) for line in zip(map(Text, columns), *cells, strict=True)]
@@ -167,7 +209,10 @@ def _rich_table(columns: Sequence[str], rows: Sequence[Sequence[Text]], *, wrap:
 
 
 def _cell(value: Any) -> Text:
-    return value if isinstance(value, Text) else Text(format_value(value))
+    if isinstance(value, Text):
+        safe = printable(value.plain, keep="\n")
+        return value if safe == value.plain else Text(safe, value.style)
+    return Text(format_value(value))
 
 
 def format_value(value: Any) -> str:
@@ -185,7 +230,7 @@ def format_value(value: Any) -> str:
     if isinstance(value, list | tuple) and len(value) > 4:
         head = ", ".join(format_value(entry) for entry in value[:3])
         return f"[{head}, ... {len(value)}]"
-    text = " ".join(str(value).split())
+    text = printable(" ".join(str(value).split()))
     return text if len(text) <= _MAX_CELL else text[: _MAX_CELL - 3] + "..."
 
 
@@ -260,7 +305,7 @@ class ProgressLine:
         self._shown_at = now
         if keep or not self._is_live:
             self.close()
-            err.print(text, soft_wrap=False)
+            err.print(printable(text), soft_wrap=False)
             return
         if self._live is None:
             from rich.live import Live
@@ -280,9 +325,9 @@ class ProgressLine:
 
 def _with_bar(text: str, share: float | None) -> RenderableType:
     if share is None:
-        return Text(text)
+        return Text(printable(text))
     from rich.progress_bar import ProgressBar
 
     line = Table.grid(padding=(0, 1, 0, 0))
-    line.add_row(ProgressBar(total=1.0, completed=share, width=_BAR_WIDTH), Text(text))
+    line.add_row(ProgressBar(total=1.0, completed=share, width=_BAR_WIDTH), Text(printable(text)))
     return line

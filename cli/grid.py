@@ -24,9 +24,7 @@ _RANKING = {
 
 
 def grid(
-    file: Annotated[
-        Path, typer.Argument(help="TOML file; every list in its runs table is an axis.")
-    ],
+    file: Annotated[Path, typer.Argument(help="TOML file; every list in [runs] is an axis.")],
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="List the combinations and their runs; run nothing.")
     ] = False,

@@ -1,5 +1,6 @@
 """``mmrec sql``: queries of the warehouse."""
 
+import io
 import sys
 from typing import Annotated, Any
 
@@ -33,7 +34,12 @@ def sql(
     if csv:
         import pyarrow.csv as pa_csv
 
-        pa_csv.write_csv(_flat(table), sys.stdout.buffer)
+        if sys.stdout.isatty():
+            screen = io.BytesIO()
+            pa_csv.write_csv(_flat(table), screen)
+            console.out.print(screen.getvalue().decode(), end="")
+        else:  # a program reads the values, so they keep all their characters
+            pa_csv.write_csv(_flat(table), sys.stdout.buffer)
     elif json:
         console.emit_json(table.to_pylist())
     else:

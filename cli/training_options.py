@@ -36,7 +36,8 @@ InitOption = Annotated[
 TransferOption = Annotated[
     str | None,
     typer.Option(
-        "--transfer", help="With --init: full (all weights), items, users, text or image."
+        "--transfer",
+        help="With --init: full (all weights), items, users, text, image or video.",
     ),
 ]
 TuneOption = Annotated[

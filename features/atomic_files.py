@@ -1,10 +1,11 @@
 """Files that are complete or absent: written under a temporary name, synced, renamed."""
 
+import errno
 import os
 import secrets
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,9 @@ def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary path, which is renamed to ``path`` on success and removed otherwise.
 
     The temporary name starts with a dot and ends in ``.tmp``, so that no glob of mmrec matches it.
+
+    Raises:
+        OSError: The file cannot be written, such as on a full disk; the error names ``path``.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
@@ -35,8 +39,14 @@ def atomic_write(path: Path) -> Iterator[Path]:
             os.fsync(stream.fileno())
         temporary.chmod(0o666 & ~_UMASK)  # some libraries write files that only the owner can read
         os.replace(temporary, path)
+    except OSError as error:
+        # Libraries raise errors without a name, or with the temporary name.
+        if error.filename not in (None, temporary, str(temporary)):
+            raise
+        raise OSError(error.errno or errno.EIO, error.strerror or str(error), str(path)) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
 
 
@@ -115,15 +125,27 @@ def read_errors(path: Path, remedy: str) -> Iterator[None]:
     except PermissionError as error:
         place = error.filename or path
         raise UserError(f"{place}: no permission to read it; change its permissions") from None
-    except (MemoryError, duckdb.OutOfMemoryException, pa.ArrowMemoryError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"{path}: not enough memory or disk space to read it ({reason[:_MOST_REASON]}); free"
-            " memory and disk space"
-        ) from None
-    except (pa.ArrowException, duckdb.Error, OSError, KeyError, ValueError, TypeError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path} cannot be read ({reason[:_MOST_REASON]}); {remedy}") from None
+    except (
+        MemoryError, pa.ArrowException, duckdb.Error, OSError, KeyError, ValueError, TypeError,
+    ) as error:  # fmt: skip
+        reason = " ".join(str(error).split())[:_MOST_REASON]
+        if is_out_of_space(error):
+            raise UserError(
+                f"{path}: not enough memory or disk space to read it ({reason}); free memory and"
+                " disk space"
+            ) from None
+        raise UserError(f"{path} cannot be read ({reason}); {remedy}") from None
+
+
+def is_out_of_space(error: BaseException) -> bool:
+    """Return whether an error means that no memory or disk space is left.
+
+    DuckDB and Arrow raise several classes of errors for it, and wrap each other's messages.
+    """
+    if isinstance(error, MemoryError | duckdb.OutOfMemoryException | pa.ArrowMemoryError):
+        return True
+    phrases = ("Out of Memory Error", "No space left on device", "Disk quota exceeded")
+    return any(phrase in str(error) for phrase in phrases)
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -9,14 +9,15 @@ cannot be shown (an unfinished table, a damaged run) is left out, and the caller
 import re
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Set
+from collections.abc import Callable, Iterable, Iterator, Set
+from contextlib import contextmanager
 from pathlib import Path
 
 import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from features.atomic_files import read_errors
+from features.atomic_files import database, is_out_of_space, read_errors
 from features.checksums import verify
 from features.errors import UserError
 from features.memory import check_address_space
@@ -44,10 +45,13 @@ def _silent(message: str) -> None:
     """Ignore a message."""
 
 
+@contextmanager
 def connect(
     warehouse: Warehouse, notify: Callable[[str], None] = _silent, sql: str = ""
-) -> duckdb.DuckDBPyConnection:
+) -> Iterator[duckdb.DuckDBPyConnection]:
     """Open DuckDB in memory with the views; it can read the warehouse and nothing else.
+
+    Queries that need more memory write to a temporary folder that only this process uses.
 
     Args:
         warehouse: Warehouse that is shown.
@@ -60,9 +64,7 @@ def connect(
     """
     warehouse.require()
     check_address_space("DuckDB")
-    db = duckdb.connect()
-    try:
-        db.execute("SET enable_progress_bar = false")  # it would be among the results
+    with tempfile.TemporaryDirectory(prefix="mmrec-sql-") as spill, database() as db:
         with read_errors(warehouse.root, "run again the command that wrote it"):
             names = set(re.findall(r"\w+", sql.lower()))
             datasets = _readable_datasets(warehouse, notify, names)
@@ -70,11 +72,8 @@ def connect(
             create_feature_views(db, warehouse, datasets, notify, names)
             _create_failures(db, warehouse, datasets, notify, names)
             create_run_views(db, warehouse, datasets, notify, names)
-            _restrict(db, warehouse)
-    except BaseException:
-        db.close()
-        raise
-    return db
+            _restrict(db, warehouse, Path(spill))
+        yield db
 
 
 def query(warehouse: Warehouse, sql: str, notify: Callable[[str], None] = _silent) -> pa.Table:
@@ -95,32 +94,43 @@ def query(warehouse: Warehouse, sql: str, notify: Callable[[str], None] = _silen
         >>> from features.warehouse import Warehouse
         >>> table = query(Warehouse("warehouse"), "SELECT * FROM runs")  # doctest: +SKIP
     """
-    db = connect(warehouse, notify, sql)
     try:
+        sql.encode()
+    except UnicodeEncodeError:
+        raise UserError("the SQL is not UTF-8; write it in a terminal that is") from None
+    with connect(warehouse, notify, sql) as db:
         try:
-            sql.encode()
-        except UnicodeEncodeError:
-            raise UserError("the SQL is not UTF-8; write it in a terminal that is") from None
-        statements = db.extract_statements(sql)
-        if len(statements) != 1:
-            raise UserError(f"give one SQL statement, not {len(statements)}")
-        if statements[0].type != duckdb.StatementType.SELECT:
-            kind = statements[0].type.name
-            raise UserError(f"mmrec sql runs a SELECT, DESCRIBE or SHOW, not {kind}")
-        # A WITH with a COPY or DELETE in it counts as a SELECT. As a subquery, it is refused.
-        inner = _without_end(statements[0].query)
-        db.execute(f"EXPLAIN SELECT * FROM (\n{inner}\n)")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # one more copy, but db.sql() cannot be interrupted
-            result = db.execute(inner).to_arrow_table()
-        assert isinstance(result, pa.Table)
-        return result.rename_columns(_distinct(result.column_names))
-    except duckdb.Error as error:
-        line = re.sub(r"\s+", " ", str(error).split("\n\n")[0]).strip()
-        hint = f"; the views are {', '.join(VIEWS)}" if "does not exist" in line else ""
-        raise UserError(f"SQL: {line}{hint}") from None
-    finally:
-        db.close()
+            return _select(db, sql)
+        except duckdb.Error as error:
+            raise _query_error(error) from None
+
+
+def _select(db: duckdb.DuckDBPyConnection, sql: str) -> pa.Table:
+    """Run one reading statement."""
+    statements = db.extract_statements(sql)
+    if len(statements) != 1:
+        raise UserError(f"give one SQL statement, not {len(statements)}")
+    if statements[0].type != duckdb.StatementType.SELECT:
+        kind = statements[0].type.name
+        raise UserError(f"mmrec sql runs a SELECT, DESCRIBE or SHOW, not {kind}")
+    # A WITH with a COPY or DELETE in it counts as a SELECT. As a subquery, it is refused.
+    inner = _without_end(statements[0].query)
+    db.execute(f"EXPLAIN SELECT * FROM (\n{inner}\n)")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # one more copy, but db.sql() cannot be interrupted
+        result = db.execute(inner).to_arrow_table()
+    assert isinstance(result, pa.Table)
+    return result.rename_columns(_distinct(result.column_names))
+
+
+def _query_error(error: duckdb.Error) -> UserError:
+    """Return the error of a query as one line with a remedy."""
+    line = " ".join(str(error).split("\n\n")[0].split())
+    if is_out_of_space(error):
+        remedy = f"; the query may use {MEMORY} of memory, and the disk of {tempfile.gettempdir()}"
+        return UserError(f"SQL: {line[:200]}{remedy}; select fewer rows or columns, or free space")
+    hint = f"; the views are {', '.join(VIEWS)}" if "does not exist" in line else ""
+    return UserError(f"SQL: {line}{hint}")
 
 
 def _readable_datasets(
@@ -189,13 +199,18 @@ def _create_failures(
     db.execute(f"CREATE VIEW failures AS {union_all(queries, empty)}")
 
 
-def _restrict(db: duckdb.DuckDBPyConnection, warehouse: Warehouse) -> None:
-    """Limit the connection to reading the warehouse, and its memory."""
+def _restrict(db: duckdb.DuckDBPyConnection, warehouse: Warehouse, spill: Path) -> None:
+    """Limit the connection to reading the warehouse, and its memory.
+
+    Args:
+        db: The connection.
+        warehouse: Warehouse that it may read.
+        spill: Folder to which queries write what does not fit into memory.
+    """
     # Access is checked with the pattern of the files, so the pattern of the root is allowed too.
     roots = (str(warehouse.root), exact_pattern(warehouse.root))
     db.execute(f"SET allowed_directories = [{', '.join(map(quoted, roots))}]")
     db.execute(f"SET memory_limit = '{MEMORY}'")
-    spill = Path(tempfile.gettempdir()) / "mmrec-sql"
     db.execute(f"SET temp_directory = {quoted(str(spill))}")
     db.execute("SET enable_external_access = false")
     db.execute("SET lock_configuration = true")

@@ -10,7 +10,7 @@ from pathlib import Path
 import duckdb
 import pyarrow as pa
 
-from features.atomic_files import database
+from features.atomic_files import database, is_out_of_space
 from features.errors import UserError
 from features.warehouse import DatasetInfo, Warehouse
 from pipeline.datasets.canonical_sql import (
@@ -26,7 +26,6 @@ from pipeline.datasets.canonical_sql import (
 )
 from pipeline.datasets.importers.base import Files, check_raw_tables
 from pipeline.datasets.importers.image_column import MEDIA, copy_image_column
-from pipeline.datasets.importers.raw_sql import is_out_of_space
 from pipeline.datasets.importers.text_sql import install_text_functions
 from pipeline.datasets.raw_files import locate_files, raw_format
 from pipeline.datasets.registry import DATASETS

@@ -340,3 +340,13 @@ def test_sql_gives_numbers_and_texts_that_others_can_read(tmp_path: Path) -> Non
     (row,) = csv.DictReader(io.StringIO(run("sql", statement, "--csv", *ask).stdout))
     assert json.loads(row["l"]) == [1, None]
     assert "3" in row["i"]
+
+
+def test_help_shows_names_in_brackets() -> None:
+    assert "[runs]" in run("grid", "--help").output
+
+
+@pytest.mark.parametrize("part", ["full", "items", "users", "text", "image", "video"])
+def test_help_names_every_part_that_is_transferred(part: str) -> None:
+    _, _, after = run("train", "--help").output.partition("--transfer")
+    assert part in after.partition("--tune-blocks")[0]

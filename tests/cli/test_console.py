@@ -14,9 +14,10 @@ from cli import console
 
 
 def terminal(width: int) -> Console:
-    return Console(
-        file=io.StringIO(), width=width, force_terminal=True, color_system=None, soft_wrap=True
-    )
+    return console.SafeConsole(
+        file=io.StringIO(), width=width, force_terminal=True, color_system=None, soft_wrap=True,
+        markup=False, highlight=False, emoji=False,
+    )  # fmt: skip
 
 
 def printed(screen: Console) -> str:
@@ -165,3 +166,25 @@ def test_a_terminal_without_control_codes_receives_plain_lines(
     with console.ProgressLine(interval=0.0) as line:
         line.update("encoding", share=0.5)
     assert printed(screen) == "encoding\n"
+
+
+@pytest.mark.parametrize(
+    "control", ["\x1b[31m", "\u202e", "\x9b31m", "\x07", "\u2066", "\u2028", "\x00", "\r"]
+)
+def test_control_characters_are_escaped_everywhere_but_in_json(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], control: str
+) -> None:
+    screen, messages = terminal(80), terminal(80)
+    monkeypatch.setattr(console, "out", screen)
+    monkeypatch.setattr(console, "err", messages)
+    text = f"a{control}b"
+    console.notify(text)
+    console.print_text(text)
+    console.out.print(text)
+    console.table([text], [[text], [Text(text)]], title=text)
+    with console.ProgressLine() as line:
+        line.update(text, keep=True)
+    for shown in (printed(screen), printed(messages)):
+        assert shown.replace("\n", "").isprintable()
+    console.emit_json([text])
+    assert json.loads(capsys.readouterr().out) == [text]

@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -138,3 +139,16 @@ def test_files_have_the_usual_mode_and_databases_no_progress_bar(tmp_path: Path)
     with database() as db:
         setting = db.execute("SELECT current_setting('enable_progress_bar')").fetchone()
     assert setting == (False,)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
+def test_an_error_of_the_disk_names_the_file(tmp_path: Path, number: int) -> None:
+    def write() -> None:
+        with atomic_write(tmp_path / "table.json") as temporary:
+            temporary.touch()
+            raise OSError(number, os.strerror(number))
+
+    with pytest.raises(OSError, match=re.escape(os.strerror(number))) as caught:
+        write()
+    assert caught.value.filename == str(tmp_path / "table.json")
+    assert not list(tmp_path.iterdir())

@@ -313,3 +313,9 @@ def test_a_query_can_be_interrupted(warehouse: Warehouse) -> None:
         else:
             process.kill()
     assert process.returncode not in (0, -signal.SIGKILL)
+
+
+def test_queries_spill_to_a_private_folder_that_is_removed(warehouse: Warehouse) -> None:
+    folders = [value(warehouse, "SELECT current_setting('temp_directory')") for _ in range(2)]
+    assert folders[0] != folders[1]
+    assert not any(Path(str(folder)).exists() for folder in folders)

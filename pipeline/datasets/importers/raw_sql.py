@@ -9,6 +9,7 @@ from typing import Any
 
 import duckdb
 
+from features.atomic_files import is_out_of_space
 from features.errors import UserError
 from features.sql_text import quoted
 from pipeline.datasets.importers.column_types import column_types, parquet_sql, read_error
@@ -164,14 +165,6 @@ def create_table(db: duckdb.DuckDBPyConnection, table: str, select: str, path: P
         if is_out_of_space(error):
             raise  # the file is not at fault
         raise file_error(error, path) from None
-
-
-def is_out_of_space(error: Exception) -> bool:
-    """Return True if DuckDB has no memory or disk space left; Arrow wraps the same messages."""
-    text = str(error)
-    return isinstance(error, duckdb.OutOfMemoryException) or any(
-        phrase in text for phrase in ("Out of Memory Error", "No space left on device")
-    )
 
 
 def create_interactions(

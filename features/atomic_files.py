@@ -15,7 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from features.checksums import EMPTY_CHECKSUM, seal, verify
-from features.errors import UserError
+from features.errors import OutOfMemoryError, UserError
+from features.memory import check_address_space, is_out_of_memory, memory_reason
 
 _MOST_REASON = 200  # characters of a library's message
 _UMASK = os.umask(0)  # there is no other way to read it
@@ -30,7 +31,10 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
     Raises:
         OSError: The file cannot be written, such as on a full disk; the error names ``path``.
+        UserError: ``path`` is a folder.
     """
+    if not path.name or path.is_dir():
+        raise UserError(f"{path} is a folder, so no file can have this name; name a file in it")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -126,15 +130,19 @@ def read_errors(path: Path, remedy: str) -> Iterator[None]:
         place = error.filename or path
         raise UserError(f"{place}: no permission to read it; change its permissions") from None
     except (
-        MemoryError, pa.ArrowException, duckdb.Error, OSError, KeyError, ValueError, TypeError,
+        pa.ArrowException, duckdb.Error, MemoryError, RuntimeError, OSError, EOFError, KeyError,
+        ValueError, TypeError,
     ) as error:  # fmt: skip
-        reason = " ".join(str(error).split())[:_MOST_REASON]
         if is_out_of_space(error):
-            raise UserError(
-                f"{path}: not enough memory or disk space to read it ({reason}); free memory and"
-                " disk space"
+            kind = OutOfMemoryError if is_out_of_memory(error) else UserError
+            raise kind(
+                f"{path}: not enough memory or disk space to read it ({memory_reason(error)});"
+                " free memory and disk space"
             ) from None
-        raise UserError(f"{path} cannot be read ({reason}); {remedy}") from None
+        if isinstance(error, RuntimeError) and not isinstance(error, RecursionError):
+            raise
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} cannot be read ({reason[:_MOST_REASON]}); {remedy}") from None
 
 
 def is_out_of_space(error: BaseException) -> bool:
@@ -142,10 +150,8 @@ def is_out_of_space(error: BaseException) -> bool:
 
     DuckDB and Arrow raise several classes of errors for it, and wrap each other's messages.
     """
-    if isinstance(error, MemoryError | duckdb.OutOfMemoryException | pa.ArrowMemoryError):
-        return True
     phrases = ("Out of Memory Error", "No space left on device", "Disk quota exceeded")
-    return any(phrase in str(error) for phrase in phrases)
+    return is_out_of_memory(error) or any(phrase in str(error) for phrase in phrases)
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -159,7 +165,12 @@ def remove_leftovers(folder: Path) -> None:
 
 @contextmanager
 def database() -> Iterator[duckdb.DuckDBPyConnection]:
-    """Open DuckDB in memory, without the progress bar that it writes to standard output."""
+    """Open DuckDB in memory, without the progress bar that it writes to standard output.
+
+    Raises:
+        OutOfMemoryError: The limit of the process is too small for DuckDB's threads.
+    """
+    check_address_space("DuckDB")
     with duckdb.connect() as db:
         db.execute("SET enable_progress_bar = false")
         yield db

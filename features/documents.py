@@ -78,6 +78,6 @@ def _document_errors(path: Path, remedy: str, place: str) -> Iterator[None]:
         raise UserError(
             f"{path} is damaged ({error}); {remedy}; if you edited it, remove {place}"
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path} is damaged ({reason}); {remedy}") from None

@@ -185,7 +185,7 @@ def read_tensors(path: Path, remedy: str) -> tuple[dict[str, Tensor], dict[str, 
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except KeyError:
         raise _damaged(path, "it has no identity of a run") from None
-    except (SafetensorError, OSError, ValueError) as error:  # ValueError: not JSON
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:  # no or deep JSON
         raise _damaged(path, error) from None
     if not isinstance(document, dict):
         raise _damaged(path, "it has no identity of a run")

@@ -247,8 +247,11 @@ class SettingSources:
         values: dict[str, str] = {}
         for pair in self.pairs:
             key, equals, value = pair.partition("=")
-            if not equals:
-                raise UserError(f"--set {pair!r} must look like key=value")
+            if not equals or not key.strip():
+                raise UserError(
+                    f"--set {pair!r} has no {'name' if equals else '='}; give NAME=VALUE, such as"
+                    " --set dim=64"
+                )
             if key in values:
                 raise UserError(f"--set gives {key!r} twice; give it once")
             values[key] = value

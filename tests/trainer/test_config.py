@@ -34,7 +34,7 @@ def test_the_last_word_wins(tmp_path: Path) -> None:
         ("tower=gru", r"'tower'.*sequence_encoder"),
         ("cosine=true", r"'cosine'.*score=cosine"),
         ("dimm=3", "'dimm'.*known: .*dim"),
-        ("dim", "'dim'.*key=value"),
+        ("dim", "'dim'.*NAME=VALUE"),
         ("dim=3.5", "dim='3.5' .*whole number"),
         ("lr=fast", "lr='fast' .*number"),
         ("dim=0", "dim=0 .*above 0"),

@@ -273,6 +273,10 @@ def _read_ranks(records: Sequence[Record], split: str) -> tuple[_Users, _Ranks]:
                 "rank_filtered", filtered.cast(pa.int64()).fill_null(UNRANKED)
             )
             columns = {name: table.column(name).to_numpy() for name in table.column_names}
+            ranks[record.name] = {seen: columns[f"rank_{seen}"].astype(np.int64) for seen in SEEN}
+            columns["cold"] = columns["cold"].astype(np.bool_)
+            for key in ("user", "item", "history"):
+                columns[key] = columns[key].astype(np.int32)
         target = np.stack([columns[key] for key in ("user", "item", "history")], axis=1)
         if users is None:
             users = _Users(target=target, cold=columns["cold"], repeated=is_repeated)
@@ -286,6 +290,5 @@ def _read_ranks(records: Sequence[Record], split: str) -> tuple[_Users, _Ranks]:
                 f"runs {records[0].name!r} and {record.name!r} were evaluated on other users or"
                 " targets; run mmrec eval --run NAME for both"
             )
-        ranks[record.name] = {seen: columns[f"rank_{seen}"].astype(np.int64) for seen in SEEN}
     assert users is not None
     return users, ranks

@@ -80,6 +80,9 @@ def read_curves(
         raise UserError(
             f"{len(labels)} labels for {len(records)} runs; give one label for each run, or none"
         )
+    for label in labels or ():
+        if any("\ud800" <= char <= "\udfff" for char in label):
+            raise UserError(f"label {label!r} has bytes that are no UTF-8; give it in UTF-8")
     if metric is not None and _table_name(metric) not in METRIC_NAMES:
         raise unknown("metric", metric, list(METRIC_NAMES))
     if seen is not None and seen not in SEEN:

@@ -49,6 +49,7 @@ _STYLE: dict[Any, Any] = {
     "ytick.color": "#555555",
     "text.color": _INK,
     "legend.frameon": False,
+    "text.parse_math": False,  # a $ in a label is a $
     "svg.fonttype": "none",  # text stays text: it can be searched and read aloud
     "svg.hashsalt": "mmrec",  # equal runs give equal bytes
 }

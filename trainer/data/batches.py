@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from features.dataset import Dataset, EvalSplit, Ints
+from features.errors import UserError
 from retrieval.seen_items import SeenItems
 from trainer.data.token_features import TokenFeatures
 from trainer.data.windows import WindowSampling, cut_batches, cut_windows
@@ -148,6 +149,11 @@ class TrainingData:
         starts, lengths = cut_windows(
             self.dataset.offsets[:-1], self.dataset.train_ends(), sampling, rng
         )
+        if len(lengths) < shard.world_size:
+            raise UserError(
+                f"{len(lengths)} windows of dataset {self.dataset.info.name!r} are too few for"
+                f" {shard.world_size} processes; start at most {len(lengths)}"
+            )
         batches = cut_batches(lengths, batch_size, rng, least=shard.world_size)
 
         def generate() -> Iterator[Batch]:

@@ -122,6 +122,10 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError):
-        raise UserError(f"device={name!r} cannot be used here; give auto, cpu or cuda") from None
+    except (RuntimeError, AssertionError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
+        usable = ["auto", "cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+        raise UserError(
+            f"device={name!r} cannot be used here ({reason}); give {' or '.join(usable)}"
+        ) from None
     return device

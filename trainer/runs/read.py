@@ -96,7 +96,7 @@ def _identity(path: Path) -> dict[str, Any]:
         verify(path)
         with safe_open(path, framework="numpy") as file:
             document = json.loads((file.metadata() or {})["mmrec"])
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
+    except (SafetensorError, OSError, ValueError, KeyError, RecursionError) as error:
         raise UserError(
             f"{path} is damaged ({' '.join(str(error).split())}); train again"
         ) from None

@@ -1,6 +1,8 @@
 """Files that are complete or absent: written under a temporary name, synced, renamed."""
 
 import errno
+import fcntl
+import glob
 import os
 import secrets
 import shutil
@@ -28,6 +30,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary path, which is renamed to ``path`` on success and removed otherwise.
 
     The temporary name starts with a dot and ends in ``.tmp``, so that no glob of mmrec matches it.
+    The temporary file is locked until the end, so that :func:`remove_leftovers` does not remove it.
 
     Raises:
         OSError: The file cannot be written, such as on a full disk; the error names ``path``.
@@ -36,7 +39,8 @@ def atomic_write(path: Path) -> Iterator[Path]:
     if not path.name or path.is_dir():
         raise UserError(f"{path} is a folder, so no file can have this name; name a file in it")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    remove_leftovers(path.parent, path.name)
+    temporary, handle = _create_locked(path)
     try:
         yield temporary
         with temporary.open("rb+") as stream:
@@ -51,7 +55,39 @@ def atomic_write(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+        os.close(handle)
     sync_folder(path.parent)
+
+
+def require_path(path: Path) -> None:
+    """Check that a folder, or a file in it, still exists before another file is written.
+
+    :func:`atomic_write` would create the folder again, and the result would look complete.
+
+    Raises:
+        UserError: The path was removed.
+    """
+    if not path.exists():
+        raise _removed(path)
+
+
+def _removed(path: Path) -> UserError:
+    return UserError(
+        f"{path} was removed or moved while this command used it; run the command again, and"
+        " leave its files in place until it ends"
+    )
+
+
+def _create_locked(path: Path) -> tuple[Path, int]:
+    """Create a temporary file for ``path`` and lock it; return its path and its open handle."""
+    while True:
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+        handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        with suppress(OSError):  # some network file systems have no locks
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if temporary.exists():  # else another process took it for a leftover before the lock
+            return temporary, handle
+        os.close(handle)
 
 
 def sync_folder(folder: Path) -> None:
@@ -154,13 +190,31 @@ def is_out_of_space(error: BaseException) -> bool:
     return is_out_of_memory(error) or any(phrase in str(error) for phrase in phrases)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files of :func:`atomic_write` that a killed process left."""
-    for temporary in folder.glob(".*.tmp"):
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
-        else:
+def remove_leftovers(folder: Path, name: str | None = None) -> None:
+    """Remove the temporary files of :func:`atomic_write` that a killed process left.
+
+    The files of a process that is alive are locked, and they stay.
+
+    Args:
+        folder: Folder of the files.
+        name: Name of the file that the temporary files were to become; None: any.
+    """
+    pattern = f".{'*' if name is None else glob.escape(name)}.*.tmp"
+    for temporary in folder.glob(pattern):
+        if temporary.is_dir():  # made under a lock of the folder, which the caller holds
+            shutil.rmtree(temporary, ignore_errors=True)
+        elif _is_abandoned(temporary):
             temporary.unlink(missing_ok=True)
+
+
+def _is_abandoned(temporary: Path) -> bool:
+    """Return True if no process holds the lock of a temporary file."""
+    try:
+        with temporary.open("rb") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # locked, removed meanwhile, or on a file system without locks
+        return False
+    return True
 
 
 @contextmanager
@@ -176,8 +230,33 @@ def database() -> Iterator[duckdb.DuckDBPyConnection]:
         yield db
 
 
+class FolderLock:
+    """A lock that this process holds on a folder.
+
+    Args:
+        path: The locked file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._inode = path.stat().st_ino
+
+    def check(self) -> None:
+        """Check that the folder is the one that was locked.
+
+        Raises:
+            UserError: The folder or the lock file was removed or replaced.
+        """
+        try:
+            is_same = self._path.stat().st_ino == self._inode
+        except OSError:
+            is_same = False
+        if not is_same:
+            raise _removed(self._path.parent)
+
+
 @contextmanager
-def lock(path: Path, what: str) -> Iterator[None]:
+def lock(path: Path, what: str) -> Iterator[FolderLock]:
     """Hold ``path`` as an advisory lock; the system frees the lock when the process dies.
 
     A lock that another process holds is not waited for.
@@ -187,7 +266,8 @@ def lock(path: Path, what: str) -> Iterator[None]:
         what: What the lock guards, for messages.
 
     Raises:
-        UserError: Another process holds the lock, or the file cannot be created or locked.
+        UserError: Another process holds the lock, or the file cannot be created or locked. The
+            body ended without an error, but the folder was removed meanwhile.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -202,6 +282,8 @@ def lock(path: Path, what: str) -> Iterator[None]:
             f"{what} cannot be locked ({path}: {error.strerror}); make the folder writable"
         ) from None
     try:
-        yield
+        folder_lock = FolderLock(path)
+        yield folder_lock
+        folder_lock.check()
     finally:
         file_lock.release()

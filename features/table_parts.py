@@ -22,6 +22,7 @@ from features.atomic_files import (
     read_errors,
     read_table,
     remove_leftovers,
+    require_path,
     write_table,
 )
 from features.checksums import verify
@@ -196,6 +197,7 @@ class TableParts:
             provenance: Provenance of the table.
             entries: Further entries of the manifest.
         """
+        require_path(self.path)
         remove_leftovers(self.path)
         rows = sum(pq.read_metadata(part).num_rows for part in self.parts())
         document = {

@@ -238,7 +238,7 @@ class Warehouse:
                 if folder.name == name:
                     raise UserError(
                         f"{folder} is no run: it has no config.toml that can be read, so it is just"
-                        " beginning, or was killed when it began; remove it and train again"
+                        f" beginning, or was killed when it began; train again with --name {name}"
                     )
             raise unknown("run", name, names)
         return self.runs_dir / name, "given"

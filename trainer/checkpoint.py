@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from features.atomic_files import atomic_write
+from features.atomic_files import atomic_write, require_path
 from features.checksums import EMPTY_CHECKSUM, seal, verify
 from features.errors import UserError
 
@@ -58,7 +58,9 @@ def _save(path: Path, tensors: dict[str, Tensor], document: dict[str, Any]) -> N
 
     Raises:
         OSError: The disk is full, or the folder is not writable.
+        UserError: The folder was removed.
     """
+    require_path(path.parent)
     with atomic_write(path) as temporary:
         try:
             text = json.dumps({_CHECKSUM: EMPTY_CHECKSUM, **document}, sort_keys=True)
@@ -74,11 +76,27 @@ def load_weights(path: Path, model: nn.Module, identity: dict[str, Any]) -> None
     Raises:
         UserError: The file is absent, damaged, or of another identity; the model does not change.
     """
-    resume = f"mmrec train --resume --run {path.parent.name}"
-    tensors, document = read_tensors(path, f"continue with {resume}, or train again")
+    tensors, document = read_tensors(path, _remedy(path))
     _check_identity(path, document, identity)
     _check_tensors(path, tensors, model.state_dict())
     model.load_state_dict(tensors)
+
+
+def _remedy(path: Path) -> str:
+    """Return what to do without the best weights: resume, unless they were saved and are lost."""
+    state = path.with_name("resume.safetensors")
+    is_lost = not path.exists() and state.exists()
+    if is_lost and (progress := _read_progress(state)).best_epoch >= 0:
+        return (
+            f"the weights of epoch {progress.best_epoch}, the best one, are lost; remove"
+            f" {path.parent} and train again"
+        )
+    return f"continue with mmrec train --resume --run {path.parent.name}, or train again"
+
+
+def _read_progress(path: Path) -> TrainState:
+    document = read_tensors(path, "train again")[1]
+    return _progress(path, document.get("progress"))
 
 
 def save_state(

@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
-from features.atomic_files import lock, remove_leftovers, sync_folder
+from features.atomic_files import lock, remove_leftovers, require_path, sync_folder
 from features.documents import write_json
 from features.warehouse import MARKER, DatasetInfo, Warehouse
 from pipeline.datasets.importers.image_column import MEDIA
@@ -38,7 +38,7 @@ def staging(warehouse: Warehouse, name: str) -> Iterator[Path]:
             yield stage
         except BaseException:
             if new_folder:
-                shutil.rmtree(folder)
+                shutil.rmtree(folder, ignore_errors=True)
             if new_marker and [path.name for path in warehouse.root.iterdir()] == [MARKER]:
                 (warehouse.root / MARKER).unlink()
                 if new_root:
@@ -53,7 +53,11 @@ def swap_tables(folder: Path, stage: Path, info: DatasetInfo) -> None:
 
     Until one rename the old tables are valid, and after this rename the new ones: if the process
     is killed later, :func:`finish_swap` does the rest.
+
+    Raises:
+        UserError: The folder was removed since it was locked.
     """
+    require_path(folder / _LOCK)
     for part in _PARTS:
         (stage / part).mkdir(exist_ok=True)  # an empty folder replaces an old one as well
     write_json(stage / "dataset.json", asdict(info))

@@ -18,6 +18,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from features.arrow_columns import embedding_array, positions, token_array
+from features.atomic_files import remove_leftovers, require_path
+from features.errors import UserError
 from features.provenance import Provenance
 from features.schema import feature_schema
 from features.store import FeatureTable
@@ -46,17 +48,20 @@ class FeatureTableWriter(RowStore):
         self._waiting: list[EncodedRow] = []
         self._waiting_bytes = 0
         self._waiting_since = 0.0
+        remove_leftovers(table.path)
         self._match_items()
         # The content of each item's stored row.
         self._content: list[str | None] = [None] * len(item_ids)
         self._stored: set[str] = set()  # the contents of all stored rows
         self._is_stale = np.zeros(len(item_ids), np.bool_)  # until the content is seen again
+        self._has_row = np.zeros(len(item_ids), np.bool_)  # in a part, valid or stale
         for batch in table.small_columns(["item", "content_hash"]).to_batches():
             items, contents = batch["item"].to_pylist(), batch["content_hash"].to_pylist()
             for item, content in zip(items, contents, strict=True):
                 self._content[item] = content
             self._stored.update(contents)
             self._is_stale[items] = True
+            self._has_row[items] = True
 
     def _match_items(self) -> None:
         """Renumber the stored rows by the current dataset; drop rows of items that are gone."""
@@ -128,9 +133,11 @@ class FeatureTableWriter(RowStore):
         # Cleared after writing, so that a failed flush can be repeated.
         self._waiting, self._waiting_bytes = [], 0
         self._is_stale[item.to_numpy()] = False
+        self._has_row[item.to_numpy()] = True
         pa.default_memory_pool().release_unused()  # else Arrow keeps about 30 MB per part
 
     def _append(self, rows: pa.Table) -> None:
+        require_path(self.table.path)
         self.table.unfinish()
         self.table.append(rows, self.provenance)
 
@@ -148,8 +155,10 @@ class FeatureTableWriter(RowStore):
                 continue
             is_missing[indices] = False
             self._append_copies(self.table.rows(part), source, items, indices)
-        assert not is_missing.any()
+        if is_missing.any():
+            raise self._lost_rows()
         self._is_stale[items] = False
+        self._has_row[items] = True
 
     def _append_copies(self, rows: pa.Table, source: pa.Array, items: Any, indices: Any) -> None:
         """Append ``rows[source[i]]`` as the row of ``items[i]`` for each i of ``indices``."""
@@ -173,10 +182,14 @@ class FeatureTableWriter(RowStore):
             inputs: Fingerprint of the inputs of this modality.
             source: Origin of the backbone's weights. Used by ``--tune-blocks`` to load its upper
                 blocks.
+
+        Raises:
+            UserError: The folder or parts of the table were removed meanwhile.
         """
         self.flush()
         self._drop_stale()
         self._join_parts()
+        self._check_rows()
         self.table.finish(fingerprint, self.provenance, inputs=inputs, source=source)
 
     def _drop_stale(self) -> None:
@@ -192,6 +205,7 @@ class FeatureTableWriter(RowStore):
             if drop[in_part].any():
                 self.table.unfinish()
                 self.table.rewrite(part, ~drop[in_part], item[in_part])
+        self._has_row &= ~self._is_stale
         self._is_stale[:] = False
 
     def _join_parts(self) -> None:
@@ -215,3 +229,15 @@ class FeatureTableWriter(RowStore):
             self._append(joined.replace_schema_metadata(None).sort_by("item").combine_chunks())
             for number in group:
                 parts[number].unlink()
+
+    def _check_rows(self) -> None:
+        """Refuse to complete a table whose parts were removed while it was written."""
+        items = self.table.small_columns(["item"])["item"].to_numpy()
+        if not np.array_equal(np.sort(items), np.flatnonzero(self._has_row)):
+            raise self._lost_rows()
+
+    def _lost_rows(self) -> UserError:
+        return UserError(
+            f"{self.table.path} lost some of its parts while it was written: another program"
+            " removed or replaced them; run mmrec extract again, which encodes what is missing"
+        )

@@ -2,6 +2,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -152,3 +153,58 @@ def test_an_error_of_the_disk_names_the_file(tmp_path: Path, number: int) -> Non
         write()
     assert caught.value.filename == str(tmp_path / "table.json")
     assert not list(tmp_path.iterdir())
+
+
+WRITER = """
+import sys, time
+from pathlib import Path
+from features.atomic_files import atomic_write
+with atomic_write(Path(sys.argv[1])) as temporary:
+    temporary.write_text("half")
+    print("writing", flush=True)
+    sys.stdin.readline()
+"""
+
+
+def test_the_temporary_file_of_a_living_process_stays(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    with subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as writer:
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == "writing\n"
+        remove_leftovers(tmp_path)
+        write_text(path, "of another process")
+        assert len(names(tmp_path)) == 2
+        writer.communicate("\n")
+    assert writer.returncode == 0
+    assert path.read_text() == "half"
+    assert names(tmp_path) == ["a.txt"]
+
+
+def test_the_next_write_of_a_file_removes_its_leftovers_and_no_others(tmp_path: Path) -> None:
+    for name in (".a.txt.0123abcd.tmp", ".b.txt.0123abcd.tmp", ".a.txt", "a.txt.tmp"):
+        (tmp_path / name).touch()
+    write_text(tmp_path / "a.txt", "new")
+    assert names(tmp_path) == [".a.txt", ".b.txt.0123abcd.tmp", "a.txt", "a.txt.tmp"]
+
+
+@pytest.mark.parametrize("is_replaced", [False, True])
+def test_a_locked_folder_that_is_removed_is_an_error(tmp_path: Path, is_replaced: bool) -> None:
+    folder = tmp_path / "run"
+
+    def remove() -> None:
+        with lock(folder / ".lock", "it"):
+            shutil.rmtree(folder)
+            if is_replaced:
+                folder.mkdir()
+                (tmp_path / "keeps the number of the first inode").touch()
+                (folder / ".lock").touch()
+            else:
+                write_text(folder / "a.txt", "creates the folder again")
+
+    with pytest.raises(UserError, match="removed"):
+        remove()

@@ -2,14 +2,20 @@
 
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from features.atomic_files import lock, read_errors, write_table
+from features.atomic_files import (
+    lock,
+    read_errors,
+    remove_leftovers,
+    require_path,
+    write_table,
+)
 from features.documents import read_toml
 from features.errors import UserError
 from features.result_tables import read_metrics_table
@@ -26,20 +32,33 @@ FORMAT = 2
 _ABOUT: dict[str, type] = {"model": str, "dataset": str, "features": list, "fingerprint": str}
 
 
-def run_lock(folder: Path) -> AbstractContextManager[None]:
-    """Return the lock that every process holds while it writes into a run's folder.
+_RESULTS = ("model.safetensors", "resume.safetensors", "metrics.parquet", "predictions.parquet")
+"""Files that a run without ``config.toml`` does not have, unless the file was removed."""
+_LOCK = ".lock"
+
+
+@contextmanager
+def run_lock(folder: Path) -> Iterator[None]:
+    """Hold the lock that every process holds while it writes into a run's folder.
+
+    Temporary files that a killed process left in the folder are removed.
 
     Raises:
-        UserError: Another process holds the lock.
+        UserError: Another process holds the lock, or the folder was removed before or in the body.
     """
-    return lock(folder / ".lock", f"run {folder.name}")
+    require_path(folder)
+    with lock(folder / _LOCK, f"run {folder.name}"):
+        remove_leftovers(folder)
+        yield
+        require_path(folder / "config.toml")
 
 
 @contextmanager
 def create_run_dir(runs: Path, name: str | None, stamp: datetime, title: str) -> Iterator[Path]:
-    """Create the folder of a new run; it is removed if the body fails.
+    """Create and lock the folder of a new run; it is removed if the body fails.
 
-    Only one process can create a folder, so two runs never share one.
+    Only one process can create a folder, so two runs never share one. A folder of the name that a
+    killed process left before its run was complete is used again.
 
     Args:
         runs: The folder of all runs.
@@ -57,13 +76,35 @@ def create_run_dir(runs: Path, name: str | None, stamp: datetime, title: str) ->
             break
         except FileExistsError:
             if name is not None:
+                if _is_incomplete(folder):
+                    break
                 raise _taken(folder) from None
             folder = runs / f"{datetime.now(UTC):%Y%m%d-%H%M%S-%f}-{title}"
-    try:
-        yield folder
-    except BaseException:
-        shutil.rmtree(folder)
-        raise
+    with lock(folder / _LOCK, f"run {folder.name}"):
+        if not _is_incomplete(folder):
+            raise _taken(folder)  # another process was faster
+        try:
+            _clear(folder)
+            yield folder
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+
+def _is_incomplete(folder: Path) -> bool:
+    """Return True if a folder holds nothing but what is written before a run is complete."""
+    names = {path.name for path in folder.iterdir()}
+    is_ours = _LOCK in names or not names
+    return is_ours and not names & {"config.toml", *_RESULTS}
+
+
+def _clear(folder: Path) -> None:
+    """Remove what a killed process left in the folder; the lock file stays."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != _LOCK:
+            path.unlink()
 
 
 def _taken(folder: Path) -> UserError:
@@ -73,8 +114,7 @@ def _taken(folder: Path) -> UserError:
             f" mmrec train --resume --run {folder.name}"
         )
     return UserError(
-        f"{folder} exists already and is no run: a run is being created, or was killed while it was"
-        " created; give another name by --name, or remove the folder"
+        f"{folder} exists already and is no run; give another name by --name, or remove the folder"
     )
 
 
@@ -140,6 +180,7 @@ def record(path: Path, model: str, row: "EpochRow") -> None:
         }
         for split, targets, seen, metric, value, users in values
     ]  # fmt: skip
+    require_path(path.parent)
     path.with_name("predictions.parquet").unlink(missing_ok=True)
     replace_metrics(path, rows, lambda old: old["phase"] == "eval" or old["epoch"] >= row.epoch)
 

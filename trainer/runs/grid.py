@@ -1,6 +1,5 @@
 """Running a grid: each combination is one run, named by its identity, so that it is found again."""
 
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from features.atomic_files import lock, write_table
+from features.atomic_files import write_table
 from features.documents import write_json
 from features.errors import UserError
 from features.memory import free_memory, memory_errors
@@ -167,16 +166,9 @@ def _run(
         rows = _own_rows(folder, planned.spec.model)
         if rows:
             return Outcome(planned=planned, state="reused", rows=rows)
-    lock_file = warehouse.runs_dir / f".{planned.run}.lock"
     try:
-        with (
-            lock(lock_file, f"run {planned.run}"),
-            memory_errors(f"run {planned.run}", "give smaller settings, or free memory"),
-        ):
-            if folder.exists() and not is_begun(warehouse, planned):
-                shutil.rmtree(folder)  # killed while it was created: nobody else holds the lock
+        with memory_errors(f"run {planned.run}", "give smaller settings, or free memory"):
             _train(warehouse, planned, folder, on_progress)
-            lock_file.unlink(missing_ok=True)
     except UserError as error:
         free_memory()  # for the next run
         return Outcome(planned=planned, state="failed", message=str(error))

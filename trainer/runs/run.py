@@ -40,6 +40,8 @@ class Run:
 
     folder: Path
     spec: RunSpec
+    warehouse: Warehouse
+    """Warehouse with the data of the run."""
     model: Recommender
     data: TrainingData
     task: Task[Any]
@@ -178,6 +180,7 @@ def train_run(
     Raises:
         UserError: Another process trains the run, its checkpoint cannot be used, or it diverges.
         OutOfMemoryError: A step or a validation does not fit into memory.
+            The folder of the run, of its dataset or of a feature table was removed meanwhile.
     """
     if resume and not (run.folder / "resume.safetensors").exists():
         if run.weights.exists():
@@ -206,6 +209,7 @@ def train_run(
             on_epoch=lambda row: record(metrics, run.spec.model, row),
             on_progress=on_progress,
         )
+    _check_sources(run)
     return TrainReport(
         run=run.name,
         dataset=run.spec.dataset,
@@ -220,6 +224,21 @@ def train_run(
         seconds=time.monotonic() - began,
         finished=state.finished,
     )
+
+
+def _check_sources(run: Run) -> None:
+    """Raise a UserError if a dataset or feature table of a trained run was removed."""
+    store = FeatureStore(run.warehouse)
+    try:
+        for dataset in run.spec.datasets:
+            run.warehouse.info(dataset)
+            if run.spec.features:
+                choose_tables(store, dataset, run.spec.features)
+    except UserError as error:
+        raise UserError(
+            f"run {run.name} is saved, but its data were removed during the training, and without"
+            f" them it cannot be evaluated: {error}"
+        ) from None
 
 
 def _build_run(
@@ -245,7 +264,7 @@ def _build_run(
     data = TrainingData(source.dataset, source.features, device)
     model.fit_buffers(source.features, data.train)
     task = TASKS.find(spec.task).build(model, data, warehouse, spec.datasets, spec.task_settings)
-    return Run(folder=folder, spec=spec, model=model, data=data, task=task)
+    return Run(folder=folder, spec=spec, warehouse=warehouse, model=model, data=data, task=task)
 
 
 def build_model(name: str, settings: Any, catalogue: Catalogue) -> Recommender:

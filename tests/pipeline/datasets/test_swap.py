@@ -199,3 +199,24 @@ def test_a_damaged_description_is_replaced(warehouse: Warehouse, tmp_path: Path)
         (row,) = [row for row in list_datasets(warehouse) if row["dataset"] == "mine"]
         assert (row["prepared"], row["damaged"]) == (False, True)
         assert prepared(warehouse, tmp_path / "raw", raw) == first
+
+
+@pytest.mark.parametrize("place", ["check_raw_tables", "create_tables", "write_tables"])
+def test_a_folder_removed_during_the_preparation_is_an_error(
+    warehouse: Warehouse, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    files = {"interactions.csv": INTERACTIONS, "items.csv": ITEMS}
+    prepared(warehouse, tmp_path / "raw", files)
+    original = getattr(pipeline.datasets.prepare, place)
+
+    def remove(*arguments: Any) -> Any:
+        result = original(*arguments)
+        shutil.rmtree(warehouse.dataset_dir("mine"))
+        return result
+
+    monkeypatch.setattr(pipeline.datasets.prepare, place, remove)
+    with pytest.raises(UserError, match="removed"):
+        prepare_dataset(
+            warehouse, PrepareOptions(dataset="mine", raw=tmp_path / "raw", format="table")
+        )
+    assert not warehouse.is_prepared("mine")

@@ -77,7 +77,7 @@ def test_a_name_is_claimed_once_and_given_back_on_failure(house: Warehouse) -> N
 
     with suppress(RuntimeError), claim():
         assert house.runs() == []  # nobody sees it before it has its configuration
-        with pytest.raises(UserError, match="is no run"):
+        with pytest.raises(UserError, match="another process"):
             claim().__enter__()
         raise RuntimeError
     begin(house, "mine")
@@ -337,7 +337,8 @@ def test_what_is_gone_is_not_begun_again(house: Warehouse) -> None:
     train_run(run)
     best, state = (run.folder / f"{name}.safetensors" for name in ("model", "resume"))
     best.rename(run.folder / "aside")
-    with pytest.raises(UserError, match=r"nothing was saved yet.*mmrec train --resume"):
+    lost = rf"the weights of epoch \d.* are lost; remove {run.folder} and train again$"
+    with pytest.raises(UserError, match=lost):
         evaluate(house, run, index="torch")
     with pytest.raises(UserError, match=r"model\.safetensors is gone: the weights of epoch \d"):
         train_run(open_run(house, run.folder), resume=True)

@@ -29,6 +29,7 @@ from cli import (
 from cli.console import notify
 from features.errors import UserError
 from features.memory import memory_errors
+from features.signals import exit_code, handle_signals
 
 _UsageError: Any = typer.BadParameter.__base__  # typer does not export its usage error
 _MEMORY_REMEDY = (
@@ -112,7 +113,7 @@ def _fail(message: str, exit_code: int = 2) -> NoReturn:
 
 def _interrupted() -> NoReturn:
     notify("interrupted")
-    raise typer.Exit(130) from None
+    raise typer.Exit(exit_code()) from None
 
 
 app = typer.Typer(
@@ -149,7 +150,8 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal without Unicode shows escapes
             stream.reconfigure(errors="backslashreplace")
-    app()
+    with handle_signals():
+        app()
 
 
 if __name__ == "__main__":  # torchrun --nproc-per-node 2 -m cli.app train ...

@@ -41,7 +41,8 @@ def datasets(json: JsonOption = False, root: WarehouseOption = None) -> None:
         )
         name = f"{row['dataset']}{_added_by(row['origin'])}"
         console.out.print(f"  {name} ({row['format']}): {row['raw']}")
-        console.out.print(f"    {files or 'as prepared'}")
+        missing = "dataset.json is damaged; prepare it again" if row["damaged"] else "as prepared"
+        console.out.print(f"    {files or missing}")
         console.out.print(f"    from {row['source']}")
     console.out.print("\nformats of your own data (--format)")
     for name, importer in IMPORTERS.items():

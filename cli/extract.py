@@ -4,7 +4,7 @@ import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
-from typer import Option
+from typer import Exit, Option
 
 from cli import console
 from cli.options import DatasetOption, JsonOption, WarehouseOption
@@ -76,6 +76,17 @@ def extract(
         console.emit_json(asdict(report))
     else:
         show_extracted(report)
+    useless = [
+        row.modality
+        for row in report.tables
+        if row.failed and row.items == row.absent + sum(row.failed.values())
+    ]
+    if useless:
+        console.notify(
+            f"error: no input of {', '.join(useless)} could be used, see the reasons above; repair"
+            " the files and run the command again"
+        )
+        raise Exit(2)
 
 
 def _prepared_dataset(

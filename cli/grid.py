@@ -10,6 +10,7 @@ from rich.text import Text
 
 from cli import console
 from cli.options import JsonOption, WarehouseOption
+from features.signals import exit_code
 from features.warehouse import Warehouse
 from trainer.runs.grid_file import Cell, Grid, Pivot, pivot, read_grid
 
@@ -67,7 +68,7 @@ def grid(
             f"stopped: {len(outcomes)} of {len(planned)} runs ended, and everything is saved;"
             f" resume with: mmrec grid {shlex.quote(str(file))}{option}"
         )
-        raise typer.Exit(130)
+        raise typer.Exit(exit_code())
     failed = sum(outcome.state == "failed" for outcome in outcomes)
     console.notify(f"all metrics of {len(outcomes) - failed} runs: {path}")
     if failed:

@@ -22,6 +22,7 @@ from features.warehouse import Warehouse
 if TYPE_CHECKING:
     from trainer.runs.recommend import Predictor, Suggestion
 
+_ENDINGS = (".parquet", ".csv", ".jsonl")
 _REQUESTS = "--user USER_ID, --history ITEM_ID,ITEM_ID,..., --all, or --similar ITEM_ID"
 
 
@@ -42,7 +43,8 @@ def recommend(
         bool, typer.Option("--keep-seen", help="Also recommend items of the user's history.")
     ] = False,
     out: Annotated[
-        Path | None, typer.Option("--out", help="With --all: Parquet file to write.")
+        Path | None,
+        typer.Option("--out", help="With --all: file to write, .parquet, .csv or .jsonl."),
     ] = None,
     run: TrainedRunOption = None,
     index: IndexOption = "faiss",
@@ -58,6 +60,8 @@ def recommend(
         raise UserError(f"give one of {_REQUESTS}")
     if all != (out is not None):
         raise UserError("--all and --out FILE.parquet go together")
+    if out is not None and out.suffix.lower() not in _ENDINGS:
+        raise UserError(f"--out {out} is no known format; end it in {', '.join(_ENDINGS)}")
     if k < 1:
         raise UserError(f"--k {k} is not a number of items; give at least 1")
     warehouse = Warehouse(root)

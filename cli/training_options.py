@@ -9,6 +9,7 @@ import typer
 
 from cli import console
 from features.errors import UserError
+from features.signals import exit_code
 from features.warehouse import Warehouse
 
 if TYPE_CHECKING:
@@ -243,7 +244,7 @@ def _conclude(run: "Run", report: "TrainReport", root: Path | None, *, was_train
             f"stopped: {_trained(report)};"
             f" continue with: mmrec {command} --resume --run {report.run}{place}"
         )
-        raise typer.Exit(130)
+        raise typer.Exit(exit_code())
 
 
 class TrainWatch:

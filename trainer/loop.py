@@ -1,7 +1,6 @@
 """The training loop: optimizer steps, validation, checkpoints and early stopping."""
 
 import math
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from features.errors import UserError
+from features.signals import Interrupted, handle_signals
 from trainer.checkpoint import TrainState, load_state, save_state, save_weights
 from trainer.config import TrainConfig
 from trainer.data.batches import Shard, combine_seeds
@@ -298,27 +298,21 @@ def _report(
 
 @contextmanager
 def _interrupted() -> Iterator[threading.Event]:
-    """Turn the first Ctrl-C into an event that the loop reads between two steps.
+    """Turn the first signal that ends a command into an event that the loop reads between steps.
 
     The current step is completed, so the saved state equals a state of an uninterrupted run. The
-    second Ctrl-C raises KeyboardInterrupt. ``torchrun`` forwards signals that its processes may
+    second signal raises KeyboardInterrupt. ``torchrun`` forwards signals that its processes may
     have received from the terminal already, so signals within a second count as one.
     """
     event = threading.Event()
     first = 0.0
-    if threading.current_thread() is not threading.main_thread():
-        yield event  # only the main thread can set signal handlers
-        return
 
     def handle(number: int, frame: FrameType | None) -> None:
         nonlocal first
         if event.is_set() and time.monotonic() - first > _INTERRUPT_SECONDS:
-            raise KeyboardInterrupt
+            raise Interrupted
         first = first if event.is_set() else time.monotonic()
         event.set()
 
-    previous = signal.signal(signal.SIGINT, handle)
-    try:
+    with handle_signals(handle):
         yield event
-    finally:
-        signal.signal(signal.SIGINT, previous)

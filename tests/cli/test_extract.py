@@ -10,7 +10,10 @@ from typer.testing import CliRunner
 from cli import console
 from cli.app import app
 from cli.extract import show_extracted
+from features.warehouse import Warehouse
 from pipeline.extraction.reports import ExtractReport, ModalityReport
+from tests.cli.invoke import run
+from tests.pipeline.backbones.tiny import prepare
 
 runner = CliRunner()
 
@@ -39,3 +42,15 @@ def test_the_closing_table_fits_the_terminal(monkeypatch: pytest.MonkeyPatch, wi
     assert len(lines) == (2 if width == 200 else 12)
     for word in ("1,000,000", "900,000", "25,000", "15,000", "10,000", "900.0", "69120.0"):
         assert any(word in line for line in lines)
+
+
+def test_a_dataset_without_a_usable_input_is_not_called_finished(
+    warehouse: Warehouse, tmp_path: Path
+) -> None:
+    for name in ("0.png", "1.png"):
+        (tmp_path / name).write_bytes(b"no image")
+    prepare(warehouse, tmp_path, ids=["a", "b"], text=["x", "y"], image=["0.png", "1.png"])
+    base = ("extract", "--dataset", "tiny", "--warehouse", str(warehouse.root))
+    result = run(*base, "--image", "hashed", "--text", "hashed", code=2)
+    assert "error: no input of image could be used" in result.stderr
+    run(*base, "--text", "hashed")

@@ -3,7 +3,9 @@
 import json
 from pathlib import Path
 
+import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
+import pytest
 
 from features.warehouse import Warehouse
 from tests.cli.invoke import run
@@ -35,6 +37,14 @@ def test_lists_files_and_mistakes(warehouse: Warehouse, tmp_path: Path) -> None:
     out = tmp_path / "all.parquet"
     written = json.loads(run(*base, "--all", "--out", str(out), "--k", "4", "--json").stdout)
     assert written["rows"] == len(pq.read_table(out)) == 3 * 4
+    rows = pq.read_table(out).to_pylist()
+    run(*base, "--all", "--out", str(out.with_suffix(".csv")), "--k", "4")
+    assert pa_csv.read_csv(out.with_suffix(".csv"))["item_id"].to_pylist() == [
+        row["item_id"] for row in rows
+    ]
+    run(*base, "--all", "--out", str(out.with_suffix(".jsonl")), "--k", "4")
+    lines = out.with_suffix(".jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == rows
 
     for arguments, message in (
         ([], "give one of --user"),
@@ -53,3 +63,10 @@ def test_lists_files_and_mistakes(warehouse: Warehouse, tmp_path: Path) -> None:
         line = run(*base, *arguments, code=2).stderr.splitlines()[-1]
         assert line.startswith("error: ")
         assert message in line
+
+
+@pytest.mark.parametrize("name", ["x.txt", "x", "x.parquet.gz"])
+def test_another_ending_of_out_is_refused_before_any_work(tmp_path: Path, name: str) -> None:
+    result = run("recommend", "--all", "--out", str(tmp_path / name), code=2)
+    assert ".csv" in result.stderr
+    assert not list(tmp_path.iterdir())

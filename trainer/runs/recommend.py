@@ -7,13 +7,16 @@ interactions: a model of features has a vector for each of them.
 Legend: N items, U users, B users of one block, L items of a history, K recommendations of a user.
 """
 
+import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 import torch
 
@@ -212,14 +215,15 @@ def write_all(
     keep_seen: bool = False,
     on_users: Callable[[int, int], None] = lambda done, total: None,
 ) -> int:
-    """Write the lists of every user into one Parquet file, whole or not at all.
+    """Write the lists of every user into one file, whole or not at all.
 
     Users are encoded and searched block by block, and each block is a row group: apart from the
     user ids, memory does not grow with the number of users.
 
     Args:
         predictor: The run.
-        path: The file, of the schema ``RECOMMENDATIONS``.
+        path: The file, of the schema ``RECOMMENDATIONS``; CSV or JSON Lines if it ends in
+            ``.csv`` or ``.jsonl``, else Parquet.
         k: Length of a list.
         keep_seen: Let items of the history be recommended again.
         on_users: Called with the numbers of users that are done, and of all users.
@@ -230,13 +234,29 @@ def write_all(
     total, rows = predictor.dataset.info.users, 0
     with (
         atomic_write(path) as temporary,
-        pq.ParquetWriter(temporary, RECOMMENDATIONS) as writer,
+        _open_writer(temporary, path.suffix.lower()) as write,
     ):
         for done, block in _blocks(predictor, k, keep_seen):
-            writer.write_table(block)
+            write(block)
             rows += len(block)
             on_users(done, total)
     return rows
+
+
+@contextmanager
+def _open_writer(path: Path, ending: str) -> Iterator[Callable[[pa.Table], object]]:
+    """Open a file in the format of an ending, and yield the function that adds rows to it."""
+    if ending == ".csv":
+        with pa_csv.CSVWriter(path, RECOMMENDATIONS) as csv_writer:
+            yield csv_writer.write_table
+    elif ending == ".jsonl":
+        with path.open("w", encoding="utf-8") as stream:
+            yield lambda block: stream.writelines(
+                json.dumps(row, ensure_ascii=False) + "\n" for row in block.to_pylist()
+            )
+    else:
+        with pq.ParquetWriter(path, RECOMMENDATIONS) as writer:
+            yield writer.write_table
 
 
 def _blocks(predictor: Predictor, k: int, keep_seen: bool) -> Iterator[tuple[int, pa.Table]]:

@@ -1,0 +1,55 @@
+"""Signals that end a command: Ctrl-C, and those of job schedulers and lost connections."""
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+"""Ctrl-C; `kill`, SLURM, Kubernetes and `timeout`; a lost terminal; SLURM's early warning."""
+
+_last: int = signal.SIGINT
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal of :data:`SIGNALS` was received."""
+
+
+def exit_code() -> int:
+    """Return 128 + the number of the last received signal; 130 before any."""
+    return 128 + _last
+
+
+@contextmanager
+def handle_signals(
+    handler: Callable[[int, FrameType | None], None] | None = None,
+) -> Iterator[None]:
+    """Call a handler for each of :data:`SIGNALS` inside the context.
+
+    Signals that this process ignores stay ignored: a shell starts background jobs with SIGINT
+    ignored, and `nohup` ignores SIGHUP. Outside the main thread nothing changes.
+
+    Args:
+        handler: Called as by ``signal.signal``; None: raise :class:`Interrupted`.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        global _last
+        _last = number
+        if handler is None:
+            raise Interrupted(signal.Signals(number).name)
+        handler(number, frame)
+
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    handled = [number for number in SIGNALS if before[number] not in (signal.SIG_IGN, None)]
+    for number in handled:
+        signal.signal(number, receive)
+    try:
+        yield
+    finally:
+        for number in handled:
+            signal.signal(number, before[number])

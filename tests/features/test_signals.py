@@ -1,0 +1,41 @@
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from features.signals import SIGNALS, Interrupted, exit_code, handle_signals
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_each_signal_raises_and_gives_its_exit_code(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with pytest.raises(Interrupted, match=number.name), handle_signals():
+        signal.raise_signal(number)
+    assert exit_code() == 128 + number
+    assert signal.getsignal(number) is before
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_an_ignored_signal_stays_ignored(number: signal.Signals) -> None:
+    script = (
+        "import signal, sys\nfrom features.signals import handle_signals\n"
+        "number = int(sys.argv[1])\nsignal.signal(number, signal.SIG_IGN)\n"
+        "with handle_signals():\n    signal.raise_signal(number)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(int(number))], check=False)
+    assert done.returncode == 0
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_command_ends_with_the_code_of_its_signal(number: signal.Signals) -> None:
+    script = (
+        "import signal, sys\nfrom cli import app, datasets\nimport pipeline.datasets.listing\n"
+        "def listing(warehouse):\n    signal.raise_signal(int(NUMBER))\n    return []\n"
+        "pipeline.datasets.listing.list_datasets = listing\n"
+        "sys.argv = ['mmrec', 'datasets']\napp.main()\n"
+    ).replace("NUMBER", str(int(number)))
+    script = f"import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n{script}"
+    done = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True)
+    assert done.returncode == 128 + number
+    assert done.stderr == b"interrupted\n"

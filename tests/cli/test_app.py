@@ -300,9 +300,9 @@ def test_a_run_is_not_evaluated_on_other_interactions(tmp_path: Path) -> None:
     run("eval", "--run", "old", "--warehouse", root)
     prepare(6)
     for arguments in (("eval",), ("train", "--resume")):
-        assert (
-            "interactions=" in run(*arguments, "--run", "old", "--warehouse", root, code=2).stderr
-        )
+        message = run(*arguments, "--run", "old", "--warehouse", root, code=2).stderr
+        assert "'old'" in message
+        assert "another preparation of 's'" in message
 
 
 def test_a_mistyped_option_or_command_is_one_line(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from cli.app import app
+from features.documents import read_json, write_json
 from features.warehouse import Warehouse
 from tests.trainer import worlds
 
@@ -71,10 +72,12 @@ def test_from_two_datasets_to_a_third(warehouse: Warehouse) -> None:
     for name, n_items in (("a", 12), ("b", 9), ("c", 14)):
         prepare(warehouse, n_items)
         path = warehouse.dataset_dir("world") / "dataset.json"
-        text = path.read_text().replace('"world"', f'"{name}"')
-        path.write_text(text.replace('"fingerprint": "f"', f'"fingerprint": "{name}"'))
+        text = json.dumps(read_json(path, "")).replace('"world"', f'"{name}"')
+        text = text.replace('"fingerprint": "f"', f'"fingerprint": "{name}"')
+        write_json(path, json.loads(text))
         for manifest in warehouse.dataset_dir("world").glob("features/*/*/*/manifest.json"):
-            manifest.write_text(manifest.read_text().replace('"items": "f"', f'"items": "{name}"'))
+            text = json.dumps(read_json(manifest, ""))
+            write_json(manifest, json.loads(text.replace('"items": "f"', f'"items": "{name}"')))
         warehouse.dataset_dir("world").rename(warehouse.dataset_dir(name))
     options = ["--warehouse", str(warehouse.root)]
     both = ["--dataset", "a", "--dataset", "b"]

@@ -76,6 +76,11 @@ def extract(
         console.emit_json(asdict(report))
     else:
         show_extracted(report)
+    _check_inputs(report)
+
+
+def _check_inputs(report: "ExtractReport") -> None:
+    """End the command with exit code 2 if no input of a modality could be used."""
     useless = [
         row.modality
         for row in report.tables

@@ -56,12 +56,9 @@ def recommend(
 
     Items without interactions are recommended too.
     """
+    _check_out(out, is_for_all=all)
     if sum((user is not None, bool(history), all, similar is not None)) != 1:
         raise UserError(f"give one of {_REQUESTS}")
-    if all != (out is not None):
-        raise UserError("--all and --out FILE.parquet go together")
-    if out is not None and out.suffix.lower() not in _ENDINGS:
-        raise UserError(f"--out {out} is no known format; end it in {', '.join(_ENDINGS)}")
     if k < 1:
         raise UserError(f"--k {k} is not a number of items; give at least 1")
     warehouse = Warehouse(root)
@@ -87,6 +84,14 @@ def recommend(
         console.emit_json({**document, "items": [asdict(entry) for entry in suggestions]})
     else:
         _show(suggestions, k, score="cosine" if similar is not None else "score")
+
+
+def _check_out(out: Path | None, *, is_for_all: bool) -> None:
+    """Raise a UserError if ``--out`` lacks ``--all``, or the reverse, or is of another format."""
+    if is_for_all != (out is not None):
+        raise UserError("--all and --out FILE.parquet go together")
+    if out is not None and out.suffix.lower() not in _ENDINGS:
+        raise UserError(f"--out {out} is not a known format; end it in {', '.join(_ENDINGS)}")
 
 
 def _history(predictor: "Predictor", user: str | None, history: list[str]) -> list[int]:

@@ -179,16 +179,10 @@ def train_run(
 
     Raises:
         UserError: Another process trains the run, its checkpoint cannot be used, or it diverges.
-        OutOfMemoryError: A step or a validation does not fit into memory.
             The folder of the run, of its dataset or of a feature table was removed meanwhile.
+        OutOfMemoryError: A step or a validation does not fit into memory.
     """
-    if resume and not (run.folder / "resume.safetensors").exists():
-        if run.weights.exists():
-            raise UserError(
-                f"{run.folder}/resume.safetensors is gone, so the run cannot be resumed; its best"
-                f" weights are intact: mmrec eval --run {run.name}, or train from them by --init"
-            )
-        resume = False
+    resume = resume and _has_resume_state(run)
     metrics = run.folder / "metrics.parquet"
     began = time.monotonic()
     with (
@@ -224,6 +218,22 @@ def train_run(
         seconds=time.monotonic() - began,
         finished=state.finished,
     )
+
+
+def _has_resume_state(run: Run) -> bool:
+    """Return whether the run has a state to continue from; False before its first save.
+
+    Raises:
+        UserError: The state is gone, and the best weights are not.
+    """
+    if (run.folder / "resume.safetensors").exists():
+        return True
+    if run.weights.exists():
+        raise UserError(
+            f"{run.folder}/resume.safetensors is gone, so the run cannot be resumed; its best"
+            f" weights are intact: mmrec eval --run {run.name}, or train from them by --init"
+        )
+    return False
 
 
 def _check_sources(run: Run) -> None:

@@ -8,6 +8,7 @@ Legend: N items, D width, E users, K items of a list.
 
 from collections.abc import Callable
 
+import numpy as np
 from torch import Tensor
 
 from features.dataset import EvalSplit, Ints
@@ -16,6 +17,8 @@ from retrieval.indexes import Index, TopItems, make_index
 from retrieval.ranking import Ranks
 from retrieval.score_blocks import rank_scores, top_scores
 from retrieval.seen_items import SeenItems
+from retrieval.sparse_ranking import rank_sparse
+from retrieval.sparse_scores import SparseScores
 from trainer.data.batches import Sequences, TrainingData
 from trainer.evaluation.encode import (
     encode_catalogue,
@@ -59,6 +62,10 @@ class CatalogueSearch:
             UserError: A query is not finite.
         """
         histories = histories_of(self.data.dataset, users)
+        if self.model.is_sparse:
+            return rank_sparse(
+                self._sparse_scorer(histories), targets_E, len(self.items_ND), histories
+            )
         if self.model.has_vectors:
             return rank_with(
                 self._index_name,
@@ -124,6 +131,16 @@ class CatalogueSearch:
 
     def _batches(self, users: EvalSplit) -> SequenceBatches:
         return lambda rows: self.data.history_batch(users, rows, length=self.model.history)
+
+    def _sparse_scorer(self, histories: SeenItems) -> Callable[[slice], SparseScores]:
+        """Return a callback of :func:`retrieval.sparse_ranking.rank_sparse`."""
+        rows_E = np.arange(len(histories))
+
+        def score(rows: slice) -> SparseScores:
+            scores = self.model.correction(histories.take(rows_E[rows]))
+            return SparseScores.empty(len(rows_E[rows])) if scores is None else scores
+
+        return score
 
     def _scorer(self, batches: SequenceBatches) -> Callable[[slice, int, int], Tensor]:
         """Return a callback of :mod:`retrieval.score_blocks` that caches the sequences."""

@@ -72,6 +72,8 @@ class Recommender(nn.Module, ABC):
     """Ablation, published form or other useful form, to the options that select it."""
     has_vectors: ClassVar[bool] = True
     """True if a score is the inner product of the vectors of the two encoders."""
+    is_sparse: ClassVar[bool] = False
+    """True if all vectors are zero, so that the sparse correction is the score."""
     transfer_groups: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     """Name of a transfer (``--transfer``) to prefixes of the parameters that it copies; ``full``
     copies everything."""

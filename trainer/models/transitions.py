@@ -48,6 +48,7 @@ class Transitions(Recommender):
     """
 
     settings_class = TransitionsConfig
+    is_sparse = True
     settings: TransitionsConfig
     zero_N1: Tensor
 

@@ -1,0 +1,86 @@
+"""Compute exact ranks by scores that are sparse: most scores are 0 and have no entry.
+
+Shape suffixes: U users, B users of one block, N items, P entries, Q pairs of a user and a seen
+item.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeAlias
+
+import numpy as np
+
+from retrieval.compressed_rows import Ints
+from retrieval.exact_scores import as_indices, check_targets
+from retrieval.ranking import Ranks
+from retrieval.seen_items import SeenItems
+from retrieval.sparse_scores import SparseScores, Values
+
+if TYPE_CHECKING:
+    from retrieval.exact_scores import Indices
+
+    ScoreRows: TypeAlias = Callable[[slice], SparseScores]
+
+_BLOCK = 2048  # users whose entries are in memory
+
+
+def rank_sparse(
+    score: ScoreRows,
+    targets: Indices,
+    items: int,
+    exclude: SeenItems | None = None,
+    *,
+    block: int = _BLOCK,
+) -> Ranks:
+    """Rank each user's target among all items by sparse scores, in time linear in the entries.
+
+    rank = 1 + the number of other items that score at least as much as the target. An item without
+    an entry scores 0. The scores are compared in float64.
+
+    Args:
+        score: Callback that returns the scores of a slice of users.
+        targets: (U,) the item that each user interacted with.
+        items: Number of items N.
+        exclude: Items that the filtered rank leaves out; none when None.
+        block: Number of users that the callback is asked for.
+
+    Raises:
+        ValueError: Targets, excluded items or scores do not fit users x items.
+
+    Examples:
+        >>> scores = SparseScores.from_dense(np.array([[0.5, 0.0, 0.25]]))
+        >>> rank_sparse(lambda rows: scores, np.array([2]), 3).kept
+        array([2])
+    """
+    target_U = as_indices("targets", targets)
+    users = len(target_U)
+    check_targets(target_U, users, items)
+    if exclude is not None:
+        exclude.check(users, items)
+    kept, seen_above = np.empty(users, np.int64), np.zeros(users, np.int64)
+    for start in range(0, users, block):
+        rows = slice(start, min(start + block, users))
+        scores, target_B = score(rows), target_U[rows]
+        scores.check(len(target_B), items)
+        row_P, item_P, value_P = scores.entries(0, len(target_B))
+        target_value_B = scores.values_at(0, target_B)
+        above_P = value_P >= target_value_B[row_P]
+        without_entry_B = items - np.bincount(row_P, minlength=len(target_B))
+        # The target is among the counted items, with an entry or without one.
+        kept[rows] = np.bincount(row_P[above_P], minlength=len(target_B))
+        kept[rows] += np.where(target_value_B <= 0, without_entry_B, 0)
+        if exclude is not None:
+            row_Q, item_Q = exclude.pairs(rows.start, rows.stop, items)
+            value_Q = _values_of(row_P * items + item_P, value_P, row_Q * items + item_Q)
+            above_Q = (value_Q >= target_value_B[row_Q]) & (item_Q != target_B[row_Q])
+            seen_above[rows] = np.bincount(row_Q[above_Q], minlength=len(target_B))
+    return Ranks.of(kept, seen_above, target_U, exclude)
+
+
+def _values_of(key_P: Ints, value_P: Values, key_Q: Ints) -> Values:
+    """Return the value of each of the keys Q, 0 without an entry; the keys P ascend."""
+    if not len(key_P):
+        return np.zeros(len(key_Q))
+    place_Q = np.minimum(np.searchsorted(key_P, key_Q), len(key_P) - 1)
+    return np.where(key_P[place_Q] == key_Q, value_P[place_Q], 0.0)

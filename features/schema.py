@@ -53,7 +53,7 @@ METRICS_SCHEMA = pa.schema(
         # all | cold: targets of the ranking; text-to-vision | vision-to-text: direction of
         # cross-modal retrieval
         _required("targets", pa.string()),
-        _required("ranker", pa.string()),  # the model's name, or "popularity"
+        _required("ranker", pa.string()),  # the model's name, or that of a reference
         _required("seen", pa.string()),  # filtered | kept; "none" for a loss
         _required("metric", pa.string()),
         _required("value", pa.float64()),

@@ -21,10 +21,10 @@ from features.warehouse import DatasetInfo, Warehouse
 from trainer.analysis.compare import SEEN, SIGNS, TARGETS, Comparison, compare
 from trainer.analysis.curves import Curve
 from trainer.analysis.figures import draw_curves, write_figure
-from trainer.evaluation.protocol import protocol_lines, ties_lines
+from trainer.evaluation.protocol import REFERENCES, protocol_lines, ties_lines
 from trainer.runs.read import Record, read_metrics
 
-_REFERENCES = ("popularity", "untrained", "features")
+_REFERENCES = (*REFERENCES, "untrained", "features")
 """Reference rankers; tables show them after the runs."""
 
 
@@ -232,7 +232,7 @@ def _estimates(cells: Sequence[dict[str, Any] | None]) -> list[Estimate | None]:
         if cell is None:
             estimates.append(None)
             continue
-        has_interval = cell["ranker"] != _REFERENCES[0]
+        has_interval = cell["ranker"] not in REFERENCES
         estimates.append(
             Estimate(
                 value=cell["value"],

@@ -3,6 +3,9 @@
 from features.splits import COLD_BELOW
 from features.warehouse import DatasetInfo
 
+REFERENCES = ("popularity", "transitions")
+"""Models that every table shows next to the evaluated model. They need no training."""
+
 
 def protocol_lines(info: DatasetInfo) -> list[str]:
     """Return the description of the protocol of a dataset, one statement per line."""
@@ -16,7 +19,8 @@ def protocol_lines(info: DatasetInfo) -> list[str]:
         "repeated: targets that the user already had, misses when filtered; new: all others",
         "HR@k equals Recall@k with one target; 95% intervals: bootstrap over users",
         f"cold: targets with fewer than {COLD_BELOW} training interactions",
-        "popularity: training interactions only; the checkpoint is the best one by validation",
+        f"{' and '.join(REFERENCES)}: counts of training interactions only",
+        "the checkpoint is the best one by validation",
     ]
 
 

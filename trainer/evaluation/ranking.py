@@ -13,9 +13,6 @@ from trainer.evaluation.search import CatalogueSearch
 from trainer.models.base import Catalogue, Recommender
 from trainer.models.registry import MODELS
 
-REFERENCES = ("popularity",)
-"""Models that every table shows next to the evaluated model. They need no training."""
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SplitRanks:

@@ -1,7 +1,7 @@
 """The evaluation of a run: every held-out target ranked in the full catalogue, with intervals.
 
 One scoring pass gives both rankings of the protocol, seen items filtered and kept. The reference
-models of :data:`trainer.evaluation.ranking.REFERENCES` are ranked in the same way.
+models of :data:`trainer.evaluation.protocol.REFERENCES` are ranked in the same way.
 """
 
 from collections.abc import Callable
@@ -21,8 +21,8 @@ from retrieval.metrics import UNRANKED, per_user
 from retrieval.ranking import Ranks
 from retrieval.significance import bootstrap
 from trainer.checkpoint import load_weights
-from trainer.evaluation.protocol import protocol_lines
-from trainer.evaluation.ranking import REFERENCES, SplitRanks, build_reference, rank_split
+from trainer.evaluation.protocol import REFERENCES, protocol_lines
+from trainer.evaluation.ranking import SplitRanks, build_reference, rank_split
 from trainer.runs.folder import replace_metrics, run_lock, stored_metrics
 from trainer.runs.run import Run
 

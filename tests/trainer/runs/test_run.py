@@ -13,16 +13,19 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from features.documents import read_toml, write_toml
 from features.errors import UserError
 from features.sql_views import query
 from features.warehouse import Warehouse
 from tests.trainer import worlds
+from trainer.evaluation.protocol import REFERENCES
 from trainer.loop import EpochRow, TrainProgress
 from trainer.runs import evaluate as evaluation
 from trainer.runs.evaluate import evaluate
 from trainer.runs.folder import create_run_dir, record, replace_metrics, run_lock
 from trainer.runs.read import read_metrics, read_record
 from trainer.runs.run import Run, open_run, train_run
+from trainer.runs.spec import RunSpec
 
 STAMP = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 SMALL = ["dim=8", "hidden=8", "length=5", "epochs=2", "batch_size=4", "device=cpu"]
@@ -195,7 +198,7 @@ def test_cold_targets_and_popularity_by_hand(house: Warehouse) -> None:
         ("validation", "all"): 12, ("validation", "cold"): 6, ("test", "all"): 12,
         ("test", "cold"): 12, ("validation", "new"): 6, ("validation", "repeated"): 6,
     }  # fmt: skip
-    assert {row["ranker"] for row in report.rows} == {"sasrec", "popularity"}
+    assert {row["ranker"] for row in report.rows} == {"sasrec", *REFERENCES}
 
 
 def test_an_evaluation_goes_when_training_goes_on(house: Warehouse) -> None:
@@ -364,3 +367,17 @@ def test_a_damaged_table_of_metrics_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "metrics.parquet").write_bytes(b"PAR1")
     with pytest.raises(UserError, match=r"metrics\.parquet cannot be read"):
         replace_metrics(tmp_path / "metrics.parquet", [], lambda row: True)
+
+
+def test_a_run_without_a_younger_setting_keeps_its_identity(house: Warehouse) -> None:
+    """A later version adds settings; the run's files do not name them, and it stays usable."""
+    run = begin(house)
+    train_run(run)
+    config = run.folder / "config.toml"
+    document = read_toml(config, "")
+    assert document["model"].pop("final_norm") is True
+    write_toml(config, document)
+    identity = RunSpec.read(house, run.folder).identity()
+    assert "final_norm" not in identity["model"]
+    assert run.spec.identity()["model"] == identity["model"] | {"final_norm": True}
+    assert open_run(house, run.folder).spec.settings == run.spec.settings

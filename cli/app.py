@@ -68,6 +68,13 @@ class Group(TyperGroup):
             reason = " ".join(error.format_message().split())
             _fail(f"{reason}; give options after the command. See: {ctx.command_path} --help")
 
+    def make_context(self, *words: Any, **options: Any) -> Any:
+        """Parse the command line; a signal meanwhile ends the command as in :meth:`invoke`."""
+        try:
+            return super().make_context(*words, **options)
+        except KeyboardInterrupt:
+            _interrupted()
+
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
         try:
@@ -151,7 +158,11 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):  # a terminal without Unicode shows escapes
             stream.reconfigure(errors="backslashreplace")
     with handle_signals():
-        app()
+        try:
+            app()
+        except KeyboardInterrupt:  # before the command line is parsed, or after the command
+            notify("interrupted")
+            raise SystemExit(exit_code()) from None
 
 
 if __name__ == "__main__":  # torchrun --nproc-per-node 2 -m cli.app train ...

@@ -11,6 +11,7 @@ from rich.text import Text
 from cli import console
 from cli.options import JsonOption, WarehouseOption
 from features.signals import exit_code
+from features.table_files import check_ending
 from features.warehouse import Warehouse
 from trainer.runs.grid_file import Cell, Grid, Pivot, pivot, read_grid
 
@@ -31,12 +32,14 @@ def grid(
     ] = False,
     out: Annotated[
         Path | None,
-        typer.Option("--out", help="Parquet file of all metrics; default: FILE with .parquet."),
+        typer.Option("--out", help="File of all metrics; default: FILE with .parquet."),
     ] = None,
     json: JsonOption = False,
     root: WarehouseOption = None,
 ) -> None:
     """Train and evaluate every combination of a table; finished runs are reused."""
+    if out is not None:
+        check_ending(out)
     spec = read_grid(file)
     warehouse = Warehouse(root)
     warehouse.require()

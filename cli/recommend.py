@@ -17,12 +17,12 @@ from cli.options import (
     choose_run,
 )
 from features.errors import UserError
+from features.table_files import check_ending
 from features.warehouse import Warehouse
 
 if TYPE_CHECKING:
     from trainer.runs.recommend import Predictor, Suggestion
 
-_ENDINGS = (".parquet", ".csv", ".jsonl")
 _REQUESTS = "--user USER_ID, --history ITEM_ID,ITEM_ID,..., --all, or --similar ITEM_ID"
 
 
@@ -90,8 +90,8 @@ def _check_out(out: Path | None, *, is_for_all: bool) -> None:
     """Raise a UserError if ``--out`` lacks ``--all``, or the reverse, or is of another format."""
     if is_for_all != (out is not None):
         raise UserError("--all and --out FILE.parquet go together")
-    if out is not None and out.suffix.lower() not in _ENDINGS:
-        raise UserError(f"--out {out} is not a known format; end it in {', '.join(_ENDINGS)}")
+    if out is not None:
+        check_ending(out)
 
 
 def _history(predictor: "Predictor", user: str | None, history: list[str]) -> list[int]:

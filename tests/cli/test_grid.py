@@ -8,6 +8,8 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+import pyarrow.csv as pa_csv
+import pyarrow.json as pa_json
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -116,6 +118,13 @@ def test_a_stopped_grid_goes_on_and_prints_the_table(
     ]
     assert set(result["split"].to_pylist()) == {"validation", "test"}
     assert len(set(result["run"].to_pylist())) == 4
+    for ending in (".csv", ".jsonl", ".PARQUET"):
+        out = Path(document["result"]).with_suffix(ending)
+        run(*command_line, "--out", str(out))
+        read = {".csv": pa_csv.read_csv, ".jsonl": pa_json.read_json, ".PARQUET": pq.read_table}
+        table = read[ending](out)
+        assert table.column_names == result.column_names
+        assert table["value"].to_pylist() == result["value"].to_pylist()
 
 
 @pytest.mark.slow

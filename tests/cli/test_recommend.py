@@ -67,6 +67,7 @@ def test_lists_files_and_mistakes(warehouse: Warehouse, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["x.txt", "x", "x.parquet.gz"])
 def test_another_ending_of_out_is_refused_before_any_work(tmp_path: Path, name: str) -> None:
-    result = run("recommend", "--all", "--out", str(tmp_path / name), code=2)
-    assert ".csv" in result.stderr
-    assert not list(tmp_path.iterdir())
+    for command in (("recommend", "--all"), ("grid", "none.toml")):
+        result = run(*command, "--out", str(tmp_path / name), code=2)
+        assert ".csv" in result.stderr
+        assert not list(tmp_path.iterdir())

@@ -9,11 +9,11 @@ from typing import Any
 
 import pyarrow as pa
 
-from features.atomic_files import write_table
 from features.documents import write_json
 from features.errors import UserError
 from features.memory import free_memory, memory_errors
 from features.schema import METRICS_SCHEMA
+from features.table_files import table_file_writer
 from features.warehouse import Warehouse
 from trainer.config import SettingSources
 from trainer.loop import TrainProgress
@@ -118,7 +118,10 @@ def run_grid(
 
 
 def write_result(path: Path, grid: Grid, outcomes: Sequence[Outcome]) -> None:
-    """Write all metrics of all runs as one Parquet table, with a column for each axis."""
+    """Write all metrics of all runs as one table, with a column for each axis.
+
+    The format is Parquet, CSV or JSON Lines, by the ending of ``path``.
+    """
     axes = list(grid.combinations[0].keys)
     rows = [
         {
@@ -135,7 +138,8 @@ def write_result(path: Path, grid: Grid, outcomes: Sequence[Outcome]) -> None:
     about = [(name, pa.string()) for name in dict.fromkeys(("model", "dataset", "features", *axes))]
     measured = [METRICS_SCHEMA.field(key) for key in _MEASURED]
     schema = pa.schema([*about, ("run", pa.string()), *measured])
-    write_table(path, pa.Table.from_pylist(rows, schema=schema), compression="zstd")
+    with table_file_writer(path, schema) as write:
+        write(pa.Table.from_pylist(rows, schema=schema))
 
 
 _MEASURED = ("split", "targets", "seen", "metric", "value", "low", "high", "users")

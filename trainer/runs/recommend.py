@@ -7,22 +7,18 @@ interactions: a model of features has a vector for each of them.
 Legend: N items, U users, B users of one block, L items of a history, K recommendations of a user.
 """
 
-import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv as pa_csv
-import pyarrow.parquet as pq
 import torch
 
-from features.atomic_files import atomic_write
 from features.dataset import EvalSplit, Ints, load_items, load_user_ids
 from features.errors import UserError
+from features.table_files import table_file_writer
 from features.warehouse import Warehouse
 from retrieval.indexes import TopItems, make_index
 from retrieval.seen_items import SeenItems
@@ -232,31 +228,12 @@ def write_all(
         The number of rows.
     """
     total, rows = predictor.dataset.info.users, 0
-    with (
-        atomic_write(path) as temporary,
-        _open_writer(temporary, path.suffix.lower()) as write,
-    ):
+    with table_file_writer(path, RECOMMENDATIONS) as write:
         for done, block in _blocks(predictor, k, keep_seen):
             write(block)
             rows += len(block)
             on_users(done, total)
     return rows
-
-
-@contextmanager
-def _open_writer(path: Path, ending: str) -> Iterator[Callable[[pa.Table], object]]:
-    """Open a file in the format of an ending, and yield the function that adds rows to it."""
-    if ending == ".csv":
-        with pa_csv.CSVWriter(path, RECOMMENDATIONS) as csv_writer:
-            yield csv_writer.write_table
-    elif ending == ".jsonl":
-        with path.open("w", encoding="utf-8") as stream:
-            yield lambda block: stream.writelines(
-                json.dumps(row, ensure_ascii=False) + "\n" for row in block.to_pylist()
-            )
-    else:
-        with pq.ParquetWriter(path, RECOMMENDATIONS) as writer:
-            yield writer.write_table
 
 
 def _blocks(predictor: Predictor, k: int, keep_seen: bool) -> Iterator[tuple[int, pa.Table]]:

@@ -11,7 +11,6 @@ from rich.text import Text
 from cli import console
 from cli.options import JsonOption, WarehouseOption
 from features.signals import exit_code
-from features.table_files import check_ending
 from features.warehouse import Warehouse
 from trainer.runs.grid_file import Cell, Grid, Pivot, pivot, read_grid
 
@@ -39,6 +38,8 @@ def grid(
 ) -> None:
     """Train and evaluate every combination of a table; finished runs are reused."""
     if out is not None:
+        from features.table_files import check_ending  # imports pyarrow
+
         check_ending(out)
     spec = read_grid(file)
     warehouse = Warehouse(root)

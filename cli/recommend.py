@@ -17,7 +17,6 @@ from cli.options import (
     choose_run,
 )
 from features.errors import UserError
-from features.table_files import check_ending
 from features.warehouse import Warehouse
 
 if TYPE_CHECKING:
@@ -91,6 +90,8 @@ def _check_out(out: Path | None, *, is_for_all: bool) -> None:
     if is_for_all != (out is not None):
         raise UserError("--all and --out FILE.parquet go together")
     if out is not None:
+        from features.table_files import check_ending  # imports pyarrow
+
         check_ending(out)
 
 

@@ -164,6 +164,8 @@ def fit(
                     save()
                     last_save = now
 
+            if not checkpoint[0].exists():  # best weights without a state could not be resumed
+                save()
             pace = _Pace(total, units, steps_done, now - epoch_start)
             with average.applied():
                 row, validation = _validate(task, config, state, pace)

@@ -18,6 +18,7 @@ from features.errors import UserError
 from features.sql_views import query
 from features.warehouse import Warehouse
 from tests.trainer import worlds
+from trainer import loop
 from trainer.evaluation.protocol import REFERENCES
 from trainer.loop import EpochRow, TrainProgress
 from trainer.runs import evaluate as evaluation
@@ -323,6 +324,37 @@ def test_a_run_killed_before_it_was_saved_begins_once_more(
     assert train_run(again, resume=True).finished
     assert all(map(torch.equal, weights(again), weights(whole)))
     assert [row["epoch"] for row in metrics(killed.folder, metric="loss")] == [1, 2]
+
+
+@pytest.mark.parametrize("writes", range(4))
+def test_a_run_killed_between_two_files_goes_on(
+    house: Warehouse, monkeypatch: pytest.MonkeyPatch, writes: int
+) -> None:
+    """The files are the first state, the best weights, and the state of the first epoch."""
+    whole = begin(house, "whole")
+    train_run(whole)
+    killed = begin(house, "killed")
+    left = writes
+
+    def limited(write: Any) -> Any:
+        def write_or_end(*arguments: Any) -> None:
+            nonlocal left
+            if not left:
+                raise RuntimeError("killed here")
+            left -= 1
+            write(*arguments)
+
+        return write_or_end
+
+    with monkeypatch.context() as patch:
+        for name in ("save_weights", "save_state"):
+            patch.setattr(loop, name, limited(getattr(loop, name)))
+        with pytest.raises(RuntimeError, match="killed here"):
+            train_run(killed)
+    assert train_run(open_run(house, killed.folder), resume=True).finished
+    files = [run.folder / "model.safetensors" for run in (whole, killed)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert metrics(killed.folder, metric="loss") == metrics(whole.folder, metric="loss")
 
 
 def test_a_killed_run_does_not_begin_from_other_weights(house: Warehouse) -> None:

@@ -213,6 +213,8 @@ def _train(
 
 def _describe(run: "Run") -> None:
     """Print what is trained on what, how many items have no features, and the initial weights."""
+    from trainer.evaluation.encode import repeated_share
+
     spec = run.spec
     reads = f" with {', '.join(spec.features)}" if spec.features else ""
     console.notify(
@@ -225,6 +227,12 @@ def _describe(run: "Run") -> None:
         console.notify(f"of {run.data.features.n_items:,} items: {have}, none of these {bare:,}")
     if spec.is_pretraining:
         console.notify(f"validated on {run.task.split(run.config)}")
+    elif run.config.monitor_seen == "kept":
+        share = repeated_share(run.data.dataset, "validation")
+        console.notify(
+            "early stopping follows the ranking that keeps seen items (monitor_seen=kept);"
+            f" {share:.1%} of the validation targets are repeated"
+        )
     if run.copied_weights:
         for line in run.copied_weights.lines():
             console.notify(line)

@@ -193,7 +193,8 @@ class TrainConfig(Settings):
     monitor: str = "Recall@10"
     """Validation metric of early stopping and of the best checkpoint."""
     monitor_seen: Annotated[str, Choice("ranking", ("filtered", "kept"))] = "filtered"
-    """Ranking of that metric: seen items ``filtered`` or ``kept``."""
+    """Ranking of that metric: seen items ``filtered`` or ``kept``. If it is not given, ``kept``
+    where more than 1% of the validation targets are repeated."""
     patience: PositiveInt = 10
     """Validations without a better value before training stops."""
     validate_every: PositiveInt = 1
@@ -256,6 +257,11 @@ class SettingSources:
                 raise UserError(f"--set gives {key!r} twice; give it once")
             values[key] = value
         return values
+
+    def names(self) -> set[str]:
+        """Return the names of the given settings."""
+        in_file = set() if self.file is None else set(read_flat(self.file))
+        return in_file | set(self.parsed_pairs())
 
 
 def build_settings(

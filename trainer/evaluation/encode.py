@@ -78,6 +78,14 @@ def targets_of(dataset: Dataset, users: EvalSplit) -> Ints:
     return dataset.items[users.targets].astype(np.int64)
 
 
+def repeated_share(dataset: Dataset, split: str) -> float:
+    """Return the share of the targets of a split that the user already had, 0 without targets."""
+    users = dataset.eval_split(split)
+    if not len(users.users):
+        return 0.0
+    return float(histories_of(dataset, users).contain(targets_of(dataset, users)).mean())
+
+
 def histories_of(dataset: Dataset, users: EvalSplit) -> SeenItems:
     """Return the items of each evaluated user before the target, oldest first."""
     counts = users.targets - users.starts

@@ -11,17 +11,22 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
+from features.dataset import load_dataset
 from features.documents import read_toml
 from features.errors import UserError
 from features.store import FeatureTable
 from features.warehouse import Warehouse
 from trainer.config import Settings, SettingSources, TrainConfig, build_settings, settings_tables
 from trainer.data.multi_dataset import DataIdentity, choose_common_tables, identify_data
+from trainer.evaluation.encode import repeated_share
 from trainer.models.base import Recommender
 from trainer.models.registry import MODELS, names_of
 from trainer.runs.folder import FORMAT, check_format, read_about
 from trainer.runs.transfer import FULL, check_source, check_transfer, hash_tensors, read_source
 from trainer.tasks.registry import NEXT_ITEM, TASKS
+
+_MOST_REPEATED = 0.01
+"""Largest share of repeated validation targets with which early stopping filters seen items."""
 
 PRETRAIN = "pretrain"
 """Value of ``stage`` in the configuration of a pre-training."""
@@ -119,6 +124,8 @@ class RunSpec:
         train, settings, *task_settings = _build(
             recommender, is_pretraining, sources or SettingSources()
         )
+        if not is_pretraining and "monitor_seen" not in (sources or SettingSources()).names():
+            train = replace(train, monitor_seen=_monitored_ranking(warehouse, datasets[0]))
         tables = _choose_tables(warehouse, (model, recommender), datasets, features, train)
         spec = cls(
             model=model,
@@ -264,6 +271,15 @@ def pretraining_defaults(recommender: type[Recommender]) -> dict[str, Any]:
     settings_class = pretraining_settings(recommender)
     own = {} if settings_class is None else asdict(settings_class())
     return {**recommender.pretraining.settings, **own}
+
+
+def _monitored_ranking(warehouse: Warehouse, dataset: str) -> str:
+    """Return ``kept`` if more than 1% of the validation targets are repeated, else ``filtered``.
+
+    The filtered ranking counts repeated targets as misses, so it says little about such data.
+    """
+    share = repeated_share(load_dataset(warehouse, dataset), "validation")
+    return "kept" if share > _MOST_REPEATED else "filtered"
 
 
 def _task_name(recommender: type[Recommender], is_pretraining: bool) -> str:

@@ -413,3 +413,27 @@ def test_a_run_without_a_younger_setting_keeps_its_identity(house: Warehouse) ->
     assert "final_norm" not in identity["model"]
     assert run.spec.identity()["model"] == identity["model"] | {"final_norm": True}
     assert open_run(house, run.folder).spec.settings == run.spec.settings
+
+
+@pytest.mark.parametrize(
+    ("targets", "settings", "expected"),
+    [
+        ((2, 2), (), "filtered"),
+        ((2, 0), (), "kept"),
+        ((2, 0), ("monitor_seen=filtered",), "filtered"),
+        ((2, 2), ("monitor_seen=kept",), "kept"),
+    ],
+)
+def test_early_stopping_keeps_seen_items_where_targets_are_repeated(
+    warehouse: Warehouse, targets: tuple[int, int], settings: tuple[str, ...], expected: str
+) -> None:
+    worlds.prepare(warehouse, [[0, 1, 0, 1, target, 3] for target in targets * 6], 6)
+    run = begin(warehouse, "r", *settings)
+    assert run.config.monitor_seen == expected
+    assert open_run(warehouse, run.folder).config.monitor_seen == expected
+
+
+def test_one_percent_of_repeated_targets_is_filtered(warehouse: Warehouse) -> None:
+    histories = [[0, 1, 0, 1, 2, 3]] * 99 + [[0, 1, 0, 1, 0, 3]]
+    worlds.prepare(warehouse, histories, 6)
+    assert begin(warehouse).config.monitor_seen == "filtered"

@@ -32,6 +32,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+import torch._dynamo  # the first step of AdamW imports it: forked processes have it at once
 
 from cli import app
 from features.atomic_files import read_table

@@ -121,13 +121,15 @@ def _read_curve(record: Record, label: str, metric: str, seen: str) -> Curve:
         if row["split"] == "train":
             training.setdefault(row["metric"], {})[row["epoch"]] = row["value"]
     losses = training.get("loss", {})
-    if not losses:
+    validation = [row for row in rows if row["split"] == "validation"]
+    epochs = max((*losses, *(row["epoch"] for row in validation)), default=0)
+    if not losses:  # a model that learns nothing by gradients: its loss is 0
+        losses = dict.fromkeys(range(1, epochs + 1), 0.0)
+    if not epochs:
         raise UserError(
             f"run {record.name!r} has no finished epoch to draw; resume it:"
             f" mmrec {record.about.get('stage') or 'train'} --resume --run {record.name}"
         )
-    epochs = max(losses)
-    validation = [row for row in rows if row["split"] == "validation"]
     values = _values_by_epoch(validation, metric, seen)
     if not values:
         known = ", ".join(dict.fromkeys(row["metric"] for row in validation))

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 import tomli_w
 
-from features.atomic_files import write_table, write_text
+from features.atomic_files import read_table, write_table, write_text
 from features.errors import UserError
 from features.schema import METRICS_SCHEMA
 from features.warehouse import Warehouse
@@ -141,3 +141,17 @@ def test_what_cannot_be_drawn(warehouse: Warehouse, tmp_path: Path) -> None:
         draw_curves(read_curves(read(warehouse, "a") * (MAX_RUNS + 1)))
     with pytest.raises(UserError, match=r"\.png, \.svg, \.pdf"):
         save_figure(draw_curves(read_curves(read(warehouse, "a"))), tmp_path / "x.jpg")
+
+
+def test_a_model_without_losses_is_drawn(warehouse: Warehouse) -> None:
+    """A model that learns nothing by gradients is validated once and has no loss."""
+    write_run(warehouse, "a")
+    write_run(warehouse, "counts", [(0.0, 0.25, None)])
+    path = warehouse.runs_dir / "counts" / "metrics.parquet"
+    rows = [row for row in read_table(path).to_pylist() if row["metric"] != "loss"]
+    write_table(path, pa.Table.from_pylist(rows, schema=METRICS_SCHEMA))
+    curve = read_curves(read(warehouse, "counts"))[0]
+    assert curve.values.tolist() == [0.25]
+    assert curve.loss.tolist() == [0.0]
+    draw_curves([curve])
+    draw_curves(read_curves(read(warehouse, "a", "counts")))

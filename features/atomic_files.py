@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from features.checksums import EMPTY_CHECKSUM, seal, verify
-from features.errors import OutOfMemoryError, UserError
+from features.errors import OutOfMemoryError, UserError, no_permission
 from features.memory import check_address_space, is_out_of_memory, memory_reason
 
 _MOST_REASON = 200  # characters of a library's message
@@ -163,8 +163,7 @@ def read_errors(path: Path, remedy: str) -> Iterator[None]:
     except UserError:
         raise
     except PermissionError as error:
-        place = error.filename or path
-        raise UserError(f"{place}: no permission to read it; change its permissions") from None
+        raise no_permission(error.filename or path) from None
     except (
         pa.ArrowException, duckdb.Error, MemoryError, RuntimeError, OSError, EOFError, KeyError,
         ValueError, TypeError,

@@ -10,7 +10,7 @@ from typing import Any
 import tomli_w
 
 from features.checksums import EMPTY_CHECKSUM, ChangedBytesError, seal, verify
-from features.errors import UserError
+from features.errors import UserError, no_permission
 
 _KEY = "checksum"
 
@@ -73,7 +73,7 @@ def _document_errors(path: Path, remedy: str, place: str) -> Iterator[None]:
     try:
         yield
     except PermissionError:
-        raise UserError(f"{path}: no permission to read it; change its permissions") from None
+        raise no_permission(path) from None
     except ChangedBytesError as error:
         raise UserError(
             f"{path} is damaged ({error}); {remedy}; if you edited it, remove {place}"

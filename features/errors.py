@@ -33,3 +33,8 @@ def unknown(kind: str, value: str, known: list[str]) -> UserError:
     shown = ", ".join(known[-_MOST_NAMES:]) or "none yet"
     rest = f", and {len(known) - _MOST_NAMES} more" if len(known) > _MOST_NAMES else ""
     return UserError(f"unknown {kind} {value!r}; known: {shown}{rest}")
+
+
+def no_permission(place: object) -> UserError:
+    """Return the error for a file or folder that this user may not read."""
+    return UserError(f"{place}: no permission to read it; change its permissions")

@@ -20,7 +20,7 @@ from torch.optim import AdamW
 
 from features.atomic_files import atomic_write, require_path
 from features.checksums import EMPTY_CHECKSUM, seal, verify
-from features.errors import UserError
+from features.errors import UserError, no_permission
 
 _MOST_DIFFERENCES = 3  # that an error message names
 _ABSENT = object()
@@ -203,6 +203,8 @@ def read_tensors(path: Path, remedy: str) -> tuple[dict[str, Tensor], dict[str, 
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except KeyError:
         raise _damaged(path, "it has no identity of a run") from None
+    except PermissionError:
+        raise no_permission(path) from None
     except (SafetensorError, OSError, ValueError, RecursionError) as error:  # no or deep JSON
         raise _damaged(path, error) from None
     if not isinstance(document, dict):

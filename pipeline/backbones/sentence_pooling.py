@@ -82,7 +82,8 @@ def read_pooling(name: str, folder: Path, pooling: str | None = None) -> Pooling
             mode that the folder gives, else the model's pooler.
 
     Raises:
-        UserError: The configuration asks for a step that is not supported, such as a dense layer.
+        UserError: The configuration asks for a step that is not supported, such as a dense layer,
+            or names a folder outside the checkpoint's.
     """
     modules = _json(folder / "modules.json")
     if not modules:
@@ -93,6 +94,12 @@ def read_pooling(name: str, folder: Path, pooling: str | None = None) -> Pooling
             raise UserError(
                 f"backbone {name!r}: its modules.json asks for a {kind} layer, which is not"
                 f" supported; take an encoder of {', '.join(_MODULES)} only"
+            )
+    for path in kinds.values():
+        if not (folder / path).resolve().is_relative_to(folder.resolve()):
+            raise UserError(
+                f"backbone {name!r}: its modules.json names {path!r}, which is outside"
+                f" {folder}; take a checkpoint whose files are all in its folder"
             )
     base = folder / kinds.get("Transformer", "")
     sizes = _json(base / "sentence_bert_config.json") or {}

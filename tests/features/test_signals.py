@@ -1,10 +1,23 @@
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 
 from features.signals import SIGNALS, Interrupted, exit_code, handle_signals
+
+
+@pytest.fixture(autouse=True)
+def default_handlers() -> Iterator[None]:
+    """A background job ignores SIGINT and a job of `nohup` SIGHUP; child processes inherit it."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    for number in SIGNALS:
+        is_interrupt = number == signal.SIGINT
+        signal.signal(number, signal.default_int_handler if is_interrupt else signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -35,7 +48,6 @@ def test_a_command_ends_with_the_code_of_its_signal(number: signal.Signals) -> N
         "pipeline.datasets.listing.list_datasets = listing\n"
         "sys.argv = ['mmrec', 'datasets']\napp.main()\n"
     ).replace("NUMBER", str(int(number)))
-    script = f"import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n{script}"
     done = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True)
     assert done.returncode == 128 + number
     assert done.stderr == b"interrupted\n"

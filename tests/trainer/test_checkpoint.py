@@ -225,3 +225,18 @@ def test_a_flipped_byte_of_weights_is_refused(files: Path) -> None:
     path.write_bytes(data)
     with pytest.raises(UserError, match=r"resume\.safetensors is damaged .*changed"):
         read_tensors(path, "train again")
+
+
+def test_an_unreadable_file_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "model.safetensors"
+    save_weights(path, trained(0)[0], IDENTITY)
+
+    def refuse(path: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("trainer.checkpoint.verify", refuse)
+    with pytest.raises(UserError, match="permission") as error:
+        read_tensors(path, "train again")
+    assert "damaged" not in str(error.value)

@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from features.checksums import verify
 from features.documents import read_toml
-from features.errors import UserError
+from features.errors import UserError, no_permission
 from features.warehouse import Warehouse
 from trainer.runs.folder import read_about, stored_metrics
 
@@ -96,6 +96,8 @@ def _identity(path: Path) -> dict[str, Any]:
         verify(path)
         with safe_open(path, framework="numpy") as file:
             document = json.loads((file.metadata() or {})["mmrec"])
+    except PermissionError:
+        raise no_permission(path) from None
     except (SafetensorError, OSError, ValueError, KeyError, RecursionError) as error:
         raise UserError(
             f"{path} is damaged ({' '.join(str(error).split())}); train again"

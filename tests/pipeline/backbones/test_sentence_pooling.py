@@ -118,3 +118,16 @@ def test_poolings_equal_those_of_sentence_transformers(
     expected_BD = theirs(features)["sentence_embedding"]
     ours_BD = read_pooling("sentence", tmp_path).pool(hidden_BTD, mask_BT)
     torch.testing.assert_close(ours_BD, expected_BD)
+
+
+@pytest.mark.parametrize("path", ["../other", "ABSOLUTE", "link", "1_Pooling/../../other"])
+@pytest.mark.parametrize("kind", ["Transformer", "Pooling"])
+def test_a_module_outside_the_folder_is_refused(tmp_path: Path, path: str, kind: str) -> None:
+    folder, other = tmp_path / "sentence", tmp_path / "other"
+    (folder / "1_Pooling").mkdir(parents=True)
+    other.mkdir()
+    (folder / "link").symlink_to(other)
+    module = {"path": str(other) if path == "ABSOLUTE" else path, "type": f"models.{kind}"}
+    (folder / "modules.json").write_text(json.dumps([module]))
+    with pytest.raises(UserError, match="outside"):
+        read_pooling("sentence", folder)

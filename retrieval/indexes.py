@@ -11,7 +11,6 @@ K items returned, P pairs of a user and an item, W corrected items per user.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -39,25 +38,7 @@ if TYPE_CHECKING:
 TopItems = tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]
 """(U, k) scores, descending, and (U, k) items."""
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TopLists:
-    """The best items of each user, in the order of `Index.search`; -1 where no item is left."""
-
-    kept: npt.NDArray[np.int64]
-    """(U, k) best of all items."""
-    filtered: npt.NDArray[np.int64]
-    """(U, k) best of the items that the user has not seen."""
-
-    @classmethod
-    def empty(cls, users: int, k: int) -> TopLists:
-        """Return lists without items."""
-        kept, filtered = (np.full((users, k), -1, np.int64) for _ in range(2))
-        return cls(kept=kept, filtered=filtered)
-
-
-SPARE = 16
-"""Candidates beyond k, so that items with nearly the k-th score are among them."""
+_SPARE = 16  # candidates beyond k, so that items with nearly the k-th score are among them
 LONGEST_LIST = 2048
 """Most candidates per query that FAISS fetches; for more, a matrix product and a top-k are faster.
 """
@@ -135,7 +116,7 @@ class TorchIndex:
             correction.check(users, count)
         scores = np.full((users, k), -np.inf, np.float32)
         items = np.full((users, k), -1, np.int64)
-        step = max(1, min(512, 2**22 // (k + SPARE)))
+        step = max(1, min(512, 2**22 // (k + _SPARE)))
 
         def search_block(part: slice) -> None:
             query_BD = query_UD[part]
@@ -159,38 +140,16 @@ class TorchIndex:
         out: TopItems,
     ) -> None:
         """Write the (B, K) scores and items of one block of users into `out`."""
-        k = out[1].shape[1]
-        left_out = may_lead = seen
-        if corrected is not None:
-            left_out = corrected.with_seen(seen)
-            may_lead = corrected.with_seen(seen, corrected.value < 0)
-        candidates = self.candidates(query_BD, k + SPARE, left_out, may_lead)
-        self.write_best(query_BD, length_B, candidates, left_out, corrected, out)
-
-    def write_best(
-        self,
-        query_BD: torch.Tensor,
-        length_B: torch.Tensor,
-        candidates: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-        left_out: Pairs,
-        corrected: CorrectedPairs | None,
-        out: TopItems,
-    ) -> None:
-        """Write the best items of one block of users into `out`.
-
-        Args:
-            query_BD: Queries.
-            length_B: Euclidean lengths of the queries.
-            candidates: Result of `candidates` without the pairs of `left_out`.
-            left_out: The seen pairs, and the corrected pairs.
-            corrected: Corrected pairs; those that are not seen compete with the candidates.
-            out: (B, K) scores and (B, K) items.
-        """
         import torch
 
         k = out[1].shape[1]
-        best = None if corrected is None else self._best_corrected(query_BD, corrected, k)
-        score_BF, item_BF, bound_B = candidates
+        left_out = may_lead = seen
+        best = None
+        if corrected is not None:
+            left_out = corrected.with_seen(seen)
+            may_lead = corrected.with_seen(seen, corrected.value < 0)
+            best = self._best_corrected(query_BD, corrected, k)
+        score_BF, item_BF, bound_B = self.candidates(query_BD, k + _SPARE, left_out, may_lead)
         # The errors of the k-th candidate's score and of another score can add up: twice the bound.
         longest = self._length_N.max()
         margin_B = 2 * error_bound(query_BD.shape[1], length_B, longest, FP32_ROUNDOFF)
@@ -341,19 +300,14 @@ class FaissIndex(TorchIndex):
         self, query_BD: torch.Tensor, fetch: int, left_out: Pairs, may_lead: Pairs
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return the items with the highest inner products; see `TorchIndex.candidates`."""
-        enough = min(fetch + most_pairs(may_lead[0]), len(self.item_ND))
-        if enough > LONGEST_LIST:
-            return super().candidates(query_BD, fetch, left_out, may_lead)
-        return self.select(*self.fetch(query_BD, enough), left_out)
-
-    def select(
-        self, score_BF: torch.Tensor, item_BF: torch.Tensor, left_out: Pairs
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return fetched items without the pairs of `left_out`, as `candidates` returns them."""
         import torch
 
         count = len(self.item_ND)
-        bound_B = score_BF[:, -1] - (torch.inf if score_BF.shape[1] == count else 0.0)
+        enough = min(fetch + most_pairs(may_lead[0]), count)
+        if enough > LONGEST_LIST:
+            return super().candidates(query_BD, fetch, left_out, may_lead)
+        score_BF, item_BF = self.fetch(query_BD, enough)
+        bound_B = score_BF[:, -1] - (torch.inf if enough == count else 0.0)
         score_BF = score_BF.masked_fill(contains(left_out, item_BF, count), -torch.inf)
         score_BF, order = score_BF.sort(1, descending=True)
         return score_BF, item_BF.gather(1, order), bound_B

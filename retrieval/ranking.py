@@ -46,7 +46,7 @@ class Ranks:
     def of(
         cls,
         kept: npt.NDArray[np.int64],
-        seen_above: npt.NDArray[np.int64],
+        filtered: npt.NDArray[np.int64],
         targets: npt.NDArray[np.int64],
         exclude: SeenItems | None,
     ) -> Ranks:
@@ -54,13 +54,12 @@ class Ranks:
 
         Args:
             kept: (U,) ranks among all items.
-            seen_above: (U,) number of seen items that score at least as much as the target.
+            filtered: (U,) ranks without the seen items; those of seen targets do not count.
             targets: (U,) targets.
             exclude: Items that the filtered rank leaves out; none when None.
         """
-        filtered = kept - seen_above
         if exclude is not None:
-            filtered[exclude.contain(targets)] = UNRANKED
+            filtered = np.where(exclude.contain(targets), UNRANKED, filtered)
         return cls(kept=kept, filtered=filtered)
 
 
@@ -122,7 +121,8 @@ def rank(
     with strict_fp32(target_scores.device):
         for_each_block(count_block, users, block[0], target_scores.device)
     kept = 1 + above_U.cpu().numpy()
-    return Ranks.of(kept, seen_above_U.cpu().numpy(), as_indices("targets", targets), exclude)
+    filtered = kept - seen_above_U.cpu().numpy()
+    return Ranks.of(kept, filtered, as_indices("targets", targets), exclude)
 
 
 def _default_block(users: int, device: torch.device) -> tuple[int, int]:

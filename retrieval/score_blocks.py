@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from retrieval.exact_scores import as_indices, check_targets
-from retrieval.indexes import TopItems, TopLists
+from retrieval.indexes import TopItems
 from retrieval.pairs import seen_pairs
 from retrieval.ranking import Ranks
 from retrieval.seen_items import SeenItems
@@ -65,41 +65,14 @@ def rank_scores(
         >>> rank_scores(lambda rows, begin, end: scores[rows, begin:end], np.array([1]), 3).kept
         array([2])
     """
-    return rank_and_list_scores(score, targets, items, 0, exclude, block=block)[0]
-
-
-def rank_and_list_scores(
-    score: ScoreBlock,
-    targets: Indices,
-    items: int,
-    k: int,
-    exclude: SeenItems | None = None,
-    *,
-    block: tuple[int, int] | None = None,
-) -> tuple[Ranks, TopLists]:
-    """Return the ranks of `rank_scores` and the lists of `top_scores`, from the same scores.
-
-    Args:
-        score: The callback; see the documentation of this module.
-        targets: (U,) the item that each user interacted with. Lists do not depend on it.
-        items: Number of items.
-        k: Length of a list; 0 for no lists.
-        exclude: Items that the filtered rank and list leave out; none when None.
-        block: Number of users that are ranked together, and of items per call of `score`.
-
-    Raises:
-        ValueError: As `rank_scores`.
-    """
     import torch
 
     target_U = as_indices("targets", targets)
     users = len(target_U)
-    lists = TopLists.empty(users, k)
-    width = min(k, items)
     check_targets(target_U, users, items)
     if exclude is not None:
         exclude.check(users, items)
-    kept, seen_above = np.empty(users, np.int64), np.empty(users, np.int64)
+    kept, filtered = np.empty(users, np.int64), np.empty(users, np.int64)
     for rows, score_BN in _rows_of_scores(score, users, items, block):
         target_B = torch.from_numpy(target_U[rows].copy()).to(score_BN.device)
         target_score_B = score_BN.gather(1, target_B[:, None])
@@ -108,12 +81,8 @@ def rank_and_list_scores(
         seen_P = (score_BN[row_P, item_P] >= target_score_B[row_P, 0]) & (item_P != target_B[row_P])
         seen_above_B = torch.bincount(row_P[seen_P], minlength=len(above_B))
         kept[rows] = above_B.cpu().numpy()
-        seen_above[rows] = seen_above_B.cpu().numpy()
-        if k:
-            lists.kept[rows, :width] = _best_items(score_BN, width)[1].cpu().numpy()
-            score_BN[row_P, item_P] = -torch.inf
-            lists.filtered[rows, :width] = _best_items(score_BN, width)[1].cpu().numpy()
-    return Ranks.of(kept, seen_above, target_U, exclude), lists
+        filtered[rows] = (above_B - seen_above_B).cpu().numpy()
+    return Ranks.of(kept, filtered, target_U, exclude)
 
 
 def top_scores(
@@ -163,28 +132,19 @@ def top_scores(
         if not (score_BN.abs() < 2.0**126).all():
             raise ValueError("scores are larger than float32 holds: scale down")
         score_BN[seen_pairs(exclude, rows, items, score_BN.device)] = -torch.inf
-        score_BK, item_BK = _best_items(score_BN, width)
+        score_BF, item_BF = score_BN.topk(min(k + _SPARE, items), dim=1)
+        item_BF, by_item = item_BF.sort(1)
+        score_BF, by_score = score_BF.gather(1, by_item).sort(dim=1, descending=True, stable=True)
+        item_BF = item_BF.gather(1, by_score)
+        # If the last fetched item has the k-th score, further items with that score may be missing.
+        if score_BF.shape[1] < items:
+            for row in (score_BF[:, -1] == score_BF[:, width - 1]).nonzero()[:, 0].tolist():
+                order_N = score_BN[row].argsort(descending=True, stable=True)
+                item_BF[row] = order_N[: item_BF.shape[1]]
+        score_BK, item_BK = score_BF[:, :width], item_BF[:, :width]
         top_scores_UK[rows, :width] = score_BK.float().cpu().numpy()
-        top_items_UK[rows, :width] = item_BK.cpu().numpy()
+        top_items_UK[rows, :width] = item_BK.masked_fill(score_BK == -torch.inf, -1).cpu().numpy()
     return top_scores_UK, top_items_UK
-
-
-def _best_items(score_BN: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (B, k) scores, descending, and (B, k) items, -1 where the score is -inf."""
-    import torch
-
-    items = score_BN.shape[1]
-    score_BF, item_BF = score_BN.topk(min(k + _SPARE, items), dim=1)
-    item_BF, by_item = item_BF.sort(1)
-    score_BF, by_score = score_BF.gather(1, by_item).sort(dim=1, descending=True, stable=True)
-    item_BF = item_BF.gather(1, by_score)
-    # If the last fetched item has the k-th score, further items with that score may be missing.
-    if score_BF.shape[1] < items:
-        for row in (score_BF[:, -1] == score_BF[:, k - 1]).nonzero()[:, 0].tolist():
-            order_N = score_BN[row].argsort(descending=True, stable=True)
-            item_BF[row] = order_N[: item_BF.shape[1]]
-    score_BK, item_BK = score_BF[:, :k], item_BF[:, :k]
-    return score_BK, item_BK.masked_fill(score_BK == -torch.inf, -1)
 
 
 def _rows_of_scores(

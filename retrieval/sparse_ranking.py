@@ -75,7 +75,7 @@ def rank_sparse(
             value_Q = _values_of(row_P * items + item_P, value_P, row_Q * items + item_Q)
             above_Q = (value_Q >= target_value_B[row_Q]) & (item_Q != target_B[row_Q])
             seen_above[rows] = np.bincount(row_Q[above_Q], minlength=len(target_B))
-    return Ranks.of(kept, seen_above, target_U, exclude)
+    return Ranks.of(kept, kept - seen_above, target_U, exclude)
 
 
 def _values_of(key_P: Ints, value_P: Values, key_Q: Ints) -> Values:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Self
 
 from features.dataset import load_dataset
-from features.documents import read_toml
 from features.errors import UserError
 from features.store import FeatureTable
 from features.warehouse import Warehouse
@@ -82,9 +81,9 @@ class RunSpec:
     """Hashes of the datasets and feature tables."""
     init: InitialWeights | None = None
     """The run whose weights are the initial weights; ``None``: random weights."""
-    younger: frozenset[tuple[str, str]] = frozenset()
-    """Tables and names of settings that the run's ``config.toml`` does not name: a later version
-    added them. They have their defaults, and the run's checkpoints do not name them either."""
+    younger: frozenset[str] = frozenset()
+    """Settings that the run's ``config.toml`` does not name: a later version added them. They have
+    their defaults, and the run's checkpoints do not name them either."""
 
     @classmethod
     def resolve(
@@ -162,7 +161,6 @@ class RunSpec:
             raise UserError(f"{path}: {error}") from None
         sources = SettingSources(file=path)
         train, settings, *task_settings = _build(recommender, is_pretraining, sources)
-        named = read_toml(path, "train again")
         tables = settings_tables(train, settings, *task_settings)
         data = identify_data(warehouse, datasets, about["features"])
         _check_preparation(folder, about, data)
@@ -176,12 +174,7 @@ class RunSpec:
             task_settings=task_settings[0] if task_settings else None,
             data=data,
             init=InitialWeights(**about["init"]) if "init" in about else None,
-            younger=frozenset(
-                (table, name)
-                for table, values in tables.items()
-                for name in values
-                if name not in named.get(table, {})
-            ),
+            younger=frozenset().union(*tables.values()) - sources.names(),
         )
 
     @property
@@ -204,8 +197,9 @@ class RunSpec:
             "features": [dict(table) for table in self.data.features],
         }
         tables = settings_tables(self.train, self.settings, self.task_settings)
-        for table, name in self.younger:
-            del tables[table][name]
+        for values in tables.values():
+            for name in self.younger & values.keys():
+                del values[name]
         assert not document.keys() & tables.keys(), "a settings table and an entry share a key"
         document |= tables
         return document if self.init is None else document | {"init": self.init.document()}

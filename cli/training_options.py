@@ -229,9 +229,9 @@ def _describe(run: "Run") -> None:
         console.notify(f"validated on {run.task.split(run.config)}")
     elif run.config.monitor_seen == "kept":
         share = repeated_share(run.data.dataset, "validation")
+        because = f"; {share:.1%} of the validation targets are repeated" if share else ""
         console.notify(
-            "early stopping follows the ranking that keeps seen items (monitor_seen=kept);"
-            f" {share:.1%} of the validation targets are repeated"
+            f"early stopping follows the ranking that keeps seen items (monitor_seen=kept){because}"
         )
     if run.copied_weights:
         for line in run.copied_weights.lines():

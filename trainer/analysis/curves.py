@@ -123,8 +123,6 @@ def _read_curve(record: Record, label: str, metric: str, seen: str) -> Curve:
     losses = training.get("loss", {})
     validation = [row for row in rows if row["split"] == "validation"]
     epochs = max((*losses, *(row["epoch"] for row in validation)), default=0)
-    if not losses:  # a model that learns nothing by gradients: its loss is 0
-        losses = dict.fromkeys(range(1, epochs + 1), 0.0)
     if not epochs:
         raise UserError(
             f"run {record.name!r} has no finished epoch to draw; resume it:"

@@ -154,6 +154,9 @@ def _label_x_axis(axes: "Axes", curves: Sequence[Curve], by_time: bool) -> None:
 
 def _limit_loss_axis(axes: "Axes", curves: Sequence[Curve]) -> None:
     """Leave the first epoch out of the axis where its loss would flatten all later ones."""
+    curves = [curve for curve in curves if not np.isnan(curve.loss).all()]
+    if not curves:  # models that learn nothing by gradients have no loss
+        return
     all_losses = np.concatenate([curve.loss for curve in curves])
     later_losses = np.concatenate([curve.loss[1:] for curve in curves])
     low, high = np.nanmin(all_losses), np.nanmax(all_losses)

@@ -9,6 +9,7 @@ import torch
 import transformers
 
 from features.checkpoint_fingerprint import fingerprint, quiet_transformers, stored_config
+from features.checkpoint_paths import check_shards
 from features.errors import UserError
 from pipeline.backbones import torch_utils
 from pipeline.media.errors import one_line
@@ -49,7 +50,9 @@ def load_model(
 
     Raises:
         ValueError: Weights on which a vector depends are missing.
+        UserError: An index of the weights names a file out of the folder.
     """
+    check_shards(folder)
     model, report = transformers.AutoModel.from_pretrained(
         folder, config=config, dtype=torch.float32, output_loading_info=True, **OWN_CODE
     )

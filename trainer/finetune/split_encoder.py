@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from features.checkpoint_fingerprint import fingerprint, stored_config
+from features.checkpoint_paths import check_shards
 from features.encoder_blocks import (
     EncoderBlocks,
     known_model_types,
@@ -105,6 +106,7 @@ def load(library: str, source: Mapping[str, Any]) -> tuple[Any, dict[str, Any], 
     import transformers
 
     folder = Path(source["folder"])
+    check_shards(folder)
     local: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
     model, report = transformers.AutoModel.from_pretrained(
         folder,

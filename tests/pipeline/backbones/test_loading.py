@@ -27,6 +27,7 @@ from tests.pipeline.backbones.checkpoints import (
     CLIP_CONFIG,
     RESNET,
     bert_folder,
+    clip_folder,
     flava_folder,
     open_clip_folder,
     vision_folder,
@@ -142,6 +143,17 @@ def test_damaged_folders_of_transformers(
     with pytest.raises(UserError, match=f"transformers cannot load {folder} .*{message}") as no:
         load_backbone(str(folder), device="cpu")
     assert "\n" not in str(no.value)
+
+
+@pytest.mark.parametrize("kind", ["bert", "vision", "clip"])
+def test_shards_out_of_the_folder_are_refused(tmp_path: Path, kind: str) -> None:
+    make = {"bert": bert_folder, "vision": vision_folder, "clip": clip_folder}[kind]
+    folder = make(tmp_path / "checkpoint")
+    (folder / "model.safetensors").rename(tmp_path / "model.safetensors")
+    index = {"metadata": {}, "weight_map": {"a": "../model.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"index.json.*\.\./model.safetensors.*out of the folder"):
+        load_backbone(str(folder), device="cpu")
 
 
 def test_code_beside_the_weights_is_neither_run_nor_asked_for(

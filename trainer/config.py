@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Protocol, get_args, get_type_hints
 
-from features.errors import UserError, unknown
+from features.errors import UserError, no_permission, unknown
 from features.registry import Registry
 from retrieval.metrics import METRIC_NAMES
 
@@ -350,6 +350,8 @@ def read_flat(file: Path) -> dict[str, Any]:
     """
     try:
         document = tomllib.loads(file.read_text(encoding="utf-8"))
+    except PermissionError:
+        raise no_permission(file) from None
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror}; give a TOML file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from features.errors import UserError, unknown
+from features.errors import UserError, no_permission, unknown
 from retrieval.metrics import METRIC_NAMES
 
 SEED = "seed"
@@ -73,6 +73,8 @@ def read_grid(path: Path) -> Grid:
     """
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except PermissionError:
+        raise no_permission(path) from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; give a TOML file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from duckdb.sqltypes import DuckDBPyType
 
-from features.errors import UserError
+from features.errors import UserError, no_permission
 from features.sql_text import quoted
 
 _INTEGERS = r"U?(TINYINT|SMALLINT|INTEGER|BIGINT|HUGEINT)"
@@ -73,7 +73,7 @@ def parquet_sql(db: duckdb.DuckDBPyConnection, path: Path) -> str:
 def read_error(path: Path, error: Exception) -> UserError:
     """Return the error about a file that cannot be opened or is no Parquet file."""
     if isinstance(error, PermissionError):
-        return UserError(f"{path}: no permission to read it; change its permissions")
+        return no_permission(path)
     reason = " ".join(str(error).split())[:160]
     return UserError(f"{path} is not a readable Parquet file ({reason}); copy it again")
 

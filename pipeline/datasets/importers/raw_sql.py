@@ -1,6 +1,7 @@
 """SQL over raw text and Parquet files, with errors that name the file and the line."""
 
 import csv
+import os
 import re
 from collections.abc import Sequence
 from decimal import Decimal, InvalidOperation
@@ -16,6 +17,7 @@ from pipeline.datasets.importers.column_types import column_types, parquet_sql, 
 
 MAX_LINE = 64 * 1024 * 1024  # bytes; one user of a sequences file is one line
 MAX_FIELD = 2_000_000  # bytes of a line of CSV that DuckDB reads
+_LAST_LINE = 16_000_000  # bytes at the end of a file that must contain the end of a line
 _DELIMITERS = {".csv": ",", ".tsv": "\t", ".tab": "\t"}
 TABLES = (*_DELIMITERS, ".parquet")
 _ECHO = re.compile(r".*CSV Error on Line|Original Line:")  # these repeat a line of any length
@@ -82,9 +84,27 @@ def table_sql(db: duckdb.DuckDBPyConnection, path: Path) -> tuple[str, list[str]
         raise UserError(f"{path} is none of {', '.join(TABLES)}; convert it to one of them")
     delimiter = _DELIMITERS[suffix]
     names = read_header(path, delimiter)
+    _check_last_line(path)
     # In TSV files a stray quote in a title is more common than a quoted tab.
     quote = '"' if delimiter == "," else ""
     return delimited_sql(path, names, delimiter=delimiter, header=True, quote=quote), names
+
+
+def _check_last_line(path: Path) -> None:
+    """Refuse a file whose last line is too long.
+
+    DuckDB refuses all other lines of more than ``MAX_FIELD`` bytes. Its parallel reader leaves out
+    a last line that is longer than a buffer of 32 MB, without an error.
+    """
+    with path.open("rb") as stream:
+        size = stream.seek(0, os.SEEK_END)
+        stream.seek(max(0, size - _LAST_LINE))
+        end = stream.read()
+    if size > len(end) and not re.search(rb"[\r\n]", end.rstrip(b"\r\n")):
+        raise UserError(
+            f"{path}, last line: a line of more than {MAX_FIELD:,} bytes; shorten it, or use"
+            " Parquet"
+        )
 
 
 def read_header(path: Path, delimiter: str) -> list[str]:

@@ -238,3 +238,18 @@ def test_a_time_that_is_missing_in_parquet(tmp_path: Path) -> None:
     rows = {"user_id": ["u", "u"], "item_id": ["a", "b"], "timestamp": times}
     pq.write_table(pa.table(rows), raw / "interactions.parquet")
     assert _refused(tmp_path, {}).startswith("interactions.parquet, row 2: the timestamp")
+
+
+@pytest.mark.parametrize("n_bytes", [2_100_000, 33_000_000, 70_000_000])
+@pytest.mark.parametrize("position", ["first", "last"])
+@pytest.mark.parametrize("end", ["\n", ""])
+def test_a_long_line_is_refused_wherever_it_is(
+    tmp_path: Path, n_bytes: int, position: str, end: str
+) -> None:
+    long_line, short_lines = f"u,{'x' * n_bytes},7", ["u,a,1", "u,b,2", "v,a,1", "v,b,5"]
+    lines = [long_line, *short_lines] if position == "first" else [*short_lines, long_line]
+    files: dict[str, str | bytes] = {
+        "interactions.csv": "\n".join(["user_id,item_id,timestamp", *lines]) + end,
+        "items.csv": "item_id,title\na,x\nb,y\n",
+    }
+    assert re.search("interactions.csv.*2,000,000 bytes.*shorten", _refused(tmp_path, files))

@@ -5,7 +5,6 @@ Every fault of a file becomes a :class:`pipeline.media.errors.MediaError`.
 
 import io
 import logging
-import re
 import threading
 import warnings
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from PIL.Image import Transpose
 
 from pipeline.media.deep_images import deep_key_mask, restore_key, to_eight_bits
 from pipeline.media.errors import MediaError, one_line
+from pipeline.media.whole_images import check_whole
 
 IMAGE_PREPROCESSING = "first frame, turned upright, alpha on white, 8 bits, RGB"
 """Description of :func:`decode_image` in a table's provenance."""
@@ -48,7 +48,6 @@ _UPRIGHT = {
 }
 _OPTIONAL_ALPHA = ("BMP", "DIB", "TGA", "ICO", "DDS")
 """Formats whose writers may leave the alpha channel unset: all of its values are zero."""
-_JPEG_MARKER = re.compile(rb"\xff+([^\x00\xff])")
 
 
 @contextmanager
@@ -81,7 +80,7 @@ def decode_image(data: bytes | Image.Image, draft: int | None = None) -> Image.I
         with _open(data) if isinstance(data, bytes) else data as image:
             check_size(*image.size)
             if isinstance(data, bytes):
-                _check_end(image, data)
+                check_whole(image.format, data)
             if draft is not None:
                 size = image.size
                 image.draft(None, (draft, draft))
@@ -159,23 +158,6 @@ def _orientation(image: Image.Image) -> int:
 def _upright(image: Image.Image, orientation: int) -> Image.Image:
     method = _UPRIGHT.get(orientation)
     return image if method is None else image.transpose(method)
-
-
-def _check_end(image: Image.Image, data: bytes) -> None:
-    """Refuse a JPEG without an end-of-image marker. Decoders accept one whose rest is zeros."""
-    if image.format not in ("JPEG", "MPO"):
-        return
-    position = 2
-    # Segments before the pixels may hold a thumbnail, which has an end-of-image marker of its own.
-    while segment := _JPEG_MARKER.search(data, position):
-        position = segment.end()
-        marker = segment[1][0]
-        if marker == 0xDA:  # start of scan
-            if data.find(b"\xff\xd9", position) < 0:
-                raise MediaError("decode", "truncated file")
-            return
-        if marker != 0x01 and not 0xD0 <= marker <= 0xD8:  # markers without a length
-            position += int.from_bytes(data[position : position + 2], "big")
 
 
 def _to_rgb(image: Image.Image, data: bytes | Image.Image) -> Image.Image:

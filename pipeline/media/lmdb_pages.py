@@ -87,11 +87,17 @@ class LmdbPages:
         """Yield every key with a plain value, in the order of the file.
 
         Raises:
-            ContainerError: A page of the tree is damaged.
+            ContainerError: A page of the tree is damaged, or the file has named tables only.
         """
+        has_values, table = False, b""
         for _, node in self._leaf_nodes():
             if node.flags in (_PLAIN_VALUE, _BIG_VALUE):
+                has_values = True
                 yield node.key
+            else:
+                table = node.key
+        if table and not has_values:
+            raise self._names_table(table)
 
     def find(self, key: bytes) -> tuple[int, int] | None:
         """Return the offset in the file and the size of the value of a key; None if it is missing.
@@ -232,11 +238,7 @@ class LmdbPages:
         if node.flags == _PLAIN_VALUE:
             return number * self._meta.page_size + place, size
         if node.flags != _BIG_VALUE:
-            raise ContainerError(
-                f"{self.path}: {node.key[:40]!r} names a table, not an image; write the images"
-                " into the main table",
-                "no such key in the LMDB",
-            )
+            raise self._names_table(node.key)
         first = self._first_overflow_page(page, number, node)
         offset = first * self._meta.page_size
         stored, flags, _, _ = _HEADER.unpack(self.read(offset, _HEADER.size))
@@ -253,6 +255,13 @@ class LmdbPages:
 
     def _claimed_size(self) -> int:
         return (self._meta.last_page + 1) * self._meta.page_size
+
+    def _names_table(self, key: bytes) -> ContainerError:
+        return ContainerError(
+            f"{self.path}: {key[:40]!r} names a table, not an image; write the images into the"
+            " main table",
+            "no such key in the LMDB",
+        )
 
     def _truncated(self) -> ContainerError:
         return ContainerError(

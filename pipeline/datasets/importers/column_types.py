@@ -18,6 +18,7 @@ from features.sql_text import quoted
 
 _INTEGERS = r"U?(TINYINT|SMALLINT|INTEGER|BIGINT|HUGEINT)"
 _EXACT = {"FLOAT": 1 << 24, "DOUBLE": 1 << 53}  # larger whole numbers are not all different
+_EXACT_HALF = 1 << 11
 _NAMES = re.compile(rf"VARCHAR|ENUM\(.*\)|{_INTEGERS}|UUID|\"NULL\"", re.DOTALL)
 _NUMBERS = re.compile(r"FLOAT|DOUBLE|DECIMAL\(.*\)")
 _DATES = re.compile(r"DATE|TIME(STAMP)?(TZ)?(_S|_MS|_NS)?( WITH TIME ZONE)?")
@@ -43,6 +44,8 @@ def _children(kind: DuckDBPyType) -> list[tuple[str, DuckDBPyType]]:
 def parquet_sql(db: duckdb.DuckDBPyConnection, path: Path) -> str:
     """Return SQL that reads a Parquet file, with NULL in place of NaN and intervals as such.
 
+    If the file has floats, the connection no longer trusts the statistics of files.
+
     Raises:
         UserError: The file is no Parquet file, or two columns have the same name.
     """
@@ -67,7 +70,12 @@ def parquet_sql(db: duckdb.DuckDBPyConnection, path: Path) -> str:
             value = f"to_microseconds(({_MICROSECONDS[duration.unit]} {column})::BIGINT)"
         is_changed |= value != column
         columns.append(f"{value} AS {column}")
-    return f"(SELECT {', '.join(columns)} FROM {source})" if is_changed else source
+    if not is_changed:
+        return source
+    # The statistics of a file leave NaN out. DuckDB would take a column of one number and NaN for
+    # a constant, and skip the test for NaN.
+    db.execute("SET disabled_optimizers = 'statistics_propagation'")
+    return f"(SELECT {', '.join(columns)} FROM {source})"
 
 
 def read_error(path: Path, error: Exception) -> UserError:
@@ -79,9 +87,8 @@ def read_error(path: Path, error: Exception) -> UserError:
 
 
 def _without_nan(value: str, kind: DuckDBPyType, depth: int = 0) -> str:
-    """Return SQL of a value with NULL for NaN; within lists and structs also for infinity."""
+    """Return SQL of a value with NULL for NaN; within lists, structs and maps also for infinity."""
     if kind.id in ("float", "double"):
-        # DuckDB decides isnan and isfinite by the statistics of the file, which leave NaN out.
         missing = "'nan', 'inf', '-inf'" if depth else "'nan'"
         return f"CASE WHEN {value}::VARCHAR NOT IN ({missing}) THEN {value} END"
     if kind.id == "list":
@@ -89,6 +96,13 @@ def _without_nan(value: str, kind: DuckDBPyType, depth: int = 0) -> str:
         entry = f"entry_{depth}"
         inner = _without_nan(entry, child, depth + 1)
         return value if inner == entry else f"list_transform({value}, lambda {entry}: {inner})"
+    if kind.id == "map":
+        (_, (_, child)) = _children(kind)
+        entry = f"entry_{depth}"
+        inner = _without_nan(f"{entry}.value", child, depth + 1)
+        packed = f"struct_pack(key := {entry}.key, value := {inner})"
+        entries = f"list_transform(map_entries({value}), lambda {entry}: {packed})"
+        return value if inner == f"{entry}.value" else f"map_from_entries({entries})"
     if kind.id == "struct":
         fields = [
             (quote_identifier(name), f"{value}.{quote_identifier(name)}", child)
@@ -124,7 +138,7 @@ def check_ids(
     if not _NUMBERS.fullmatch(str(kind)):
         raise type_error(path, name, kind, "write the ids as text or integers")
     column = quote_identifier(name)
-    limit = _EXACT.get(str(kind))
+    limit = _exact_limit(path, name, kind)
     inexact = f" OR abs(value) > {limit}" if limit else ""
     bad = db.sql(
         f"SELECT row, value FROM (SELECT row_number() OVER () AS row, {column} AS value"
@@ -136,6 +150,14 @@ def check_ids(
             f"{path}, row {row}: {name} is {value!s}, not a whole number that {kind} holds exactly;"
             " write the ids as text or integers"
         )
+
+
+def _exact_limit(path: Path, name: str, kind: DuckDBPyType) -> int | None:
+    """Return the limit of the whole numbers that a column holds exactly; None if there is none."""
+    # DuckDB reads floats of 16 bits as floats of 32 bits.
+    if str(kind) == "FLOAT" and pa.types.is_float16(pq.read_schema(path).field(name).type):
+        return _EXACT_HALF
+    return _EXACT.get(str(kind))
 
 
 def text_sql(path: Path, name: str, kind: DuckDBPyType) -> str:
@@ -152,16 +174,22 @@ def text_sql(path: Path, name: str, kind: DuckDBPyType) -> str:
             values = f"flatten({values})"
             ((_, kind),) = _children(kind)
         _check_text(path, name, kind)
-        values = f"list_filter({values}::VARCHAR[], lambda value: value IS NOT NULL)"
+        texts = f"list_transform({values}, lambda value: {_plain_text('value', kind)})"
+        values = f"list_filter({texts}, lambda value: value IS NOT NULL)"
         distinct = f"lambda value, place: list_position({values}, value) = place"
         return f"array_to_string(list_filter({values}, {distinct}), ', ')"
     _check_text(path, name, kind)
+    return _plain_text(column, kind)
+
+
+def _plain_text(value: str, kind: DuckDBPyType) -> str:
+    """Return SQL of a value as text; a whole float is an integer: ``5``, not ``5.0``."""
     if str(kind) in _EXACT:
         return (
-            f"CASE WHEN {column} = trunc({column}) AND abs({column}) < {_EXACT['DOUBLE']}"
-            f" THEN {column}::BIGINT::VARCHAR ELSE {column}::VARCHAR END"
+            f"CASE WHEN {value} = trunc({value}) AND abs({value}) < {_EXACT['DOUBLE']}"
+            f" THEN {value}::BIGINT::VARCHAR ELSE {value}::VARCHAR END"
         )
-    return f"{column}::VARCHAR"
+    return f"{value}::VARCHAR"
 
 
 def _check_text(path: Path, name: str, kind: DuckDBPyType) -> None:

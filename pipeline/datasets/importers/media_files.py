@@ -63,6 +63,7 @@ def create_raw_items(db: duckdb.DuckDBPyConnection, root: Path, files: Files) ->
         notes += _create_references(db, root, files, column)
         _create_listing(db, root, role, files.get(role, ()))
         notes += _listing_notes(db, role)
+        notes += _other_notes(db, role)
     # The names of files on macOS have composed letters in another form than most ids.
     named = "item_id = nfc_normalize(i.item_id)"
     db.execute(
@@ -177,22 +178,46 @@ def _listing_notes(db: duckdb.DuckDBPyConnection, role: str) -> Iterator[str]:
         )
 
 
+def _other_notes(db: duckdb.DuckDBPyConnection, role: str) -> Iterator[str]:
+    """Yield a message about items whose only file has an ending that is not of the role."""
+    count, examples = fetch_row(
+        db,
+        f"SELECT count(DISTINCT item_id), list(path ORDER BY path)[:3] FROM {role}_others"
+        " SEMI JOIN (SELECT nfc_normalize(item_id) AS item_id FROM described) USING (item_id)"
+        f" ANTI JOIN {role} USING (item_id)",
+    )
+    if count:
+        yield (
+            f"{plural(count, 'item')} with a file in {role} whose ending is not that of"
+            f" {role} (such as {quote_all(examples)}); rename the files, for example to"
+            f" {'.jpg' if role == 'images' else '.mp4'}"
+        )
+
+
 def _create_listing(
     db: duckdb.DuckDBPyConnection, root: Path, role: str, paths: tuple[Path, ...]
 ) -> None:
     """Create the table ``role`` (item_id, path, n) with one row for each item id.
 
+    ``<role>_others`` (item_id, path) has the files of other endings that an item id may name: the
+    item id is their name with and without the ending.
+
     The item id is the name of a file without its suffix, also within a tar, or the key of an LMDB.
     If an item has several files (``n``), the first folder wins, then the first file by name.
     """
-    listed = [entry for path in paths for entry in _list(root, role, path)]
-    listing = pa.table(
-        {
-            "item_id": pa.array([item_id for item_id, _ in listed], pa.string()),
-            "path": pa.array([reference for _, reference in listed], pa.string()),
-        }
-    )
-    db.register("_listing", listing)
+    listed: list[tuple[str, str]] = []
+    others: list[tuple[str, str]] = []
+    for path in paths:
+        for name, reference, is_media in _list(root, role, path):
+            if is_media:
+                listed.append((name, reference))
+            else:
+                names = {_item_id(name), normalize("NFC", os.path.basename(name))}
+                others += [(item_id, reference) for item_id in sorted(names)]
+    db.register("_others", _reference_table(others))
+    db.execute(f"CREATE TABLE {role}_others AS FROM _others")
+    db.unregister("_others")
+    db.register("_listing", _reference_table(listed))
     db.execute(
         f"CREATE TABLE {role} AS SELECT item_id, arg_min(path, row) AS path, count(*) AS n"
         " FROM (SELECT *, row_number() OVER () AS row FROM _listing) GROUP BY item_id"
@@ -200,8 +225,19 @@ def _create_listing(
     db.unregister("_listing")
 
 
-def _list(root: Path, role: str, path: Path) -> Iterator[tuple[str, str]]:
-    """Yield (item id, reference) of each file in a folder or container.
+def _reference_table(pairs: list[tuple[str, str]]) -> pa.Table:
+    return pa.table(
+        {
+            "item_id": pa.array([item_id for item_id, _ in pairs], pa.string()),
+            "path": pa.array([reference for _, reference in pairs], pa.string()),
+        }
+    )
+
+
+def _list(root: Path, role: str, path: Path) -> Iterator[tuple[str, str, bool]]:
+    """Yield (item id, reference, True) of each file in a folder or container.
+
+    A file whose ending is neither that of an image nor of a video is (name, reference, False).
 
     Raises:
         UserError: ``path`` is neither a folder nor a container that the role can have.
@@ -211,15 +247,17 @@ def _list(root: Path, role: str, path: Path) -> Iterator[tuple[str, str]]:
     if role == "videos" and (kind or not path.is_dir()):
         raise UserError(f"{path} is no folder; videos are read from files only, unpack it")
     if kind == "tar":
-        for name in sorted(_image_names(path)):
-            yield _item_id(name), f"{base}#{name}"
+        for name, is_image in sorted(_image_names(path)):
+            yield _item_id(name) if is_image else name, f"{base}#{name}", is_image
     elif kind == "lmdb" or path.suffix.lower() == ".lmdb":
         with LmdbImages(path) as images:
-            yield from ((normalize("NFC", key), f"{base}#{key}") for key in list(images.keys()))
+            for key in list(images.keys()):
+                yield normalize("NFC", key), f"{base}#{key}", True
     elif path.is_dir():
         suffixes = _IMAGE_SUFFIXES if role == "images" else _VIDEO_SUFFIXES
-        for file in _files(path, suffixes):
-            yield _item_id(file), os.path.join(base, os.path.relpath(file, path))
+        for file, is_media in _files(path, suffixes):
+            reference = os.path.join(base, os.path.relpath(file, path))
+            yield _item_id(file) if is_media else file, reference, is_media
     else:
         raise UserError(f"{path} is no folder, tar or LMDB; give one by --file {role}=PATH")
 
@@ -234,18 +272,25 @@ def _item_id(path: str) -> str:
     return normalize("NFC", os.path.splitext(os.path.basename(path))[0])
 
 
-def _image_names(path: Path) -> Iterator[str]:
-    """Yield the images in a tar, without hidden ones and those in hidden folders."""
+def _image_names(path: Path) -> Iterator[tuple[str, bool]]:
+    """Yield (name, True) of the images in a tar, and (name, False) of files of unknown endings.
+
+    Hidden files and those in hidden folders are left out.
+    """
     for member in tar_members(path):
         parts = member.name.split("/")
         suffix = os.path.splitext(parts[-1])[1].lower()
         hidden = any(part.startswith(".") for part in parts)
-        if suffix in _IMAGE_SUFFIXES and not hidden and _is_utf8(member.name):
-            yield member.name
+        is_image = suffix in _IMAGE_SUFFIXES
+        if (is_image or suffix not in _VIDEO_SUFFIXES) and not hidden and _is_utf8(member.name):
+            yield member.name, is_image
 
 
-def _files(folder: Path, suffixes: frozenset[str]) -> Iterator[str]:
-    """Yield the files below a folder; links to folders are followed, each folder once."""
+def _files(folder: Path, suffixes: frozenset[str]) -> Iterator[tuple[str, bool]]:
+    """Yield (path, True) of the files below a folder, and (path, False) of unknown endings.
+
+    Links to folders are followed, each folder once. Hidden files are left out.
+    """
     visited: set[tuple[int, int]] = set()
     for parent, children, names in os.walk(folder, followlinks=True):
         status = os.stat(parent)
@@ -256,9 +301,10 @@ def _files(folder: Path, suffixes: frozenset[str]) -> Iterator[str]:
         children[:] = sorted(name for name in children if not name.startswith("."))
         for name in sorted(names):
             suffix = os.path.splitext(name)[1].lower()
+            is_other = suffix not in _IMAGE_SUFFIXES | _VIDEO_SUFFIXES
             # Item ids are UTF-8, so a name that is not cannot match one.
-            if suffix in suffixes and not name.startswith(".") and _is_utf8(name):
-                yield os.path.join(parent, name)
+            if (suffix in suffixes or is_other) and not name.startswith(".") and _is_utf8(name):
+                yield os.path.join(parent, name), suffix in suffixes
 
 
 def _is_utf8(name: str) -> bool:

@@ -469,8 +469,7 @@ def test_every_odd_file_gives_an_image_or_a_reason(real_data: Path) -> None:
                 refusals[path.name] = error.reason
     assert refusals == {
         "bmp_b_reallybig.bmp": "more than 89 megapixels",
-        "broken_data_stream.png": "OSError: unrecognized data stream contents when reading"
-        " image file",
+        "broken_data_stream.png": "pixels with a wrong checksum",
         "decompression_bomb.gif": "more than 89 megapixels",
         "empty.jpg": "empty file",
         "libtiff_segfault.tif": "not an image in a known format",

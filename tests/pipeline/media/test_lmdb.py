@@ -152,7 +152,8 @@ def test_kinds_of_lmdb_that_hold_no_images_by_id(tmp_path: Path) -> None:
         with env.begin(write=True) as transaction:
             transaction.put(b"x", b"y", db=named)
     with LmdbImages(tmp_path / "a") as images:
-        assert not list(images.keys())
+        with pytest.raises(ContainerError, match="'table' names a table"):
+            list(images.keys())
         with pytest.raises(ContainerError, match="'table' names a table"):
             images.get("table")
     path = write_lmdb(tmp_path / "b.lmdb", {"k": b"x"}, subdir=False)

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -50,6 +51,8 @@ def _refused(raw: Path) -> str:
         (pa.nulls(3), ["x", "y", "z"]),
         (pa.array([1984, None, 7]), ["x. 1984", "y", "z. 7"]),
         (pa.array([["Beauty", "Skin"], [], None]), ["x. Beauty, Skin", "y", "z"]),
+        (pa.array([[5.0, NAN], [2.5, 5.0], [NAN]]), ["x. 5", "y. 2.5, 5", "z"]),
+        (pa.array([[[5.0], [5.0]], [], None]), ["x. 5", "y", "z"]),
         (pa.array([["a", None, "a"], ["b"], [None]]), ["x. a", "y. b", "z"]),
         (pa.array([[["A", "B"], ["A", "C"]], [], None]), ["x. A, B, C", "y", "z"]),
         (pa.array(["red", "hat", "red"]).dictionary_encode(), ["x. red", "y. hat", "z. red"]),
@@ -219,3 +222,57 @@ def test_ids_of_jsonl_that_are_no_ids(tmp_path: Path, value: str) -> None:
     lines = f'{{"id": "a"}}\n{{"id": {value}}}\n'
     folder(tmp_path / "raw", {"interactions.csv": INTERACTIONS, "items.jsonl": lines})
     assert "items.jsonl, line 2: id is " in _refused(tmp_path / "raw")
+
+
+@pytest.mark.parametrize("kind", [pa.float64(), pa.float32(), pa.float16()])
+@pytest.mark.parametrize("number", [7.0, 0.0, INF])
+def test_nan_beside_one_number_is_null(
+    warehouse: Warehouse, tmp_path: Path, kind: pa.DataType, number: float
+) -> None:
+    # The statistics of the file leave NaN out: the smallest and the largest number are equal.
+    values = pa.array([np.float16(value) for value in (number, NAN, number)], pa.float16())
+    _items(tmp_path / "raw", title=["x", "y", "z"], description=values.cast(kind), price=values)
+    prepared(warehouse, tmp_path / "raw", {})
+    text = "inf" if number == INF else str(int(number))
+    rows = items_of(warehouse)
+    assert [row["text"] for row in rows] == [f"x. {text}", "y", f"z. {text}"]
+    for row in rows:
+        json.loads(row["attributes"], parse_constant=pytest.fail)
+    assert "price" not in rows[1]["attributes"]
+
+
+@pytest.mark.parametrize("column", ["user_id", "item_id", "timestamp"])
+def test_nan_beside_one_number_is_empty(tmp_path: Path, column: str) -> None:
+    _interactions(tmp_path / "raw", **{column: [5.0, NAN, 5.0]})
+    assert "row 2" in (message := _refused(tmp_path / "raw"))
+    assert "empty" in message
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([[("w", NAN), ("h", 2.0)], None, [("w", INF)]], [{"h": 2.0}, None, {}]),
+        ([[("w", 1.0)], [], [("w", NAN)]], [{"w": 1.0}, {}, {}]),
+    ],
+)
+def test_nan_in_maps_is_null(
+    warehouse: Warehouse, tmp_path: Path, values: list[Any], expected: list[Any]
+) -> None:
+    sizes = pa.array(values, pa.map_(pa.string(), pa.float64()))
+    _items(tmp_path / "raw", title=["x", "y", "z"], sizes=sizes)
+    prepared(warehouse, tmp_path / "raw", {})
+    attributes = [
+        json.loads(row["attributes"], parse_constant=pytest.fail) for row in items_of(warehouse)
+    ]
+    assert [row.get("sizes") for row in attributes] == expected
+
+
+def test_ids_in_half_precision_are_exact_or_refused(warehouse: Warehouse, tmp_path: Path) -> None:
+    for size, is_exact in ((2048, True), (2050, False)):
+        raw = tmp_path / str(size)
+        _interactions(raw, user_id=pa.array([np.float16(size)] * 3, pa.float16()))
+        if is_exact:
+            prepared(warehouse, raw, {})
+            assert sequences_of(warehouse) == {"2048": ["a", "b", "a"]}
+        else:
+            assert "row 1: user_id is 2050" in _refused(raw)

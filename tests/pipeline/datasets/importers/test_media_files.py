@@ -448,3 +448,35 @@ def test_links_in_folders_and_tars(warehouse: Warehouse, tmp_path: Path) -> None
     media = MediaReader(raw)
     assert [media.read(str(image)) for image in images] == [b"x"] * 3
     media.close()
+
+
+@pytest.mark.parametrize("container", ["folder", "tar"])
+@pytest.mark.parametrize("name", ["a", "a.img", "a.jpg_large", "deep/a."])
+def test_a_file_of_an_item_with_an_unknown_ending_is_named(
+    warehouse: Warehouse, tmp_path: Path, container: str, name: str
+) -> None:
+    files = {name: b"x", "b.png": b"x", "b.txt": b"x", "readme.txt": b"x", "c.mp4": b"x"}
+    raw = folder(tmp_path / "raw", {"interactions.csv": INTERACTIONS, "items.csv": ITEMS})
+    if container == "tar":
+        tar(raw / "images.tar", files)
+    else:
+        folder(raw, {f"images/{file}": content for file, content in files.items()})
+    notes: list[str] = []
+    prepared(warehouse, raw, {}, notify=notes.append)
+    (note,) = [note for note in notes if "ending" in note]
+    assert note.startswith("1 item with a file in images")
+    assert name in note
+    assert "rename" in note
+    assert "b.txt" not in note
+
+
+def test_an_lmdb_whose_images_are_in_a_named_table_is_refused(
+    warehouse: Warehouse, tmp_path: Path
+) -> None:
+    raw = folder(tmp_path / "raw", {"interactions.csv": INTERACTIONS, "items.csv": ITEMS})
+    with lmdb.open(str(raw / "images.lmdb"), max_dbs=1) as file:
+        table = file.open_db(b"covers")
+        with file.begin(write=True) as write:
+            write.put(b"a", b"x", db=table)
+    with pytest.raises(UserError, match=r"images.lmdb: b'covers' names a table.*main table"):
+        prepared(warehouse, raw, {})

@@ -1,4 +1,4 @@
-"""Check the paths that the documents of a checkpoint name: none leads out of its folder."""
+"""Check that the documents of a checkpoint name no path out of its folder."""
 
 import json
 from pathlib import Path, PurePosixPath, PureWindowsPath

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from features.checkpoint_paths import named_path
 from features.errors import UserError
 
 _MODULES = ("Transformer", "Pooling", "Normalize")
@@ -96,11 +97,7 @@ def read_pooling(name: str, folder: Path, pooling: str | None = None) -> Pooling
                 f" supported; take an encoder of {', '.join(_MODULES)} only"
             )
     for path in kinds.values():
-        if not (folder / path).resolve().is_relative_to(folder.resolve()):
-            raise UserError(
-                f"backbone {name!r}: its modules.json names {path!r}, which is outside"
-                f" {folder}; take a checkpoint whose files are all in its folder"
-            )
+        named_path(folder, "modules.json", path)
     base = folder / kinds.get("Transformer", "")
     sizes = _json(base / "sentence_bert_config.json") or {}
     limit = sizes.get("max_seq_length")

@@ -223,12 +223,14 @@ def train_run(
 def _has_resume_state(run: Run) -> bool:
     """Return whether the run has a state to continue from; False before its first save.
 
+    A model without parameters has no state: resuming fits it again.
+
     Raises:
         UserError: The state is gone, and the best weights are not.
     """
     if (run.folder / "resume.safetensors").exists():
         return True
-    if run.weights.exists():
+    if run.weights.exists() and run.parameters:
         raise UserError(
             f"{run.folder}/resume.safetensors is gone, so the run cannot be resumed; its best"
             f" weights are intact: mmrec eval --run {run.name}, or train from them by --init"

@@ -437,3 +437,13 @@ def test_one_percent_of_repeated_targets_is_filtered(warehouse: Warehouse) -> No
     histories = [[0, 1, 0, 1, 2, 3]] * 99 + [[0, 1, 0, 1, 0, 3]]
     worlds.prepare(warehouse, histories, 6)
     assert begin(warehouse).config.monitor_seen == "filtered"
+
+
+@pytest.mark.parametrize("model", ["popularity", "transitions"])
+def test_a_model_without_parameters_is_resumed_by_fitting_it_again(
+    house: Warehouse, model: str
+) -> None:
+    run = worlds.begin(house, model, "world", settings=["device=cpu"], name="r")
+    report = train_run(run)
+    again = train_run(open_run(house, run.folder), resume=True)
+    assert (again.best, again.finished) == (report.best, True)

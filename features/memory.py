@@ -33,6 +33,7 @@ _SPACE = 512 * _MIB
 """Address space in bytes that DuckDB and Arrow need besides their threads."""
 _SPACE_PER_THREAD = 72 * _MIB  # a stack of 8 MiB and an arena of 64 MiB
 _STATM = Path("/proc/self/statm")
+_MEMINFO = Path("/proc/meminfo")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -110,6 +111,21 @@ def check_address_space(place: str) -> None:
             f" space are left, but {needed // _MIB:,} MiB are needed; raise the limit (ulimit -v),"
             " or remove it"
         )
+
+
+def available_memory() -> int:
+    """Return the memory in bytes that new allocations can take without swapping.
+
+    Where the system does not report it, the result is the largest int64.
+    """
+    try:
+        for line in _MEMINFO.read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name == "MemAvailable":
+                return int(value.split()[0]) * 1024
+    except OSError:
+        pass
+    return sys.maxsize
 
 
 def _address_limit() -> int | None:

@@ -96,6 +96,9 @@ class Batch:
     generator: torch.Generator
     """On the CPU, seeded by the run's seed, epoch, step and process: a resumed run draws the same
     numbers, and two processes draw different ones."""
+    ends_B: Ints | None = None
+    """(B,) position in ``train.histories.items`` one past the last item of each sequence; ``None``
+    if the sequences are no windows of these histories."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -161,6 +164,8 @@ class TrainingData:
                 chosen = batches[step][shard.process_rank :: shard.world_size]
                 sequences = self.gather(starts[chosen], lengths[chosen])
                 assert sequences.users_B is not None
+                users = sequences.users_B.cpu().numpy()
+                shift = self.train.histories.offsets[users] - self.dataset.offsets[users]
                 yield Batch(
                     users_B=sequences.users_B,
                     sequences=sequences,
@@ -171,6 +176,7 @@ class TrainingData:
                             seed, epoch, step, *([shard.process_rank] if shard.process_rank else [])
                         )
                     ),
+                    ends_B=starts[chosen] + lengths[chosen] + shift,
                 )
 
         return len(batches), generate()

@@ -9,6 +9,7 @@ from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from trainer.config import Choice
 from trainer.data.batches import Batch, ItemFeatures, Sequences
@@ -18,6 +19,8 @@ from trainer.losses.registry import LOSSES
 from trainer.models.base import Catalogue, Recommender
 from trainer.modules.sequence_encoders import SequenceEncoder, SequenceSettings, last_state
 
+ROWS = ("windows", "prefixes")
+"""Values of the setting ``rows``."""
 _TOKENS_PER_CHUNK = 2**15  # of the catalogue; bounds the activations without gradients
 
 
@@ -28,6 +31,10 @@ class CausalSettings(SequenceSettings, LossSettings):
     loss: Annotated[str, Choice("loss", LOSSES)] = "softmax"
     """Next-item loss: ``softmax`` over the catalogue (or ``candidates`` of it), ``in-batch`` over
     the items of the batch, ``bce`` with one sampled negative for each position."""
+    rows: Annotated[str, Choice("rows", ROWS)] = "windows"
+    """``windows``: each window of a history is a row, and every item after the first is a target;
+    ``prefixes``: each prefix of a history is a row, and the item after it is the only target (the
+    rows of RecBole: one pass over the data costs as many rows as there are interactions)."""
 
 
 class CausalRecommender(Recommender):
@@ -59,8 +66,10 @@ class CausalRecommender(Recommender):
 
     @property
     def window_sampling(self) -> WindowSampling:
-        """Windows over whole histories, in which every interaction after the first is a target."""
+        """Windows over whole histories, or a window for each prefix with ``rows=prefixes``."""
         length = self.settings.length
+        if self.settings.rows == "prefixes":
+            return WindowSampling(length=length + 1, stride=1, every_target=False)
         return WindowSampling(length=length + 1, stride=length, every_target=True)
 
     @property
@@ -84,12 +93,16 @@ class CausalRecommender(Recommender):
         return self.settings.normalise(last_state(states_BLD, sequences))
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
-        """Return the next-item loss over every position of every window."""
-        inputs, targets, is_target_BL = next_item_targets(batch)
+        """Return the next-item loss over the predicted positions."""
+        inputs, targets, is_target_BL = self.targets(batch)
         drawn = self.next_item_loss.draw(targets, batch)
         items = self.batch_items(batch, drawn)
         query_MD = self.settings.normalise(self.states(items, inputs)[is_target_BL])
         return {"loss": self.next_item_loss(query_MD, items, targets, batch, drawn)}
+
+    def targets(self, batch: Batch) -> tuple[Sequences, Targets, Tensor]:
+        """Split windows into inputs and targets; see :func:`next_item_targets`."""
+        return next_item_targets(batch, only_last=self.settings.rows == "prefixes")
 
     def batch_items(self, batch: Batch, drawn: DrawnItems | None) -> ItemVectors:
         """Encode each distinct item of the batch and of the drawn items.
@@ -118,8 +131,14 @@ class CausalRecommender(Recommender):
         return states_BLD
 
 
-def next_item_targets(batch: Batch) -> tuple[Sequences, Targets, Tensor]:
+def next_item_targets(
+    batch: Batch, *, only_last: bool = False
+) -> tuple[Sequences, Targets, Tensor]:
     """Split windows into inputs and targets.
+
+    Args:
+        batch: The batch.
+        only_last: If true, the last item of each window is its only target.
 
     Returns:
         The inputs (all items of a window but the last), the targets, and (B, L) bool, true at the
@@ -129,6 +148,8 @@ def next_item_targets(batch: Batch) -> tuple[Sequences, Targets, Tensor]:
     # Padding becomes an item of the batch, so that no other item has to be encoded.
     items_BL = torch.where(windows.mask_BL, windows.items_BL, windows.items_BL[0, 0])
     is_target_BL = windows.mask_BL[:, 1:]
+    if only_last:
+        is_target_BL = is_target_BL & ~functional.pad(windows.mask_BL[:, 2:], (0, 1))
     inputs = Sequences(
         items_BL=items_BL[:, :-1],
         lengths_B=(windows.lengths_B - 1).clamp_min(1),

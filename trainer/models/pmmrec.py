@@ -40,7 +40,7 @@ from trainer.losses.pmmrec import (
 )
 from trainer.losses.registry import LOSSES
 from trainer.models.base import Catalogue, Pretraining
-from trainer.models.causal import CausalRecommender, CausalSettings, next_item_targets
+from trainer.models.causal import CausalRecommender, CausalSettings
 from trainer.models.released import RELEASED_ATTENTION, RELEASED_ENCODER
 from trainer.modules.fusion import FusionSettings
 from trainer.modules.item_encoder import EncodedItems, ItemEncoder
@@ -165,7 +165,7 @@ class PMMRec(CausalRecommender):
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """Return each objective that is switched on, and their sum as ``loss`` (Eq. 12)."""
         settings = self.settings
-        inputs, targets, is_target_BL = next_item_targets(batch)
+        inputs, targets, is_target_BL = self.targets(batch)
         drawn = self.next_item_loss.draw(targets, batch) if settings.dap else None
         ids = batch.sequences.items_BL[batch.sequences.mask_BL]
         ids_K = (ids if drawn is None else torch.cat([ids, drawn.items_X])).unique()

@@ -60,9 +60,33 @@ MODELS: Registry[Model] = Registry(
             "trainer.models.transitions:Transitions",
             "counts of which item followed which in training histories: a reference",
         ),
+        "itemknn": Model(
+            "trainer.models.itemknn:ItemKNN",
+            "cosines of items by the users that they share: a reference",
+        ),
+        "ease": Model(
+            "trainer.models.ease:EASE",
+            "a linear model of items by items in closed form: a reference",
+        ),
         "sasrec": Model(
             "trainer.models.sasrec:SASRec",
             "item ids, causal transformer, softmax over the catalogue: the baseline",
+        ),
+        "gru4rec": Model("trainer.models.gru4rec:GRU4Rec", "item ids, a recurrent network"),
+        "nextitnet": Model(
+            "trainer.models.nextitnet:NextItNet", "item ids, dilated causal convolutions"
+        ),
+        "bert4rec": Model(
+            "trainer.models.bert4rec:BERT4Rec",
+            "item ids, bidirectional transformer, masked item prediction",
+        ),
+        "bsarec": Model(
+            "trainer.models.bsarec:BSARec",
+            "item ids, self-attention mixed with a low-pass filter: the strongest of ids",
+        ),
+        "duorec": Model(
+            "trainer.models.duorec:DuoRec",
+            "sasrec with a contrast between histories that lead to the same item",
         ),
         "idsr": Model(
             "trainer.models.mmsr:IDSR",

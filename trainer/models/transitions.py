@@ -14,15 +14,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
 from retrieval.seen_items import SeenItems
 from retrieval.sparse_scores import SparseScores
 from trainer.config import NonNegativeFloat, PositiveInt, Settings
-from trainer.data.batches import Batch, ItemFeatures, Sequences, TrainSet
-from trainer.data.windows import WindowSampling
-from trainer.models.base import Catalogue, Recommender
+from trainer.data.batches import ItemFeatures, TrainSet
+from trainer.models.base import Catalogue
+from trainer.models.sparse import SparseRecommender
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -40,21 +38,14 @@ class TransitionsConfig(Settings):
     """Added to the sum of a row before the row is divided by it."""
 
 
-class Transitions(Recommender):
-    """Score items by how often they followed the items of a history.
-
-    All vectors are zero: the scores are the sparse correction. There is nothing to learn by
-    gradients, and the counts are made again when a run is opened.
-    """
+class Transitions(SparseRecommender):
+    """Score items by how often they followed the items of a history."""
 
     settings_class = TransitionsConfig
-    is_sparse = True
     settings: TransitionsConfig
-    zero_N1: Tensor
 
     def __init__(self, settings: TransitionsConfig, catalogue: Catalogue) -> None:
         super().__init__(settings, catalogue)
-        self.register_buffer("zero_N1", torch.zeros(catalogue.n_items, 1), persistent=False)
         self._counts = _Rows.from_pairs(np.zeros(0, np.int64), np.zeros(0), catalogue.n_items)
 
     def fit_buffers(self, features: ItemFeatures, train: TrainSet) -> None:
@@ -66,31 +57,6 @@ class Transitions(Recommender):
         )
         divisor = np.repeat(totals + self.settings.smoothing, np.diff(counts.offsets))
         self._counts = _Rows(counts.items, counts.offsets, counts.values / divisor)
-
-    @property
-    def window_sampling(self) -> WindowSampling:
-        """Windows of a history and its next item; none of them is read."""
-        length = self.settings.length
-        return WindowSampling(length=length + 1, stride=length, every_target=True)
-
-    @property
-    def history(self) -> int:
-        """Largest number of items of a history that are read."""
-        return self.settings.length
-
-    def encode_items(self, features: ItemFeatures) -> Tensor:
-        """Return zeros: (N, 1)."""
-        return self.zero_N1
-
-    def encode_sequences(
-        self, item_vectors_ND: Tensor, sequences: Sequences, features: ItemFeatures
-    ) -> Tensor:
-        """Return zeros: (B, 1)."""
-        return item_vectors_ND.new_zeros(len(sequences.lengths_B), 1)
-
-    def loss(self, batch: Batch) -> dict[str, Tensor]:
-        """Return a loss of 0: there is nothing to learn."""
-        return {"loss": self.zero_N1.new_zeros(())}
 
     def correction(self, histories: SeenItems) -> SparseScores:
         """Return the scores of the items that followed one of the last items of each history."""

@@ -83,6 +83,11 @@ class TransformerBlock(nn.Module):
         if selected_M is not None:
             x, attended = (t.flatten(0, 1).index_select(0, selected_M) for t in (x, attended))
         x = add_norm(x, self.out(attended), self.norm_attention, probability)
+        return self.feed_forward(x)
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        """Apply the feed-forward network, its residual connection and its LayerNorm: (..., D)."""
+        probability = self.config.dropout if self.training else 0.0
         inner = probability if self.config.inner_dropout else 0.0
         if self.config.activation == "gelu":
             hidden = gelu_dropout(self.up(x), inner)

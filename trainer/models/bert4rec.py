@@ -1,0 +1,159 @@
+"""BERT4Rec (Sun et al., CIKM 2019): a bidirectional transformer that predicts masked items.
+
+In training the mask token replaces some items of a window, and the model predicts these items from
+both sides (a Cloze task, section 3.6 of the paper). To predict the next item, the mask token is
+appended to the history. Because the paper trains on windows whose last item alone is masked as
+well, a share ``last_share`` of the rows is masked so.
+
+A head maps the state of a masked slot to a query, GELU(h W + b) with a LayerNorm, and each item has
+a bias (Eq. 7). The bias is the last element of the item vector, and that element of a query is 1.
+
+The paper trains on the validation items, writes ten masked copies of each window beforehand, and
+ranks 101 items. Here validation and test items are never trained on, the masks are drawn in each
+step, and the whole catalogue is ranked.
+
+Legend: B batch, L sequence length, N items, M masked positions, D width.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from features.errors import UserError
+from trainer.config import Choice, LayerCount, PositiveInt, Probability, Range
+from trainer.data.batches import Batch, ItemFeatures, Sequences
+from trainer.data.windows import WindowSampling
+from trainer.kernels.elementwise import dropout
+from trainer.losses.base import ItemVectors, Loss, LossSettings, Targets
+from trainer.losses.registry import LOSSES
+from trainer.models.base import Catalogue, Recommender
+from trainer.modules.sequence_encoders import SequenceSettings, last_state
+from trainer.modules.transformer import initialise, positions_from_end
+
+
+@dataclass(frozen=True, kw_only=True)
+class BERT4RecConfig(SequenceSettings, LossSettings):
+    """Settings of BERT4Rec."""
+
+    dim: PositiveInt = 64
+    layers: LayerCount = 2
+    heads: PositiveInt = 2
+    hidden: PositiveInt = 256
+    length: PositiveInt = 50
+    """Largest number of items of a history that are read, and the mask token."""
+    dropout: Probability = 0.2
+    loss: Annotated[str, Choice("loss", LOSSES)] = "softmax"
+    """Loss of the masked items: ``softmax`` over the catalogue (the paper) or ``candidates``,
+    ``in-batch`` over the items of the batch, ``bce`` with one sampled negative."""
+    mask_ratio: Probability = 0.2
+    """Share of the items of a window that are masked (the paper: 0.2 for ML-1M, 0.6 for Beauty)."""
+    last_share: Annotated[
+        float, Range(0, 1, "in [0, 1]", includes_high=True)
+    ] = 0.1  # fmt: skip
+    """Share of the rows whose last item alone is masked (the paper: 1 of 11)."""
+    stride: PositiveInt = 25
+    """Interactions between two windows of a user."""
+
+    def check(self) -> None:
+        """Raise a UserError unless a history has room beside the mask token."""
+        super().check()
+        if self.length < 2:
+            raise UserError(f"length={self.length} leaves no room for an item; set at least 2")
+
+
+class BERT4Rec(Recommender):
+    """Masked item prediction over item ids."""
+
+    settings_class = BERT4RecConfig
+    settings: BERT4RecConfig
+    train_defaults: ClassVar = {"batch_size": 256, "monitor": "NDCG@10"}
+    variants: ClassVar = {"masks as published for Beauty": "--set mask_ratio=0.6 --set stride=5"}
+    item_tables = ("item.", "bias_N1")
+    transfer_groups: ClassVar = {"users": ("position.", "mask_D", "norm.", "transformer.", "head.")}
+    reverse_positions = ("position.weight",)
+
+    def __init__(self, settings: BERT4RecConfig, catalogue: Catalogue) -> None:
+        super().__init__(settings, catalogue)
+        dim = settings.dim
+        self.item = nn.Embedding(catalogue.n_items, dim)
+        self.bias_N1 = nn.Parameter(torch.zeros(catalogue.n_items, 1))
+        self.mask_D = nn.Parameter(0.02 * torch.randn(dim))
+        self.position = nn.Embedding(settings.length, dim)
+        self.norm = nn.LayerNorm(dim, eps=settings.norm_eps)
+        self.transformer = settings.transformer(attention_dropout=settings.dropout, causal=False)
+        self.head = nn.Sequential(
+            nn.Linear(dim, dim), nn.GELU(), nn.LayerNorm(dim, eps=settings.norm_eps)
+        )
+        self.masked_loss: Loss = LOSSES.find(settings.loss)(settings)
+        initialise(self)
+
+    @property
+    def window_sampling(self) -> WindowSampling:
+        """Windows with random ends."""
+        return WindowSampling(
+            length=self.settings.length, stride=self.settings.stride, every_target=False
+        )
+
+    @property
+    def history(self) -> int:
+        """One item less than ``length``, because the mask token follows the history."""
+        return self.settings.length - 1
+
+    def encode_items(self, features: ItemFeatures) -> Tensor:
+        """Return the learned item vectors with the item's bias as the last element: (N, D + 1)."""
+        return torch.cat([self.settings.normalise(self.item.weight), self.bias_N1], dim=1)
+
+    def encode_sequences(
+        self, item_vectors_ND: Tensor, sequences: Sequences, features: ItemFeatures
+    ) -> Tensor:
+        """Encode the mask token appended to each history: (B, D + 1)."""
+        extended = Sequences(
+            items_BL=functional.pad(sequences.items_BL, (0, 1)), lengths_B=sequences.lengths_B + 1
+        )
+        columns_L = torch.arange(extended.items_BL.shape[1], device=extended.items_BL.device)
+        is_masked_BL = columns_L == sequences.lengths_B[:, None]
+        states_BLD = self._states(extended, is_masked_BL)
+        return self._queries(last_state(states_BLD, extended))
+
+    def loss(self, batch: Batch) -> dict[str, Tensor]:
+        """Return the loss of the masked items."""
+        sequences = batch.sequences
+        is_masked_BL = self._draw_masks(sequences, batch.generator)
+        targets = Targets(
+            item_M=sequences.items_BL[is_masked_BL], row_M=is_masked_BL.nonzero()[:, 0]
+        )
+        drawn = self.masked_loss.draw(targets, batch)
+        items = ItemVectors(vectors_KD=self.encode_items(batch.features))
+        query_ME = self._queries(self._states(sequences, is_masked_BL)[is_masked_BL])
+        return {"loss": self.masked_loss(query_ME, items, targets, batch, drawn)}
+
+    def _draw_masks(self, sequences: Sequences, generator: torch.Generator) -> Tensor:
+        """Return (B, L) bool, true at the items to predict; each row has at least one."""
+        valid_BL = sequences.mask_BL
+        random_BL = torch.rand(valid_BL.shape, generator=generator).to(valid_BL.device)
+        only_last_B1 = torch.rand(len(valid_BL), 1, generator=generator).to(valid_BL.device)
+        columns_L = torch.arange(valid_BL.shape[1], device=valid_BL.device)
+        is_last_BL = columns_L == sequences.lengths_B[:, None] - 1
+        # The item with the smallest number is masked in every row.
+        random_BL = random_BL.masked_fill(~valid_BL, 2.0)
+        least_BL = random_BL == random_BL.amin(1, keepdim=True)
+        chosen_BL = ((random_BL < self.settings.mask_ratio) | least_BL) & valid_BL
+        return torch.where(only_last_B1 < self.settings.last_share, is_last_BL, chosen_BL)
+
+    def _states(self, sequences: Sequences, is_masked_BL: Tensor) -> Tensor:
+        """Return the state of each slot: (B, L, D)."""
+        valid_BL = sequences.mask_BL
+        items_BL = torch.where(valid_BL, sequences.items_BL, sequences.items_BL[:1, :1])
+        x_BLD = torch.where(is_masked_BL[..., None], self.mask_D, self.item(items_BL))
+        x_BLD = x_BLD + self.position(positions_from_end(sequences.lengths_B, valid_BL.shape[1]))
+        x_BLD = dropout(self.norm(x_BLD), self.settings.dropout, self.training)
+        states_BLD: Tensor = self.transformer(x_BLD, None if bool(valid_BL.all()) else valid_BL)
+        return states_BLD
+
+    def _queries(self, states_MD: Tensor) -> Tensor:
+        """Map states to queries (M, D + 1), whose last element multiplies the item's bias."""
+        query_MD = self.settings.normalise(self.head(states_MD))
+        return functional.pad(query_MD, (0, 1), value=1.0)

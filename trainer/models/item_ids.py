@@ -1,0 +1,46 @@
+"""The base class of models that learn a vector for each item and read histories causally.
+
+Legend: B batch, L sequence length, N items, K items to encode, D width.
+"""
+
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from trainer.data.batches import Batch, ItemFeatures, Sequences
+from trainer.losses.base import DrawnItems, ItemVectors
+from trainer.models.base import Catalogue
+from trainer.models.causal import CausalRecommender, CausalSettings
+
+
+class ItemIdRecommender(CausalRecommender):
+    """A causal sequence encoder over a learned vector for each item.
+
+    A subclass creates ``sequence_encoder`` and initialises the parameters in its constructor.
+    """
+
+    item_tables: ClassVar[tuple[str, ...]] = ("item_encoder.",)
+    item_encoder: nn.Embedding
+
+    def __init__(self, settings: CausalSettings, catalogue: Catalogue) -> None:
+        super().__init__(settings, catalogue)
+        self.item_encoder = nn.Embedding(catalogue.n_items, settings.dim)
+
+    def encode_some(self, items_K: Tensor, features: ItemFeatures) -> Tensor:
+        """Return the learned vectors of the given items: (K, D)."""
+        vectors_KD: Tensor = self.item_encoder(items_K)
+        return vectors_KD
+
+    def encode_items(self, features: ItemFeatures) -> Tensor:
+        """Return the learned item vectors: (N, D); with ``score=cosine`` they have length 1."""
+        return self.settings.normalise(self.item_encoder.weight)
+
+    def batch_items(self, batch: Batch, drawn: DrawnItems | None) -> ItemVectors:
+        """Return the whole table of learned vectors, which needs no encoding."""
+        return ItemVectors(vectors_KD=self.encode_items(batch.features))
+
+    def states(self, items: ItemVectors, sequences: Sequences) -> Tensor:
+        """Return the state after each item: (B, L, D). Input vectors are not normalised."""
+        x_BLD = self.item_encoder(sequences.items_BL)
+        states_BLD: Tensor = self.sequence_encoder(x_BLD, sequences.lengths_B)
+        return states_BLD

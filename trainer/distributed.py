@@ -18,6 +18,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from features.errors import UserError
+from features.signals import Interrupted
 
 T = TypeVar("T")
 
@@ -58,22 +59,23 @@ def on_rank_zero(make: Callable[[], T]) -> T:
 
     Raises:
         UserError: The function raised it; it is raised in all processes.
+        Interrupted: As UserError.
     """
     if world_size() == 1:
         return make()
-    outcome: list[Any] = [None, None]  # result, message of an error
+    outcome: list[Any] = [None, None]  # result, error
     if process_rank() == 0:
         try:
             outcome[0] = make()
-        except UserError as error:
-            outcome[1] = str(error)
+        except (UserError, Interrupted) as error:
+            outcome[1] = error
         except BaseException:
-            outcome[1] = "the first process failed; see its message above"
+            outcome[1] = UserError("the first process failed; see its message above")
             dist.broadcast_object_list(outcome)
             raise
     dist.broadcast_object_list(outcome)
     if outcome[1] is not None:
-        raise UserError(outcome[1])
+        raise outcome[1]
     value: T = outcome[0]
     return value
 

@@ -1,13 +1,11 @@
 """The training loop: optimizer steps, validation, checkpoints and early stopping."""
 
 import math
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -15,16 +13,15 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from features.errors import UserError
-from features.signals import Interrupted, handle_signals
 from trainer.checkpoint import TrainState, load_state, save_state, save_weights
 from trainer.config import TrainConfig
 from trainer.data.batches import Shard, combine_seeds
 from trainer.distributed import all_reduce_mean, on_rank_zero, process_rank, world_size
 from trainer.ema import ExponentialMovingAverage
+from trainer.interruption import Abandoned, Interruption, handle_interruption
 from trainer.optimizer import Optimizer
 from trainer.tasks.base import Task, Validation
 
-_INTERRUPT_SECONDS = 1.0  # signals within this time count as one Ctrl-C
 _SECONDS_BETWEEN_SAVES = 300.0  # a killed run loses at most this much training
 
 
@@ -120,31 +117,39 @@ def fit(
             )
     forward = _forward(task, config)
     shard = Shard(process_rank=process_rank(), world_size=world_size())
+    is_alone = shard.world_size == 1  # the others would wait for a process that abandons its step
 
     def save() -> None:
         if is_first:
             save_state(*checkpoint, state, identity, average.values)
 
-    model.train()
-    with _interrupted() as stop:
+    def train(interruption: Interruption) -> None:
         while state.epoch < config.epochs and not state.finished:
-            total, batches = task.epoch(config, state.epoch, skip=state.step, shard=shard)
+            with interruption.abandoned_on_signal(is_alone):
+                total, batches = task.epoch(config, state.epoch, skip=state.step, shard=shard)
             assert total
             epoch_start = last_save = now = time.monotonic()
             units = steps_done = 0
-            for batch in batches:
-                optimizer.prepare(state, total)
-                if not is_first:  # dropout differs between processes, and is equal after a resume
-                    torch.manual_seed(combine_seeds(config.seed, shard.process_rank, state.steps))
-                with torch.autocast(device.type, torch.bfloat16, config.precision == "bf16"):
-                    losses = forward(batch)
-                losses["loss"].backward()
-                if config.clip:
-                    torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-                values = torch.stack([value.detach().float() for value in losses.values()])
-                means, stopped = all_reduce_mean(values.tolist(), stop.is_set(), device)
-                mean_losses = dict(zip(losses, means, strict=True))
-                _check_finite(mean_losses["loss"], config, state)
+            while True:
+                with interruption.abandoned_on_signal(is_alone):
+                    batch = next(batches, None)
+                    if batch is None:
+                        break
+                    optimizer.prepare(state, total)
+                    if not is_first:  # dropout differs between processes; equal after a resume
+                        seed = combine_seeds(config.seed, shard.process_rank, state.steps)
+                        torch.manual_seed(seed)
+                    with torch.autocast(device.type, torch.bfloat16, config.precision == "bf16"):
+                        losses = forward(batch)
+                    losses["loss"].backward()
+                    if config.clip:
+                        torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+                    values = torch.stack([value.detach().float() for value in losses.values()])
+                    means, stopped = all_reduce_mean(
+                        values.tolist(), interruption.is_received, device
+                    )
+                    mean_losses = dict(zip(losses, means, strict=True))
+                    _check_finite(mean_losses["loss"], config, state)
                 optimizer.adamw.step()
                 state.step += 1
                 state.steps += 1
@@ -157,9 +162,9 @@ def fit(
                 pace = _Pace(total, units, steps_done, now - epoch_start)
                 if is_first:
                     on_progress(_report(state, task, config, pace))
-                if stopped or (shard.world_size == 1 and stop.is_set()):
+                if stopped or (is_alone and interruption.is_received):
                     save()
-                    return state
+                    return
                 if now - last_save > _SECONDS_BETWEEN_SAVES:
                     save()
                     last_save = now
@@ -168,7 +173,7 @@ def fit(
                 save()
             pace = _Pace(total, units, steps_done, now - epoch_start)
             with average.applied():
-                row, validation = _validate(task, config, state, pace)
+                row, validation = _validate(task, config, state, pace, interruption)
             if is_first:
                 on_epoch(row)
             if validation is not None and _update_best(state, validation, row.epoch) and is_first:
@@ -179,8 +184,16 @@ def fit(
             state.finished = state.waited >= config.patience or row.epoch == config.epochs
             state.epoch, state.step, state.losses = state.epoch + 1, 0, {}
             save()
-            if all_reduce_mean([], stop.is_set(), device)[1]:
-                break
+            if all_reduce_mean([], interruption.is_received, device)[1]:
+                return
+
+    model.train()
+    with handle_interruption(model, device) as interruption:
+        try:
+            train(interruption)
+        except Abandoned:
+            if state.steps:  # without a step, the run starts again
+                save()
     return state
 
 
@@ -194,7 +207,7 @@ def _fit_without_steps(
 ) -> TrainState:
     """Validate and save a model that learns nothing by gradients."""
     state, pace = TrainState(), _Pace(0, 0, 0, 0.0)
-    row, validation = _validate(task, replace(config, validate_every=1), state, pace)
+    row, validation = _validate(task, replace(config, validate_every=1), state, pace, None)
     assert validation is not None
     _update_best(state, validation, row.epoch)
     if process_rank() == 0:
@@ -237,15 +250,24 @@ class _Pace:
 
 
 def _validate(
-    task: Task[Any], config: TrainConfig, state: TrainState, pace: _Pace
+    task: Task[Any],
+    config: TrainConfig,
+    state: TrainState,
+    pace: _Pace,
+    interruption: Interruption | None,
 ) -> tuple[EpochRow, Validation | None]:
     """Return the values of the epoch, and the validation if this epoch is validated."""
+
+    def validate() -> Validation:
+        with interruption.abandoned_on_signal() if interruption else nullcontext():
+            return task.validate(config)
+
     began = time.monotonic()
     epoch = state.epoch + 1
     losses = {name: total / pace.steps for name, total in state.losses.items()}
     validation, metrics, users = None, {}, 0
     if epoch % config.validate_every == 0 or epoch == config.epochs:
-        validation = on_rank_zero(lambda: task.validate(config))
+        validation = on_rank_zero(validate)
         metrics, users = validation.metrics, validation.users
     seconds = 0.0
     if pace.steps_done:
@@ -296,25 +318,3 @@ def _report(
         metrics=validation.shown if validation else {},
         best_epoch=state.best_epoch,
     )
-
-
-@contextmanager
-def _interrupted() -> Iterator[threading.Event]:
-    """Turn the first signal that ends a command into an event that the loop reads between steps.
-
-    The current step is completed, so the saved state equals a state of an uninterrupted run. The
-    second signal raises KeyboardInterrupt. ``torchrun`` forwards signals that its processes may
-    have received from the terminal already, so signals within a second count as one.
-    """
-    event = threading.Event()
-    first = 0.0
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        nonlocal first
-        if event.is_set() and time.monotonic() - first > _INTERRUPT_SECONDS:
-            raise Interrupted
-        first = first if event.is_set() else time.monotonic()
-        event.set()
-
-    with handle_signals(handle):
-        yield event

@@ -1,6 +1,6 @@
 import math
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,11 @@ from torch.optim import AdamW
 
 from features.errors import UserError
 from tests.trainer import worlds
-from trainer import loop
+from trainer import interruption, loop
 from trainer.checkpoint import TrainState, load_weights
 from trainer.config import TrainConfig
 from trainer.data.batches import Batch, TrainingData
+from trainer.ema import ExponentialMovingAverage
 from trainer.loop import EpochRow, TrainProgress, fit
 from trainer.models.base import Recommender
 from trainer.models.registry import MODELS
@@ -146,9 +147,112 @@ def test_one_ctrl_c_that_arrives_twice_is_one_and_a_later_one_raises(
     stopped, _, _ = train("sasrec", tmp_path / "once", watch=twice)
     assert (stopped.steps, stopped.finished) == (1, False)
     assert (tmp_path / "once" / "resume.safetensors").exists()
-    monkeypatch.setattr(loop, "_INTERRUPT_SECONDS", -1.0)
+    monkeypatch.setattr(interruption, "_SAME_SECONDS", -1.0)
     with pytest.raises(KeyboardInterrupt):
         train("sasrec", tmp_path / "later", watch=twice)
+
+
+def _in_forward(patch: pytest.MonkeyPatch, interrupt: Callable[[], None]) -> None:
+    real = SASRec.loss
+
+    def loss(self: SASRec, batch: Batch) -> dict[str, Tensor]:
+        losses = real(self, batch)  # draws dropout
+        interrupt()
+        return losses
+
+    patch.setattr(SASRec, "loss", loss)
+
+
+def _in_backward(patch: pytest.MonkeyPatch, interrupt: Callable[[], None]) -> None:
+    real = SASRec.loss
+
+    def loss(self: SASRec, batch: Batch) -> dict[str, Tensor]:
+        losses = real(self, batch)
+        losses["loss"].register_hook(lambda gradient: interrupt())
+        return losses
+
+    patch.setattr(SASRec, "loss", loss)
+
+
+def _in_batches(patch: pytest.MonkeyPatch, interrupt: Callable[[], None]) -> None:
+    real = NextItem.epoch
+
+    def epoch(self: NextItem, *args: Any, **options: Any) -> tuple[int, Iterator[Batch]]:
+        total, batches = real(self, *args, **options)
+
+        def interrupted() -> Iterator[Batch]:
+            for batch in batches:
+                interrupt()
+                yield batch
+
+        return total, interrupted()
+
+    patch.setattr(NextItem, "epoch", epoch)
+
+
+def _after(owner: Any, name: str) -> Callable[[pytest.MonkeyPatch, Callable[[], None]], None]:
+    def plant(patch: pytest.MonkeyPatch, interrupt: Callable[[], None]) -> None:
+        real = getattr(owner, name)
+
+        def interrupted(*args: Any, **options: Any) -> Any:
+            result = real(*args, **options)
+            interrupt()
+            return result
+
+        patch.setattr(owner, name, interrupted)
+
+    return plant
+
+
+PLACES = {
+    "forward": _in_forward,
+    "backward": _in_backward,
+    "batches": _in_batches,
+    "windows": _after(NextItem, "epoch"),
+    "validation": _after(NextItem, "validate"),
+    "optimizer": _after(AdamW, "step"),
+    "average": _after(ExponentialMovingAverage, "update"),
+    "weights": _after(loop, "save_weights"),
+    "state": _after(loop, "save_state"),
+}
+RARE = ("weights", 2)  # the first weights can remain the best
+ABANDONED = ("forward", "backward", "batches", "windows", "validation")
+
+
+@pytest.mark.parametrize(
+    ("place", "at"), [(place, at) for place in PLACES for at in (1, 2) if (place, at) != RARE]
+)
+def test_a_signal_at_any_instant_loses_no_whole_step_and_no_bit(
+    place: str, at: int, tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {"average": 0.9}
+    whole, model, _ = train("sasrec", tmp_path / "whole", **settings)
+    calls = 0
+
+    def interrupt() -> None:
+        nonlocal calls
+        calls += 1
+        if calls == at:
+            signal.raise_signal(signal.SIGTERM)
+            if place in ABANDONED:
+                raise AssertionError("the work went on")
+
+    with pytest.MonkeyPatch.context() as patch:
+        PLACES[place](patch, interrupt)
+        stopped, _, _ = train("sasrec", tmp_path / "torn", **settings)
+    steps = stopped.steps
+    assert calls >= at
+    assert not stopped.finished
+    assert (tmp_path / "torn" / "resume.safetensors").exists() == (steps > 0)
+    assert not list((tmp_path / "torn").glob(".*.tmp"))
+    resumed, other, _ = train("sasrec", tmp_path / "torn", resume=steps > 0, **settings)
+    assert resumed == whole
+    for (key, mine), theirs in zip(
+        model.state_dict().items(), other.state_dict().values(), strict=True
+    ):
+        assert torch.equal(mine, theirs), key
+    best = [(tmp_path / f / "model.safetensors").read_bytes() for f in ("whole", "torn")]
+    assert best[0] == best[1]
 
 
 def test_seeds_fix_everything(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from features.checksums import EMPTY_CHECKSUM, seal, verify
 from features.errors import OutOfMemoryError, UserError, no_permission
-from features.memory import check_address_space, is_out_of_memory, memory_reason
+from features.memory import check_memory, is_out_of_memory, memory_reason
 
 _MOST_REASON = 200  # characters of a library's message
 _UMASK = os.umask(0)  # there is no other way to read it
@@ -221,9 +221,9 @@ def database() -> Iterator[duckdb.DuckDBPyConnection]:
     """Open DuckDB in memory, without the progress bar that it writes to standard output.
 
     Raises:
-        OutOfMemoryError: The limit of the process is too small for DuckDB's threads.
+        OutOfMemoryError: The limit of the process or its control group is too small for DuckDB.
     """
-    check_address_space("DuckDB")
+    check_memory("DuckDB")
     with duckdb.connect() as db:
         db.execute("SET enable_progress_bar = false")
         yield db

@@ -17,6 +17,7 @@ from features.arrow_columns import copy_tokens, items_of, vectors_of
 from features.atomic_files import atomic_write, open_table, read_errors
 from features.checksums import EMPTY_CHECKSUM, ChangedBytesError, seal, verify
 from features.errors import UserError
+from features.memory import check_memory
 from features.provenance import REMOVE_FILE, Provenance
 
 
@@ -52,7 +53,10 @@ def read_vectors(parts: Sequence[Path], n_items: int, provenance: Provenance) ->
 
     Raises:
         UserError: A part cannot be read, or has an item outside 0..N-1.
+        OutOfMemoryError: The limits of memory leave no room for the vectors.
     """
+    needed = n_items * provenance.dim * np.dtype(provenance.dtype).itemsize
+    check_memory(f"reading {parts[0].parent if parts else 'a feature table'}", needed)
     vectors = np.zeros((n_items, provenance.dim), dtype=provenance.dtype)
     present = np.zeros(n_items, dtype=np.bool_)
     for part in parts:

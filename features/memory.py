@@ -1,4 +1,4 @@
-"""Memory: recognise an error of any library that has run out of it, and check the limit first.
+"""Memory: recognise an error of any library that has run out of it, and check the limits first.
 
 Libraries report the same fault in many ways, and some end with a segmentation fault where the
 system refuses address space to their threads.
@@ -32,8 +32,11 @@ _MIB = 2**20
 _SPACE = 512 * _MIB
 """Address space in bytes that DuckDB and Arrow need besides their threads."""
 _SPACE_PER_THREAD = 72 * _MIB  # a stack of 8 MiB and an arena of 64 MiB
+_RESIDENT = 64 * _MIB  # memory that DuckDB and Arrow need for small tables
 _STATM = Path("/proc/self/statm")
-_MEMINFO = Path("/proc/meminfo")
+_LIMIT_FILES = {1: "memory.limit_in_bytes", 2: "memory.max"}  # by version of control groups
+_USE_FILES = {1: "memory.usage_in_bytes", 2: "memory.current"}
+_NO_LIMIT = 2**60  # version 1 writes a number of this size
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -88,44 +91,60 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def check_address_space(place: str) -> None:
-    """Check that DuckDB and Arrow can start their threads under the limit of the process.
+def check_memory(place: str, needed: int = 0, root: Path = Path("/")) -> None:
+    """Check that work fits under the limits of the process and of its control group.
 
-    Without a limit (``ulimit -v``) nothing is checked. Costs a few microseconds.
+    The limit of address space (``ulimit -v``) must leave room for the threads of DuckDB and Arrow.
+    The limits of memory of containers and jobs are those of their control groups (cgroups). Without
+    limits nothing is checked. Costs less than a millisecond.
 
     Args:
         place: The work that needs the memory, for the message.
+        needed: Bytes that the work allocates besides the libraries.
+        root: Folder that holds ``proc`` and ``sys``.
 
     Raises:
-        OutOfMemoryError: Too little address space is left. The libraries would end in a
-            segmentation fault.
+        OutOfMemoryError: Too little memory is left. The libraries would end in a segmentation
+            fault, or the system would kill the process.
     """
     limit = _address_limit()
-    if limit is None:
-        return
-    used = int(_STATM.read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-    needed = _SPACE + _SPACE_PER_THREAD * (os.cpu_count() or 1)
+    if limit is not None:
+        used = int(_STATM.read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+        threads = _SPACE_PER_THREAD * (os.cpu_count() or 1)
+        _check_left(
+            place, limit, used, needed + _SPACE + threads,
+            "address space", "raise the limit (ulimit -v), or remove it",
+        )  # fmt: skip
+    for limit, used in _group_limits(root):
+        _check_left(
+            place, limit, used, needed + _RESIDENT,
+            "memory of the container or job", "raise its limit of memory, or end other programs",
+        )  # fmt: skip
+
+
+def _check_left(place: str, limit: int, used: int, needed: int, kind: str, remedy: str) -> None:
     if limit - used < needed:
         raise OutOfMemoryError(
-            f"{place}: {max(0, limit - used) // _MIB:,} MiB of the {limit // _MIB:,} MiB of address"
-            f" space are left, but {needed // _MIB:,} MiB are needed; raise the limit (ulimit -v),"
-            " or remove it"
+            f"{place}: {max(0, limit - used) // _MIB:,} MiB of the {limit // _MIB:,} MiB of {kind}"
+            f" are left, but {needed // _MIB:,} MiB are needed; {remedy}"
         )
 
 
-def available_memory() -> int:
+def available_memory(root: Path = Path("/")) -> int:
     """Return the memory in bytes that new allocations can take without swapping.
 
-    Where the system does not report it, the result is the largest int64.
+    The limits of the process's control groups count. Where the system does not report its memory,
+    and without limits, the result is the largest int64.
+
+    Args:
+        root: Folder that holds ``proc`` and ``sys``.
     """
-    try:
-        for line in _MEMINFO.read_text().splitlines():
-            name, _, value = line.partition(":")
-            if name == "MemAvailable":
-                return int(value.split()[0]) * 1024
-    except OSError:
-        pass
-    return sys.maxsize
+    available = [max(0, limit - used) for limit, used in _group_limits(root)]
+    for line in _read(root / "proc/meminfo").splitlines():
+        name, _, value = line.partition(":")
+        if name == "MemAvailable":
+            available.append(int(value.split()[0]) * 1024)
+    return min(available, default=sys.maxsize)
 
 
 def _address_limit() -> int | None:
@@ -136,3 +155,41 @@ def _address_limit() -> int | None:
         return None
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     return None if limit == resource.RLIM_INFINITY or not _STATM.exists() else limit
+
+
+def _group_limits(root: Path) -> Iterator[tuple[int, int]]:
+    """Yield limit and use in bytes of each control group of the process that has a limit.
+
+    The cache of files counts as free, because the system drops it. In a container, the path of the
+    group can be that of the host; the groups that are not visible are left out.
+    """
+    for line in _read(root / "proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        version = 1 if controllers else 2
+        base = root / "sys/fs/cgroup" / ("memory" if controllers else "")
+        group = base / path.strip("/")
+        for folder in (group, *group.parents):
+            limit = _read(folder / _LIMIT_FILES[version])
+            if limit.strip().isdigit() and int(limit) < _NO_LIMIT:
+                yield int(limit), _group_use(folder, version)
+            if folder == base:
+                break
+
+
+def _group_use(folder: Path, version: int) -> int:
+    """Return the bytes that a control group uses, without the cache of files."""
+    prefix = "total_" if version == 1 else ""
+    rows = (line.split() for line in _read(folder / "memory.stat").splitlines())
+    caches = {f"{prefix}active_file", f"{prefix}inactive_file"}
+    cache = sum(int(row[1]) for row in rows if row[0] in caches)
+    return int(_read(folder / _USE_FILES[version]) or 0) - cache
+
+
+def _read(path: Path) -> str:
+    """Return the text of a file of the system; an empty text if it cannot be read."""
+    try:
+        return path.read_text()
+    except OSError:
+        return ""

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from features.atomic_files import database, is_out_of_space, read_errors
 from features.checksums import verify
 from features.errors import UserError
-from features.memory import check_address_space
+from features.memory import check_memory
 from features.schema import FAILURES_SCHEMA, INTERACTIONS_SCHEMA, ITEMS_SCHEMA
 from features.splits import cold_sql, split_sql
 from features.sql_feature_views import create_feature_views
@@ -63,7 +63,7 @@ def connect(
         UserError: There is no warehouse, or its tables cannot be read.
     """
     warehouse.require()
-    check_address_space("DuckDB")
+    check_memory("DuckDB")
     with tempfile.TemporaryDirectory(prefix="mmrec-sql-") as spill, database() as db:
         with read_errors(warehouse.root, "run again the command that wrote it"):
             names = set(re.findall(r"\w+", sql.lower()))

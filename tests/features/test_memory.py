@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from features.errors import OutOfMemoryError, UserError
-from features.memory import is_out_of_memory, memory_errors
+from features.memory import available_memory, check_memory, is_out_of_memory, memory_errors
 
 
 def _torch() -> None:
@@ -105,3 +105,60 @@ def test_a_small_address_space_ends_a_query_in_one_line(megabytes: int, tmp_path
     assert result.returncode == 1, (result.returncode, result.stderr)
     assert result.stderr.startswith("error: ")
     assert result.stderr.count("\n") == 1
+
+
+MIB = 2**20
+GROUPS = {
+    "version 2": ("0::/job/step\n", "sys/fs/cgroup/job/step", "memory.max", "memory.current", ""),
+    "version 2, group above": (
+        "0::/job/step\n", "sys/fs/cgroup/job", "memory.max", "memory.current", "",
+    ),
+    "version 2, container": ("0::/\n", "sys/fs/cgroup", "memory.max", "memory.current", ""),
+    "version 1": (
+        "9:name=systemd:/\n4:memory:/job\n0::/\n", "sys/fs/cgroup/memory/job",
+        "memory.limit_in_bytes", "memory.usage_in_bytes", "total_",
+    ),
+    "version 1, path of the host": (
+        "4:cpu,memory:/docker/0a1b\n", "sys/fs/cgroup/memory",
+        "memory.limit_in_bytes", "memory.usage_in_bytes", "total_",
+    ),
+}  # fmt: skip
+
+
+def group(root: Path, kind: str, limit: str, used: int, cache: int = 0) -> Path:
+    """Write the files of a control group below ``root``."""
+    line, place, limit_file, use_file, prefix = GROUPS[kind]
+    folder = root / place
+    folder.mkdir(parents=True)
+    (root / "proc/self").mkdir(parents=True)
+    (root / "proc/self/cgroup").write_text(line)
+    (folder / limit_file).write_text(f"{limit}\n")
+    (folder / use_file).write_text(f"{used}\n")
+    stat = f"{prefix}inactive_file {cache // 2}\n{prefix}active_file {cache - cache // 2}\nanon 7\n"
+    (folder / "memory.stat").write_text(stat)
+    return root
+
+
+@pytest.mark.parametrize("kind", GROUPS)
+def test_the_limit_of_a_control_group_is_checked_first(kind: str, tmp_path: Path) -> None:
+    root = group(tmp_path, kind, str(1000 * MIB), 800 * MIB)
+    check_memory("reading x", 100 * MIB, root)
+    line = r"^reading x: 200 MiB of the 1,000 MiB of memory of .+, but 264 MiB are needed; raise"
+    with pytest.raises(OutOfMemoryError, match=line):
+        check_memory("reading x", 200 * MIB, root)
+
+
+@pytest.mark.parametrize("kind", GROUPS)
+def test_the_cache_of_files_is_free(kind: str, tmp_path: Path) -> None:
+    root = group(tmp_path, kind, str(1000 * MIB), 990 * MIB, cache=500 * MIB)
+    check_memory("reading x", 400 * MIB, root)
+    assert available_memory(root) == 510 * MIB
+    (root / "proc/meminfo").write_text("MemTotal: 999 kB\nMemAvailable: 99 kB\n")
+    assert available_memory(root) == 99 * 1024
+
+
+@pytest.mark.parametrize("limit", ["max", str(2**63 - 4096), ""])
+def test_without_a_limit_nothing_is_refused(limit: str, tmp_path: Path) -> None:
+    kind = "version 2" if limit == "max" else "version 1"
+    check_memory("reading x", 2**50, group(tmp_path, kind, limit, 990 * MIB))
+    check_memory("reading x", 2**50, tmp_path / "no system files")

@@ -1,8 +1,9 @@
 """The folder of a run: its name, its lock, its configuration file and its metrics table."""
 
 import shutil
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,7 @@ _ABOUT: dict[str, type] = {"model": str, "dataset": str, "features": list, "fing
 _RESULTS = ("model.safetensors", "resume.safetensors", "metrics.parquet", "predictions.parquet")
 """Files that a run without ``config.toml`` does not have, unless the file was removed."""
 _LOCK = ".lock"
+_NEW_SECONDS = 1.0
 
 
 @contextmanager
@@ -57,6 +59,8 @@ def run_lock(folder: Path) -> Iterator[None]:
 def create_run_dir(runs: Path, name: str | None, stamp: datetime, title: str) -> Iterator[Path]:
     """Create and lock the folder of a new run; it is removed if the body fails.
 
+    Folders of other runs that were killed before they were complete are removed.
+
     Only one process can create a folder, so two runs never share one. A folder of the name that a
     killed process left before its run was complete is used again.
 
@@ -69,6 +73,7 @@ def create_run_dir(runs: Path, name: str | None, stamp: datetime, title: str) ->
     Raises:
         UserError: The given name is taken.
     """
+    _remove_abandoned(runs)
     folder = runs / (name if name is not None else f"{stamp:%Y%m%d-%H%M%S}-{title}")
     while True:
         try:
@@ -89,6 +94,23 @@ def create_run_dir(runs: Path, name: str | None, stamp: datetime, title: str) ->
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
+
+
+def _remove_abandoned(runs: Path) -> None:
+    """Remove the folders of runs that were killed before they were complete.
+
+    A folder stays if a process holds its lock, or if its lock file is new: another process may be
+    about to lock it.
+    """
+    for path in runs.glob(f"*/{_LOCK}"):
+        folder = path.parent
+        with suppress(UserError, OSError):  # locked or removed by another process
+            if time.time() - path.stat().st_mtime < _NEW_SECONDS or not _is_incomplete(folder):
+                continue
+            with lock(path, f"run {folder.name}") as folder_lock:
+                folder_lock.check()
+                if _is_incomplete(folder):
+                    shutil.rmtree(folder)
 
 
 def _is_incomplete(folder: Path) -> bool:

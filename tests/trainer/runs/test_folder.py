@@ -1,6 +1,9 @@
 """The folder of a run: removed during the work, or left by a process that was killed."""
 
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -146,3 +149,54 @@ def test_leftovers_go_with_the_next_command_that_owns_the_folder(
     else:
         evaluate(house, run, index="torch")
     assert not leftover.exists()
+
+
+def age(folder: Path) -> None:
+    os.utime(folder / ".lock", (1.7e9, 1.7e9))
+
+
+@pytest.mark.parametrize("name", ["20260102-030405-world-sasrec", "named"])
+@pytest.mark.parametrize("names", [(".lock",), (".lock", ".config.toml.0a1b2c3d.tmp", "blocks")])
+def test_the_folder_of_a_killed_run_is_removed_by_the_next_run(
+    house: Warehouse, name: str, names: tuple[str, ...]
+) -> None:
+    kill(house.runs_dir / name, *names)
+    age(house.runs_dir / name)
+    begin(house)
+    assert [path.name for path in house.runs_dir.iterdir()] == ["r"]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        (".lock", "config.toml"), (".lock", "metrics.parquet"), (".lock", "model.safetensors"),
+        ("notes.txt",), (),
+    ],
+)  # fmt: skip
+def test_a_folder_that_may_be_a_run_or_anything_else_stays(
+    house: Warehouse, names: tuple[str, ...]
+) -> None:
+    folder = house.runs_dir / "20260102-030405-world-sasrec"
+    kill(folder, *names)
+    if ".lock" in names:
+        age(folder)
+    begin(house)
+    assert {path.name for path in folder.iterdir()} == set(names)
+
+
+def test_the_folder_of_a_run_that_another_process_creates_stays(house: Warehouse) -> None:
+    folder = house.runs_dir / "20260102-030405-world-sasrec"
+    kill(folder, ".lock")
+    age(folder)
+    code = "import fcntl, sys; file = open(sys.argv[1], 'r+'); fcntl.flock(file, fcntl.LOCK_EX)"
+    command = [sys.executable, "-c", f"{code}; print(flush=True); input()", str(folder / ".lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        age(folder)
+        begin(house)
+        assert folder.exists()
+        process.communicate(b"\n")
+    age(folder)
+    worlds.begin(house, "sasrec", settings=SMALL, name="r2")
+    assert not folder.exists()

@@ -56,6 +56,12 @@ def show_model(description: "ModelDescription") -> None:
     console.out.print()
     console.out.print("--transfer (with --init RUN)", style="bold")
     console.print_text(", ".join(description.transfers), indent=2)
+    for preset, settings in description.presets.items():
+        *stage, name = preset.split(" ")
+        console.out.print()
+        console.out.print(f"mmrec {stage[0] if stage else 'train'} --preset {name}", style="bold")
+        values = ", ".join(f"{key}={_value(value)}" for key, value in settings.items())
+        console.print_text(values, indent=2)
     if description.variants:
         console.out.print()
         console.table(

@@ -30,6 +30,10 @@ SetOption = Annotated[
 ConfigOption = Annotated[
     Path | None, typer.Option("--config", help="TOML file with settings; --set wins.")
 ]
+PresetOption = Annotated[
+    str | None,
+    typer.Option("--preset", help="Preset of the model: published or released; --config wins."),
+]
 NameOption = Annotated[str | None, typer.Option("--name", help="Name of the new run.")]
 InitOption = Annotated[
     str | None, typer.Option("--init", help="Run whose best weights are the initial weights.")
@@ -60,6 +64,7 @@ class NewRun:
     features: list[str] | None = None
     set: list[str] | None = None
     config: Path | None = None
+    preset: str | None = None
     name: str | None = None
     init: str | None = None
     transfer: str | None = None
@@ -92,7 +97,7 @@ def start_training(
     pairs = list(new.set or [])
     if new.tune_blocks is not None:
         pairs.append(f"tune_blocks={new.tune_blocks}")
-    sources = SettingSources(file=new.config, pairs=pairs)
+    sources = SettingSources(preset=new.preset, file=new.config, pairs=pairs)
     sources.parsed_pairs()
     warehouse = Warehouse(root)
     wanted: list[str | None] = [*datasets]
@@ -139,7 +144,8 @@ def resume_training(
     if new != NewRun():
         raise UserError(
             "--resume continues a run as it is;"
-            " leave --features, --set, --config, --name, --init, --transfer, --tune-blocks out"
+            " leave --features, --set, --config, --preset, --name, --init, --transfer,"
+            " --tune-blocks out"
         )
     warehouse = Warehouse(root)
     folder, reason = warehouse.choose_run(name)

@@ -177,14 +177,20 @@ class TrainConfig(Settings):
     warmup: NonNegativeInt = 0
     """Steps over which the learning rate rises from 0."""
     schedule: Annotated[
-        str, Choice("schedule", ("constant", "cosine", "linear", "exponential"))
+        str, Choice("schedule", ("constant", "cosine", "linear", "exponential", "step"))
     ] = "constant"
-    """Learning rate after the warm-up: ``constant``; ``cosine`` or ``linear`` down to 0 at the end
-    of the last epoch; ``exponential``: multiplied by ``decay`` after each epoch."""
+    """Learning rate after the warm-up: ``constant``; ``cosine`` or ``linear`` down to ``decay_to``
+    at the end of the last epoch; ``exponential``: multiplied by ``decay`` after each epoch;
+    ``step``: multiplied by ``decay`` once, after ``decay_from`` epochs."""
     decay: Annotated[
         float, Range(0, 1, "above 0 and at most 1", includes_low=False, includes_high=True)
     ] = 0.9
-    """Factor of the exponential schedule."""
+    """Factor of the schedules ``exponential`` and ``step``."""
+    decay_from: NonNegativeInt = 0
+    """Epochs before the learning rate begins to fall."""
+    decay_to: Probability = 0.0
+    """Share of the learning rate that remains at the end of the schedules ``cosine`` and
+    ``linear``."""
     clip: NonNegativeFloat = 1.0
     """Largest norm of the gradient; 0 disables clipping."""
     average: Probability = 0.0
@@ -234,8 +240,13 @@ class TrainConfig(Settings):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SettingSources:
-    """The settings that a user gives: a TOML file, and ``key=value`` pairs, which win."""
+    """The settings that a user gives: a preset of the model, a TOML file, and ``key=value`` pairs.
 
+    The file wins over the preset, and the pairs win over both.
+    """
+
+    preset: str | None = None
+    """Name of a preset of the model."""
     file: Path | None = None
     pairs: Sequence[str] = field(default=())
 
@@ -259,7 +270,7 @@ class SettingSources:
         return values
 
     def names(self) -> set[str]:
-        """Return the names of the given settings."""
+        """Return the names of the settings in the file and in the pairs."""
         in_file = set() if self.file is None else set(read_flat(self.file))
         return in_file | set(self.parsed_pairs())
 

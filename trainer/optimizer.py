@@ -71,11 +71,15 @@ def scheduled(rate: float, config: TrainConfig, state: TrainState, steps: int) -
     """
     if config.warmup:
         rate *= min(1.0, (state.steps + 1) / config.warmup)
-    share_done = (state.epoch + state.step / steps) / config.epochs
+    epochs_of_decay = max(0.0, state.epoch + state.step / steps - config.decay_from)
+    share_done = epochs_of_decay / max(1, config.epochs - config.decay_from)
     if config.schedule == "cosine":
-        rate *= 0.5 * (1 + math.cos(math.pi * share_done))
+        remaining = 0.5 * (1 + math.cos(math.pi * share_done))
+        rate *= config.decay_to + (1 - config.decay_to) * remaining
     elif config.schedule == "linear":
-        rate *= 1 - share_done
+        rate *= config.decay_to + (1 - config.decay_to) * (1 - share_done)
     elif config.schedule == "exponential":
-        rate *= config.decay**state.epoch
+        rate *= config.decay ** max(0, state.epoch - config.decay_from)
+    elif config.schedule == "step" and state.epoch >= config.decay_from:
+        rate *= config.decay
     return rate

@@ -134,5 +134,5 @@ def test_every_variant_that_is_named_can_be_asked_for(name: str) -> None:
             given = [f"{pair[0]}={value}" for pair, value in zip(pairs, values, strict=True)]
             build_settings(classes, SettingSources(pairs=given), {})
             asked += len(given)
-        assert re.search(r"--set|--features|--init|mmrec (train|prepare)", option), what
+        assert re.search(r"--set|--preset|--features|--init|mmrec (train|prepare)", option), what
     assert asked or not recommender.variants

@@ -336,6 +336,14 @@ def test_the_rate_by_hand() -> None:
     assert [rate(both, *p) for p in places] == pytest.approx(expected)
     linear = TrainConfig(lr=0.8, epochs=2, schedule="linear")
     assert [rate(linear, *p) for p in places] == pytest.approx([0.8, 0.6, 0.4, 0.2])
+    late = TrainConfig(lr=0.8, epochs=4, schedule="linear", decay_from=2, decay_to=0.1)
+    assert [rate(late, e, s) for e, s in ((1, 1), (2, 0), (3, 0))] == [
+        0.8,
+        0.8,
+        pytest.approx(0.44),
+    ]
+    step = TrainConfig(lr=0.8, epochs=4, schedule="step", decay_from=2, decay=0.5)
+    assert [rate(step, e, 1) for e in (0, 1, 2, 3)] == [0.8, 0.8, 0.4, 0.4]
     fading = TrainConfig(lr=0.8, epochs=2, schedule="exponential", decay=0.5)
     assert [rate(fading, *p) for p in places] == pytest.approx([0.8, 0.8, 0.4, 0.4])
 

@@ -182,6 +182,7 @@ def begin(
     transfer: str = FULL,
     is_pretraining: bool = False,
     file: Path | None = None,
+    preset: str | None = None,
 ) -> Run:
     """Create a run from words, as the command line does."""
     spec = RunSpec.resolve(
@@ -190,7 +191,7 @@ def begin(
         [dataset] if isinstance(dataset, str) else dataset,
         is_pretraining=is_pretraining,
         features=features,
-        sources=SettingSources(file=file, pairs=settings),
+        sources=SettingSources(preset=preset, file=file, pairs=settings),
         init=None if init is None else InitialWeights(run=init, transfer=transfer),
     )
     return create_run(warehouse, spec, name=name)

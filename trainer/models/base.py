@@ -44,6 +44,8 @@ class Pretraining:
     """Name in :data:`trainer.tasks.registry.TASKS`."""
     settings: Mapping[str, Any]
     """Settings of the loop and of the recommender whose defaults differ in pre-training."""
+    presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Presets of ``mmrec pretrain``, see :attr:`Recommender.presets`."""
 
 
 class Recommender(nn.Module, ABC):
@@ -68,8 +70,12 @@ class Recommender(nn.Module, ABC):
     """Settings of the loop whose defaults differ for this model."""
     pretraining: ClassVar[Pretraining | None] = None
     """The pre-training of the model; ``None`` without one."""
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """Name of a preset (``--preset``) to settings of the loop and of the recommender. ``published``
+    is the paper, and where the paper is silent the released code. ``released`` is the released
+    code, also where it contradicts the paper."""
     variants: ClassVar[Mapping[str, str]] = {}
-    """Ablation, published form or other useful form, to the options that select it."""
+    """Ablation or other useful form, to the options that select it."""
     has_vectors: ClassVar[bool] = True
     """True if a score is the inner product of the vectors of the two encoders."""
     is_sparse: ClassVar[bool] = False

@@ -36,7 +36,7 @@ from trainer.modules.transformer import initialise, positions_from_end
 
 @dataclass(frozen=True, kw_only=True)
 class BERT4RecConfig(SequenceSettings, LossSettings):
-    """Settings of BERT4Rec."""
+    """Settings of BERT4Rec; presets ``published`` for Beauty and ``published-dense`` for ML-1M."""
 
     dim: PositiveInt = 64
     layers: LayerCount = 2
@@ -70,7 +70,30 @@ class BERT4Rec(Recommender):
     settings_class = BERT4RecConfig
     settings: BERT4RecConfig
     train_defaults: ClassVar = {"batch_size": 256, "monitor": "NDCG@10"}
-    variants: ClassVar = {"masks as published for Beauty": "--set mask_ratio=0.6 --set stride=5"}
+    presets: ClassVar = {
+        "published": {
+            "dropout": 0.5,
+            "mask_ratio": 0.6,
+            "stride": 5,
+            "final_norm": False,
+            "norm_eps": 1e-12,
+            "inner_dropout": False,
+            "lr": 1e-4,
+            "warmup": 100,
+            "clip": 5.0,
+        },
+        "published-dense": {
+            "length": 200,
+            "mask_ratio": 0.2,
+            "stride": 100,
+            "final_norm": False,
+            "norm_eps": 1e-12,
+            "inner_dropout": False,
+            "lr": 1e-4,
+            "warmup": 100,
+            "clip": 5.0,
+        },
+    }
     item_tables = ("item.", "bias_N1")
     transfer_groups: ClassVar = {"users": ("position.", "mask_D", "norm.", "transformer.", "head.")}
     reverse_positions = ("position.weight",)

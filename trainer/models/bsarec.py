@@ -62,6 +62,16 @@ class BSARec(ItemIdRecommender):
     settings_class = BSARecConfig
     settings: BSARecConfig
     train_defaults: ClassVar = {"batch_size": 256, "lr": 5e-4, "monitor": "NDCG@10"}
+    presets: ClassVar = {
+        "published": {
+            "rows": "prefixes",
+            "norm_eps": 1e-12,
+            "inner_dropout": False,
+            "weight_decay": 0.0,
+            "clip": 0.0,
+            "monitor": "NDCG@20",
+        }
+    }
 
     def __init__(self, settings: BSARecConfig, catalogue: Catalogue) -> None:
         super().__init__(settings, catalogue)

@@ -47,6 +47,19 @@ class DuoRec(SASRec):
     settings: DuoRecConfig
     train_defaults: ClassVar = {**SASRec.train_defaults, "batch_size": 256, "lr": 1e-3}
     variants: ClassVar = {}
+    presets: ClassVar = {
+        "published": {
+            "rows": "prefixes",
+            "final_norm": False,
+            "norm_eps": 1e-12,
+            "inner_dropout": False,
+            "epochs": 50,
+            "schedule": "constant",
+            "weight_decay": 0.0,
+            "clip": 0.0,
+            "monitor": "MRR",
+        }
+    }
 
     def __init__(self, settings: DuoRecConfig, catalogue: Catalogue) -> None:
         super().__init__(settings, catalogue)

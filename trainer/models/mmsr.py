@@ -12,6 +12,7 @@ of a backbone above a ``layer-K`` table can be trained, see :mod:`trainer.finetu
 Legend: K distinct items, D width.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
@@ -31,6 +32,30 @@ from trainer.modules.item_encoder import EncodedItems, ItemEncoder
 from trainer.modules.registry import FUSIONS, SEQUENCE_ENCODERS
 from trainer.modules.released_weights import InitialisationSettings, initialise_released
 from trainer.modules.transformer import initialise_glorot
+
+PUBLISHED: Mapping[str, Any] = {
+    **RELEASED_ENCODER,
+    "loss": "bce",
+    "score": "dot",
+    "lr": 1e-4,
+    "weight_decay": 0.1,
+    "batch_size": 512,
+    "epochs": 150,
+    "patience": 150,
+    "validate_every": 5,
+    "clip": 0.0,
+    "schedule": "linear",
+    "decay_from": 120,
+    "decay_to": 0.1,
+    "monitor": "HR@10",
+}
+"""Section 5 of the paper, and 64 sequences on each of 8 devices; training does not stop early."""
+RELEASED_SCHEDULE: Mapping[str, Any] = {"schedule": "step", "decay": 0.1}
+_MERGE = {**RELEASED_ATTENTION, "token_types": False, "tune_blocks": 2}
+_CO_ATTENTION = {
+    **RELEASED_ATTENTION, "fusion": "co-attention", "token_types": True, "tune_blocks": 2,
+}  # fmt: skip
+_COARSE = {**RELEASED_COARSE, "fusion": "sum", "tune_blocks": 2}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +80,7 @@ class IDSR(CausalRecommender):
     settings_class: ClassVar[type[Any]] = IDSRConfig
     settings: IDSRConfig
     item_tables: ClassVar[tuple[str, ...]] = ("item_encoder.",)
-    variants: ClassVar = {"as published": f"--set loss=bce --set score=dot {RELEASED_ENCODER}"}
+    presets: ClassVar = {"published": PUBLISHED, "released": {**PUBLISHED, **RELEASED_SCHEDULE}}
 
     def __init__(self, settings: IDSRConfig, catalogue: Catalogue) -> None:
         super().__init__(settings, catalogue)
@@ -101,20 +126,16 @@ class MMSR(IDSR):
     settings: MMSRConfig
     needs_features: ClassVar[bool] = True
     reads_tokens: ClassVar[bool] = True
+    presets: ClassVar = {
+        "published": {**PUBLISHED, **_MERGE},
+        "published-co-attention": {**PUBLISHED, **_CO_ATTENTION},
+        "published-coarse": {**PUBLISHED, **_COARSE},
+        "released": {**PUBLISHED, **_MERGE, **RELEASED_SCHEDULE},
+    }
     variants: ClassVar = {
         "from item ids": "mmrec train --model idsr",
-        "as published": (
-            f"--set loss=bce --set score=dot {RELEASED_ENCODER} {RELEASED_ATTENTION}"
-            " --set token_types=false"
-        ),
-        "as published, co-attention": (
-            f"--set fusion=co-attention --set loss=bce --set score=dot {RELEASED_ENCODER}"
-            f" {RELEASED_ATTENTION} --set token_types=true"
-        ),
-        "as published, coarse fusions": (
-            f"--set fusion=sum|concat|gate|film --set loss=bce --set score=dot {RELEASED_ENCODER}"
-            f" {RELEASED_COARSE}"
-        ),
+        "published, pooled vectors": "--preset published --tune-blocks 0",
+        "other coarse fusions": "--preset published-coarse --set fusion=concat|gate|film",
         "GRU of the paper": "--set sequence_encoder=gru --set layers=4",
         "NextItNet as released": "--set sequence_encoder=nextitnet --set norm_eps=1e-8",
         "top blocks fine-tuned": "--set tune_blocks=2, tables layer-K, K = blocks - 2",

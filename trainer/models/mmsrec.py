@@ -54,6 +54,21 @@ _ITEMS_PER_BLOCK = 4096  # items of the catalogue that are encoded together with
 _SHARED = ("norm.", "transformer.")
 
 
+_PUBLISHED: Mapping[str, Any] = {
+    "batch_size": 8192,
+    "lr": 1e-3,
+    "stride": 1,
+    "missing": "mask",
+    "initialisation": "released",
+    "epochs": 500,
+    "patience": 10,
+    "monitor": "Recall@10",
+    "monitor_seen": "kept",
+}
+"""Section 4.1 of the paper for the Amazon datasets, with a window for each prefix of a history. The
+preset ``published-dense`` is that for ML-1M."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class MMSRecConfig(MultimodalSettings, InitialisationSettings):
     """Settings of MMSRec; sizes, dropout, temperature and mask ratio are the paper's."""
@@ -91,14 +106,13 @@ class MMSRec(MultimodalEncoder, Recommender):
         "without text": "--features image",
         "without pre-training": "no --init",
         "sparser or denser data": "mmrec prepare --name NAME --k-core 4..7",
-        "as the paper's missing modality": "--set missing=mask",
-        "as the released code masks": "--set corruption=81-9-10",
-        "initial weights as released": "--set initialisation=released",
         "next item, not the Cloze task": "--set objective=next",
         "with ids, features whitened": "--set ids=true --set whiten=true",
-        "pre-training as published": (
-            "--set lr=5e-5 --set batch_size=48000 --set epochs=15 --set duplicates=keep"
-        ),
+    }
+    presets: ClassVar = {
+        "published": _PUBLISHED,
+        "published-dense": {**_PUBLISHED, "length": 99, "dropout": 0.2},
+        "released": {**_PUBLISHED, "missing": "drop", "corruption": "81-9-10"},
     }
     pretraining = Pretraining(
         task="alignment",
@@ -108,6 +122,18 @@ class MMSRec(MultimodalEncoder, Recommender):
             "epochs": 50,
             "schedule": "exponential",
             "monitor": "MRR",
+        },
+        presets={
+            "published": {
+                "lr": 5e-5,
+                "batch_size": 48_000,
+                "epochs": 15,
+                "schedule": "exponential",
+                "decay": 0.9,
+                "duplicates": "keep",
+                "missing": "mask",
+                "initialisation": "released",
+            }
         },
     )
     # One encoder encodes items and sequences, so each group contains it.

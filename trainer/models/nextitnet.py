@@ -37,6 +37,7 @@ class NextItNet(ItemIdRecommender):
     settings_class = NextItNetConfig
     settings: NextItNetConfig
     train_defaults: ClassVar = {"batch_size": 256, "monitor": "NDCG@10"}
+    presets: ClassVar = {"published": {"layers": 5, "dropout": 0.0, "weight_decay": 0.0}}
 
     def __init__(self, settings: NextItNetConfig, catalogue: Catalogue) -> None:
         super().__init__(settings, catalogue)

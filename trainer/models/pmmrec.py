@@ -14,8 +14,9 @@ modality that an item lacks.
 Legend: B batch, L sequence length, N items, K distinct items, T tokens, D width, M positions.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +50,28 @@ from trainer.modules.released_weights import InitialisationSettings, initialise_
 from trainer.modules.sequence_encoders import SASRecEncoder
 from trainer.modules.transformer import initialise
 
+_PUBLISHED: Mapping[str, Any] = {
+    **RELEASED_ENCODER,
+    **RELEASED_ATTENTION,
+    "token_types": False,
+    "pool": "cls",
+    "align_pool": "cls",
+    "exclude": "window",
+    "debias": False,
+    "align_temperature": 1.0,
+    "rcl_cosine": False,
+    "rcl_temperature": 1.0,
+    "tune_blocks": 2,
+    "tune_lr": 1e-4,
+    "lr": 1e-4,
+    "weight_decay": 0.1,
+    "clip": 0.0,
+    "monitor": "HR@10",
+}
+"""The equations and section IV of the paper. With a temperature of 1, Eq. 8 as printed
+(``align_literal=true``) can have a negative loss, so the positives stay in the denominator."""
+_RELEASED: Mapping[str, Any] = {"pool": "mean", "align_pool": "mean", "debias": True}
+
 
 @dataclass(frozen=True, kw_only=True)
 class PMMRecConfig(CausalSettings, FusionSettings, InitialisationSettings):
@@ -64,6 +87,9 @@ class PMMRecConfig(CausalSettings, FusionSettings, InitialisationSettings):
     """Loss of the next item; ``in-batch`` is DAP (Eq. 5)."""
     align: Annotated[str, Choice("align", ("none", *ALIGNMENTS))] = "none"
     """Contrastive loss of the modalities: ``none``, ``vcl``, ``icl``, ``ncl`` or ``nicl``."""
+    align_pool: Annotated[str, Choice("align_pool", ("mean", "cls"))] = "mean"
+    """Vector of a modality in that loss, and of an item with a single modality: the ``mean`` of its
+    tokens, or its first token, which is the ``cls`` token of most backbones (Eq. 6 to 9)."""
     align_temperature: Temperature = 0.1
     """Divisor of the cosines in the contrastive loss of the modalities (the equations: 1)."""
     align_literal: bool = False
@@ -106,14 +132,14 @@ class PMMRec(CausalRecommender):
     needs_features = True
     reads_tokens = True
     pretraining = Pretraining(
-        task="next-item", settings={"align": "nicl", "nid": True, "rcl": True}
+        task="next-item",
+        settings={"align": "nicl", "nid": True, "rcl": True},
+        presets={"published": {**_PUBLISHED, "batch_size": 512}},
     )
+    presets: ClassVar = {"published": _PUBLISHED, "released": {**_PUBLISHED, **_RELEASED}}
     variants: ClassVar = {
-        "as published": (
-            f"{RELEASED_ENCODER} {RELEASED_ATTENTION} --set token_types=false --set exclude=window"
-        ),
+        "published, pooled vectors": "--preset published --tune-blocks 0",
         "top blocks fine-tuned": "--set tune_blocks=2, tables layer-K, K = blocks - 2",
-        "rates of the released code": "--set lr=1e-4 --set tune_lr=1e-4 --set weight_decay=0.1",
         "Table VIII": "--set align=none|vcl|icl|ncl, --set nid=false, --set rcl=false",
         "the paper's item (Eq. 3)": "--set pool=cls",
         "the released code's item": "--set token_types=false",
@@ -144,7 +170,9 @@ class PMMRec(CausalRecommender):
                 f"align={settings.align!r} contrasts modalities, and the only modality is"
                 f" {', '.join(catalogue.widths)}; set align=none"
             )
-        self.item_encoder = ItemEncoder(settings.fusion, settings, catalogue.widths)
+        self.item_encoder = ItemEncoder(
+            settings.fusion, settings, catalogue.widths, modality_pool=settings.align_pool
+        )
         self.sequence_encoder = SASRecEncoder(settings, settings.dropout)
         if settings.nid:
             self.nid = nn.Linear(settings.dim, 3)

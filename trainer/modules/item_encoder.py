@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from features.errors import UserError
 from trainer.modules.fusion import DNN, FusionSettings, Pooled, learned
 from trainer.modules.registry import FUSIONS
-from trainer.modules.tokens import Tokens, averaged, fill, masked_mean
+from trainer.modules.tokens import Tokens, averaged, fill, first_token, masked_mean
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,30 +25,44 @@ class EncodedItems:
     An item without the modality has one learned token."""
     has_modality: Sequence[Tensor]
     """For each modality (K,) bool, true for the items that have it."""
+    modality_pool: str = "mean"
+    """Vector of a modality: the ``mean`` of its tokens, or its first token (``cls``)."""
 
     def modality_vectors(self) -> list[tuple[Tensor, Tensor]]:
-        """Return the mean of each modality's tokens (K, D), with its ``has_modality`` (K,)."""
-        means = [masked_mean(*tokens) for tokens in self.modalities]
-        return list(zip(means, self.has_modality, strict=True))
+        """Return the vector of each modality (K, D), with its ``has_modality`` (K,)."""
+        is_first = self.modality_pool == "cls"
+        vectors = [x[:, 0] if is_first else masked_mean(x, mask) for x, mask in self.modalities]
+        return list(zip(vectors, self.has_modality, strict=True))
 
 
 class ItemEncoder(nn.Module):
     """Project each modality, fuse the modalities, and apply a DNN if there is one.
 
-    If the run has a single modality, the vector is the mean of the projected tokens.
+    If the run has a single modality, the vector is the projected vector of the modality.
 
     Args:
         fusion: Name in :data:`trainer.modules.registry.FUSIONS`.
         settings: Settings of the fusion.
         widths: Modality to width of its features; at least one.
+        modality_pool: Vector of a modality, and of an item of a run with a single modality: the
+            ``mean`` of its tokens, or its first token (``cls``).
 
     Raises:
         UserError: The fusion takes two modalities, and the run has more.
     """
 
-    def __init__(self, fusion: str, settings: FusionSettings, widths: Mapping[str, int]) -> None:
+    def __init__(
+        self,
+        fusion: str,
+        settings: FusionSettings,
+        widths: Mapping[str, int],
+        *,
+        modality_pool: str = "mean",
+    ) -> None:
         super().__init__()
+        self.modality_pool = modality_pool
         names = list(widths)
+        self.is_single = len(names) == 1
         self.inputs = nn.ModuleDict({name: nn.Linear(widths[name], settings.dim) for name in names})
         self.absent = learned(len(names), settings.dim)
         fusion_class = FUSIONS.find(fusion) if len(names) > 1 else Pooled
@@ -71,10 +85,18 @@ class ItemEncoder(nn.Module):
         modalities, has_modality = [], []
         for index, (name, project) in enumerate(self.inputs.items()):
             tokens = features[name]
-            x_KTD, mask_KT = tokens if self.fusion.reads_tokens else averaged(*tokens)
+            if not self.fusion.reads_tokens:
+                is_first = self.is_single and self.modality_pool == "cls"
+                tokens = first_token(*tokens) if is_first else averaged(*tokens)
+            x_KTD, mask_KT = tokens
             modalities.append(fill(project(x_KTD), mask_KT, self.absent[index]))
             has_modality.append(mask_KT.any(1))
         fused_KD: Tensor = self.fusion(modalities)
         if self.dnn is not None:
             fused_KD = self.dnn(fused_KD)
-        return EncodedItems(fused_KD=fused_KD, modalities=modalities, has_modality=has_modality)
+        return EncodedItems(
+            fused_KD=fused_KD,
+            modalities=modalities,
+            has_modality=has_modality,
+            modality_pool=self.modality_pool,
+        )

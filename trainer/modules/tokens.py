@@ -31,6 +31,11 @@ def averaged(x_KTD: Tensor, mask_KT: Tensor) -> Tokens:
     return total_K1D / counts_K1.clamp_min(1)[..., None], counts_K1 > 0
 
 
+def first_token(x_KTD: Tensor, mask_KT: Tensor) -> Tokens:
+    """Return the first token of each item as its only token, (K, 1, D) and (K, 1)."""
+    return x_KTD[:, :1], mask_KT[:, :1]
+
+
 def fill(x_KTD: Tensor, mask_KT: Tensor, absent_D: Tensor) -> Tokens:
     """Replace the first token of each item without tokens by a learned token.
 

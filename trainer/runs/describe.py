@@ -6,9 +6,12 @@ import itertools
 import textwrap
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trainer.models.registry import MODELS
+
+if TYPE_CHECKING:
+    from trainer.models.base import Recommender
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,8 +49,11 @@ class ModelDescription:
     """Settings of ``mmrec pretrain`` alone, and settings whose default differs there."""
     transfers: list[str]
     """Values of ``--transfer``."""
+    presets: dict[str, dict[str, Any]]
+    """Values of ``--preset`` to the settings that they change; presets of ``mmrec pretrain`` have
+    the prefix ``pretrain``."""
     variants: dict[str, str]
-    """Published and recommended variants -> the options that ask for them."""
+    """Ablations and recommended forms to the options that select them."""
 
 
 def list_models() -> list[ModelSummary]:
@@ -90,8 +96,17 @@ def describe_model(name: str) -> ModelDescription:
             for key, value in pretraining_defaults(recommender).items()
         ],
         transfers=["full", *recommender.transfer_groups],
+        presets=_presets(recommender),
         variants=dict(recommender.variants),
     )
+
+
+def _presets(recommender: "type[Recommender]") -> dict[str, dict[str, Any]]:
+    presets = {name: dict(settings) for name, settings in recommender.presets.items()}
+    if recommender.pretraining is not None:
+        for name, settings in recommender.pretraining.presets.items():
+            presets[f"pretrain {name}"] = dict(settings)
+    return presets
 
 
 def _settings(config: Any, defaults: Mapping[str, Any] | None = None) -> list[Setting]:

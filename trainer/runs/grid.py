@@ -156,7 +156,7 @@ def _resolve(warehouse: Warehouse, combination: Combination) -> RunSpec:
         combination.model,
         [dataset],
         features=None if combination.features is None else [combination.features],
-        sources=SettingSources(pairs=pairs),
+        sources=SettingSources(preset=combination.preset, pairs=pairs),
         init=init,
     )
 

@@ -1,8 +1,8 @@
 """A grid: a TOML file whose lists are crossed into combinations, each of them one run.
 
-``[runs]`` holds ``model``, ``dataset``, ``features``, ``init``, ``transfer`` and settings. A list
-is an axis; a table is an axis of named variants, each of which sets some of these. No torch here: a
-bad file is refused before it is loaded.
+``[runs]`` holds ``model``, ``preset``, ``dataset``, ``features``, ``init``, ``transfer`` and
+settings. A list is an axis; a table is an axis of named variants, each of which sets some of these.
+This module does not import torch: a bad file is refused before torch is loaded.
 """
 
 import itertools
@@ -21,7 +21,14 @@ SEED = "seed"
 """The one axis that needs no place in the table: cells are means over it."""
 SPLITS = ("validation", "test")
 SEEN = ("filtered", "kept")
-_ABOUT = ("model", "dataset", "features", "init", "transfer")  # what is no setting; "": not given
+_ABOUT = (
+    "model",
+    "preset",
+    "dataset",
+    "features",
+    "init",
+    "transfer",
+)  # what is no setting; "": not given
 _LISTS = ("rows", "columns", "metrics")
 _TOP = (*_LISTS, "split", "seen", "runs")
 _RESULT = ("run", "split", "targets", "seen", "metric", "value", "low", "high", "users")
@@ -38,6 +45,7 @@ class Combination:
     keys: dict[str, str]
     """Axis -> its value as text; for an axis of variants, the name of the variant."""
     model: str
+    preset: str | None
     dataset: str | None
     features: str | None
     init: str | None
@@ -206,6 +214,7 @@ def _cross(
             Combination(
                 keys=keys,
                 model=about["model"],
+                preset=about["preset"],
                 dataset=about["dataset"],
                 features=about["features"],
                 init=about["init"],

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from features.dataset import load_dataset
-from features.errors import UserError
+from features.errors import UserError, unknown
 from features.store import FeatureTable
 from features.warehouse import Warehouse
 from trainer.config import Settings, SettingSources, TrainConfig, build_settings, settings_tables
@@ -120,10 +120,10 @@ class RunSpec:
             warehouse.info(name)
             if list(datasets).count(name) > 1:
                 raise UserError(f"--dataset names {name!r} twice; name it once")
-        train, settings, *task_settings = _build(
-            recommender, is_pretraining, sources or SettingSources()
-        )
-        if not is_pretraining and "monitor_seen" not in (sources or SettingSources()).names():
+        sources = sources or SettingSources()
+        train, settings, *task_settings = _build(recommender, is_pretraining, sources)
+        given = {*sources.names(), *preset_settings(recommender, sources.preset, is_pretraining)}
+        if not is_pretraining and "monitor_seen" not in given:
             train = replace(train, monitor_seen=_monitored_ranking(warehouse, datasets[0]))
         tables = _choose_tables(warehouse, (model, recommender), datasets, features, train)
         spec = cls(
@@ -276,6 +276,25 @@ def _monitored_ranking(warehouse: Warehouse, dataset: str) -> str:
     return "kept" if share > _MOST_REPEATED else "filtered"
 
 
+def preset_settings(
+    recommender: type[Recommender], preset: str | None, is_pretraining: bool
+) -> Mapping[str, Any]:
+    """Return the settings of a preset, empty without a preset.
+
+    Raises:
+        UserError: The model has no such preset.
+    """
+    if preset is None:
+        return {}
+    presets = recommender.presets
+    if is_pretraining:
+        assert recommender.pretraining is not None
+        presets = recommender.pretraining.presets
+    if preset not in presets:
+        raise unknown("preset", preset, list(presets))
+    return presets[preset]
+
+
 def _task_name(recommender: type[Recommender], is_pretraining: bool) -> str:
     if not is_pretraining:
         return NEXT_ITEM
@@ -291,6 +310,7 @@ def _build(
     if is_pretraining:
         assert recommender.pretraining is not None
         defaults = {**defaults, **recommender.pretraining.settings}
+    defaults = {**defaults, **preset_settings(recommender, sources.preset, is_pretraining)}
     task_class = TASKS.find(_task_name(recommender, is_pretraining)).settings_class
     classes: list[type[Any]] = [TrainConfig, recommender.settings_class]
     if task_class is not None:

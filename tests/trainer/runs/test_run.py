@@ -447,3 +447,27 @@ def test_a_model_without_parameters_is_resumed_by_fitting_it_again(
     report = train_run(run)
     again = train_run(open_run(house, run.folder), resume=True)
     assert (again.best, again.finished) == (report.best, True)
+
+
+def test_a_preset_gives_the_settings_and_the_file_and_pairs_win(
+    house: Warehouse, tmp_path: Path
+) -> None:
+    file = tmp_path / "own.toml"
+    file.write_text("alpha = 0.6\nepochs = 3\n")
+    run = worlds.begin(
+        house, "bsarec", "world", preset="published", file=file, settings=["epochs=4"], name="b"
+    )
+    assert (run.spec.settings.rows, run.spec.settings.alpha) == ("prefixes", 0.6)  # type: ignore[attr-defined]
+    assert (run.config.epochs, run.config.weight_decay) == (4, 0.0)
+
+
+def test_a_preset_can_fix_the_monitored_ranking(warehouse: Warehouse) -> None:
+    """Without repeated targets the default is ``filtered``; the published MMSRec follows ``kept``."""
+    worlds.prepare(warehouse, [[0, 1, 2, 3, 4, 5]] * 12, 6)
+    worlds.extract(warehouse, worlds.features(6))
+    default = worlds.begin(warehouse, "mmsrec", "world", settings=["length=5"])
+    published = worlds.begin(
+        warehouse, "mmsrec", "world", preset="published", settings=["length=5"]
+    )
+    rankings = [run.config.monitor_seen for run in (default, published)]
+    assert rankings == ["filtered", "kept"]

@@ -277,6 +277,26 @@ def test_one_modality_has_nothing_to_fuse() -> None:
     model.loss(batch(features))["loss"].backward()
 
 
+def test_cls_takes_the_first_token_of_a_modality() -> None:
+    """With one modality it is the item's vector, and in the alignment it is the modality's."""
+    texts = tokens()
+    alone = replace(texts, vectors={}, present={"text": texts.present["text"]})
+    model = build(alone, align_pool="cls")
+    assert texts.tokens["text"].present_N.any()
+    for item in range(N):
+        x_KTD, _ = texts.tokens["text"].gather(torch.tensor([item]))
+        expected = model.item_encoder.inputs["text"](x_KTD[0, 0])
+        if not texts.present["text"][item]:
+            expected = model.item_encoder.absent[0]
+        torch.testing.assert_close(model.encode_items(alone)[item], expected)
+    items = item_tokens(torch.arange(N), texts, torch.nn.ModuleDict())
+    both = build(texts, align_pool="cls").item_encoder
+    (_, _), (text_KD, _) = both(items).modality_vectors()
+    first_KD = both.inputs["text"](items["text"][0][:, 0])
+    has_text = texts.present["text"]
+    torch.testing.assert_close(text_KD[has_text], first_KD[has_text])
+
+
 def test_transfers_name_parameters() -> None:
     keys = list(build(worlds.features(N), **PRETRAIN).state_dict())
     for name in ("items", "users", "text", "image"):

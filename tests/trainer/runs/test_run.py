@@ -462,7 +462,7 @@ def test_a_preset_gives_the_settings_and_the_file_and_pairs_win(
 
 
 def test_a_preset_can_fix_the_monitored_ranking(warehouse: Warehouse) -> None:
-    """Without repeated targets the default is ``filtered``; the published MMSRec follows ``kept``."""
+    """Without repeated targets, ``filtered`` is the default; MMSRec is published with ``kept``."""
     worlds.prepare(warehouse, [[0, 1, 2, 3, 4, 5]] * 12, 6)
     worlds.extract(warehouse, worlds.features(6))
     default = worlds.begin(warehouse, "mmsrec", "world", settings=["length=5"])

@@ -84,7 +84,7 @@ class Warehouse:
             raise UserError(f"{self.root} is a file, not a warehouse; give a folder by --warehouse")
         if self.root.is_dir() and not self._is_ours():
             raise UserError(
-                f"{self.root} is no warehouse and not empty; give another folder by --warehouse"
+                f"{self.root} is not a warehouse and not empty; give another folder by --warehouse"
             )
 
     def _is_ours(self) -> bool:
@@ -237,8 +237,9 @@ class Warehouse:
             for folder in self.no_runs():
                 if folder.name == name:
                     raise UserError(
-                        f"{folder} is no run: it has no config.toml that can be read, so it is just"
-                        f" beginning, or was killed when it began; train again with --name {name}"
+                        f"{folder} is not a run: it has no config.toml that can be read, so it is"
+                        " just beginning, or was killed when it began; train again with --name"
+                        f" {name}"
                     )
             raise unknown("run", name, names)
         return self.runs_dir / name, "given"

@@ -13,9 +13,9 @@ from features.warehouse import Warehouse
 @pytest.fixture
 def warehouse(tmp_path: Path) -> Warehouse:
     """An empty warehouse in a folder of its own."""
-    house = Warehouse(tmp_path / "warehouse")
-    house.create()
-    return house
+    warehouse = Warehouse(tmp_path / "warehouse")
+    warehouse.create()
+    return warehouse
 
 
 @pytest.fixture(autouse=True)

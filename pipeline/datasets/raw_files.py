@@ -69,7 +69,7 @@ def locate_files(
     _refuse_url(str(root), "--raw")
     if not root.is_dir():
         raise UserError(
-            f"{root} is no folder; the raw files of {dataset} are expected there"
+            f"{root} is not a folder; the raw files of {dataset} are expected there"
             f" ({_expected(format)}); run: mmrec prepare --dataset {dataset} --raw DIR"
         )
     files: Files = {

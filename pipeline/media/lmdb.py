@@ -32,7 +32,7 @@ class LmdbImages:
         path: The LMDB: a folder, or a single file.
 
     Raises:
-        ContainerError: The path is no readable LMDB.
+        ContainerError: The path is not a readable LMDB.
     """
 
     def __init__(self, path: Path) -> None:

@@ -57,7 +57,7 @@ class LmdbPages:
         path: The LMDB: a folder, or a single file.
 
     Raises:
-        ContainerError: The file cannot be opened, is no LMDB, has duplicate or integer keys, or
+        ContainerError: The file cannot be opened, is not an LMDB, has duplicate or integer keys, or
             ends before a page that is in use.
     """
 

@@ -108,7 +108,7 @@ class MediaReader:
         return None
 
     def _container(self, path: Path) -> LmdbImages | TarImages | None:
-        """Return the open container at a path, or None if the path is no container."""
+        """Return the open container at a path, or None if the path is not a container."""
         with self._opening:
             if path not in self._containers:
                 kind = container_kind(path)
@@ -154,7 +154,7 @@ def _check_file(path: Path, max_bytes: int | None = None) -> None:
     if stat.S_ISDIR(status.st_mode):
         raise MediaError("read", "is a folder")
     if not stat.S_ISREG(status.st_mode):
-        raise MediaError("read", "is no regular file")
+        raise MediaError("read", "is not a regular file")
     _check_bytes(status.st_size, max_bytes)
 
 

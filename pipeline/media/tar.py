@@ -33,7 +33,7 @@ def tar_members(path: Path) -> Iterator[TarMember]:
     Links to files of the same tar follow at the end, each with the place of the file it refers to.
 
     Raises:
-        ContainerError: The path is no tar, or a compressed one.
+        ContainerError: The path is not a tar, or a compressed one.
     """
     links: dict[str, str] = {}
     for entry in _entries(path):
@@ -101,7 +101,7 @@ class TarImages:
         path: An uncompressed tar.
 
     Raises:
-        ContainerError: The path is no tar.
+        ContainerError: The path is not a tar.
     """
 
     def __init__(self, path: Path) -> None:

@@ -73,9 +73,9 @@ def compare_training(python: str, raw: Path, threads: int, epochs: int) -> None:
     """One epoch of ml-100k."""
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
-        house = Warehouse(root / "warehouse")
-        prepare_dataset(house, PrepareOptions(dataset="ml-100k", raw=raw))
-        dataset = load_dataset(house, "ml-100k")
+        warehouse = Warehouse(root / "warehouse")
+        prepare_dataset(warehouse, PrepareOptions(dataset="ml-100k", raw=raw))
+        dataset = load_dataset(warehouse, "ml-100k")
         export(dataset, root, "ml-100k")
         marks: list[tuple[int, float, float]] = []
 
@@ -84,7 +84,7 @@ def compare_training(python: str, raw: Path, threads: int, epochs: int) -> None:
                 marks.append((tick.epoch, time.process_time(), time.perf_counter()))
 
         run = worlds.begin(
-            house, "sasrec", "ml-100k", settings=["device=cpu", f"epochs={epochs + 1}"]
+            warehouse, "sasrec", "ml-100k", settings=["device=cpu", f"epochs={epochs + 1}"]
         )
         targets = sum(
             int((batch.sequences.lengths_B - 1).sum())

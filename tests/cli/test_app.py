@@ -224,7 +224,7 @@ def test_a_folder_that_is_no_warehouse(tmp_path: Path) -> None:
         ["eval"],
     ):
         result = run(*arguments, "--warehouse", str(tmp_path), code=2)
-        assert "is no warehouse and not empty" in result.stderr
+        assert "is not a warehouse and not empty" in result.stderr
     result = run("datasets", "--warehouse", str(tmp_path / "thesis.doc"), code=2)
     assert "is a file" in result.stderr
 

@@ -20,7 +20,6 @@ from cli import console, grid
 from features.errors import UserError
 from features.warehouse import Warehouse
 from tests.cli.invoke import run
-from tests.trainer import worlds
 from trainer.checkpoint import read_tensors
 from trainer.models.registry import MODELS, Model
 from trainer.models.sasrec import SASRec
@@ -42,15 +41,6 @@ device = "cpu"
 fusion = ["sum", "merge-attention"]
 sequence_encoder = ["sasrec", "gru"]
 """
-
-
-@pytest.fixture
-def root(warehouse: Warehouse) -> str:
-    world = worlds.cycles(n_items=12)
-    bounds = zip(world.offsets, world.offsets[1:], strict=False)
-    worlds.prepare(warehouse, [world.items[a:b].tolist() for a, b in bounds], 12)
-    worlds.extract(warehouse, worlds.features(12))
-    return str(warehouse.root)
 
 
 @pytest.fixture

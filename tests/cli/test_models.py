@@ -10,35 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner, Result
 
 from cli import training_options
-from cli.app import app
-from features.warehouse import Warehouse
-from tests.trainer import worlds
+from tests.cli.invoke import run
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["dim=8", "heads=2", "hidden=8", "length=5", "epochs=2", "batch_size=16", "device=cpu"]
 SETS = [word for setting in SMALL for word in ("--set", setting)]
 
 
-def run(*words: str, code: int = 0) -> Result:
-    result = CliRunner().invoke(app, list(words))
-    assert result.exit_code == code, (words, result.output, result.exception)
-    return result
-
-
-@pytest.fixture
-def house(warehouse: Warehouse) -> str:
-    world = worlds.cycles(n_items=12)
-    bounds = zip(world.offsets, world.offsets[1:], strict=False)
-    worlds.prepare(warehouse, [world.items[a:b].tolist() for a, b in bounds], 12)
-    worlds.extract(warehouse, worlds.features(12))
-    return str(warehouse.root)
-
-
 def test_an_interrupted_training_names_the_command_that_continues_it(
-    house: str, monkeypatch: pytest.MonkeyPatch
+    root: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     show = training_options.TrainWatch.__call__
 
@@ -48,12 +30,12 @@ def test_an_interrupted_training_names_the_command_that_continues_it(
 
     with monkeypatch.context() as patch:
         patch.setattr(training_options.TrainWatch, "__call__", interrupt)
-        train = ("train", "--model", "sasrec", "--name", "r", *SETS, "--warehouse", house, "--json")
+        train = ("train", "--model", "sasrec", "--name", "r", *SETS, "--warehouse", root, "--json")
         stopped = run(*train, code=130)
     assert not json.loads(stopped.stdout)["finished"]
     assert re.search(r"0 epochs in \d+s, none validated yet", stopped.stderr)
     command = stopped.stderr.splitlines()[-1].partition("continue with: ")[2]
-    assert command == f"mmrec train --resume --run r --warehouse {shlex.quote(house)}"
+    assert command == f"mmrec train --resume --run r --warehouse {shlex.quote(root)}"
 
     words = shlex.split(command)[1:]
     assert "finished: 2 epochs" in run(*words).stderr
@@ -61,14 +43,14 @@ def test_an_interrupted_training_names_the_command_that_continues_it(
     assert again.startswith("run r is finished already; nothing was trained, best epoch ")
 
 
-def test_a_training_on_features_says_what_they_cover(house: str) -> None:
-    result = run("train", "--model", "mmsrec", *SETS, "--warehouse", house)
+def test_a_training_on_features_says_what_they_cover(root: str) -> None:
+    result = run("train", "--model", "mmsrec", *SETS, "--warehouse", root)
     # of 12 items every fourth lacks a picture, every fourth another a text, and the last one both
     assert "of 12 items: image 8, text 8, none of these 1" in result.stderr
 
 
 @pytest.mark.slow
-def test_what_needs_no_torch_to_be_refused_does_not_load_it(house: str) -> None:
+def test_what_needs_no_torch_to_be_refused_does_not_load_it(root: str) -> None:
     mistakes = (
         ["train", "--model", "nope"],
         ["train", "--model", "sasrec", "--dataset", "nope"],
@@ -91,7 +73,7 @@ def test_what_needs_no_torch_to_be_refused_does_not_load_it(house: str) -> None:
         "    if 'torch' in sys.modules: sys.exit(f'{words} imports torch')\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, json.dumps(mistakes), house],
+        [sys.executable, "-c", code, json.dumps(mistakes), root],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -100,8 +82,8 @@ def test_what_needs_no_torch_to_be_refused_does_not_load_it(house: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_tune_blocks_is_a_setting(house: str) -> None:
-    to = ("--tune-blocks", "2", "--warehouse", house)
+def test_tune_blocks_is_a_setting(root: str) -> None:
+    to = ("--tune-blocks", "2", "--warehouse", root)
     refused = run("train", "--model", "sasrec", *to, code=2)
     assert re.search(r"tune_blocks=2 .* \(mmsr, pmmrec\), not sasrec", refused.stderr)
     refused = run("pretrain", "--model", "pmmrec", *to, code=2)

@@ -7,28 +7,21 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from typer.testing import CliRunner, Result
 
-from cli.app import app
 from features.documents import read_json, write_json
 from features.warehouse import Warehouse
+from tests.cli.invoke import run
 from tests.trainer import worlds
 
 SMALL = ["dim=8", "heads=2", "hidden=8", "length=5", "epochs=2", "batch_size=16", "device=cpu"]
 SETS = [word for setting in SMALL for word in ("--set", setting)]
 
 
-def run(*arguments: str, code: int = 0) -> Result:
-    result = CliRunner().invoke(app, list(arguments))
-    assert result.exit_code == code, (arguments, result.output, result.exception)
-    return result
-
-
-def prepare(house: Warehouse, n_items: int) -> None:
+def prepare(warehouse: Warehouse, n_items: int) -> None:
     world = worlds.cycles(n_items=n_items)
     bounds = zip(world.offsets, world.offsets[1:], strict=False)
-    worlds.prepare(house, [world.items[a:b].tolist() for a, b in bounds], n_items)
-    worlds.extract(house, worlds.features(n_items))
+    worlds.prepare(warehouse, [world.items[a:b].tolist() for a, b in bounds], n_items)
+    worlds.extract(warehouse, worlds.features(n_items))
 
 
 @pytest.mark.slow

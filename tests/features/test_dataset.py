@@ -147,7 +147,7 @@ def test_tables_that_contradict_their_description(
 
 def test_a_dataset_that_is_not_prepared(warehouse: Warehouse) -> None:
     _write(warehouse, HAND, 4)
-    for load in (load_dataset, lambda house, name: load_items(house, name, ["text"])):
+    for load in (load_dataset, lambda warehouse, name: load_items(warehouse, name, ["text"])):
         with pytest.raises(UserError, match=r"'other' is not prepared .*prepared: mine"):
             load(warehouse, "other")
 

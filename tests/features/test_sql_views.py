@@ -87,7 +87,7 @@ def test_one_width_is_an_array_and_two_are_lists(warehouse: Warehouse, tmp_path:
 
 
 def test_names_with_quotes_are_names(tmp_path: Path) -> None:
-    warehouse = Warehouse(tmp_path / "it's a [house]*?")
+    warehouse = Warehouse(tmp_path / "it's a [warehouse]*?")
     warehouse.create()
     tiny.prepare(warehouse, tmp_path, ids=["a", "b'; DROP VIEW items; --"])
     assert value(warehouse, "SELECT count(*) FROM items WHERE item_id LIKE '%DROP%'") == 1

@@ -85,9 +85,9 @@ def test_a_matrix_is_aligned_with_the_items_whatever_the_order_of_rows(
 def test_vectors_come_back_bit_for_bit(
     tmp_path_factory: pytest.TempPathFactory, n: int, dim: int, dtype: str, seed: int
 ) -> None:
-    house = Warehouse(tmp_path_factory.mktemp("w"))
+    warehouse = Warehouse(tmp_path_factory.mktemp("w"))
     made = replace(MADE, dim=dim, dtype=dtype)
-    here = FeatureStore(house).table("tiny", "toy", "image")
+    here = FeatureStore(warehouse).table("tiny", "toy", "image")
     random = np.random.RandomState(seed)
     vectors = random.standard_normal((n, dim)).astype(dtype)
     where = random.permutation(2 * n)[:n]

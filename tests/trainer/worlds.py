@@ -21,6 +21,7 @@ from features.warehouse import DatasetInfo, Warehouse
 from retrieval.ranking import Ranks
 from trainer.config import SettingSources
 from trainer.data.batches import Batch, ItemFeatures, Sequences, TrainingData, TrainSet
+from trainer.data.token_features import TokenFeatures
 from trainer.evaluation.ranking import build_reference, rank_split
 from trainer.models.base import Catalogue, Recommender
 from trainer.models.registry import MODELS
@@ -78,6 +79,33 @@ def features(n_items: int, *, seed: int = 0, missing: bool = True) -> ItemFeatur
         vectors[name] = values * is_present[:, None]
         present[name] = is_present
     return ItemFeatures(n_items=n_items, vectors=vectors, present=present)
+
+
+def token_features(n_items: int) -> ItemFeatures:
+    """Make tokens of texts, 0 to 3 an item, beside pooled images."""
+    pooled = features(n_items)
+    lengths = np.arange(n_items) % 4
+    values = np.random.default_rng(0).normal(size=(lengths.sum(), 5)).astype(np.float16)
+    tokens = TokenFeatures(
+        values=values,
+        offsets=np.concatenate([[0], np.cumsum(lengths)]),
+        device=torch.device("cpu"),
+    )
+    return ItemFeatures(
+        n_items=n_items,
+        vectors={"image": pooled.vectors["image"]},
+        present={"image": pooled.present["image"], "text": tokens.present_N},
+        tokens={"text": tokens},
+    )
+
+
+def sequences(histories: list[list[int]], padding: int = 0) -> Sequences:
+    """Make a batch of histories, padded on the right to the longest."""
+    width = max(map(len, histories))
+    items = [row + [padding] * (width - len(row)) for row in histories]
+    return Sequences(
+        items_BL=torch.tensor(items), lengths_B=torch.tensor([len(row) for row in histories])
+    )
 
 
 def batch(rows: Sequences, item_features: ItemFeatures, generator: torch.Generator) -> Batch:

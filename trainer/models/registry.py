@@ -30,7 +30,8 @@ class Model:
         """Import the class of the recommender, and with it torch.
 
         Raises:
-            UserError: The class of an installed package cannot be imported, or is no recommender.
+            UserError: The class of an installed package cannot be imported, or is not a
+                recommender.
         """
         from trainer.models.base import Recommender
 
@@ -38,7 +39,7 @@ class Model:
         try:
             recommender: type[Recommender] = getattr(import_module(module), name)
             if not issubclass(recommender, Recommender):
-                raise TypeError(f"{name} is no subclass of Recommender")
+                raise TypeError(f"{name} is not a subclass of Recommender")
         except Exception as error:
             if module.partition(".")[0] == "trainer":
                 raise

@@ -136,7 +136,8 @@ def _taken(folder: Path) -> UserError:
             f" mmrec train --resume --run {folder.name}"
         )
     return UserError(
-        f"{folder} exists already and is no run; give another name by --name, or remove the folder"
+        f"{folder} exists already and is not a run; give another name by --name, or remove the"
+        " folder"
     )
 
 

@@ -64,7 +64,7 @@ class Outcome:
         return metrics or None
 
 
-class Stopped(Exception):  # noqa: N818 - it is no error
+class Stopped(Exception):  # noqa: N818 - not an error
     """A run was interrupted; it is saved."""
 
 

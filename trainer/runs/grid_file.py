@@ -28,7 +28,7 @@ _ABOUT = (
     "features",
     "init",
     "transfer",
-)  # what is no setting; "": not given
+)  # not settings; "": not given
 _LISTS = ("rows", "columns", "metrics")
 _TOP = (*_LISTS, "split", "seen", "runs")
 _RESULT = ("run", "split", "targets", "seen", "metric", "value", "low", "high", "users")
@@ -112,7 +112,7 @@ def _grid(path: Path, document: dict[str, Any]) -> Grid:
         for key in chosen:
             if key not in axes:
                 raise UserError(
-                    f"{name} names {key!r}, which is no list or table in [runs];"
+                    f"{name} names {key!r}, which is not a list or table in [runs];"
                     f" there are: {', '.join(axes) or 'none'}"
                 )
     placed = [*rows, *columns]

@@ -55,7 +55,9 @@ def read_record(warehouse: Warehouse, name: str) -> Record:
     document = read_toml(path, "train again")
     tables = [document.get(name, {}) for name in ("train", "model", "task", "pretrain")]
     if not all(isinstance(table, dict) for table in tables):
-        raise UserError(f"{path} is damaged ([train], [model] or [task] is no table); train again")
+        raise UserError(
+            f"{path} is damaged ([train], [model] or [task] is not a table); train again"
+        )
     settings = {key: value for table in tables for key, value in table.items()}
     return Record(
         folder=folder,

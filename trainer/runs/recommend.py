@@ -199,7 +199,7 @@ class Predictor:
 
     def _list_length(self, k: int) -> int:
         if k < 1:
-            raise UserError(f"--k {k} is no length of a list; give at least 1")
+            raise UserError(f"--k {k} is not the length of a list; give at least 1")
         return min(k, len(self.item_ids))
 
 

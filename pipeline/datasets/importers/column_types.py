@@ -47,7 +47,7 @@ def parquet_sql(db: duckdb.DuckDBPyConnection, path: Path) -> str:
     If the file has floats, the connection no longer trusts the statistics of files.
 
     Raises:
-        UserError: The file is no Parquet file, or two columns have the same name.
+        UserError: The file is not a Parquet file, or two columns have the same name.
     """
     try:
         schema = pq.read_schema(path)
@@ -79,7 +79,7 @@ def parquet_sql(db: duckdb.DuckDBPyConnection, path: Path) -> str:
 
 
 def read_error(path: Path, error: Exception) -> UserError:
-    """Return the error about a file that cannot be opened or is no Parquet file."""
+    """Return the error about a file that cannot be opened or is not a Parquet file."""
     if isinstance(error, PermissionError):
         return no_permission(path)
     reason = " ".join(str(error).split())[:160]
@@ -164,7 +164,7 @@ def text_sql(path: Path, name: str, kind: DuckDBPyType) -> str:
     """Return SQL of a column as text; the distinct values of a list are joined by commas.
 
     Raises:
-        UserError: The column is of a type that is no text.
+        UserError: The column is of a type that is not text.
     """
     column = quote_identifier(name)
     if kind.id == "list":
@@ -218,7 +218,7 @@ def time_sql(path: Path, name: str, kind: DuckDBPyType) -> tuple[str, str | None
     """Return SQL of a column of times as numbers, and the unit if the column is a date or time.
 
     Raises:
-        UserError: The column is of a type that is no time.
+        UserError: The column is of a type that is not a time.
     """
     column = quote_identifier(name)
     if str(kind) in _UNITS:

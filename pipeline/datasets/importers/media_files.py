@@ -245,7 +245,7 @@ def _list(root: Path, role: str, path: Path) -> Iterator[tuple[str, str, bool]]:
     base = _reference(root, path)
     kind = container_kind(path)
     if role == "videos" and (kind or not path.is_dir()):
-        raise UserError(f"{path} is no folder; videos are read from files only, unpack it")
+        raise UserError(f"{path} is not a folder; videos are read from files only, unpack it")
     if kind == "tar":
         for name, is_image in sorted(_image_names(path)):
             yield _item_id(name) if is_image else name, f"{base}#{name}", is_image
@@ -259,7 +259,7 @@ def _list(root: Path, role: str, path: Path) -> Iterator[tuple[str, str, bool]]:
             reference = os.path.join(base, os.path.relpath(file, path))
             yield _item_id(file) if is_media else file, reference, is_media
     else:
-        raise UserError(f"{path} is no folder, tar or LMDB; give one by --file {role}=PATH")
+        raise UserError(f"{path} is not a folder, tar or LMDB; give one by --file {role}=PATH")
 
 
 def _reference(root: Path, path: Path) -> str:

@@ -20,10 +20,6 @@ def images_of(backbone: Backbone) -> Floats:
     return backbone.embed(InputBatch(images=[backbone.image(one) for one in pictures()]))
 
 
-def image_processor(folder: Path) -> Any:
-    return transformers.AutoImageProcessor.from_pretrained(folder)  # type: ignore[no-untyped-call]
-
-
 def texts_of(backbone: Backbone) -> Floats:
     return backbone.embed(InputBatch(texts=backbone.texts(LONG_TEXTS)))
 

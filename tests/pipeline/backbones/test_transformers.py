@@ -20,8 +20,8 @@ from tests.pipeline.backbones.inputs import pictures
 from tests.pipeline.backbones.references import (
     LONG_TEXTS,
     close,
-    image_processor,
     images_of,
+    processor_of,
     texts_of,
 )
 
@@ -32,7 +32,7 @@ def test_two_tower_models(tmp_path: Path, kind: str) -> None:
     ours = load_backbone(str(folder), device="cpu")
     assert ours.modalities == ("image", "video", "text", "joint")
     model = transformers.AutoModel.from_pretrained(folder).eval()
-    processor = image_processor(folder)
+    processor = processor_of(folder)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     with torch.inference_mode():
         pixels = processor(images=pictures(), return_tensors="pt")

@@ -52,13 +52,6 @@ def tiny(warehouse: Warehouse, raw: Path) -> Warehouse:
     return warehouse
 
 
-@pytest.fixture
-def watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Watched:
-    backbone = Watched("watched", tmp_path / "encoded.txt")
-    monkeypatch.setitem(BACKBONES, "watched", entry(backbone))
-    return backbone
-
-
 def extract(
     warehouse: Warehouse, dataset: str, progress: Any = None, **options: Any
 ) -> ExtractReport:

@@ -49,13 +49,6 @@ def tiny(warehouse: Warehouse, raw: Path) -> Warehouse:
     return warehouse
 
 
-@pytest.fixture
-def watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Watched:
-    backbone = Watched("watched", tmp_path / "encoded.txt")
-    monkeypatch.setitem(BACKBONES, "watched", entry(backbone))
-    return backbone
-
-
 def run(warehouse: Warehouse, **options: Any) -> ModalityReport:
     return extract_features(warehouse, "tiny", ExtractOptions(**options)).tables[0]
 

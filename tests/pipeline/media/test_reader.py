@@ -28,7 +28,7 @@ def test_files_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for name, reason in {
         "empty.jpg": "empty file",
         "folder.jpg": "is a folder",
-        "pipe.jpg": "is no regular file",
+        "pipe.jpg": "is not a regular file",
         "big.jpg": "file larger than 1 MiB",
         "none.jpg": "file not found",
         "none.lmdb#1": "file not found",

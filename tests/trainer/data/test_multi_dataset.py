@@ -36,7 +36,7 @@ def test_joined_by_hand() -> None:
 
 
 @pytest.fixture
-def house(warehouse: Warehouse) -> Warehouse:
+def warehouse(warehouse: Warehouse) -> Warehouse:
     """Two datasets of one backbone, ``a`` and ``b``."""
     for name, n_items in (("a", 12), ("b", 9)):
         worlds.prepare(warehouse, [[i % n_items for i in range(5)]] * 3, n_items)
@@ -50,41 +50,41 @@ def house(warehouse: Warehouse) -> Warehouse:
     return warehouse
 
 
-def test_loaded_side_by_side(house: Warehouse) -> None:
+def test_loaded_side_by_side(warehouse: Warehouse) -> None:
     cpu = torch.device("cpu")
-    labels = [table.label for table in choose_common_tables(house, ["a", "b"], None)]
+    labels = [table.label for table in choose_common_tables(warehouse, ["a", "b"], None)]
     assert labels == ["image=toy", "text=toy"]
-    source = load_data(house, ["a", "b"], labels, cpu)
-    parts = [load_data(house, [name], labels, cpu).features for name in ("a", "b")]
+    source = load_data(warehouse, ["a", "b"], labels, cpu)
+    parts = [load_data(warehouse, [name], labels, cpu).features for name in ("a", "b")]
     assert source.features.n_items == 21
     for name in ("image", "text"):
         for kind in ("vectors", "present"):
             expected = torch.cat([getattr(part, kind)[name] for part in parts])
             assert torch.equal(getattr(source.features, kind)[name], expected)
-    assert source.identity == identify_data(house, ["a", "b"], labels)
+    assert source.identity == identify_data(warehouse, ["a", "b"], labels)
     assert [table["content"].count("+") for table in source.identity.features] == [1, 1]
 
 
-def test_other_backbones_are_refused(house: Warehouse) -> None:
+def test_other_backbones_are_refused(warehouse: Warehouse) -> None:
     features = worlds.features(9)
-    (house.dataset_dir("b") / "features" / "toy").rename(
-        house.dataset_dir("b") / "features" / "other"
+    (warehouse.dataset_dir("b") / "features" / "toy").rename(
+        warehouse.dataset_dir("b") / "features" / "other"
     )
     with pytest.raises(UserError, match=r"'a' \(image=toy, text=toy\) and 'b' \(image=o"):
-        choose_common_tables(house, ["a", "b"], None)
-    house.dataset_dir("b").rename(house.dataset_dir("world"))
-    for part in house.dataset_dir("world").glob("features/other/*/pooled/*"):
+        choose_common_tables(warehouse, ["a", "b"], None)
+    warehouse.dataset_dir("b").rename(warehouse.dataset_dir("world"))
+    for part in warehouse.dataset_dir("world").glob("features/other/*/pooled/*"):
         part.unlink()
     wide = {**features.vectors, "text": torch.randn(9, 7)}
-    worlds.extract(house, ItemFeatures(n_items=9, vectors=wide, present=features.present))
-    house.dataset_dir("world").rename(house.dataset_dir("b"))
+    worlds.extract(warehouse, ItemFeatures(n_items=9, vectors=wide, present=features.present))
+    warehouse.dataset_dir("world").rename(warehouse.dataset_dir("b"))
     with pytest.raises(UserError, match=r"text .*'a' and 'b' .*dim 5 and 7"):
-        load_data(house, ["a", "b"], ["image=toy", "text=toy"], torch.device("cpu"))
+        load_data(warehouse, ["a", "b"], ["image=toy", "text=toy"], torch.device("cpu"))
 
 
-def test_items_are_held_out_by_their_ids(house: Warehouse) -> None:
-    alone = {name: item_splits(house, [name], 0.3) for name in ("a", "b")}
-    both = item_splits(house, ["a", "b"], 0.3)
+def test_items_are_held_out_by_their_ids(warehouse: Warehouse) -> None:
+    alone = {name: item_splits(warehouse, [name], 0.3) for name in ("a", "b")}
+    both = item_splits(warehouse, ["a", "b"], 0.3)
     for split in ("validation", "test"):
         expected = np.concatenate([alone["a"][split], alone["b"][split]])
         assert np.array_equal(both[split], expected)

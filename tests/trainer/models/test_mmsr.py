@@ -34,24 +34,6 @@ COMBINATIONS = [
 ]
 
 
-def tokens() -> ItemFeatures:
-    """Tokens of texts, 0 to 3 an item, beside pooled pictures."""
-    pooled = worlds.features(N)
-    lengths = np.arange(N) % 4
-    values = np.random.default_rng(0).normal(size=(lengths.sum(), 5)).astype(np.float16)
-    tokens = TokenFeatures(
-        values=values,
-        offsets=np.concatenate([[0], np.cumsum(lengths)]),
-        device=torch.device("cpu"),
-    )
-    return ItemFeatures(
-        n_items=N,
-        vectors={"image": pooled.vectors["image"]},
-        present={"image": pooled.present["image"], "text": tokens.present_N},
-        tokens={"text": tokens},
-    )
-
-
 def build(features: ItemFeatures, **settings: Any) -> MMSR:
     torch.manual_seed(0)
     catalogue = Catalogue(n_items=features.n_items, n_users=1, widths=features.widths)
@@ -60,17 +42,9 @@ def build(features: ItemFeatures, **settings: Any) -> MMSR:
     return model
 
 
-def rows(histories: list[list[int]], padding: int = 0) -> Sequences:
-    width = max(map(len, histories))
-    items = [row + [padding] * (width - len(row)) for row in histories]
-    return Sequences(
-        items_BL=torch.tensor(items), lengths_B=torch.tensor([len(row) for row in histories])
-    )
-
-
 def batch(features: ItemFeatures, padding: int = 0) -> Batch:
     generator = torch.Generator().manual_seed(2)
-    return worlds.batch(rows(ROWS, padding), features, generator)
+    return worlds.batch(worlds.sequences(ROWS, padding), features, generator)
 
 
 def states(model: IDSR, items: Tensor, sequences: Sequences) -> Tensor:
@@ -86,16 +60,16 @@ def states(model: IDSR, items: Tensor, sequences: Sequences) -> Tensor:
     ],
 )
 def test_all_parts_together(over: str, fusion: str, encoder: str, loss: str) -> None:
-    features = tokens() if over == "tokens" else worlds.features(N)
+    features = worlds.token_features(N) if over == "tokens" else worlds.features(N)
     model = build(features, fusion=fusion, sequence_encoder=encoder, loss=loss)
     with torch.no_grad():
         items = model.encode_items(features)
-        together = model.encode_sequences(items, rows(ROWS, padding=3), features)
+        together = model.encode_sequences(items, worlds.sequences(ROWS, padding=3), features)
         for row, query in zip(ROWS, together, strict=True):
-            alone = model.encode_sequences(items, rows([row]), features)
+            alone = model.encode_sequences(items, worlds.sequences([row]), features)
             torch.testing.assert_close(query[None], alone, rtol=1e-4, atol=1e-5)
-        longer = states(model, items, rows([[1, 2, 3, 4]]))
-        changed = states(model, items, rows([[1, 2, 3, 9]]))
+        longer = states(model, items, worlds.sequences([[1, 2, 3, 4]]))
+        changed = states(model, items, worlds.sequences([[1, 2, 3, 9]]))
     torch.testing.assert_close(longer[:, :3], changed[:, :3])
     value = model.loss(batch(features))["loss"]
     assert torch.equal(value, model.loss(batch(features, padding=7))["loss"])
@@ -119,7 +93,7 @@ def test_the_in_batch_loss_by_its_formula(score: str, debias: bool, divisor: flo
     for row in ROWS:
         for end in range(1, len(row)):
             # Positions count from the window's end, so the window is encoded as a whole.
-            query = states(model, items, rows([row[:-1]]))[0, end - 1]
+            query = states(model, items, worlds.sequences([row[:-1]]))[0, end - 1]
             scores = items @ query / divisor
             if debias:
                 scores = scores - popularity.clamp_min(1e-9).log()
@@ -138,7 +112,9 @@ def test_the_binary_loss_by_its_formula(monkeypatch: pytest.MonkeyPatch) -> None
     items = model.encode_items(features)
     terms: list[Tensor] = []
     for row in ROWS:
-        for state, target in zip(states(model, items, rows([row[:-1]]))[0], row[1:], strict=True):
+        for state, target in zip(
+            states(model, items, worlds.sequences([row[:-1]]))[0], row[1:], strict=True
+        ):
             negative = items[drawn[len(terms)]]
             terms.append(
                 -functional.logsigmoid(state @ items[target])
@@ -149,12 +125,12 @@ def test_the_binary_loss_by_its_formula(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_the_softmax_loss_by_its_formula() -> None:
-    features = tokens()
+    features = worlds.token_features(N)
     model = build(features, loss="softmax", score="cosine", temperature=2.0)
     items = model.encode_items(features)
     terms: list[Tensor] = []
     for row in ROWS:
-        logits = states(model, items, rows([row[:-1]]))[0] @ items.T / 2.0
+        logits = states(model, items, worlds.sequences([row[:-1]]))[0] @ items.T / 2.0
         terms.extend(functional.cross_entropy(logits, torch.tensor(row[1:]), reduction="none"))
     torch.testing.assert_close(model.loss(batch(features))["loss"], torch.stack(terms).mean())
 
@@ -172,7 +148,7 @@ def test_every_item_of_a_batch_is_encoded_once(monkeypatch: pytest.MonkeyPatch) 
         )
         twice = [[1, 2, 1, 2, 3], [2, 3, 1]]
         generator = torch.Generator().manual_seed(2)
-        model.loss(worlds.batch(rows(twice, padding=9), features, generator))
+        model.loss(worlds.batch(worlds.sequences(twice, padding=9), features, generator))
         (items,) = seen
         assert len(items.unique()) == len(items)
         if loss == "in-batch":
@@ -206,7 +182,7 @@ def test_a_vector_is_a_modality_of_one_token() -> None:
 
 
 def test_the_catalogue_in_pieces_is_the_catalogue(monkeypatch: pytest.MonkeyPatch) -> None:
-    features = tokens()
+    features = worlds.token_features(N)
     model = build(features)
     with torch.no_grad():
         whole = model.encode_items(features)

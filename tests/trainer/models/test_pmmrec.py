@@ -4,7 +4,6 @@ import itertools
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -13,7 +12,6 @@ from torch.nn import functional
 from features.errors import UserError
 from tests.trainer import worlds
 from trainer.data.batches import Batch, ItemFeatures, Sequences, TrainSet
-from trainer.data.token_features import TokenFeatures
 from trainer.finetune.upper_blocks import item_tokens
 from trainer.losses.pmmrec import ALIGNMENTS, corrupt
 from trainer.models import causal, pmmrec
@@ -25,24 +23,6 @@ N = 12
 SMALL: dict[str, Any] = {"dim": 8, "heads": 2, "hidden": 16, "length": 6, "fusion_heads": 2}
 PRETRAIN: dict[str, Any] = {"align": "nicl", "nid": True, "rcl": True}  # Eq. 12
 ROWS = [[0, 1, 2, 3, 4, 11], [5, 6], [7, 8, 9, 10]]
-
-
-def tokens() -> ItemFeatures:
-    """Tokens of texts, 0 to 3 an item, beside pooled pictures."""
-    pooled = worlds.features(N)
-    lengths = np.arange(N) % 4
-    values = np.random.default_rng(0).normal(size=(lengths.sum(), 5)).astype(np.float16)
-    tokens = TokenFeatures(
-        values=values,
-        offsets=np.concatenate([[0], np.cumsum(lengths)]),
-        device=torch.device("cpu"),
-    )
-    return ItemFeatures(
-        n_items=N,
-        vectors={"image": pooled.vectors["image"]},
-        present={"image": pooled.present["image"], "text": tokens.present_N},
-        tokens={"text": tokens},
-    )
 
 
 def only(name: str) -> ItemFeatures:
@@ -58,19 +38,11 @@ def build(features: ItemFeatures, std: float = 0.3, **settings: Any) -> PMMRec:
     return model
 
 
-def rows(histories: list[list[int]], padding: int = 0) -> Sequences:
-    width = max(map(len, histories))
-    items = [row + [padding] * (width - len(row)) for row in histories]
-    return Sequences(
-        items_BL=torch.tensor(items), lengths_B=torch.tensor([len(row) for row in histories])
-    )
-
-
 def batch(features: ItemFeatures, padding: int = 0) -> Batch:
-    return worlds.batch(rows(ROWS, padding), features, torch.Generator().manual_seed(2))
+    return worlds.batch(worlds.sequences(ROWS, padding), features, torch.Generator().manual_seed(2))
 
 
-@pytest.mark.parametrize("made", [worlds.features, lambda n: tokens()], ids=["pooled", "tokens"])
+@pytest.mark.parametrize("made", [worlds.features, worlds.token_features], ids=["pooled", "tokens"])
 @pytest.mark.parametrize("settings", [*({"align": kind} for kind in ALIGNMENTS), PRETRAIN])
 def test_every_objective_reaches_its_parameters(made: Any, settings: dict[str, Any]) -> None:
     features = made(N)
@@ -122,8 +94,8 @@ def test_the_whole_loss_by_its_formulas(settings: dict[str, Any]) -> None:
         sides.append((unit(torch.where(there_N[:, None], own_ND, absent_D)), there_N))
     popularity_N = (train.counts_N / train.counts_N.sum()).log() * settings.get("debias", 1)
     slots = [item for row in ROWS for item in row]
-    valid_BL = rows(ROWS).mask_BL
-    items_BL = torch.where(valid_BL, rows(ROWS).items_BL, ROWS[0][0])
+    valid_BL = worlds.sequences(ROWS).mask_BL
+    items_BL = torch.where(valid_BL, worlds.sequences(ROWS).items_BL, ROWS[0][0])
     item_K, place_BL = items_BL.unique(return_inverse=True)
     lengths_B = torch.tensor([len(row) - 1 for row in ROWS])
     noisy_BL, label_BL = corrupt(
@@ -211,7 +183,7 @@ def test_a_later_item_never_changes_an_earlier_prediction(settings: dict[str, An
 
     model.sequence_encoder.forward = spy  # type: ignore[method-assign]
     for third in (3, 9):
-        model.loss(worlds.batch(rows([[1, 2, third, 4]]), features, torch.Generator()))
+        model.loss(worlds.batch(worlds.sequences([[1, 2, third, 4]]), features, torch.Generator()))
     states, changed = seen
     torch.testing.assert_close(states[:, :2], changed[:, :2])
     assert not torch.allclose(states[:, 2], changed[:, 2], atol=1e-3)
@@ -243,7 +215,7 @@ def test_each_item_of_a_batch_is_encoded_once(monkeypatch: pytest.MonkeyPatch) -
         return gather(item_K, *arguments)
 
     monkeypatch.setattr(pmmrec, "item_tokens", spy)
-    doubled = rows([[3, 5, 3, 5], [5, 7]], padding=11)
+    doubled = worlds.sequences([[3, 5, 3, 5], [5, 7]], padding=11)
     model.loss(worlds.batch(doubled, features, torch.Generator()))
     assert asked == [[3, 5, 7]]
 
@@ -279,7 +251,7 @@ def test_one_modality_has_nothing_to_fuse() -> None:
 
 def test_cls_takes_the_first_token_of_a_modality() -> None:
     """With one modality it is the item's vector, and in the alignment it is the modality's."""
-    texts = tokens()
+    texts = worlds.token_features(N)
     alone = replace(texts, vectors={}, present={"text": texts.present["text"]})
     model = build(alone, align_pool="cls")
     assert texts.tokens["text"].present_N.any()
@@ -308,7 +280,7 @@ def test_transfers_name_parameters() -> None:
 
 
 def test_the_catalogue_in_pieces_is_the_catalogue(monkeypatch: pytest.MonkeyPatch) -> None:
-    features = tokens()
+    features = worlds.token_features(N)
     model = build(features)
     with torch.no_grad():
         whole = model.encode_items(features)

@@ -25,15 +25,15 @@ SMALL = ["dim=8", "hidden=8", "length=5", "epochs=2", "batch_size=4", "device=cp
 
 
 @pytest.fixture
-def house(warehouse: Warehouse) -> Warehouse:
+def warehouse(warehouse: Warehouse) -> Warehouse:
     worlds.prepare(warehouse, [[0, 1, 0, 1, target, 3] for target in (0, 2) * 6], 6)
     worlds.extract(warehouse, worlds.features(6))
     return warehouse
 
 
-def begin(house: Warehouse, model: str = "sasrec") -> Run:
+def begin(warehouse: Warehouse, model: str = "sasrec") -> Run:
     settings = [*SMALL, "heads=2"] if model == "mmsrec" else SMALL
-    return worlds.begin(house, model, settings=settings, name="r")
+    return worlds.begin(warehouse, model, settings=settings, name="r")
 
 
 def remove_run(run: Run) -> None:
@@ -63,9 +63,9 @@ def remove_features(run: Run) -> None:
     "remove", [remove_run, replace_run, remove_config, remove_dataset, remove_features]
 )
 def test_a_training_whose_folder_was_removed_does_not_succeed(
-    house: Warehouse, remove: Callable[[Run], None], epoch: int
+    warehouse: Warehouse, remove: Callable[[Run], None], epoch: int
 ) -> None:
-    run = begin(house, "mmsrec")
+    run = begin(warehouse, "mmsrec")
 
     def on_progress(tick: TrainProgress) -> None:
         if tick.epoch == epoch and tick.metrics:
@@ -77,8 +77,8 @@ def test_a_training_whose_folder_was_removed_does_not_succeed(
         assert not run.folder.exists()
 
 
-def test_a_run_removed_before_its_training_is_not_created_again(house: Warehouse) -> None:
-    run = begin(house)
+def test_a_run_removed_before_its_training_is_not_created_again(warehouse: Warehouse) -> None:
+    run = begin(warehouse)
     shutil.rmtree(run.folder)
     with pytest.raises(UserError, match="removed"):
         train_run(run)
@@ -87,9 +87,9 @@ def test_a_run_removed_before_its_training_is_not_created_again(house: Warehouse
 
 @pytest.mark.parametrize("place", ["replace_metrics", "write_table", "rank_split"])
 def test_an_evaluation_whose_folder_was_removed_does_not_succeed(
-    house: Warehouse, monkeypatch: pytest.MonkeyPatch, place: str
+    warehouse: Warehouse, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
-    run = begin(house)
+    run = begin(warehouse)
     train_run(run)
     original = getattr(evaluation, place)
 
@@ -99,7 +99,7 @@ def test_an_evaluation_whose_folder_was_removed_does_not_succeed(
 
     monkeypatch.setattr(evaluation, place, remove_first)
     with pytest.raises(UserError, match="removed"):
-        evaluate(house, run, index="torch")
+        evaluate(warehouse, run, index="torch")
 
 
 def kill(folder: Path, *names: str) -> None:
@@ -113,41 +113,43 @@ def kill(folder: Path, *names: str) -> None:
     "names", [(), (".lock",), (".lock", ".config.toml.0a1b2c3d.tmp", "blocks.json")]
 )
 def test_a_run_killed_before_it_was_complete_does_not_block_its_name(
-    house: Warehouse, names: tuple[str, ...]
+    warehouse: Warehouse, names: tuple[str, ...]
 ) -> None:
-    kill(house.runs_dir / "r", *names)
-    assert train_run(begin(house)).finished
+    kill(warehouse.runs_dir / "r", *names)
+    assert train_run(begin(warehouse)).finished
     kept = {".lock", "config.toml", "metrics.parquet", "model.safetensors", "resume.safetensors"}
-    assert {path.name for path in (house.runs_dir / "r").iterdir()} == kept
+    assert {path.name for path in (warehouse.runs_dir / "r").iterdir()} == kept
 
 
 @pytest.mark.parametrize("names", [("notes.txt",), (".lock", "model.safetensors")])
-def test_a_folder_with_other_files_keeps_its_name(house: Warehouse, names: tuple[str, ...]) -> None:
-    kill(house.runs_dir / "r", *names)
-    with pytest.raises(UserError, match="is no run"):
-        begin(house)
-    assert sorted(path.name for path in (house.runs_dir / "r").iterdir()) == sorted(names)
+def test_a_folder_with_other_files_keeps_its_name(
+    warehouse: Warehouse, names: tuple[str, ...]
+) -> None:
+    kill(warehouse.runs_dir / "r", *names)
+    with pytest.raises(UserError, match="is not a run"):
+        begin(warehouse)
+    assert sorted(path.name for path in (warehouse.runs_dir / "r").iterdir()) == sorted(names)
 
 
-def test_a_run_that_is_being_created_keeps_its_name(house: Warehouse) -> None:
-    with create_run_dir(house.runs_dir, "r", STAMP, "d-m") as folder:
+def test_a_run_that_is_being_created_keeps_its_name(warehouse: Warehouse) -> None:
+    with create_run_dir(warehouse.runs_dir, "r", STAMP, "d-m") as folder:
         with pytest.raises(UserError, match="another process"):
-            begin(house)
+            begin(warehouse)
         write_text(folder / "config.toml", "")
 
 
 @pytest.mark.parametrize("work", ["train", "eval"])
 def test_leftovers_go_with_the_next_command_that_owns_the_folder(
-    house: Warehouse, work: str
+    warehouse: Warehouse, work: str
 ) -> None:
-    run = begin(house)
+    run = begin(warehouse)
     train_run(run)
     leftover = run.folder / ".model.safetensors.0a1b2c3d.tmp"
     leftover.touch()
     if work == "train":
         train_run(run, resume=True)
     else:
-        evaluate(house, run, index="torch")
+        evaluate(warehouse, run, index="torch")
     assert not leftover.exists()
 
 
@@ -158,12 +160,12 @@ def age(folder: Path) -> None:
 @pytest.mark.parametrize("name", ["20260102-030405-world-sasrec", "named"])
 @pytest.mark.parametrize("names", [(".lock",), (".lock", ".config.toml.0a1b2c3d.tmp", "blocks")])
 def test_the_folder_of_a_killed_run_is_removed_by_the_next_run(
-    house: Warehouse, name: str, names: tuple[str, ...]
+    warehouse: Warehouse, name: str, names: tuple[str, ...]
 ) -> None:
-    kill(house.runs_dir / name, *names)
-    age(house.runs_dir / name)
-    begin(house)
-    assert [path.name for path in house.runs_dir.iterdir()] == ["r"]
+    kill(warehouse.runs_dir / name, *names)
+    age(warehouse.runs_dir / name)
+    begin(warehouse)
+    assert [path.name for path in warehouse.runs_dir.iterdir()] == ["r"]
 
 
 @pytest.mark.parametrize(
@@ -174,18 +176,18 @@ def test_the_folder_of_a_killed_run_is_removed_by_the_next_run(
     ],
 )  # fmt: skip
 def test_a_folder_that_may_be_a_run_or_anything_else_stays(
-    house: Warehouse, names: tuple[str, ...]
+    warehouse: Warehouse, names: tuple[str, ...]
 ) -> None:
-    folder = house.runs_dir / "20260102-030405-world-sasrec"
+    folder = warehouse.runs_dir / "20260102-030405-world-sasrec"
     kill(folder, *names)
     if ".lock" in names:
         age(folder)
-    begin(house)
+    begin(warehouse)
     assert {path.name for path in folder.iterdir()} == set(names)
 
 
-def test_the_folder_of_a_run_that_another_process_creates_stays(house: Warehouse) -> None:
-    folder = house.runs_dir / "20260102-030405-world-sasrec"
+def test_the_folder_of_a_run_that_another_process_creates_stays(warehouse: Warehouse) -> None:
+    folder = warehouse.runs_dir / "20260102-030405-world-sasrec"
     kill(folder, ".lock")
     age(folder)
     code = "import fcntl, sys; file = open(sys.argv[1], 'r+'); fcntl.flock(file, fcntl.LOCK_EX)"
@@ -194,9 +196,9 @@ def test_the_folder_of_a_run_that_another_process_creates_stays(house: Warehouse
         assert process.stdout is not None
         process.stdout.readline()
         age(folder)
-        begin(house)
+        begin(warehouse)
         assert folder.exists()
         process.communicate(b"\n")
     age(folder)
-    worlds.begin(house, "sasrec", settings=SMALL, name="r2")
+    worlds.begin(warehouse, "sasrec", settings=SMALL, name="r2")
     assert not folder.exists()

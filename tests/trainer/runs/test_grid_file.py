@@ -76,7 +76,7 @@ def test_a_table_is_an_axis_of_variants(tmp_path: Path) -> None:
         ("[runs]\nmodel = 3", "model=3 must be text"),
         ("model = 'x'\n[runs]\nmodel = 'x'", "unknown key 'model'; known: rows, columns"),
         ("rows = 3\n[runs]\nmodel = 'x'", "rows=3 must be a list of names"),
-        ("rows = ['lr']\n[runs]\nmodel = 'x'\nlr = 1", "rows names 'lr', which is no list"),
+        ("rows = ['lr']\n[runs]\nmodel = 'x'\nlr = 1", "rows names 'lr', which is not a list"),
         ("rows = []\n[runs]\nmodel = 'x'\nlr = [1, 2]", "'lr' is named neither"),
         ("columns = ['lr']\nrows = ['lr']\n[runs]\nmodel = 'x'\nlr = [1]", "'lr' is named twice"),
         ("metrics = ['HR']\n[runs]\nmodel = 'x'", "unknown metric 'HR'; known: HR@"),

@@ -21,15 +21,15 @@ N = 12
 SMALL = ["dim=8", "heads=2", "hidden=8", "length=5", "device=cpu"]
 
 
-def begin(house: Warehouse, model: str, name: str) -> Run:
+def begin(warehouse: Warehouse, model: str, name: str) -> Run:
     """A run whose best weights are those it was drawn with."""
-    run = worlds.begin(house, model, "world", settings=SMALL, name=name)
+    run = worlds.begin(warehouse, model, "world", settings=SMALL, name=name)
     save_weights(run.weights, run.model, run.spec.identity())
     return run
 
 
 @pytest.fixture
-def house(warehouse: Warehouse) -> Warehouse:
+def warehouse(warehouse: Warehouse) -> Warehouse:
     world = worlds.cycles(users=20, n_items=N)
     bounds = zip(world.offsets, world.offsets[1:], strict=False)
     worlds.prepare(warehouse, [world.items[a:b].tolist() for a, b in bounds], N)
@@ -51,9 +51,9 @@ def brute(run: Run, history: list[int], k: int, keep_seen: bool) -> list[int]:
 
 @pytest.mark.parametrize("keep_seen", [False, True])
 @pytest.mark.parametrize("model", ["sasrec", "mmsrec"])
-def test_lists_are_those_of_plain_scores(house: Warehouse, model: str, keep_seen: bool) -> None:
-    run = begin(house, model, "r")
-    adviser = Predictor(house, open_run(house, run.folder), index="faiss")
+def test_lists_are_those_of_plain_scores(warehouse: Warehouse, model: str, keep_seen: bool) -> None:
+    run = begin(warehouse, model, "r")
+    adviser = Predictor(warehouse, open_run(warehouse, run.folder), index="faiss")
     users = np.arange(20)
     _, together = adviser.for_users(users, 4, keep_seen=keep_seen)
     for user in users.tolist():
@@ -66,9 +66,9 @@ def test_lists_are_those_of_plain_scores(house: Warehouse, model: str, keep_seen
             assert not set(wanted) & set(history)
 
 
-def test_similar_items_by_hand(house: Warehouse) -> None:
-    run = begin(house, "sasrec", "r")
-    adviser = Predictor(house, run, index="torch")
+def test_similar_items_by_hand(warehouse: Warehouse) -> None:
+    run = begin(warehouse, "sasrec", "r")
+    adviser = Predictor(warehouse, run, index="torch")
     vectors = run.model.encode_items(run.data.features).detach().double().numpy()
     unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     cosines = unit @ unit[7]
@@ -79,10 +79,10 @@ def test_similar_items_by_hand(house: Warehouse) -> None:
 
 
 def test_everybody_in_one_file(
-    house: Warehouse, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    warehouse: Warehouse, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Blocks change nothing; a list ends where no item is left; a failure leaves no file."""
-    adviser = Predictor(house, begin(house, "sasrec", "r"), index="torch")
+    adviser = Predictor(warehouse, begin(warehouse, "sasrec", "r"), index="torch")
     monkeypatch.setattr(recommend, "_BLOCK", 7)
     told: list[tuple[int, int]] = []
     path = tmp_path / "all.parquet"
@@ -107,27 +107,29 @@ def test_everybody_in_one_file(
     assert list(tmp_path.glob("*torn*")) == []
 
 
-def test_what_cannot_be_asked(house: Warehouse) -> None:
-    adviser = Predictor(house, begin(house, "sasrec", "r"), index="torch")
+def test_what_cannot_be_asked(warehouse: Warehouse) -> None:
+    adviser = Predictor(warehouse, begin(warehouse, "sasrec", "r"), index="torch")
     with pytest.raises(UserError, match=r"no user 'x' \(20 users, such as u0, u1, u2\); for a new"):
         adviser.user("x")
     with pytest.raises(UserError, match=r"no item 'x' \(12 items, such as i0, i1, i2\)"):
         adviser.item("x")
-    with pytest.raises(UserError, match="--k 0 is no length"):
+    with pytest.raises(UserError, match="--k 0 is not the length"):
         adviser.for_users(np.arange(2), 0)
-    bare = worlds.begin(house, "sasrec", "world", settings=SMALL, name="bare")
+    bare = worlds.begin(warehouse, "sasrec", "world", settings=SMALL, name="bare")
     with pytest.raises(UserError, match=r"model\.safetensors .*mmrec train --resume"):
-        Predictor(house, bare, index="torch")
+        Predictor(warehouse, bare, index="torch")
     small = [*SMALL, "fusion_heads=2"]
-    before = worlds.begin(house, "pmmrec", "world", settings=small, name="p", is_pretraining=True)
+    before = worlds.begin(
+        warehouse, "pmmrec", "world", settings=small, name="p", is_pretraining=True
+    )
     with pytest.raises(UserError, match="is a pre-training and recommends nothing"):
-        Predictor(house, before, index="torch")
+        Predictor(warehouse, before, index="torch")
 
 
 def test_a_run_is_opened_on_another_device_than_it_was_trained_on(
-    house: Warehouse, monkeypatch: pytest.MonkeyPatch
+    warehouse: Warehouse, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = begin(house, "mmsrec", "r").folder
+    folder = begin(warehouse, "mmsrec", "r").folder
     asked: list[str] = []
 
     def choose(name: str) -> torch.device:
@@ -135,9 +137,9 @@ def test_a_run_is_opened_on_another_device_than_it_was_trained_on(
         return choose_device("cpu")
 
     monkeypatch.setattr("trainer.runs.run.choose_device", choose)
-    elsewhere = open_run(house, folder, device="cuda:1")
+    elsewhere = open_run(warehouse, folder, device="cuda:1")
     assert asked == ["cuda:1"]
     assert elsewhere.config.device == "cpu"  # what it was trained with is part of its identity
-    Predictor(house, elsewhere, index="torch")
+    Predictor(warehouse, elsewhere, index="torch")
     with pytest.raises(UserError, match="device='cuda:99' cannot be used here"):
         choose_device("cuda:99")

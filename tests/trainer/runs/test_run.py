@@ -35,13 +35,13 @@ WORLD = [[0, 1, 0, 1, target, 3] for target in (0, 2) * 6]
 
 
 @pytest.fixture
-def house(warehouse: Warehouse) -> Warehouse:
+def warehouse(warehouse: Warehouse) -> Warehouse:
     worlds.prepare(warehouse, WORLD, 6)
     return warehouse
 
 
-def begin(house: Warehouse, name: str = "r", *settings: str) -> Run:
-    return worlds.begin(house, "sasrec", "world", settings=[*SMALL, *settings], name=name)
+def begin(warehouse: Warehouse, name: str = "r", *settings: str) -> Run:
+    return worlds.begin(warehouse, "sasrec", "world", settings=[*SMALL, *settings], name=name)
 
 
 def stop_at(count: int) -> Any:
@@ -75,25 +75,25 @@ def test_runs_that_begin_together_have_folders_of_their_own(tmp_path: Path) -> N
     assert sorted(folders) == sorted((tmp_path / "runs").iterdir())
 
 
-def test_a_name_is_claimed_once_and_given_back_on_failure(house: Warehouse) -> None:
+def test_a_name_is_claimed_once_and_given_back_on_failure(warehouse: Warehouse) -> None:
     def claim() -> AbstractContextManager[Path]:
-        return create_run_dir(house.runs_dir, "mine", STAMP, "d-m")
+        return create_run_dir(warehouse.runs_dir, "mine", STAMP, "d-m")
 
     with suppress(RuntimeError), claim():
-        assert house.runs() == []  # nobody sees it before it has its configuration
+        assert warehouse.runs() == []  # nobody sees it before it has its configuration
         with pytest.raises(UserError, match="another process"):
             claim().__enter__()
         raise RuntimeError
-    begin(house, "mine")
+    begin(warehouse, "mine")
     with pytest.raises(UserError, match=r"mmrec train --resume --run mine$"):
-        begin(house, "mine")
-    assert house.runs() == ["mine"]
+        begin(warehouse, "mine")
+    assert warehouse.runs() == ["mine"]
 
 
 @pytest.mark.parametrize("name", ["../x", "", "a/b", ".hidden", "x" * 101])
-def test_the_name_that_cannot_be_is_a_runs(house: Warehouse, name: str) -> None:
+def test_the_name_that_cannot_be_is_a_runs(warehouse: Warehouse, name: str) -> None:
     with pytest.raises(UserError, match=r"run name .* cannot be a folder"):
-        begin(house, name)
+        begin(warehouse, name)
 
 
 @pytest.mark.parametrize(
@@ -104,28 +104,28 @@ def test_the_name_that_cannot_be_is_a_runs(house: Warehouse, name: str) -> None:
     ],
 )
 def test_too_few_interactions_leave_no_run(
-    house: Warehouse, sequences: list[list[int]], message: str
+    warehouse: Warehouse, sequences: list[list[int]], message: str
 ) -> None:
-    begin(house, "before")
-    worlds.prepare(house, sequences, 6)
+    begin(warehouse, "before")
+    worlds.prepare(warehouse, sequences, 6)
     with pytest.raises(UserError, match=message):
-        begin(house)
-    assert [path.name for path in house.runs_dir.iterdir()] == ["before"]
+        begin(warehouse)
+    assert [path.name for path in warehouse.runs_dir.iterdir()] == ["before"]
     # An old run cannot be evaluated on it either.
     with pytest.raises(UserError, match=r"another preparation of 'world'.*train again"):
-        open_run(house, house.runs_dir / "before")
+        open_run(warehouse, warehouse.runs_dir / "before")
 
 
-def test_a_model_without_its_features_leaves_no_run(house: Warehouse) -> None:
+def test_a_model_without_its_features_leaves_no_run(warehouse: Warehouse) -> None:
     with pytest.raises(UserError, match="mmsrec needs features"):
-        worlds.begin(house, "mmsrec", "world", settings=["device=cpu"])
-    assert list(house.runs_dir.iterdir()) == []
+        worlds.begin(warehouse, "mmsrec", "world", settings=["device=cpu"])
+    assert list(warehouse.runs_dir.iterdir()) == []
 
 
-def test_one_process_writes_a_run(house: Warehouse) -> None:
-    run = begin(house)
+def test_one_process_writes_a_run(warehouse: Warehouse) -> None:
+    run = begin(warehouse)
     with run_lock(run.folder):
-        for work in (lambda: train_run(run), lambda: evaluate(house, run, index="torch")):
+        for work in (lambda: train_run(run), lambda: evaluate(warehouse, run, index="torch")):
             with pytest.raises(UserError, match="another process is writing run r"):
                 work()
 
@@ -146,15 +146,15 @@ def test_one_process_writes_a_run(house: Warehouse) -> None:
     ],
 )
 def test_a_damaged_configuration_names_its_file(
-    house: Warehouse, old: str, new: str, message: str
+    warehouse: Warehouse, old: str, new: str, message: str
 ) -> None:
-    folder = begin(house).folder
+    folder = begin(warehouse).folder
     path = folder / "config.toml"
     text = path.read_text().split("\n", 1)[1]  # without the checksum
     assert old in text
     path.write_text(text.replace(old, new))
     with pytest.raises(UserError, match=message) as caught:
-        open_run(house, folder)
+        open_run(warehouse, folder)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -164,10 +164,10 @@ def metrics(folder: Path, **wanted: object) -> list[dict[str, Any]]:
     return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
 
 
-def test_cold_targets_and_popularity_by_hand(house: Warehouse) -> None:
-    run = begin(house)
+def test_cold_targets_and_popularity_by_hand(warehouse: Warehouse) -> None:
+    run = begin(warehouse)
     train_run(run)
-    report = evaluate(house, run, index="torch")
+    report = evaluate(warehouse, run, index="torch")
     stored = pq.read_table(run.folder / "predictions.parquet").to_pylist()
     assert {(row["split"], row["item"], row["cold"]) for row in stored} == {
         ("validation", 0, False), ("validation", 2, True), ("test", 3, True),
@@ -202,24 +202,24 @@ def test_cold_targets_and_popularity_by_hand(house: Warehouse) -> None:
     assert {row["ranker"] for row in report.rows} == {"sasrec", *REFERENCES}
 
 
-def test_an_evaluation_goes_when_training_goes_on(house: Warehouse) -> None:
-    run = begin(house)
+def test_an_evaluation_goes_when_training_goes_on(warehouse: Warehouse) -> None:
+    run = begin(warehouse)
     predictions = run.folder / "predictions.parquet"
     stopped = train_run(run, on_progress=stop_at(5))  # in the second epoch
     assert (stopped.epochs, stopped.finished) == (1, False)
-    evaluate(house, run, index="torch")
+    evaluate(warehouse, run, index="torch")
     assert metrics(run.folder, phase="eval")
     assert predictions.exists()
-    again = open_run(house, run.folder)
+    again = open_run(warehouse, run.folder)
     assert train_run(again, resume=True).finished
     assert not metrics(run.folder, phase="eval")
     assert [row["epoch"] for row in metrics(run.folder, metric="loss")] == [1, 2]
     assert not predictions.exists()
 
-    evaluate(house, again, index="torch")
+    evaluate(warehouse, again, index="torch")
     held = predictions.read_bytes(), metrics(run.folder)
     train_run(
-        open_run(house, run.folder), resume=True
+        open_run(warehouse, run.folder), resume=True
     )  # finished: nothing is trained, nothing goes
     assert (predictions.read_bytes(), metrics(run.folder)) == held
 
@@ -227,11 +227,11 @@ def test_an_evaluation_goes_when_training_goes_on(house: Warehouse) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("killed_at", ["replace_metrics", "write_table"])
 def test_a_killed_evaluation_leaves_no_pair_of_two(
-    house: Warehouse, monkeypatch: pytest.MonkeyPatch, killed_at: str
+    warehouse: Warehouse, monkeypatch: pytest.MonkeyPatch, killed_at: str
 ) -> None:
-    run = begin(house)
+    run = begin(warehouse)
     train_run(run)
-    evaluate(house, run, index="torch")
+    evaluate(warehouse, run, index="torch")
 
     def kill(*words: object, **more: object) -> None:
         raise KeyboardInterrupt
@@ -239,10 +239,10 @@ def test_a_killed_evaluation_leaves_no_pair_of_two(
     with monkeypatch.context() as patch:
         patch.setattr(evaluation, killed_at, kill)
         with pytest.raises(KeyboardInterrupt):
-            evaluate(house, run, index="torch")
+            evaluate(warehouse, run, index="torch")
     assert not (run.folder / "predictions.parquet").exists()
     assert metrics(run.folder, phase="eval")
-    evaluate(house, run, index="torch")
+    evaluate(warehouse, run, index="torch")
     assert (run.folder / "predictions.parquet").exists()
 
 
@@ -273,8 +273,8 @@ def test_an_epoch_is_added_to_a_table_of_version_0_1(tmp_path: Path) -> None:
     assert [row["seen"] for row in rows] == ["filtered", "kept"] * 2
 
 
-def test_an_evaluation_leaves_the_rows_of_retrieval(house: Warehouse) -> None:
-    run = begin(house)
+def test_an_evaluation_leaves_the_rows_of_retrieval(warehouse: Warehouse) -> None:
+    run = begin(warehouse)
     train_run(run)
     row = {
         "phase": "eval", "epoch": 0, "split": "test", "targets": "text-to-vision", "ranker": "m",
@@ -282,28 +282,28 @@ def test_an_evaluation_leaves_the_rows_of_retrieval(house: Warehouse) -> None:
     }  # fmt: skip
     replace_metrics(run.folder / "metrics.parquet", [row], lambda held: False)
     for _ in range(2):
-        evaluate(house, run, index="torch")
+        evaluate(warehouse, run, index="torch")
     assert len(metrics(run.folder, metric="Recall@1")) == 1
     assert len(metrics(run.folder, metric="MRR", split="test", targets="all", ranker="sasrec")) == 2
 
 
 @pytest.mark.parametrize("content", [b"PAR1", pa.table({"a": [1]})], ids=["damaged", "columns"])
 def test_a_table_of_metrics_that_is_none_costs_no_predictions(
-    house: Warehouse, content: bytes | pa.Table
+    warehouse: Warehouse, content: bytes | pa.Table
 ) -> None:
-    run = begin(house)
+    run = begin(warehouse)
     train_run(run)
-    evaluate(house, run, index="torch")
+    evaluate(warehouse, run, index="torch")
     path = run.folder / "metrics.parquet"
     if isinstance(content, bytes):
         path.write_bytes(content)
     else:
         pq.write_table(content, path)
     with pytest.raises(UserError, match=r"metrics\.parquet cannot be read \(.*\); remove it"):
-        evaluate(house, run, index="torch")
+        evaluate(warehouse, run, index="torch")
     assert (run.folder / "predictions.parquet").exists()
     with pytest.raises(UserError, match=r"metrics\.parquet cannot be read"):
-        read_metrics(read_record(house, run.folder.name))
+        read_metrics(read_record(warehouse, run.folder.name))
 
 
 def weights(run: Run) -> list[torch.Tensor]:
@@ -312,15 +312,17 @@ def weights(run: Run) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("init", [None, "first"])
 def test_a_run_killed_before_it_was_saved_begins_once_more(
-    house: Warehouse, init: str | None
+    warehouse: Warehouse, init: str | None
 ) -> None:
-    train_run(begin(house, "first", "lr=0.1"))
+    train_run(begin(warehouse, "first", "lr=0.1"))
     killed, whole = (
-        worlds.begin(house, "sasrec", "world", settings=[*SMALL, "seed=7"], name=name, init=init)
+        worlds.begin(
+            warehouse, "sasrec", "world", settings=[*SMALL, "seed=7"], name=name, init=init
+        )
         for name in ("killed", "whole")
     )
     train_run(whole)
-    again = open_run(house, killed.folder)
+    again = open_run(warehouse, killed.folder)
     assert train_run(again, resume=True).finished
     assert all(map(torch.equal, weights(again), weights(whole)))
     assert [row["epoch"] for row in metrics(killed.folder, metric="loss")] == [1, 2]
@@ -328,12 +330,12 @@ def test_a_run_killed_before_it_was_saved_begins_once_more(
 
 @pytest.mark.parametrize("writes", range(4))
 def test_a_run_killed_between_two_files_goes_on(
-    house: Warehouse, monkeypatch: pytest.MonkeyPatch, writes: int
+    warehouse: Warehouse, monkeypatch: pytest.MonkeyPatch, writes: int
 ) -> None:
     """The files are the first state, the best weights, and the state of the first epoch."""
-    whole = begin(house, "whole")
+    whole = begin(warehouse, "whole")
     train_run(whole)
-    killed = begin(house, "killed")
+    killed = begin(warehouse, "killed")
     left = writes
 
     def limited(write: Any) -> Any:
@@ -351,46 +353,46 @@ def test_a_run_killed_between_two_files_goes_on(
             patch.setattr(loop, name, limited(getattr(loop, name)))
         with pytest.raises(RuntimeError, match="killed here"):
             train_run(killed)
-    assert train_run(open_run(house, killed.folder), resume=True).finished
+    assert train_run(open_run(warehouse, killed.folder), resume=True).finished
     files = [run.folder / "model.safetensors" for run in (whole, killed)]
     assert files[0].read_bytes() == files[1].read_bytes()
     assert metrics(killed.folder, metric="loss") == metrics(whole.folder, metric="loss")
 
 
-def test_a_killed_run_does_not_begin_from_other_weights(house: Warehouse) -> None:
-    first = begin(house, "first")
+def test_a_killed_run_does_not_begin_from_other_weights(warehouse: Warehouse) -> None:
+    first = begin(warehouse, "first")
     train_run(first)
-    killed = worlds.begin(house, "sasrec", "world", settings=SMALL, name="killed", init="first")
+    killed = worlds.begin(warehouse, "sasrec", "world", settings=SMALL, name="killed", init="first")
     shutil.rmtree(first.folder)
-    train_run(begin(house, "first", "lr=0.1"))
+    train_run(begin(warehouse, "first", "lr=0.1"))
     with pytest.raises(UserError, match=r"was to start from run 'first', .* train again"):
-        open_run(house, killed.folder)
+        open_run(warehouse, killed.folder)
 
 
-def test_what_is_gone_is_not_begun_again(house: Warehouse) -> None:
-    run = begin(house)
+def test_what_is_gone_is_not_begun_again(warehouse: Warehouse) -> None:
+    run = begin(warehouse)
     train_run(run)
     best, state = (run.folder / f"{name}.safetensors" for name in ("model", "resume"))
     best.rename(run.folder / "aside")
     lost = rf"the weights of epoch \d.* are lost; remove {run.folder} and train again$"
     with pytest.raises(UserError, match=lost):
-        evaluate(house, run, index="torch")
+        evaluate(warehouse, run, index="torch")
     with pytest.raises(UserError, match=r"model\.safetensors is gone: the weights of epoch \d"):
-        train_run(open_run(house, run.folder), resume=True)
+        train_run(open_run(warehouse, run.folder), resume=True)
     (run.folder / "aside").rename(best)
     state.unlink()
     with pytest.raises(UserError, match=r"resume\.safetensors is gone.*.* mmrec eval"):
-        train_run(open_run(house, run.folder), resume=True)
-    evaluate(house, run, index="torch")
+        train_run(open_run(warehouse, run.folder), resume=True)
+    evaluate(warehouse, run, index="torch")
 
 
-def test_a_folder_that_is_no_run_is_called_so(house: Warehouse) -> None:
-    (house.runs_dir / "half").mkdir(parents=True)
-    (house.runs_dir / "note.txt").touch()
-    with pytest.raises(UserError, match=r"half is no run: it has no config\.toml"):
-        house.choose_run("half")
+def test_a_folder_that_is_no_run_is_called_so(warehouse: Warehouse) -> None:
+    (warehouse.runs_dir / "half").mkdir(parents=True)
+    (warehouse.runs_dir / "note.txt").touch()
+    with pytest.raises(UserError, match=r"half is not a run: it has no config\.toml"):
+        warehouse.choose_run("half")
     messages: list[str] = []
-    query(house, "SELECT * FROM runs", messages.append)
+    query(warehouse, "SELECT * FROM runs", messages.append)
     assert [line for line in messages if "half" in line] == messages
     assert len(messages) == 1
 
@@ -401,18 +403,18 @@ def test_a_damaged_table_of_metrics_is_one_line(tmp_path: Path) -> None:
         replace_metrics(tmp_path / "metrics.parquet", [], lambda row: True)
 
 
-def test_a_run_without_a_younger_setting_keeps_its_identity(house: Warehouse) -> None:
+def test_a_run_without_a_younger_setting_keeps_its_identity(warehouse: Warehouse) -> None:
     """A later version adds settings; the run's files do not name them, and it stays usable."""
-    run = begin(house)
+    run = begin(warehouse)
     train_run(run)
     config = run.folder / "config.toml"
     document = read_toml(config, "")
     assert document["model"].pop("final_norm") is True
     write_toml(config, document)
-    identity = RunSpec.read(house, run.folder).identity()
+    identity = RunSpec.read(warehouse, run.folder).identity()
     assert "final_norm" not in identity["model"]
     assert run.spec.identity()["model"] == identity["model"] | {"final_norm": True}
-    assert open_run(house, run.folder).spec.settings == run.spec.settings
+    assert open_run(warehouse, run.folder).spec.settings == run.spec.settings
 
 
 @pytest.mark.parametrize(
@@ -441,21 +443,21 @@ def test_one_percent_of_repeated_targets_is_filtered(warehouse: Warehouse) -> No
 
 @pytest.mark.parametrize("model", ["popularity", "transitions"])
 def test_a_model_without_parameters_is_resumed_by_fitting_it_again(
-    house: Warehouse, model: str
+    warehouse: Warehouse, model: str
 ) -> None:
-    run = worlds.begin(house, model, "world", settings=["device=cpu"], name="r")
+    run = worlds.begin(warehouse, model, "world", settings=["device=cpu"], name="r")
     report = train_run(run)
-    again = train_run(open_run(house, run.folder), resume=True)
+    again = train_run(open_run(warehouse, run.folder), resume=True)
     assert (again.best, again.finished) == (report.best, True)
 
 
 def test_a_preset_gives_the_settings_and_the_file_and_pairs_win(
-    house: Warehouse, tmp_path: Path
+    warehouse: Warehouse, tmp_path: Path
 ) -> None:
     file = tmp_path / "own.toml"
     file.write_text("alpha = 0.6\nepochs = 3\n")
     run = worlds.begin(
-        house, "bsarec", "world", preset="published", file=file, settings=["epochs=4"], name="b"
+        warehouse, "bsarec", "world", preset="published", file=file, settings=["epochs=4"], name="b"
     )
     assert (run.spec.settings.rows, run.spec.settings.alpha) == ("prefixes", 0.6)  # type: ignore[attr-defined]
     assert (run.config.epochs, run.config.weight_decay) == (4, 0.0)

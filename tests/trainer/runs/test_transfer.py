@@ -23,20 +23,20 @@ SMALL = {
 
 
 @pytest.fixture
-def house(warehouse: Warehouse) -> Warehouse:
+def warehouse(warehouse: Warehouse) -> Warehouse:
     prepare(warehouse, N)
     worlds.extract(warehouse, worlds.features(N))
     return warehouse
 
 
-def prepare(house: Warehouse, n_items: int) -> None:
+def prepare(warehouse: Warehouse, n_items: int) -> None:
     world = worlds.cycles(n_items=n_items, users=20)
     bounds = zip(world.offsets, world.offsets[1:], strict=False)
-    worlds.prepare(house, [world.items[a:b].tolist() for a, b in bounds], n_items)
+    worlds.prepare(warehouse, [world.items[a:b].tolist() for a, b in bounds], n_items)
 
 
 def begin(
-    house: Warehouse,
+    warehouse: Warehouse,
     model: str,
     name: str,
     *settings: str,
@@ -46,7 +46,7 @@ def begin(
 ) -> Run:
     given = [setting.split("=") for setting in settings]
     return worlds.begin(
-        house,
+        warehouse,
         model,
         "world",
         features=features,
@@ -73,12 +73,12 @@ def equal(run: Run, held: dict[str, Tensor]) -> set[str]:
         *("mmsrec objective=next ids=true", "sasrec average=0.9"),
     ],
 )
-def test_everything_comes_over(house: Warehouse, words: str) -> None:
+def test_everything_comes_over(warehouse: Warehouse, words: str) -> None:
     model, *settings = words.split()
-    source = begin(house, model, "source", "lr=0.1", *settings)
+    source = begin(warehouse, model, "source", "lr=0.1", *settings)
     train_run(source)
     held = weights(source.folder)
-    run = begin(house, model, "r", "seed=7", *settings, init="source")
+    run = begin(warehouse, model, "r", "seed=7", *settings, init="source")
     assert equal(run, held) == set(held)  # of the same interactions, known_N is too
     assert run.copied_weights is not None
     assert run.copied_weights.share == 1
@@ -86,23 +86,23 @@ def test_everything_comes_over(house: Warehouse, words: str) -> None:
     assert run.copied_weights.lines()[0].startswith("from run source (full): ")
 
 
-def test_what_training_has_seen_is_never_taken_from_another_run(house: Warehouse) -> None:
+def test_what_training_has_seen_is_never_taken_from_another_run(warehouse: Warehouse) -> None:
     """The other run's interactions may be fewer, or reach into what is held out here."""
-    train_run(begin(house, "mmsrec", "source", "ids=true"))
-    run = begin(house, "mmsrec", "r", "ids=true")
+    train_run(begin(warehouse, "mmsrec", "source", "ids=true"))
+    run = begin(warehouse, "mmsrec", "r", "ids=true")
     known_N = run.model.get_buffer("known_N")
     known_N.copy_(torch.arange(N) % 2 == 0)
-    taken = copy_weights(house.runs_dir / "source", "mmsrec", run.model, run.spec.identity())
+    taken = copy_weights(warehouse.runs_dir / "source", "mmsrec", run.model, run.spec.identity())
     assert known_N.tolist() == [i % 2 == 0 for i in range(N)]
     assert taken.share == 1
     assert taken.fresh == taken.unused == []
 
 
-def test_the_origin_is_part_of_what_a_checkpoint_is_for(house: Warehouse) -> None:
-    train_run(begin(house, "sasrec", "source"))
-    run = begin(house, "sasrec", "r", init="source")
+def test_the_origin_is_part_of_what_a_checkpoint_is_for(warehouse: Warehouse) -> None:
+    train_run(begin(warehouse, "sasrec", "source"))
+    run = begin(warehouse, "sasrec", "r", init="source")
     train_run(run)
-    again = open_run(house, run.folder)
+    again = open_run(warehouse, run.folder)
     assert again.spec.identity() == run.spec.identity()
     assert again.spec.identity()["init"]["run"] == "source"
     assert train_run(again, resume=True).finished
@@ -111,30 +111,32 @@ def test_the_origin_is_part_of_what_a_checkpoint_is_for(house: Warehouse) -> Non
     text = path.read_text().split("\n", 1)[1]  # without the checksum
     path.write_text(text.replace(digest, "0" * 16))
     with pytest.raises(UserError, match=r"init\.weights="):
-        train_run(open_run(house, run.folder), resume=True)
+        train_run(open_run(warehouse, run.folder), resume=True)
 
 
-def test_a_part_of_sasrec(house: Warehouse) -> None:
-    source = begin(house, "sasrec", "source", "lr=0.1")
+def test_a_part_of_sasrec(warehouse: Warehouse) -> None:
+    source = begin(warehouse, "sasrec", "source", "lr=0.1")
     train_run(source)
     held = weights(source.folder)
-    users = begin(house, "sasrec", "users", "seed=7", init="source", transfer="users")
+    users = begin(warehouse, "sasrec", "users", "seed=7", init="source", transfer="users")
     assert {name for name in held if name not in equal(users, held)} == {"item_encoder.weight"}
     assert users.copied_weights is not None
     assert users.copied_weights.loaded == ["sequence_encoder"]
     assert users.copied_weights.fresh == [("item_encoder", "not part of the transfer 'users'")]
     with pytest.raises(UserError, match=r"unknown transfer 'text'; known: full, items, users"):
-        begin(house, "sasrec", "r", init="source", transfer="text")
+        begin(warehouse, "sasrec", "r", init="source", transfer="text")
 
 
-def test_ids_stay_with_their_catalogue_and_positions_keep_their_meaning(house: Warehouse) -> None:
-    source = begin(house, "sasrec", "source", "lr=0.1")
+def test_ids_stay_with_their_catalogue_and_positions_keep_their_meaning(
+    warehouse: Warehouse,
+) -> None:
+    source = begin(warehouse, "sasrec", "source", "lr=0.1")
     train_run(source)
     held = weights(source.folder)
-    prepare(house, N + 1)
-    path = house.dataset_dir("world") / "dataset.json"
+    prepare(warehouse, N + 1)
+    path = warehouse.dataset_dir("world") / "dataset.json"
     write_json(path, {**read_json(path, "write it again"), "fingerprint": "g"})
-    run = begin(house, "sasrec", "r", "length=7", "seed=7", init="source")
+    run = begin(warehouse, "sasrec", "r", "length=7", "seed=7", init="source")
     assert run.copied_weights is not None
     reasons = dict(run.copied_weights.fresh)
     assert reasons["item_encoder"] == "a row for each item, and the catalogue is another one"
@@ -143,37 +145,37 @@ def test_ids_stay_with_their_catalogue_and_positions_keep_their_meaning(house: W
     assert torch.equal(run.model.state_dict()[name][:5], held[name])
 
 
-def test_one_modality_of_two(house: Warehouse) -> None:
+def test_one_modality_of_two(warehouse: Warehouse) -> None:
     """Figure 3 of MMSRec: pre-trained on both, trained without one of them."""
-    source = begin(house, "mmsrec", "source", "lr=0.1")
+    source = begin(warehouse, "mmsrec", "source", "lr=0.1")
     train_run(source)
     held = weights(source.folder)
-    run = begin(house, "mmsrec", "r", "seed=7", init="source", features=["text"])
+    run = begin(warehouse, "mmsrec", "r", "seed=7", init="source", features=["text"])
     assert run.copied_weights is not None
     assert run.copied_weights.share == 1
     assert torch.equal(run.model.state_dict()["modality.weight"][0], held["modality.weight"][1])
     assert {name for name, _ in run.copied_weights.unused} == {"inputs.image", "outputs.image"}
 
 
-def test_other_vectors_under_the_same_name_are_refused(house: Warehouse) -> None:
-    source = begin(house, "mmsrec", "source")
+def test_other_vectors_under_the_same_name_are_refused(warehouse: Warehouse) -> None:
+    source = begin(warehouse, "mmsrec", "source")
     train_run(source)
-    worlds.extract(house, worlds.features(N, seed=1), backbone="other")
+    worlds.extract(warehouse, worlds.features(N, seed=1), backbone="other")
     wanted = ["image=other", "text=toy"]
-    run = begin(house, "mmsrec", "r", init="source", features=wanted)
+    run = begin(warehouse, "mmsrec", "r", init="source", features=wanted)
     assert run.copied_weights is not None
     why = "image: backbone toy there, other here"
     assert run.copied_weights.fresh == [("inputs.image", why), ("outputs.image", why)]
 
 
-def test_a_clip_is_known_by_the_head_of_pictures(house: Warehouse) -> None:
-    source = begin(house, "mmsrec", "source", "lr=0.1")
+def test_a_clip_is_known_by_the_head_of_pictures(warehouse: Warehouse) -> None:
+    source = begin(warehouse, "mmsrec", "source", "lr=0.1")
     train_run(source)
     features = worlds.features(N)
     clips = {"video": features.vectors["image"]}
     there = {"video": features.present["image"]}
-    worlds.extract(house, ItemFeatures(n_items=N, vectors=clips, present=there))
-    run = begin(house, "mmsrec", "r", "seed=7", init="source", features=["video", "text"])
+    worlds.extract(warehouse, ItemFeatures(n_items=N, vectors=clips, present=there))
+    run = begin(warehouse, "mmsrec", "r", "seed=7", init="source", features=["video", "text"])
     assert run.copied_weights is not None
     assert run.copied_weights.share == 1
     held = weights(source.folder)
@@ -182,28 +184,28 @@ def test_a_clip_is_known_by_the_head_of_pictures(house: Warehouse) -> None:
     assert torch.equal(mine["modality.weight"], held["modality.weight"].flip(0))
 
 
-def test_what_cannot_be_a_beginning(house: Warehouse) -> None:
-    source = begin(house, "sasrec", "source")
+def test_what_cannot_be_a_beginning(warehouse: Warehouse) -> None:
+    source = begin(warehouse, "sasrec", "source")
     with pytest.raises(UserError, match=r"train it first: mmrec train --resume --run source"):
-        begin(house, "sasrec", "r", init="source")
+        begin(warehouse, "sasrec", "r", init="source")
     train_run(source)
     with pytest.raises(UserError, match=r"is of 'sasrec', its weights have no place in 'mmsrec'"):
-        begin(house, "mmsrec", "r", init="source")
+        begin(warehouse, "mmsrec", "r", init="source")
     with pytest.raises(UserError, match=r"nothing of run 'source' fits: .*12 x 8 there, 12 x 4"):
-        begin(house, "sasrec", "r", "dim=4", "hidden=4", init="source")
+        begin(warehouse, "sasrec", "r", "dim=4", "hidden=4", init="source")
     with pytest.raises(UserError, match=r"unknown run 'nope'"):
-        begin(house, "sasrec", "r", init="nope")
-    assert house.runs() == ["source"]
+        begin(warehouse, "sasrec", "r", init="nope")
+    assert warehouse.runs() == ["source"]
 
 
-def test_a_run_of_another_version_is_refused(house: Warehouse) -> None:
+def test_a_run_of_another_version_is_refused(warehouse: Warehouse) -> None:
     """A run folder of version 0.1 has no format."""
-    train_run(begin(house, "sasrec", "old"))
-    path = house.runs_dir / "old" / "config.toml"
+    train_run(begin(warehouse, "sasrec", "old"))
+    path = warehouse.runs_dir / "old" / "config.toml"
     text = path.read_text().split("\n", 1)[1]  # without the checksum
     path.write_text(text.replace("format = 2\n", ""))
     with pytest.raises(UserError, match=r"'old' .* train again"):
-        open_run(house, path.parent)
+        open_run(warehouse, path.parent)
     with pytest.raises(UserError, match=r"'old' .* train again"):
-        begin(house, "sasrec", "new", init="old")
-    assert not (house.runs_dir / "new").exists()
+        begin(warehouse, "sasrec", "new", init="old")
+    assert not (warehouse.runs_dir / "new").exists()

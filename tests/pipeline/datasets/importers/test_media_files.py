@@ -107,7 +107,7 @@ def test_a_file_that_cannot_hold_media(warehouse: Warehouse, tmp_path: Path, rol
     content: dict[str, str | bytes] = {
         "interactions.csv": INTERACTIONS, "items.csv": ITEMS, "all.zip": "PK",
     }  # fmt: skip
-    with pytest.raises(UserError, match=r"all.zip is no folder[^\n]*"):
+    with pytest.raises(UserError, match=r"all.zip is not a folder[^\n]*"):
         prepared(warehouse, tmp_path / "raw", content, files={role: "all.zip"})
 
 

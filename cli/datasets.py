@@ -1,5 +1,9 @@
 """``mmrec datasets``."""
 
+from typing import Any
+
+import typer
+
 from cli import console
 from cli.options import JsonOption, WarehouseOption
 from features.registry import OWN
@@ -22,7 +26,16 @@ def datasets(json: JsonOption = False, root: WarehouseOption = None) -> None:
         console.notify(f"{entry} cannot be used: {reason}")
     if json:
         console.emit_json(rows)
-        return
+    else:
+        _print(rows)
+    if any(row["damaged"] for row in rows):
+        raise typer.Exit(1)
+
+
+def _print(rows: list[dict[str, Any]]) -> None:
+    """Print the table of the datasets, their raw files, and the formats of one's own data."""
+    from pipeline.datasets.importers.registry import IMPORTERS
+
     console.table(
         ["dataset", "raw files", "prepared", "users", "items", "interactions", "k-core"],
         [

@@ -24,13 +24,21 @@ def sql(
     The views are items, interactions, splits, cold, features, tokens, failures, runs, metrics and
     predictions. Each feature table also has a view features_DATASET_BACKBONE_MODALITY, whose
     embedding is FLOAT[D].
+
+    Damaged tables and runs are left out and named, and the exit code is 1.
     """
     if json and csv:
         raise UserError("--json and --csv exclude each other; give one")
     from features.sql_views import query
     from features.warehouse import Warehouse
 
-    table = query(Warehouse(root), statement, notify=console.notify)
+    damage: list[str] = []
+
+    def on_damage(message: str) -> None:
+        damage.append(message)
+        console.notify(message)
+
+    table = query(Warehouse(root), statement, notify=console.notify, on_damage=on_damage)
     if csv:
         import pyarrow.csv as pa_csv
 
@@ -50,6 +58,8 @@ def sql(
             console.notify(
                 f"{len(table):,} rows, the first {_MOST_ROWS} shown; --csv or --json for all"
             )
+    if damage:  # a program that reads the rows must not take them for all
+        raise typer.Exit(1)
 
 
 def _flat(table: Any) -> Any:

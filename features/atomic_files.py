@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from features.checksums import EMPTY_CHECKSUM, seal, verify
-from features.errors import OutOfMemoryError, UserError, no_permission
+from features.errors import DamagedError, OutOfMemoryError, UserError, no_permission
 from features.memory import check_memory, is_out_of_memory, memory_reason
 
 _MOST_REASON = 200  # characters of a library's message
@@ -156,7 +156,8 @@ def read_errors(path: Path, remedy: str) -> Iterator[None]:
     """Turn any library's error on reading ``path`` into one line with a remedy.
 
     Raises:
-        UserError: A file is damaged or missing, has other columns, or must not be read.
+        DamagedError: A file is damaged or missing, or has other columns.
+        UserError: There is no permission to read the file, or no memory.
     """
     try:
         yield
@@ -177,7 +178,7 @@ def read_errors(path: Path, remedy: str) -> Iterator[None]:
         if isinstance(error, RuntimeError) and not isinstance(error, RecursionError):
             raise
         reason = " ".join(str(error).split())
-        raise UserError(f"{path} cannot be read ({reason[:_MOST_REASON]}); {remedy}") from None
+        raise DamagedError(f"{path} cannot be read ({reason[:_MOST_REASON]}); {remedy}") from None
 
 
 def is_out_of_space(error: BaseException) -> bool:

@@ -3,7 +3,9 @@
 A writer puts ``EMPTY_CHECKSUM`` into the metadata of a file, and :func:`seal` replaces the zeros by
 the CRC-32 of the whole file. The checksum is therefore complete whenever the file is, and it is
 copied, moved and removed with the file. It depends on the bytes alone, not on times or names.
-Files of earlier versions and files of other programs have no checksum and are not verified.
+Files of earlier versions and files of other programs have no checksum and are not verified. A
+damaged checksum is told from none by the half of its mark, or by the mark without its digits, that
+is whole. A file that is cut before its checksum does not have the form of its format any more.
 
 CRC-32 detects accidents, not intent. It costs 0.3 CPU seconds a GB where BLAKE2b costs 1.2.
 """
@@ -19,11 +21,16 @@ _DIGITS = 8
 EMPTY_CHECKSUM = (_MARK + b"0" * _DIGITS).decode()
 """Placeholder that :func:`seal` replaces; it is in the first or last 64 KiB of a file."""
 _PATTERN = re.compile(re.escape(_MARK) + b"[0-9a-f]{%d}" % _DIGITS)
+_DAMAGED_PATTERN = re.compile(
+    rb"mmrec-crc32:|mmrec-.{6}[0-9a-f]{8}|.{6}crc32:[0-9a-f]{8}", flags=re.DOTALL
+)
+"""A checksum of which one part is damaged: a half of the mark, or the digits."""
 _SPAN = 1 << 16  # bytes at each end of a file that are searched for the checksum
 _CHUNK = 1 << 18  # bytes that are read at once
 
 _verified: dict[str, tuple[tuple[int, ...], bool]] = {}
 """Path of each verified file -> state of the file then, and whether it has a checksum."""
+os.register_at_fork(after_in_child=_verified.clear)
 
 
 class ChangedBytesError(ValueError):
@@ -70,9 +77,7 @@ def verify(path: Path) -> bool:
         if place is not None:
             file.seek(place)
             if file.read(len(EMPTY_CHECKSUM)) != _checksum(file, place):
-                raise ChangedBytesError(
-                    f"the bytes of {path.name} have changed since it was written"
-                )
+                raise _changed(file)
     _verified[str(path)] = (state, place is not None)
     return place is not None
 
@@ -88,16 +93,28 @@ def _place(file: BinaryIO) -> int | None:
 
     The last one of the end counts, and else the first one of the beginning: Parquet files have
     their metadata after the data, other files before it.
+
+    Raises:
+        ChangedBytesError: The file has only a checksum that is damaged.
     """
     size = file.seek(0, os.SEEK_END)
     start = max(0, size - _SPAN)
     file.seek(start)
-    matches = [start + match.start() for match in _PATTERN.finditer(file.read(_SPAN))]
+    end = file.read(_SPAN)
+    matches = [start + match.start() for match in _PATTERN.finditer(end)]
     if matches:
         return matches[-1]
     file.seek(0)
-    first = _PATTERN.search(file.read(_SPAN))
+    beginning = file.read(_SPAN)
+    first = _PATTERN.search(beginning)
+    if first is None and (_DAMAGED_PATTERN.search(beginning) or _DAMAGED_PATTERN.search(end)):
+        raise _changed(file)
     return None if first is None else first.start()
+
+
+def _changed(file: BinaryIO) -> ChangedBytesError:
+    name = Path(file.name).name
+    return ChangedBytesError(f"the bytes of {name} have changed since it was written")
 
 
 def _checksum(file: BinaryIO, place: int) -> bytes:

@@ -87,9 +87,10 @@ def load_dataset(warehouse: Warehouse, name: str) -> Dataset:
     folder = warehouse.dataset_dir(name)
     interactions = parquet_sql(folder / "interactions")
     items = parquet_sql(folder / "items")
+    for table in ("interactions", "items"):
+        with _tables(folder / table, name):
+            verify_folder(folder / table)
     with _tables(folder, name), database() as db:
-        verify_folder(folder / "interactions")
-        verify_folder(folder / "items")
         flat = db.execute(
             f"SELECT user, item FROM {interactions} ORDER BY user, position"
         ).fetchnumpy()
@@ -118,7 +119,7 @@ def load_items(warehouse: Warehouse, name: str, columns: list[str]) -> pa.Table:
     """Read columns of the items table, in the order of ``item``."""
     info = warehouse.info(name)
     folder = warehouse.dataset_dir(name)
-    with _tables(folder, name):
+    with _tables(folder / "items", name):
         parts = sorted((folder / "items").glob("*.parquet"))
         tables = [read_table(part, ["item", *columns]) for part in parts]
         table = pa.concat_tables(tables).sort_by("item").select(columns)
@@ -142,7 +143,7 @@ def stream_items(
     """
     info = warehouse.info(name)
     folder = warehouse.dataset_dir(name)
-    with _tables(folder, name), ExitStack() as stack:
+    with _tables(folder / "items", name), ExitStack() as stack:
         parts = [
             stack.enter_context(open_table(part, buffer_size=1 << 20))
             for part in sorted((folder / "items").glob("*.parquet"))
@@ -169,7 +170,7 @@ def load_user_ids(warehouse: Warehouse, name: str) -> pa.ChunkedArray:
     """Read the id of every user, in the order of ``user``."""
     folder = warehouse.dataset_dir(name)
     interactions = parquet_sql(folder / "interactions")
-    with _tables(folder, name), database() as db:
+    with _tables(folder / "interactions", name), database() as db:
         verify_folder(folder / "interactions")
         table = db.sql(
             f"SELECT any_value(user_id) AS user_id FROM {interactions} GROUP BY user ORDER BY user"

@@ -10,7 +10,7 @@ from typing import Any
 import tomli_w
 
 from features.checksums import EMPTY_CHECKSUM, ChangedBytesError, seal, verify
-from features.errors import UserError, no_permission
+from features.errors import DamagedError, no_permission
 
 _KEY = "checksum"
 
@@ -26,7 +26,7 @@ def read_json(path: Path, remedy: str) -> Any:
     """Read one JSON document, without the entry ``checksum``.
 
     Raises:
-        UserError: The file cannot be read, has changed since it was written, or is not JSON.
+        DamagedError: The file cannot be read, has changed since it was written, or is not JSON.
     """
     with _document_errors(path, remedy, f"the entry {_KEY}"):
         verify(path)
@@ -46,7 +46,7 @@ def read_toml(path: Path, remedy: str) -> dict[str, Any]:
     """Read one TOML document.
 
     Raises:
-        UserError: The file cannot be read, has changed since it was written, or is not TOML.
+        DamagedError: The file cannot be read, has changed since it was written, or is not TOML.
     """
     with _document_errors(path, remedy, "its first line"):
         verify(path)
@@ -75,9 +75,9 @@ def _document_errors(path: Path, remedy: str, place: str) -> Iterator[None]:
     except PermissionError:
         raise no_permission(path) from None
     except ChangedBytesError as error:
-        raise UserError(
+        raise DamagedError(
             f"{path} is damaged ({error}); {remedy}; if you edited it, remove {place}"
         ) from None
     except (OSError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"{path} is damaged ({reason}); {remedy}") from None
+        raise DamagedError(f"{path} is damaged ({reason}); {remedy}") from None

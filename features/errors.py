@@ -22,6 +22,10 @@ class OutOfMemoryError(UserError):
     exit_code = 1
 
 
+class DamagedError(UserError):
+    """A file of the warehouse is damaged: one line with the file, the reason and the remedy."""
+
+
 def unknown(kind: str, value: str, known: list[str]) -> UserError:
     """Return the error for an unknown name.
 

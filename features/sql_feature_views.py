@@ -47,7 +47,7 @@ def create_feature_views(
     db: duckdb.DuckDBPyConnection,
     warehouse: Warehouse,
     datasets: Mapping[str, DatasetInfo],
-    notify: Callable[[str], None],
+    leave_out: Callable[[UserError], None],
     names: Set[str] = frozenset(),
 ) -> None:
     """Create the views of the complete feature tables, ``features`` and ``tokens``.
@@ -56,10 +56,10 @@ def create_feature_views(
         db: Connection that gets the views.
         warehouse: Warehouse with the tables.
         datasets: Datasets whose tables are shown.
-        notify: Called with one line for each table that is left out.
+        leave_out: Called with the reason for each table that is left out.
         names: Names in the statement that will be run. Tables that it reads are verified.
     """
-    views = _complete_tables(warehouse, datasets, notify, names)
+    views = _complete_tables(warehouse, datasets, leave_out, names)
     for view in views:
         db.execute(_table_view_sql(view))
     empty = (
@@ -89,7 +89,7 @@ def create_feature_views(
 def _complete_tables(
     warehouse: Warehouse,
     datasets: Mapping[str, DatasetInfo],
-    notify: Callable[[str], None],
+    leave_out: Callable[[UserError], None],
     names: Set[str],
 ) -> list[_TableView]:
     """Return the tables that can be shown, each with a name of its own."""
@@ -105,7 +105,7 @@ def _complete_tables(
                     table.verify()
                 tables.append((table, read_provenance(table.parts()[0]).dim))
             except UserError as error:
-                notify(f"left out: {error}")
+                leave_out(error)
     counts = Counter(view_name(table) for table, _ in tables)
     return [
         _TableView(

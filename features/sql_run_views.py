@@ -11,7 +11,7 @@ import pyarrow as pa
 from features.atomic_files import read_errors
 from features.checksums import verify
 from features.documents import read_toml
-from features.errors import UserError
+from features.errors import DamagedError, UserError
 from features.result_tables import metrics_sql, predictions_sql
 from features.schema import METRICS_SCHEMA, PREDICTIONS_SCHEMA
 from features.sql_text import empty_table, quoted, union_all
@@ -26,7 +26,7 @@ def create_run_views(
     db: duckdb.DuckDBPyConnection,
     warehouse: Warehouse,
     datasets: Mapping[str, DatasetInfo],
-    notify: Callable[[str], None],
+    leave_out: Callable[[UserError], None],
     names: Set[str] = frozenset(),
 ) -> None:
     """Create ``runs``, ``metrics`` and ``predictions``.
@@ -38,27 +38,29 @@ def create_run_views(
         db: Connection that gets the views.
         warehouse: Warehouse with the runs.
         datasets: Prepared datasets.
-        notify: Called with one line for each run or table that is left out.
+        leave_out: Called with the reason for each run or table that is left out.
         names: Names in the statement that will be run. Tables that it reads are verified.
     """
     rows: list[dict[str, Any]] = []
     queries: dict[str, list[str]] = {kind: [] for kind in _SELECTS}
     for folder in warehouse.no_runs():
-        notify(f"left out: {folder}, which has no config.toml: it was killed when it began")
+        leave_out(UserError(f"{folder}, which has no config.toml: it was killed when it began"))
     for name in warehouse.runs():
         folder = warehouse.runs_dir / name
         try:
             row, selects = _run_row(folder), _result_selects(folder, names)
         except UserError as error:
-            notify(f"left out: {error}")
+            leave_out(error)
             continue
         rows.append(row)
         info = datasets.get(row["dataset"])
         if "predictions" in selects and (not info or info.fingerprint != row["fingerprint"]):
             del selects["predictions"]
-            notify(
-                f"left out: the predictions of {name}, whose items are those of another"
-                f" preparation of {row['dataset']}; train again"
+            leave_out(
+                UserError(
+                    f"the predictions of {name}, whose items are those of another"
+                    f" preparation of {row['dataset']}; train again"
+                )
             )
         columns = f"{quoted(name)} AS run, {quoted(row['dataset'])} AS dataset, *"
         for kind, select in selects.items():
@@ -117,4 +119,4 @@ def _run_row(folder: Path) -> dict[str, Any]:
             "parameters": str(int(run["parameters"])),
         }
     except (OSError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({error}); remove the run's folder") from None
+        raise DamagedError(f"{path} is damaged ({error}); remove the run's folder") from None

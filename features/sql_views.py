@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from features.atomic_files import database, is_out_of_space, read_errors
 from features.checksums import verify
-from features.errors import UserError
+from features.errors import DamagedError, UserError
 from features.memory import check_memory
 from features.schema import FAILURES_SCHEMA, INTERACTIONS_SCHEMA, ITEMS_SCHEMA
 from features.splits import cold_sql, split_sql
@@ -37,6 +37,7 @@ _SOURCES = {
     "interactions": {"interactions", "splits", "cold"},
 }
 """Table of a dataset -> views that read it."""
+_LITERAL = re.compile(r"""'((?:[^']|'')*)'|"((?:[^"]|"")*)\"""")
 MEMORY = "8GB"
 """Memory of DuckDB's own; a query that needs more writes to a temporary folder."""
 
@@ -47,7 +48,10 @@ def _silent(message: str) -> None:
 
 @contextmanager
 def connect(
-    warehouse: Warehouse, notify: Callable[[str], None] = _silent, sql: str = ""
+    warehouse: Warehouse,
+    notify: Callable[[str], None] = _silent,
+    sql: str = "",
+    on_damage: Callable[[str], None] | None = None,
 ) -> Iterator[duckdb.DuckDBPyConnection]:
     """Open DuckDB in memory with the views; it can read the warehouse and nothing else.
 
@@ -58,36 +62,49 @@ def connect(
         notify: Called with one line for each table or run that is left out.
         sql: Statement that will be run. The files of the views that it names are verified, and
             those whose bytes have changed are left out.
+        on_damage: Called in place of ``notify`` if the reason is a damaged file.
 
     Raises:
         UserError: There is no warehouse, or its tables cannot be read.
     """
+
+    def leave_out(error: UserError) -> None:
+        is_damage = isinstance(error, DamagedError) and on_damage is not None
+        (on_damage if is_damage else notify)(f"left out: {error}")  # type: ignore[misc]
+
     warehouse.require()
     check_memory("DuckDB")
     with tempfile.TemporaryDirectory(prefix="mmrec-sql-") as spill, database() as db:
         with read_errors(warehouse.root, "run again the command that wrote it"):
             names = set(re.findall(r"\w+", sql.lower()))
-            datasets = _readable_datasets(warehouse, notify, names)
+            datasets = _readable_datasets(warehouse, leave_out, names)
             _create_dataset_views(db, warehouse, datasets)
-            create_feature_views(db, warehouse, datasets, notify, names)
-            _create_failures(db, warehouse, datasets, notify, names)
-            create_run_views(db, warehouse, datasets, notify, names)
+            create_feature_views(db, warehouse, datasets, leave_out, names)
+            _create_failures(db, warehouse, datasets, leave_out, names)
+            create_run_views(db, warehouse, datasets, leave_out, names)
             _restrict(db, warehouse, Path(spill))
         yield db
 
 
-def query(warehouse: Warehouse, sql: str, notify: Callable[[str], None] = _silent) -> pa.Table:
+def query(
+    warehouse: Warehouse,
+    sql: str,
+    notify: Callable[[str], None] = _silent,
+    on_damage: Callable[[str], None] | None = None,
+) -> pa.Table:
     """Run one reading statement over the views.
 
     Args:
         warehouse: Warehouse that is queried.
         sql: One SELECT, DESCRIBE or SHOW.
         notify: Called with one line for each table or run that the views leave out.
+        on_damage: Called in place of ``notify`` if the reason is a damaged file.
 
     Returns:
         The result. A repeated column name gets a number: ``a``, ``a_1``.
 
     Raises:
+        DamagedError: The bytes of a file that the statement names by its path have changed.
         UserError: The statement cannot be parsed, would write, or fails.
 
     Examples:
@@ -98,7 +115,8 @@ def query(warehouse: Warehouse, sql: str, notify: Callable[[str], None] = _silen
         sql.encode()
     except UnicodeEncodeError:
         raise UserError("the SQL is not UTF-8; write it in a terminal that is") from None
-    with connect(warehouse, notify, sql) as db:
+    with connect(warehouse, notify, sql, on_damage) as db:
+        _verify_named_files(db, sql)
         try:
             return _select(db, sql)
         except duckdb.Error as error:
@@ -123,6 +141,23 @@ def _select(db: duckdb.DuckDBPyConnection, sql: str) -> pa.Table:
     return result.rename_columns(_distinct(result.column_names))
 
 
+def _verify_named_files(db: duckdb.DuckDBPyConnection, sql: str) -> None:
+    """Check the files of the warehouse whose paths or patterns are literals of a statement.
+
+    Raises:
+        DamagedError: The bytes of a file have changed since it was written.
+    """
+    literals = {name or identifier for name, identifier in _LITERAL.findall(sql)}
+    for literal in sorted(name for name in literals if "." in name or "/" in name):
+        try:
+            paths = db.execute("SELECT file FROM glob(?)", [literal]).fetchall()
+        except duckdb.Error:  # it leads outside the warehouse, where the statement cannot read
+            continue
+        for (path,) in paths:
+            with read_errors(Path(path), "run again the command that wrote it"):
+                verify(Path(path))
+
+
 def _query_error(error: duckdb.Error) -> UserError:
     """Return the error of a query as one line with a remedy."""
     line = " ".join(str(error).split("\n\n")[0].split())
@@ -134,7 +169,7 @@ def _query_error(error: duckdb.Error) -> UserError:
 
 
 def _readable_datasets(
-    warehouse: Warehouse, notify: Callable[[str], None], names: Set[str]
+    warehouse: Warehouse, leave_out: Callable[[UserError], None], names: Set[str]
 ) -> dict[str, DatasetInfo]:
     """Return the prepared datasets whose files can be read."""
     is_read = {table: not names.isdisjoint(views) for table, views in _SOURCES.items()}
@@ -147,7 +182,7 @@ def _readable_datasets(
                 _check_files(warehouse.dataset_dir(name) / table, remedy, is_read[table])
             datasets[name] = info
         except UserError as error:
-            notify(f"left out: {error}")
+            leave_out(error)
     return datasets
 
 
@@ -183,7 +218,7 @@ def _create_failures(
     db: duckdb.DuckDBPyConnection,
     warehouse: Warehouse,
     names: Iterable[str],
-    notify: Callable[[str], None],
+    leave_out: Callable[[UserError], None],
     views: Set[str],
 ) -> None:
     """Create ``failures``, with today's item indices: a preparation changes them, not the ids."""
@@ -193,7 +228,7 @@ def _create_failures(
         f" FROM {parquet_sql(warehouse.dataset_dir(name) / 'failures')} f"
         f" JOIN items i ON i.dataset = {quoted(name)} AND i.item_id = f.item_id"
         for name in names
-        if _has_failures(warehouse, name, notify, "failures" in views)
+        if _has_failures(warehouse, name, leave_out, "failures" in views)
     ]
     empty = f"SELECT * FROM {_empty_with_dataset(FAILURES_SCHEMA)}"
     db.execute(f"CREATE VIEW failures AS {union_all(queries, empty)}")
@@ -224,11 +259,11 @@ def _check_files(folder: Path, remedy: str, is_read: bool) -> None:
     """Read the footer of every file of a table, and all of it if the statement reads the table.
 
     Raises:
-        UserError: A file is damaged, or the table has none.
+        DamagedError: A file is damaged, or the table has none.
     """
     paths = sorted(folder.glob("*.parquet"))
     if not paths:
-        raise UserError(f"{folder} holds no table; run: {remedy}")
+        raise DamagedError(f"{folder} holds no table; run: {remedy}")
     for path in paths:
         with read_errors(path, f"run: {remedy}"):
             if is_read:
@@ -237,7 +272,7 @@ def _check_files(folder: Path, remedy: str, is_read: bool) -> None:
 
 
 def _has_failures(
-    warehouse: Warehouse, name: str, notify: Callable[[str], None], is_read: bool
+    warehouse: Warehouse, name: str, leave_out: Callable[[UserError], None], is_read: bool
 ) -> bool:
     """Return whether a dataset has a table of failures that can be read."""
     folder = warehouse.dataset_dir(name) / "failures"
@@ -246,7 +281,7 @@ def _has_failures(
     try:
         _check_files(folder, f"mmrec extract --dataset {name}", is_read)
     except UserError as error:
-        notify(f"left out: {error}")
+        leave_out(error)
         return False
     return True
 

@@ -27,7 +27,7 @@ from features.atomic_files import (
 )
 from features.checksums import verify
 from features.documents import read_json, write_json
-from features.errors import UserError
+from features.errors import DamagedError, UserError
 from features.provenance import (
     EXTRACT_AGAIN,
     METADATA_KEY,
@@ -70,7 +70,7 @@ class TableParts:
             return None
         document = read_json(path, EXTRACT_AGAIN)
         if not isinstance(document, dict) or not {"items", "rows"} <= document.keys():
-            raise UserError(f"{path} is damaged (items or rows is missing); {EXTRACT_AGAIN}")
+            raise DamagedError(f"{path} is damaged (items or rows is missing); {EXTRACT_AGAIN}")
         return document
 
     def verify(self) -> None:

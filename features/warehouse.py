@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from features.documents import read_json, read_toml
-from features.errors import UserError, unknown
+from features.errors import DamagedError, UserError, unknown
 
 MARKER = ".mmrec-warehouse"
 RESERVED = ("runs", "raw")  # folders that are no datasets
@@ -270,7 +270,7 @@ def _info(document: Any, path: Path) -> DatasetInfo:
     ]
     if wrong or not document.keys() <= known.keys():
         what = f"without a usable {wrong[0]}" if wrong else "with entries of another version"
-        raise UserError(f"{path} is damaged ({what}); {_again(path)}")
+        raise DamagedError(f"{path} is damaged ({what}); {_again(path)}")
     return DatasetInfo(**document)
 
 

@@ -20,7 +20,7 @@ from torch.optim import AdamW
 
 from features.atomic_files import atomic_write, require_path
 from features.checksums import EMPTY_CHECKSUM, seal, verify
-from features.errors import UserError, no_permission
+from features.errors import DamagedError, UserError, no_permission
 
 _MOST_DIFFERENCES = 3  # that an error message names
 _ABSENT = object()
@@ -178,8 +178,8 @@ def _with_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def _damaged(path: Path, reason: object) -> UserError:
-    return UserError(f"{path} is damaged ({' '.join(str(reason).split())}); train again")
+def _damaged(path: Path, reason: object) -> DamagedError:
+    return DamagedError(f"{path} is damaged ({' '.join(str(reason).split())}); train again")
 
 
 def read_tensors(path: Path, remedy: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -5,7 +5,6 @@ from typing import Any
 
 from features.errors import UserError
 from features.warehouse import Warehouse
-from pipeline.datasets.prepare import earlier_info
 from pipeline.datasets.raw_files import locate_files, raw_format
 from pipeline.datasets.registry import DATASETS
 
@@ -24,7 +23,12 @@ def list_datasets(warehouse: Warehouse) -> list[dict[str, Any]]:
 
 
 def _row(warehouse: Warehouse, name: str) -> dict[str, Any]:
-    info = earlier_info(warehouse, name)
+    info, error = None, None
+    if warehouse.is_prepared(name):
+        try:
+            info = warehouse.info(name)
+        except UserError as damage:
+            error = str(damage)
     root = Path(info.raw) if info else warehouse.raw_dir(name)
     row: dict[str, Any] = {
         "dataset": name,
@@ -35,8 +39,8 @@ def _row(warehouse: Warehouse, name: str) -> dict[str, Any]:
         "expected": {},
         "raw_found": root.is_dir(),
         "prepared": info is not None,
-        "damaged": info is None and warehouse.is_prepared(name),
-        "error": None,
+        "damaged": error is not None,
+        "error": error,
     }
     for key in ("users", "items", "interactions", "k_core"):
         row[key] = getattr(info, key) if info else None

@@ -9,12 +9,20 @@ from pathlib import Path
 
 from PIL import Image
 
-from features.errors import UserError
+from features.errors import DamagedError, UserError
 from pipeline.media.errors import ContainerError, MediaError, media_errors, one_line
 from pipeline.media.lmdb import LmdbImages
-from pipeline.media.references import OUTSIDE, PREPARED, container_kind, relative_path
+from pipeline.media.references import (
+    OUTSIDE,
+    PREPARED,
+    container_kind,
+    member_name,
+    relative_path,
+)
 from pipeline.media.tar import TarImages
 
+_DAMAGE = ("file not found", "not a readable tar", "no such member in the tar", "truncated tar")
+"""Reasons that an image which preparation copied can have only if the tar is damaged."""
 MAX_FILE_BYTES = 256 << 20
 """Size limit of one encoded image."""
 
@@ -43,8 +51,32 @@ class MediaReader:
             The encoded image, or its pixels if an LMDB holds pixels.
 
         Raises:
+            DamagedError: The image is one that preparation copied, and its bytes have changed.
             MediaError: The image cannot be read, or is larger than :data:`MAX_FILE_BYTES`.
         """
+        if reference.startswith(PREPARED):
+            return self._read_prepared(reference)
+        return self._read(reference)
+
+    def _read_prepared(self, reference: str) -> bytes | Image.Image:
+        """Read an image that preparation copied, and compare its bytes with its name."""
+        _, _, name = reference.partition("#")
+        try:
+            data = self._read(reference)
+        except MediaError as error:
+            if error.reason not in _DAMAGE:  # such as an empty value of the column
+                raise
+            reason = error.reason
+        else:
+            if not isinstance(data, bytes) or name == member_name(data):
+                return data
+            reason = "its bytes have changed since it was written"
+        raise DamagedError(
+            f"{self._prepared}/{reference.removeprefix(PREPARED)} is damaged ({reason});"
+            " run mmrec prepare again"
+        )
+
+    def _read(self, reference: str) -> bytes | Image.Image:
         path = self._path(reference)
         member = self._member(reference, path)
         if member is not None:

@@ -13,6 +13,7 @@ Only mmrec itself writes the last two. A table of items that uses them, or that 
 folder, is refused.
 """
 
+import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,11 @@ PREPARED = "prepared:"
 CONTAINERS = (".tar", ".lmdb")
 _LMDB_MAGIC = (16, b"\xde\xc0\xef\xbe")  # offset and bytes
 _TAR_MAGIC = (257, b"ustar")
+
+
+def member_name(data: bytes) -> str:
+    """Return the name of an image in the tar that ``mmrec prepare`` writes: a hash of its bytes."""
+    return hashlib.sha256(data).hexdigest()[:32]
 
 
 def relative_path(root: Path, path: str) -> str | None:

@@ -1,7 +1,9 @@
 """Tests of checksums: a changed byte is refused, or a copy is made again."""
 
+import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from features import checksums
 from features.atomic_files import read_table, write_table
 from features.checksums import EMPTY_CHECKSUM, ChangedBytesError, seal, verify
 from features.documents import read_json, read_toml, write_json, write_toml
@@ -36,20 +39,45 @@ WRITERS: dict[str, Callable[[Path], None]] = {
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_every_changed_byte_is_refused_or_leaves_the_content(tmp_path: Path, name: str) -> None:
+def test_every_changed_byte_is_refused(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     WRITERS[name](path)
     assert verify(path)
     data = path.read_bytes()
     mark = data.index(EMPTY_CHECKSUM.split(":")[0].encode())
-    for place in np.linspace(0, len(data) - 1, 60).astype(int).tolist():
+    places = [
+        *np.linspace(0, len(data) - 1, 60).astype(int).tolist(),
+        *range(mark, mark + len(EMPTY_CHECKSUM)),
+    ]
+    for place in places:
         changed = bytearray(data)
         changed[place] ^= 1 << place % 8
         path.write_bytes(changed)
-        if mark <= place < mark + len(EMPTY_CHECKSUM):
-            continue  # the content is the same
         with pytest.raises(ChangedBytesError, match=f"{name} have changed"):
             verify(path)
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.toml"])
+def test_a_document_that_is_cut_anywhere_is_refused(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    WRITERS[name](path)
+    data = path.read_bytes()
+    for size in range(1, len(data)):
+        path.write_bytes(data[:size])
+        with suppress(UserError):
+            document = read_json(path, "x") if name == "a.json" else read_toml(path, "x")
+            assert not document  # nothing is left but the beginning of the first comment
+
+
+def test_a_forked_process_verifies_for_itself(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    write_parquet(path)
+    assert verify(path)
+    assert checksums._verified
+    pid = os.fork()
+    if not pid:
+        os._exit(len(checksums._verified))
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
 @pytest.mark.parametrize("name", WRITERS)

@@ -16,7 +16,7 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from features.errors import UserError
+from features.errors import DamagedError, UserError
 from features.warehouse import DatasetInfo, Warehouse
 from trainer.analysis.compare import SEEN, SIGNS, TARGETS, Comparison, compare
 from trainer.analysis.curves import Curve
@@ -257,6 +257,8 @@ def _comparisons(
             continue
         try:
             comparison = compare(warehouse, names)
+        except DamagedError:
+            raise
         except UserError as error:
             notes.append(f"The runs on {dataset} are not compared: {error}")
             continue
@@ -343,6 +345,8 @@ def _protocols(warehouse: Warehouse, records: Sequence[Record]) -> dict[str, Any
         members = [record for record in records if record.about["dataset"] == dataset]
         try:
             info = warehouse.info(dataset)
+        except DamagedError:
+            raise
         except UserError:
             notes.append(f"{dataset} is no longer in this warehouse, or is several datasets.")
             continue

@@ -18,7 +18,7 @@ from features.atomic_files import (
     write_table,
 )
 from features.documents import read_toml
-from features.errors import UserError
+from features.errors import DamagedError, UserError
 from features.result_tables import read_metrics_table
 from features.schema import METRICS_SCHEMA
 from features.warehouse import Warehouse
@@ -164,7 +164,7 @@ def read_about(path: Path) -> dict[str, Any]:
         value = about.get(key) if isinstance(about, dict) else None
         entries = value if isinstance(value, list) else []
         if type(value) is not kind or any(type(entry) is not str for entry in entries):
-            raise UserError(f"{path} is damaged ([run] has {key}={value!r}); train again")
+            raise DamagedError(f"{path} is damaged ([run] has {key}={value!r}); train again")
     assert isinstance(about, dict)
     return about
 

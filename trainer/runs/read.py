@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from features.checksums import verify
 from features.documents import read_toml
-from features.errors import UserError, no_permission
+from features.errors import DamagedError, UserError, no_permission
 from features.warehouse import Warehouse
 from trainer.runs.folder import read_about, stored_metrics
 
@@ -55,7 +55,7 @@ def read_record(warehouse: Warehouse, name: str) -> Record:
     document = read_toml(path, "train again")
     tables = [document.get(name, {}) for name in ("train", "model", "task", "pretrain")]
     if not all(isinstance(table, dict) for table in tables):
-        raise UserError(
+        raise DamagedError(
             f"{path} is damaged ([train], [model] or [task] is not a table); train again"
         )
     settings = {key: value for table in tables for key, value in table.items()}
@@ -101,7 +101,7 @@ def _identity(path: Path) -> dict[str, Any]:
     except PermissionError:
         raise no_permission(path) from None
     except (SafetensorError, OSError, ValueError, KeyError, RecursionError) as error:
-        raise UserError(
+        raise DamagedError(
             f"{path} is damaged ({' '.join(str(error).split())}); train again"
         ) from None
     if not isinstance(document, dict):

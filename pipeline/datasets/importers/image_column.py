@@ -5,7 +5,6 @@ in their own order from the raw file would read the file many times. The name of
 tar is the hash of its bytes: equal images have equal references.
 """
 
-import hashlib
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +21,7 @@ from features.errors import UserError
 from features.sql_text import quoted
 from pipeline.datasets.importers.base import ImageColumn
 from pipeline.datasets.importers.column_types import column_types, id_sql, quote_identifier
-from pipeline.media.references import PREPARED, relative_reference
+from pipeline.media.references import PREPARED, member_name, relative_reference
 
 MEDIA = "media"
 """Folder in a dataset that holds copied media."""
@@ -96,7 +95,7 @@ def _copy_rows(
     for row, value in _values(images, rows):
         data, path = (value["bytes"], value["path"]) if isinstance(value, dict) else (value, None)
         if data is not None:
-            name = hashlib.sha256(data).hexdigest()[:32]
+            name = member_name(data)
             member = tarfile.TarInfo(name)
             member.size = len(data)
             stream.write(member.tobuf(tarfile.GNU_FORMAT))

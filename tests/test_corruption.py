@@ -1,0 +1,18 @@
+import os
+import subprocess
+import sys
+
+import pytest
+
+
+@pytest.mark.slow
+def test_damaged_files_are_refused_or_made_again() -> None:
+    command = [sys.executable, "-m", "tests.corruption", "--flips", "24", "--truncations", "8"]
+    done = subprocess.run(
+        command,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr

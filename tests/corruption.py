@@ -53,7 +53,7 @@ MOST_SECONDS = 120.0
 OUTCOMES = ("refused", "named", "rebuilt", "equal", "fault")
 _MARK = b"mmrec-crc32:"
 _MARK_BYTES = len(_MARK) + 8
-_SECONDS = re.compile(r"\d[\d.,:]* ?(s|ms|min|items/s|/s)\b|\"seconds\": [\d.e-]+")
+_SECONDS = re.compile(r"\d[\d.,:]* ?(s|ms|min|items/s|/s)\b|\"(seconds|rate)\": [\d.e-]+")
 
 
 def build_warehouse(work_dir: Path) -> Path:

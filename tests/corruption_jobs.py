@@ -81,7 +81,7 @@ def all_jobs(work_dir: Path) -> list[Job]:
             run_files("grid-*", "metrics.parquet", "grid.json"),
         ),
         "extract, finished": (
-            ("extract", "--dataset", "demo", "--image", "hashed"),
+            ("extract", "--dataset", "demo", "--image", "hashed", "--json"),
             (
                 "demo/dataset.json",
                 "demo/items/*",
@@ -90,11 +90,11 @@ def all_jobs(work_dir: Path) -> list[Job]:
             ),
         ),
         "extract, continued": (
-            ("extract", "--dataset", "cut", "--text", "hashed"),
+            ("extract", "--dataset", "cut", "--text", "hashed", "--json"),
             ("cut/dataset.json", "cut/items/*", "cut/features/*/*/*/part-*"),
         ),
         "extract of a tar": (
-            ("extract", "--dataset", "own", "--image", "hashed"),
+            ("extract", "--dataset", "own", "--image", "hashed", "--json"),
             ("own/dataset.json", "own/items/*", "own/media/images.tar", "own/media/images.tar"),
         ),
         "datasets": (("datasets", "--json"), ("demo/dataset.json",)),

@@ -11,10 +11,11 @@ Legend: T tokens of an input, D width of the embedding.
 
 import logging
 import os
+import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import import_module
 from itertools import islice
@@ -42,6 +43,11 @@ from pipeline.media.reader import MediaReader
 
 INPUTS_PER_HASH_SHARD = 512
 """Number of inputs of a shard that is only read and hashed."""
+_MOST_REASON = 200  # characters of Ray's message
+_RAY_ENDED = (
+    "error: a process of Ray has ended, so the extraction stops; what is written is kept;"
+    " free memory and run the command again, or leave --engine out"
+)
 _MESSAGE = -1  # value of `item` in a row whose `reason` is a message for the user
 _RESULTS = pa.schema(
     [
@@ -95,12 +101,13 @@ class RayEngine:
         if is_started_here:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+                _start_ray(ray)
         context = data.DataContext.get_current()
         before = context.execution_options.preserve_order, context.enable_progress_bars
         context.execution_options.preserve_order, context.enable_progress_bars = True, False
         try:
-            yield
+            with _message_at_exit():
+                yield
         except ray.exceptions.RayError as error:
             line = " ".join(str(error).split())
             raise UserError(
@@ -158,6 +165,40 @@ class RayEngine:
                 report(deduplicator.counts)
         deduplicator.share()
         report(deduplicator.counts)
+
+
+def _start_ray(ray: Any) -> None:
+    """Start Ray or connect to it.
+
+    Raises:
+        UserError: Ray does not start.
+    """
+    try:
+        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    except Exception as error:  # Ray raises plain exceptions too
+        reason = " ".join(str(error).split())[:_MOST_REASON]
+        raise UserError(
+            f"Ray does not start ({reason}); free memory and run the command again, or leave"
+            " --engine out"
+        ) from None
+
+
+@contextmanager
+def _message_at_exit() -> Iterator[None]:
+    """Print one line if this process ends within the body.
+
+    Ray ends the process without an exception when one of its own processes (raylet, agent, GCS)
+    has ended. A shell therefore waits for the end of this process and prints the line.
+    """
+    command = ["sh", "-c", 'read -r end || printf "%s\\n" "$0" >&2', _RAY_ENDED]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True) as shell:
+        try:
+            yield
+        finally:
+            assert shell.stdin is not None
+            with suppress(BrokenPipeError):
+                shell.stdin.write(b"end\n")
+                shell.stdin.flush()
 
 
 def record_result(

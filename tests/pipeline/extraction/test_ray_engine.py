@@ -1,6 +1,8 @@
 """The same tables on Ray's actors as in this process; a worker that dies costs nothing."""
 
 import os
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
@@ -208,3 +210,14 @@ def test_vectors_travel_as_they_are() -> None:
     assert row.item == 3
     assert (row.vector == vector.reshape(2, 3)).all()
     assert row.tokens == 2
+
+
+@pytest.mark.parametrize("is_ended", [True, False])
+def test_a_process_that_ray_ends_leaves_one_line(is_ended: bool) -> None:
+    """Ray ends the process of mmrec without an exception when one of its own is killed."""
+    code = "import os\nfrom pipeline.extraction.ray_engine import _message_at_exit\n"
+    code += f"with _message_at_exit():\n    {'os._exit(1)' if is_ended else 'pass'}\n"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == int(is_ended)
+    assert ("a process of Ray has ended" in done.stderr) == is_ended
+    assert done.stderr.count("\n") == int(is_ended)

@@ -142,3 +142,17 @@ def test_an_empty_copied_image_is_a_failure(warehouse: Warehouse, tmp_path: Path
     with pytest.raises(MediaError, match="empty file"):
         media.read(printed.splitlines()[1].strip('"'))
     media.close()
+
+
+def test_a_tar_of_copied_images_without_its_last_zeros_is_whole(
+    warehouse: Warehouse, tmp_path: Path
+) -> None:
+    raw = folder(tmp_path / "raw", {"interactions.csv": "user_id,item_id\nu,a\nu,b\n"})
+    write_items(raw, pa.array([image_bytes(1), image_bytes(2)], pa.binary()), ["a", "b"])
+    prepared(warehouse, raw, {}, k_core=1)
+    path = warehouse.dataset_dir("mine") / "media" / "images.tar"
+    path.write_bytes(path.read_bytes()[:-6])
+    option = ("--warehouse", str(warehouse.root))
+    run("extract", "--dataset", "mine", "--image", "hashed", *option)
+    statement = "SELECT count(*) AS n FROM features"
+    assert run("sql", statement, "--csv", *option).stdout.split() == ['"n"', "2"]

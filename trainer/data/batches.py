@@ -31,6 +31,9 @@ class ItemFeatures:
     the order in which models stack them."""
     tokens: Mapping[str, TokenFeatures] = field(default_factory=dict)
     """Modality -> its token table, in place of vectors; only some models read tokens."""
+    attributes: Mapping[str, Tensor] = field(default_factory=dict)
+    """Column of the items -> (N, P) int64 attributes of each item, padded with -1; only some models
+    read attributes."""
 
     @property
     def widths(self) -> dict[str, int]:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from features.atomic_files import database
+from features.attributes import ItemAttributes, load_attributes
 from features.dataset import Dataset, load_dataset, load_items
 from features.errors import UserError
 from features.store import FeatureStore, FeatureTable
@@ -43,12 +44,36 @@ class DataIdentity:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class AttributeColumns:
+    """The columns of the items whose values are attributes."""
+
+    columns: tuple[str, ...] = ()
+    least: int = 1
+    """Attributes of fewer items are left out."""
+
+    def load(self, warehouse: Warehouse, datasets: Sequence[str]) -> ItemAttributes:
+        """Read the attributes of the items of all datasets."""
+        return load_attributes(warehouse, datasets, self.columns, least=self.least)
+
+    def identity(self, attributes: ItemAttributes) -> dict[str, Any]:
+        """Return what a checkpoint stores of attributes."""
+        return {
+            "modality": "attributes",
+            "columns": ",".join(self.columns),
+            "least": self.least,
+            "content": attributes.digest(),
+        }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class LoadedData:
     """One or several datasets with their features, loaded and concatenated."""
 
     dataset: Dataset
     features: ItemFeatures
     identity: DataIdentity
+    n_attributes: int = 0
+    """Number of attributes A that the items have."""
 
 
 def choose_common_tables(
@@ -87,9 +112,20 @@ def choose_common_tables(
 
 
 def load_data(
-    warehouse: Warehouse, datasets: Sequence[str], labels: Sequence[str], device: torch.device
+    warehouse: Warehouse,
+    datasets: Sequence[str],
+    labels: Sequence[str],
+    device: torch.device,
+    attributes: AttributeColumns = AttributeColumns(),
 ) -> LoadedData:
     """Load datasets with the feature tables of these labels, and concatenate them.
+
+    Args:
+        warehouse: Holds the datasets.
+        datasets: Names of prepared datasets.
+        labels: Labels of feature tables that all of them have.
+        device: Device of the features.
+        attributes: Columns of the items to load as attributes.
 
     Raises:
         UserError: A dataset or a table cannot be read, or two tables were encoded differently.
@@ -102,22 +138,35 @@ def load_data(
         parts.append(features)
         identities.append(tables)
     dataset = loaded[0] if len(loaded) == 1 else _concatenate(loaded)
+    features = parts[0] if len(parts) == 1 else _concatenate_features(parts)
+    joint = _joint_identity(datasets, identities)
+    n_attributes = 0
+    if attributes.columns:
+        loaded_attributes = attributes.load(warehouse, datasets)
+        joint.append(attributes.identity(loaded_attributes))
+        n_attributes = len(loaded_attributes.names)
+        tables_NP = {
+            column: torch.from_numpy(loaded_attributes.padded(column)).to(device)
+            for column in attributes.columns
+        }
+        features = replace(features, attributes=tables_NP)
     identity = DataIdentity(
         items=dataset.info.fingerprint,
         interactions=dataset.digest(),
         tied=dataset.info.tied,
         ties=dataset.info.ties,
-        features=_joint_identity(datasets, identities),
+        features=joint,
     )
     return LoadedData(
-        dataset=dataset,
-        features=parts[0] if len(parts) == 1 else _concatenate_features(parts),
-        identity=identity,
+        dataset=dataset, features=features, identity=identity, n_attributes=n_attributes
     )
 
 
 def identify_data(
-    warehouse: Warehouse, datasets: Sequence[str], labels: Sequence[str]
+    warehouse: Warehouse,
+    datasets: Sequence[str],
+    labels: Sequence[str],
+    attributes: AttributeColumns = AttributeColumns(),
 ) -> DataIdentity:
     """Return the identity that :func:`load_data` returns, without reading the vectors.
 
@@ -131,12 +180,15 @@ def identify_data(
         [table.identity(part.info) for table in choose_tables(store, name, labels)]
         for name, part in zip(datasets, loaded, strict=True)
     ]
+    joint = _joint_identity(datasets, identities)
+    if attributes.columns:
+        joint.append(attributes.identity(attributes.load(warehouse, datasets)))
     return DataIdentity(
         items=dataset.info.fingerprint,
         interactions=dataset.digest(),
         tied=dataset.info.tied,
         ties=dataset.info.ties,
-        features=_joint_identity(datasets, identities),
+        features=joint,
     )
 
 

@@ -31,6 +31,8 @@ class Catalogue:
     widths: dict[str, int]
     """Modality to width of its features, in the order of the feature tables; empty without
     features."""
+    n_attributes: int = 0
+    """Number of attributes of the items; 0 for a model that reads none."""
     backbones: Mapping[str, nn.Module] = field(default_factory=dict)
     """Modality to the upper blocks of its backbone, which are trained with the recommender; see
     :mod:`trainer.finetune.upper_blocks`."""

@@ -45,7 +45,7 @@ class CausalRecommender(Recommender):
     """
 
     transfer_groups: ClassVar = {"items": ("item_encoder.",), "users": ("sequence_encoder.",)}
-    reverse_positions = ("sequence_encoder.position.weight",)
+    reverse_positions: ClassVar[tuple[str, ...]] = ("sequence_encoder.position.weight",)
 
     settings: CausalSettings
     item_encoder: nn.Module

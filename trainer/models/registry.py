@@ -89,6 +89,14 @@ MODELS: Registry[Model] = Registry(
             "trainer.models.duorec:DuoRec",
             "sasrec with a contrast between histories that lead to the same item",
         ),
+        "fdsa": Model(
+            "trainer.models.fdsa:FDSA",
+            "item ids and features or attributes in two streams of self-attention",
+        ),
+        "s3rec": Model(
+            "trainer.models.s3rec:S3Rec",
+            "item ids, pre-trained on the attributes of items, then fine-tuned as sasrec",
+        ),
         "idsr": Model(
             "trainer.models.mmsr:IDSR",
             "item ids with the sequence encoders and losses of mmsr, to compare with",

@@ -101,19 +101,32 @@ class SASRecEncoder(SequenceEncoder):
     """Causal self-attention (Kang and McAuley, ICDM 2018).
 
     Learned positions count from the newest item.
+
+    Args:
+        settings: Settings of the encoder.
+        attention_dropout: Dropout probability of attention weights.
+        is_causal: If false, a state depends on all items of the sequence (for pre-training).
     """
 
-    def __init__(self, settings: SequenceSettings, attention_dropout: float) -> None:
+    def __init__(
+        self, settings: SequenceSettings, attention_dropout: float, *, is_causal: bool = True
+    ) -> None:
         super().__init__(settings, attention_dropout)
+        self.is_causal = is_causal
         self.position = nn.Embedding(settings.length, settings.dim)
         self.norm = nn.LayerNorm(settings.dim, eps=settings.norm_eps)
-        self.transformer = settings.transformer(attention_dropout=attention_dropout, causal=True)
+        self.transformer = settings.transformer(
+            attention_dropout=attention_dropout, causal=is_causal
+        )
 
     def forward(self, x_BLD: Tensor, lengths_B: Tensor) -> Tensor:
         """Return the state after each item: (B, L, D)."""
         x_BLD = x_BLD + self.position(positions_from_end(lengths_B, x_BLD.shape[1]))
         x_BLD = dropout(self.norm(x_BLD), self.settings.dropout, self.training)
-        states_BLD: Tensor = self.transformer(x_BLD)
+        mask_BL = None
+        if not self.is_causal:
+            mask_BL = torch.arange(x_BLD.shape[1], device=x_BLD.device) < lengths_B[:, None]
+        states_BLD: Tensor = self.transformer(x_BLD, mask_BL)
         return states_BLD
 
 

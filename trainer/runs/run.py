@@ -263,13 +263,14 @@ def _build_run(
     device = choose_device(device_name or spec.train.device)
     if spec.task == NEXT_ITEM:
         check_trainable(load_dataset(warehouse, spec.datasets[0]))
-    source = load_data(warehouse, spec.datasets, spec.features, device)
+    source = load_data(warehouse, spec.datasets, spec.features, device, spec.attributes)
     # The weights are drawn on the CPU, so that they are equal on all devices.
     torch.manual_seed(spec.train.seed)
     catalogue = Catalogue(
         n_items=source.dataset.info.items,
         n_users=source.dataset.info.users,
         widths=source.features.widths,
+        n_attributes=source.n_attributes,
         backbones=backbones,
     )
     model = build_model(spec.model, spec.settings, catalogue).to(device)

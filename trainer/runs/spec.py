@@ -16,10 +16,16 @@ from features.errors import UserError, unknown
 from features.store import FeatureTable
 from features.warehouse import Warehouse
 from trainer.config import Settings, SettingSources, TrainConfig, build_settings, settings_tables
-from trainer.data.multi_dataset import DataIdentity, choose_common_tables, identify_data
+from trainer.data.multi_dataset import (
+    AttributeColumns,
+    DataIdentity,
+    choose_common_tables,
+    identify_data,
+)
 from trainer.evaluation.encode import repeated_share
 from trainer.models.base import Recommender
 from trainer.models.registry import MODELS, names_of
+from trainer.modules.attributes import AttributeSettings
 from trainer.runs.folder import FORMAT, check_format, read_about
 from trainer.runs.transfer import FULL, check_source, check_transfer, hash_tensors, read_source
 from trainer.tasks.registry import NEXT_ITEM, TASKS
@@ -134,7 +140,12 @@ class RunSpec:
             train=train,
             settings=settings,
             task_settings=task_settings[0] if task_settings else None,
-            data=identify_data(warehouse, datasets, [table.label for table in tables]),
+            data=identify_data(
+                warehouse,
+                datasets,
+                [table.label for table in tables],
+                attribute_columns(settings),
+            ),
         )
         return spec if init is None else replace(spec, init=_read_init(warehouse, spec, init))
 
@@ -162,7 +173,7 @@ class RunSpec:
         sources = SettingSources(file=path)
         train, settings, *task_settings = _build(recommender, is_pretraining, sources)
         tables = settings_tables(train, settings, *task_settings)
-        data = identify_data(warehouse, datasets, about["features"])
+        data = identify_data(warehouse, datasets, about["features"], attribute_columns(settings))
         _check_preparation(folder, about, data)
         return cls(
             model=model,
@@ -181,6 +192,11 @@ class RunSpec:
     def dataset(self) -> str:
         """Names of the datasets, joined by ``+``."""
         return "+".join(self.datasets)
+
+    @property
+    def attributes(self) -> AttributeColumns:
+        """Columns of the items that the model reads as attributes."""
+        return attribute_columns(self.settings)
 
     @property
     def task(self) -> str:
@@ -274,6 +290,13 @@ def _monitored_ranking(warehouse: Warehouse, dataset: str) -> str:
     """
     share = repeated_share(load_dataset(warehouse, dataset), "validation")
     return "kept" if share > _MOST_REPEATED else "filtered"
+
+
+def attribute_columns(settings: Settings) -> AttributeColumns:
+    """Return the columns of attributes that a model with these settings reads."""
+    if isinstance(settings, AttributeSettings):
+        return settings.attribute_columns
+    return AttributeColumns()
 
 
 def preset_settings(

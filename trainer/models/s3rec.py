@@ -1,0 +1,227 @@
+"""S3-Rec (Zhou et al., CIKM 2020): self-supervised pre-training on attributes, then SASRec.
+
+``mmrec pretrain --model s3rec`` trains a bidirectional encoder with four objectives on histories
+some of whose items are masked: attributes of the items that are not masked (AAP), the masked items
+(MIP), their attributes (MAP), and a masked segment (SP), with the weights 0.2, 1, 1 and 0.5.
+``mmrec train --model s3rec --init RUN`` fine-tunes the same weights as a causal encoder.
+
+The attributes are the columns of the items that the setting ``attributes`` names, such as
+``attributes=categories``. In the released code, segments of other users are cut from whole
+histories, test items included; here they are cut from the training windows of the batch. The
+released code pre-trains for a fixed number of epochs; here validation ranks the next item at an
+appended mask token.
+
+Legend: B batch, L sequence length, M masked positions, A attributes, D width.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from features.errors import UserError
+from trainer.config import Choice, NonNegativeFloat, Probability
+from trainer.data.batches import Batch, ItemFeatures, Sequences
+from trainer.losses.s3rec import attribute_loss, ranking_loss
+from trainer.models.base import Catalogue, Pretraining
+from trainer.models.item_ids import ItemIdRecommender
+from trainer.models.sasrec import SASRec, SASRecConfig
+from trainer.modules.attributes import AttributeSettings, multi_hot
+from trainer.modules.sequence_encoders import SASRecEncoder, last_state
+from trainer.modules.transformer import initialise
+
+_HEADS = ("aap", "mip", "map", "sp")
+_REDRAWS = 4  # of negatives that are in the row; few are drawn again
+
+
+@dataclass(frozen=True, kw_only=True)
+class S3RecConfig(SASRecConfig, AttributeSettings):
+    """Settings of S3-Rec."""
+
+    dropout: Probability = 0.5
+    objective: Annotated[str, Choice("objective", ("next", "pretrain"))] = "next"
+    """``next``: predict the next item (fine-tuning); ``pretrain``: the four objectives."""
+    mask_ratio: Probability = 0.2
+    """Share of the items that are masked in pre-training; the last item always is."""
+    aap: NonNegativeFloat = 0.2
+    """Weight of the attributes of items that are not masked."""
+    mip: NonNegativeFloat = 1.0
+    """Weight of the masked items."""
+    map: NonNegativeFloat = 1.0
+    """Weight of the attributes of masked items."""
+    sp: NonNegativeFloat = 0.5
+    """Weight of the masked segments."""
+
+    def check(self) -> None:
+        """Raise a UserError if pre-training has no attributes or nothing to learn."""
+        super().check()
+        if self.objective == "pretrain" and not self.attribute_columns.columns:
+            raise UserError(
+                "s3rec pre-trains on attributes of items, and none are named;"
+                " set attributes=COLUMN, such as attributes=categories"
+            )
+        if self.aap + self.mip + self.map + self.sp == 0:
+            raise UserError("aap, mip, map and sp are 0, so nothing is learned; set one above 0")
+
+
+class S3Rec(ItemIdRecommender):
+    """SASRec that can be pre-trained on the attributes of items."""
+
+    settings_class = S3RecConfig
+    settings: S3RecConfig
+    train_defaults: ClassVar = {**SASRec.train_defaults, "batch_size": 256, "lr": 1e-3}
+    pretraining = Pretraining(
+        task="next-item",
+        settings={"objective": "pretrain", "epochs": 100, "schedule": "constant"},
+    )
+    presets: ClassVar = {
+        "released": {
+            "loss": "bce",
+            "norm_eps": 1e-12,
+            "final_norm": False,
+            "inner_dropout": False,
+            "schedule": "constant",
+            "epochs": 200,
+            "weight_decay": 0.0,
+            "clip": 0.0,
+            "monitor": "NDCG@20",
+        }
+    }
+    transfer_groups: ClassVar = {
+        "items": ("item_encoder.", "attribute."),
+        "users": ("sequence_encoder.", "mask_D", "heads."),
+    }
+
+    def __init__(self, settings: S3RecConfig, catalogue: Catalogue) -> None:
+        super().__init__(settings, catalogue)
+        is_causal = settings.objective == "next"
+        self.sequence_encoder = SASRecEncoder(settings, settings.dropout, is_causal=is_causal)
+        if not is_causal:
+            self.n_attributes = catalogue.n_attributes
+            self.attribute = nn.Embedding(catalogue.n_attributes, settings.dim)
+            self.mask_D = nn.Parameter(0.02 * torch.randn(settings.dim))
+            self.heads = nn.ModuleDict(
+                {name: nn.Linear(settings.dim, settings.dim) for name in _HEADS}
+            )
+        initialise(self)
+
+    @property
+    def history(self) -> int:
+        """Largest number of items of a history that are read; in pre-training a mask follows."""
+        return self.settings.length - (self.settings.objective == "pretrain")
+
+    def encode_sequences(
+        self, item_vectors_ND: Tensor, sequences: Sequences, features: ItemFeatures
+    ) -> Tensor:
+        """Return the state at each history's last item, or at an appended mask token: (B, D)."""
+        if self.settings.objective == "next":
+            return super().encode_sequences(item_vectors_ND, sequences, features)
+        extended = Sequences(
+            items_BL=functional.pad(sequences.items_BL, (0, 1)), lengths_B=sequences.lengths_B + 1
+        )
+        columns_L = torch.arange(extended.items_BL.shape[1], device=extended.items_BL.device)
+        states_BLD = self._encode(extended, columns_L == sequences.lengths_B[:, None])
+        query_BD: Tensor = self.heads["mip"](last_state(states_BLD, extended))
+        return self.settings.normalise(query_BD)
+
+    def loss(self, batch: Batch) -> dict[str, Tensor]:
+        """Return the next-item loss, or the four objectives and their weighted sum as ``loss``."""
+        if self.settings.objective == "next":
+            return super().loss(batch)
+        windows = self._inputs(batch.sequences)
+        is_masked_BL = self._draw_masks(windows, batch.generator)
+        states_BLD = self._encode(windows, is_masked_BL)
+        shown_BL = windows.mask_BL & ~is_masked_BL
+        masked_items_M = windows.items_BL[is_masked_BL]
+        negatives_M = self._other_items(masked_items_M, windows, is_masked_BL, batch)
+        mapped = {name: self.heads[name](states_BLD) for name in ("aap", "mip", "map")}
+        terms = {
+            "aap": self._attributes(mapped["aap"][shown_BL], windows.items_BL[shown_BL], batch),
+            "mip": ranking_loss(
+                mapped["mip"][is_masked_BL],
+                self.item_encoder(masked_items_M),
+                self.item_encoder(negatives_M),
+            ),
+            "map": self._attributes(mapped["map"][is_masked_BL], masked_items_M, batch),
+            "sp": self._segments(windows, batch.generator),
+        }
+        losses = {name: term / len(windows.lengths_B) for name, term in terms.items()}
+        weights = {name: getattr(self.settings, name) for name in losses}
+        total = torch.stack([weights[name] * value for name, value in losses.items()]).sum()
+        return {"loss": total, **{name: value.detach() for name, value in losses.items()}}
+
+    def _inputs(self, windows: Sequences) -> Sequences:
+        """Return the windows without their first item if they are longer than the encoder."""
+        longest = self.settings.length
+        if windows.items_BL.shape[1] <= longest:
+            return windows
+        excess_B = (windows.lengths_B - longest).clamp_min(0)
+        columns_L = torch.arange(longest, device=windows.items_BL.device)
+        return Sequences(
+            items_BL=windows.items_BL.gather(1, columns_L + excess_B[:, None]),
+            lengths_B=windows.lengths_B - excess_B,
+            users_B=windows.users_B,
+        )
+
+    def _draw_masks(self, windows: Sequences, generator: torch.Generator) -> Tensor:
+        """Return (B, L) bool: a share of the items, and the last item of each row."""
+        valid_BL = windows.mask_BL
+        random_BL = torch.rand(valid_BL.shape, generator=generator).to(valid_BL.device)
+        columns_L = torch.arange(valid_BL.shape[1], device=valid_BL.device)
+        is_last_BL = columns_L == windows.lengths_B[:, None] - 1
+        return ((random_BL < self.settings.mask_ratio) & valid_BL) | is_last_BL
+
+    def _encode(self, sequences: Sequences, is_masked_BL: Tensor) -> Tensor:
+        """Return the state of each slot (B, L, D); masked slots hold the mask token."""
+        padding = sequences.items_BL[0, 0]
+        items_BL = torch.where(sequences.mask_BL, sequences.items_BL, padding)
+        x_BLD = torch.where(is_masked_BL[..., None], self.mask_D, self.item_encoder(items_BL))
+        states_BLD: Tensor = self.sequence_encoder(x_BLD, sequences.lengths_B)
+        return states_BLD
+
+    def _attributes(self, state_MD: Tensor, items_M: Tensor, batch: Batch) -> Tensor:
+        has_attribute_MA = multi_hot(items_M, batch.features, self.n_attributes)
+        return attribute_loss(state_MD, self.attribute.weight, has_attribute_MA.to(state_MD))
+
+    def _other_items(
+        self, items_M: Tensor, windows: Sequences, is_masked_BL: Tensor, batch: Batch
+    ) -> Tensor:
+        """Draw for each masked item an item that is not in its row: (M,)."""
+        n_items = batch.features.n_items
+        row_M = is_masked_BL.nonzero()[:, 0]
+        own_ML = torch.where(windows.mask_BL, windows.items_BL, -1)[row_M]
+        drawn_M = torch.randint(n_items, items_M.shape, generator=batch.generator)
+        drawn_M = drawn_M.to(items_M.device)
+        for _ in range(_REDRAWS):
+            again_M = torch.randint(n_items, items_M.shape, generator=batch.generator)
+            is_own_M = (drawn_M[:, None] == own_ML).any(1)
+            drawn_M = torch.where(is_own_M, again_M.to(items_M.device), drawn_M)
+        return drawn_M
+
+    def _segments(self, windows: Sequences, generator: torch.Generator) -> Tensor:
+        """Return the loss of the masked segments (SP, Eq. 11).
+
+        A segment of 1 to half of the items is masked. Its own vector is that of the sequence in
+        which all other items are masked; the negative has a segment of other rows in its place.
+        """
+        valid_BL, lengths_B = windows.mask_BL, windows.lengths_B
+        random_B2 = torch.rand(len(lengths_B), 2, generator=generator).to(lengths_B.device)
+        size_B = 1 + (random_B2[:, 0] * (lengths_B // 2).clamp_min(1)).long()
+        start_B = (random_B2[:, 1] * (lengths_B - size_B + 1)).long()
+        columns_L = torch.arange(valid_BL.shape[1], device=lengths_B.device)
+        inside_BL = (columns_L >= start_B[:, None]) & (columns_L < (start_B + size_B)[:, None])
+        flat_I = windows.items_BL[valid_BL]
+        shift_B = torch.randint(len(flat_I), (len(lengths_B),), generator=generator)
+        other_BL = flat_I[(shift_B.to(lengths_B.device)[:, None] + columns_L) % len(flat_I)]
+        others = Sequences(items_BL=other_BL, lengths_B=lengths_B)
+        context_BD, own_BD, other_BD = (
+            last_state(self._encode(sequences, is_masked_BL), sequences)
+            for sequences, is_masked_BL in (
+                (windows, inside_BL),
+                (windows, ~inside_BL),
+                (others, ~inside_BL),
+            )
+        )
+        return ranking_loss(self.heads["sp"](context_BD), own_BD, other_BD)

@@ -33,6 +33,10 @@ def prepare(
         list[str] | None,
         typer.Option("--file", help="ROLE=PATH of a raw file, relative to --raw; repeatable."),
     ] = None,
+    images: Annotated[
+        str | None,
+        typer.Option("--images", help="Folder or container of images; as --file images=PATH."),
+    ] = None,
     unlisted: Annotated[
         str,
         typer.Option(help="Interactions with items that are not listed: refuse, keep or drop."),
@@ -54,7 +58,7 @@ def prepare(
         raw=raw,
         k_core=k_core,
         format=format,
-        files=dict(map(_role_and_path, file or [])),
+        files=dict(map(_role_and_path, file or [])) | ({"images": images} if images else {}),
         unlisted=unlisted,
         ties=ties,
     )

@@ -40,6 +40,29 @@ class KnownDataset:
     """Write the raw files into a new folder, for a dataset that the program makes itself."""
 
 
+_PMMREC = "PMMRec (github.com/ICDE24/PMMRec)"
+
+
+def _amazon(category: str) -> KnownDataset:
+    """Return the entry of a category of the reviews as released."""
+    ratings = (
+        f"ratings_{category}.csv*",
+        f"reviews_{category}.json*",
+        f"reviews_{category}_5.json*",
+    )
+    return KnownDataset(
+        importer="amazon",
+        source="Amazon reviews 2014, 2018 or 2023 (amazon-reviews-2023.github.io), 5-core",
+        files={
+            "interactions": (
+                *ratings, f"{category}.csv*", f"{category}.json*", f"{category}_5.json*",
+            ),
+            "items": (f"meta_{category}.json*",),
+            "images": (f"{category}_images", "images"),
+        },
+    )  # fmt: skip
+
+
 _OWN = {
     "ml-100k": KnownDataset(
         importer="movielens",
@@ -77,6 +100,13 @@ _OWN = {
             "images": ("Sports_and_Outdoors_images", "images"),
         },
     ),
+    "amazon-beauty-raw": _amazon("Beauty"),
+    "amazon-sports-raw": _amazon("Sports_and_Outdoors"),
+    "amazon-clothing": _amazon("Clothing_Shoes_and_Jewelry"),
+    "amazon-home": _amazon("Home_and_Kitchen"),
+    "amazon-toys": _amazon("Toys_and_Games"),
+    "amazon-instruments": _amazon("Musical_Instruments"),
+    "amazon-scientific": _amazon("Industrial_and_Scientific"),
     # These releases are filtered already; 1 only removes items without an interaction.
     "microlens-50k": KnownDataset(
         importer="sequences",
@@ -104,6 +134,17 @@ _OWN = {
         source="PMMRec (github.com/ICDE24/PMMRec) or MoRec (github.com/westlake-repl/IDvs.MoRec)",
         k_core=1,
     ),
+    "amazon": KnownDataset(importer="bili", source=_PMMREC, k_core=1),
+    **{
+        f"{source}-{topic}": KnownDataset(importer="bili", source=_PMMREC, k_core=1)
+        for source, topics in (
+            ("bili", ("food", "movie", "cartoon")),
+            ("kwai", ("food", "movie", "cartoon")),
+            ("hm", ("clothes", "shoes")),
+            ("amazon", ("clothes", "shoes")),
+        )
+        for topic in topics
+    },
     "demo": KnownDataset(
         importer="table",
         source="made by this program",

@@ -40,7 +40,9 @@ _ROLES = {"image": "images", "video": "videos"}
 """Column of ``described`` to the role of its files."""
 
 
-def create_raw_items(db: duckdb.DuckDBPyConnection, root: Path, files: Files) -> tuple[str, ...]:
+def create_raw_items(
+    db: duckdb.DuckDBPyConnection, root: Path, files: Files, *, image_names: str | None = None
+) -> tuple[str, ...]:
     """Create ``raw_items`` from ``described`` and the images and videos in folders and containers.
 
     A reference in the file of items wins over a file that is named by the item id.
@@ -50,6 +52,8 @@ def create_raw_items(db: duckdb.DuckDBPyConnection, root: Path, files: Files) ->
         root: The raw root, to which references are relative.
         files: The paths of each role. ``images`` and ``videos`` are listed, ``items`` is for
             messages.
+        image_names: A table (item_id, name) of further names that files of images may have, the
+            best name of an item first. A file that is named by the item id wins.
 
     Returns:
         Messages for the user, one line each.
@@ -62,6 +66,8 @@ def create_raw_items(db: duckdb.DuckDBPyConnection, root: Path, files: Files) ->
     for column, role in _ROLES.items():
         notes += _create_references(db, root, files, column)
         _create_listing(db, root, role, files.get(role, ()))
+        if role == "images" and image_names is not None:
+            _rename_images(db, image_names)
         notes += _listing_notes(db, role)
         notes += _other_notes(db, role)
     # The names of files on macOS have composed letters in another form than most ids.
@@ -223,6 +229,24 @@ def _create_listing(
         " FROM (SELECT *, row_number() OVER () AS row FROM _listing) GROUP BY item_id"
     )
     db.unregister("_listing")
+
+
+def _rename_images(db: duckdb.DuckDBPyConnection, names: str) -> None:
+    """Give the files in ``images`` that have a name of an item the id of the item."""
+    db.execute(
+        "CREATE TABLE _renamed AS SELECT nfc_normalize(a.item_id) AS item_id, path, n, name"
+        f" FROM (SELECT *, row_number() OVER () AS row FROM {names}) a"
+        " JOIN images i ON i.item_id = a.name"
+        " QUALIFY row_number() OVER (PARTITION BY a.item_id ORDER BY row) = 1"
+    )
+    db.execute(
+        "DELETE FROM images WHERE item_id IN (SELECT name FROM _renamed)"
+        " AND item_id NOT IN (SELECT nfc_normalize(item_id) FROM described)"
+    )
+    db.execute(
+        "INSERT INTO images SELECT item_id, path, n FROM _renamed ANTI JOIN images USING (item_id)"
+    )
+    db.execute("DROP TABLE _renamed")
 
 
 def _reference_table(pairs: list[tuple[str, str]]) -> pa.Table:

@@ -6,7 +6,7 @@ entry point of the group ``mmrec.importers`` that refers to an
 """
 
 from features.registry import Registry
-from pipeline.datasets.importers import bili, movielens, sequences, table
+from pipeline.datasets.importers import amazon, bili, movielens, sequences, table
 from pipeline.datasets.importers.base import Importer
 
 IMPORTERS: Registry[Importer] = Registry(
@@ -15,6 +15,7 @@ IMPORTERS: Registry[Importer] = Registry(
         "movielens": movielens.IMPORTER,
         "sequences": sequences.IMPORTER,
         "bili": bili.IMPORTER,
+        "amazon": amazon.IMPORTER,
         "table": table.IMPORTER,
     },
     group="mmrec.importers",

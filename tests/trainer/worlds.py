@@ -225,7 +225,10 @@ def begin(
     return create_run(warehouse, spec, name=name)
 
 
-SMALL: dict[str, Any] = {"dim": 8, "heads": 2, "hidden": 16, "length": 6, "fusion_heads": 2}
+SMALL: dict[str, Any] = {
+    **{"dim": 8, "heads": 2, "hidden": 16, "length": 6, "fusion_heads": 2},
+    **{"experts": 3, "codes": 4, "code_bits": 2, "least_width": 2},
+}
 """Sizes of a small model; each model takes those that it knows."""
 USERS = 2048
 """Users of a model that is built without a dataset: at least as many as any test's batch has."""

@@ -97,6 +97,26 @@ MODELS: Registry[Model] = Registry(
             "trainer.models.s3rec:S3Rec",
             "item ids, pre-trained on the attributes of items, then fine-tuned as sasrec",
         ),
+        "unisrec": Model(
+            "trainer.models.unisrec:UniSRec",
+            "texts through a mixture of experts, and sasrec; pre-trained on several datasets",
+        ),
+        "vqrec": Model(
+            "trainer.models.vqrec:VQRec",
+            "discrete codes of texts, and sasrec; pre-trained on several datasets",
+        ),
+        "morec": Model(
+            "trainer.models.morec:MoRec",
+            "vectors or tokens of texts and images, concatenated, under sasrec",
+        ),
+        "tedrec": Model(
+            "trainer.models.tedrec:TedRec",
+            "ids and texts of a history, multiplied in the frequency domain, and sasrec",
+        ),
+        "fmrlrec": Model(
+            "trainer.models.fmrlrec:FMRLRec",
+            "texts and images, nested widths over a linear recurrent unit",
+        ),
         "idsr": Model(
             "trainer.models.mmsr:IDSR",
             "item ids with the sequence encoders and losses of mmsr, to compare with",

@@ -36,13 +36,14 @@ def world(seed: int = 0) -> tuple[Dataset, ItemFeatures]:
     return worlds.dataset(sequences, N), features
 
 
-def cold_ranks(name: str, folder: Path) -> tuple[float, float]:
+def cold_ranks(name: str, folder: Path, **settings: Any) -> tuple[float, float]:
     """Mean filtered rank of the unseen targets: by the model, by popularity."""
     dataset, features = world()
     options = {"stride": 2} if name == "mmsrec" else {}
     sizes: dict[str, Any] = {"dim": 16, "heads": 2, "hidden": 32, "length": 8, "dropout": 0.1}
-    model = worlds.build(name, features, **sizes, **options)
+    model = worlds.build(name, features, **sizes, **options, **settings)
     data = worlds.training_data(dataset, features)
+    model.fit_buffers(features, data.train)
     config = TrainConfig(epochs=15, batch_size=16, lr=3e-3, patience=15)
     task = NextItem(model, data)
     fit(task, config, folder, {}, on_epoch=lambda row: None, on_progress=lambda tick: None)
@@ -54,13 +55,28 @@ def cold_ranks(name: str, folder: Path) -> tuple[float, float]:
 
 
 @pytest.mark.slow
-def test_an_item_that_nobody_has_clicked_is_found_by_its_text(tmp_path: Path) -> None:
-    by_text, by_popularity = cold_ranks("mmsrec", tmp_path)
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("mmsrec", {}),
+        ("unisrec", {}),
+        ("unisrec", {"objective": "contrast"}),
+        ("vqrec", {}),
+        ("vqrec", {"objective": "contrast"}),
+        ("morec", {}),
+        ("fmrlrec", {}),
+    ],
+)
+def test_an_item_that_nobody_has_clicked_is_found_by_its_text(
+    name: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    by_text, by_popularity = cold_ranks(name, tmp_path, **settings)
     assert by_text < 10  # chance is 21: half of the 42 items that are left
     assert by_popularity > 30
 
 
 @pytest.mark.slow
-def test_ids_alone_cannot_find_it(tmp_path: Path) -> None:
-    by_id, _ = cold_ranks("sasrec", tmp_path)
+@pytest.mark.parametrize("name", ["sasrec", "tedrec"])
+def test_candidates_that_are_ids_alone_cannot_find_it(name: str, tmp_path: Path) -> None:
+    by_id, _ = cold_ranks(name, tmp_path)
     assert by_id > 20

@@ -65,11 +65,17 @@ class FMRLRec(FeatureRecommender):
     settings_class = FMRLRecConfig
     settings: FMRLRecConfig
     train_defaults: ClassVar = {"monitor": "NDCG@10"}
-    variants: ClassVar = {
-        "as published for Beauty": (
-            "--set dim=1024 --set dropout=0.6 --set lr=1e-4 --set batch_size=32 --set clip=5"
-            " --set schedule=cosine --set warmup=100 --set epochs=500"
-        ),
+    presets: ClassVar = {
+        "published": {  # for Amazon Beauty
+            "dim": 1024,
+            "dropout": 0.6,
+            "lr": 1e-4,
+            "batch_size": 32,
+            "clip": 5.0,
+            "schedule": "cosine",
+            "warmup": 100,
+            "epochs": 500,
+        }
     }
     reverse_positions: ClassVar = ()
 

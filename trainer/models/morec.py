@@ -28,19 +28,16 @@ from trainer.losses.registry import LOSSES
 from trainer.models.base import Catalogue
 from trainer.models.causal import CausalRecommender, CausalSettings
 from trainer.models.item_features import check_features
+from trainer.models.released import RELEASED_ENCODER
 from trainer.modules.fusion import learned
+from trainer.modules.released_weights import InitialisationSettings, initialise_released
 from trainer.modules.sequence_encoders import SASRecEncoder
 from trainer.modules.tokens import Tokens, averaged
 from trainer.modules.transformer import initialise_glorot
 
-_RELEASED = (
-    "--set activation=relu --set final_norm=false --set attention_bias=false --set norm_eps=1e-6"
-    " --set inner_dropout=false"
-)
-
 
 @dataclass(frozen=True, kw_only=True)
-class MoRecConfig(CausalSettings):
+class MoRecConfig(CausalSettings, InitialisationSettings):
     """Settings of MoRec++."""
 
     dim: PositiveInt = 256
@@ -66,11 +63,15 @@ class MoRec(CausalRecommender):
     needs_features = True
     reads_tokens = True
     train_defaults: ClassVar = {"lr": 1e-4, "monitor": "Recall@10"}
+    presets: ClassVar = {
+        "published": {  # of the runs of PMMRec; MoRec alone: 512 with texts, 2048 with images
+            **RELEASED_ENCODER,
+            "token": "first",
+            "weight_decay": 0.01,
+        }
+    }
     variants: ClassVar = {
         "top blocks fine-tuned": "--set tune_blocks=2, tables layer-K, K = blocks - 2",
-        "as in PMMRec's comparison": (
-            f"--set dim=768 --set hidden=3072 --set token=first {_RELEASED}"
-        ),
         "binary cross-entropy": "--set loss=bce",
         "text alone or images alone (MoRec)": "--features text, or --features image",
     }
@@ -89,7 +90,10 @@ class MoRec(CausalRecommender):
         check_features("morec", catalogue)
         self.item_encoder = _ItemEncoder(settings, catalogue.widths)
         self.sequence_encoder = SASRecEncoder(settings, settings.dropout)
-        initialise_glorot(self)
+        if settings.initialisation == "released":
+            initialise_released(self)
+        else:
+            initialise_glorot(self)
         # Added after the initialisation, so that the backbones keep their pre-trained weights.
         self.backbones = nn.ModuleDict(dict(catalogue.backbones))
 

@@ -38,7 +38,7 @@ from trainer.models.base import Catalogue
 from trainer.models.causal import CausalSettings
 from trainer.models.item_features import check_features, without_padding
 from trainer.models.item_ids import ItemIdRecommender
-from trainer.models.text_transfer import RELEASED
+from trainer.models.text_transfer import RECBOLE
 from trainer.modules.adaptor import MixtureAdaptor
 from trainer.modules.fusion import learned
 from trainer.modules.sequence_encoders import SASRecEncoder, last_state
@@ -72,7 +72,7 @@ class TedRec(ItemIdRecommender):
     settings: TedRecConfig
     needs_features = True
     train_defaults: ClassVar = {"batch_size": 256, "monitor": "NDCG@10"}
-    variants: ClassVar = {"as published": f"--set batch_size=2048 {RELEASED}"}
+    presets: ClassVar = {"published": RECBOLE}
     transfer_groups: ClassVar = {
         "items": ("text_encoder.",),
         "users": ("sequence_encoder.", "fusion."),

@@ -8,8 +8,9 @@ Legend: M predicted positions, C columns, D width.
 """
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -22,10 +23,18 @@ from trainer.models.causal import CausalSettings
 from trainer.models.item_features import FeatureRecommender
 from trainer.modules.sequence_encoders import SASRecEncoder
 
-RELEASED = (
-    "--set rows=prefixes --set inner_dropout=false --set final_norm=false --set norm_eps=1e-12"
-)
-"""Options of the sequence encoder and the rows of the released code, which uses RecBole."""
+RECBOLE: Mapping[str, Any] = {
+    "rows": "prefixes",
+    "inner_dropout": False,
+    "final_norm": False,
+    "norm_eps": 1e-12,
+    "weight_decay": 0.0,
+    "clip": 0.0,
+    "batch_size": 2048,
+    "epochs": 300,
+}
+"""Rows, sequence encoder and optimizer of RecBole, which the released code of UniSRec, VQ-Rec and
+TedRec uses."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +60,11 @@ class TextTransferRecommender(FeatureRecommender):
 
     settings: TextTransferSettings
     train_defaults: ClassVar = {"batch_size": 256, "monitor": "NDCG@10"}
+    presets: ClassVar = {"published": RECBOLE}
     pretraining = Pretraining(
-        task="next-item", settings={"objective": "contrast", "batch_size": 2048}
+        task="next-item",
+        settings={"objective": "contrast", "batch_size": 2048},
+        presets={"published": {**RECBOLE, "batch_size": 8192}},
     )
 
     def __init__(self, settings: TextTransferSettings, catalogue: Catalogue) -> None:

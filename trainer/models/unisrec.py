@@ -35,7 +35,6 @@ from trainer.losses.base import Targets
 from trainer.losses.in_batch import Columns, in_batch
 from trainer.models.base import Catalogue
 from trainer.models.text_transfer import (
-    RELEASED,
     TargetColumns,
     TextTransferRecommender,
     TextTransferSettings,
@@ -73,8 +72,7 @@ class UniSRec(TextTransferRecommender):
     settings: UniSRecConfig
     variants: ClassVar = {
         "transductive": "--set ids=true",
-        "fine-tuning as published": f"--init RUN --set freeze=true {RELEASED}",
-        "pre-training as published": f"--set batch_size=8192 --set epochs=300 {RELEASED}",
+        "fine-tuning of a pre-trained run": "--init RUN --set freeze=true",
     }
     item_tables = ("id.",)
     fitted_buffers = ("known_N",)

@@ -43,7 +43,6 @@ from trainer.distributed import gather_ids, gather_rows, global_mean_rows
 from trainer.losses.base import Targets
 from trainer.models.base import Catalogue
 from trainer.models.text_transfer import (
-    RELEASED,
     TargetColumns,
     TextTransferRecommender,
     TextTransferSettings,
@@ -80,8 +79,7 @@ class VQRec(TextTransferRecommender):
     settings_class = VQRecConfig
     settings: VQRecConfig
     variants: ClassVar = {
-        "fine-tuning as published": f"--init RUN --set permute=true --set freeze=true {RELEASED}",
-        "pre-training as published": f"--set batch_size=8192 --set epochs=300 {RELEASED}",
+        "fine-tuning of a pre-trained run": "--init RUN --set permute=true --set freeze=true",
     }
     fitted_buffers = tuple(f"item_encoder.{name}.codes_NC" for name in FEATURE_MODALITIES)
 

@@ -21,6 +21,11 @@ N = 12
 SETTINGS: dict[str, dict[str, Any]] = {
     "mmsr": {"heads": 2, "fusion_heads": 2},
     "pmmrec": {"heads": 2, "fusion_heads": 2},
+    "unisrec": {"heads": 2, "dropout": 0.1},
+    "vqrec": {"heads": 2, "dropout": 0.1},
+    "morec": {"heads": 2},
+    "tedrec": {"heads": 2, "dropout": 0.1},
+    "fmrlrec": {},
 }
 OTHER = {"image": "text", "text": "image"}
 
@@ -33,6 +38,7 @@ def trained(
     model = worlds.build(name, features, **small)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     data = worlds.training_data(dataset, features)
+    model.fit_buffers(features, data.train)
     for epoch in range(epochs):
         for batch in data.epoch(model.window_sampling, batch_size=16, seed=1, epoch=epoch)[1]:
             optimizer.zero_grad()
@@ -62,7 +68,14 @@ def taste(where: str, given: tuple[str, ...]) -> tuple[Dataset, ItemFeatures]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "where"), [("mmsr", "image"), ("pmmrec", "image"), ("pmmrec", "text")]
+    ("name", "where"),
+    [
+        ("mmsr", "image"),
+        ("pmmrec", "image"),
+        ("pmmrec", "text"),
+        ("morec", "image"),
+        ("fmrlrec", "image"),
+    ],
 )
 def test_taste_in_one_modality_is_learned_although_the_other_is_noise(
     name: str, where: str
@@ -90,7 +103,17 @@ def order() -> tuple[Dataset, ItemFeatures]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "settings"), [("mmsr", {"sequence_encoder": "gru"}), ("pmmrec", {})]
+    ("name", "settings"),
+    [
+        ("mmsr", {"sequence_encoder": "gru"}),
+        ("pmmrec", {}),
+        ("unisrec", {}),
+        ("vqrec", {}),
+        ("morec", {}),
+        ("tedrec", {}),
+        ("tedrec", {"rows": "prefixes"}),
+        ("fmrlrec", {}),
+    ],
 )
 def test_order_is_learned_from_features_that_mean_nothing(
     name: str, settings: dict[str, Any]

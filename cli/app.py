@@ -16,6 +16,7 @@ from cli import (
     demo,
     doctor,
     evaluate,
+    export_dataset,
     extract,
     grid,
     models,
@@ -134,6 +135,7 @@ app = typer.Typer(
 )
 app.command("datasets")(datasets.datasets)
 app.command("prepare")(prepare.prepare)
+app.command("export-dataset")(export_dataset.export_dataset)
 app.command("backbones")(backbones.backbones)
 app.command("extract")(extract.extract)
 app.command("models")(models.models)

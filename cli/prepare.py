@@ -33,6 +33,15 @@ def prepare(
         list[str] | None,
         typer.Option("--file", help="ROLE=PATH of a raw file, relative to --raw; repeatable."),
     ] = None,
+    users: Annotated[
+        int | None,
+        typer.Option("--users", help="Users of a random sample, before the k-core; default: all."),
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the sample of users.")] = 0,
+    min_user: Annotated[
+        int | None,
+        typer.Option("--min-user", help="Minimum interactions of users alone, in place of k-core."),
+    ] = None,
     images: Annotated[
         str | None,
         typer.Option("--images", help="Folder or container of images; as --file images=PATH."),
@@ -57,6 +66,9 @@ def prepare(
         name=name,
         raw=raw,
         k_core=k_core,
+        users=users,
+        seed=seed,
+        min_user=min_user,
         format=format,
         files=dict(map(_role_and_path, file or [])) | ({"images": images} if images else {}),
         unlisted=unlisted,

@@ -48,6 +48,13 @@ class DatasetInfo:
     """Share of the tied neighbours in the raw file whose second item has the larger id; None: no
     such pair, or not counted."""
 
+    sampled_users: int | None = None
+    """Number of users of the random sample of ``mmrec prepare --users``; None: all users."""
+    seed: int | None = None
+    """Seed of the sample; None without one."""
+    min_user: int = 0
+    """Least number of interactions of users alone; 0 if not given."""
+
     def inputs_of(self, modality: str) -> str:
         """Return the hash of the inputs of a feature table; ``joint`` has two."""
         sources = ("image", "text") if modality == "joint" else (modality,)
@@ -65,6 +72,9 @@ class DatasetInfo:
             # Repeated pairs count each time, so there can be more interactions than cells.
             "sparsity": max(0.0, 1 - self.interactions / cells) if cells else 1.0,
             "k_core": self.k_core,
+            "sampled_users": self.sampled_users,
+            "seed": self.seed,
+            "min_user": self.min_user,
             "tied": self.tied,
             "ties": self.ties,
             "tied_ascending": self.tied_ascending,

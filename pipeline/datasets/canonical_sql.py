@@ -101,23 +101,38 @@ def index_ids(db: duckdb.DuckDBPyConnection) -> None:
     db.execute("DROP TABLE raw_interactions")
 
 
-def filter_core(db: duckdb.DuckDBPyConnection, k: int, name: str) -> None:
+def sample_users(db: duckdb.DuckDBPyConnection, count: int, seed: int) -> None:
+    """Keep the interactions of a random sample of users, which depends on their ids and the seed.
+
+    Args:
+        db: A connection with the tables ``core`` and ``user_ids``.
+        count: Number of users; all are kept if there are no more.
+        seed: Seed of the sample.
+    """
+    db.execute(
+        "DELETE FROM core WHERE u NOT IN (SELECT u FROM user_ids"
+        f" ORDER BY md5_number_lower('{seed}:' || user_id), u LIMIT {count})"
+    )
+
+
+def filter_core(db: duckdb.DuckDBPyConnection, k: int, name: str, min_user: int = 0) -> None:
     """Apply the iterated k-core: every remaining user and item has at least ``k`` interactions.
 
     Args:
         db: A connection with the table ``core``.
         k: Minimum number of interactions; 0 and 1 delete nothing.
         name: The dataset, for messages.
+        min_user: Minimum number of interactions of users alone, where it is larger than ``k``.
 
     Raises:
         UserError: No interaction is left.
     """
     before = fetch_row(db, "SELECT count(DISTINCT u), count(DISTINCT i), count(*) FROM core")
-    while k > 1:
-        too_few = f"HAVING count(*) < {k}"
+    while max(k, min_user) > 1:
         (deleted,) = db.execute(
-            f"DELETE FROM core WHERE u IN (SELECT u FROM core GROUP BY u {too_few})"
-            f" OR i IN (SELECT i FROM core GROUP BY i {too_few})"
+            "DELETE FROM core WHERE u IN"
+            f" (SELECT u FROM core GROUP BY u HAVING count(*) < {max(k, min_user)})"
+            f" OR i IN (SELECT i FROM core GROUP BY i HAVING count(*) < {k})"
         ).fetchall()[0]
         if not deleted:
             break
@@ -126,7 +141,7 @@ def filter_core(db: duckdb.DuckDBPyConnection, k: int, name: str) -> None:
         raise UserError(
             f"nothing is left of {name} after the {k}-core ({plural(users, 'user')},"
             f" {plural(items, 'item')}, {plural(rows, 'interaction')} before it);"
-            " give a smaller --k-core"
+            f" give a smaller --k-core{' or --min-user' if min_user > k else ''}"
         )
 
 
@@ -227,7 +242,7 @@ def describe_tables(
         fingerprint=fingerprint,
         inputs=dict(zip(MODALITIES, hashes, strict=True)),
         timestamps=timestamps,
-        tied=tied / interactions,
+        tied=tied / interactions if interactions else 0.0,
         ties=ties,
         tied_ascending=ascending,
     )
@@ -244,6 +259,9 @@ def data_notes(db: duckdb.DuckDBPyConnection, info: DatasetInfo) -> Iterator[str
         f"of {plural(info.items, 'item')}, {texts} with text, {images} with an image,"
         f" {videos} with a video"
     )
+    if not info.interactions:
+        yield "no interactions: a dataset of items for alignment and retrieval"
+        return
     if without:
         yield f"{plural(without, 'item')} without an interaction"
     if not info.timestamps:

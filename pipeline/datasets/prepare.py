@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from pipeline.datasets.canonical_sql import (
     filter_core,
     handle_unlisted,
     index_ids,
+    sample_users,
     write_tables,
 )
 from pipeline.datasets.importers.base import Files, check_raw_tables
@@ -63,7 +64,17 @@ class PrepareOptions:
     """Order of the interactions of a user with equal times: ``file``, ``id``, ``id-desc`` or
     ``hash``; see :data:`pipeline.datasets.canonical_sql.TIES`."""
 
+    users: int | None = None
+    """Number of users of a random sample that is drawn before the k-core; None: all users."""
+    seed: int = 0
+    """Seed of the sample of users."""
+    min_user: int | None = None
+    """Minimum interactions of users alone. Without ``k_core``, items are not filtered by it."""
+
     def __post_init__(self) -> None:
+        for option, value in (("--users", self.users), ("--min-user", self.min_user)):
+            if value is not None and value < 1:
+                raise UserError(f"{option} {value} is not positive; give at least 1")
         if self.k_core is not None and self.k_core < 0:
             raise UserError(
                 f"--k-core {self.k_core} is negative; give 0 for no filter, or 5 as most papers do"
@@ -109,7 +120,7 @@ def prepare_dataset(
     earlier = earlier_info(warehouse, options.dataset)
     format = options.format or _own_format(options.dataset, earlier)
     layout = raw_format(options.dataset, format)
-    k = layout.k_core if options.k_core is None else options.k_core
+    k = _choose_core(options, layout.k_core)
     root = options.raw or (Path(earlier.raw) if earlier else warehouse.raw_dir(options.dataset))
     if format is None and not root.exists():
         _generate(options.dataset, root, notify)
@@ -122,7 +133,10 @@ def prepare_dataset(
             for note in chain(result.notes, handle_unlisted(db, options.unlisted, files)):
                 notify(note)
             index_ids(db)
-            filter_core(db, k, options.dataset)
+            if files.get("interactions"):
+                if options.users is not None:
+                    sample_users(db, options.users, options.seed)
+                filter_core(db, k, options.dataset, options.min_user or 0)
             if result.images:
                 copy_image_column(db, result.images, root, stage / MEDIA, all_items=k == 0)
             create_tables(db, k, options.ties)
@@ -135,11 +149,21 @@ def prepare_dataset(
                 timestamps=result.timestamps,
                 ties=options.ties,
             )
+            if options.users is not None:
+                info = replace(info, sampled_users=options.users, seed=options.seed)
+            info = replace(info, min_user=options.min_user or 0)
             write_tables(db, stage)
             for note in data_notes(db, info):
                 notify(note)
         swap_tables(folder, stage, info)
     return info
+
+
+def _choose_core(options: PrepareOptions, registered: int) -> int:
+    """Return the k-core: the one given, else the registered one, which ``min_user`` replaces."""
+    if options.k_core is not None:
+        return options.k_core
+    return registered if options.min_user is None else min(registered, 1)
 
 
 def _check_ties(ties: str, timestamps: bool, files: Files) -> None:

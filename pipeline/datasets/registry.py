@@ -134,6 +134,21 @@ _OWN = {
         source="PMMRec (github.com/ICDE24/PMMRec) or MoRec (github.com/westlake-repl/IDvs.MoRec)",
         k_core=1,
     ),
+    "msr-vtt": KnownDataset(
+        importer="captions",
+        source="MSR-VTT, 1,000 test captions of JSFusion (MSRVTT_JSFUSION_test.csv)",
+        files={
+            "items": ("MSRVTT_JSFUSION_test.csv",),
+            "videos": ("videos", "MSRVTT_Videos", "TestVideo"),
+        },
+        k_core=0,
+    ),
+    "webvid": KnownDataset(
+        importer="captions",
+        source="WebVid (github.com/m-bain/webvid)",
+        files={"items": ("results_*.csv", "webvid*.csv")},
+        k_core=0,
+    ),
     "amazon": KnownDataset(importer="bili", source=_PMMREC, k_core=1),
     **{
         f"{source}-{topic}": KnownDataset(importer="bili", source=_PMMREC, k_core=1)

@@ -10,6 +10,10 @@ REFERENCES = ("popularity", "transitions")
 def protocol_lines(info: DatasetInfo) -> list[str]:
     """Return the description of the protocol of a dataset, one statement per line."""
     core = f"{info.k_core}-core" if info.k_core > 1 else "no k-core"
+    if info.min_user > info.k_core:
+        core += f", users with at least {info.min_user} interactions"
+    if info.sampled_users is not None:
+        core += f", a sample of {info.sampled_users:,} users (seed {info.seed})"
     order = "by time" if info.timestamps else "in file order (no times)"
     return [
         f"{core}; interactions {order}; leave-one-out: last item test, the one before validation",

@@ -39,6 +39,7 @@ from pipeline.datasets.importers.dict_lines import (
     to_json,
     valid_text,
 )
+from pipeline.datasets.importers.items import create_described_from_ids
 from pipeline.datasets.importers.media_files import create_raw_items
 from pipeline.datasets.importers.raw_sql import (
     MAX_LINE,
@@ -87,11 +88,7 @@ def read(db: duckdb.DuckDBPyConnection, root: Path, files: Files) -> ImportResul
     else:
         _create_from_reviews(db, path)
     if not files.get("items"):
-        db.execute(
-            "CREATE TABLE described AS SELECT DISTINCT item_id, NULL::VARCHAR AS text,"
-            " NULL::VARCHAR AS image, NULL::VARCHAR AS video, NULL::VARCHAR AS attributes"
-            " FROM raw_interactions"
-        )
+        create_described_from_ids(db)
         return ImportResult(timestamps=True, notes=create_raw_items(db, root, files))
     notes += create_raw_items(db, root, files, image_names="image_names")
     urls, files_of_urls = fetch_row(

@@ -95,10 +95,12 @@ def check_raw_tables(db: duckdb.DuckDBPyConnection, files: Files) -> None:
     """Check the tables of an importer.
 
     Raises:
-        UserError: There is no interaction, an id is empty, or an item is listed twice.
+        UserError: There is no interaction in the file of interactions, no item, an id is empty, or
+            an item is listed twice.
     """
-    source = files["interactions"][0]
-    if fetch_row(db, "SELECT count(*) FROM raw_interactions")[0] == 0:
+    has_users = bool(files.get("interactions"))
+    source = files["interactions"][0] if has_users else files["items"][0]
+    if has_users and fetch_row(db, "SELECT count(*) FROM raw_interactions")[0] == 0:
         raise UserError(f"{source} holds no interaction; give another by --file interactions=PATH")
     for column in ("user_id", "item_id"):
         (row,) = fetch_row(
@@ -107,6 +109,8 @@ def check_raw_tables(db: duckdb.DuckDBPyConnection, files: Files) -> None:
         if row is not None:
             raise UserError(f"{source}, row {row + 1}: {column} is empty; fill or remove it")
     listing = files["items"][0] if files.get("items") else source
+    if not has_users and fetch_row(db, "SELECT count(*) FROM raw_items")[0] == 0:
+        raise UserError(f"{source} holds no item; give another by --file items=PATH")
     (unnamed,) = fetch_row(db, "SELECT count(*) FROM raw_items WHERE coalesce(item_id, '') = ''")
     if unnamed:
         raise UserError(f"{listing}: {plural(unnamed, 'item')} without an id; fill or remove it")

@@ -68,6 +68,15 @@ def create_described(db: duckdb.DuckDBPyConnection, path: Path) -> ItemsFile:
     return create_described_from(db, path, source, names)
 
 
+def create_described_from_ids(db: duckdb.DuckDBPyConnection) -> None:
+    """Create ``described`` with the item ids of ``raw_interactions`` and nothing else."""
+    db.execute(
+        "CREATE TABLE described AS SELECT DISTINCT item_id, NULL::VARCHAR AS text,"
+        " NULL::VARCHAR AS image, NULL::VARCHAR AS video, NULL::VARCHAR AS attributes"
+        " FROM raw_interactions"
+    )
+
+
 def create_described_from(
     db: duckdb.DuckDBPyConnection, path: Path, source: str, names: Sequence[str]
 ) -> ItemsFile:

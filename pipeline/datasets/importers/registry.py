@@ -6,7 +6,7 @@ entry point of the group ``mmrec.importers`` that refers to an
 """
 
 from features.registry import Registry
-from pipeline.datasets.importers import amazon, bili, movielens, sequences, table
+from pipeline.datasets.importers import amazon, bili, captions, movielens, recbole, sequences, table
 from pipeline.datasets.importers.base import Importer
 
 IMPORTERS: Registry[Importer] = Registry(
@@ -16,6 +16,8 @@ IMPORTERS: Registry[Importer] = Registry(
         "sequences": sequences.IMPORTER,
         "bili": bili.IMPORTER,
         "amazon": amazon.IMPORTER,
+        "recbole": recbole.IMPORTER,
+        "captions": captions.IMPORTER,
         "table": table.IMPORTER,
     },
     group="mmrec.importers",

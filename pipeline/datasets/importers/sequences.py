@@ -19,7 +19,7 @@ from pipeline.datasets.importers.base import (
     plural,
     quote_all,
 )
-from pipeline.datasets.importers.items import create_described
+from pipeline.datasets.importers.items import create_described, create_described_from_ids
 from pipeline.datasets.importers.media_files import create_raw_items
 from pipeline.datasets.importers.raw_sql import create_table, fetch_row, lines_sql
 
@@ -35,11 +35,7 @@ def read(db: duckdb.DuckDBPyConnection, root: Path, files: Files) -> ImportResul
     if files.get("items"):
         images = create_described(db, files["items"][0]).images
     else:
-        db.execute(
-            "CREATE TABLE described AS SELECT DISTINCT item_id, NULL::VARCHAR AS text,"
-            " NULL::VARCHAR AS image, NULL::VARCHAR AS video, NULL::VARCHAR AS attributes"
-            " FROM raw_interactions"
-        )
+        create_described_from_ids(db)
     return ImportResult(timestamps=False, notes=create_raw_items(db, root, files), images=images)
 
 

@@ -9,6 +9,8 @@ order of time.
 references (:mod:`pipeline.media.references`); in a Parquet file images may also be bytes. Every
 other column becomes an attribute. ``items`` may be JSONL as well.
 
+Without a file of items, the items are those of the interactions.
+
 Images and videos may also be files in the folders ``images`` and ``videos``, named by item id.
 Images may also be in ``images.tar`` or ``images.lmdb``.
 """
@@ -22,6 +24,7 @@ from pipeline.datasets.importers.base import (
     IMAGE_PATTERNS,
     VIDEO_PATTERNS,
     Files,
+    ImageColumn,
     Importer,
     ImportResult,
     plural,
@@ -32,7 +35,7 @@ from pipeline.datasets.importers.column_types import (
     id_sql,
     time_sql,
 )
-from pipeline.datasets.importers.items import create_described
+from pipeline.datasets.importers.items import create_described, create_described_from_ids
 from pipeline.datasets.importers.media_files import create_raw_items
 from pipeline.datasets.importers.raw_sql import (
     create_interactions,
@@ -51,6 +54,10 @@ def read(db: duckdb.DuckDBPyConnection, root: Path, files: Files) -> ImportResul
             value in the columns of text is empty.
     """
     unit = _create_interactions(db, files["interactions"][0])
+    if not files.get("items"):
+        create_described_from_ids(db)
+        notes = ("no file of items: models on item ids alone can be trained",)
+        return _result(db, unit, notes + create_raw_items(db, root, files))
     listing = files["items"][0]
     items = create_described(db, listing)
     n_items, n_texts = fetch_row(db, "SELECT count(*), count(text) FROM described")
@@ -59,11 +66,19 @@ def read(db: duckdb.DuckDBPyConnection, root: Path, files: Files) -> ImportResul
             f"{listing}: the column of text is empty in all of {plural(n_items, 'item')};"
             " fill the column, or leave it out for a catalogue without text"
         )
-    notes = create_raw_items(db, root, files)
+    return _result(db, unit, create_raw_items(db, root, files), items.images)
+
+
+def _result(
+    db: duckdb.DuckDBPyConnection,
+    unit: str | None,
+    notes: tuple[str, ...],
+    images: ImageColumn | None = None,
+) -> ImportResult:
     if unit:
         notes = (f"timestamps are stored as {unit} since 1970", *notes)
     (timestamps,) = fetch_row(db, "SELECT count(timestamp) FROM raw_interactions")
-    return ImportResult(timestamps=timestamps > 0, notes=notes, images=items.images)
+    return ImportResult(timestamps=timestamps > 0, notes=notes, images=images)
 
 
 def _create_interactions(db: duckdb.DuckDBPyConnection, path: Path) -> str | None:
@@ -88,6 +103,7 @@ IMPORTER = Importer(
         "images": IMAGE_PATTERNS,
         "videos": VIDEO_PATTERNS,
     },
+    required=("interactions",),
     read=read,
     example={
         "interactions.csv": "user_id,item_id,timestamp\nann,shoe,100\nann,hat,200\nbob,hat,150\n",

@@ -175,9 +175,9 @@ def test_a_file_that_is_no_parquet(tmp_path: Path) -> None:
 
 
 def test_a_missing_file_names_what_was_looked_for(tmp_path: Path) -> None:
-    message = _refused(tmp_path, {"interactions.csv": INTERACTIONS})
-    assert "items.parquet or items.csv or items.tsv or items.jsonl" in message
-    assert "--file items=PATH" in message
+    message = _refused(tmp_path, {"items.csv": ITEMS})
+    assert "interactions.parquet or interactions.csv or interactions.tsv" in message
+    assert "--file interactions=PATH" in message
 
 
 def test_files_and_folders_by_option(warehouse: Warehouse, tmp_path: Path) -> None:

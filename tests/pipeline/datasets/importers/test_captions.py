@@ -1,0 +1,43 @@
+"""Items without users: captions of images and videos."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from features.dataset import load_dataset
+from features.errors import UserError
+from features.warehouse import Warehouse
+from pipeline.datasets.prepare import PrepareOptions, prepare_dataset
+from tests.pipeline.datasets.raws import items_of, prepared
+
+FLICKR = "1_a.jpg#0\tA &amp; B\n1_a.jpg#1\tSecond\n2_b.jpg#0\tOnly\n"
+
+
+def test_several_captions_of_an_item(warehouse: Warehouse, tmp_path: Path) -> None:
+    content = {"flickr8k_captions.txt": FLICKR, "images/1_a.jpg": "x"}
+    info = prepared(warehouse, tmp_path / "raw", content, format="captions")
+    assert (info.users, info.items, info.interactions) == (0, 2, 0)
+    first, second = items_of(warehouse)
+    assert (first["item_id"], first["text"], first["image"]) == ("1_a", "A & B", "images/1_a.jpg")
+    assert json.loads(first["attributes"]) == {"captions": ["A & B", "Second"]}
+    assert (second["text"], second["image"]) == ("Only", None)
+    dataset = load_dataset(warehouse, "mine")
+    assert dataset.offsets.tolist() == [0]
+    assert len(dataset.eval_split("test").users) == 0
+    assert dataset.train_counts.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize(
+    "content", [{"captions.csv": ""}, {"captions.csv": "id,size\na,1\n"}, {"captions.txt": ""}]
+)
+def test_files_without_captions_are_refused(tmp_path: Path, content: dict[str, str]) -> None:
+    with pytest.raises(UserError, match="captions"):
+        prepared(Warehouse(tmp_path / "new"), tmp_path / "raw", content, format="captions")
+
+
+def test_the_test_captions_of_msr_vtt(warehouse: Warehouse, real_data: Path) -> None:
+    raw = real_data / "weird" / "captions"
+    info = prepare_dataset(warehouse, PrepareOptions(dataset="msr-vtt", raw=raw))
+    assert (info.users, info.items, info.interactions) == (0, 1000, 0)
+    assert all(row["text"] for row in items_of(warehouse, "msr-vtt"))

@@ -31,7 +31,7 @@ $(READY): pyproject.toml constraints.txt
 		|| { echo "this Python cannot make virtual environments; run: apt-get install python3-venv"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
-	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --group dev --editable .
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --group dev --editable '.[offline]'
 	touch $@
 
 clean:

@@ -11,10 +11,14 @@ _STATEMENT = """
 
 
 def demo(json: JsonOption = False, root: WarehouseOption = None) -> None:
-    """Make a small dataset and run prepare, extract, train, eval and sql on it, offline."""
+    """Make a small dataset and run prepare, extract, train, eval and sql on it, offline.
+
+    The features are those of the extra `offline` if it is installed, else those of `hashed`.
+    """
     from dataclasses import asdict
 
     from features.sql_views import query
+    from pipeline.backbones.listing import offline_backbone
     from pipeline.datasets.prepare import PrepareOptions
     from pipeline.extraction.options import ExtractOptions
     from trainer.config import SettingSources
@@ -22,14 +26,19 @@ def demo(json: JsonOption = False, root: WarehouseOption = None) -> None:
     from trainer.runs.spec import RunSpec
 
     warehouse = Warehouse(root)
-    console.notify("1. prepare: pictures, titles, clips, and users with a known taste")
+    console.notify("1. prepare: images, titles, videos, and users with a known taste")
     info = prepare.run_prepare(warehouse, PrepareOptions(dataset="demo"))
-    console.notify("2. extract: the weightless backbone `hashed` over pictures, titles and clips")
-    choices = ExtractOptions(image="hashed", text="hashed", video="hashed")
+    backbones = {modality: offline_backbone(modality) for modality in ("image", "text", "video")}
+    console.notify(
+        f"2. extract: {backbones['image']} over images and videos, {backbones['text']} over titles"
+    )
+    choices = ExtractOptions(
+        image=backbones["image"], text=backbones["text"], video=backbones["video"]
+    )
     extracted = extract.run_extract(warehouse, "demo", choices)
     reports = {}
     for model, settings in _TRAININGS.items():
-        features = ["image", "text"] if model == "mmsrec" else None
+        features = _feature_tables(backbones) if model == "mmsrec" else None
         spec = RunSpec.resolve(
             warehouse,
             model,
@@ -61,6 +70,11 @@ def demo(json: JsonOption = False, root: WarehouseOption = None) -> None:
     console.notify("4. sql: " + " ".join(_STATEMENT.split()))
     table = query(warehouse, _STATEMENT)
     console.table(table.column_names, zip(*(c.to_pylist() for c in table.columns), strict=True))
+
+
+def _feature_tables(backbones: dict[str, str]) -> list[str]:
+    """Return the tables of images and titles; the warehouse may have those of other backbones."""
+    return [f"{modality}={backbones[modality]}" for modality in ("image", "text")]
 
 
 _TRAININGS = {

@@ -3,12 +3,11 @@
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 from features.errors import UserError
 from pipeline.backbones.base import Backbone, split_pooling
+from pipeline.backbones.packages import PackagedWeights, require_library
 
 Maker = Callable[[str, str | None, str], Backbone]
 """Function of the name, the device (None to choose one) and the arithmetic. It imports the
@@ -41,8 +40,8 @@ class BackboneEntry:
     """Further repositories whose weights are needed, and files of torch's cache."""
     tokenizer: str = ""
     """Repository of the tokenizer, if it is another one."""
-    package: str = ""
-    """Installable package that contains the weights too, in its folder ``model``."""
+    package: PackagedWeights | None = None
+    """Weights in an installable package; the only ones if :attr:`hub` is empty."""
     model_type: str = ""
     """``model_type`` in the ``config.json`` of a transformers checkpoint."""
     implementation: str = ""
@@ -181,14 +180,45 @@ def hf(
     )
 
 
-def packaged(entry: BackboneEntry, package: str) -> BackboneEntry:
+def packaged(entry: BackboneEntry, package: PackagedWeights) -> BackboneEntry:
     """Return the entry of a transformers checkpoint whose weights an installable package contains.
 
     Args:
         entry: The entry of :func:`hf`.
-        package: Package that contains the weights in its folder ``model``.
+        package: Weights in a folder with all other files of the checkpoint.
     """
     return replace(entry, package=package, make=_hf_maker(entry.hub, package))
+
+
+def timm(arch: str, dim: int, licence: str, blocks: int, package: PackagedWeights) -> BackboneEntry:
+    """Return the entry of a timm model whose weights an installable package contains.
+
+    Args:
+        arch: Architecture, whose preprocessing in timm is that of the weights.
+        dim: Width of the embedding.
+        licence: Licence of the weights.
+        blocks: Number of blocks or stages after which the model can be cut.
+        package: The weights; their tensors have the order of timm's.
+    """
+
+    def make(name: str, device: str | None, compute: str) -> Backbone:
+        weights = package.verified(name)
+        require_library(name, "timm", "timm")
+        # timm takes seconds to import; missing weights are reported before that.
+        from pipeline.backbones.timm import from_package
+
+        return from_package(name, arch, weights, device, compute)
+
+    return BackboneEntry(
+        modalities=("image", "video"),
+        dim=dim,
+        library="timm",
+        checkpoint=package.distribution,
+        licence=licence,
+        blocks=blocks,
+        package=package,
+        make=make,
+    )
 
 
 def masked(entry: BackboneEntry, mask_ratio: float) -> BackboneEntry:
@@ -201,19 +231,22 @@ def masked(entry: BackboneEntry, mask_ratio: float) -> BackboneEntry:
     return replace(entry, make=_hf_maker(entry.hub, mask_ratio=mask_ratio))
 
 
-def _hf_maker(repository: str, package: str = "", **options: Any) -> Maker:
+def _hf_maker(repository: str, package: PackagedWeights | None = None, **options: Any) -> Maker:
     """Return the function that loads a transformers checkpoint.
 
     Args:
         repository: ``ORG/NAME`` on the hub.
-        package: Installable package that contains the weights too.
+        package: Weights in an installable package, which are preferred.
         **options: Further arguments of the class that runs the model type.
     """
 
     def make(name: str, device: str | None, compute: str) -> Backbone:
         from pipeline.backbones import hub
 
-        folder = packaged_folder(package) or hub.folder(name, repository)
+        if package is not None and package.find() is not None:
+            folder = package.verified(name).parent
+        else:
+            folder = hub.folder(name, repository)
         # transformers takes seconds to import; missing weights are reported before that.
         from pipeline.backbones.local_folder import open_transformers
 
@@ -258,12 +291,3 @@ def visualbert(repository: str, vision: str = "") -> BackboneEntry:
         implementation="pipeline.backbones.visualbert:VisualBert",
         make=make,
     )
-
-
-def packaged_folder(package: str) -> Path | None:
-    """Return the folder of weights in an installed package, without importing the package."""
-    spec = find_spec(package) if package else None
-    if spec is None or spec.origin is None:
-        return None
-    folder = Path(spec.origin).parent / "model"
-    return folder if (folder / "config.json").is_file() else None

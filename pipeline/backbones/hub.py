@@ -5,12 +5,22 @@ asked for the repository once, with a time limit, before anything is downloaded.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
-from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub import (
+    HfApi,
+    constants,
+    hf_hub_download,
+    snapshot_download,
+    try_to_load_from_cache,
+)
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    RepositoryNotFoundError,
+)
 
 from features.errors import UserError
 from pipeline.backbones.base import UnavailableError
@@ -21,6 +31,7 @@ PATIENCE = 5.0
 _PREFIX = "models--"  # prefix of a repository's folder in the cache
 _SMALL = ["*.json", "*.txt", "*.model"]  # configurations and vocabularies
 _SAFE = ["model.safetensors", "model-*.safetensors"]
+_MODULES = ["[0-9]_*/model.safetensors", "[0-9]_*/pytorch_model.bin"]  # of sentence-transformers
 _PICKLED = ["pytorch_model.bin", "pytorch_model-*.bin"]
 
 
@@ -99,12 +110,39 @@ def folder(name: str, repository: str) -> Path:
         return Path(snapshot_download(repository, local_files_only=True))
     require(name, repository, f"hub repository {repository}")
     try:
-        path = Path(snapshot_download(repository, allow_patterns=[*_SMALL, *_SAFE]))
+        path = Path(snapshot_download(repository, allow_patterns=[*_SMALL, *_SAFE, *_MODULES]))
         if not is_cached(repository):
             snapshot_download(repository, allow_patterns=_PICKLED)  # read as weights only
     except Exception as error:
         raise _download_error(name, repository, error) from None
     return path
+
+
+def file(name: str, repository: str, candidates: Sequence[str]) -> Path:
+    """Return the local path of one file of a repository; download it if necessary.
+
+    Args:
+        name: Name of the backbone, for messages.
+        repository: ``ORG/NAME`` on the hub.
+        candidates: Names of files; the first that the repository has is taken.
+
+    Raises:
+        UserError: No file is in the cache or can be downloaded.
+    """
+    for candidate in candidates:
+        path = try_to_load_from_cache(repository, candidate)
+        if isinstance(path, str):
+            return Path(path)
+    require(name, repository, f"hub repository {repository}")
+    error: Exception = FileNotFoundError(", ".join(candidates))
+    for candidate in candidates:
+        try:
+            return Path(hf_hub_download(repository, candidate))
+        except EntryNotFoundError as missing:
+            error = missing
+        except Exception as failed:
+            raise _download_error(name, repository, failed) from None
+    raise _download_error(name, repository, error)
 
 
 def tokenizer_folder(name: str, repository: str) -> Path:

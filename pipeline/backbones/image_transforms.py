@@ -23,6 +23,7 @@ Pixels8 = npt.NDArray[np.uint8]
 """(H, W, 3)."""
 TOLERANCE = 1e-6
 """Largest difference from the library's processor, in normalized values, which are about 1."""
+_CONVERSION = "MaybeConvertMode"  # open_clip's step that makes an image RGB
 _PROBES = ((97, 61), (64, 131), (40, 40), (300, 200))  # width, height
 
 
@@ -73,16 +74,31 @@ class ImageTransform:
 def of_open_clip(cfg: Any, device: torch.device) -> ImageTransform:
     """Return the transform that equals open_clip's ``image_transform_v2(cfg)``.
 
-    Images that were decoded as a draft are resized by torchvision's kernels on 8 bits, which takes
-    less than half the time: values may differ by 1 of 255, on noise by 2.
-
     Args:
         cfg: open_clip's ``PreprocessCfg``.
         device: Device to which batches are copied.
     """
     from open_clip.transform import image_transform_v2
 
-    *steps, _, normalize = image_transform_v2(cfg, is_train=False).transforms
+    return of_compose(image_transform_v2(cfg, is_train=False), device)
+
+
+def of_compose(compose: Any, device: torch.device) -> ImageTransform:
+    """Return the transform that equals torchvision's ``Compose`` of a library.
+
+    Images that were decoded as a draft are resized by torchvision's kernels on 8 bits, which takes
+    less than half the time: values may differ by 1 of 255, on noise by 2.
+
+    Args:
+        compose: Steps on a PIL image, then the conversion to a tensor, then ``Normalize``.
+        device: Device to which batches are copied.
+
+    Raises:
+        ValueError: The last step is not ``Normalize``.
+    """
+    *steps, _, normalize = compose.transforms
+    if not hasattr(normalize, "mean") or not hasattr(normalize, "std"):
+        raise ValueError(f"its transform ends in {type(normalize).__name__}, not in Normalize")
     resize_draft = _on_bytes(steps)
 
     def resize(image: Image.Image) -> Pixels8:
@@ -92,16 +108,22 @@ def of_open_clip(cfg: Any, device: torch.device) -> ImageTransform:
             image = step(image)
         return np.array(image)
 
-    return ImageTransform(resize, mean=normalize.mean, std=normalize.std, device=device)
+    return ImageTransform(
+        resize, mean=_numbers(normalize.mean), std=_numbers(normalize.std), device=device
+    )
+
+
+def _numbers(values: Any) -> list[float]:
+    """Return the numbers of a sequence or a tensor."""
+    return [float(value) for value in values]
 
 
 def _on_bytes(steps: Sequence[Any]) -> Callable[[Image.Image], Pixels8] | None:
     """Return the steps before ``ToTensor`` on 8-bit pixels; None unless they resize and crop."""
-    from open_clip.transform import MaybeConvertMode
     from torchvision.transforms import CenterCrop, Resize
     from torchvision.transforms.v2 import functional as tvf
 
-    first, *rest = [step for step in steps if not isinstance(step, MaybeConvertMode)]
+    first, *rest = [step for step in steps if type(step).__name__ != _CONVERSION]
     if not isinstance(first, Resize) or not all(isinstance(step, CenterCrop) for step in rest):
         return None
 

@@ -3,8 +3,8 @@
 from typing import Any
 
 from pipeline.backbones import hub
-from pipeline.backbones.entries import BackboneEntry, packaged_folder
-from pipeline.backbones.registry import BACKBONES
+from pipeline.backbones.entries import BackboneEntry
+from pipeline.backbones.registry import BACKBONES, OFFLINE, WEIGHTLESS
 
 
 def list_backbones() -> list[dict[str, Any]]:
@@ -38,10 +38,23 @@ def is_offline(entry: BackboneEntry) -> bool:
     """Return whether a backbone works without a network on this machine."""
     if entry.tokenizer and not hub.has_tokenizer(entry.tokenizer):
         return False
-    if packaged_folder(entry.package) is not None:
-        return True
+    if entry.package is not None and (not entry.hub or entry.package.find() is not None):
+        return entry.package.find() is not None
     return all(
         hub.torch_file(weights).is_file() if weights.endswith(".pth") else hub.is_cached(weights)
         for weights in (entry.hub, *entry.other_weights)
         if weights
     )
+
+
+def offline_backbone(modality: str) -> str:
+    """Return the backbone of a modality that needs no network: with weights, if they are installed.
+
+    Args:
+        modality: ``image``, ``text``, ``video`` or ``joint``.
+
+    Returns:
+        The name in :data:`OFFLINE` if its weights are on this machine, else :data:`WEIGHTLESS`.
+    """
+    name = OFFLINE.get(modality, WEIGHTLESS)
+    return name if is_offline(BACKBONES.find(name)) else WEIGHTLESS

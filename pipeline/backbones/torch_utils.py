@@ -3,14 +3,19 @@
 Legend: B inputs of a batch, T tokens of an input, D width of a token or vector.
 """
 
+import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from features.errors import UserError
 from pipeline.backbones.base import TokenIds, Vectors
+from pipeline.media.errors import one_line
 
 PROBE = "A título, IN CAPS: don't \u65e5\u672c 5x5 \U0001f3ac  end\n"
 """A text that two tokenizers rarely split alike: its tokens identify the tokenizer."""
@@ -41,6 +46,34 @@ def freeze(model: torch.nn.Module, device: torch.device) -> None:
     This order makes a ResNet-50 10% faster on a CPU, and suits the tensor cores of a GPU.
     """
     model.eval().requires_grad_(False).to(device).to(memory_format=torch.channels_last)
+
+
+@contextmanager
+def loading(name: str, library: str, location: Path) -> Iterator[None]:
+    """Turn any error of a library that loads a checkpoint into one line.
+
+    Args:
+        name: Name of the backbone, for the message.
+        library: Name of the library, for the message.
+        location: Folder or file of the checkpoint, for the message.
+
+    Raises:
+        UserError: The checkpoint cannot be loaded.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # a damaged checkpoint can raise any error
+        raise UserError(
+            f"backbone {name!r}: {library} cannot load {location} ({one_line(error)})"
+        ) from None
+
+
+def short_hash(*values: Any) -> str:
+    """Return a hash of values that JSON can express: 8 hexadecimal digits."""
+    document = json.dumps(values, sort_keys=True)
+    return hashlib.sha256(document.encode()).hexdigest()[:8]
 
 
 def batch_size(device: torch.device) -> int:

@@ -10,9 +10,7 @@ import transformers
 
 from features.checkpoint_fingerprint import fingerprint, quiet_transformers, stored_config
 from features.checkpoint_paths import check_shards
-from features.errors import UserError
 from pipeline.backbones import torch_utils
-from pipeline.media.errors import one_line
 
 OWN_CODE: dict[str, Any] = {"trust_remote_code": False}  # without it, transformers asks the user
 _HEADS = ("pooler", "mask_token", "position_ids")  # may be missing: no vector depends on them
@@ -66,22 +64,16 @@ def load_model(
 
 
 @contextmanager
-def loading(name: str, folder: Path) -> Iterator[None]:
+def loading(name: str, folder: Path, *, library: str = "transformers") -> Iterator[None]:
     """Silence transformers, and turn any error of the library into one line.
 
     Args:
         name: Name of the backbone, for the message.
         folder: Folder of the checkpoint, for the message.
+        library: Name of the library, for the message.
 
     Raises:
         UserError: The checkpoint cannot be loaded.
     """
-    try:
-        with quiet_transformers():
-            yield
-    except UserError:
-        raise
-    except Exception as error:  # a damaged checkpoint can raise any error
-        raise UserError(
-            f"backbone {name!r}: transformers cannot load {folder} ({one_line(error)})"
-        ) from None
+    with torch_utils.loading(name, library, folder), quiet_transformers():
+        yield

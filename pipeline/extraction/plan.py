@@ -9,9 +9,11 @@ from features.provenance import Provenance
 from features.registry import Registry
 from features.schema import MODALITIES
 from features.warehouse import DatasetInfo, Warehouse
-from pipeline.backbones.base import Backbone, UnavailableError
+from pipeline.backbones.base import POOLED, Backbone, UnavailableError
+from pipeline.backbones.listing import offline_backbone
 from pipeline.backbones.loading import check_modality, load_backbone, wrong_modality
-from pipeline.backbones.registry import DEFAULT
+from pipeline.backbones.packages import INSTALL
+from pipeline.backbones.registry import DEFAULT, OFFLINE, WEIGHTLESS
 from pipeline.extraction.items import ItemInputs
 from pipeline.extraction.loading import MAX_TEXT_CHARS
 from pipeline.extraction.options import ExtractOptions
@@ -84,7 +86,7 @@ def plan_extraction(warehouse: Warehouse, dataset: str, options: ExtractOptions)
         items=items,
         options=options,
         names=names,
-        backbones=_load_backbones(names, options),
+        backbones=_load_backbones(info.name, names, options),
     )
 
 
@@ -145,7 +147,9 @@ def _choose_backbones(dataset: str, items: ItemInputs, names: dict[str, str]) ->
     return names
 
 
-def _load_backbones(names: dict[str, str], options: ExtractOptions) -> dict[str, Backbone]:
+def _load_backbones(
+    dataset: str, names: dict[str, str], options: ExtractOptions
+) -> dict[str, Backbone]:
     """Load each backbone once, before any input is read: a missing backbone is reported early."""
     loaded: dict[str, Backbone] = {}
     for modality, name in names.items():
@@ -154,10 +158,31 @@ def _load_backbones(names: dict[str, str], options: ExtractOptions) -> dict[str,
             try:
                 loaded[name] = load_backbone(name, device=options.device, compute=options.compute)
             except UnavailableError as error:
-                same = " ".join(f"--{key} hashed" for key in names if names[key] == name)
-                raise UserError(f"{error}, or {same}, which has no weights") from None
+                advice = _offline_command(dataset, names, name, options.level)
+                raise UserError(f"{error}, or run: {advice}") from None
         _check_level(loaded[name], modality, options.level)
     return {modality: loaded[name] for modality, name in names.items()}
+
+
+def _offline_command(dataset: str, names: dict[str, str], name: str, level: str) -> str:
+    """Return the command that extracts without a backbone that is unavailable.
+
+    Args:
+        dataset: Name of the dataset.
+        names: Modality -> name of the backbone that was asked for.
+        name: The backbone that is unavailable.
+        level: Level that was asked for.
+    """
+    others = {key: offline_backbone(key) for key, asked in names.items() if asked == name}
+    chosen = {**names, **others}
+    flags = " ".join(f"--{modality} {backbone}" for modality, backbone in chosen.items())
+    command = f"mmrec extract --dataset {dataset} {flags}"
+    command += f" --level {level}" if level != POOLED else ""
+    lacks = [key for key, backbone in others.items() if backbone == WEIGHTLESS and key in OFFLINE]
+    if lacks:
+        offline = " and ".join(dict.fromkeys(OFFLINE[modality] for modality in lacks))
+        command += f" ({WEIGHTLESS} has no weights; for {offline} run first: {INSTALL})"
+    return command
 
 
 def _check_level(backbone: Backbone, modality: str, level: str) -> None:

@@ -157,6 +157,63 @@ def visualbert_folder(folder: Path, *, seed: int = 0, width: int = 16) -> Path:
     return folder
 
 
+TIMM: dict[str, dict[str, Any]] = {
+    "test_efficientnet": {},
+    "test_resnet": {},
+    "test_convnext": {},
+    "test_vit": {"img_size": 32, "patch_size": 8},
+    "swin_tiny_patch4_window7_224": {
+        "img_size": 32, "patch_size": 2, "window_size": 4, "embed_dim": 8, "depths": (1, 1, 2),
+        "num_heads": (1, 2, 2),
+    },
+}  # fmt: skip
+"""Architecture of timm -> arguments that make it tiny: convolutions, blocks, channels last."""
+
+
+def timm_model(arch: str, *, seed: int = 0) -> Any:
+    """A tiny timm model with random weights and running statistics, for images of 32 pixels."""
+    import timm
+
+    torch.manual_seed(seed)
+    overlay = {"input_size": (3, 32, 32), "crop_pct": 0.8}
+    arguments: dict[str, Any] = TIMM[arch]
+    model: Any = timm.create_model(arch, num_classes=7, pretrained_cfg_overlay=overlay, **arguments)
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point():
+            shift = 0.0 if "running_var" in name else 0.5
+            tensor.add_((torch.rand_like(tensor) - shift) * 0.2)
+    return model.eval()
+
+
+def timm_folder(folder: Path, arch: str = "test_efficientnet", *, seed: int = 0) -> Path:
+    """A timm model, as timm saves it for the hub."""
+    import timm
+
+    model = timm_model(arch, seed=seed)
+    save: Any = timm.models.save_for_hf
+    save(model, folder, model_args=TIMM[arch], safe_serialization=True)
+    return folder
+
+
+def sentence_folder(folder: Path, *, dense: int = 0, seed: int = 0, **changed: Any) -> Path:
+    """A sentence-transformers model: BERT, mean, a dense layer if asked for, unit length."""
+    import sentence_transformers
+    from sentence_transformers.base import modules as layers
+    from sentence_transformers.sentence_transformer.modules import Pooling
+
+    bert_folder(folder.with_name(f"{folder.name}-bert"), seed=seed)
+    transformer = layers.Transformer(
+        str(folder.with_name(f"{folder.name}-bert")), max_seq_length=24
+    )
+    modules: list[Any] = [transformer, Pooling(32, pooling_mode=changed.pop("mode", "mean"))]
+    if dense:
+        modules.append(layers.Dense(32, dense))
+    modules.append(layers.Normalize())
+    model = sentence_transformers.SentenceTransformer(modules=modules, device="cpu", **changed)
+    model.save(str(folder), create_model_card=False)
+    return folder
+
+
 def tiny_folder(folder: Path, model_type: str, modalities: tuple[str, ...]) -> Path:
     """A tiny model of any model type of transformers."""
     if model_type == "groupvit":

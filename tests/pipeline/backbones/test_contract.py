@@ -29,7 +29,14 @@ NAMES = [
     for name, entry in BACKBONES.items()
     if not any(weights.endswith(".pth") for weights in entry.other_weights)
 ]
-FOLDERS = ["CLIP", "Siglip"]  # of transformers, for which the registry has no name
+FOLDERS = {  # of libraries and kinds for which the registry has no name, or packages only
+    "CLIP": lambda folder: checkpoints.clip_folder(folder, kind="CLIP"),
+    "Siglip": lambda folder: checkpoints.clip_folder(folder, kind="Siglip"),
+    "timm": checkpoints.timm_folder,
+    "timm-vit": lambda folder: checkpoints.timm_folder(folder, "test_vit"),
+    "sentence": checkpoints.sentence_folder,
+}
+SOURCES = {"sentence": "sentence-transformers:"}  # prefix of the folder's path
 
 
 @pytest.fixture(scope="module", params=[*NAMES, *FOLDERS])
@@ -39,7 +46,9 @@ def backbone(
     name, folder = request.param, tmp_path_factory.mktemp("weights")
     with pytest.MonkeyPatch.context() as patch:
         if name in FOLDERS:
-            name = str(checkpoints.clip_folder(folder / name, kind=name))
+            name = f"{SOURCES.get(name, '')}{FOLDERS[name](folder / name)}"
+        elif not BACKBONES[name].hub and not is_offline(BACKBONES[name]):
+            pytest.skip(f"the package with the weights of {name} is not installed")
         elif not is_offline(BACKBONES[name]):
             patch.setattr(constants, "HF_HUB_CACHE", str(folder))
             patch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -72,7 +81,7 @@ def test_it_describes_itself(backbone: Backbone) -> None:
         assert slug(backbone.name) == backbone.name  # the folder of its tables has its name
         assert entry.licence or not entry.hub
         assert entry.checkpoint
-        assert entry.library in ("open_clip", "transformers", "mmrec")
+        assert entry.library in ("open_clip", "transformers", "timm", "mmrec")
     assert backbone.checkpoint
     assert backbone.compute == "float32"
     assert backbone.batch_size > 0

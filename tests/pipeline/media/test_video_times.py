@@ -126,9 +126,21 @@ def test_a_still_image_is_a_video_of_one_frame() -> None:
         assert sample_frames(stream, lambda image: image.size, 3) == ([(64, 48)], False)
 
 
-def test_joined_files_run_on(tmp_path: Path) -> None:
-    part = write(tmp_path / "a.ts", TEN_SECONDS[:50])
-    assert seconds(part + part, None) == pytest.approx([0, 1, 2, 3, 4] * 2, abs=0.16)
+@pytest.mark.parametrize("count", [None, 1, 2, 5, 9])
+@pytest.mark.parametrize("lengths", [(50, 50), (30, 90), (90, 30), (20, 100, 40)])
+@pytest.mark.parametrize("starts", [(0, 0, 0), (200, 0, 5), (0, 1, 0)])
+def test_joined_files_run_on(
+    tmp_path: Path, lengths: tuple[int, ...], starts: tuple[int, ...], count: int | None
+) -> None:
+    """Each file begins where the one before ends if its timestamps jump back."""
+    parts = [
+        write(tmp_path / f"{length}.ts", TEN_SECONDS[:length], start=start)
+        for length, start in zip(lengths, starts, strict=False)
+    ]
+    joined = [time for length in lengths for time in TEN_SECONDS[:length]]
+    shown = on_screen([index / 10 for index in range(len(joined))], len(joined) / 10, count)
+    expected = [joined[round(10 * time)] for time in shown]
+    assert seconds(b"".join(parts), count) == pytest.approx(expected, abs=0.16)
 
 
 CORNER = np.zeros((48, 64, 3), np.uint8)

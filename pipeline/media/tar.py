@@ -19,18 +19,20 @@ _MOST_HEADER = 1 << 20  # bytes of one header; names are shorter
 
 
 class TarMember(NamedTuple):
-    """One regular file of a tar."""
+    """One regular file of a tar, or a link."""
 
     name: str
     """Without a leading ``./``."""
-    offset: int
+    offset: int | None
+    """None for a link that leads to no regular file of the tar."""
     size: int
 
 
 def tar_members(path: Path) -> Iterator[TarMember]:
     """Yield the regular files of a tar in its order, without devices and sparse files.
 
-    Links to files of the same tar follow at the end, each with the place of the file it refers to.
+    Links follow at the end, each with the place of the file of the same tar that it refers to, or
+    without a place if there is none.
 
     Raises:
         ContainerError: The path is not a tar, or a compressed one.
@@ -50,7 +52,7 @@ def tar_members(path: Path) -> Iterator[TarMember]:
 
 
 def _linked_members(path: Path, links: Mapping[str, str]) -> Iterator[TarMember]:
-    """Yield the links that lead to a regular file of the tar, in a second pass over the tar."""
+    """Yield the links with the places of their files, in a second pass over the tar."""
     targets = {}
     for name in links:
         target = name
@@ -58,7 +60,7 @@ def _linked_members(path: Path, links: Mapping[str, str]) -> Iterator[TarMember]
             target = links.get(target, target)
         targets[name] = target
     wanted = set(targets.values())
-    files = {
+    files: dict[str, tuple[int, int]] = {
         name: (entry.offset_data, entry.size)
         for entry in _entries(path)
         if entry.isreg()
@@ -66,8 +68,7 @@ def _linked_members(path: Path, links: Mapping[str, str]) -> Iterator[TarMember]
         and (name := entry.name.removeprefix("./")) in wanted
     }
     for name, target in targets.items():
-        if target in files:
-            yield TarMember(name, *files[target])
+        yield TarMember(name, *files.get(target, (None, 0)))
 
 
 def _entries(path: Path) -> Iterator[tarfile.TarInfo]:
@@ -108,8 +109,9 @@ class TarImages:
         self.path = path
         names, extents = array("Q"), array("q")
         for member in tar_members(path):
-            names.append(_name_hash(member.name))
-            extents.extend((member.offset, member.size))
+            if member.offset is not None:
+                names.append(_name_hash(member.name))
+                extents.extend((member.offset, member.size))
         hashes = np.frombuffer(names, dtype=np.uint64) if names else np.zeros(0, np.uint64)
         order = np.argsort(hashes, kind="stable")
         self._hashes = hashes[order]

@@ -5,6 +5,7 @@ value, as pandas writes it.
 """
 
 import re
+from math import inf
 from pathlib import Path
 from typing import cast
 
@@ -64,10 +65,8 @@ def parquet_sql(db: duckdb.DuckDBPyConnection, path: Path) -> str:
     columns, is_changed = [], False
     for name, kind in column_types(db, source).items():
         column = quote_identifier(name)
-        value = _without_nan(column, kind)
-        duration = schema.field(name).type if name in schema.names else None
-        if duration is not None and pa.types.is_duration(duration):
-            value = f"to_microseconds(({_MICROSECONDS[duration.unit]} {column})::BIGINT)"
+        arrow_type = schema.field(name).type if name in schema.names else None
+        value = _value_sql(column, kind, arrow_type)
         is_changed |= value != column
         columns.append(f"{value} AS {column}")
     if not is_changed:
@@ -86,35 +85,60 @@ def read_error(path: Path, error: Exception) -> UserError:
     return UserError(f"{path} is not a readable Parquet file ({reason}); copy it again")
 
 
-def _without_nan(value: str, kind: DuckDBPyType, depth: int = 0) -> str:
-    """Return SQL of a value with NULL for NaN; within lists, structs and maps also for infinity."""
+def _value_sql(
+    value: str, kind: DuckDBPyType, arrow_type: pa.DataType | None, depth: int = 0
+) -> str:
+    """Return SQL of a value with NULL for NaN, and with intervals for durations.
+
+    Within lists, structs and maps also infinity is NULL. DuckDB reads a duration as an integer
+    without its unit.
+    """
+    if arrow_type is not None and pa.types.is_duration(arrow_type):
+        return f"to_microseconds(({_MICROSECONDS[arrow_type.unit]} {value})::BIGINT)"
     if kind.id in ("float", "double"):
         missing = "'nan', 'inf', '-inf'" if depth else "'nan'"
         return f"CASE WHEN {value}::VARCHAR NOT IN ({missing}) THEN {value} END"
     if kind.id == "list":
         ((_, child),) = _children(kind)
         entry = f"entry_{depth}"
-        inner = _without_nan(entry, child, depth + 1)
+        inner = _value_sql(entry, child, getattr(arrow_type, "value_type", None), depth + 1)
         return value if inner == entry else f"list_transform({value}, lambda {entry}: {inner})"
     if kind.id == "map":
-        (_, (_, child)) = _children(kind)
+        ((_, key_kind), (_, child)) = _children(kind)
         entry = f"entry_{depth}"
-        inner = _without_nan(f"{entry}.value", child, depth + 1)
-        packed = f"struct_pack(key := {entry}.key, value := {inner})"
+        key_type, item_type = (
+            getattr(arrow_type, name, None) for name in ("key_type", "item_type")
+        )
+        key = _value_sql(f"{entry}.key", key_kind, key_type, depth + 1)
+        inner = _value_sql(f"{entry}.value", child, item_type, depth + 1)
+        if (key, inner) == (f"{entry}.key", f"{entry}.value"):
+            return value
+        packed = f"struct_pack(key := {key}, value := {inner})"
         entries = f"list_transform(map_entries({value}), lambda {entry}: {packed})"
-        return value if inner == f"{entry}.value" else f"map_from_entries({entries})"
+        return f"map_from_entries({entries})"
     if kind.id == "struct":
-        fields = [
-            (quote_identifier(name), f"{value}.{quote_identifier(name)}", child)
-            for name, child in _children(kind)
-        ]
-        inners = [_without_nan(field, child, depth + 1) for _, field, child in fields]
-        if inners != [field for _, field, _ in fields]:
-            packed = ", ".join(
-                f"{name} := {inner}" for (name, _, _), inner in zip(fields, inners, strict=True)
-            )
-            return f"CASE WHEN {value} IS NOT NULL THEN struct_pack({packed}) END"
+        return _struct_sql(value, kind, arrow_type, depth)
     return value
+
+
+def _struct_sql(value: str, kind: DuckDBPyType, arrow_type: pa.DataType | None, depth: int) -> str:
+    fields = [
+        (quote_identifier(name), f"{value}.{quote_identifier(name)}", child)
+        for name, child in _children(kind)
+    ]
+    types: list[pa.DataType | None] = [None] * len(fields)
+    if arrow_type is not None and pa.types.is_struct(arrow_type):
+        types = [arrow_type.field(index).type for index in range(len(fields))]
+    inners = [
+        _value_sql(field, child, child_type, depth + 1)
+        for (_, field, child), child_type in zip(fields, types, strict=True)
+    ]
+    if inners == [field for _, field, _ in fields]:
+        return value
+    packed = ", ".join(
+        f"{name} := {inner}" for (name, _, _), inner in zip(fields, inners, strict=True)
+    )
+    return f"CASE WHEN {value} IS NOT NULL THEN struct_pack({packed}) END"
 
 
 def id_sql(name: str, kind: DuckDBPyType) -> str:
@@ -137,9 +161,42 @@ def check_ids(
         return
     if not _NUMBERS.fullmatch(str(kind)):
         raise type_error(path, name, kind, "write the ids as text or integers")
+    _check_exact(db, path, source, name, kind, "write the ids as text or integers")
+
+
+def check_times(
+    db: duckdb.DuckDBPyConnection, path: Path, source: str, name: str, kind: DuckDBPyType
+) -> None:
+    """Check that the numbers of a column of times are exact; floats of large numbers are rounded.
+
+    Seconds since 1970 lose up to 64 seconds as floats of 32 bits, which changes the order.
+
+    Raises:
+        UserError: A number is not whole, or too large to be exact.
+    """
+    if _NUMBERS.fullmatch(str(kind)):
+        _check_exact(
+            db, path, source, name, kind, "write the times as integers or timestamps", 2.0**63
+        )
+
+
+def _check_exact(
+    db: duckdb.DuckDBPyConnection,
+    path: Path,
+    source: str,
+    name: str,
+    kind: DuckDBPyType,
+    remedy: str,
+    most: float = inf,
+) -> None:
+    arrow_type = _arrow_type(path, name)
+    # DuckDB reads decimals of more than 38 digits as floats.
+    if kind.id == "double" and arrow_type is not None and pa.types.is_decimal(arrow_type):
+        raise UserError(f"{path}: the column {name!r} is of type {arrow_type}; {remedy}")
     column = quote_identifier(name)
-    limit = _exact_limit(path, name, kind)
-    inexact = f" OR abs(value) > {limit}" if limit else ""
+    limit = _exact_limit(arrow_type, kind)
+    # Numbers outside the range of 64 bits have an error of their own as times.
+    inexact = f" OR abs(value) > {limit} AND abs(value) <= '{most}'::DOUBLE" if limit else ""
     bad = db.sql(
         f"SELECT row, value FROM (SELECT row_number() OVER () AS row, {column} AS value"
         f" FROM {source}) WHERE value <> trunc(value){inexact} ORDER BY row LIMIT 1"
@@ -147,15 +204,21 @@ def check_ids(
     if bad:
         ((row, value),) = bad
         raise UserError(
-            f"{path}, row {row}: {name} is {value!s}, not a whole number that {kind} holds exactly;"
-            " write the ids as text or integers"
+            f"{path}, row {row}: {name} is {value!s}, not a whole number that {kind} holds"
+            f" exactly; {remedy}"
         )
 
 
-def _exact_limit(path: Path, name: str, kind: DuckDBPyType) -> int | None:
+def _arrow_type(path: Path, name: str) -> pa.DataType | None:
+    """Return the type of a column of a Parquet file; None if Parquet has no column of the name."""
+    schema = pq.read_schema(path)
+    return schema.field(name).type if name in schema.names else None
+
+
+def _exact_limit(arrow_type: pa.DataType | None, kind: DuckDBPyType) -> int | None:
     """Return the limit of the whole numbers that a column holds exactly; None if there is none."""
     # DuckDB reads floats of 16 bits as floats of 32 bits.
-    if str(kind) == "FLOAT" and pa.types.is_float16(pq.read_schema(path).field(name).type):
+    if arrow_type is not None and pa.types.is_float16(arrow_type):
         return _EXACT_HALF
     return _EXACT.get(str(kind))
 

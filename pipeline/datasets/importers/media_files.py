@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Literal
 from unicodedata import normalize
 
 import duckdb
@@ -36,6 +37,7 @@ _VIDEO_SUFFIXES = frozenset(
         ".m2ts", ".flv", ".f4v", ".wmv", ".ogv", ".3gp",
     )
 )  # fmt: skip
+_Kind = Literal["media", "other", "link"]
 _ROLES = {"image": "images", "video": "videos"}
 """Column of ``described`` to the role of its files."""
 
@@ -65,7 +67,7 @@ def create_raw_items(
     notes: list[str] = []
     for column, role in _ROLES.items():
         notes += _create_references(db, root, files, column)
-        _create_listing(db, root, role, files.get(role, ()))
+        notes += _create_listing(db, root, role, files.get(role, ()))
         if role == "images" and image_names is not None:
             _rename_images(db, image_names)
         notes += _listing_notes(db, role)
@@ -202,8 +204,10 @@ def _other_notes(db: duckdb.DuckDBPyConnection, role: str) -> Iterator[str]:
 
 def _create_listing(
     db: duckdb.DuckDBPyConnection, root: Path, role: str, paths: tuple[Path, ...]
-) -> None:
+) -> list[str]:
     """Create the table ``role`` (item_id, path, n) with one row for each item id.
+
+    Return a message about links without a file.
 
     ``<role>_others`` (item_id, path) has the files of other endings that an item id may name: the
     item id is their name with and without the ending.
@@ -213,9 +217,12 @@ def _create_listing(
     """
     listed: list[tuple[str, str]] = []
     others: list[tuple[str, str]] = []
+    dangling: list[str] = []
     for path in paths:
-        for name, reference, is_media in _list(root, role, path):
-            if is_media:
+        for name, reference, kind in _list(root, role, path):
+            if kind == "link":
+                dangling.append(reference)
+            elif kind == "media":
                 listed.append((name, reference))
             else:
                 names = {_item_id(name), normalize("NFC", os.path.basename(name))}
@@ -229,6 +236,12 @@ def _create_listing(
         " FROM (SELECT *, row_number() OVER () AS row FROM _listing) GROUP BY item_id"
     )
     db.unregister("_listing")
+    if not dangling:
+        return []
+    return [
+        f"{plural(len(dangling), 'link')} in {role} without a file (such as"
+        f" {quote_all(sorted(dangling)[:3])}); pack the files that the links name into the same tar"
+    ]
 
 
 def _rename_images(db: duckdb.DuckDBPyConnection, names: str) -> None:
@@ -258,10 +271,11 @@ def _reference_table(pairs: list[tuple[str, str]]) -> pa.Table:
     )
 
 
-def _list(root: Path, role: str, path: Path) -> Iterator[tuple[str, str, bool]]:
-    """Yield (item id, reference, True) of each file in a folder or container.
+def _list(root: Path, role: str, path: Path) -> Iterator[tuple[str, str, _Kind]]:
+    """Yield (item id, reference, "media") of each file in a folder or container.
 
-    A file whose ending is neither that of an image nor of a video is (name, reference, False).
+    A file whose ending is neither that of an image nor of a video is (name, reference, "other"),
+    and a link in a tar that leads to no file is (name, reference, "link").
 
     Raises:
         UserError: ``path`` is neither a folder nor a container that the role can have.
@@ -271,17 +285,17 @@ def _list(root: Path, role: str, path: Path) -> Iterator[tuple[str, str, bool]]:
     if role == "videos" and (kind or not path.is_dir()):
         raise UserError(f"{path} is not a folder; videos are read from files only, unpack it")
     if kind == "tar":
-        for name, is_image in sorted(_image_names(path)):
-            yield _item_id(name) if is_image else name, f"{base}#{name}", is_image
+        for name, member in sorted(_image_names(path)):
+            yield _item_id(name) if member == "media" else name, f"{base}#{name}", member
     elif kind == "lmdb" or path.suffix.lower() == ".lmdb":
         with LmdbImages(path) as images:
             for key in list(images.keys()):
-                yield normalize("NFC", key), f"{base}#{key}", True
+                yield normalize("NFC", key), f"{base}#{key}", "media"
     elif path.is_dir():
         suffixes = _IMAGE_SUFFIXES if role == "images" else _VIDEO_SUFFIXES
         for file, is_media in _files(path, suffixes):
             reference = os.path.join(base, os.path.relpath(file, path))
-            yield _item_id(file) if is_media else file, reference, is_media
+            yield ((_item_id(file), reference, "media") if is_media else (file, reference, "other"))
     else:
         raise UserError(f"{path} is not a folder, tar or LMDB; give one by --file {role}=PATH")
 
@@ -296,8 +310,8 @@ def _item_id(path: str) -> str:
     return normalize("NFC", os.path.splitext(os.path.basename(path))[0])
 
 
-def _image_names(path: Path) -> Iterator[tuple[str, bool]]:
-    """Yield (name, True) of the images in a tar, and (name, False) of files of unknown endings.
+def _image_names(path: Path) -> Iterator[tuple[str, _Kind]]:
+    """Yield (name, kind) of the images, links without a file and other files in a tar.
 
     Hidden files and those in hidden folders are left out.
     """
@@ -307,7 +321,10 @@ def _image_names(path: Path) -> Iterator[tuple[str, bool]]:
         hidden = any(part.startswith(".") for part in parts)
         is_image = suffix in _IMAGE_SUFFIXES
         if (is_image or suffix not in _VIDEO_SUFFIXES) and not hidden and _is_utf8(member.name):
-            yield member.name, is_image
+            if member.offset is None and is_image:
+                yield member.name, "link"
+            elif member.offset is not None:
+                yield member.name, "media" if is_image else "other"
 
 
 def _files(folder: Path, suffixes: frozenset[str]) -> Iterator[tuple[str, bool]]:

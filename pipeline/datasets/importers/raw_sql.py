@@ -242,8 +242,11 @@ def _time_fault(text: str) -> str:
 def integer_sql(value: str) -> str:
     """Return SQL that is a BIGINT for a whole number and NULL otherwise; a cast would round."""
     number = f"TRY_CAST({value} AS DOUBLE)"
+    decimal = f"TRY_CAST({value} AS DECIMAL(38, 9))"
+    # A DOUBLE of 2^53 and more is whole even if the number is not.
+    is_whole = f"(abs({number}) < {1 << 53} OR {decimal} = trunc({decimal}))"
     return (
-        f"CASE WHEN isfinite({number}) AND {number} = trunc({number})"
+        f"CASE WHEN isfinite({number}) AND {number} = trunc({number}) AND {is_whole}"
         f" THEN TRY_CAST({value} AS BIGINT) END"
     )
 

@@ -31,6 +31,7 @@ from pipeline.datasets.importers.base import (
 )
 from pipeline.datasets.importers.column_types import (
     check_ids,
+    check_times,
     column_types,
     id_sql,
     time_sql,
@@ -91,6 +92,8 @@ def _create_interactions(db: duckdb.DuckDBPyConnection, path: Path) -> str | Non
     user, item = id_sql(user, types[user]), id_sql(item, types[item])
     column = find_optional_column(names, "timestamp")
     time, unit = time_sql(path, column, types[column]) if column else (None, None)
+    if column:
+        check_times(db, path, source, column, types[column])
     create_interactions(db, path, source, user=user, item=item, time=time)
     return unit
 

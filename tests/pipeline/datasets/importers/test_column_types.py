@@ -1,6 +1,7 @@
 """Columns of Parquet files: NaN, floats, lists, and types that cannot be used."""
 
 import json
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from tests.pipeline.datasets.raws import (
     sequences_of,
 )
 
+UNITS = ["s", "ms", "us", "ns"]
 NAN, INF = float("nan"), float("inf")
 
 
@@ -77,6 +79,11 @@ def test_columns_of_text(
         (pa.array([[{"en": "x"}]] * 3), "STRUCT"),
         (pa.array([[("en", "x")]] * 3, pa.map_(pa.string(), pa.string())), "MAP"),
         (pa.array([1, 2, 3], pa.duration("s")), "INTERVAL"),
+        *((pa.array([[1], None, []], pa.list_(pa.duration(u))), "INTERVAL") for u in UNITS),
+        (pa.array([[1, 2]] * 3, pa.list_(pa.duration("ns"), 2)), "INTERVAL"),
+        (pa.array([[[1]]] * 3, pa.large_list(pa.list_(pa.duration("ms")))), "INTERVAL"),
+        (pa.array([{"t": 1}] * 3, pa.struct([("t", pa.duration("s"))])), "INTERVAL"),
+        (pa.array([[("k", 1)]] * 3, pa.map_(pa.string(), pa.duration("us"))), "INTERVAL"),
     ],
 )
 def test_columns_that_are_no_text_are_refused_by_name(
@@ -147,6 +154,7 @@ def test_float_ids_of_items_with_images_as_bytes(warehouse: Warehouse, tmp_path:
         (pa.array([1.0, INF, 2.5]), "row 2: {} is inf, not a whole number"),
         (pa.array([2.0**60, 1.0, 2.0]), "row 1: {} is 1.152921504606847e+18"),
         (pa.array([2.0**25, 1.0, 2.0], pa.float32()), "row 1: {} is 33554432.0"),
+        (pa.array([1, 2, 3], pa.decimal256(50, 0)), "'{}' is of type decimal256(50, 0)"),
         (pa.array([True, False, True]), "'{}' is of type BOOLEAN"),
         (pa.array([["u"], ["v"], ["v"]]), "'{}' is of type VARCHAR[]"),
         (pa.array([{"id": 1}] * 3), "'{}' is of type STRUCT"),
@@ -192,6 +200,15 @@ def test_times_of_every_unit_and_zone(
         (pa.array([1, 1 << 63, 2], pa.uint64()), "row 2: .*outside the range"),
         (pa.array([1.0, 1e30, 2.0]), "row 2: .*outside the range"),
         (pa.array([1.0, 1.5, 2.0]), "row 2: .*1.5.*not a whole number"),
+        (pa.array([1.7e9, 1.7e9, 2.0], pa.float32()), "row 1: .*FLOAT holds exactly"),
+        (pa.array([1.0, 1.0, 4096.0], pa.float16()), "row 3: .*holds exactly"),
+        (pa.array([1.0, 1.7e18, 2.0]), "row 2: .*DOUBLE holds exactly"),
+        (pa.array([1, 2, 3], pa.decimal256(50, 0)), "decimal256"),
+        (
+            pa.array([Decimal("1"), Decimal("9007199254740993.5"), Decimal("2")]),
+            "row 2: .*not a whole number",
+        ),
+        (pa.array(["1", "9007199254740993.5", "2"]), "row 2: .*not a whole number"),
         (pa.array([True, False, True]), "'timestamp' is of type BOOLEAN"),
         (pa.array([1, 2, 3], pa.duration("ns")), "'timestamp' is of type INTERVAL"),
         (pa.array([1, 2, 3], pa.time32("s")), "'timestamp' is of type TIME"),
@@ -202,6 +219,24 @@ def test_columns_that_are_no_times(tmp_path: Path, values: pa.Array, expected: s
     _interactions(tmp_path / "raw", timestamp=values)
     with pytest.raises(UserError, match=expected):
         prepared(Warehouse(tmp_path / "none"), tmp_path / "raw", {})
+
+
+@pytest.mark.parametrize(
+    "kind", [pa.decimal128(38, 0), pa.decimal128(30, 4), pa.int64(), pa.uint64(), pa.string()]
+)
+@pytest.mark.parametrize("first", [(1 << 53) + 1, 1_700_000_000_000_000_001, (1 << 63) - 3])
+def test_large_numbers_keep_every_digit(
+    warehouse: Warehouse, tmp_path: Path, kind: pa.DataType, first: int
+) -> None:
+    numbers = [first + 1, first, first + 2]
+    values = pa.array([str(n) for n in numbers]).cast(kind)
+    _interactions(tmp_path / "raw", user_id=["u"] * 3, timestamp=values)
+    prepared(warehouse, tmp_path / "raw", {})
+    table = pq.read_table(warehouse.dataset_dir("mine") / "interactions")
+    assert table["timestamp"].to_pylist() == sorted(numbers)
+    _interactions(tmp_path / "ids", user_id=values)
+    prepared(warehouse, tmp_path / "ids", {})
+    assert sorted(sequences_of(warehouse)) == sorted(str(n) for n in numbers)
 
 
 def test_nan_and_floats_in_jsonl(warehouse: Warehouse, tmp_path: Path) -> None:

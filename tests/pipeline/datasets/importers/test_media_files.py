@@ -1,5 +1,6 @@
 """Images and videos of items: in folders, tars, LMDBs and as bytes in the table of items."""
 
+import io
 import os
 import tarfile
 import unicodedata
@@ -480,3 +481,32 @@ def test_an_lmdb_whose_images_are_in_a_named_table_is_refused(
             write.put(b"a", b"x", db=table)
     with pytest.raises(UserError, match=r"images.lmdb: b'covers' names a table.*main table"):
         prepared(warehouse, raw, {})
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE])
+@pytest.mark.parametrize(
+    "targets",
+    [("gone.png",), ("/etc/passwd",), ("../../b.png",), ("d.png", "c.png"), ("c.png",)],
+)
+def test_links_in_tars_that_lead_to_no_file_are_counted(
+    warehouse: Warehouse, tmp_path: Path, kind: bytes, targets: tuple[str, ...]
+) -> None:
+    raw = folder(tmp_path / "raw", {"interactions.csv": INTERACTIONS, "items.csv": ITEMS})
+    with tarfile.open(raw / "images.tar", "w") as into:
+        for name, target in zip(("c.png", "d.png"), targets, strict=False):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, target
+            into.addfile(member)
+        for name, link_kind, target in (("b.png", kind, "a.png"), ("notes.txt", kind, "gone")):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = link_kind, target
+            into.addfile(member)
+        member = tarfile.TarInfo("a.png")
+        member.size = 1
+        into.addfile(member, io.BytesIO(b"a"))
+    notes: list[str] = []
+    prepared(warehouse, raw, {}, notify=notes.append)
+    (note,) = (note for note in notes if "without a file" in note)
+    assert note.startswith(f"{len(targets)} link")
+    assert "images.tar#c.png" in note
+    assert images_of(warehouse)[:2] == ["images.tar#a.png", "images.tar#b.png"]

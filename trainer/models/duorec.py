@@ -22,7 +22,7 @@ from torch import Tensor
 from features.dataset import Ints
 from retrieval.seen_items import SeenItems
 from trainer.config import NonNegativeFloat, Probability
-from trainer.data.batches import Batch, ItemFeatures, Sequences, TrainSet
+from trainer.data.batches import Batch, Sequences, TrainSet
 from trainer.distributed import gather_ids, gather_rows, rank_offset, scale_to_global_mean
 from trainer.losses.base import ItemVectors
 from trainer.losses.in_batch import Columns, in_batch
@@ -65,9 +65,11 @@ class DuoRec(SASRec):
         super().__init__(settings, catalogue)
         self._same_target = SameTarget(SeenItems.empty(), catalogue.n_items)
 
-    def fit_buffers(self, features: ItemFeatures, train: TrainSet) -> None:
-        """Sort the training interactions by their item, to find histories with the same target."""
-        self._same_target = SameTarget(train.histories, len(train.counts_N))
+    def same_target(self, train: TrainSet) -> "SameTarget":
+        """Return the training histories by the item that follows them, sorted once."""
+        if self._same_target.histories is not train.histories:
+            self._same_target = SameTarget(train.histories, len(train.counts_N))
+        return self._same_target
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """Return the next-item loss, the contrastive loss, and their weighted sum as ``loss``."""
@@ -77,7 +79,7 @@ class DuoRec(SASRec):
         inputs = Sequences(
             items_BL=windows.items_BL, lengths_B=(windows.lengths_B - 1).clamp_min(1)
         )
-        other = self._same_target.draw(batch, self.settings.length)
+        other = self.same_target(batch.train).draw(batch, self.settings.length)
         views_BD = [self._encode(items, view) for view in (inputs, other)]
         contrast = info_nce(*views_BD)
         return {

@@ -29,9 +29,10 @@ def batches(rows: str, seed: int = 0) -> list[tuple[Any, Any]]:
     """The batches of an epoch, and the histories that the model draws for them."""
     data = worlds.training_data(worlds.cycles(seed=seed), worlds.features(N))
     model: Any = worlds.build("duorec", worlds.features(N), rows=rows)
-    model.fit_buffers(data.features, data.train)
     _, epoch = data.epoch(model.window_sampling, batch_size=16, seed=1, epoch=0)
-    return [(batch, model._same_target.draw(batch, model.settings.length)) for batch in epoch]
+    return [
+        (batch, model.same_target(data.train).draw(batch, model.settings.length)) for batch in epoch
+    ]
 
 
 @pytest.mark.parametrize("rows", ["windows", "prefixes"])
@@ -58,10 +59,9 @@ def test_a_target_that_occurs_once_has_its_own_history() -> None:
     world = worlds.dataset([[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]], N)
     data = worlds.training_data(world, worlds.features(N))
     model: Any = worlds.build("duorec", worlds.features(N), rows="prefixes")
-    model.fit_buffers(data.features, data.train)
     _, epoch = data.epoch(model.window_sampling, batch_size=16, seed=1, epoch=0)
     (batch,) = epoch
-    other = model._same_target.draw(batch, 6)
+    other = model.same_target(data.train).draw(batch, 6)
     inputs = batch.sequences.lengths_B - 1
     assert torch.equal(other.lengths_B, inputs)
     for row, length in enumerate(inputs.tolist()):
@@ -73,12 +73,11 @@ def test_each_other_history_is_drawn_about_equally_often() -> None:
     world = worlds.dataset([[i, 11, 0, 1] for i in range(5)], N)
     data = worlds.training_data(world, worlds.features(N))
     model: Any = worlds.build("duorec", worlds.features(N), rows="prefixes")
-    model.fit_buffers(data.features, data.train)
     counts = np.zeros((5, 5))
     for seed in range(400):
         _, epoch = data.epoch(model.window_sampling, batch_size=16, seed=seed, epoch=0)
         for batch in epoch:
-            other = model._same_target.draw(batch, 6)
+            other = model.same_target(data.train).draw(batch, 6)
             np.add.at(counts, (batch.sequences.items_BL[:, 0], other.items_BL[:, 0]), 1)
     assert (np.diag(counts) == 0).all()
     assert counts[~np.eye(5, dtype=bool)].min() > 60  # 100 are expected
@@ -87,7 +86,6 @@ def test_each_other_history_is_drawn_about_equally_often() -> None:
 def test_the_loss_is_the_weighted_sum() -> None:
     data = worlds.training_data(worlds.cycles(), worlds.features(N))
     model: Any = worlds.build("duorec", worlds.features(N), contrast=0.3).eval()
-    model.fit_buffers(data.features, data.train)
     _, epoch = data.epoch(model.window_sampling, batch_size=16, seed=1, epoch=0)
     losses = model.loss(next(iter(epoch)))
     expected = losses["next"] + 0.3 * losses["contrast"]

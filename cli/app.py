@@ -28,7 +28,7 @@ from cli import (
     train,
 )
 from cli.console import notify
-from features.errors import UserError
+from features.errors import UserError, shorten
 from features.memory import memory_errors
 from features.signals import exit_code, handle_signals
 
@@ -36,6 +36,8 @@ _UsageError: Any = typer.BadParameter.__base__  # typer does not export its usag
 _MEMORY_REMEDY = (
     "free memory, raise the limit of the process (ulimit -v), or give smaller batches or models"
 )
+_LONGEST_MESSAGE = 4000
+"""Characters of an error; paths have at most 4,096 bytes, and most are far shorter."""
 _RENAMED = {"--unmasked": "--keep-seen"}  # options of earlier versions
 _REMEDIES = {
     errno.ENOSPC: "free disk space",
@@ -115,7 +117,7 @@ def _system_message(error: OSError) -> str:
 
 
 def _fail(message: str, exit_code: int = 2) -> NoReturn:
-    notify(f"error: {message}")
+    notify(f"error: {shorten(message, _LONGEST_MESSAGE)}")
     raise typer.Exit(exit_code) from None
 
 

@@ -53,6 +53,29 @@ def read_toml(path: Path, remedy: str) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
 
 
+def read_user_toml(path: Path) -> dict[str, Any]:
+    """Read a TOML document that a user has written; it has no checksum.
+
+    Raises:
+        UserError: The path is no readable regular file, or the file is not TOML.
+    """
+    try:
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise UserError(f"{path} is no regular file (such as a pipe); give a TOML file")
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except UserError:
+        raise
+    except PermissionError:
+        raise no_permission(path) from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; give a TOML file") from None
+    except RecursionError:
+        raise UserError(f"{path} is nested too deep; divide it into tables") from None
+    except ValueError as error:  # also bytes that are not UTF-8, and integers of too many digits
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} is not TOML: {reason}; correct the file") from None
+
+
 def _write(path: Path, text: str) -> None:
     from features.atomic_files import atomic_write  # imports DuckDB; reading does not need it
 

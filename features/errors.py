@@ -3,6 +3,7 @@
 from typing import ClassVar
 
 _MOST_NAMES = 24  # a warehouse can hold thousands of runs; the latest are named
+_LONGEST_NAME = 120  # characters of an unknown name that a message repeats
 
 
 class UserError(ValueError):
@@ -26,6 +27,19 @@ class DamagedError(UserError):
     """A file of the warehouse is damaged: one line with the file, the reason and the remedy."""
 
 
+def shorten(text: str, most: int) -> str:
+    """Return a text of at most about ``most`` characters: the middle of a longer one is left out.
+
+    Examples:
+        >>> shorten("a" * 500, 20)
+        'aaaaaaaaaa[480 characters left out]aaaaaaaaaa'
+    """
+    if len(text) <= most:
+        return text
+    half = most // 2
+    return f"{text[:half]}[{len(text) - 2 * half:,} characters left out]{text[-half:]}"
+
+
 def unknown(kind: str, value: str, known: list[str]) -> UserError:
     """Return the error for an unknown name.
 
@@ -36,7 +50,7 @@ def unknown(kind: str, value: str, known: list[str]) -> UserError:
     """
     shown = ", ".join(known[-_MOST_NAMES:]) or "none yet"
     rest = f", and {len(known) - _MOST_NAMES} more" if len(known) > _MOST_NAMES else ""
-    return UserError(f"unknown {kind} {value!r}; known: {shown}{rest}")
+    return UserError(f"unknown {kind} {shorten(value, _LONGEST_NAME)!r}; known: {shown}{rest}")
 
 
 def no_permission(place: object) -> UserError:

@@ -13,13 +13,13 @@ No torch here: a wrong setting is refused before torch is loaded.
 
 import math
 import re
-import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Protocol, get_args, get_type_hints
 
-from features.errors import UserError, no_permission, unknown
+from features.documents import read_user_toml
+from features.errors import UserError, unknown
 from features.registry import Registry
 from retrieval.metrics import METRIC_NAMES
 
@@ -359,14 +359,7 @@ def read_flat(file: Path) -> dict[str, Any]:
     Raises:
         UserError: The file cannot be read, or sets a key twice.
     """
-    try:
-        document = tomllib.loads(file.read_text(encoding="utf-8"))
-    except PermissionError:
-        raise no_permission(file) from None
-    except OSError as error:
-        raise UserError(f"cannot read {file}: {error.strerror}; give a TOML file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} is not TOML: {error}") from None
+    document = read_user_toml(file)
     document.pop("run", None)
     values: dict[str, Any] = {}
     for key, value in document.items():

@@ -350,3 +350,25 @@ def test_help_shows_names_in_brackets() -> None:
 def test_help_names_every_part_that_is_transferred(part: str) -> None:
     _, _, after = run("train", "--help").output.partition("--transfer")
     assert part in after.partition("--tune-blocks")[0]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("train", "--model", "{}"),
+        ("train", "--model", "sasrec", "--set", "{}=1"),
+        ("train", "--model", "sasrec", "--set", "{}"),
+        ("eval", "--run", "{}"),
+        ("prepare", "--dataset", "{}"),
+        ("extract", "--image", "{}"),
+        ("{}",),
+    ],
+    ids=" ".join,
+)
+def test_a_very_long_value_is_shortened(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    words = [word.format("x" * 100_000) for word in arguments]
+    root = () if arguments == ("{}",) else ("--warehouse", str(tmp_path / "w"))
+    (line,) = run(*words, *root, code=2).stderr.splitlines()[-1:]
+    assert line.startswith("error: ")
+    assert len(line) < 5000
+    assert "left out" in line or "xxxx" not in line

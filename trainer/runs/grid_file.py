@@ -6,7 +6,6 @@ This module does not import torch: a bad file is refused before torch is loaded.
 """
 
 import itertools
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from features.errors import UserError, no_permission, unknown
+from features.documents import read_user_toml
+from features.errors import UserError, unknown
 from retrieval.metrics import METRIC_NAMES
 
 SEED = "seed"
@@ -79,14 +79,7 @@ def read_grid(path: Path) -> Grid:
     Raises:
         UserError: One line that names the file, what is wrong in it, and what could stand there.
     """
-    try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
-    except PermissionError:
-        raise no_permission(path) from None
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; give a TOML file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not TOML: {error}") from None
+    document = read_user_toml(path)
     try:
         return _grid(path, document)
     except UserError as error:

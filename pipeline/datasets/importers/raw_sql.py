@@ -110,14 +110,18 @@ def _check_last_line(path: Path) -> None:
 def read_header(path: Path, delimiter: str) -> list[str]:
     """Return the names in the first line of a delimited file.
 
+    A column without a name, such as the index that pandas writes, is called ``column`` and its
+    number.
+
     Raises:
         UserError: The line is empty, or two columns have the same name.
     """
-    names = [name.strip() for name in read_first_row(path, delimiter, '"')]
+    given = [name.strip() for name in read_first_row(path, delimiter, '"')]
+    names = [name or f"column{number}" for number, name in enumerate(given, 1)]
     lowered = [name.lower() for name in names]
-    if not any(names) or len(set(lowered)) < len(names):
+    if not any(given) or len(set(lowered)) < len(names):
         raise UserError(
-            f"{path}, line 1: {', '.join(map(repr, names)) or 'an empty line'} cannot name the"
+            f"{path}, line 1: {', '.join(map(repr, given)) or 'an empty line'} cannot name the"
             " columns; give every column a name of its own"
         )
     other = next((mark for mark in ";\t|," if mark in names[0]), None)

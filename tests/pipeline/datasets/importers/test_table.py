@@ -36,6 +36,31 @@ def test_a_line_without_end_is_named_and_not_repeated(tmp_path: Path) -> None:
     assert len(message) < 200
 
 
+@pytest.mark.parametrize(
+    ("name", "delimiter", "first"),
+    [("items.csv", ",", True), ("items.csv", ",", False), ("items.tsv", "\t", True)],
+)
+def test_a_column_without_a_name_is_an_attribute(
+    warehouse: Warehouse, tmp_path: Path, name: str, delimiter: str, first: bool
+) -> None:
+    rows = [["", "item_id", "title"], ["0", "a", "Salt"], ["1", "b", "Tea"], ["2", "c", "Rice"]]
+    rows = rows if first else [[*row[1:], row[0]] for row in rows]
+    text = "".join(delimiter.join(row) + "\n" for row in rows)
+    prepared(warehouse, tmp_path / "raw", {"interactions.csv": INTERACTIONS, name: text})
+    items = items_of(warehouse)
+    assert [item["text"] for item in items] == ["Salt", "Tea", "Rice"]
+    assert f'"column{1 if first else 3}":"0"' in items[0]["attributes"]
+
+
+def test_interactions_may_have_several_columns_without_a_name(
+    warehouse: Warehouse, tmp_path: Path
+) -> None:
+    header, *rows = INTERACTIONS.splitlines()
+    lines = [f",{header},", *(f"{number},{row},x" for number, row in enumerate(rows))]
+    content = {"interactions.csv": "\n".join(lines) + "\n", "items.csv": ITEMS}
+    assert prepared(warehouse, tmp_path / "raw", content).interactions == len(rows)
+
+
 def test_every_column_finds_its_place(warehouse: Warehouse, tmp_path: Path) -> None:
     items = (
         "Item_ID,title,description,image,video,price\n"

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from duckdb.sqltypes import DuckDBPyType
 
+from features.atomic_files import is_out_of_space
 from features.errors import UserError, no_permission
 from features.sql_text import quoted
 
@@ -155,7 +156,8 @@ def check_ids(
     """Check that a column can hold ids: text or whole numbers.
 
     Raises:
-        UserError: The column is of another type, or a number is not whole or too large to be exact.
+        UserError: The column is of another type or damaged, or a number is not whole or too large
+            to be exact.
     """
     if _NAMES.fullmatch(str(kind)):
         return
@@ -197,10 +199,16 @@ def _check_exact(
     limit = _exact_limit(arrow_type, kind)
     # Numbers outside the range of 64 bits have an error of their own as times.
     inexact = f" OR abs(value) > {limit} AND abs(value) <= '{most}'::DOUBLE" if limit else ""
-    bad = db.sql(
+    statement = (
         f"SELECT row, value FROM (SELECT row_number() OVER () AS row, {column} AS value"
         f" FROM {source}) WHERE value <> trunc(value){inexact} ORDER BY row LIMIT 1"
-    ).fetchall()
+    )
+    try:
+        bad = db.sql(statement).fetchall()
+    except duckdb.Error as error:
+        if is_out_of_space(error):
+            raise
+        raise read_error(path, error) from None
     if bad:
         ((row, value),) = bad
         raise UserError(

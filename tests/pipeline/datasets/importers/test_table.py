@@ -52,6 +52,16 @@ def test_a_column_without_a_name_is_an_attribute(
     assert f'"column{1 if first else 3}":"0"' in items[0]["attributes"]
 
 
+@pytest.mark.parametrize("compression", ["snappy", "zstd", "none"])
+def test_damaged_pages_of_ids_are_one_line(tmp_path: Path, compression: str) -> None:
+    ids = pa.table({"user_id": [1.0, 2.0] * 500, "item_id": ["a", "b"] * 500})
+    pq.write_table(ids, tmp_path / "ids.parquet", compression=compression)
+    content = bytearray((tmp_path / "ids.parquet").read_bytes())
+    content[4:60] = b"\xff" * 56  # header of the first page
+    message = _refused(tmp_path, {"interactions.parquet": bytes(content), "items.csv": ITEMS})
+    assert message.startswith("interactions.parquet")
+
+
 def test_interactions_may_have_several_columns_without_a_name(
     warehouse: Warehouse, tmp_path: Path
 ) -> None:

@@ -30,7 +30,7 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -123,7 +123,7 @@ def run_here(given: FuzzInput) -> Fault | None:
             faulthandler.dump_traceback_later(3 * MOST_SECONDS, exit=True)
             signal.setitimer(signal.ITIMER_REAL, limit)
             try:
-                with handle_signals():
+                with handle_signals() if given.trains else nullcontext():
                     result = Runner().invoke(app, list(command))
             finally:
                 signal.setitimer(signal.ITIMER_REAL, 0)

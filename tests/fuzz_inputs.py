@@ -130,7 +130,8 @@ def _setting(draw: st.DrawFn) -> str:
     name, default = draw(st.sampled_from(_SETTINGS))
     near = st.sampled_from((str(default), "1", "2", "4", "8", "0", "-1", "0.5", "true", "false"))
     value = draw(st.one_of(near, near, _odd_word()))
-    return draw(st.sampled_from((f"{name}={value}",) * 6 + (f"{name} = {value}", name, value)))
+    pair: str = draw(st.sampled_from((f"{name}={value}",) * 6 + (f"{name} = {value}", name, value)))
+    return pair
 
 
 def _word(parameter: Any) -> st.SearchStrategy[str]:

@@ -37,6 +37,13 @@ def evaluate(
         str | None,
         typer.Option("--dataset", help="With --protocol retrieval: items of another dataset."),
     ] = None,
+    users: Annotated[
+        int | None,
+        typer.Option(
+            "--users", min=1, help="Test on a random sample of N users; nothing is stored."
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the sample of --users.")] = 0,
     device: DeviceOption = None,
     json: JsonOption = False,
     root: WarehouseOption = None,
@@ -46,12 +53,17 @@ def evaluate(
         raise unknown("protocol", protocol, list(_PROTOCOLS))
     if dataset is not None and protocol == "ranking":
         raise UserError(f"--dataset {dataset} goes with --protocol retrieval; leave it out")
+    if users is not None and protocol == "retrieval":
+        raise UserError(f"--users {users} goes with --protocol ranking; leave it out")
+    if users is None and seed:
+        raise UserError(f"--seed {seed} is the seed of a sample; give --users N with it")
     warehouse = Warehouse(root)
     folder = choose_run(warehouse, run)
     if protocol == "retrieval":
         _retrieve(warehouse, folder, dataset, device, json)
         return
-    report = run_evaluate(warehouse, folder, index, device)
+    sample = None if users is None else (users, seed)
+    report = run_evaluate(warehouse, folder, index, device, sample)
     if json:
         console.emit_json(asdict(report))
     else:
@@ -89,15 +101,23 @@ def _retrieve(
 
 
 def run_evaluate(
-    warehouse: Warehouse, folder: Path, index: str, device: str | None = None
+    warehouse: Warehouse,
+    folder: Path,
+    index: str,
+    device: str | None = None,
+    users_and_seed: tuple[int, int] | None = None,
 ) -> "EvalReport":
-    """Evaluate a run, and show the current step on a live line."""
+    """Evaluate a run, or a sample of its test users, and show the current step on a live line."""
+    from trainer.runs.evaluate import Sample
     from trainer.runs.evaluate import evaluate as evaluate_run
     from trainer.runs.run import open_run
 
     with console.ProgressLine(interval=0.0) as line:
         run = open_run(warehouse, folder, device=device)
-        return evaluate_run(warehouse, run, index=index, on_stage=line.update)
+        sample = None
+        if users_and_seed is not None:
+            sample = Sample(users=users_and_seed[0], seed=users_and_seed[1])
+        return evaluate_run(warehouse, run, index=index, sample=sample, on_stage=line.update)
 
 
 def show_evaluated(report: "EvalReport") -> None:
@@ -110,15 +130,18 @@ def show_evaluated(report: "EvalReport") -> None:
         (r["split"], r["targets"], r["metric"], r["ranker"], r["seen"]): r for r in report.rows
     }
     groups = dict.fromkeys((r["split"], r["targets"], r["users"]) for r in report.rows)
+    metrics: dict[tuple[str, str], dict[str, None]] = {}
+    for row in report.rows:
+        metrics.setdefault((row["split"], row["targets"]), {})[row["metric"]] = None
     counts = {(split, targets): users for split, targets, users in groups}
-    metrics = list(dict.fromkeys(r["metric"] for r in report.rows))
     rankers = list(dict.fromkeys(r["ranker"] for r in report.rows))
 
     def column(group: tuple[str, str], ranker: str, seen: str) -> console.Column:
-        rows = [cells[*group, metric, ranker, seen] for metric in metrics]
+        rows = [cells[*group, metric, ranker, seen] for metric in metrics[group]]
         values = map(_interval, rows) if ranker == report.model else (r["value"] for r in rows)
         return f"{ranker}\n{seen}", list(values)
 
+    sample = "" if report.sample is None else "sample of "
     for split, targets, users in groups:
         kind = "" if targets == "all" else f", {targets} targets only"
         share = counts.get((split, "repeated"), 0) / counts[split, "all"]
@@ -126,9 +149,9 @@ def show_evaluated(report: "EvalReport") -> None:
         rankings = ("kept",) if targets == "repeated" else ("filtered", "kept")
         console.out.print()
         console.stacked_tables(
-            [("metric", metrics)],
+            [("metric", list(metrics[split, targets]))],
             [[column((split, targets), ranker, seen) for seen in rankings] for ranker in rankers],
-            title=f"{split}{kind}: {users:,} users{repeated}",
+            title=f"{split}{kind}: {sample}{users:,} users{repeated}",
         )
     console.out.print()
     for text in report.protocol:
@@ -136,4 +159,6 @@ def show_evaluated(report: "EvalReport") -> None:
 
 
 def _interval(row: dict[str, Any]) -> str:
+    if row["low"] is None:
+        return f"{row['value']:.4f}"
     return f"{row['value']:.4f} {console.format_interval(row['low'], row['high'])}"

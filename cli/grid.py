@@ -64,6 +64,12 @@ def grid(
         for name, data in {entry.spec.dataset: entry.spec.data for entry in planned}.items():
             for line in ties_lines(data.tied, data.ties):
                 console.print_text(f"{name}: {line}", indent=2)
+        for name, share in _repeated_shares(spec, outcomes).items():
+            console.print_text(
+                f"{name}: {share:.2%} of the {spec.split} targets are repeated; filtered, they are"
+                " misses",
+                indent=2,
+            )
     if end is not None and not isinstance(end, Stopped | KeyboardInterrupt):
         raise end
     if end is not None:
@@ -78,6 +84,16 @@ def grid(
     if failed:
         console.notify(f"error: {failed} of {len(planned)} runs failed; see the reasons above")
         raise typer.Exit(2)
+
+
+def _repeated_shares(spec: Grid, outcomes: "Sequence[Outcome]") -> dict[str, float]:
+    """Return the share of repeated targets of each dataset."""
+    shares: dict[str, float] = {}
+    for outcome in outcomes:
+        share = outcome.repeated(spec.split)
+        if share is not None:
+            shares[outcome.planned.spec.dataset] = share
+    return shares
 
 
 def _run_all(

@@ -39,6 +39,21 @@ class EvalSplit:
     targets: Ints
     """(E,) flat position of the held-out interaction."""
 
+    def sample(self, count: int, seed: int) -> "EvalSplit":
+        """Return a random sample of the users, ascending; all users if there are no more.
+
+        Args:
+            count: Number of users.
+            seed: Equal seeds give equal samples.
+        """
+        if count >= len(self.users):
+            return self
+        rows = np.random.default_rng(seed).choice(len(self.users), count, replace=False)
+        rows.sort()
+        return EvalSplit(
+            users=self.users[rows], starts=self.starts[rows], targets=self.targets[rows]
+        )
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Dataset:

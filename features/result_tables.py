@@ -19,6 +19,9 @@ SEEN_OF_0_1 = {"masked": "filtered", "unmasked": "kept"}
 RANKS_OF_0_1 = {"rank_masked": "rank_filtered", "rank_unmasked": "rank_kept"}
 """Columns of predictions of version 0.1, and today's."""
 
+PROTOCOL_KEY = "protocol"
+"""Key of the version of the evaluation protocol in the file metadata of predictions."""
+
 
 def read_metrics_table(path: Path) -> pa.Table:
     """Read a run's metrics table, of this version or of version 0.1.
@@ -51,6 +54,20 @@ def read_predictions_table(path: Path) -> pa.Table:
     table = read_table(path)
     names = [RANKS_OF_0_1.get(name, name) for name in table.column_names]
     return _checked(table.rename_columns(names), PREDICTIONS_SCHEMA)
+
+
+def read_protocol(path: Path) -> str | None:
+    """Return the version of the evaluation protocol of a run's predictions.
+
+    Returns:
+        The version; "" for predictions of versions of mmrec that stored none; ``None`` if the file
+        is absent or damaged.
+    """
+    try:
+        metadata = pq.read_schema(path).metadata or {}
+    except (OSError, pa.ArrowException):
+        return None
+    return str(metadata.get(PROTOCOL_KEY.encode(), b"").decode())
 
 
 def metrics_sql(folder: Path) -> str:

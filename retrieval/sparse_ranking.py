@@ -1,7 +1,7 @@
-"""Compute exact ranks by scores that are sparse: most scores are 0 and have no entry.
+"""Compute exact ranks and lists by sparse scores: most scores are 0 and have no entry.
 
 Shape suffixes: U users, B users of one block, N items, P entries, Q pairs of a user and a seen
-item.
+item, K items of a list.
 """
 
 from __future__ import annotations
@@ -76,6 +76,73 @@ def rank_sparse(
             above_Q = (value_Q >= target_value_B[row_Q]) & (item_Q != target_B[row_Q])
             seen_above[rows] = np.bincount(row_Q[above_Q], minlength=len(target_B))
     return Ranks.of(kept, kept - seen_above, target_U, exclude)
+
+
+def top_sparse(
+    score: ScoreRows,
+    users: int,
+    items: int,
+    k: int,
+    exclude: SeenItems | None = None,
+    *,
+    block: int = _BLOCK,
+) -> Ints:
+    """Return the k items with the highest sparse scores of each user.
+
+    Items are in descending order of the score; items with equal scores are in ascending order of
+    the item, as in `retrieval.indexes.Index.search`.
+
+    Args:
+        score: Callback that returns the scores of a slice of users.
+        users: Number of users U.
+        items: Number of items N.
+        k: Items of a list.
+        exclude: Items to leave out for each user; none when None.
+        block: Number of users that the callback is asked for.
+
+    Returns:
+        (U, K) items; -1 after the last item of a list that is too short.
+
+    Raises:
+        ValueError: k is below 1, or excluded items or scores do not fit users x items.
+    """
+    if k < 1:
+        raise ValueError(f"k is {k}: it must be at least 1")
+    if exclude is not None:
+        exclude.check(users, items)
+    top_UK = np.full((users, k), -1, np.int64)
+    for start in range(0, users, block):
+        rows = slice(start, min(start + block, users))
+        size = rows.stop - start
+        scores = score(rows)
+        scores.check(size, items)
+        row_P, item_P, value_P = scores.entries(0, size)
+        key_Q = np.zeros(0, np.int64)
+        if exclude is not None:
+            row_Q, item_Q = exclude.pairs(rows.start, rows.stop, items)
+            key_Q = row_Q * items + item_Q
+        is_listed_P = (value_P > 0) & ~np.isin(row_P * items + item_P, key_Q)
+        row_P, item_P = row_P[is_listed_P], item_P[is_listed_P]
+        order_P = np.lexsort((item_P, -value_P[is_listed_P], row_P))
+        lengths_B = np.bincount(row_P, minlength=size)
+        place_P = np.arange(len(row_P)) - np.repeat(np.cumsum(lengths_B) - lengths_B, lengths_B)
+        is_top_P = place_P < k
+        top_UK[start + row_P[is_top_P], place_P[is_top_P]] = item_P[order_P][is_top_P]
+        for row in np.flatnonzero(lengths_B < k).tolist():
+            left_out = key_Q[key_Q // items == row] % items
+            rest = _without_positive(scores.rows(row, row + 1), items, left_out)
+            rest = rest[: k - lengths_B[row]]
+            top_UK[start + row, lengths_B[row] : lengths_B[row] + len(rest)] = rest
+    return top_UK
+
+
+def _without_positive(scores: SparseScores, items: int, left_out: Ints) -> Ints:
+    """Return the items of one user whose score is 0 or below, the highest score first."""
+    value_N = np.zeros(items)
+    value_N[scores.items] = scores.values
+    value_N[left_out] = np.inf
+    chosen = np.flatnonzero(value_N <= 0)
+    return chosen[np.argsort(-value_N[chosen], kind="stable")]
 
 
 def _values_of(key_P: Ints, value_P: Values, key_Q: Ints) -> Values:

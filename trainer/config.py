@@ -200,7 +200,10 @@ class TrainConfig(Settings):
     """Validation metric of early stopping and of the best checkpoint."""
     monitor_seen: Annotated[str, Choice("ranking", ("filtered", "kept"))] = "filtered"
     """Ranking of that metric: seen items ``filtered`` or ``kept``. If it is not given, ``kept``
-    where more than 1% of the validation targets are repeated."""
+    where more than 1% of the validation targets are repeated, whatever ``monitor`` is."""
+    monitor_users: NonNegativeInt = 20_000
+    """Users that early stopping validates on, a random sample if there are more; 0: all users.
+    ``mmrec eval`` always ranks for all."""
     patience: PositiveInt = 10
     """Validations without a better value before training stops."""
     validate_every: PositiveInt = 1

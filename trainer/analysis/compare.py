@@ -20,8 +20,8 @@ from features.result_tables import read_predictions_table
 from features.warehouse import Warehouse
 from retrieval.metrics import METRIC_NAMES, UNRANKED, per_user
 from retrieval.significance import PairedTest, paired_test
-from trainer.evaluation.protocol import ties_lines
-from trainer.runs.read import Record, read_records
+from trainer.evaluation.protocol import earlier_protocol_line, ties_lines
+from trainer.runs.read import Record, has_current_protocol, read_records
 
 SPLITS = ("validation", "test")
 TARGETS = ("all", "new", "repeated", "cold")
@@ -141,7 +141,14 @@ def compare(
         repeated=float(users.repeated.mean()),
         systems=systems,
         lines=lines,
-        protocol=ties_lines(*records[0].ties),
+        protocol=[
+            *ties_lines(*records[0].ties),
+            *(
+                earlier_protocol_line(record.name)
+                for record in records
+                if not has_current_protocol(record.folder)
+            ),
+        ],
     )
 
 

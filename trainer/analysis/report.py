@@ -18,11 +18,17 @@ from markupsafe import Markup
 
 from features.errors import DamagedError, UserError
 from features.warehouse import DatasetInfo, Warehouse
+from retrieval.list_metrics import LIST_METRICS
 from trainer.analysis.compare import SEEN, SIGNS, TARGETS, Comparison, compare
 from trainer.analysis.curves import Curve
 from trainer.analysis.figures import draw_curves, write_figure
-from trainer.evaluation.protocol import REFERENCES, protocol_lines, ties_lines
-from trainer.runs.read import Record, read_metrics
+from trainer.evaluation.protocol import (
+    REFERENCES,
+    earlier_protocol_line,
+    protocol_lines,
+    ties_lines,
+)
+from trainer.runs.read import Record, has_current_protocol, read_metrics
 
 _REFERENCES = (*REFERENCES, "untrained", "features")
 """Reference rankers; tables show them after the runs."""
@@ -177,6 +183,7 @@ _Ranker = tuple[str, str]
 def _tests(records: Sequence[Record], labels: Sequence[str]) -> dict[str, Any]:
     """Return tables of the test metrics, those of one dataset and target group together."""
     notes = []
+    repeated: dict[str, int] = {}
     groups: dict[tuple[str, str, int], dict[_Ranker, dict[str, dict[str, Any]]]] = {}
     for record, label in zip(records, labels, strict=True):
         rows = [
@@ -185,12 +192,22 @@ def _tests(records: Sequence[Record], labels: Sequence[str]) -> dict[str, Any]:
         if not rows:
             command = "eval --protocol retrieval" if record.pretraining else "eval"
             notes.append(f"{label} is not evaluated; run: mmrec {command} --run {record.name}")
+        elif not has_current_protocol(record.folder):
+            notes.append(earlier_protocol_line(label))
         for row in rows:
+            if row["targets"] == "repeated":
+                repeated[record.about["dataset"]] = row["users"]
             group = groups.setdefault((record.about["dataset"], row["targets"], row["users"]), {})
             ranker = label if row["ranker"] == record.about["model"] else row["ranker"]
             group.setdefault((ranker, row["seen"]), {})[row["metric"]] = row
+    is_current = all(has_current_protocol(record.folder) for record in records)
     tables = [
-        _test_tables(f"{dataset}, {_target_group(targets)}", count, rankers)
+        _test_tables(
+            f"{dataset}, {_target_group(targets)}",
+            count,
+            rankers,
+            repeated.get(dataset, 0) / count if targets == "all" and is_current else None,
+        )
         for (dataset, targets, count), rankers in groups.items()
     ]
     return {"test_notes": notes, "test_tables": tables}
@@ -205,9 +222,16 @@ def _target_group(targets: str) -> str:
 
 
 def _test_tables(
-    caption: str, count: int, rankers: dict[_Ranker, dict[str, dict[str, Any]]]
+    caption: str,
+    count: int,
+    rankers: dict[_Ranker, dict[str, dict[str, Any]]],
+    repeated: float | None,
 ) -> list[PageTable]:
-    """Return a table for each ranking (seen items filtered, kept, or neither)."""
+    """Return a table for each ranking (seen items filtered, kept, or neither).
+
+    The share of repeated targets is printed, if there is one.
+    """
+    share = "" if repeated is None else f", {repeated:.2%} repeated targets"
     tables = []
     for seen in dict.fromkeys(seen for _, seen in rankers):
         columns = {name: metrics for (name, kind), metrics in rankers.items() if kind == seen}
@@ -219,14 +243,15 @@ def _test_tables(
         ranking = "" if seen == "none" else f", seen items {seen}"
         unit = "items" if seen == "none" else "users"
         headings = ["metric", *order]
-        tables.append(PageTable(headings, rows, f"{caption}{ranking}: {count:,} {unit}"))
+        tables.append(PageTable(headings, rows, f"{caption}{ranking}: {count:,} {unit}{share}"))
     return tables
 
 
 def _estimates(cells: Sequence[dict[str, Any] | None]) -> list[Estimate | None]:
     """Return the cells of a row; the highest value of several runs is marked."""
     runs = [cell for cell in cells if cell is not None and cell["ranker"] not in _REFERENCES]
-    best = max((cell["value"] for cell in runs), default=0.0) if len(runs) > 1 else 0.0
+    is_ranked = len(runs) > 1 and runs[0]["metric"] not in LIST_METRICS
+    best = max(cell["value"] for cell in runs) if is_ranked else 0.0
     estimates: list[Estimate | None] = []
     for cell in cells:
         if cell is None:

@@ -3,6 +3,10 @@
 from features.splits import COLD_BELOW
 from features.warehouse import DatasetInfo
 
+PROTOCOL = "2"
+"""Version of the protocol, stored with the predictions of an evaluation. Evaluations without one
+rank repeated targets among the items that the user has not seen."""
+
 REFERENCES = ("popularity", "transitions")
 """Models that every table shows next to the evaluated model. They need no training."""
 
@@ -23,6 +27,8 @@ def protocol_lines(info: DatasetInfo) -> list[str]:
         "repeated: targets that the user already had, misses when filtered; new: all others",
         "HR@k equals Recall@k with one target; 95% intervals: bootstrap over users",
         f"cold: targets with fewer than {COLD_BELOW} training interactions",
+        "coverage@10: share of the catalogue in the lists of all users; cold_share@10: cold items"
+        " in them; novelty@10: mean -log2 of their items' share of training interactions",
         f"{' and '.join(REFERENCES)}: counts of training interactions only",
         "the checkpoint is the best one by validation",
     ]
@@ -38,3 +44,11 @@ def ties_lines(tied: float, ties: str) -> list[str]:
     if not tied:
         return []
     return [f"ties in time: {tied:.1%} of interactions, ordered by {ties}"]
+
+
+def earlier_protocol_line(run: str) -> str:
+    """Return the line about results of a run that an earlier version measured."""
+    return (
+        f"{run}: measured by an earlier protocol, which differs where targets are repeated;"
+        f" run mmrec eval --run {run} again"
+    )

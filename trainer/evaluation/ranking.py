@@ -1,9 +1,10 @@
 """Rank held-out targets with a model, and build the reference models.
 
-Legend: E evaluated users.
+Legend: E evaluated users, N items.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from features.dataset import EvalSplit, Ints
 from retrieval.ranking import Ranks
@@ -24,6 +25,9 @@ class SplitRanks:
     """(E,) held-out item of each user."""
     ranks: Ranks
     """Ranks of the targets, seen items filtered and kept."""
+    recommended: Mapping[str, Ints] = field(default_factory=dict)
+    """``filtered`` and ``kept`` -> (N,) number of lists of 10 items that recommend each item;
+    empty if the lists were not counted."""
 
 
 def rank_split(
@@ -33,6 +37,8 @@ def rank_split(
     batch_size: int,
     *,
     index: str = "torch",
+    users: EvalSplit | None = None,
+    count_lists: bool = False,
 ) -> SplitRanks:
     """Rank the target of every evaluated user in the full catalogue.
 
@@ -42,15 +48,19 @@ def rank_split(
         split: ``validation`` or ``test``.
         batch_size: Histories encoded together.
         index: Name in :data:`retrieval.indexes.INDEXES`; all give the same ranks.
+        users: A sample of the users of the split; all of them by default.
+        count_lists: Count the recommended items as well.
 
     Raises:
         UserError: A vector is not finite.
     """
-    users = data.dataset.eval_split(split)
+    if users is None:
+        users = data.dataset.eval_split(split)
     targets_E = targets_of(data.dataset, users)
     search = CatalogueSearch(model, data, index=index, batch_size=batch_size)
     ranks = search.rank(users, targets_E)
-    return SplitRanks(users=users, targets_E=targets_E, ranks=ranks)
+    recommended = search.count_recommended(users) if count_lists else {}
+    return SplitRanks(users=users, targets_E=targets_E, ranks=ranks, recommended=recommended)
 
 
 def build_reference(name: str, data: TrainingData) -> Recommender:

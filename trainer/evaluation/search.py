@@ -6,7 +6,7 @@ not an inner product are ranked by blocks of scores.
 Legend: N items, D width, E users, K items of a list.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from torch import Tensor
@@ -14,10 +14,11 @@ from torch import Tensor
 from features.dataset import EvalSplit, Ints
 from retrieval.index_ranking import rank_with
 from retrieval.indexes import Index, TopItems, make_index
+from retrieval.list_metrics import LIST_LENGTH, count_recommended
 from retrieval.ranking import Ranks
 from retrieval.score_blocks import rank_scores, top_scores
 from retrieval.seen_items import SeenItems
-from retrieval.sparse_ranking import rank_sparse
+from retrieval.sparse_ranking import rank_sparse, top_sparse
 from retrieval.sparse_scores import SparseScores
 from trainer.data.batches import Sequences, TrainingData
 from trainer.evaluation.encode import (
@@ -30,6 +31,8 @@ from trainer.models.base import Recommender
 
 SequenceBatches = Callable[[slice], Sequences]
 """Function that returns the histories of a slice of users."""
+
+_USERS_PER_BLOCK = 8192  # users whose lists are in memory
 
 
 class CatalogueSearch:
@@ -99,6 +102,44 @@ class CatalogueSearch:
             scorer = self._scorer(self._batches(users))
             return top_scores(scorer, len(users.users), len(self.items_ND), k, exclude)
 
+    def count_recommended(self, users: EvalSplit) -> dict[str, Ints]:
+        """Return in how many lists of 10 items each item of the catalogue is.
+
+        Args:
+            users: The users, each with one list, and the end of each history.
+
+        Returns:
+            ``filtered`` and ``kept`` -> (N,) counts.
+
+        Raises:
+            UserError: A query is not finite.
+        """
+        n_items = len(self.items_ND)
+        counts = {seen: np.zeros(n_items, np.int64) for seen in ("filtered", "kept")}
+        for block in _blocks(users):
+            search = self._list_search(block)
+            exclude = {"filtered": histories_of(self.data.dataset, block), "kept": None}
+            for seen, counts_N in counts.items():
+                counts_N += count_recommended(search(exclude[seen]), n_items)
+        return counts
+
+    def _list_search(self, users: EvalSplit) -> Callable[[SeenItems | None], Ints]:
+        """Return a function that returns the lists (E, 10) without the seen items it is given."""
+        histories, n_items = histories_of(self.data.dataset, users), len(self.items_ND)
+        if self.model.is_sparse:
+            sparse = self._sparse_scorer(histories)
+            return lambda exclude: top_sparse(sparse, len(histories), n_items, LIST_LENGTH, exclude)
+        if self.model.has_vectors:
+            queries_ED = self._queries(users)
+            return lambda exclude: self._search(queries_ED, histories, exclude, LIST_LENGTH)[1]
+
+        def search(exclude: SeenItems | None) -> Ints:
+            with evaluation_mode(self.model):
+                scorer = self._scorer(self._batches(users))
+                return top_scores(scorer, len(histories), n_items, LIST_LENGTH, exclude)[1]
+
+        return search
+
     def best_for_history(
         self, sequences: Sequences, history: SeenItems, k: int, *, keep_seen: bool
     ) -> TopItems:
@@ -154,3 +195,12 @@ class CatalogueSearch:
             return self.model.score(self.items_ND, cached[key], first, last)
 
         return score
+
+
+def _blocks(users: EvalSplit) -> Iterator[EvalSplit]:
+    """Yield the users in blocks."""
+    for start in range(0, len(users.users), _USERS_PER_BLOCK):
+        rows = slice(start, start + _USERS_PER_BLOCK)
+        yield EvalSplit(
+            users=users.users[rows], starts=users.starts[rows], targets=users.targets[rows]
+        )

@@ -13,22 +13,35 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from features.atomic_files import write_table
-from features.dataset import Dataset, load_items, load_user_ids
+from features.dataset import Dataset, EvalSplit, load_items, load_user_ids
 from features.memory import memory_errors
+from features.result_tables import PROTOCOL_KEY
 from features.schema import PREDICTIONS_SCHEMA
 from features.warehouse import Warehouse
+from retrieval.list_metrics import list_metrics
 from retrieval.metrics import UNRANKED, per_user
 from retrieval.ranking import Ranks
 from retrieval.significance import bootstrap
 from trainer.checkpoint import load_weights
-from trainer.evaluation.protocol import REFERENCES, protocol_lines
+from trainer.evaluation.protocol import PROTOCOL, REFERENCES, protocol_lines
 from trainer.evaluation.ranking import SplitRanks, build_reference, rank_split
+from trainer.models.base import Recommender
 from trainer.runs.folder import replace_metrics, run_lock, stored_metrics
 from trainer.runs.run import Run
 
 SPLITS = ("validation", "test")
 TARGETS = ("all", "new", "repeated", "cold")
 """Subsets of targets; ``repeated``: the user already had the target, ``new``: all others."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sample:
+    """A random sample of test users."""
+
+    users: int
+    """Number of users; all of them if the split has fewer."""
+    seed: int = 0
+    """Equal seeds give equal samples."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,6 +59,8 @@ class EvalReport:
     """Names of the reference models in the rows."""
     rows: list[dict[str, Any]]
     """Rows of the metrics table, see :data:`features.schema.METRICS_SCHEMA`."""
+    sample: Sample | None
+    """The sample of test users that was ranked; ``None``: all users."""
 
 
 def evaluate(
@@ -53,6 +68,7 @@ def evaluate(
     run: Run,
     *,
     index: str,
+    sample: Sample | None = None,
     on_stage: Callable[[str], None] = lambda stage: None,
 ) -> EvalReport:
     """Evaluate the best checkpoint of a run, and write its metrics and predictions.
@@ -60,12 +76,13 @@ def evaluate(
     The two files belong together and to the weights. ``predictions.parquet`` is removed before the
     metrics change and written after them, so that a killed evaluation leaves no predictions, never
     those of other weights. Training on removes the results of an evaluation. Both hold the run's
-    lock.
+    lock. With a sample, only the test targets of these users are ranked, and nothing is written.
 
     Args:
         warehouse: Warehouse with the run's dataset.
         run: The run; its weights are loaded here.
         index: Name in :data:`retrieval.indexes.INDEXES`; every exact index gives the same ranks.
+        sample: The test users to rank for; all users of both splits by default.
         on_stage: Called with the name of each stage.
 
     Raises:
@@ -78,50 +95,83 @@ def evaluate(
     batch = f"evaluation of run {run.name} (eval_batch={run.config.eval_batch})"
     remedy = "free memory, or train again with a smaller eval_batch"
     with run_lock(run.folder), memory_errors(batch, remedy):
-        return _evaluate(warehouse, run, index, on_stage)
-
-
-def _evaluate(
-    warehouse: Warehouse, run: Run, index: str, on_stage: Callable[[str], None]
-) -> EvalReport:
-    load_weights(run.weights, run.model, run.spec.identity())
-    stored_metrics(run.folder / "metrics.parquet")  # report a damaged table first
-    dataset, batch_size = run.data.dataset, run.config.eval_batch
-    references = [name for name in REFERENCES if name != run.spec.model]
-    rows: list[dict[str, Any]] = []
-    predictions: list[pa.Table] = []
-    for split in SPLITS:
-        on_stage(f"ranking {split}")
-        own = rank_split(run.model, run.data, split, batch_size, index=index)
-        ranks = {run.spec.model: own.ranks}
-        for name in references:
-            model = build_reference(name, run.data)
-            ranks[name] = rank_split(model, run.data, split, batch_size, index=index).ranks
-        is_cold = dataset.cold[own.targets_E]
-        on_stage(f"intervals of {split}")
-        for targets, subset in _subsets(own.ranks, is_cold).items():
-            for name, model_ranks in ranks.items():
-                rows += metric_rows(split, targets, name, model_ranks, subset)
-        predictions.append(_predictions(dataset, split, own, is_cold))
-    table = _with_ids(warehouse, run.spec.dataset, pa.concat_tables(predictions))
-    path = run.folder / "predictions.parquet"
-    path.unlink(missing_ok=True)
-    replace_metrics(
-        run.folder / "metrics.parquet",
-        rows,
-        lambda row: row["phase"] == "eval" and row["targets"] in TARGETS,
-    )
-    write_table(path, table, compression="zstd")
+        evaluation = _evaluate(run, index, sample, on_stage)
+        if sample is None:
+            _write(warehouse, run, evaluation)
+    lines = protocol_lines(run.data.dataset.info)
+    if sample is not None:
+        lines.append("results of a sample are not stored: mmrec compare and report do not use them")
     return EvalReport(
         run=run.name,
         dataset=run.spec.dataset,
         model=run.spec.model,
         features=list(run.spec.features),
         index=index,
-        protocol=protocol_lines(dataset.info),
-        references=references,
-        rows=rows,
+        protocol=lines,
+        references=_references(run),
+        rows=evaluation.rows,
+        sample=sample,
     )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Evaluation:
+    rows: list[dict[str, Any]]
+    predictions: pa.Table
+    """Predictions without the ids of users and items."""
+
+
+def _references(run: Run) -> list[str]:
+    return [name for name in REFERENCES if name != run.spec.model]
+
+
+def _evaluate(
+    run: Run, index: str, sample: Sample | None, on_stage: Callable[[str], None]
+) -> _Evaluation:
+    load_weights(run.weights, run.model, run.spec.identity())
+    stored_metrics(run.folder / "metrics.parquet")  # report a damaged table first
+    dataset = run.data.dataset
+    rows: list[dict[str, Any]] = []
+    predictions: list[pa.Table] = []
+    for split in SPLITS if sample is None else ("test",):
+        on_stage(f"ranking {split}")
+        users = dataset.eval_split(split)
+        if sample is not None:
+            users = users.sample(sample.users, sample.seed)
+
+        def ranked(model: Recommender, split: str = split, users: EvalSplit = users) -> SplitRanks:
+            batch_size = run.config.eval_batch
+            return rank_split(
+                model, run.data, split, batch_size, index=index, users=users, count_lists=True
+            )
+
+        own = ranked(run.model)
+        by_ranker = {run.spec.model: own}
+        for name in _references(run):
+            by_ranker[name] = ranked(build_reference(name, run.data))
+        is_cold = dataset.cold[own.targets_E]
+        on_stage(f"intervals of {split}")
+        for targets, subset in _subsets(own.ranks, is_cold).items():
+            for name, split_ranks in by_ranker.items():
+                rows += metric_rows(split, targets, name, split_ranks.ranks, subset)
+                if targets == "all":
+                    rows += _list_rows(dataset, split, name, split_ranks)
+        predictions.append(_predictions(dataset, split, own, is_cold))
+    return _Evaluation(rows=rows, predictions=pa.concat_tables(predictions))
+
+
+def _write(warehouse: Warehouse, run: Run, evaluation: _Evaluation) -> None:
+    """Write the metrics and the predictions of all users into the run's folder."""
+    table = _with_ids(warehouse, run.spec.dataset, evaluation.predictions)
+    path = run.folder / "predictions.parquet"
+    path.unlink(missing_ok=True)
+    replace_metrics(
+        run.folder / "metrics.parquet",
+        evaluation.rows,
+        lambda row: row["phase"] == "eval" and row["targets"] in TARGETS,
+    )
+    table = table.replace_schema_metadata({PROTOCOL_KEY: PROTOCOL})
+    write_table(path, table, compression="zstd")
 
 
 def _subsets(ranks: Ranks, is_cold: npt.NDArray[np.bool_]) -> dict[str, npt.NDArray[np.bool_]]:
@@ -167,6 +217,21 @@ def metric_rows(
             for i, metric in enumerate(values)
         ]  # fmt: skip
     return rows
+
+
+def _list_rows(
+    dataset: Dataset, split: str, ranker: str, ranked: SplitRanks
+) -> list[dict[str, Any]]:
+    """Return the rows about the items of all users' lists; they have no intervals."""
+    return [
+        {
+            "phase": "eval", "epoch": 0, "split": split, "targets": "all", "ranker": ranker,
+            "seen": seen, "metric": metric, "value": value, "low": None, "high": None,
+            "users": len(ranked.users.users),
+        }
+        for seen, lists_N in ranked.recommended.items()
+        for metric, value in list_metrics(lists_N, dataset.train_counts, dataset.cold).items()
+    ]  # fmt: skip
 
 
 def _predictions(

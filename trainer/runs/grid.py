@@ -20,6 +20,7 @@ from trainer.loop import TrainProgress
 from trainer.runs.evaluate import evaluate
 from trainer.runs.folder import stored_metrics
 from trainer.runs.grid_file import Combination, Grid, setting_text
+from trainer.runs.read import has_current_protocol
 from trainer.runs.run import create_run, open_run, train_run
 from trainer.runs.spec import InitialWeights, RunSpec
 from trainer.runs.transfer import FULL
@@ -52,6 +53,11 @@ class Outcome:
     """The model's own rows of the evaluation, see :data:`features.schema.METRICS_SCHEMA`."""
     message: str = ""
     """The reason of a failure."""
+
+    def repeated(self, split: str) -> float | None:
+        """Return the share of repeated targets of a split; ``None`` if the run failed."""
+        users = {row["targets"]: row["users"] for row in self.rows if row["split"] == split}
+        return users.get("repeated", 0) / users["all"] if users.get("all") else None
 
     def values(self, split: str, seen: str) -> dict[str, float] | None:
         """Return metric to value over all targets of a split; ``None`` if the run failed."""
@@ -103,7 +109,8 @@ def run_grid(
     """Run what has not ended yet, one run after another; a failed run does not stop the others.
 
     Args:
-        warehouse: Warehouse of the runs; finished runs of any grid are reused.
+        warehouse: Warehouse of the runs; finished runs of any grid are reused. Those that were
+            evaluated by an earlier protocol are evaluated again.
         planned: The result of :func:`plan_grid`.
         on_progress: Called with the combination's number and its progress.
 
@@ -166,7 +173,7 @@ def _run(
 ) -> Outcome:
     folder = warehouse.runs_dir / planned.run
     began = time.monotonic()
-    if is_done(warehouse, planned):
+    if is_done(warehouse, planned) and has_current_protocol(folder):
         rows = _own_rows(folder, planned.spec.model)
         if rows:
             return Outcome(planned=planned, state="reused", rows=rows)

@@ -15,6 +15,7 @@ import numpy as np
 
 from features.documents import read_user_toml
 from features.errors import UserError, unknown
+from retrieval.list_metrics import LIST_METRICS
 from retrieval.metrics import METRIC_NAMES
 
 SEED = "seed"
@@ -117,8 +118,8 @@ def _grid(path: Path, document: dict[str, Any]) -> Grid:
     if not metrics:
         raise UserError("metrics=[] leaves the table empty; name one, or leave the key out")
     for metric in metrics:
-        if metric not in METRIC_NAMES:
-            raise unknown("metric", metric, list(METRIC_NAMES))
+        if metric not in (known := (*METRIC_NAMES, *LIST_METRICS)):
+            raise unknown("metric", metric, list(known))
     split, seen = document.get("split", "test"), document.get("seen", "filtered")
     for name, value, known in (("split", split, SPLITS), ("seen", seen, SEEN)):
         if value not in known:
@@ -226,7 +227,8 @@ class Cell:
     spread: float | None
     """Standard deviation over seeds; ``None`` for a single seed."""
     best: bool
-    """True if no other row has a higher value in this column."""
+    """True if no other row has a higher value in this column; False for metrics of the recommended
+    items, of which more is not always better."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -266,7 +268,7 @@ def pivot(grid: Grid, values: Sequence[Mapping[str, float] | None]) -> Pivot:
         (row, column, metric): Cell(
             value=means[row, column, metric],
             spread=float(np.std(seeds, ddof=1)) if len(seeds) > 1 else None,
-            best=means[row, column, metric] == top[column, metric],
+            best=metric not in LIST_METRICS and means[row, column, metric] == top[column, metric],
         )
         for (row, column, metric), seeds in figures.items()
     }

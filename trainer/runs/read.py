@@ -11,7 +11,9 @@ from safetensors import SafetensorError, safe_open
 from features.checksums import verify
 from features.documents import read_toml
 from features.errors import DamagedError, UserError, no_permission
+from features.result_tables import read_protocol
 from features.warehouse import Warehouse
+from trainer.evaluation.protocol import PROTOCOL
 from trainer.runs.folder import read_about, stored_metrics
 
 
@@ -77,6 +79,14 @@ def read_records(warehouse: Warehouse, names: Sequence[str]) -> list[Record]:
         if names.count(name) > 1:
             raise UserError(f"run {name!r} is named twice; name it once")
     return [read_record(warehouse, name) for name in names]
+
+
+def has_current_protocol(folder: Path) -> bool:
+    """Return False if an earlier version evaluated the run, by another protocol.
+
+    A run without predictions is not evaluated, and has no other protocol.
+    """
+    return read_protocol(folder / "predictions.parquet") in (None, PROTOCOL)
 
 
 def read_metrics(record: Record) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Self
 
 from features.dataset import load_dataset
@@ -32,6 +33,10 @@ from trainer.tasks.registry import NEXT_ITEM, TASKS
 
 _MOST_REPEATED = 0.01
 """Largest share of repeated validation targets with which early stopping filters seen items."""
+
+_OF_EARLIER_RUNS = {"monitor_users": 0}
+"""Values of settings that a run's ``config.toml`` does not name, where the default is not what the
+version did that wrote it."""
 
 PRETRAIN = "pretrain"
 """Value of ``stage`` in the configuration of a pre-training."""
@@ -89,7 +94,7 @@ class RunSpec:
     """The run whose weights are the initial weights; ``None``: random weights."""
     younger: frozenset[str] = frozenset()
     """Settings that the run's ``config.toml`` does not name: a later version added them. They have
-    their defaults, and the run's checkpoints do not name them either."""
+    the values that repeat what the run's version did, and its checkpoints do not name them."""
 
     @classmethod
     def resolve(
@@ -171,7 +176,9 @@ class RunSpec:
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
         sources = SettingSources(file=path)
-        train, settings, *task_settings = _build(recommender, is_pretraining, sources)
+        train, settings, *task_settings = _build(
+            recommender, is_pretraining, sources, _OF_EARLIER_RUNS
+        )
         tables = settings_tables(train, settings, *task_settings)
         data = identify_data(warehouse, datasets, about["features"], attribute_columns(settings))
         _check_preparation(folder, about, data)
@@ -326,10 +333,13 @@ def _task_name(recommender: type[Recommender], is_pretraining: bool) -> str:
 
 
 def _build(
-    recommender: type[Recommender], is_pretraining: bool, sources: SettingSources
+    recommender: type[Recommender],
+    is_pretraining: bool,
+    sources: SettingSources,
+    changed_defaults: Mapping[str, Any] = MappingProxyType({}),
 ) -> tuple[Any, ...]:
     """Create the settings of the loop, of the model and, if the task has any, of the task."""
-    defaults: Mapping[str, Any] = recommender.train_defaults
+    defaults: Mapping[str, Any] = {**recommender.train_defaults, **changed_defaults}
     if is_pretraining:
         assert recommender.pretraining is not None
         defaults = {**defaults, **recommender.pretraining.settings}

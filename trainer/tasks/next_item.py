@@ -16,6 +16,8 @@ from trainer.evaluation.ranking import rank_split
 from trainer.models.base import Recommender
 from trainer.tasks.base import Task, Validation
 
+_SAMPLE_SEED = 0  # of the users that early stopping validates on
+
 
 class NextItem(Task[Batch]):
     """Train on windows of the histories; validate by the rank of each user's held-out item.
@@ -68,8 +70,17 @@ class NextItem(Task[Batch]):
         return f"validation, {config.monitor_seen}"
 
     def validate(self, config: TrainConfig) -> Validation:
-        """Rank the validation targets in the full catalogue, seen items filtered and kept."""
-        split_ranks = rank_split(self.model, self.data, "validation", config.eval_batch)
+        """Rank the validation targets in the full catalogue, seen items filtered and kept.
+
+        Of more than ``monitor_users`` users, a sample is ranked: the same one in every epoch and in
+        every run on the dataset.
+        """
+        users = self.data.dataset.eval_split("validation")
+        if config.monitor_users:
+            users = users.sample(config.monitor_users, _SAMPLE_SEED)
+        split_ranks = rank_split(
+            self.model, self.data, "validation", config.eval_batch, users=users
+        )
         metrics = {
             (seen, name): float(values.mean())
             for seen, ranks in (

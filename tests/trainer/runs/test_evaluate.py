@@ -160,5 +160,6 @@ def test_an_untrained_model_is_at_chance_where_items_are_repeated(n_items: int) 
         (per_user(kept)["NDCG@10"], (places <= 10) / np.log2(places + 1)),
     ):
         assert abs(values.mean() - chances.mean()) < 0.07
-    if n_items == 3:  # the users have had all items
-        assert all((ranks.filtered == UNRANKED).all() for ranks in all_ranks)
+    if n_items == 3:  # nearly every user has had the target
+        filtered = np.concatenate([ranks.filtered for ranks in all_ranks])
+        assert (filtered == UNRANKED).mean() > 0.95

@@ -10,7 +10,7 @@ from typing import Any
 import tomli_w
 
 from features.checksums import EMPTY_CHECKSUM, ChangedBytesError, seal, verify
-from features.errors import DamagedError, no_permission
+from features.errors import DamagedError, UserError, no_permission
 
 _KEY = "checksum"
 
@@ -57,14 +57,13 @@ def read_user_toml(path: Path) -> dict[str, Any]:
     """Read a TOML document that a user has written; it has no checksum.
 
     Raises:
-        UserError: The path is no readable regular file, or the file is not TOML.
+        UserError: The file cannot be read, is a named pipe, or is not TOML.
     """
+    # A named pipe without a writer never ends. The shell's <(...) is a pipe that has a writer.
+    if path.is_fifo() and path.parent != Path("/dev/fd"):
+        raise UserError(f"{path} is a named pipe; give a TOML file")
     try:
-        if path.exists() and not path.is_file() and not path.is_dir():
-            raise UserError(f"{path} is no regular file (such as a pipe); give a TOML file")
         return tomllib.loads(path.read_text(encoding="utf-8"))
-    except UserError:
-        raise
     except PermissionError:
         raise no_permission(path) from None
     except OSError as error:

@@ -38,3 +38,12 @@ def test_a_pipe_is_refused_before_it_is_opened(tmp_path: Path, reader: object) -
     assert callable(reader)
     with pytest.raises(UserError, match="pipe"):
         reader(pipe)
+
+
+def test_the_output_of_a_command_is_read() -> None:
+    """A shell passes it as a path in /dev/fd."""
+    reading, writing = os.pipe()
+    with os.fdopen(reading), os.fdopen(writing, "w") as file:
+        file.write("dim = 8\n")
+        file.close()
+        assert read_flat(Path(f"/dev/fd/{reading}")) == {"dim": 8}

@@ -32,7 +32,11 @@ _SLOW = {  # take seconds each: imported only with ``thorough``
     "transformers": "transformers",
     "open_clip": "open_clip_torch",
 }
-_EXTRAS = {"ray": "ray", "torchcodec": "torchcodec"}
+_EXTRAS = {
+    "ray": "ray",
+    "sentence_transformers": "sentence-transformers",
+    "torchcodec": "torchcodec",
+}
 _IMAGE_FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "AVIF", "HEIF", "TIFF", "BMP", "JPEG2000")
 _VIDEO_CODECS = (
     "h264",

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from open_clip.model import CLIP, CustomTextCLIP
@@ -197,7 +198,9 @@ def timm_folder(folder: Path, arch: str = "test_efficientnet", *, seed: int = 0)
 
 def sentence_folder(folder: Path, *, dense: int = 0, seed: int = 0, **changed: Any) -> Path:
     """A sentence-transformers model: BERT, mean, a dense layer if asked for, unit length."""
-    import sentence_transformers
+    sentence_transformers = pytest.importorskip(
+        "sentence_transformers", reason="the extra offline is not installed"
+    )
     from sentence_transformers.base import modules as layers
     from sentence_transformers.sentence_transformer.modules import Pooling
 

@@ -54,7 +54,10 @@ def test_efficientnet_equals_the_forward_pass_of_timm() -> None:
     model, data = reference(), timm.data
     functions: Any = data
     transform = functions.create_transform(**functions.resolve_model_data_config(model))
+    with pytest.raises(UserError, match="pooling of its own; after the @ give own"):
+        load_backbone("efficientnet-lite0@cls", device="cpu")
     ours = load_backbone("efficientnet-lite0", device="cpu")
+    assert offline_backbone("image") == offline_backbone("video") == ours.name
     assert (ours.dim, ours.input_size) == (1280, 256)
     vectors = ours.embed(InputBatch(images=[ours.image(image) for image in pictures()]))
     with torch.inference_mode():

@@ -130,7 +130,6 @@ def test_weights_in_the_cache_are_found_without_a_network(
         ("timm:test_resnet.zip", "no tag 'zip' of test_resnet; give one of r160_in1k"),
         ("timm:test_resnet/zip", "'zip' is not a file; give timm:ARCH/FILE"),
         ("timm:efficientnet_b8", "has no weights of efficientnet_b8 on the hub"),
-        ("efficientnet-lite0@cls", "pooling of its own; after the @ give own"),
     ],
 )
 def test_names_that_are_wrong(name: str, message: str) -> None:

@@ -239,6 +239,8 @@ def _describe(run: "Run") -> None:
         console.notify(
             f"early stopping follows the ranking that keeps seen items (monitor_seen=kept){because}"
         )
+    for remark in run.model.remarks:
+        console.notify(remark)
     if run.copied_weights:
         for line in run.copied_weights.lines():
             console.notify(line)

@@ -22,6 +22,7 @@ from features.sql_text import parquet_sql
 from features.warehouse import DatasetInfo, Warehouse
 
 Ints = npt.NDArray[np.int64]
+_TIME_UNITS = ((10**5, "D"), (10**10, "s"), (10**13, "ms"), (10**16, "us"))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,6 +67,20 @@ class Dataset:
     """(U + 1,) user u owns ``items[offsets[u]:offsets[u + 1]]``."""
     train_counts: Ints
     """(N,) training interactions of each item; the only counts that popularity may use."""
+    times: Ints | None = None
+    """(I,) time of each interaction in the unit of the raw files; ``None`` if they are not loaded
+    or the raw files have none."""
+
+    @property
+    def time_unit(self) -> str | None:
+        """The unit of ``times`` as numpy names it: D, s, ms, us or ns; ``None`` without times.
+
+        The largest time decides: units of a date between 1973 and 2200 do not overlap.
+        """
+        if self.times is None:
+            return None
+        largest = int(np.abs(self.times).max(initial=0))
+        return next((unit for limit, unit in _TIME_UNITS if largest < limit), "ns")
 
     @property
     def cold(self) -> npt.NDArray[np.bool_]:
@@ -92,8 +107,13 @@ class Dataset:
         )
 
 
-def load_dataset(warehouse: Warehouse, name: str) -> Dataset:
+def load_dataset(warehouse: Warehouse, name: str, *, with_times: bool = False) -> Dataset:
     """Read a prepared dataset into flat arrays, without an object per row.
+
+    Args:
+        warehouse: Holds the dataset.
+        name: Name of the dataset.
+        with_times: If true, load the times of the interactions as well, if there are any.
 
     Raises:
         UserError: The dataset is not prepared, or its tables contradict each other.
@@ -102,12 +122,14 @@ def load_dataset(warehouse: Warehouse, name: str) -> Dataset:
     folder = warehouse.dataset_dir(name)
     interactions = parquet_sql(folder / "interactions")
     items = parquet_sql(folder / "items")
+    has_times = with_times and info.timestamps
+    columns = "user, item, timestamp" if has_times else "user, item"
     for table in ("interactions", "items"):
         with _tables(folder / table, name):
             verify_folder(folder / table)
     with _tables(folder, name), database() as db:
         flat = db.execute(
-            f"SELECT user, item FROM {interactions} ORDER BY user, position"
+            f"SELECT {columns} FROM {interactions} ORDER BY user, position"
         ).fetchnumpy()
         counts = db.execute(
             f"SELECT train_count FROM ({train_counts_sql(interactions, items)}) ORDER BY item"
@@ -127,6 +149,7 @@ def load_dataset(warehouse: Warehouse, name: str) -> Dataset:
         items=item,
         offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
         train_counts=np.asarray(counts["train_count"], dtype=np.int64),
+        times=np.asarray(flat["timestamp"], dtype=np.int64) if has_times else None,
     )
 
 

@@ -61,6 +61,12 @@ class Sequences:
     """(B,) int64, at least 1."""
     users_B: Tensor | None = None
     """(B,) int64, the users; -1 for a user who is not in the dataset; ``None`` if unknown."""
+    times_BL: Tensor | None = None
+    """(B, L) int64, the times of the items in the unit of the raw files; ``None`` if unknown. Only
+    models with ``reads_times`` get times."""
+    request_B: Tensor | None = None
+    """(B,) int64, the time at which the next item is asked for, such as that of the held-out
+    interaction; ``None`` if unknown."""
 
     @property
     def mask_BL(self) -> Tensor:
@@ -127,6 +133,8 @@ class TrainingData:
             histories=_train_histories(dataset),
         )
         self._flat_I = torch.from_numpy(dataset.items).to(device)
+        times = dataset.times
+        self._times_I = None if times is None else torch.from_numpy(times).to(device)
 
     def epoch(
         self,
@@ -194,7 +202,17 @@ class TrainingData:
         users = np.searchsorted(self.dataset.offsets, starts, side="right") - 1
         users_B = torch.from_numpy(users).to(self.device, non_blocking=True)
         items_BL = self._flat_I[index_BL].long()
-        return Sequences(items_BL=items_BL, lengths_B=lengths_B, users_B=users_B)
+        if self._times_I is None:
+            return Sequences(items_BL=items_BL, lengths_B=lengths_B, users_B=users_B)
+        # The last history of a user has no interaction after it: the newest time is the next best.
+        ends = np.minimum(starts + lengths, self.dataset.offsets[users + 1] - 1)
+        return Sequences(
+            items_BL=items_BL,
+            lengths_B=lengths_B,
+            users_B=users_B,
+            times_BL=self._times_I[index_BL],
+            request_B=self._times_I[torch.from_numpy(ends).to(self.device)],
+        )
 
     def histories(
         self, split: EvalSplit, *, length: int, batch_size: int

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from features.atomic_files import database
 from features.attributes import ItemAttributes, load_attributes
-from features.dataset import Dataset, load_dataset, load_items
+from features.dataset import Dataset, Ints, load_dataset, load_items
 from features.errors import UserError
 from features.store import FeatureStore, FeatureTable
 from features.warehouse import Warehouse
@@ -117,6 +117,8 @@ def load_data(
     labels: Sequence[str],
     device: torch.device,
     attributes: AttributeColumns = AttributeColumns(),
+    *,
+    with_times: bool = False,
 ) -> LoadedData:
     """Load datasets with the feature tables of these labels, and concatenate them.
 
@@ -126,12 +128,13 @@ def load_data(
         labels: Labels of feature tables that all of them have.
         device: Device of the features.
         attributes: Columns of the items to load as attributes.
+        with_times: If true, load the times of the interactions, if all datasets have times.
 
     Raises:
         UserError: A dataset or a table cannot be read, or two tables were encoded differently.
     """
     store = FeatureStore(warehouse)
-    loaded = [load_dataset(warehouse, name) for name in datasets]
+    loaded = [load_dataset(warehouse, name, with_times=with_times) for name in datasets]
     parts, identities = [], []
     for name, dataset in zip(datasets, loaded, strict=True):
         features, tables = load_features(choose_tables(store, name, labels), dataset.info, device)
@@ -284,7 +287,13 @@ def _concatenate(parts: Sequence[Dataset]) -> Dataset:
         ),
         offsets=np.concatenate([parts[0].offsets[:1], *offsets]),
         train_counts=np.concatenate([part.train_counts for part in parts]),
+        times=_concatenate_times(parts),
     )
+
+
+def _concatenate_times(parts: Sequence[Dataset]) -> Ints | None:
+    times = [part.times for part in parts if part.times is not None]
+    return np.concatenate(times) if len(times) == len(parts) else None
 
 
 def _concatenate_features(parts: Sequence[ItemFeatures]) -> ItemFeatures:

@@ -34,9 +34,20 @@ def sampled_bce(
     """
     positive_M = scale * (query_MD * positive_MD).sum(-1).float()
     negative_M = scale * (query_MD * negative_MD).sum(-1).float()
-    device = query_MD.device
+    return logits_bce(positive_M, negative_M, exists_M)
+
+
+def logits_bce(positive_M: Tensor, negative_M: Tensor, exists_M: Tensor) -> Tensor:
+    """Return the loss of :func:`sampled_bce` from the logits of positives and negatives.
+
+    Args:
+        positive_M: (M,) float32 logits of the targets.
+        negative_M: (M,) float32 logits of the negatives.
+        exists_M: (M,) bool, true for rows that have a negative.
+    """
+    device = positive_M.device
     positive_loss = functional.softplus(-positive_M).sum() / (
-        global_mean_rows(len(query_MD), device) or 1.0
+        global_mean_rows(len(positive_M), device) or 1.0
     )
     negative_loss_M = torch.where(exists_M, functional.softplus(negative_M), 0)
     return positive_loss + negative_loss_M.sum() / (

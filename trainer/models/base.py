@@ -33,6 +33,9 @@ class Catalogue:
     features."""
     n_attributes: int = 0
     """Number of attributes of the items; 0 for a model that reads none."""
+    time_unit: str | None = None
+    """Unit of the times of the interactions, see :attr:`features.dataset.Dataset.time_unit`;
+    ``None`` if there are no times or the model reads none."""
     backbones: Mapping[str, nn.Module] = field(default_factory=dict)
     """Modality to the upper blocks of its backbone, which are trained with the recommender; see
     :mod:`trainer.finetune.upper_blocks`."""
@@ -66,6 +69,8 @@ class Recommender(nn.Module, ABC):
     """Dataclass of the model's settings."""
     needs_features: ClassVar[bool] = False
     """True if the model reads feature tables."""
+    reads_times: ClassVar[bool] = False
+    """True if the model reads the times of the interactions."""
     reads_tokens: ClassVar[bool] = False
     """True if the model can read tables of tokens as well as pooled vectors."""
     train_defaults: ClassVar[Mapping[str, Any]] = {}
@@ -175,6 +180,11 @@ class Recommender(nn.Module, ABC):
             NotImplementedError: The scores of the model are inner products.
         """
         raise NotImplementedError(f"{type(self).__name__} ranks by inner products")
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """Sentences that ``mmrec train`` prints, such as a part that the data do not allow."""
+        return ()
 
     def compiled_parts(self) -> list[nn.Module]:
         """Return the modules that ``compile=true`` compiles: those with a true ``can_compile``."""

@@ -117,6 +117,10 @@ MODELS: Registry[Model] = Registry(
             "trainer.models.fmrlrec:FMRLRec",
             "texts and images, nested widths over a linear recurrent unit",
         ),
+        "carca": Model(
+            "trainer.models.carca:CARCA",
+            "ids, features and dates; the candidate attends to the history",
+        ),
         "idsr": Model(
             "trainer.models.mmsr:IDSR",
             "item ids with the sequence encoders and losses of mmsr, to compare with",

@@ -261,9 +261,12 @@ def _build_run(
     device_name: str | None = None,
 ) -> Run:
     device = choose_device(device_name or spec.train.device)
+    reads_times = MODELS.find(spec.model).load().reads_times
     if spec.task == NEXT_ITEM:
         check_trainable(load_dataset(warehouse, spec.datasets[0]))
-    source = load_data(warehouse, spec.datasets, spec.features, device, spec.attributes)
+    source = load_data(
+        warehouse, spec.datasets, spec.features, device, spec.attributes, with_times=reads_times
+    )
     # The weights are drawn on the CPU, so that they are equal on all devices.
     torch.manual_seed(spec.train.seed)
     catalogue = Catalogue(
@@ -271,6 +274,7 @@ def _build_run(
         n_users=source.dataset.info.users,
         widths=source.features.widths,
         n_attributes=source.n_attributes,
+        time_unit=source.dataset.time_unit,
         backbones=backbones,
     )
     model = build_model(spec.model, spec.settings, catalogue).to(device)

@@ -19,6 +19,7 @@ from cli import (
     export_dataset,
     extract,
     grid,
+    import_features,
     models,
     prepare,
     pretrain,
@@ -140,6 +141,7 @@ app.command("prepare")(prepare.prepare)
 app.command("export-dataset")(export_dataset.export_dataset)
 app.command("backbones")(backbones.backbones)
 app.command("extract")(extract.extract)
+app.command("import-features")(import_features.import_features)
 app.command("models")(models.models)
 app.command("train")(train.train)
 app.command("pretrain")(pretrain.pretrain)

@@ -14,6 +14,8 @@ from features.atomic_files import read_errors
 from features.errors import UserError
 
 METADATA_KEY = b"mmrec"
+IMPORTED = "imported"
+"""Arithmetic (``compute``) of vectors that ``mmrec import-features`` has read from a file."""
 EXTRACT_AGAIN = "run mmrec extract again; what is whole is reused"
 REMOVE_FILE = f"remove this file and {EXTRACT_AGAIN}"
 SMALL_COLUMNS = ("item", "item_id", "content_hash", "n_frames", "n_tokens", "partial")
@@ -37,7 +39,7 @@ class Provenance:
     modality: str
     level: str
     compute: str
-    """Arithmetic of the forward pass: ``float32`` or ``bfloat16``."""
+    """Arithmetic of the forward pass: ``float32`` or ``bfloat16``; ``imported`` for a file."""
     dtype: str
     """How an element is stored: ``float16`` or ``float32``."""
     dim: int

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from features.arrow_columns import items_of
 from features.errors import UserError
 from features.matrices import FeatureMatrix, TokenMatrix, map_tokens, read_vectors
-from features.provenance import EXTRACT_AGAIN, Provenance
+from features.provenance import EXTRACT_AGAIN, IMPORTED, Provenance
 from features.table_parts import TableParts
 from features.warehouse import DatasetInfo, Warehouse, slug
 
@@ -74,6 +74,11 @@ class FeatureTable(TableParts):
         except UserError:
             made = None
         name = shlex.quote(made.backbone if made else self.backbone)
+        if made is not None and made.compute == IMPORTED:
+            return (
+                f"run: mmrec import-features --dataset {self.dataset} --{self.modality} FILE"
+                f" --name {name}"
+            )
         return f"run: mmrec extract --dataset {self.dataset} --{self.modality} {name}{level}"
 
     def digest(self) -> str:

@@ -77,7 +77,7 @@ def describe_model(name: str) -> ModelDescription:
     """
     entry = MODELS.find(name)
     from trainer.config import TrainConfig
-    from trainer.runs.spec import pretraining_defaults, pretraining_settings
+    from trainer.runs.settings import pretraining_defaults, pretraining_settings
 
     recommender = entry.load()
     settings = _settings(recommender.settings_class)

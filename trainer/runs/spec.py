@@ -7,16 +7,15 @@ evaluation, transfer and grids receive it.
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Self
 
 from features.dataset import load_dataset
-from features.errors import UserError, unknown
+from features.errors import UserError
 from features.store import FeatureTable
 from features.warehouse import Warehouse
-from trainer.config import Settings, SettingSources, TrainConfig, build_settings, settings_tables
+from trainer.config import Settings, SettingSources, TrainConfig, settings_tables
 from trainer.data.multi_dataset import (
     AttributeColumns,
     DataIdentity,
@@ -26,10 +25,15 @@ from trainer.data.multi_dataset import (
 from trainer.evaluation.encode import repeated_share
 from trainer.models.base import Recommender
 from trainer.models.registry import MODELS, names_of
-from trainer.modules.attributes import AttributeSettings
 from trainer.runs.folder import FORMAT, check_format, read_about
+from trainer.runs.settings import (
+    attribute_columns,
+    check_pretrains,
+    preset_settings,
+    resolve_settings,
+    task_name,
+)
 from trainer.runs.transfer import FULL, check_source, check_transfer, hash_tensors, read_source
-from trainer.tasks.registry import NEXT_ITEM, TASKS
 
 _MOST_REPEATED = 0.01
 """Largest share of repeated validation targets with which early stopping filters seen items."""
@@ -126,13 +130,13 @@ class RunSpec:
         """
         recommender = MODELS.find(model).load()
         if is_pretraining:
-            _check_pretrains(model, recommender)
+            check_pretrains(model, recommender)
         for name in datasets:
             warehouse.info(name)
             if list(datasets).count(name) > 1:
                 raise UserError(f"--dataset names {name!r} twice; name it once")
         sources = sources or SettingSources()
-        train, settings, *task_settings = _build(recommender, is_pretraining, sources)
+        train, settings, *task_settings = resolve_settings(recommender, is_pretraining, sources)
         given = {*sources.names(), *preset_settings(recommender, sources.preset, is_pretraining)}
         if not is_pretraining and "monitor_seen" not in given:
             train = replace(train, monitor_seen=_monitored_ranking(warehouse, datasets[0]))
@@ -176,7 +180,7 @@ class RunSpec:
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
         sources = SettingSources(file=path)
-        train, settings, *task_settings = _build(
+        train, settings, *task_settings = resolve_settings(
             recommender, is_pretraining, sources, _OF_EARLIER_RUNS
         )
         tables = settings_tables(train, settings, *task_settings)
@@ -208,7 +212,7 @@ class RunSpec:
     @property
     def task(self) -> str:
         """Name of the task in :data:`trainer.tasks.registry.TASKS`."""
-        return _task_name(MODELS.find(self.model).load(), self.is_pretraining)
+        return task_name(MODELS.find(self.model).load(), self.is_pretraining)
 
     def identity(self) -> dict[str, Any]:
         """Return all inputs that determine the result, as a JSON document for checkpoints."""
@@ -274,22 +278,6 @@ def _check_preparation(folder: Path, about: Mapping[str, Any], data: DataIdentit
         )
 
 
-def pretraining_settings(recommender: type[Recommender]) -> type[Settings] | None:
-    """Return the settings class of the model's pre-training task; ``None`` without settings."""
-    if recommender.pretraining is None:
-        return None
-    return TASKS.find(recommender.pretraining.task).settings_class
-
-
-def pretraining_defaults(recommender: type[Recommender]) -> dict[str, Any]:
-    """Return the settings that ``mmrec pretrain`` changes or adds, with their defaults."""
-    if recommender.pretraining is None:
-        return {}
-    settings_class = pretraining_settings(recommender)
-    own = {} if settings_class is None else asdict(settings_class())
-    return {**recommender.pretraining.settings, **own}
-
-
 def _monitored_ranking(warehouse: Warehouse, dataset: str) -> str:
     """Return ``kept`` if more than 1% of the validation targets are repeated, else ``filtered``.
 
@@ -297,64 +285,6 @@ def _monitored_ranking(warehouse: Warehouse, dataset: str) -> str:
     """
     share = repeated_share(load_dataset(warehouse, dataset), "validation")
     return "kept" if share > _MOST_REPEATED else "filtered"
-
-
-def attribute_columns(settings: Settings) -> AttributeColumns:
-    """Return the columns of attributes that a model with these settings reads."""
-    if isinstance(settings, AttributeSettings):
-        return settings.attribute_columns
-    return AttributeColumns()
-
-
-def preset_settings(
-    recommender: type[Recommender], preset: str | None, is_pretraining: bool
-) -> Mapping[str, Any]:
-    """Return the settings of a preset, empty without a preset.
-
-    Raises:
-        UserError: The model has no such preset.
-    """
-    if preset is None:
-        return {}
-    presets = recommender.presets
-    if is_pretraining:
-        assert recommender.pretraining is not None
-        presets = recommender.pretraining.presets
-    if preset not in presets:
-        raise unknown("preset", preset, list(presets))
-    return presets[preset]
-
-
-def _task_name(recommender: type[Recommender], is_pretraining: bool) -> str:
-    if not is_pretraining:
-        return NEXT_ITEM
-    assert recommender.pretraining is not None
-    return recommender.pretraining.task
-
-
-def _build(
-    recommender: type[Recommender],
-    is_pretraining: bool,
-    sources: SettingSources,
-    changed_defaults: Mapping[str, Any] = MappingProxyType({}),
-) -> tuple[Any, ...]:
-    """Create the settings of the loop, of the model and, if the task has any, of the task."""
-    defaults: Mapping[str, Any] = {**recommender.train_defaults, **changed_defaults}
-    if is_pretraining:
-        assert recommender.pretraining is not None
-        defaults = {**defaults, **recommender.pretraining.settings}
-    defaults = {**defaults, **preset_settings(recommender, sources.preset, is_pretraining)}
-    task_class = TASKS.find(_task_name(recommender, is_pretraining)).settings_class
-    classes: list[type[Any]] = [TrainConfig, recommender.settings_class]
-    if task_class is not None:
-        classes.append(task_class)
-    return build_settings(classes, sources, defaults)
-
-
-def _check_pretrains(name: str, recommender: type[Recommender]) -> None:
-    if recommender.pretraining is None:
-        able = ", ".join(names_of(lambda model: model.pretraining is not None))
-        raise UserError(f"{name} has no pre-training; known: {able}")
 
 
 def _choose_tables(

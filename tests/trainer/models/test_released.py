@@ -10,7 +10,7 @@ from features.errors import UserError
 from trainer.config import SettingSources, TrainConfig, build_settings
 from trainer.models.base import Catalogue, Recommender
 from trainer.models.registry import MODELS
-from trainer.runs.spec import preset_settings, pretraining_settings
+from trainer.runs.settings import preset_settings, pretraining_settings
 from trainer.tasks.registry import TASKS
 
 WIDTHS = {"image": 768, "text": 768}

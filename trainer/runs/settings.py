@@ -1,0 +1,90 @@
+"""The settings of a run: defaults of the model and of its stage, a preset, a file and pairs."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from types import MappingProxyType
+from typing import Any
+
+from features.errors import UserError, unknown
+from trainer.config import Settings, SettingSources, TrainConfig, build_settings
+from trainer.data.multi_dataset import AttributeColumns
+from trainer.models.base import Recommender
+from trainer.models.registry import names_of
+from trainer.modules.attributes import AttributeSettings
+from trainer.tasks.registry import NEXT_ITEM, TASKS
+
+
+def pretraining_settings(recommender: type[Recommender]) -> type[Settings] | None:
+    """Return the settings class of the model's pre-training task; ``None`` without settings."""
+    if recommender.pretraining is None:
+        return None
+    return TASKS.find(recommender.pretraining.task).settings_class
+
+
+def pretraining_defaults(recommender: type[Recommender]) -> dict[str, Any]:
+    """Return the settings that ``mmrec pretrain`` changes or adds, with their defaults."""
+    if recommender.pretraining is None:
+        return {}
+    settings_class = pretraining_settings(recommender)
+    own = {} if settings_class is None else asdict(settings_class())
+    return {**recommender.pretraining.settings, **own}
+
+
+def attribute_columns(settings: Settings) -> AttributeColumns:
+    """Return the columns of attributes that a model with these settings reads."""
+    if isinstance(settings, AttributeSettings):
+        return settings.attribute_columns
+    return AttributeColumns()
+
+
+def preset_settings(
+    recommender: type[Recommender], preset: str | None, is_pretraining: bool
+) -> Mapping[str, Any]:
+    """Return the settings of a preset, empty without a preset.
+
+    Raises:
+        UserError: The model has no such preset.
+    """
+    if preset is None:
+        return {}
+    presets = recommender.presets
+    if is_pretraining:
+        assert recommender.pretraining is not None
+        presets = recommender.pretraining.presets
+    if preset not in presets:
+        raise unknown("preset", preset, list(presets))
+    return presets[preset]
+
+
+def task_name(recommender: type[Recommender], is_pretraining: bool) -> str:
+    """Return the task of a stage, a name in :data:`trainer.tasks.registry.TASKS`."""
+    if not is_pretraining:
+        return NEXT_ITEM
+    assert recommender.pretraining is not None
+    return recommender.pretraining.task
+
+
+def resolve_settings(
+    recommender: type[Recommender],
+    is_pretraining: bool,
+    sources: SettingSources,
+    changed_defaults: Mapping[str, Any] = MappingProxyType({}),
+) -> tuple[Any, ...]:
+    """Create the settings of the loop, of the model and, if the task has any, of the task."""
+    defaults: Mapping[str, Any] = {**recommender.train_defaults, **changed_defaults}
+    if is_pretraining:
+        assert recommender.pretraining is not None
+        defaults = {**defaults, **recommender.pretraining.settings}
+    defaults = {**defaults, **preset_settings(recommender, sources.preset, is_pretraining)}
+    task_class = TASKS.find(task_name(recommender, is_pretraining)).settings_class
+    classes: list[type[Any]] = [TrainConfig, recommender.settings_class]
+    if task_class is not None:
+        classes.append(task_class)
+    return build_settings(classes, sources, defaults)
+
+
+def check_pretrains(name: str, recommender: type[Recommender]) -> None:
+    """Raise a UserError unless the model has a pre-training."""
+    if recommender.pretraining is None:
+        able = ", ".join(names_of(lambda model: model.pretraining is not None))
+        raise UserError(f"{name} has no pre-training; known: {able}")

@@ -3,6 +3,8 @@
 Legend: K items, G experts, P positions, W width of the features, D width.
 """
 
+from functools import reduce
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -44,18 +46,21 @@ class MixtureAdaptor(nn.Module):
             x: (..., W) features.
             positions: (...) int64, the position of each vector; ``None`` without positions.
         """
-        gate_G = self._gates(x)
-        total = torch.zeros(())
-        for number, expert in enumerate(self.experts):
-            # (x - b) W is x W - b W: the offsets are mapped once for each position.
-            offset_PD = expert(self.offset_GPW[number])
-            offset = (
-                offset_PD[0] if positions is None else functional.embedding(positions, offset_PD)
-            )
-            mapped = expert(dropout(x, self.probability, self.training)) - offset
-            weighted = gate_G[..., number, None] * mapped
-            total = weighted if number == 0 else total + weighted
-        return total
+        gates = self._gates(x)
+        weighted = (
+            gates[..., number, None] * self._expert(number, x, positions)
+            for number in range(len(self.experts))
+        )
+        return reduce(torch.add, weighted)
+
+    def _expert(self, number: int, x: Tensor, positions: Tensor | None) -> Tensor:
+        """Return (dropout(x) - b_k) W_k: (..., D)."""
+        expert = self.experts[number]
+        # It is x W - b W: the offsets are mapped once for each position.
+        offset_PD = expert(self.offset_GPW[number])
+        offset = offset_PD[0] if positions is None else functional.embedding(positions, offset_PD)
+        mapped: Tensor = expert(dropout(x, self.probability, self.training)) - offset
+        return mapped
 
     def _gates(self, x: Tensor) -> Tensor:
         """Return the weights of the experts: (..., G)."""

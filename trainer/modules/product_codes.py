@@ -73,10 +73,11 @@ class CodeEmbedding(nn.Module):
 
     def forward(self, codes_KC: Tensor) -> Tensor:
         """Return the sum of the vectors of the codes: (K, D)."""
-        vectors_CSD = self.vectors()
-        total_KD = functional.embedding(codes_KC[:, 0], vectors_CSD[0])
-        for code in range(1, self.codes):
-            total_KD = total_KD + functional.embedding(codes_KC[:, code], vectors_CSD[code])
+        # The backward pass of `unbind` is one stack; an index would make a table for each code.
+        tables = self.vectors().unbind(0)
+        total_KD = functional.embedding(codes_KC[:, 0], tables[0])
+        for codes_K, table_SD in zip(codes_KC.unbind(1)[1:], tables[1:], strict=True):
+            total_KD = total_KD + functional.embedding(codes_K, table_SD)
         return total_KD
 
 

@@ -298,6 +298,8 @@ def quiet_process(home: Path) -> Iterator[None]:
     """Give this process a home, an environment and limits in which no input does harm."""
     before, folder = dict(os.environ), Path.cwd()
     limits = resource.getrlimit(resource.RLIMIT_AS)
+    # A shell starts background jobs with SIGINT ignored, and then no training would be interrupted.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.update(_ENVIRONMENT, HOME=str(home))
     os.environ.pop("MMREC_WAREHOUSE", None)
     resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, limits[1]))
@@ -306,6 +308,7 @@ def quiet_process(home: Path) -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     finally:
+        signal.signal(signal.SIGINT, handler)
         resource.setrlimit(resource.RLIMIT_AS, limits)
         os.chdir(folder)
         os.environ.clear()

@@ -18,16 +18,14 @@ def prepare(
     dataset: Annotated[str, typer.Option("--dataset", help="A known dataset, or a new name.")],
     raw: Annotated[Path | None, typer.Option("--raw", help="Folder of the raw files.")] = None,
     name: Annotated[
-        str | None,
-        typer.Option("--name", help="Name of the result, to keep several preparations."),
+        str | None, typer.Option("--name", help="Name of the result; default: the dataset.")
     ] = None,
     k_core: Annotated[
         int | None,
         typer.Option("--k-core", help="Minimum interactions of users and items; 0: keep all."),
     ] = None,
     format: Annotated[
-        str | None,
-        typer.Option("--format", help="Importer of your own data; see: mmrec datasets."),
+        str | None, typer.Option("--format", help="Importer of your data; see: mmrec datasets.")
     ] = None,
     file: Annotated[
         list[str] | None,
@@ -43,16 +41,13 @@ def prepare(
         typer.Option("--min-user", help="Minimum interactions of users alone, in place of k-core."),
     ] = None,
     images: Annotated[
-        str | None,
-        typer.Option("--images", help="Folder or container of images; as --file images=PATH."),
+        str | None, typer.Option("--images", help="Folder of images; as --file images=PATH.")
     ] = None,
     unlisted: Annotated[
-        str,
-        typer.Option(help="Interactions with items that are not listed: refuse, keep or drop."),
+        str, typer.Option(help="Interactions with items that are not listed: refuse, keep or drop.")
     ] = "refuse",
     ties: Annotated[
-        str,
-        typer.Option(help="Order of equal times of a user: file, id, id-desc or hash."),
+        str, typer.Option(help="Order of equal times of a user: file, id, id-desc or hash.")
     ] = "file",
     json: JsonOption = False,
     root: WarehouseOption = None,
@@ -70,7 +65,7 @@ def prepare(
         seed=seed,
         min_user=min_user,
         format=format,
-        files=dict(map(_role_and_path, file or [])) | ({"images": images} if images else {}),
+        files=_files(file, images),
         unlisted=unlisted,
         ties=ties,
     )
@@ -79,6 +74,11 @@ def prepare(
         console.emit_json(info.summary())
     else:
         show_prepared(info)
+
+
+def _files(given: list[str] | None, images: str | None) -> dict[str, str]:
+    """Return role to path of the files that are given by ``--file`` and ``--images``."""
+    return dict(map(_role_and_path, given or [])) | ({"images": images} if images else {})
 
 
 def _role_and_path(text: str) -> tuple[str, str]:

@@ -134,9 +134,7 @@ def prepare_dataset(
                 notify(note)
             index_ids(db)
             if files.get("interactions"):
-                if options.users is not None:
-                    sample_users(db, options.users, options.seed)
-                filter_core(db, k, options.dataset, options.min_user or 0)
+                _filter(db, options, k)
             if result.images:
                 copy_image_column(db, result.images, root, stage / MEDIA, all_items=k == 0)
             create_tables(db, k, options.ties)
@@ -149,9 +147,12 @@ def prepare_dataset(
                 timestamps=result.timestamps,
                 ties=options.ties,
             )
-            if options.users is not None:
-                info = replace(info, sampled_users=options.users, seed=options.seed)
-            info = replace(info, min_user=options.min_user or 0)
+            info = replace(
+                info,
+                sampled_users=options.users,
+                seed=None if options.users is None else options.seed,
+                min_user=options.min_user or 0,
+            )
             write_tables(db, stage)
             for note in data_notes(db, info):
                 notify(note)
@@ -164,6 +165,13 @@ def _choose_core(options: PrepareOptions, registered: int) -> int:
     if options.k_core is not None:
         return options.k_core
     return registered if options.min_user is None else min(registered, 1)
+
+
+def _filter(db: duckdb.DuckDBPyConnection, options: PrepareOptions, k: int) -> None:
+    """Draw the sample of users, then apply the k-core."""
+    if options.users is not None:
+        sample_users(db, options.users, options.seed)
+    filter_core(db, k, options.dataset, options.min_user or 0)
 
 
 def _check_ties(ties: str, timestamps: bool, files: Files) -> None:

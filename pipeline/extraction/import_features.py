@@ -79,17 +79,7 @@ def import_features(
     items = _items_of_rows(matrix, item_ids, info, ids, prepared_order)
     backbone = slug(name or f"imported-{matrix.path.stem}")
     table = FeatureStore(warehouse).table(dataset, backbone, modality)
-    provenance = Provenance(
-        backbone=backbone,
-        checkpoint=f"sha256:{matrix.digest()}",
-        preprocessing=f"file {matrix.path.name}, shape {matrix.shape}, {matrix.dtype}",
-        pooling="one vector for each item, as in the file",
-        modality=modality,
-        level="pooled",
-        compute=IMPORTED,
-        dtype="float16" if matrix.dtype in ("float16", "halffloat") else "float32",
-        dim=matrix.shape[1],
-    )
+    provenance = _provenance(matrix, backbone, modality)
     with lock(table.path / ".lock", f"the feature table {table.label} of {dataset}"):
         _check_replaceable(table)
         table.clear()
@@ -108,6 +98,20 @@ def import_features(
         absent=info.items - known,
         unknown=len(items) - known,
         failed=len(failed),
+    )
+
+
+def _provenance(matrix: MatrixFile, backbone: str, modality: str) -> Provenance:
+    return Provenance(
+        backbone=backbone,
+        checkpoint=f"sha256:{matrix.digest()}",
+        preprocessing=f"file {matrix.path.name}, shape {matrix.shape}, {matrix.dtype}",
+        pooling="one vector for each item, as in the file",
+        modality=modality,
+        level="pooled",
+        compute=IMPORTED,
+        dtype="float16" if matrix.dtype in ("float16", "halffloat") else "float32",
+        dim=matrix.shape[1],
     )
 
 

@@ -144,11 +144,6 @@ def _only(path: Path, names: list[str], key: str | None) -> str:
     raise UserError(f"{path} holds the arrays {listed}; name one of them by {path.name}#KEY")
 
 
-def _slices(matrix: Any, rows: int) -> Iterator[Any]:
-    for start in range(0, rows, ROWS):
-        yield matrix[start : min(start + ROWS, rows)]
-
-
 def _open_npy(path: Path, key: str | None) -> MatrixFile:
     matrix = np.load(path, mmap_mode="r", allow_pickle=False)
     shape = _shape(path, matrix.shape, matrix.dtype)
@@ -248,23 +243,32 @@ def _open_safetensors(path: Path, key: str | None) -> MatrixFile:
 
 
 def _open_torch(path: Path, key: str | None) -> MatrixFile:
+    matrix = _load_tensor(path, key)
+    shape = _shape(path, tuple(matrix.shape), matrix.dtype)
+    dtype = str(matrix.dtype).removeprefix("torch.")
+
+    def blocks() -> Iterator[Block]:
+        # Loaded again for each block, so that the mapped pages of the last one are given back.
+        is_mapped = zipfile.is_zipfile(path)
+        for start in range(0, shape[0], ROWS):
+            tensor = _load_tensor(path, key) if is_mapped else matrix
+            yield _to_numpy(tensor[start : start + ROWS].clone())
+
+    return MatrixFile(path=path, shape=shape, dtype=dtype, read=blocks)
+
+
+def _load_tensor(path: Path, key: str | None) -> Any:
+    """Return the tensor of a file, mapped into memory if the file's format allows it."""
     import torch
 
-    is_zip = zipfile.is_zipfile(path)
-    value = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    is_mapped = zipfile.is_zipfile(path)
+    value = torch.load(path, map_location="cpu", weights_only=True, mmap=is_mapped)
     if isinstance(value, dict):
         tensors = {name: entry for name, entry in value.items() if torch.is_tensor(entry)}
         value = tensors[_only(path, list(tensors), key)]
     if not torch.is_tensor(value):
         raise UserError(f"{path} holds no tensor; save one by torch.save(tensor, {path.name!r})")
-    shape = _shape(path, tuple(value.shape), value.dtype)
-    dtype = str(value.dtype).removeprefix("torch.")
-    return MatrixFile(
-        path=path,
-        shape=shape,
-        dtype=dtype,
-        read=lambda: (_to_numpy(block) for block in _slices(value, shape[0])),
-    )
+    return value
 
 
 def _to_numpy(tensor: Any) -> Block:

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import duckdb
 import pyarrow as pa
@@ -133,8 +134,7 @@ def prepare_dataset(
             for note in chain(result.notes, handle_unlisted(db, options.unlisted, files)):
                 notify(note)
             index_ids(db)
-            if files.get("interactions"):
-                _filter(db, options, k)
+            _filter(db, files, options, k)
             if result.images:
                 copy_image_column(db, result.images, root, stage / MEDIA, all_items=k == 0)
             create_tables(db, k, options.ties)
@@ -147,12 +147,7 @@ def prepare_dataset(
                 timestamps=result.timestamps,
                 ties=options.ties,
             )
-            info = replace(
-                info,
-                sampled_users=options.users,
-                seed=None if options.users is None else options.seed,
-                min_user=options.min_user or 0,
-            )
+            info = replace(info, **_user_filters(options))
             write_tables(db, stage)
             for note in data_notes(db, info):
                 notify(note)
@@ -167,11 +162,19 @@ def _choose_core(options: PrepareOptions, registered: int) -> int:
     return registered if options.min_user is None else min(registered, 1)
 
 
-def _filter(db: duckdb.DuckDBPyConnection, options: PrepareOptions, k: int) -> None:
-    """Draw the sample of users, then apply the k-core."""
+def _filter(db: duckdb.DuckDBPyConnection, files: Files, options: PrepareOptions, k: int) -> None:
+    """Draw the sample of users, then apply the k-core; a dataset without users is left as it is."""
+    if not files.get("interactions"):
+        return
     if options.users is not None:
         sample_users(db, options.users, options.seed)
     filter_core(db, k, options.dataset, options.min_user or 0)
+
+
+def _user_filters(options: PrepareOptions) -> dict[str, Any]:
+    """Return the fields of ``DatasetInfo`` about the choice of users."""
+    seed = None if options.users is None else options.seed
+    return {"sampled_users": options.users, "seed": seed, "min_user": options.min_user or 0}
 
 
 def _check_ties(ties: str, timestamps: bool, files: Files) -> None:

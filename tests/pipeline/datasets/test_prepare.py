@@ -114,7 +114,7 @@ def test_an_item_that_is_not_listed(tmp_path: Path) -> None:
         ({"k_core": 5}, r"mine .*5-core.*2 users, 3 items, 4 inter.*--k-core"),
         ({"unlisted": "maybe"}, "'maybe'.*refuse, keep, drop"),
         ({"format": "tabel"}, "'tabel'.*movielens, sequences, .*table"),
-        ({"format": None}, "'mine'.*ml-100k, .*--format"),
+        ({"format": None}, "'mine'.*bili, .*--format"),
         ({"files": {"itmes": "x"}}, "'itmes'.*interactions, items, images, videos"),
         ({"files": {"items": "x.csv"}}, r"--file items=x\.csv: .*absolute"),
     ],

@@ -73,6 +73,8 @@ class Recommender(nn.Module, ABC):
     """True if the model reads the times of the interactions."""
     reads_tokens: ClassVar[bool] = False
     """True if the model can read tables of tokens as well as pooled vectors."""
+    unread: ClassVar[tuple[str, ...]] = ()
+    """Settings of ``settings_class`` that the model does not read. They cannot be given."""
     train_defaults: ClassVar[Mapping[str, Any]] = {}
     """Settings of the loop whose defaults differ for this model."""
     pretraining: ClassVar[Pretraining | None] = None

@@ -61,6 +61,7 @@ class BSARec(ItemIdRecommender):
 
     settings_class = BSARecConfig
     settings: BSARecConfig
+    unread = ("final_norm",)
     train_defaults: ClassVar = {"batch_size": 256, "lr": 5e-4, "monitor": "NDCG@10"}
     presets: ClassVar = {
         "published": {

@@ -64,6 +64,14 @@ class FMRLRec(FeatureRecommender):
 
     settings_class = FMRLRecConfig
     settings: FMRLRecConfig
+    unread = (
+        "heads",
+        "hidden",
+        "activation",
+        "final_norm",
+        "attention_bias",
+        "inner_dropout",
+    )
     train_defaults: ClassVar = {"monitor": "NDCG@10"}
     presets: ClassVar = {
         "published": {  # for Amazon Beauty

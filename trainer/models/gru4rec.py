@@ -39,6 +39,14 @@ class GRU4Rec(ItemIdRecommender):
 
     settings_class = GRU4RecConfig
     settings: GRU4RecConfig
+    unread = (
+        "heads",
+        "activation",
+        "final_norm",
+        "attention_bias",
+        "norm_eps",
+        "inner_dropout",
+    )
     train_defaults: ClassVar = {"batch_size": 256, "monitor": "NDCG@10"}
 
     def __init__(self, settings: GRU4RecConfig, catalogue: Catalogue) -> None:

@@ -36,6 +36,14 @@ class NextItNet(ItemIdRecommender):
 
     settings_class = NextItNetConfig
     settings: NextItNetConfig
+    unread = (
+        "heads",
+        "hidden",
+        "activation",
+        "final_norm",
+        "attention_bias",
+        "inner_dropout",
+    )
     train_defaults: ClassVar = {"batch_size": 256, "monitor": "NDCG@10"}
     presets: ClassVar = {"published": {"layers": 5, "dropout": 0.0, "weight_decay": 0.0}}
 

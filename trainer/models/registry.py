@@ -83,7 +83,7 @@ MODELS: Registry[Model] = Registry(
         ),
         "bsarec": Model(
             "trainer.models.bsarec:BSARec",
-            "item ids, self-attention mixed with a low-pass filter: the strongest of ids",
+            "item ids, self-attention mixed with a low-pass filter",
         ),
         "duorec": Model(
             "trainer.models.duorec:DuoRec",

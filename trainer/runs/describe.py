@@ -80,7 +80,11 @@ def describe_model(name: str) -> ModelDescription:
     from trainer.runs.settings import pretraining_defaults, pretraining_settings
 
     recommender = entry.load()
-    settings = _settings(recommender.settings_class)
+    settings = [
+        setting
+        for setting in _settings(recommender.settings_class)
+        if setting.name not in recommender.unread
+    ]
     training = _settings(TrainConfig, recommender.train_defaults)
     own = pretraining_settings(recommender)
     known = [*settings, *training, *([] if own is None else _settings(own))]

@@ -70,7 +70,17 @@ def resolve_settings(
     sources: SettingSources,
     changed_defaults: Mapping[str, Any] = MappingProxyType({}),
 ) -> tuple[Any, ...]:
-    """Create the settings of the loop, of the model and, if the task has any, of the task."""
+    """Create the settings of the loop, of the model and, if the task has any, of the task.
+
+    Raises:
+        UserError: A setting is unknown, has a wrong value, or is given by a pair although the model
+            does not read it.
+    """
+    for name in recommender.unread:
+        if name in sources.parsed_pairs():
+            raise UserError(
+                f"{recommender.__name__} does not read {name!r}; leave --set {name} out"
+            )
     defaults: Mapping[str, Any] = {**recommender.train_defaults, **changed_defaults}
     if is_pretraining:
         assert recommender.pretraining is not None

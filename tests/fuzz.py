@@ -18,7 +18,9 @@ in mmrec. The script prints a table and exits with 1 if there is a fault.
 
 import argparse
 import faulthandler
+import importlib
 import os
+import pkgutil
 import re
 import resource
 import signal
@@ -42,6 +44,11 @@ from hypothesis.errors import Flaky
 from hypothesis.internal.conjecture import engine
 from typer.testing import CliRunner
 
+import cli
+import features
+import pipeline
+import retrieval
+import trainer
 from cli.app import app
 from features.signals import handle_signals
 from tests.fuzz_inputs import FuzzInput, command_lines, settings_files
@@ -315,6 +322,13 @@ def quiet_process(home: Path) -> Iterator[None]:
         os.environ.update(before)
 
 
+def import_all() -> None:
+    """Import every module of the program: one whose import is interrupted cannot be used again."""
+    for package in (cli, pipeline, trainer, retrieval, features):
+        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+            importlib.import_module(module.name)
+
+
 def main() -> None:
     """Read the command line, run the inputs and print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -324,6 +338,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="regular expression on the kinds of inputs")
     given = parser.parse_args()
     engine.MAX_SHRINKING_SECONDS = 20
+    import_all()
     kinds = [kind for kind in INPUTS if re.search(given.only, kind)]
     print("| inputs | number | slowest, no training | inputs at fault | faults |")
     print("|---|---|---|---|---|", flush=True)

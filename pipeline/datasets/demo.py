@@ -223,7 +223,8 @@ def _write_video(path: Path, taste: int, random: np.random.Generator) -> None:
     """Write two to three seconds of the turning shape as MPEG-4 with four frames a second."""
     import av
 
-    with av.open(str(path), "w", options={"fflags": "+bitexact"}) as container:
+    # Without the protocol, a path with a colon is read as that of another protocol.
+    with av.open(f"file:{path}", "w", options={"fflags": "+bitexact"}) as container:
         stream: Any = container.add_stream("mpeg4", rate=4)
         stream.width = stream.height = SIZE
         stream.pix_fmt = "yuv420p"

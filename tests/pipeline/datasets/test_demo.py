@@ -34,8 +34,10 @@ def _hashes(folder: Path) -> dict[str, str]:
 
 @pytest.mark.slow
 def test_the_seed_decides_every_byte(demo: tuple[Path, list[DemoItem]], tmp_path: Path) -> None:
-    make_demo(tmp_path / "again", **SMALL, seed=3)
-    assert _hashes(tmp_path / "again") == _hashes(demo[0])
+    # FFmpeg reads what precedes a colon as a protocol.
+    again = tmp_path / "http:again"
+    make_demo(again, **SMALL, seed=3)
+    assert _hashes(again) == _hashes(demo[0])
     make_demo(tmp_path / "other", **SMALL, seed=4)
     assert _hashes(tmp_path / "other") != _hashes(demo[0])
 

@@ -58,8 +58,8 @@ def test_the_last_word_wins(tmp_path: Path) -> None:
         ("dropout=nan", r"dropout=nan .*in \[0, 1\)"),
         ("stride=-1", "stride=-1 .*at least 0"),
         (
-            "schedule=step",
-            "'step'.*constant, cosine, linear, exponential",
+            "schedule=steps",
+            "'steps'.*constant, cosine, linear, exponential",
         ),
         ("monitor=Recall@3", "'Recall@3'.*HR@5"),
         ("device=meta", "'meta'.*auto, cpu, cuda"),

@@ -70,6 +70,7 @@ def binary_matrix(histories: SeenItems, n_items: int) -> sparse.csr_array:
     matrix_UN = sparse.csr_array(
         (np.ones(len(histories.items)), histories.items, histories.offsets),
         shape=(len(histories), n_items),
+        copy=True,  # what follows sorts the items of each user in place
     )
     matrix_UN.sum_duplicates()
     matrix_UN.data[:] = 1

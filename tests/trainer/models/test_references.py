@@ -108,3 +108,17 @@ def test_items_of_one_group_are_recommended_together(name: str) -> None:
     # The test target is the only item of the group that a user does not have yet.
     assert (worlds.ranks(model, world, features).filtered == 1).all()
     assert worlds.popularity_ranks(world).filtered.mean() > 2
+
+
+@pytest.mark.parametrize("name", ["itemknn", "ease"])
+def test_the_order_of_histories_is_left_as_it_is(name: str) -> None:
+    """Other models read the same histories, and their order matters to them."""
+    rows = [[5, 3, 3, 1, 0, 2], [4, 0, 6, 2, 1]]
+    features = ItemFeatures(n_items=N, vectors={}, present={})
+    train = worlds.training_data(worlds.dataset(rows, N), features).train
+    model = worlds.build(name, features)
+    model.fit_buffers(features, train)
+    assert train.histories.items.tolist() == [5, 3, 3, 1, 4, 0, 6]
+    queries = compressed([[3, 1, 0]])
+    model.correction(queries)
+    assert queries.items.tolist() == [3, 1, 0]

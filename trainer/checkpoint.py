@@ -50,7 +50,13 @@ class TrainState:
 def save_weights(path: Path, model: nn.Module, identity: dict[str, Any]) -> None:
     """Write the weights and the identity of their run."""
     tensors = {name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items()}
-    _save(path, tensors, identity)
+    _save(path, tensors, _sorted(identity))
+
+
+def _sorted(identity: dict[str, Any]) -> dict[str, Any]:
+    """Return an identity with sorted keys, so that equal identities give equal bytes."""
+    document: dict[str, Any] = json.loads(json.dumps(identity, sort_keys=True))
+    return document
 
 
 def _save(path: Path, tensors: dict[str, Tensor], document: dict[str, Any]) -> None:
@@ -63,7 +69,7 @@ def _save(path: Path, tensors: dict[str, Tensor], document: dict[str, Any]) -> N
     require_path(path.parent)
     with atomic_write(path) as temporary:
         try:
-            text = json.dumps({_CHECKSUM: EMPTY_CHECKSUM, **document}, sort_keys=True)
+            text = json.dumps({_CHECKSUM: EMPTY_CHECKSUM, **document})
             save_file(tensors, temporary, metadata={"mmrec": text})
         except SafetensorError as error:  # safetensors wraps the OSError
             raise OSError(errno.EIO, " ".join(str(error).split())[:200], str(path)) from None
@@ -126,7 +132,8 @@ def save_state(
     if torch.cuda.is_available():
         tensors["random.cuda"] = torch.cuda.get_rng_state()
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
-    _save(path, tensors, {"identity": identity, "progress": asdict(progress)})
+    # The losses stay in their order, which is that of the rows of the metrics table.
+    _save(path, tensors, {"identity": _sorted(identity), "progress": asdict(progress)})
 
 
 def load_state(

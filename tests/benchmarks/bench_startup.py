@@ -29,7 +29,7 @@ import pyarrow.csv
 
 ROUNDS = 3
 ROWS, DIM = 100_000, 512
-SETTINGS = ("epochs=1", "dim=16", "heads=2", "hidden=16", "candidates=256", "length=50")
+SETTINGS = ("epochs=1", "dim=16", "heads=2", "hidden=16", "candidates=256", "length=20")
 COMMANDS = {
     "models": ["models"],
     "backbones": ["backbones"],
@@ -78,9 +78,9 @@ def build(root: Path, environment: dict[str, str], runs: int) -> Path:
     """Return a warehouse with three datasets, a feature table and runs of two models."""
     warehouse = root / "warehouse"
     sizes = {
-        "small": (2_000, 1_000, 10),
-        "middle": (22_000, 12_000, 9),  # as Amazon Beauty
-        "large": (6_000, 3_500, 160),  # as MovieLens-1M
+        "small": (500, 300, 8),
+        "middle": (3_000, 1_600, 9),  # Amazon Beauty has 7 times as many users
+        "large": (1_000, 600, 100),  # MovieLens-1M has 6 times as many
     }
     for name, (users, items, length) in sizes.items():
         write_raw(root / name, users=users, items=items, length=length)

@@ -5,11 +5,14 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from cli.app import app
 from features.signals import SIGNALS
 from pipeline.datasets.demo import make_demo
 from tests import kills
@@ -17,7 +20,7 @@ from tests.cli.invoke import run
 from tests.trainer.test_distributed import free_port
 
 NAME = "killed"
-SMALL = ("dim=8", "heads=2", "hidden=8", "epochs=2", "batch_size=16", "device=cpu")
+SMALL = ("dim=8", "heads=2", "hidden=8", "epochs=2", "batch_size=64", "device=cpu")
 PAIRS = [word for pair in SMALL for word in ("--set", pair)]
 JOBS = {
     "prepare": ("prepare", "--dataset", "demo"),
@@ -37,6 +40,7 @@ os.fsync = fsync
 for number in (signal.SIGINT, signal.SIGHUP):  # background jobs ignore them
     signal.signal(number, signal.default_int_handler)
 """
+STRIDE = 4  # a test sends a signal at each fourth sync
 START = "from cli.app import main; main()"
 
 
@@ -102,12 +106,92 @@ def test_a_signal_while_a_file_is_written_loses_nothing(
     assert not kills.difference(expected(world, job), kills.contents(warehouse))
 
 
-def two_processes(command: Sequence[str]) -> list[subprocess.Popen[str]]:
-    """Start a command twice, as ``torchrun`` does for two processes."""
+@contextmanager
+def signal_at_sync(at: int, number: signal.Signals) -> Iterator[list[int]]:
+    """Send a signal to this process before the sync number ``at``; yield the handles of syncs."""
+    handles: list[int] = []
+    real = os.fsync
+
+    def fsync(handle: int) -> None:
+        handles.append(handle)
+        if len(handles) == at:
+            signal.raise_signal(number)
+        real(handle)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        yield handles
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("job", ["train", "pretrain"])
+@pytest.mark.parametrize("first", range(1, STRIDE + 1))
+def test_a_signal_at_any_sync_loses_nothing(world: Path, job: str, first: int) -> None:
+    whole, faults = expected(world, job), {}
+    at, is_signalled = first - STRIDE, True
+    while is_signalled:
+        at += STRIDE
+        number = SIGNALS[at % len(SIGNALS)]
+        warehouse = copy(world, "trial")
+        with signal_at_sync(at, number) as handles:
+            result = CliRunner().invoke(app, words(world, job, warehouse))
+        is_signalled = len(handles) >= at
+        is_finished = "finished: " in result.output
+        assert result.exit_code == (0 if is_finished else 128 + number), result.output
+        if not is_finished:
+            run(*words(world, job, warehouse, again=True))
+        if fault := kills.difference(whole, kills.contents(warehouse)):
+            faults[at] = fault
+    assert not faults
+    assert at > 10  # the configuration, and for each epoch the state, the metrics and the weights
+
+
+GRID = """
+[runs]
+model = "sasrec"
+dim = 8
+heads = 2
+hidden = 8
+epochs = 1
+batch_size = 64
+device = "cpu"
+dropout = [0.1, 0.2]
+"""
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("at", [3, 8, 13])
+def test_a_signal_to_a_grid_loses_nothing(world: Path, at: int) -> None:
+    """The instants are in the first training, its evaluation, and the second run."""
+    file = world / "grid.toml"
+    file.write_text(GRID)
+
+    def command(warehouse: Path) -> list[str]:
+        return ["grid", str(file), "--out", str(warehouse / "grid.parquet"), "--warehouse",
+                str(warehouse)]  # fmt: skip
+
+    whole = world / "whole-grid"
+    if not whole.exists():
+        run(*command(copy(world, whole.name)))
+    warehouse = copy(world, "trial")
+    plant = PLANT.replace("AT", str(at)).replace("NUMBER", str(int(signal.SIGTERM)))
+    stopped = subprocess.run(
+        [sys.executable, "-c", plant + START, *command(warehouse)],
+        check=False, capture_output=True, text=True,
+    )  # fmt: skip
+    assert stopped.returncode == 128 + signal.SIGTERM, stopped.stderr
+    assert stopped.stderr.splitlines()[-1].startswith("stopped: ")
+    assert "Traceback" not in stopped.stderr
+    run(*command(warehouse))
+    assert not kills.difference(kills.contents(whole), kills.contents(warehouse))
+
+
+def two_processes(command: Sequence[str], plant: str = "") -> list[subprocess.Popen[str]]:
+    """Start a command twice, as ``torchrun`` does; ``plant`` is code for the first process."""
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
     return [
         subprocess.Popen(
-            [sys.executable, "-c", START, *command],
+            [sys.executable, "-c", (plant if rank == "0" else "") + START, *command],
             env={**os.environ, **address, "RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": "1"},
             stderr=subprocess.PIPE,
             text=True,
@@ -130,3 +214,24 @@ def test_more_processes_than_windows_train_all_the_same(tmp_path: Path) -> None:
     errors = [process.communicate(timeout=120)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], errors
     assert (tmp_path / "warehouse" / "runs" / NAME / "model.safetensors").exists()
+
+
+@pytest.mark.heavy
+def test_a_signal_to_one_of_two_processes_stops_both_and_loses_nothing(world: Path) -> None:
+    warehouses = [copy(world, name) for name in ("whole-two", "trial-two")]
+    plant = PLANT.replace("AT", "3").replace("NUMBER", str(int(signal.SIGTERM)))
+
+    def train(warehouse: Path, plant: str = "", *, again: bool = False) -> list[tuple[int, str]]:
+        command = words(world, "train", warehouse, again=again)
+        processes = two_processes(command, plant)
+        errors = [process.communicate(timeout=120)[1] for process in processes]
+        return [(p.returncode, error) for p, error in zip(processes, errors, strict=True)]
+
+    assert [code for code, _ in train(warehouses[0])] == [0, 0]
+    stopped = train(warehouses[1], plant)
+    assert stopped[0][0] == 128 + signal.SIGTERM, stopped
+    assert stopped[1][0] > 128, stopped
+    assert not any("Traceback" in error for _, error in stopped)
+    resumed = train(warehouses[1], again=True)
+    assert [code for code, _ in resumed] == [0, 0], resumed
+    assert not kills.difference(*map(kills.contents, warehouses))

@@ -86,6 +86,25 @@ def test_what_was_saved_comes_back(files: Path) -> None:
     assert all(map(torch.equal, weights, saved[: len(weights)]))
 
 
+def test_losses_come_back_in_their_order(tmp_path: Path) -> None:
+    losses = {"loss": 3.0, "v-v": 1.0, "t-t": 2.0, "a": 0.5}
+    model, optimizer = trained(seed=1)
+    file = tmp_path / "resume.safetensors"
+    save_state(file, model, optimizer, TrainState(step=3, losses=losses), IDENTITY, {})
+    progress = load_state(file, model, optimizer, IDENTITY, {})
+    assert list(progress.losses.items()) == list(losses.items())
+
+
+def test_equal_identities_give_equal_bytes(tmp_path: Path) -> None:
+    model, optimizer = trained(seed=1)
+    contents = []
+    for identity in ({"a": 1, "b": {"c": 2, "d": 3}}, {"b": {"d": 3, "c": 2}, "a": 1}):
+        save_weights(tmp_path / "weights", model, identity)
+        save_state(tmp_path / "state", model, optimizer, TrainState(), identity, {})
+        contents.append([(tmp_path / name).read_bytes() for name in ("weights", "state")])
+    assert contents[0] == contents[1]
+
+
 def change(**values: Any) -> Callable[[Tensors, Document], None]:
     def apply(tensors: Tensors, document: Document) -> None:
         document["progress"].update(values)

@@ -85,6 +85,8 @@ def test_a_resumed_run_ends_where_the_whole_one_does_to_the_bit(
     resumed, other, resumed_rows = train(name, tmp_path / "torn", resume=True)
     assert resumed == whole
     assert resumed_rows == rows[-len(resumed_rows) :]
+    for whole_row, resumed_row in zip(rows[-len(resumed_rows) :], resumed_rows, strict=True):
+        assert list(resumed_row.losses) == list(whole_row.losses)
     for (key, mine), theirs in zip(
         model.state_dict().items(), other.state_dict().values(), strict=True
     ):

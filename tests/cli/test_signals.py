@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from cli.app import app
-from features.signals import SIGNALS
+from features.signals import SIGNALS, handle_signals
 from pipeline.datasets.demo import make_demo
 from tests import kills
 from tests.cli.invoke import run
@@ -133,7 +133,7 @@ def test_a_signal_at_any_sync_loses_nothing(world: Path, job: str, first: int) -
         at += STRIDE
         number = SIGNALS[at % len(SIGNALS)]
         warehouse = copy(world, "trial")
-        with signal_at_sync(at, number) as handles:
+        with handle_signals(), signal_at_sync(at, number) as handles:
             result = CliRunner().invoke(app, words(world, job, warehouse))
         is_signalled = len(handles) >= at
         is_finished = "finished: " in result.output

@@ -51,6 +51,10 @@ class EvalSplit:
             return self
         rows = np.random.default_rng(seed).choice(len(self.users), count, replace=False)
         rows.sort()
+        return self.take(rows)
+
+    def take(self, rows: Ints | slice) -> "EvalSplit":
+        """Return some of the users."""
         return EvalSplit(
             users=self.users[rows], starts=self.starts[rows], targets=self.targets[rows]
         )

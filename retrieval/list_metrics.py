@@ -12,11 +12,44 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
+from retrieval.seen_items import SeenItems
+
 Counts = npt.NDArray[np.int64]
 ListMetric = Callable[[Counts, Counts, npt.NDArray[np.bool_]], float]
 
+SearchLists = Callable[[Counts, SeenItems | None, int], Counts]
+"""Function of rows of users (B,), the items to leave out for each of them and K, which returns the
+best items of each: (B, K), -1 after the last item of a list that is too short."""
+
 LIST_LENGTH = 10
 """Items of each list."""
+
+
+def search_both(search: SearchLists, seen: SeenItems, n_items: int) -> dict[str, Counts]:
+    """Return the lists of all users with seen items filtered and kept, mostly by one search.
+
+    One search for twice the length gives both lists of a user if at most half of the items are
+    seen. Other users are searched again without their seen items.
+
+    Args:
+        search: The search.
+        seen: Seen items of each user.
+        n_items: Number of items N.
+
+    Returns:
+        ``filtered`` and ``kept`` -> (U, 10) items.
+    """
+    users = np.arange(len(seen))
+    items_UK = search(users, None, 2 * LIST_LENGTH)
+    row_Q, item_Q = seen.pairs(0, len(seen), n_items)
+    key_UK = np.where(items_UK < 0, -1, users[:, None] * n_items + items_UK)
+    is_seen_UK = np.isin(key_UK, row_Q * n_items + item_Q)
+    order_UK = np.argsort(is_seen_UK, axis=1, kind="stable")[:, :LIST_LENGTH]
+    filtered_UK = np.take_along_axis(items_UK, order_UK, axis=1)
+    again = np.flatnonzero(is_seen_UK.sum(axis=1) > LIST_LENGTH)
+    if len(again):
+        filtered_UK[again] = search(again, seen.take(again), LIST_LENGTH)
+    return {"filtered": filtered_UK, "kept": items_UK[:, :LIST_LENGTH]}
 
 
 def count_recommended(items_UK: Counts, n_items: int) -> Counts:

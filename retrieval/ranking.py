@@ -6,6 +6,7 @@ P pairs of a user and an item, Q pairs of a user and a group of columns, G colum
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -61,6 +62,15 @@ class Ranks:
         if exclude is not None:
             filtered = np.where(exclude.contain(targets), UNRANKED, filtered)
         return cls(kept=kept, filtered=filtered)
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[Ranks]) -> Ranks:
+        """Return the ranks of consecutive blocks of users."""
+        none = [np.zeros(0, np.int64)]
+        return cls(
+            kept=np.concatenate([*none, *(part.kept for part in parts)]),
+            filtered=np.concatenate([*none, *(part.filtered for part in parts)]),
+        )
 
 
 def rank(

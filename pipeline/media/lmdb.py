@@ -5,6 +5,7 @@ interprets as data the few instructions that such an image needs, on a stack of 
 bytes, tuples and dicts. Any other instruction is refused before it has an effect.
 """
 
+import io
 import pickletools
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,8 @@ MAX_LMDB_PIXELS = 178_956_970
 """Size limit of one image: Pillow's own limit against decompression bombs."""
 MAX_LMDB_INSTRUCTIONS = 1_000
 """Limit of the instructions of one pickle; the pickles of the releases have about thirty."""
+MAX_LMDB_TEXT_BYTES = 65_536
+"""Limit of one text of a pickle, such as the name of an attribute or the id of the item."""
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
@@ -157,6 +160,11 @@ _VALUES = frozenset(
 )  # fmt: skip
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+_OPCODES = {opcode.code: opcode for opcode in pickletools.opcodes}
+_KNOWN = {*_VALUES, *_CONSTANTS, *_TUPLES} | {
+    "PROTO", "FRAME", "MARK", "TUPLE", "EMPTY_DICT", "SETITEM", "SETITEMS", "MEMOIZE", "BINPUT",
+    "LONG_BINPUT", "BINGET", "LONG_BINGET", "GLOBAL", "STACK_GLOBAL", "NEWOBJ", "BUILD",
+}  # fmt: skip
 
 
 def _interpret(data: bytes) -> dict[str, Any]:
@@ -164,12 +172,10 @@ def _interpret(data: bytes) -> dict[str, Any]:
     stack: list[Any] = []
     memo: dict[int, Any] = {}
     try:
-        for number, (opcode, argument, _) in enumerate(pickletools.genops(data)):
-            if opcode.name == "STOP":
-                break
+        for number, (name, argument) in enumerate(_instructions(data)):
             if number >= MAX_LMDB_INSTRUCTIONS:
                 raise _RefusedError(f"it has more than {MAX_LMDB_INSTRUCTIONS:,} instructions")
-            _apply(opcode.name, argument, stack, memo)
+            _apply(name, argument, stack, memo)
         (instance,) = stack
     except _RefusedError:
         raise
@@ -178,6 +184,34 @@ def _interpret(data: bytes) -> dict[str, Any]:
     if not isinstance(instance, _Instance) or instance.state is None:
         raise _RefusedError(f"it holds a {type(instance).__name__}")
     return instance.state
+
+
+def _instructions(data: bytes) -> Iterator[tuple[str, Any]]:
+    """Yield the name and the argument of each instruction before STOP.
+
+    Arguments of other instructions are not decoded: a long number takes time, and a long text up to
+    four times its bytes.
+    """
+    stream = io.BytesIO(data)
+    while True:
+        opcode = _OPCODES[stream.read(1).decode("latin-1")]
+        if opcode.name == "STOP":
+            return
+        if opcode.name not in _KNOWN:
+            raise _RefusedError(f"it uses the instruction {opcode.name}")
+        if _text_size(opcode.name, data, stream.tell()) > MAX_LMDB_TEXT_BYTES:
+            raise _RefusedError(f"a text has more than {MAX_LMDB_TEXT_BYTES:,} bytes")
+        yield opcode.name, opcode.arg.reader(stream) if opcode.arg else None
+
+
+def _text_size(name: str, data: bytes, place: int) -> int:
+    """Return the number of bytes of the text at a place, 0 for other arguments."""
+    if name == "GLOBAL":  # two lines
+        line = data.find(b"\n", place)
+        end = data.find(b"\n", line + 1)
+        return (end if min(line, end) >= 0 else len(data)) - place
+    width = {"BINUNICODE": 4, "BINUNICODE8": 8}.get(name, 0)
+    return int.from_bytes(data[place : place + width], "little")
 
 
 def _apply(name: str, argument: Any, stack: list[Any], memo: dict[int, Any]) -> None:
@@ -231,8 +265,6 @@ def _apply(name: str, argument: Any, stack: list[Any], memo: dict[int, Any]) -> 
         if not isinstance(target, _Instance) or not isinstance(state, dict):
             raise _RefusedError("it builds another object")
         target.state = state
-    else:
-        raise _RefusedError(f"it uses the instruction {name}")
 
 
 def _to_mark(stack: list[Any]) -> list[Any]:

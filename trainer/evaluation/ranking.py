@@ -58,8 +58,10 @@ def rank_split(
         users = data.dataset.eval_split(split)
     targets_E = targets_of(data.dataset, users)
     search = CatalogueSearch(model, data, index=index, batch_size=batch_size)
-    ranks = search.rank(users, targets_E)
-    recommended = search.count_recommended(users) if count_lists else {}
+    if not count_lists:
+        ranks = search.rank(users, targets_E)
+        return SplitRanks(users=users, targets_E=targets_E, ranks=ranks)
+    ranks, recommended = search.rank_and_count(users, targets_E)
     return SplitRanks(users=users, targets_E=targets_E, ranks=ranks, recommended=recommended)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from features.dataset import EvalSplit, Ints
 from retrieval.index_ranking import rank_with
 from retrieval.indexes import Index, TopItems, make_index
-from retrieval.list_metrics import LIST_LENGTH, count_recommended
+from retrieval.list_metrics import SearchLists, count_recommended, search_both
 from retrieval.ranking import Ranks
 from retrieval.score_blocks import rank_scores, top_scores
 from retrieval.seen_items import SeenItems
@@ -32,7 +32,7 @@ from trainer.models.base import Recommender
 SequenceBatches = Callable[[slice], Sequences]
 """Function that returns the histories of a slice of users."""
 
-_USERS_PER_BLOCK = 8192  # users whose lists are in memory
+_USERS_PER_BLOCK = 2048  # users whose lists are in memory
 
 
 class CatalogueSearch:
@@ -64,24 +64,73 @@ class CatalogueSearch:
         Raises:
             UserError: A query is not finite.
         """
-        histories = histories_of(self.data.dataset, users)
+        if self.model.has_vectors and not self.model.is_sparse:
+            return self._rank_vectors(users, targets_E, self._queries(users))
+        return self._rank_scores(users, targets_E)
+
+    def rank_and_count(self, users: EvalSplit, targets_E: Ints) -> tuple[Ranks, dict[str, Ints]]:
+        """Rank as :meth:`rank`, and count the lists of 10 items that recommend each item.
+
+        The histories are encoded once, and sparse scores are computed once.
+
+        Args:
+            users: The users, each with one list, and the end of each history.
+            targets_E: The target of each user.
+
+        Returns:
+            The ranks, and ``filtered`` and ``kept`` -> (N,) counts.
+
+        Raises:
+            UserError: A query is not finite.
+        """
+        n_items = len(self.items_ND)
+        counts = {seen: np.zeros(n_items, np.int64) for seen in ("filtered", "kept")}
+
+        def count(search: SearchLists, histories: SeenItems) -> None:
+            for seen, items_BK in search_both(search, histories, n_items).items():
+                counts[seen] += count_recommended(items_BK, n_items)
+
+        blocks = _blocks(len(users.users))
         if self.model.is_sparse:
-            return rank_sparse(
-                self._sparse_scorer(histories), targets_E, len(self.items_ND), histories
-            )
+            ranks = []
+            for rows in blocks:
+                histories = histories_of(self.data.dataset, users.take(rows))
+                scores = self._sparse_scores(histories)
+                ranks.append(rank_sparse(_part_of(scores), targets_E[rows], n_items, histories))
+                count(_sparse_lists(scores, n_items), histories)
+            return Ranks.concatenate(ranks), counts
         if self.model.has_vectors:
-            return rank_with(
-                self._index_name,
-                self._queries(users),
-                self.items_ND,
+            queries_ED = self._queries(users)
+            joined = self._rank_vectors(users, targets_E, queries_ED)
+            for rows in blocks:
+                histories = histories_of(self.data.dataset, users.take(rows))
+                count(self._vector_lists(queries_ED[rows], histories), histories)
+            return joined, counts
+        joined = self._rank_scores(users, targets_E)
+        for rows in blocks:
+            block = users.take(rows)
+            count(self._score_lists(block), histories_of(self.data.dataset, block))
+        return joined, counts
+
+    def _rank_vectors(self, users: EvalSplit, targets_E: Ints, queries_ED: Tensor) -> Ranks:
+        histories = histories_of(self.data.dataset, users)
+        correction = self.model.correction(histories)
+        return rank_with(
+            self._index_name, queries_ED, self.items_ND, targets_E, histories, correction
+        )
+
+    def _rank_scores(self, users: EvalSplit, targets_E: Ints) -> Ranks:
+        histories, n_items = histories_of(self.data.dataset, users), len(self.items_ND)
+        if self.model.is_sparse:
+            rows_E = np.arange(len(histories))
+            return rank_sparse(
+                lambda rows: self._sparse_scores(histories.take(rows_E[rows])),
                 targets_E,
+                n_items,
                 histories,
-                self.model.correction(histories),
             )
         with evaluation_mode(self.model):
-            return rank_scores(
-                self._scorer(self._batches(users)), targets_E, len(self.items_ND), histories
-            )
+            return rank_scores(self._scorer(self._batches(users)), targets_E, n_items, histories)
 
     def best_for_users(self, users: EvalSplit, k: int, *, keep_seen: bool) -> TopItems:
         """Return the best items of users of the dataset: (E, K) scores and (E, K) items.
@@ -102,41 +151,17 @@ class CatalogueSearch:
             scorer = self._scorer(self._batches(users))
             return top_scores(scorer, len(users.users), len(self.items_ND), k, exclude)
 
-    def count_recommended(self, users: EvalSplit) -> dict[str, Ints]:
-        """Return in how many lists of 10 items each item of the catalogue is.
+    def _vector_lists(self, queries_BD: Tensor, histories: SeenItems) -> SearchLists:
+        def search(rows: Ints, exclude: SeenItems | None, k: int) -> Ints:
+            return self._search(queries_BD[rows], histories.take(rows), exclude, k)[1]
 
-        Args:
-            users: The users, each with one list, and the end of each history.
+        return search
 
-        Returns:
-            ``filtered`` and ``kept`` -> (N,) counts.
-
-        Raises:
-            UserError: A query is not finite.
-        """
-        n_items = len(self.items_ND)
-        counts = {seen: np.zeros(n_items, np.int64) for seen in ("filtered", "kept")}
-        for block in _blocks(users):
-            search = self._list_search(block)
-            exclude = {"filtered": histories_of(self.data.dataset, block), "kept": None}
-            for seen, counts_N in counts.items():
-                counts_N += count_recommended(search(exclude[seen]), n_items)
-        return counts
-
-    def _list_search(self, users: EvalSplit) -> Callable[[SeenItems | None], Ints]:
-        """Return a function that returns the lists (E, 10) without the seen items it is given."""
-        histories, n_items = histories_of(self.data.dataset, users), len(self.items_ND)
-        if self.model.is_sparse:
-            sparse = self._sparse_scorer(histories)
-            return lambda exclude: top_sparse(sparse, len(histories), n_items, LIST_LENGTH, exclude)
-        if self.model.has_vectors:
-            queries_ED = self._queries(users)
-            return lambda exclude: self._search(queries_ED, histories, exclude, LIST_LENGTH)[1]
-
-        def search(exclude: SeenItems | None) -> Ints:
+    def _score_lists(self, users: EvalSplit) -> SearchLists:
+        def search(rows: Ints, exclude: SeenItems | None, k: int) -> Ints:
             with evaluation_mode(self.model):
-                scorer = self._scorer(self._batches(users))
-                return top_scores(scorer, len(histories), n_items, LIST_LENGTH, exclude)[1]
+                scorer = self._scorer(self._batches(users.take(rows)))
+                return top_scores(scorer, len(rows), len(self.items_ND), k, exclude)[1]
 
         return search
 
@@ -173,15 +198,9 @@ class CatalogueSearch:
     def _batches(self, users: EvalSplit) -> SequenceBatches:
         return lambda rows: self.data.history_batch(users, rows, length=self.model.history)
 
-    def _sparse_scorer(self, histories: SeenItems) -> Callable[[slice], SparseScores]:
-        """Return a callback of :func:`retrieval.sparse_ranking.rank_sparse`."""
-        rows_E = np.arange(len(histories))
-
-        def score(rows: slice) -> SparseScores:
-            scores = self.model.correction(histories.take(rows_E[rows]))
-            return SparseScores.empty(len(rows_E[rows])) if scores is None else scores
-
-        return score
+    def _sparse_scores(self, histories: SeenItems) -> SparseScores:
+        scores = self.model.correction(histories)
+        return SparseScores.empty(len(histories)) if scores is None else scores
 
     def _scorer(self, batches: SequenceBatches) -> Callable[[slice, int, int], Tensor]:
         """Return a callback of :mod:`retrieval.score_blocks` that caches the sequences."""
@@ -197,10 +216,19 @@ class CatalogueSearch:
         return score
 
 
-def _blocks(users: EvalSplit) -> Iterator[EvalSplit]:
-    """Yield the users in blocks."""
-    for start in range(0, len(users.users), _USERS_PER_BLOCK):
-        rows = slice(start, start + _USERS_PER_BLOCK)
-        yield EvalSplit(
-            users=users.users[rows], starts=users.starts[rows], targets=users.targets[rows]
-        )
+def _sparse_lists(scores: SparseScores, n_items: int) -> SearchLists:
+    def search(rows: Ints, exclude: SeenItems | None, k: int) -> Ints:
+        return top_sparse(_part_of(scores.take(rows)), len(rows), n_items, k, exclude)
+
+    return search
+
+
+def _part_of(scores: SparseScores) -> Callable[[slice], SparseScores]:
+    """Return a callback of :mod:`retrieval.sparse_ranking` over scores in memory."""
+    return lambda rows: scores.rows(rows.start, rows.stop)
+
+
+def _blocks(users: int) -> Iterator[slice]:
+    """Yield the rows of each block of users."""
+    for start in range(0, users, _USERS_PER_BLOCK):
+        yield slice(start, min(start + _USERS_PER_BLOCK, users))

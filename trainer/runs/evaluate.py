@@ -101,6 +101,8 @@ def evaluate(
     lines = protocol_lines(run.data.dataset.info)
     if sample is not None:
         lines.append("results of a sample are not stored: mmrec compare and report do not use them")
+        if sample.users >= len(run.data.dataset.eval_split("test").users):
+            sample = None
     return EvalReport(
         run=run.name,
         dataset=run.spec.dataset,

@@ -292,3 +292,18 @@ def test_the_table_says_what_open_clip_builds() -> None:
         assert CLIP_CONFIG.keys() <= config.keys()
     for name, entry in BACKBONES.items():
         assert entry.licence, name
+
+
+@pytest.mark.parametrize("url", ["https://hf.co/a/b", "http://x.org//c?d=1", "s3://bucket/model"])
+def test_a_url_is_not_a_backbone(url: str) -> None:
+    with pytest.raises(UserError, match="unknown backbone") as refusal:
+        load_backbone(url)
+    assert repr(url) in str(refusal.value)
+    assert "hf:ORG/NAME" in str(refusal.value)
+
+
+def test_a_very_long_name_is_shortened() -> None:
+    with pytest.raises(UserError, match="unknown backbone") as refusal:
+        load_backbone("a" * 3000)
+    assert "characters left out" in str(refusal.value)
+    assert len(str(refusal.value)) < 2000

@@ -8,6 +8,7 @@ import struct
 import sys
 import tempfile
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -168,6 +169,62 @@ def test_a_pickle_of_many_instructions_is_refused_at_once(instructions: bytes) -
     with pytest.raises(UserError, match=r"1,000 instructions.*refused"):
         read_lmdb_image(b"\x80\x04" + instructions + b".", "x")
     assert time.process_time() - start < 1
+
+
+_IMAGE_CLASS = b"\x80\x04\x8c\x01m\x8c\x0aLMDB_Image\x93"
+_MEGABYTES = 1 << 25
+_HUGE = struct.pack("<Q", (1 << 63) - 1)
+_LENGTH_4 = struct.pack("<I", _MEGABYTES)
+_LENGTH_8 = struct.pack("<Q", _MEGABYTES)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"\x8b" + _LENGTH_4 + b"\x7f" * _MEGABYTES,  # LONG4
+        b"\x8b" + struct.pack("<i", 2**31 - 1) + b"\x7f",
+        b"L" + b"9" * _MEGABYTES + b"L\n",
+        b"I" + b"9" * _MEGABYTES + b"\n",
+        b"F" + b"9" * _MEGABYTES + b"\n",
+        b"V" + b"\\U0001f600" * (_MEGABYTES // 10) + b"\n",
+        b"S'" + b"\\x41" * (_MEGABYTES // 4) + b"'\n",
+        b"X" + _LENGTH_4 + b"a" * (_MEGABYTES - 4) + "\U0001f600".encode(),
+        b"\x8d" + _LENGTH_8 + b"a" * (_MEGABYTES - 4) + "\U0001f600".encode(),
+        b"\x8d" + _HUGE + b"a",
+        b"\x8e" + _HUGE + bytes(_MEGABYTES),
+        b"\x8e" + _LENGTH_8 + bytes(_MEGABYTES),
+        b"\x96" + _LENGTH_8 + bytes(_MEGABYTES),  # BYTEARRAY8
+        b"c" + b"m" * _MEGABYTES + b"\n" + b"n" * 9 + b"\n",
+        b"\x95" + _HUGE,  # FRAME
+        b"K\x01\x94" + b"h\x00h\x00\x86\x94" * 240,
+        b"\x8e" + _LENGTH_8 + bytes(_MEGABYTES) + b"\x94" + b"h\x00" * 900,
+        b"]" + b"\x94h\x00a" * 200,
+        b")" + b"\x85" * 998,
+        b"(" * 500 + b"t" * 499,
+        b"}" + b"\x94" + b"h\x00\x8c\x01ah\x00s" * 240,
+        b"r\xff\xff\xff\xff" * 900,
+        b"N" + b"r\xff\xff\xff\xff" * 900,
+    ],
+)
+@pytest.mark.parametrize("place", ["alone", "as the state", "as the size"])
+def test_a_hostile_pickle_takes_little_time_and_memory(body: bytes, place: str) -> None:
+    start, end = {
+        "alone": (b"\x80\x04", b"."),
+        "as the state": (_IMAGE_CLASS + b")\x81", b"b."),
+        "as the size": (_IMAGE_CLASS + b")\x81}\x8c\x04size", b"sb."),
+    }[place]
+    attack = start + body + end
+    began = time.process_time()
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError, match="refused") as refusal:
+            read_lmdb_image(attack, "x")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert time.process_time() - began < 2
+    assert peak < 2 * _MEGABYTES + (1 << 20)
+    assert len(str(refusal.value)) < 300
 
 
 def test_a_value_larger_than_a_file_may_be_is_not_read(

@@ -11,13 +11,15 @@ import torch
 from torch import Tensor
 
 from features.warehouse import Warehouse
+from retrieval.list_metrics import count_recommended
 from retrieval.seen_items import SeenItems
 from retrieval.sparse_scores import SparseScores
 from tests.trainer import worlds
 from trainer.checkpoint import load_weights, save_weights
 from trainer.data.batches import Sequences
-from trainer.evaluation.encode import histories_of
-from trainer.evaluation.ranking import rank_split
+from trainer.evaluation.encode import histories_of, targets_of
+from trainer.evaluation.ranking import build_reference, rank_split
+from trainer.evaluation.search import CatalogueSearch
 from trainer.models.registry import MODELS, Model
 from trainer.models.sasrec import SASRec
 from trainer.runs.evaluate import evaluate
@@ -130,3 +132,36 @@ def test_recommendations_and_predictions_are_those_of_dense_scores(
         assert together[user].tolist() == best.tolist()
         _, fresh = predictor.for_history(history, 4)
         assert not set(fresh[0][fresh[0] >= 0].tolist()) & set(history.tolist())
+
+
+@pytest.mark.parametrize("name", ["popularity", "transitions", "biased", "blocks"])
+def test_counted_lists_are_those_of_recommendations(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Blocks of 5 users; each history is encoded once."""
+    monkeypatch.setattr("trainer.evaluation.search._USERS_PER_BLOCK", 5)
+    data = worlds.training_data(WORLD, worlds.features(N))
+    if name in ("popularity", "transitions"):
+        model = build_reference(name, data)
+    else:
+        model = worlds.build(name, worlds.features(N))
+    users = WORLD.eval_split("test")
+    targets_E = targets_of(WORLD, users)
+    search = CatalogueSearch(model, data, index="torch", batch_size=7)
+    encoded = 0
+    encode = model.encode_sequences
+
+    def counting(*args: Any) -> Tensor:
+        nonlocal encoded
+        encoded += len(args[1].lengths_B)
+        return encode(*args)
+
+    monkeypatch.setattr(model, "encode_sequences", counting)
+    ranks, counts = search.rank_and_count(users, targets_E)
+    assert name == "blocks" or encoded == (0 if model.is_sparse else len(users.users))
+    alone = search.rank(users, targets_E)
+    assert (ranks.kept == alone.kept).all()
+    assert (ranks.filtered == alone.filtered).all()
+    for seen, counts_N in counts.items():
+        lists = search.best_for_users(users, 10, keep_seen=seen == "kept")[1]
+        assert (counts_N == count_recommended(lists, N)).all()

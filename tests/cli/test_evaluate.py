@@ -1,0 +1,61 @@
+"""``mmrec eval`` on a world of a few rows: what it prints of a sample of users."""
+
+import json
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from features.warehouse import Warehouse
+from tests.cli.invoke import run
+from tests.trainer import worlds
+
+
+@pytest.fixture
+def small(warehouse: Warehouse) -> str:
+    """Return the path of a warehouse with 30 users and a run of popularity."""
+    worlds.prepare(warehouse, [[(u + k) % 17 for k in range(6)] for u in range(30)], 17)
+    root = str(warehouse.root)
+    run("train", "--model", "popularity", "--name", "p", "--set", "device=cpu",
+        "--warehouse", root)  # fmt: skip
+    return root
+
+
+@pytest.mark.parametrize(("users", "shown"), [(7, "sample of 7 users"), (30, ""), (1000, "")])
+def test_a_sample_of_users_is_named_and_not_stored(small: str, users: int, shown: str) -> None:
+    command = ("eval", "--run", "p", "--users", str(users), "--seed", "3", "--warehouse", small)
+    folder = Path(small) / "runs" / "p"
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    printed = run(*command).stdout
+    assert shown in printed
+    title = next(line for line in printed.splitlines() if line.startswith("test: "))
+    assert title.startswith(f"test: {shown or '30 users'}")
+    assert "not stored" in printed
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    document = json.loads(run(*command, "--json").stdout)
+    assert {row["split"] for row in document["rows"]} == {"test"}
+    assert (document["sample"] is None) == (not shown)
+
+
+def test_a_grid_evaluates_results_of_an_earlier_protocol_again(
+    warehouse: Warehouse, tmp_path: Path
+) -> None:
+    """The last item of every third user repeats the first one."""
+    worlds.prepare(
+        warehouse,
+        [[(u + k) % 17 for k in range(5)] + [u % 17 if u % 3 == 0 else (u + 6) % 17]
+         for u in range(30)],
+        17,
+    )  # fmt: skip
+    root = str(warehouse.root)
+    file = tmp_path / "table.toml"
+    file.write_text('rows = ["model"]\n[runs]\nmodel = ["popularity"]\ndevice = "cpu"\n')
+    command = ("grid", str(file), "--warehouse", root)
+    assert "33.33% of the test targets are repeated" in run(*command).stdout
+    assert "reused" in run(*command).stderr
+    (predictions,) = (warehouse.root / "runs").glob("*/predictions.parquet")
+    table = pq.read_table(predictions)
+    pq.write_table(table.replace_schema_metadata(None), predictions)
+    again = run(*command)
+    assert "33.33% of the test targets are repeated" in again.stdout
+    assert pq.read_schema(predictions).metadata[b"protocol"] == b"2"

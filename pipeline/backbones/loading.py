@@ -7,7 +7,7 @@ A name is a short name of the registry, ``open_clip:ARCH/TAG``, ``timm:NAME``, `
 
 from pathlib import Path
 
-from features.errors import UserError
+from features.errors import UserError, shorten
 from features.registry import OWN
 from pipeline.backbones.base import POOLINGS, Backbone, split_pooling
 from pipeline.backbones.entries import hf, open_clip
@@ -17,6 +17,7 @@ from pipeline.backbones.registry import BACKBONES
 OTHER_NAMES = (
     "open_clip:ARCH/TAG, timm:NAME, hf:ORG/NAME, sentence-transformers:NAME, or a local folder"
 )
+_LONGEST_NAME = 400  # characters of an unknown name that a message repeats
 
 
 def load_backbone(name: str, *, device: str | None = None, compute: str = "float32") -> Backbone:
@@ -54,17 +55,26 @@ def load_backbone(name: str, *, device: str | None = None, compute: str = "float
     if kind == "sentence-transformers" and rest:
         return _load_sentence_transformers(name, rest, pooling, device, compute)
     folder = Path(base).expanduser()
-    if Path(name).expanduser().is_dir():  # the @ belongs to the folder's name
+    if _is_folder(Path(name).expanduser()):  # the @ belongs to the folder's name
         folder, pooling = Path(name).expanduser(), None
-    if folder.is_dir():
+    if _is_folder(folder):
         from pipeline.backbones.local_folder import open_folder
 
         return open_folder(folder.resolve(), pooling, device, compute)
     if name.partition("@")[0] in BACKBONES:
         raise UserError(f"backbone {name!r}: after the @ give one of {', '.join(POOLINGS)}")
     raise UserError(
-        f"unknown backbone {name!r}; known: {', '.join(BACKBONES)}; or give {OTHER_NAMES}"
+        f"unknown backbone {shorten(name, _LONGEST_NAME)!r}; known: {', '.join(BACKBONES)};"
+        f" or give {OTHER_NAMES}"
     )
+
+
+def _is_folder(path: Path) -> bool:
+    """Return True for a folder, False also for a path that is too long to be one."""
+    try:
+        return path.is_dir()
+    except OSError:
+        return False
 
 
 def with_pooling(name: str, pooling: str | None) -> str:

@@ -92,7 +92,7 @@ class Predictor:
             UserError: No user has the id.
         """
         ids = load_user_ids(self.warehouse, self.run.spec.dataset)
-        index = int(pc.index(ids, user_id).as_py())
+        index = _index_of(ids, user_id)
         if index < 0:
             raise UserError(
                 f"dataset {self.run.spec.dataset!r} has no user {user_id!r}"
@@ -106,7 +106,7 @@ class Predictor:
         Raises:
             UserError: No item of the catalogue has the id.
         """
-        index = int(pc.index(self.item_ids, item_id).as_py())
+        index = _index_of(self.item_ids, item_id)
         if index < 0:
             core = self.dataset.info.k_core
             left_out = f"; the {core}-core left rare items out" if core > 1 else ""
@@ -254,6 +254,13 @@ def _blocks(predictor: Predictor, k: int, keep_seen: bool) -> Iterator[tuple[int
             "score": pa.array(scores_BK[is_item_BK]),
         }
         yield start + len(users), pa.table(columns).cast(RECOMMENDATIONS)
+
+
+def _index_of(ids: pa.ChunkedArray, text: str) -> int:
+    """Return the index of an id, -1 if it is not among the ids."""
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        return -1  # bytes of the command line that are not UTF-8; no id contains them
+    return int(pc.index(ids, text).as_py())
 
 
 def _examples(ids: pa.Array | pa.ChunkedArray, kind: str) -> str:

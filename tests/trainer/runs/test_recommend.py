@@ -113,6 +113,9 @@ def test_what_cannot_be_asked(warehouse: Warehouse) -> None:
         adviser.user("x")
     with pytest.raises(UserError, match=r"no item 'x' \(12 items, such as i0, i1, i2\)"):
         adviser.item("x")
+    for unencodable in ("\udcff", "i0\ud800"):
+        with pytest.raises(UserError, match="no item"):
+            adviser.item(unencodable)
     with pytest.raises(UserError, match="--k 0 is not the length"):
         adviser.for_users(np.arange(2), 0)
     bare = worlds.begin(warehouse, "sasrec", "world", settings=SMALL, name="bare")

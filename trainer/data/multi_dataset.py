@@ -141,8 +141,8 @@ def load_data(
         parts.append(features)
         identities.append(tables)
     dataset = loaded[0] if len(loaded) == 1 else _concatenate(loaded)
-    features = parts[0] if len(parts) == 1 else _concatenate_features(parts)
     joint = _joint_identity(datasets, identities)
+    features = parts[0] if len(parts) == 1 else _concatenate_features(parts)
     n_attributes = 0
     if attributes.columns:
         loaded_attributes = attributes.load(warehouse, datasets)

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from features.errors import UserError
 from trainer.config import Choice, LayerCount, PositiveInt, Probability, Range
 from trainer.data.batches import Batch, ItemFeatures, Sequences
 from trainer.data.windows import WindowSampling
@@ -42,8 +41,9 @@ class BERT4RecConfig(SequenceSettings, LossSettings):
     layers: LayerCount = 2
     heads: PositiveInt = 2
     hidden: PositiveInt = 256
-    length: PositiveInt = 50
-    """Largest number of items of a history that are read, and the mask token."""
+    length: PositiveInt = 49
+    """Largest number of items of a history that are read; the paper's 50 slots include the mask
+    token."""
     dropout: Probability = 0.2
     loss: Annotated[str, Choice("loss", LOSSES)] = "softmax"
     """Loss of the masked items: ``softmax`` over the catalogue (the paper) or ``candidates``,
@@ -56,12 +56,6 @@ class BERT4RecConfig(SequenceSettings, LossSettings):
     """Share of the rows whose last item alone is masked (the paper: 1 of 11)."""
     stride: PositiveInt = 25
     """Interactions between two windows of a user."""
-
-    def check(self) -> None:
-        """Raise a UserError unless a history has room beside the mask token."""
-        super().check()
-        if self.length < 2:
-            raise UserError(f"length={self.length} leaves no room for an item; set at least 2")
 
 
 class BERT4Rec(Recommender):
@@ -83,7 +77,7 @@ class BERT4Rec(Recommender):
             "clip": 5.0,
         },
         "published-dense": {
-            "length": 200,
+            "length": 199,
             "mask_ratio": 0.2,
             "stride": 100,
             "final_norm": False,
@@ -104,7 +98,7 @@ class BERT4Rec(Recommender):
         self.item = nn.Embedding(catalogue.n_items, dim)
         self.bias_N1 = nn.Parameter(torch.zeros(catalogue.n_items, 1))
         self.mask_D = nn.Parameter(0.02 * torch.randn(dim))
-        self.position = nn.Embedding(settings.length, dim)
+        self.position = nn.Embedding(settings.length + 1, dim)
         self.norm = nn.LayerNorm(dim, eps=settings.norm_eps)
         self.transformer = settings.transformer(attention_dropout=settings.dropout, causal=False)
         self.head = nn.Sequential(
@@ -117,13 +111,13 @@ class BERT4Rec(Recommender):
     def window_sampling(self) -> WindowSampling:
         """Windows with random ends."""
         return WindowSampling(
-            length=self.settings.length, stride=self.settings.stride, every_target=False
+            length=self.settings.length + 1, stride=self.settings.stride, every_target=False
         )
 
     @property
     def history(self) -> int:
-        """One item less than ``length``, because the mask token follows the history."""
-        return self.settings.length - 1
+        """Largest number of items of a history that are read; the mask token follows them."""
+        return self.settings.length
 
     def encode_items(self, features: ItemFeatures) -> Tensor:
         """Return the learned item vectors with the item's bias as the last element: (N, D + 1)."""

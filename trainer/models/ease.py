@@ -70,8 +70,9 @@ class EASE(Recommender):
 
     @property
     def window_sampling(self) -> WindowSampling:
-        """The shortest windows, which are not used."""
-        return WindowSampling(length=2, stride=1, every_target=True)
+        """Windows of a history and its next item, which are not used."""
+        length = self.settings.length
+        return WindowSampling(length=length + 1, stride=length, every_target=True)
 
     @property
     def history(self) -> int:

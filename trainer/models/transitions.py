@@ -19,6 +19,7 @@ from retrieval.seen_items import SeenItems
 from retrieval.sparse_scores import SparseScores
 from trainer.config import NonNegativeFloat, PositiveInt, Settings
 from trainer.data.batches import ItemFeatures, TrainSet
+from trainer.data.windows import WindowSampling
 from trainer.models.base import Catalogue
 from trainer.models.sparse import SparseRecommender
 
@@ -57,6 +58,17 @@ class Transitions(SparseRecommender):
         )
         divisor = np.repeat(totals + self.settings.smoothing, np.diff(counts.offsets))
         self._counts = _Rows(counts.items, counts.offsets, counts.values / divisor)
+
+    @property
+    def window_sampling(self) -> WindowSampling:
+        """Windows of a history and its next item, which are not used."""
+        length = self.settings.length
+        return WindowSampling(length=length + 1, stride=length, every_target=True)
+
+    @property
+    def history(self) -> int:
+        """Largest number of items of a history that are read."""
+        return self.settings.length
 
     def correction(self, histories: SeenItems) -> SparseScores:
         """Return the scores of the items that followed one of the last items of each history."""

@@ -88,7 +88,7 @@ def recommend(
 def _check_out(out: Path | None, *, is_for_all: bool) -> None:
     """Raise a UserError if ``--out`` lacks ``--all``, or the reverse, or is of another format."""
     if is_for_all != (out is not None):
-        raise UserError("--all and --out FILE.parquet go together")
+        raise UserError("--all and --out FILE go together")
     if out is not None:
         from features.table_files import check_ending  # imports pyarrow
 

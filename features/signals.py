@@ -10,6 +10,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 """Ctrl-C; `kill`, SLURM, Kubernetes and `timeout`; a lost terminal; SLURM's early warning."""
 
 _last: int = signal.SIGINT
+_is_raised = False
+"""True if a signal has raised :class:`Interrupted` in the command."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -19,6 +21,19 @@ class Interrupted(KeyboardInterrupt):
 def exit_code() -> int:
     """Return 128 + the number of the last received signal; 130 before any."""
     return 128 + _last
+
+
+def raise_received() -> None:
+    """Raise :class:`Interrupted` again if a signal has raised it in this command.
+
+    Libraries swallow exceptions in callbacks and imports. Long work therefore calls this function
+    between its steps.
+
+    Raises:
+        Interrupted: A signal was received, and the command goes on.
+    """
+    if _is_raised:
+        raise Interrupted(signal.Signals(_last).name)
 
 
 @contextmanager
@@ -37,10 +52,15 @@ def handle_signals(
         yield
         return
 
+    global _is_raised
+    if handler is None:
+        _is_raised = False
+
     def receive(number: int, frame: FrameType | None) -> None:
-        global _last
+        global _last, _is_raised
         _last = number
         if handler is None:
+            _is_raised = True
             raise Interrupted(signal.Signals(number).name)
         handler(number, frame)
 
@@ -51,5 +71,7 @@ def handle_signals(
     try:
         yield
     finally:
+        if handler is None:
+            _is_raised = False
         for number in handled:
             signal.signal(number, before[number])

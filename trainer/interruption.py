@@ -13,7 +13,7 @@ from types import FrameType
 import torch
 from torch import Tensor, nn
 
-from features.signals import Interrupted, handle_signals
+from features.signals import Interrupted, handle_signals, raise_received
 
 _SAME_SECONDS = 1.0  # signals within this time count as one Ctrl-C
 
@@ -104,7 +104,11 @@ def handle_interruption(model: nn.Module, device: torch.device) -> Iterator[Inte
     Args:
         model: The trained model.
         device: Device of the model.
+
+    Raises:
+        Interrupted: A signal was received before, and a library has swallowed its exception.
     """
+    raise_received()
     interruption = Interruption(device)
     hooks = [
         parameter.register_post_accumulate_grad_hook(_handle_pending_signals)

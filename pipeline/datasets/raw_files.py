@@ -66,7 +66,7 @@ def locate_files(
     """
     for role in given:
         format.files.find(role)
-    _refuse_url(str(root), "--raw")
+    _refuse_url(str(root), f"--raw {root}")
     if not root.is_dir():
         raise UserError(
             f"{root} is not a folder; the raw files of {dataset} are expected there"
@@ -92,7 +92,7 @@ def locate_files(
 
 
 def _resolve(role: str, root: Path, given: str) -> Path:
-    _refuse_url(given, f"--file {role}=")
+    _refuse_url(given, f"--file {role}={given}")
     path = root / given
     for candidate in (path, Path(given)):
         if candidate.exists():
@@ -104,10 +104,9 @@ def _resolve(role: str, root: Path, given: str) -> Path:
 
 def _refuse_url(given: str, option: str) -> None:
     # Path writes the two slashes of a URL as one.
+    option = re.sub(r"(?<=:)/(?!/)", "//", option, count=1)
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", given) and not Path(given).exists():
-        raise UserError(
-            f"{option} {given} is a URL; download the files and give the path on this machine"
-        )
+        raise UserError(f"{option} is a URL; download the files and give the path on this machine")
 
 
 def _match(root: Path, patterns: tuple[str, ...]) -> tuple[Path, ...]:

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from features.signals import raise_received
 from pipeline.extraction.deduplication import ExtractionCounts
 
 SECONDS_BETWEEN_REPORTS = 0.1
@@ -88,7 +89,12 @@ class ProgressReporter:
         self._last = 0.0
 
     def __call__(self, counts: ExtractionCounts) -> None:
-        """Report the counts if the last report is old enough or all items are done."""
+        """Report the counts if the last report is old enough or all items are done.
+
+        Raises:
+            Interrupted: A signal was received, see :func:`features.signals.raise_received`.
+        """
+        raise_received()
         now = time.monotonic()
         is_early = now - self._last < SECONDS_BETWEEN_REPORTS and counts.done < self._total
         if self._progress is None or is_early:

@@ -49,8 +49,8 @@ def test_lists_files_and_mistakes(warehouse: Warehouse, tmp_path: Path) -> None:
     for arguments, message in (
         ([], "give one of --user"),
         (["--user", "u1", "--similar", "i1"], "give one of --user"),
-        (["--all"], "--all and --out FILE.parquet go together"),
-        (["--user", "u1", "--out", "x"], "--all and --out FILE.parquet go together"),
+        (["--all"], "--all and --out FILE go together"),
+        (["--user", "u1", "--out", "x"], "--all and --out FILE go together"),
         (["--user", "x"], "has no user 'x'"),
         (["--history", "i1,x"], "has no item 'x'"),
         (["--history", ","], "--history names no item"),

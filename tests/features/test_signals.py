@@ -1,3 +1,4 @@
+import contextlib
 import signal
 import subprocess
 import sys
@@ -5,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from features.signals import SIGNALS, Interrupted, exit_code, handle_signals
+from features.signals import SIGNALS, Interrupted, exit_code, handle_signals, raise_received
 
 
 @pytest.fixture(autouse=True)
@@ -51,3 +52,19 @@ def test_a_command_ends_with_the_code_of_its_signal(number: signal.Signals) -> N
     done = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True)
     assert done.returncode == 128 + number
     assert done.stderr == b"interrupted\n"
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_swallowed_signal_is_raised_again(number: signal.Signals) -> None:
+    with handle_signals():
+        raise_received()
+        with contextlib.suppress(KeyboardInterrupt):  # as a library does
+            signal.raise_signal(number)
+        with handle_signals(lambda number, frame: None):  # the handler of a part of the command
+            pass
+        for _ in range(2):
+            with pytest.raises(Interrupted, match=number.name):
+                raise_received()
+        with handle_signals():  # the next command
+            raise_received()
+    raise_received()

@@ -4,12 +4,13 @@ import os
 import signal
 import threading
 import time
+from contextlib import suppress
 
 import pytest
 import torch
 from torch import nn
 
-from features.signals import Interrupted
+from features.signals import Interrupted, handle_signals
 from trainer import interruption
 from trainer.interruption import Abandoned, handle_interruption
 
@@ -82,3 +83,11 @@ def test_a_signal_elsewhere_waits_and_a_second_one_raises(
         monkeypatch.setattr(interruption, "_SAME_SECONDS", -1.0)
         with pytest.raises(Interrupted):
             signal.raise_signal(number)
+
+
+def test_a_signal_that_a_library_swallowed_ends_the_training_before_its_first_step() -> None:
+    with handle_signals():
+        with suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(Interrupted), handle_interruption(nn.Linear(2, 2), CPU):
+            raise AssertionError("the training began")

@@ -72,9 +72,9 @@ def test_the_case_of_names_does_not_matter(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("url", ["https://x.org/d.csv", "s3://bucket/d.csv", "hf://datasets/x"])
 def test_urls_in_place_of_files(tmp_path: Path, url: str) -> None:
-    with pytest.raises(UserError, match="URL; download"):
+    with pytest.raises(UserError, match=f"items={url} is a URL; download"):
         locate_files("x", raw_format("x", "table"), tmp_path, {"items": url})
-    with pytest.raises(UserError, match="URL; download"):
+    with pytest.raises(UserError, match=f"--raw {url} is a URL; download"):
         locate_files("x", raw_format("x", "table"), Path(url), {})
 
 

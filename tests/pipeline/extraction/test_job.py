@@ -4,6 +4,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from features.atomic_files import lock
 from features.errors import UserError
 from features.matrices import FeatureMatrix
 from features.schema import FAILURES_SCHEMA
+from features.signals import Interrupted, handle_signals
 from features.store import FeatureStore, FeatureTable
 from features.warehouse import Warehouse
 from pipeline.backbones import packages
@@ -609,3 +611,11 @@ def test_a_table_of_several_parts(warehouse: Warehouse, raw: Path) -> None:
     stored = table(warehouse, "text", "hashed")
     assert [pq.read_metadata(part).num_rows for part in stored.parts()] == [8192, 10]
     assert read(warehouse, "text", "hashed").present.all()
+
+
+def test_a_signal_that_a_library_swallowed_ends_the_extraction(tiny: Warehouse) -> None:
+    with handle_signals():
+        with suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(Interrupted):
+            extract(tiny, "tiny", text="hashed")

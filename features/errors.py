@@ -2,7 +2,7 @@
 
 from typing import ClassVar
 
-_MOST_NAMES = 24  # a warehouse can hold thousands of runs; the latest are named
+_MOST_NAMES = 40  # a warehouse can hold thousands of runs; the latest are named
 _LONGEST_NAME = 120  # characters of an unknown name that a message repeats
 
 

@@ -71,9 +71,10 @@ class LmdbPages:
             self._size = os.fstat(self._file).st_size
             self._meta = self._newer_meta()
             # LMDB does not write pages at the end that were freed at once, so that a whole file may
-            # be shorter than its last page number says.
+            # be shorter than its last page number says. It always has both pages of meta records.
             is_short = self._size < self._claimed_size()
-            if is_short and any(end > self._size for end in self._ends()):
+            has_metas = self._size >= 2 * self._meta.page_size
+            if is_short and (not has_metas or any(end > self._size for end in self._ends())):
                 raise self._truncated()
         except BaseException:
             os.close(self._file)

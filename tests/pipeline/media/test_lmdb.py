@@ -62,6 +62,14 @@ def test_a_truncated_file_is_refused_in_one_line(tmp_path: Path, share: float) -
     assert caught.value.reason in ("truncated LMDB", "not a readable LMDB")
 
 
+@pytest.mark.parametrize("size", [4096, 4200, 8191])
+def test_a_file_without_its_second_header_is_truncated(tmp_path: Path, size: int) -> None:
+    path, _ = _whole(tmp_path / "a.lmdb")
+    os.truncate(path, size)
+    with pytest.raises(ContainerError, match=r"truncated.*copy it again"):
+        LmdbImages(path)
+
+
 def _patch_headers(path: Path, offset: int, value: bytes) -> None:
     """Overwrite bytes of both headers."""
     data = bytearray(path.read_bytes())

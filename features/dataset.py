@@ -157,6 +157,23 @@ def load_dataset(warehouse: Warehouse, name: str, *, with_times: bool = False) -
     )
 
 
+def cold_counts(dataset: Dataset) -> tuple[int, int]:
+    """Return two counts of cold sequences: those of mmrec, and those of PMMRec and MMSR.
+
+    Returns:
+        The held-out targets of validation and test that are cold; and all occurrences of a cold
+        item after the first interaction of a user, each of which ends one sequence. Occurrences at
+        training positions have been learned, so the first count is the one without leakage.
+    """
+    is_cold_I = dataset.cold[dataset.items]
+    held_out = sum(
+        int(is_cold_I[dataset.eval_split(split).targets].sum()) for split in ("validation", "test")
+    )
+    is_first_I = np.zeros(len(is_cold_I), dtype=bool)
+    is_first_I[dataset.offsets[:-1]] = True
+    return held_out, int((is_cold_I & ~is_first_I).sum())
+
+
 def load_items(warehouse: Warehouse, name: str, columns: list[str]) -> pa.Table:
     """Read columns of the items table, in the order of ``item``."""
     info = warehouse.info(name)

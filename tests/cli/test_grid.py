@@ -17,14 +17,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cli import console, grid
+from features.dataset import load_dataset
 from features.errors import UserError
 from features.warehouse import Warehouse
+from retrieval.metrics import METRIC_NAMES
 from tests.cli.invoke import run
 from trainer.checkpoint import read_tensors
 from trainer.models.registry import MODELS, Model
 from trainer.models.sasrec import SASRec
 from trainer.runs import grid as runs_grid
 from trainer.runs.grid_file import pivot, read_grid
+from trainer.runs.recipes import recipe_names
 from trainer.runs.run import train_run
 
 GRID = """
@@ -296,3 +299,90 @@ def test_an_error_that_ends_the_grid_comes_after_the_finished_rows(
     result = run("grid", file, "--warehouse", root, code=code)
     assert re.search(r"^sum +\*?\d\.\d{4}", result.stdout, re.MULTILINE)
     assert "No space left" in result.stderr or result.exception is error
+
+
+TINY = ("--set", "device=cpu", "--quick", "--json")
+
+
+@pytest.mark.slow
+def test_a_recipe_runs_to_its_end_and_shares_its_pre_training(root: str, tmp_path: Path) -> None:
+    where = ("--warehouse", root, "--out", str(tmp_path / "result.parquet"))
+    waiting = run("grid", "pmmrec/table-6", *where, *TINY, "--dry-run").stdout
+    states = [entry["state"].split(" ")[0] for entry in json.loads(waiting)["runs"]]
+    assert states == ["new", "new", "after"]
+    document = json.loads(run("grid", "pmmrec/table-6", *where, *TINY).stdout)
+    assert [entry["state"] for entry in document["runs"]] == ["finished"] * 3
+    source = next(entry for entry in document["runs"] if entry["source"] == "world")
+    config = tomllib.loads((Path(root) / "runs" / source["run"] / "config.toml").read_text())
+    pretrained = Path(root) / "runs" / config["run"]["init"]["run"] / "config.toml"
+    assert tomllib.loads(pretrained.read_text())["run"]["stage"] == "pretrain"
+    assert len(Warehouse(root).runs()) == 4
+
+    again = json.loads(run("grid", "pmmrec/table-6", *where, *TINY).stdout)
+    assert [entry["state"] for entry in again["runs"]] == ["reused"] * 3
+    shared = json.loads(run("grid", "pmmrec/figure-3", *where, *TINY).stdout)
+    assert [entry["state"] for entry in shared["runs"]] == [
+        "reused", "finished", "finished", "reused",
+    ]  # fmt: skip
+    assert len(Warehouse(root).runs()) == 6
+
+    table = run("grid", "pmmrec/table-6", *where, *TINY[:-1]).stdout.splitlines()
+    assert [line.split()[0] for line in table if "HR@10" in line or "NDCG@10" in line] == [
+        "world", "NDCG@10",
+    ]  # fmt: skip
+
+
+def test_an_option_that_no_run_of_the_grid_can_take_is_refused(root: str, file: str) -> None:
+    for options, message in (
+        (("--set", "colour=3"), "unknown setting 'colour'"),
+        (("--set", "fusion=gate"), "fusion is an axis of the grid; leave it out"),
+        (("--features", "sound=x"), "unknown modality 'sound'"),
+        (("--source", "world"), "has no pre-training; leave --source out"),
+    ):
+        result = run("grid", file, "--warehouse", root, "--dry-run", *options, code=2)
+        assert message in result.stderr
+    assert Warehouse(root).runs() == []
+
+
+def test_the_list_names_every_recipe_and_its_differences() -> None:
+    listed = json.loads(run("grid", "--list", "--json").stdout)
+    assert [entry["recipe"] for entry in listed] == recipe_names()
+    text = run("grid", "--list").stdout
+    assert all(f"{entry['recipe']}: " in text for entry in listed)
+
+
+def test_the_statistics_count_cold_sequences_in_both_ways(root: str) -> None:
+    rows = json.loads(run("grid", "mmsr/table-1", "--warehouse", root, "--json").stdout)
+    dataset = load_dataset(Warehouse(root), "world")
+    histories = [
+        dataset.items[begin:end].tolist()
+        for begin, end in zip(dataset.offsets, dataset.offsets[1:], strict=False)
+    ]
+    cold = {item for item, count in enumerate(dataset.train_counts) if count < 10}
+    assert rows[0]["cold_occurrences"] == sum(item in cold for h in histories for item in h[1:])
+    assert rows[0]["cold_targets"] == sum(
+        item in cold for h in histories if len(h) > 2 for item in h[-2:]
+    )
+
+
+@pytest.mark.parametrize("targets", ["cold", "new"])
+def test_the_table_of_a_subset_of_the_targets(root: str, file: str, targets: str) -> None:
+    Path(file).write_text(
+        f"targets = '{targets}'\nseen = 'kept'\n[runs]\nmodel = 'popularity'\nseed = [1]\n"
+    )
+    done = json.loads(run("grid", file, "--warehouse", root, "--json").stdout)
+    rows = pq.read_table(done["result"]).to_pylist()
+    wanted = {
+        row["metric"]: row["value"]
+        for row in rows
+        if (row["split"], row["seen"], row["targets"]) == ("test", "kept", targets)
+    }
+    if targets == "new" and not wanted:
+        wanted = {
+            row["metric"]: row["value"]
+            for row in rows
+            if (row["split"], row["seen"], row["targets"]) == ("test", "kept", "all")
+            and row["metric"] in METRIC_NAMES
+        }
+    metrics = done["runs"][0]["metrics"] or {}
+    assert {name: value for name, value in metrics.items() if name in METRIC_NAMES} == wanted

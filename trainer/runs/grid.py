@@ -1,8 +1,11 @@
-"""Running a grid: each combination is one run, named by its identity, so that it is found again."""
+"""Running a grid: each combination is one run, named by its identity, so that it is found again.
+
+The pre-trainings of a grid are runs of the same kind, and all combinations share them.
+"""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,13 +18,13 @@ from features.memory import free_memory, memory_errors
 from features.schema import METRICS_SCHEMA
 from features.table_files import table_file_writer
 from features.warehouse import Warehouse
-from trainer.config import SettingSources
 from trainer.loop import TrainProgress
 from trainer.runs.evaluate import evaluate
 from trainer.runs.folder import stored_metrics
-from trainer.runs.grid_file import Combination, Grid, setting_text
+from trainer.runs.grid_cells import Overrides, resolve_combination, resolve_pretraining
+from trainer.runs.grid_file import Combination, Grid
 from trainer.runs.read import has_current_protocol
-from trainer.runs.run import create_run, open_run, train_run
+from trainer.runs.run import Run, create_run, open_run, train_run
 from trainer.runs.spec import InitialWeights, RunSpec
 from trainer.runs.transfer import FULL
 
@@ -34,11 +37,19 @@ class Planned:
 
     combination: Combination
     spec: RunSpec
+    """Description of the run; without initial weights while the pre-training has not ended."""
+    pretraining: RunSpec | None = None
+    """The pre-training that the run waits for; ``None`` if there is none or if it has ended."""
 
     @property
     def run(self) -> str:
-        """Name of its run, made of everything that decides the result."""
-        return f"grid-{self.spec.digest()}"
+        """Name of its run, made of everything that decides the result; empty while it waits."""
+        return "" if self.pretraining is not None else run_name(self.spec)
+
+
+def run_name(spec: RunSpec) -> str:
+    """Return the name of a run of a grid."""
+    return f"grid-{spec.digest()}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,6 +57,9 @@ class Outcome:
     """The end of one combination."""
 
     planned: Planned
+    """The combination, with the initial weights of its pre-training."""
+    number: int
+    """Position of the combination in the grid."""
     state: str
     """``finished`` now, ``reused``, or ``failed``."""
     seconds: float = 0.0
@@ -59,9 +73,14 @@ class Outcome:
         users = {row["targets"]: row["users"] for row in self.rows if row["split"] == split}
         return users.get("repeated", 0) / users["all"] if users.get("all") else None
 
-    def values(self, split: str, seen: str) -> dict[str, float] | None:
-        """Return metric to value over all targets of a split; ``None`` if the run failed."""
-        chosen = {"split": split, "seen": seen, "targets": "all"}
+    def values(self, split: str, seen: str, targets: str = "all") -> dict[str, float] | None:
+        """Return metric to value over a subset of a split's targets.
+
+        ``None`` if the run failed, or if the subset is empty.
+        """
+        if targets == "new" and self.repeated(split) == 0:
+            targets = "all"  # the same targets, stored once
+        chosen = {"split": split, "seen": seen, "targets": targets}
         metrics = {
             row["metric"]: row["value"]
             for row in self.rows
@@ -74,30 +93,62 @@ class Stopped(Exception):  # noqa: N818 - not an error
     """A run was interrupted; it is saved."""
 
 
-def plan_grid(warehouse: Warehouse, grid: Grid) -> list[Planned]:
+def plan_grid(
+    warehouse: Warehouse, grid: Grid, overrides: Overrides | None = None
+) -> list[Planned]:
     """Describe the run of every combination, before the first one is started.
+
+    Args:
+        warehouse: Warehouse with the datasets and the runs.
+        grid: The grid.
+        overrides: What the command changes in every run.
 
     Raises:
         UserError: A combination cannot be run; the line names the file and the combination.
     """
+    overrides = overrides or Overrides()
     planned = []
     for combination in grid.combinations:
         try:
-            spec = _resolve(warehouse, combination)
+            planned.append(_plan(warehouse, combination, overrides))
         except UserError as error:
             raise UserError(f"{grid.path}, {combination.label}: {error}") from None
-        planned.append(Planned(combination=combination, spec=spec))
+    overrides.check([(entry.combination.model, entry.spec) for entry in planned])
     return planned
+
+
+def _plan(warehouse: Warehouse, combination: Combination, overrides: Overrides) -> Planned:
+    spec = resolve_combination(warehouse, combination, overrides)
+    if combination.pretraining is None:
+        return Planned(combination=combination, spec=spec)
+    pretraining = resolve_pretraining(warehouse, combination, spec, overrides)
+    planned = Planned(combination=combination, spec=spec, pretraining=pretraining)
+    folder = warehouse.runs_dir / run_name(pretraining)
+    return _with_weights(warehouse, planned) if (folder / _DONE).exists() else planned
+
+
+def _with_weights(warehouse: Warehouse, planned: Planned) -> Planned:
+    """Return a combination with the initial weights of its pre-training, which has ended."""
+    assert planned.pretraining is not None
+    init = InitialWeights(
+        run=run_name(planned.pretraining), transfer=planned.combination.transfer or FULL
+    )
+    spec = planned.spec.with_init(warehouse, init)
+    return replace(planned, spec=spec, pretraining=None)
 
 
 def is_done(warehouse: Warehouse, planned: Planned) -> bool:
     """Return True if the run has ended and has been evaluated."""
-    return (warehouse.runs_dir / planned.run / _DONE).exists()
+    return bool(planned.run) and (warehouse.runs_dir / planned.run / _DONE).exists()
 
 
 def is_begun(warehouse: Warehouse, planned: Planned) -> bool:
     """Return True if there is such a run, ended or not."""
-    return (warehouse.runs_dir / planned.run / "config.toml").exists()
+    return bool(planned.run) and _exists(warehouse, planned.run)
+
+
+def _exists(warehouse: Warehouse, run: str) -> bool:
+    return (warehouse.runs_dir / run / "config.toml").exists()
 
 
 def run_grid(
@@ -121,7 +172,7 @@ def run_grid(
         Stopped: A training was interrupted; everything is saved.
     """
     for number, combination in enumerate(planned):
-        yield _run(warehouse, combination, partial(on_progress, number))
+        yield _run(warehouse, number, combination, partial(on_progress, number))
 
 
 def write_result(path: Path, grid: Grid, outcomes: Sequence[Outcome]) -> None:
@@ -152,44 +203,47 @@ def write_result(path: Path, grid: Grid, outcomes: Sequence[Outcome]) -> None:
 _MEASURED = ("split", "targets", "seen", "metric", "value", "low", "high", "users")
 
 
-def _resolve(warehouse: Warehouse, combination: Combination) -> RunSpec:
-    dataset, _ = warehouse.choose_dataset(combination.dataset)
-    init = None
-    if combination.init is not None:
-        init = InitialWeights(run=combination.init, transfer=combination.transfer or FULL)
-    pairs = [f"{key}={setting_text(value)}" for key, value in combination.settings.items()]
-    return RunSpec.resolve(
-        warehouse,
-        combination.model,
-        [dataset],
-        features=None if combination.features is None else [combination.features],
-        sources=SettingSources(preset=combination.preset, pairs=pairs),
-        init=init,
-    )
-
-
 def _run(
-    warehouse: Warehouse, planned: Planned, on_progress: Callable[[TrainProgress | str], None]
+    warehouse: Warehouse,
+    number: int,
+    planned: Planned,
+    on_progress: Callable[[TrainProgress | str], None],
 ) -> Outcome:
-    folder = warehouse.runs_dir / planned.run
     began = time.monotonic()
-    if is_done(warehouse, planned) and has_current_protocol(folder):
-        rows = _own_rows(folder, planned.spec.model)
-        if rows:
-            return Outcome(planned=planned, state="reused", rows=rows)
     try:
-        with memory_errors(f"run {planned.run}", "give smaller settings, or free memory"):
+        with memory_errors(
+            f"run {number + 1} of the grid", "give smaller settings, or free memory"
+        ):
+            if planned.pretraining is not None:
+                _pretrain(warehouse, planned.pretraining, on_progress)
+                planned = _with_weights(warehouse, planned)
+            folder = warehouse.runs_dir / planned.run
+            if is_done(warehouse, planned) and has_current_protocol(folder):
+                rows = _own_rows(folder, planned.spec.model)
+                if rows:
+                    return Outcome(planned=planned, number=number, state="reused", rows=rows)
             _train(warehouse, planned, folder, on_progress)
     except UserError as error:
         free_memory()  # for the next run
-        return Outcome(planned=planned, state="failed", message=str(error))
-    seconds = time.monotonic() - began
+        return Outcome(planned=planned, number=number, state="failed", message=str(error))
     return Outcome(
         planned=planned,
+        number=number,
         state="finished",
-        seconds=seconds,
+        seconds=time.monotonic() - began,
         rows=_own_rows(folder, planned.spec.model),
     )
+
+
+def _pretrain(
+    warehouse: Warehouse, spec: RunSpec, on_progress: Callable[[TrainProgress | str], None]
+) -> None:
+    """Pre-train once; an ended pre-training is reused."""
+    folder = warehouse.runs_dir / run_name(spec)
+    if not (folder / _DONE).exists():
+        on_progress(f"pre-training on {spec.dataset}")
+        _fit(warehouse, spec, folder, on_progress)
+        write_json(folder / _DONE, {"pretrain": spec.dataset})
 
 
 def _train(
@@ -198,17 +252,28 @@ def _train(
     folder: Path,
     on_progress: Callable[[TrainProgress | str], None],
 ) -> None:
+    run = _fit(warehouse, planned.spec, folder, on_progress)
+    evaluate(warehouse, run, index="faiss", on_stage=on_progress)
+    write_json(folder / _DONE, planned.combination.keys)
+
+
+def _fit(
+    warehouse: Warehouse,
+    spec: RunSpec,
+    folder: Path,
+    on_progress: Callable[[TrainProgress | str], None],
+) -> Run:
+    """Create a run, or continue it, and train it to its end."""
     resume = False
-    if is_begun(warehouse, planned):
+    if _exists(warehouse, folder.name):
         run = open_run(warehouse, folder)
         resume = (folder / "resume.safetensors").exists()
     else:
-        run = create_run(warehouse, planned.spec, name=planned.run)
+        run = create_run(warehouse, spec, name=folder.name)
     report = train_run(run, resume=resume, on_progress=on_progress)
     if not report.finished:
         raise Stopped
-    evaluate(warehouse, run, index="faiss", on_stage=on_progress)
-    write_json(folder / _DONE, planned.combination.keys)
+    return run
 
 
 def _own_rows(folder: Path, model: str) -> list[dict[str, Any]]:

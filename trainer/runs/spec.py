@@ -156,7 +156,15 @@ class RunSpec:
                 attribute_columns(settings),
             ),
         )
-        return spec if init is None else replace(spec, init=_read_init(warehouse, spec, init))
+        return spec if init is None else spec.with_init(warehouse, init)
+
+    def with_init(self, warehouse: Warehouse, init: InitialWeights) -> Self:
+        """Return the description with initial weights.
+
+        Raises:
+            UserError: There is no such run, it is of another model, or its weights have changed.
+        """
+        return replace(self, init=_read_init(warehouse, self, init))
 
     @classmethod
     def read(cls, warehouse: Warehouse, folder: Path) -> Self:

@@ -145,3 +145,37 @@ def test_reading_a_grid_needs_no_torch() -> None:
     assert (
         subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[3]).returncode == 0
     )
+
+
+def test_metrics_can_be_rows_and_the_best_is_then_a_column(tmp_path: Path) -> None:
+    grid = read(
+        tmp_path,
+        "rows = ['dataset', 'metric']\ncolumns = ['model']\nmetrics = ['HR@10']\n"
+        "[runs]\nmodel = ['a', 'b']\ndataset = ['x', 'y']\n",
+    )
+    assert (grid.rows, grid.metric_rows) == (["dataset"], True)
+    table = pivot(grid, [{"HR@10": value} for value in (1.0, 2.0, 4.0, 3.0)])
+    best = {place[:2] for place, cell in table.cells.items() if cell.best}
+    assert best == {(("x",), ("b",)), (("y",), ("b",))}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("pretrain = 3\n[runs]\nmodel = 'x'", "pretrain=3 must be tables"),
+        ("[pretrain]\na = 3\n[runs]\nmodel = 'x'", "pretrain.a=3 must be a table"),
+        ("[pretrain.a]\nlr = 1\n[runs]\nmodel = 'x'", "pretrain.a sets no model"),
+        ("[pretrain.a]\nmodel = 3\n[runs]\nmodel = 'x'", "pretrain.a.model=3 must be text"),
+        ("[pretrain.a]\ndatasets = 'x'\n[runs]\nmodel = 'x'", "must be a list of names"),
+        ("targets = 'old'\n[runs]\nmodel = 'x'", "unknown targets 'old'"),
+        ("targets = 'repeated'\n[runs]\nmodel = 'x'", "give seen='kept'"),
+        ("targets = 'cold'\nmetrics = ['coverage@10']\n[runs]\nmodel = 'x'", "leave targets out"),
+        ("rows = ['metric', 'lr']\n[runs]\nmodel = 'x'\nlr = [1]", "must name 'metric' last"),
+        ("title = 3\n[runs]\nmodel = 'x'", "title=3 must be text"),
+    ],
+)
+def test_a_bad_entry_of_a_published_table_is_one_line(
+    tmp_path: Path, text: str, message: str
+) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        read(tmp_path, text)

@@ -1,0 +1,63 @@
+import re
+from pathlib import Path
+
+import pytest
+
+from features.errors import UserError
+from trainer.runs.recipes import fill_recipe, read_recipe, recipe_names
+
+GRIDS = [name for name in recipe_names() if not read_recipe(name).is_statistics]
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_has_the_title_of_its_table(name: str) -> None:
+    recipe = read_recipe(name)
+    paper, _, table = name.partition("/")
+    kind, _, _ = table.partition("-")
+    assert recipe.title.lower().startswith(f"{paper}, {kind} ")
+
+
+@pytest.mark.parametrize("name", GRIDS)
+@pytest.mark.parametrize("quick", [False, True])
+def test_every_recipe_is_a_grid_on_a_dataset(name: str, quick: bool) -> None:
+    recipe = read_recipe(name)
+    sources = ["s", "t"] if "pretrain" in recipe.document else []
+    grid = fill_recipe(recipe, ["a"], sources, quick=quick)
+    assert {combination.dataset for combination in grid.combinations} == {"a"}
+    assert grid.departs == recipe.departs
+    for combination in grid.combinations:
+        assert combination.init is None or combination.pretraining is not None
+
+
+def test_datasets_are_rows_where_the_paper_has_them() -> None:
+    grid = fill_recipe(read_recipe("pmmrec/table-8"), ["a", "b"])
+    assert (grid.rows, grid.columns, grid.metric_rows) == (["dataset"], ["objectives"], True)
+    assert list(dict.fromkeys(entry.keys["objectives"] for entry in grid.combinations)) == [
+        "w/o NICL", "only VCL", "only NCL", "w/o NID", "w/o RCL", "PMMRec",
+    ]  # fmt: skip
+    with pytest.raises(UserError, match=r"mmsr/table-12 is a table of one dataset, not of a, b"):
+        fill_recipe(read_recipe("mmsr/table-12"), ["a", "b"])
+
+
+def test_each_source_is_a_column_and_a_pre_training() -> None:
+    grid = fill_recipe(read_recipe("pmmrec/table-6"), ["d"], ["s", "t"])
+    sources = {
+        entry.keys["source"]: entry.pretraining.datasets if entry.pretraining else None
+        for entry in grid.combinations
+    }
+    assert sources == {"ID": None, "w/o PT": None, "s": ["s"], "t": ["t"]}
+    fused = fill_recipe(read_recipe("pmmrec/table-5"), ["d"], ["s", "t"])
+    assert {
+        tuple(entry.pretraining.datasets) for entry in fused.combinations if entry.pretraining
+    } == {("s", "t")}
+
+
+def test_what_does_not_fit_a_recipe_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="unknown recipe 'pmmrec/table-99'"):
+        read_recipe("pmmrec/table-99")
+    with pytest.raises(UserError, match="no pre-training; leave --source out"):
+        fill_recipe(read_recipe("pmmrec/table-8"), ["a"], ["s"])
+    path = tmp_path / "own.toml"
+    path.write_text('[runs]\nmodel = "sasrec"\ndataset = "a"\n')
+    with pytest.raises(UserError, match=re.escape("sets its datasets itself; leave --dataset out")):
+        fill_recipe(read_recipe(str(path)), ["b"])

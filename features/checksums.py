@@ -28,6 +28,8 @@ _DAMAGED_PATTERN = re.compile(
 _SPAN = 1 << 16  # bytes at each end of a file that are searched for the checksum
 _CHUNK = 1 << 18  # bytes that are read at once
 
+_CHECKSUM_AT_END = (b"PAR1", b"\x93NUMPY")
+"""First bytes of the files whose checksum is after the data."""
 _verified: dict[str, tuple[tuple[int, ...], bool]] = {}
 """Path of each verified file -> state of the file then, and whether it has a checksum."""
 os.register_at_fork(after_in_child=_verified.clear)
@@ -91,25 +93,27 @@ def verify_folder(folder: Path, pattern: str = "*.parquet") -> None:
 def _place(file: BinaryIO) -> int | None:
     """Return the offset of the checksum, or None if the file has none.
 
-    The last one of the end counts, and else the first one of the beginning: Parquet files have
-    their metadata after the data, other files before it.
+    Parquet files and arrays of numpy have their checksum after the data: the last one of the end
+    counts. Other files have it before the data: the first one of the beginning counts.
 
     Raises:
         ChangedBytesError: The file has only a checksum that is damaged.
     """
     size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    beginning = file.read(_SPAN)
     start = max(0, size - _SPAN)
     file.seek(start)
     end = file.read(_SPAN)
-    matches = [start + match.start() for match in _PATTERN.finditer(end)]
-    if matches:
-        return matches[-1]
-    file.seek(0)
-    beginning = file.read(_SPAN)
-    first = _PATTERN.search(beginning)
-    if first is None and (_DAMAGED_PATTERN.search(beginning) or _DAMAGED_PATTERN.search(end)):
+    if beginning.startswith(_CHECKSUM_AT_END):
+        places = [start + match.start() for match in _PATTERN.finditer(end)][-1:]
+    else:
+        places = [match.start() for match in _PATTERN.finditer(beginning)][:1]
+    if places:
+        return places[0]
+    if _DAMAGED_PATTERN.search(beginning) or _DAMAGED_PATTERN.search(end):
         raise _changed(file)
-    return None if first is None else first.start()
+    return None
 
 
 def _changed(file: BinaryIO) -> ChangedBytesError:

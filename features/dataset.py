@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from features.atomic_files import database, open_table, read_errors, read_table
 from features.checksums import verify_folder
-from features.errors import UserError
+from features.errors import DamagedError, UserError
 from features.splits import COLD_BELOW, MIN_EVALUATED, train_counts_sql
 from features.sql_text import parquet_sql
 from features.warehouse import DatasetInfo, Warehouse
@@ -93,9 +93,7 @@ class Dataset:
 
     def digest(self) -> str:
         """Return a hash of the sequences of all users."""
-        digest = hashlib.sha256(self.items.tobytes())
-        digest.update(self.offsets.tobytes())
-        return digest.hexdigest()[:16]
+        return hash_sequences(self.items, self.offsets)
 
     def train_ends(self) -> Ints:
         """Return the flat position one past each user's last training interaction, (U,)."""
@@ -148,10 +146,17 @@ def load_dataset(warehouse: Warehouse, name: str, *, with_times: bool = False) -
             f" {counted[2]} items, but dataset.json has {info.interactions} of {info.users} with"
             f" {info.items}; run mmrec prepare again"
         )
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    # Each file holds a checksum of its own bytes, which a file of another preparation has as well.
+    if info.sequences not in ("", hash_sequences(item, offsets)):
+        raise DamagedError(
+            f"{folder / 'interactions'}: the interactions are not those of this preparation;"
+            f" run mmrec prepare --dataset {name} again"
+        )
     return Dataset(
         info=info,
         items=item,
-        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        offsets=offsets,
         train_counts=np.asarray(counts["train_count"], dtype=np.int64),
         times=np.asarray(flat["timestamp"], dtype=np.int64) if has_times else None,
     )
@@ -172,6 +177,18 @@ def cold_counts(dataset: Dataset) -> tuple[int, int]:
     is_first_I = np.zeros(len(is_cold_I), dtype=bool)
     is_first_I[dataset.offsets[:-1]] = True
     return held_out, int((is_cold_I & ~is_first_I).sum())
+
+
+def hash_sequences(items: npt.NDArray[np.int32], offsets: Ints) -> str:
+    """Return a hash of the sequences of all users.
+
+    Args:
+        items: (I,) item of each interaction, user by user, oldest first.
+        offsets: (U + 1,) user u owns ``items[offsets[u]:offsets[u + 1]]``.
+    """
+    digest = hashlib.sha256(items.tobytes())
+    digest.update(offsets.tobytes())
+    return digest.hexdigest()[:16]
 
 
 def load_items(warehouse: Warehouse, name: str, columns: list[str]) -> pa.Table:

@@ -48,6 +48,9 @@ class DatasetInfo:
     """Share of the tied neighbours in the raw file whose second item has the larger id; None: no
     such pair, or not counted."""
 
+    sequences: str = ""
+    """Hash of the sequences of all users, see :func:`features.dataset.hash_sequences`; empty in
+    datasets of earlier versions."""
     sampled_users: int | None = None
     """Number of users of the random sample of ``mmrec prepare --users``; None: all users."""
     seed: int | None = None

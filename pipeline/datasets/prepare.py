@@ -31,7 +31,7 @@ from pipeline.datasets.importers.image_column import MEDIA, copy_image_column
 from pipeline.datasets.importers.text_sql import install_text_functions
 from pipeline.datasets.raw_files import locate_files, raw_format
 from pipeline.datasets.registry import DATASETS
-from pipeline.datasets.swap import finish_swap, staging, swap_tables
+from pipeline.datasets.swap import finish_swap, hash_table, staging, swap_tables
 
 MEMORY_LIMIT = "2GB"  # of DuckDB; it spills to disk beyond this
 
@@ -151,6 +151,7 @@ def prepare_dataset(
             write_tables(db, stage)
             for note in data_notes(db, info):
                 notify(note)
+        info = replace(info, sequences=hash_table(stage / "interactions", info.users))
         swap_tables(folder, stage, info)
     return info
 

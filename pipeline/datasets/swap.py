@@ -8,8 +8,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
-from features.atomic_files import lock, remove_leftovers, require_path, sync_folder
+import numpy as np
+
+from features.atomic_files import database, lock, remove_leftovers, require_path, sync_folder
+from features.dataset import hash_sequences
 from features.documents import write_json
+from features.sql_text import parquet_sql
 from features.warehouse import MARKER, DatasetInfo, Warehouse
 from pipeline.datasets.importers.image_column import MEDIA
 
@@ -64,6 +68,24 @@ def swap_tables(folder: Path, stage: Path, info: DatasetInfo) -> None:
     os.replace(stage, folder / _READY)
     sync_folder(folder)
     _move_ready(folder)
+
+
+def hash_table(interactions: Path, users: int) -> str:
+    """Return the hash of the sequences in a table of interactions.
+
+    Args:
+        interactions: Folder of the table.
+        users: Number of users.
+    """
+    if not any(interactions.glob("*.parquet")):
+        return hash_sequences(np.zeros(0, np.int32), np.zeros(1, np.int64))
+    with database() as db:
+        flat = db.execute(
+            f"SELECT user, item FROM {parquet_sql(interactions)} ORDER BY user, position"
+        ).fetchnumpy()
+    lengths = np.bincount(flat["user"], minlength=users)
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    return hash_sequences(np.ascontiguousarray(flat["item"], dtype=np.int32), offsets)
 
 
 def finish_swap(folder: Path, name: str) -> None:

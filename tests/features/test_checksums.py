@@ -90,6 +90,13 @@ def test_copies_and_new_times_are_no_change(tmp_path: Path, name: str) -> None:
     assert verify(copy)
 
 
+def test_a_text_like_a_checksum_is_left_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    document = {"raw": f"/data/{EMPTY_CHECKSUM[:-1]}1", "last": EMPTY_CHECKSUM}
+    write_json(path, document)
+    assert {key: read_json(path, "again")[key] for key in document} == document
+
+
 def test_files_of_other_programs_are_not_verified(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"a": [1]}), path)

@@ -12,6 +12,7 @@ import pytest
 import pipeline.datasets.prepare
 import pipeline.datasets.swap
 from features.atomic_files import lock
+from features.dataset import load_dataset
 from features.errors import UserError
 from features.warehouse import Warehouse
 from pipeline.datasets.listing import list_datasets
@@ -37,6 +38,23 @@ def test_another_core_replaces_the_tables_and_keeps_the_features(
     )
     assert sequences_of(warehouse) == {"u": ["a", "b"], "v": ["a", "b"]}
     assert kept.is_dir()
+
+
+def test_interactions_of_another_preparation_are_refused(
+    warehouse: Warehouse, tmp_path: Path
+) -> None:
+    """Each file holds a checksum of its own bytes; dataset.json tells whose files they are."""
+    raw = {"interactions.csv": INTERACTIONS, "items.csv": ITEMS}
+    prepared(warehouse, tmp_path / "raw", raw)
+    load_dataset(warehouse, "mine")
+    (part,) = (warehouse.dataset_dir("mine") / "interactions").glob("*.parquet")
+    kept = part.read_bytes()
+    other = {"interactions.csv": INTERACTIONS.replace("u,a,1", "u,a,3"), "items.csv": ITEMS}
+    prepared(warehouse, tmp_path / "other", other)
+    assert part.read_bytes() != kept
+    part.write_bytes(kept)
+    with pytest.raises(UserError, match="interactions"):
+        load_dataset(warehouse, "mine")
 
 
 @pytest.mark.parametrize("place", ["check_raw_tables", "filter_core", "write_tables"])

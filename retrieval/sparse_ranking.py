@@ -134,9 +134,8 @@ def top_sparse(
         is_top_P = place_P < k
         top_UK[start + row_P[is_top_P], place_P[is_top_P]] = item_P[order_P][is_top_P]
         for row in np.flatnonzero(lengths_B < k).tolist():
-            left_out = np.zeros(0, np.int64)
-            if exclude is not None:
-                left_out = exclude.take(np.array([start + row])).items
+            own = None if exclude is None else exclude.take(np.array([start + row])).items
+            left_out = np.zeros(0, np.int64) if own is None else own
             rest = _without_positive(scores.rows(row, row + 1), items, left_out, k - lengths_B[row])
             top_UK[start + row, lengths_B[row] : lengths_B[row] + len(rest)] = rest
     return top_UK

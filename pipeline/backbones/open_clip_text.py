@@ -40,7 +40,7 @@ class OpenClipTextEncoder(torch.nn.Module):
 
     @property
     def trims(self) -> bool:
-        """Whether texts are encoded without padding."""
+        """True if texts are encoded without padding."""
         return self._trims
 
     def ends(self, ids_BT: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

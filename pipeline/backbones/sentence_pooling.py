@@ -32,11 +32,11 @@ class PoolingConfig:
     mode: str = "mean"
     """``cls``, ``mean``, ``max``, ``lasttoken``, or ``own``: the model's own pooler."""
     normalize: bool = False
-    """Whether the last step of the encoder scales the vector to unit length."""
+    """True if the last step of the encoder scales the vector to unit length."""
     max_tokens: int | None = None
     """Number of tokens to which texts are truncated; None if the checkpoint has no limit."""
     lower: bool = False
-    """Whether texts are lower-cased first."""
+    """True if texts are lower-cased first."""
     prompt: str = ""
     """Text that is put before every text."""
     folder: str = ""

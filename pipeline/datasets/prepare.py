@@ -115,8 +115,7 @@ def prepare_dataset(
         2000
     """
     folder = warehouse.dataset_dir(options.target)
-    if options.target != options.dataset and options.target in DATASETS:
-        raise UserError(f"--name {options.target} is a dataset of its own; give another name")
+    _check_target(options)
     finish_swap(folder, options.target)
     earlier = earlier_info(warehouse, options.dataset)
     format = options.format or _own_format(options.dataset, earlier)
@@ -154,6 +153,11 @@ def prepare_dataset(
         info = replace(info, sequences=hash_table(stage / "interactions", info.users))
         swap_tables(folder, stage, info)
     return info
+
+
+def _check_target(options: PrepareOptions) -> None:
+    if options.target != options.dataset and options.target in DATASETS:
+        raise UserError(f"--name {options.target} is a dataset of its own; give another name")
 
 
 def _choose_core(options: PrepareOptions, registered: int) -> int:

@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cli import console, grid
+from cli import console
+from cli.grid_tables import show_pivot
 from features.dataset import load_dataset
 from features.errors import UserError
 from features.warehouse import Warehouse
@@ -172,7 +173,7 @@ def test_columns_that_are_too_wide_stand_below_each_other(
     asked = read_grid(path)
     monkeypatch.setattr(type(console.out), "width", 50)
     values: list[Any] = [{"HR@10": number / 10, "NDCG@10": 0.5} for number in range(8)]
-    grid.show_pivot(asked, pivot(asked, values), ["a"])
+    show_pivot(asked, pivot(asked, values), ["a"])
     printed = capsys.readouterr().out.splitlines()
     assert max(map(len, printed[1:])) <= 50
     assert [line.split() for line in printed if line.startswith("dim")] == [

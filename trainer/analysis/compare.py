@@ -141,15 +141,17 @@ def compare(
         repeated=float(users.repeated.mean()),
         systems=systems,
         lines=lines,
-        protocol=[
-            *ties_lines(*records[0].ties),
-            *(
-                earlier_protocol_line(record.name)
-                for record in records
-                if not has_current_protocol(record.folder)
-            ),
-        ],
+        protocol=_protocol_lines(records),
     )
+
+
+def _protocol_lines(records: Sequence[Record]) -> list[str]:
+    """Return what a reader must know about the order of ties and about earlier protocols."""
+    earlier = [record for record in records if not has_current_protocol(record.folder)]
+    return [
+        *ties_lines(*records[0].ties),
+        *(earlier_protocol_line(record.name) for record in earlier),
+    ]
 
 
 def _choose_users(users: "_Users", split: str, targets: str) -> npt.NDArray[np.bool_]:

@@ -135,6 +135,7 @@ def _evaluate(
     dataset = run.data.dataset
     rows: list[dict[str, Any]] = []
     predictions: list[pa.Table] = []
+    references = {name: build_reference(name, run.data) for name in _references(run)}
     for split in SPLITS if sample is None else ("test",):
         on_stage(f"ranking {split}")
         users = dataset.eval_split(split)
@@ -149,8 +150,7 @@ def _evaluate(
 
         own = ranked(run.model)
         by_ranker = {run.spec.model: own}
-        for name in _references(run):
-            by_ranker[name] = ranked(build_reference(name, run.data))
+        by_ranker |= {name: ranked(model) for name, model in references.items()}
         is_cold = dataset.cold[own.targets_E]
         on_stage(f"intervals of {split}")
         for targets, subset in _subsets(own.ranks, is_cold).items():

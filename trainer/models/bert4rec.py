@@ -63,9 +63,10 @@ class BERT4Rec(Recommender):
 
     settings_class = BERT4RecConfig
     settings: BERT4RecConfig
-    train_defaults: ClassVar = {"batch_size": 256, "monitor": "NDCG@10"}
+    train_defaults: ClassVar = {"monitor": "NDCG@10"}
     presets: ClassVar = {
         "published": {
+            "batch_size": 256,
             "dropout": 0.5,
             "mask_ratio": 0.6,
             "stride": 5,
@@ -77,6 +78,7 @@ class BERT4Rec(Recommender):
             "clip": 5.0,
         },
         "published-dense": {
+            "batch_size": 256,
             "length": 199,
             "mask_ratio": 0.2,
             "stride": 100,

@@ -31,6 +31,7 @@ from trainer.kernels.elementwise import add_norm, dropout
 from trainer.models.base import Catalogue
 from trainer.models.causal import CausalSettings
 from trainer.models.item_ids import ItemIdRecommender
+from trainer.models.sasrec import SASRec
 from trainer.modules.sequence_encoders import SequenceEncoder
 from trainer.modules.transformer import (
     BlockConfig,
@@ -42,16 +43,17 @@ from trainer.modules.transformer import (
 
 @dataclass(frozen=True, kw_only=True)
 class BSARecConfig(CausalSettings):
-    """Settings of BSARec. The defaults are the published settings for Amazon Beauty."""
+    """Settings of BSARec. The preset ``published`` is for Amazon Beauty."""
 
     dim: PositiveInt = 64
     layers: LayerCount = 2
-    heads: PositiveInt = 1
+    heads: PositiveInt = 2
     hidden: PositiveInt = 256
     length: PositiveInt = 50
-    dropout: Probability = 0.5
-    alpha: Annotated[float, Range(0, 1, "in [0, 1]", includes_high=True)] = 0.7
-    """Weight of the filter; self-attention has the weight 1 - ``alpha``."""
+    dropout: Probability = 0.4
+    alpha: Annotated[float, Range(0, 1, "in [0, 1]", includes_high=True)] = 0.3
+    """Weight of the filter; self-attention has the weight 1 - ``alpha`` (0.3 and 0.7 were compared
+    on the validation split of ml-100k)."""
     cutoff: PositiveInt = 5
     """The filter keeps the frequencies 0 to ``cutoff`` // 2 (c in the paper)."""
 
@@ -62,10 +64,17 @@ class BSARec(ItemIdRecommender):
     settings_class = BSARecConfig
     settings: BSARecConfig
     unread = ("final_norm",)
-    train_defaults: ClassVar = {"batch_size": 256, "lr": 5e-4, "monitor": "NDCG@10"}
+    train_defaults: ClassVar = SASRec.train_defaults
     presets: ClassVar = {
         "published": {
             "rows": "prefixes",
+            "heads": 1,
+            "alpha": 0.7,
+            "dropout": 0.5,
+            "batch_size": 256,
+            "lr": 5e-4,
+            "schedule": "constant",
+            "epochs": 200,
             "norm_eps": 1e-12,
             "inner_dropout": False,
             "weight_decay": 0.0,

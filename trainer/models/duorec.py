@@ -45,11 +45,12 @@ class DuoRec(SASRec):
 
     settings_class = DuoRecConfig
     settings: DuoRecConfig
-    train_defaults: ClassVar = {**SASRec.train_defaults, "batch_size": 256, "lr": 1e-3}
     variants: ClassVar = {}
     presets: ClassVar = {
         "published": {
             "rows": "prefixes",
+            "batch_size": 256,
+            "lr": 1e-3,
             "final_norm": False,
             "norm_eps": 1e-12,
             "inner_dropout": False,

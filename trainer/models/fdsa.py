@@ -65,10 +65,11 @@ class FDSA(ItemIdRecommender):
     settings_class = FDSAConfig
     settings: FDSAConfig
     needs_features = True
-    train_defaults: ClassVar = {"batch_size": 256, "monitor": "NDCG@10"}
+    train_defaults: ClassVar = {"monitor": "NDCG@10"}
     presets: ClassVar = {
         "released": {
             "rows": "prefixes",
+            "batch_size": 2048,
             "final_norm": False,
             "norm_eps": 1e-12,
             "inner_dropout": False,

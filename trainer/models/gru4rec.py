@@ -17,6 +17,7 @@ from trainer.kernels.elementwise import dropout
 from trainer.models.base import Catalogue
 from trainer.models.causal import CausalSettings
 from trainer.models.item_ids import ItemIdRecommender
+from trainer.models.sasrec import SASRec
 from trainer.modules.sequence_encoders import SequenceEncoder
 from trainer.modules.transformer import initialise
 
@@ -47,7 +48,7 @@ class GRU4Rec(ItemIdRecommender):
         "norm_eps",
         "inner_dropout",
     )
-    train_defaults: ClassVar = {"batch_size": 256, "monitor": "NDCG@10"}
+    train_defaults: ClassVar = SASRec.train_defaults
 
     def __init__(self, settings: GRU4RecConfig, catalogue: Catalogue) -> None:
         super().__init__(settings, catalogue)

@@ -13,6 +13,7 @@ from trainer.config import LayerCount, NormEpsilon, PositiveInt, Probability
 from trainer.models.base import Catalogue
 from trainer.models.causal import CausalSettings
 from trainer.models.item_ids import ItemIdRecommender
+from trainer.models.sasrec import SASRec
 from trainer.modules.sequence_encoders import NextItNetEncoder
 from trainer.modules.transformer import initialise
 
@@ -44,7 +45,7 @@ class NextItNet(ItemIdRecommender):
         "attention_bias",
         "inner_dropout",
     )
-    train_defaults: ClassVar = {"batch_size": 256, "monitor": "NDCG@10"}
+    train_defaults: ClassVar = SASRec.train_defaults
     presets: ClassVar = {"published": {"layers": 5, "dropout": 0.0, "weight_decay": 0.0}}
 
     def __init__(self, settings: NextItNetConfig, catalogue: Catalogue) -> None:

@@ -71,7 +71,7 @@ class S3Rec(ItemIdRecommender):
 
     settings_class = S3RecConfig
     settings: S3RecConfig
-    train_defaults: ClassVar = {**SASRec.train_defaults, "batch_size": 256, "lr": 1e-3}
+    train_defaults: ClassVar = SASRec.train_defaults
     pretraining = Pretraining(
         task="next-item",
         settings={"objective": "pretrain", "epochs": 100, "schedule": "constant"},
@@ -79,6 +79,8 @@ class S3Rec(ItemIdRecommender):
     presets: ClassVar = {
         "released": {
             "loss": "bce",
+            "batch_size": 256,
+            "lr": 1e-3,
             "norm_eps": 1e-12,
             "final_norm": False,
             "inner_dropout": False,

@@ -71,7 +71,7 @@ class TedRec(ItemIdRecommender):
     settings_class = TedRecConfig
     settings: TedRecConfig
     needs_features = True
-    train_defaults: ClassVar = {"batch_size": 256, "monitor": "NDCG@10"}
+    train_defaults: ClassVar = {"monitor": "NDCG@10"}
     presets: ClassVar = {"published": RECBOLE}
     transfer_groups: ClassVar = {
         "items": ("text_encoder.",),

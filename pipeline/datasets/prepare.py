@@ -34,6 +34,8 @@ from pipeline.datasets.registry import DATASETS
 from pipeline.datasets.swap import finish_swap, hash_table, staging, swap_tables
 
 MEMORY_LIMIT = "2GB"  # of DuckDB; it spills to disk beyond this
+_WRONG_STATEMENTS = (duckdb.ParserException, duckdb.BinderException, duckdb.CatalogException)
+"""Errors of DuckDB that are faults of the program, not of its input."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -126,7 +128,7 @@ def prepare_dataset(
         _generate(options.dataset, root, notify)
     files = locate_files(options.dataset, layout, root, options.files)
     with staging(warehouse, options.target) as stage:
-        with _database(stage) as db:
+        with _database(stage, root) as db:
             result = layout.importer.read(db, root, files)
             check_raw_tables(db, files)
             _check_ties(options.ties, result.timestamps, files)
@@ -216,11 +218,15 @@ def _generate(dataset: str, root: Path, notify: Callable[[str], None]) -> None:
 
 
 @contextmanager
-def _database(stage: Path) -> Iterator[duckdb.DuckDBPyConnection]:
+def _database(stage: Path, root: Path) -> Iterator[duckdb.DuckDBPyConnection]:
     """Open DuckDB in bounded memory; it spills into ``stage`` and loads no extensions.
 
+    Args:
+        stage: Temporary folder of the preparation.
+        root: Folder of the raw files, for the message.
+
     Raises:
-        UserError: There is not enough memory or disk space.
+        UserError: There is not enough memory or disk space, or a raw file is damaged.
     """
     with database() as db:
         db.execute(f"SET memory_limit = '{MEMORY_LIMIT}'")
@@ -232,9 +238,13 @@ def _database(stage: Path) -> Iterator[duckdb.DuckDBPyConnection]:
         try:
             yield db
         except (duckdb.Error, pa.ArrowException) as error:
-            if not is_out_of_space(error):
+            reason = " ".join(str(error).split())[:160]
+            if isinstance(error, _WRONG_STATEMENTS):
                 raise
-            reason = str(error).splitlines()[0][:160]
+            if not is_out_of_space(error):
+                raise UserError(
+                    f"the raw files in {root} cannot be read ({reason}); copy them again"
+                ) from None
             raise UserError(
                 f"no room for preparing in {MEMORY_LIMIT} of memory and on the disk of"
                 f" {stage.parent} ({reason}); free disk space or give another --warehouse; the"

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 import pipeline.datasets.prepare
@@ -55,6 +57,34 @@ def test_interactions_of_another_preparation_are_refused(
     part.write_bytes(kept)
     with pytest.raises(UserError, match="interactions"):
         load_dataset(warehouse, "mine")
+
+
+@pytest.mark.parametrize(
+    ("table", "column"),
+    [("items", "title"), ("interactions", "timestamp"), ("items", "item_id"), ("items", "image")],
+)
+def test_pages_that_cannot_be_read_are_one_line(
+    warehouse: Warehouse, tmp_path: Path, table: str, column: str
+) -> None:
+    """The metadata of the file and its other columns are whole."""
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    for name, text in (("interactions", INTERACTIONS), ("items", ITEMS)):
+        columns, *rows = (line.split(",") for line in text.splitlines())
+        content = pa.table({key: list(values) for key, *values in zip(columns, *rows, strict=True)})
+        if name == "items":
+            content = content.append_column("image", pa.array([b"\x89PNG"] * len(rows)))
+        pq.write_table(content, raw / f"{name}.parquet", use_dictionary=False)
+    path = raw / f"{table}.parquet"
+    metadata = pq.read_metadata(path)
+    page = metadata.row_group(0).column(metadata.schema.names.index(column)).data_page_offset
+    damaged = bytearray(path.read_bytes())
+    damaged[page : page + 12] = b"\xff" * 12
+    path.write_bytes(damaged)
+    with pytest.raises(UserError) as error:
+        prepare_dataset(warehouse, PrepareOptions(dataset="mine", raw=raw, format="table"))
+    assert str(raw) in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("place", ["check_raw_tables", "filter_core", "write_tables"])

@@ -45,7 +45,7 @@ from trainer.data.windows import WindowSampling
 from trainer.kernels.elementwise import dropout
 from trainer.losses.bce import logits_bce
 from trainer.models.base import Catalogue, Recommender
-from trainer.models.causal import ROWS, next_item_targets
+from trainer.models.causal import ROWS, next_item_targets, row_windows
 from trainer.modules.sequence_encoders import last_state
 
 _DATES = 6
@@ -143,10 +143,7 @@ class CARCA(Recommender):
     @property
     def window_sampling(self) -> WindowSampling:
         """Windows over whole histories, or a window for each prefix with ``rows=prefixes``."""
-        length = self.settings.length
-        if self.settings.rows == "prefixes":
-            return WindowSampling(length=length + 1, stride=1, every_target=False)
-        return WindowSampling(length=length + 1, stride=length, every_target=True)
+        return row_windows(self.settings.rows, self.settings.length)
 
     @property
     def history(self) -> int:

@@ -67,10 +67,7 @@ class CausalRecommender(Recommender):
     @property
     def window_sampling(self) -> WindowSampling:
         """Windows over whole histories, or a window for each prefix with ``rows=prefixes``."""
-        length = self.settings.length
-        if self.settings.rows == "prefixes":
-            return WindowSampling(length=length + 1, stride=1, every_target=False)
-        return WindowSampling(length=length + 1, stride=length, every_target=True)
+        return row_windows(self.settings.rows, self.settings.length)
 
     @property
     def history(self) -> int:
@@ -129,6 +126,18 @@ class CausalRecommender(Recommender):
             items.gather(sequences.items_BL), sequences.lengths_B
         )
         return states_BLD
+
+
+def row_windows(rows: str, length: int) -> WindowSampling:
+    """Return the windows that are the rows of a training.
+
+    Args:
+        rows: One of :data:`ROWS`.
+        length: Largest number of items of a history; a window holds the predicted item as well.
+    """
+    if rows == "prefixes":
+        return WindowSampling(length=length + 1, stride=1, every_target=False)
+    return WindowSampling(length=length + 1, stride=length, every_target=True)
 
 
 def next_item_targets(

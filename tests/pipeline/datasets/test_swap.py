@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -85,6 +86,31 @@ def test_pages_that_cannot_be_read_are_one_line(
         prepare_dataset(warehouse, PrepareOptions(dataset="mine", raw=raw, format="table"))
     assert str(raw) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (duckdb.InvalidInputException("TProtocolException:\nInvalid data"), UserError),
+        (duckdb.BinderException("no such column"), duckdb.BinderException),
+    ],
+)
+def test_an_error_of_duckdb_is_one_line_unless_the_statement_is_wrong(
+    warehouse: Warehouse,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: duckdb.Error,
+    expected: type[Exception],
+) -> None:
+    def fail(*args: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(pipeline.datasets.prepare, "check_raw_tables", fail)
+    files = {"interactions.csv": INTERACTIONS, "items.csv": ITEMS}
+    with pytest.raises(expected) as caught:
+        prepared(warehouse, tmp_path / "raw", files)
+    assert "\n" not in str(caught.value)
+    assert expected is not UserError or str(tmp_path / "raw") in str(caught.value)
 
 
 @pytest.mark.parametrize("place", ["check_raw_tables", "filter_core", "write_tables"])

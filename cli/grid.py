@@ -207,13 +207,17 @@ def _conclude(
 def _default_datasets(warehouse: Warehouse, recipe: Recipe) -> list[str]:
     """Return the dataset that every command would choose, where the recipe needs its name."""
     document = recipe.document
-    if "dataset" not in (*document.get("rows", []), *document.get("columns", [])) and not (
-        document.get("pretrain")
-    ):
+    fields = [field for key in ("rows", "columns") for field in _as_list(document.get(key))]
+    if "dataset" not in fields and not document.get("pretrain"):
         return []
     name, reason = warehouse.choose_dataset(None)
     console.notify(f"dataset: {name} ({reason})")
     return [name]
+
+
+def _as_list(value: object) -> list[object]:
+    """Return a list of a document, or an empty list for what is refused later."""
+    return value if isinstance(value, list) else []
 
 
 def _repeated_shares(spec: Grid, outcomes: "Sequence[Outcome]") -> dict[str, float]:

@@ -38,7 +38,7 @@ def sql(
         damage.append(message)
         console.notify(message)
 
-    table = query(Warehouse(root), statement, notify=console.notify, on_damage=on_damage)
+    table = query(Warehouse(root), statement, console.notify, on_damage, inexact_as_text=True)
     if csv:
         import pyarrow.csv as pa_csv
 
@@ -63,13 +63,13 @@ def sql(
 
 
 def _flat(table: Any) -> Any:
-    """Return the table with nested values as JSON and intervals as text, for CSV."""
+    """Return the table with nested values as JSON, for CSV."""
     from json import dumps
 
     import pyarrow as pa
 
     for index, field in enumerate(table.schema):
-        if pa.types.is_nested(field.type) or pa.types.is_interval(field.type):
+        if pa.types.is_nested(field.type):
             texts = [
                 None if value is None else dumps(value, ensure_ascii=False, default=str)
                 for value in table[index].to_pylist()

@@ -1,7 +1,9 @@
 """Registries: the choices that users type, from this project and from installed packages."""
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
-from importlib.metadata import EntryPoint, entry_points
+from functools import lru_cache
+from importlib.metadata import EntryPoint, EntryPoints, entry_points
 from typing import Any, Generic, TypeVar
 
 from features.errors import UserError, unknown
@@ -110,7 +112,8 @@ class Registry(MutableMapping[str, T], Generic[T]):
         if self._is_complete:
             return
         self._is_complete = True
-        for point in sorted(entry_points(group=self.group), key=lambda point: point.name):
+        points = _entry_point_selector(tuple(sys.path))(group=self.group)
+        for point in sorted(points, key=lambda point: point.name):
             origin = _origin(point)
             if point.name in self._entries:
                 taken = self._origins[point.name]
@@ -141,6 +144,12 @@ class Registry(MutableMapping[str, T], Generic[T]):
             return f"a subclass of {self._base.__name__}"
         names = {type(known).__name__ for known in self._entries.values()}
         return f"of type {' or '.join(sorted(names))}"
+
+
+@lru_cache(maxsize=1)
+def _entry_point_selector(path: tuple[str, ...]) -> Callable[..., EntryPoints]:
+    """Return the selection of entry points on an import path, read once for all registries."""
+    return entry_points().select
 
 
 def _origin(point: EntryPoint) -> str:

@@ -73,16 +73,14 @@ def create_run_views(
 
 
 def _create_runs(db: duckdb.DuckDBPyConnection, rows: list[dict[str, Any]]) -> None:
-    """Create the table ``runs``; a view would need the registered table for its whole life."""
-    table = pa.table(
-        {key: pa.array([row[key] for row in rows], pa.string()) for key in _RUN_COLUMNS}
-    )
-    db.register("_runs", table)
+    """Create the table ``runs``."""
+    columns = ", ".join(f"unnest(${key}::VARCHAR[]) AS {key}" for key in _RUN_COLUMNS)
     db.execute(
         "CREATE TABLE runs AS SELECT run, dataset, model, created::TIMESTAMP AS created,"
-        " seed::BIGINT AS seed, features, parameters::BIGINT AS parameters FROM _runs"
+        " seed::BIGINT AS seed, features, parameters::BIGINT AS parameters"
+        f" FROM (SELECT {columns})",
+        {key: [row[key] for row in rows] for key in _RUN_COLUMNS},
     )
-    db.unregister("_runs")
 
 
 def _result_selects(folder: Path, names: Set[str]) -> dict[str, str]:

@@ -38,6 +38,13 @@ _SOURCES = {
 }
 """Table of a dataset -> views that read it."""
 _LITERAL = re.compile(r"""'((?:[^']|'')*)'|"((?:[^"]|"")*)\"""")
+_INEXACT_TYPE = re.compile(
+    r"""(?P<name>'(?:[^']|'')*'|"(?:[^"]|"")*")"""
+    r"|\b(?:DATE|(?:TIME|TIMESTAMP)(?:_S|_MS|_NS| WITH TIME ZONE)?|INTERVAL|BIT|BIGNUM"
+    r"|UHUGEINT|VARIANT)"
+    r"(?=[\[\]),]|$)"
+)
+"""A part of DuckDB's name of a type: a type that Arrow or Python cannot hold, or a quoted name."""
 MEMORY = "8GB"
 """Memory of DuckDB's own; a query that needs more writes to a temporary folder."""
 
@@ -91,6 +98,8 @@ def query(
     sql: str,
     notify: Callable[[str], None] = _silent,
     on_damage: Callable[[str], None] | None = None,
+    *,
+    inexact_as_text: bool = False,
 ) -> pa.Table:
     """Run one reading statement over the views.
 
@@ -99,6 +108,9 @@ def query(
         sql: One SELECT, DESCRIBE or SHOW.
         notify: Called with one line for each table or run that the views leave out.
         on_damage: Called in place of ``notify`` if the reason is a damaged file.
+        inexact_as_text: Return dates, times, intervals, bit strings, variants and integers of
+            more than 127 bits as DuckDB prints them, also within lists and structs. Arrow and
+            Python cannot hold all of their values: Python has no year 10,000 and no 24:00.
 
     Returns:
         The result. A repeated column name gets a number: ``a``, ``a_1``.
@@ -118,12 +130,12 @@ def query(
     with connect(warehouse, notify, sql, on_damage) as db:
         _verify_named_files(db, sql)
         try:
-            return _select(db, sql)
+            return _select(db, sql, inexact_as_text)
         except duckdb.Error as error:
             raise _query_error(error) from None
 
 
-def _select(db: duckdb.DuckDBPyConnection, sql: str) -> pa.Table:
+def _select(db: duckdb.DuckDBPyConnection, sql: str, inexact_as_text: bool) -> pa.Table:
     """Run one reading statement."""
     statements = db.extract_statements(sql)
     if len(statements) != 1:
@@ -133,12 +145,19 @@ def _select(db: duckdb.DuckDBPyConnection, sql: str) -> pa.Table:
         raise UserError(f"mmrec sql runs a SELECT, DESCRIBE or SHOW, not {kind}")
     # A WITH with a COPY or DELETE in it counts as a SELECT. As a subquery, it is refused.
     inner = _without_end(statements[0].query)
-    db.execute(f"EXPLAIN SELECT * FROM (\n{inner}\n)")
+    columns = db.execute(f"DESCRIBE SELECT * FROM (\n{inner}\n)").fetchall()
+    types = [column[1] for column in columns]
+    text_types = [_INEXACT_TYPE.sub(lambda match: match["name"] or "VARCHAR", k) for k in types]
+    is_cast = inexact_as_text and text_types != types
+    if is_cast:
+        casts = ", ".join(f"#{number}::{kind}" for number, kind in enumerate(text_types, 1))
+        inner = f"SELECT {casts} FROM (\n{inner}\n)"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # one more copy, but db.sql() cannot be interrupted
         result = db.execute(inner).to_arrow_table()
     assert isinstance(result, pa.Table)
-    return result.rename_columns(_distinct(result.column_names))
+    names = [column[0] for column in columns] if is_cast else result.column_names
+    return result.rename_columns(_distinct(names))
 
 
 def _verify_named_files(db: duckdb.DuckDBPyConnection, sql: str) -> None:

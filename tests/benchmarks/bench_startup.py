@@ -27,7 +27,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 
-ROUNDS = 3
+ROUNDS = 5
 ROWS, DIM = 100_000, 512
 SETTINGS = ("epochs=1", "dim=16", "heads=2", "hidden=16", "candidates=256", "length=20")
 COMMANDS = {
@@ -55,9 +55,9 @@ def python(*words: str) -> list[str]:
     return [sys.executable, *words]
 
 
-def mmrec(root: Path, *words: str, code: str = "") -> list[str]:
+def mmrec(*words: str, code: str = "") -> list[str]:
     """Return a command of mmrec in a fresh process; ``code`` runs before it."""
-    return python("-c", f"{code}from cli.app import main; main()", *words, "--warehouse", str(root))
+    return python("-c", f"{code}from cli.app import main; main()", *words)
 
 
 def write_raw(folder: Path, *, users: int, items: int, length: int) -> None:
@@ -85,14 +85,14 @@ def build(root: Path, environment: dict[str, str], runs: int) -> Path:
     for name, (users, items, length) in sizes.items():
         write_raw(root / name, users=users, items=items, length=length)
         words = ["prepare", "--dataset", name, "--format", "table", "--raw", str(root / name)]
-        subprocess.run(mmrec(warehouse, *words, "--k-core", "0"), env=environment, check=True)
+        subprocess.run(mmrec(*words, "--k-core", "0"), env=environment, check=True)
     commands = [["extract", "--dataset", "middle", "--text", "hashed"]]
     for model, dataset in (("sasrec", "large"), ("mmsrec", "middle")):
         pairs = [word for pair in SETTINGS for word in ("--set", pair)]
         train = ["train", "--model", model, "--dataset", dataset, "--name", model, *pairs]
         commands += [train, ["eval", "--run", model]]
     for command in commands:
-        subprocess.run(mmrec(warehouse, *command), env=environment, check=True)
+        subprocess.run(mmrec(*command), env=environment, check=True)
     for number in range(runs):
         shutil.copytree(warehouse / "runs" / "sasrec", warehouse / "runs" / f"copy-{number}")
     return warehouse
@@ -102,14 +102,14 @@ def commands(warehouse: Path, environment: dict[str, str]) -> None:
     """Print the CPU seconds of short commands."""
     print("| command | CPU s | goal |\n|---|---|---|")
     for name, words in COMMANDS.items():
-        spent = min(cpu_seconds(mmrec(warehouse, *words), environment) for _ in range(ROUNDS))
+        spent = min(cpu_seconds(mmrec(*words), environment) for _ in range(ROUNDS))
         print(f"| `{name}` | {spent:.2f} | 1.0 |")
     pairs: dict[str, list[tuple[float, float]]] = {"sasrec": [], "mmsrec": []}
     for _ in range(ROUNDS):
         for run, figures in pairs.items():
             torch = cpu_seconds(python("-c", "import torch"), environment)
             words = ["recommend", "--run", run, "--user", "1"]
-            figures.append((torch, cpu_seconds(mmrec(warehouse, *words), environment)))
+            figures.append((torch, cpu_seconds(mmrec(*words), environment)))
     for run, figures in pairs.items():
         beyond = statistics.median(whole - torch for torch, whole in figures)
         torch = statistics.median(torch for torch, _ in figures)
@@ -170,10 +170,10 @@ def starts(warehouse: Path, environment: dict[str, str]) -> None:
         train = ["train", "--model", run, "--dataset", dataset, *pairs]
 
         def begin(code: str, train: list[str] = train) -> float:
-            return cpu_seconds(mmrec(warehouse, *train, code=code + first_step), environment)
+            return cpu_seconds(mmrec(*train, code=code + first_step), environment)
 
         def evaluate(code: str, run: str = run) -> float:
-            return cpu_seconds(mmrec(warehouse, "eval", "--run", run, code=code), environment)
+            return cpu_seconds(mmrec("eval", "--run", run, code=code), environment)
 
         for name, measure in (("train", begin), ("eval", evaluate)):
             what = "to its first step" if name == "train" else "whole"
@@ -193,6 +193,7 @@ def main() -> None:
         root = Path(temporary)
         environment = {**os.environ, "PYTHONPYCACHEPREFIX": str(root / "compiled")}
         environment.pop("PYTHONDONTWRITEBYTECODE", None)
+        environment["MMREC_WAREHOUSE"] = str(root / "warehouse")
         if {"commands", "starts"} & set(sections):
             warehouse = build(root, environment, runs=28)
         if "commands" in sections:

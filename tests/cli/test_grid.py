@@ -165,6 +165,14 @@ def test_what_a_run_cannot_be_is_refused_before_the_first_one(root: str, file: s
     assert Warehouse(root).runs() == []
 
 
+@pytest.mark.parametrize("value", ["3", "-2.5", "{a = 1}", "'fusion'", "true", "[['fusion']]"])
+@pytest.mark.parametrize("key", ["rows", "columns"])
+def test_axes_that_are_no_names_are_refused(root: str, file: str, key: str, value: str) -> None:
+    lines = [line for line in GRID.splitlines() if not line.startswith(key)]
+    Path(file).write_text("\n".join([f"{key} = {value}", *lines]))
+    assert "must be a list of names" in run("grid", file, "--warehouse", root, code=2).stderr
+
+
 def test_columns_that_are_too_wide_stand_below_each_other(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -1,6 +1,8 @@
 """``mmrec recommend``: what it prints, writes and refuses."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow.csv as pa_csv
@@ -63,6 +65,24 @@ def test_lists_files_and_mistakes(warehouse: Warehouse, tmp_path: Path) -> None:
         line = run(*base, *arguments, code=2).stderr.splitlines()[-1]
         assert line.startswith("error: ")
         assert message in line
+
+
+def test_short_commands_do_not_import_pandas(warehouse: Warehouse) -> None:
+    """pyarrow imports an installed pandas at its first conversion, which takes 0.3 CPU s."""
+    worlds.prepare(warehouse, [[0, 1, 2, 3], [4, 5, 6], [7, 8, 9, 10, 11, 0, 1]], 12)
+    begin(warehouse, "sasrec", "r")
+    code = (
+        "import sys; from cli.app import app\n"
+        "for words in (['datasets'], ['sql', 'FROM runs'], ['recommend', '--user', 'u1']):\n"
+        "    try: app([*words, '--warehouse', sys.argv[1]])\n"
+        "    except SystemExit as end: assert not end.code, words\n"
+        "    if 'pandas' in sys.modules: sys.exit(f'{words} imports pandas')\n"
+    )
+    words = [sys.executable, "-c", code, str(warehouse.root)]
+    done = subprocess.run(
+        words, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("name", ["x.txt", "x", "x.parquet.gz"])

@@ -213,6 +213,37 @@ def test_columns_of_one_name_all_stay(warehouse: Warehouse) -> None:
     assert [column[0].as_py() for column in table.columns] == [1, 2, 3, 4]
 
 
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ("TIMESTAMP '290000-01-01'", "290000-01-01 00:00:00"),
+        ("TIMESTAMPTZ 'infinity'", "infinity"),
+        ("TIMESTAMP_S '-infinity'", "-infinity"),
+        ("TIMESTAMP_NS '2000-01-01 00:00:00.123456789'", "2000-01-01 00:00:00.123456789"),
+        ("DATE '0044-03-15 (BC)'", "0044-03-15 (BC)"),
+        ("TIME '24:00:00'", "24:00:00"),
+        ("TIMETZ '12:00:00+15:59:59'", "12:00:00+15:59:59"),
+        ("INTERVAL 1000000 YEAR", "1000000 years"),
+        ("'101'::BIT", "101"),
+        (f"{2**128 - 1}::UHUGEINT", str(2**128 - 1)),
+        ("1::VARIANT", "1"),
+        ("[DATE '290000-01-01']", ["290000-01-01"]),
+        (
+            "{'DATE]': TIME '24:00:00', 'date': 1, 'kind': 'DATE'::ENUM ('DATE', 'TIME')}",
+            {"DATE]": "24:00:00", "date": 1, "kind": "DATE"},
+        ),
+        ("MAP {'a': DATE 'infinity'}", [("a", "infinity")]),
+        ("12", 12),
+    ],
+)
+def test_values_that_python_cannot_hold_are_text(
+    warehouse: Warehouse, value: str, text: object
+) -> None:
+    table = query(warehouse, f"SELECT 1 AS a, {value} AS x, 2 AS a", inexact_as_text=True)
+    assert table.column_names == ["a", "x", "a_1"]
+    assert table["x"].to_pylist() == [text]
+
+
 def test_a_root_that_is_not_there_is_no_empty_warehouse(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is no warehouse in"):
         query(Warehouse(tmp_path / "misspelt"), "SELECT 1")

@@ -1,6 +1,7 @@
 """Signals that end a command: Ctrl-C, and those of job schedulers and lost connections."""
 
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -43,7 +44,9 @@ def handle_signals(
     """Call a handler for each of :data:`SIGNALS` inside the context.
 
     Signals that this process ignores stay ignored: a shell starts background jobs with SIGINT
-    ignored, and `nohup` ignores SIGHUP. Outside the main thread nothing changes.
+    ignored, and `nohup` ignores SIGHUP. Outside the main thread nothing changes. Python ignores
+    an :class:`Interrupted` that is raised in a destructor or a callback of the garbage collector;
+    it is not printed there, and :func:`raise_received` raises it again.
 
     Args:
         handler: Called as by ``signal.signal``; None: raise :class:`Interrupted`.
@@ -64,6 +67,11 @@ def handle_signals(
             raise Interrupted(signal.Signals(number).name)
         handler(number, frame)
 
+    def report_ignored(ignored: "sys.UnraisableHookArgs") -> None:
+        if not isinstance(ignored.exc_value, Interrupted):
+            hook_before(ignored)
+
+    hook_before, sys.unraisablehook = sys.unraisablehook, report_ignored
     before = {number: signal.getsignal(number) for number in SIGNALS}
     handled = [number for number in SIGNALS if before[number] not in (signal.SIG_IGN, None)]
     for number in handled:
@@ -75,3 +83,4 @@ def handle_signals(
             _is_raised = False
         for number in handled:
             signal.signal(number, before[number])
+        sys.unraisablehook = hook_before

@@ -71,9 +71,6 @@ BATCH = 250
 ADDRESS_SPACE = 10 * 2**30
 """Bytes; huge settings must not use up the memory of the machine."""
 _UNSAFE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-_IGNORED_INTERRUPT = re.compile(
-    r"Exception ignored in[^\n]*\n(?:Traceback[^\n]*\n(?: [^\n]*\n)+)?[^\n]*Interrupt[^\n]*\n?"
-)
 _ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "CUDA_VISIBLE_DEVICES": "",
@@ -196,8 +193,6 @@ def run_apart(given: FuzzInput) -> Fault | None:
 def _judge(command: tuple[str, ...], code: int, stdout: str, stderr: str) -> Fault | None:
     """Return the fault of a command that has ended, by its exit code and its output."""
     place = command[0] if command else ""
-    # Python prints a Ctrl-C within a destructor or a callback of the garbage collector.
-    stderr = _IGNORED_INTERRUPT.sub("", stderr)
     lines = stderr.splitlines()
     if "Traceback (most recent call last)" in stdout + stderr:
         return Fault("traceback", place, stderr)

@@ -2,6 +2,7 @@ import contextlib
 import signal
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator
 
 import pytest
@@ -52,6 +53,36 @@ def test_a_command_ends_with_the_code_of_its_signal(number: signal.Signals) -> N
     done = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True)
     assert done.returncode == 128 + number
     assert done.stderr == b"interrupted\n"
+
+
+@pytest.mark.parametrize("place", ["a destructor", "a callback of a weak reference"])
+def test_a_signal_that_python_ignores_is_not_printed_and_raised_again(
+    capsys: pytest.CaptureFixture[str], place: str
+) -> None:
+    class Raising:
+        def __del__(self) -> None:
+            if place == "a destructor":
+                signal.raise_signal(signal.SIGTERM)
+
+    class Failing:
+        def __del__(self) -> None:
+            raise ValueError(place)
+
+    hooks: list[object] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "unraisablehook", lambda ignored: hooks.append(ignored.exc_type))
+        with handle_signals():
+            victim = Raising()
+            reference = weakref.ref(victim, lambda _: signal.raise_signal(signal.SIGTERM))
+            if place == "a destructor":
+                del reference
+            del victim
+            with pytest.raises(Interrupted, match="SIGTERM"):
+                raise_received()
+            assert hooks == []
+            Failing()
+        assert hooks == [ValueError]
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("number", SIGNALS)

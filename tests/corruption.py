@@ -46,7 +46,7 @@ from cli import app
 from features.store import FeatureStore
 from features.warehouse import Warehouse
 from pipeline.datasets.demo import make_demo
-from tests.corruption_jobs import Job, all_jobs, train_command
+from tests.corruption_jobs import Job, all_jobs, pretrain_command, train_command
 from tests.kills import ITEMS, USERS, contents, difference, wait
 
 MOST_SECONDS = 120.0
@@ -84,9 +84,11 @@ def build_warehouse(work_dir: Path) -> Path:
         ("eval", "--run", "mixed"),
         train_command("mmsr", "long", "--features", "text=hashed:tokens"),
         ("grid", str(work_dir / "grid.toml"), "--out", str(work_dir / "out" / "grid.csv")),
+        pretrain_command("mmsrec", "aligned"),
     ):
         _must(run_command(command, base, work_dir))
-    run_command(train_command("sasrec", "half"), base, work_dir, before=_stop_at_second_state)
+    for command in (train_command("sasrec", "half"), pretrain_command("mmsrec", "stopped")):
+        run_command(command, base, work_dir, before=_stop_at_second_state)
     _must(run_command(train_command("sasrec", "last"), base, work_dir))
     table = FeatureStore(Warehouse(base)).table("cut", "hashed", "text")
     for part in table.parts():  # half of the rows: an extraction that was stopped

@@ -32,9 +32,14 @@ class Job:
 
 def train_command(model: str, name: str, *more: str) -> tuple[str, ...]:
     """Return the command that trains a tiny model on the demo."""
-    heads = "fusion_heads" if model == "mmsr" else "heads"
+    heads = "heads" if model in ("sasrec", "mmsrec") else "fusion_heads"
     pairs = [word for pair in (*SETTINGS, f"{heads}=2") for word in ("--set", pair)]
     return ("train", "--dataset", "demo", "--model", model, "--name", name, *pairs, *more)
+
+
+def pretrain_command(model: str, name: str, *more: str) -> tuple[str, ...]:
+    """Return the command that pre-trains a tiny model on the demo."""
+    return ("pretrain", *train_command(model, name, *more)[1:])
 
 
 def all_jobs(work_dir: Path) -> list[Job]:
@@ -57,6 +62,24 @@ def all_jobs(work_dir: Path) -> list[Job]:
         "train --resume": (
             ("train", "--resume", "--run", "half"),
             (*run_files("half", config, weights, "resume.safetensors", "metrics.parquet"), *DATA),
+        ),
+        "train --init of a pre-training": (
+            train_command("mmsrec", "new", "--init", "aligned"),
+            run_files("aligned", config, weights),
+        ),
+        "pretrain mmsrec": (pretrain_command("mmsrec", "new"), (*DATA, *VECTORS)),
+        "pretrain pmmrec": (pretrain_command("pmmrec", "new"), (*DATA, *VECTORS)),
+        "pretrain --resume": (
+            ("pretrain", "--resume", "--run", "stopped"),
+            (
+                *run_files("stopped", config, weights, "resume.safetensors", "metrics.parquet"),
+                *DATA,
+                *VECTORS,
+            ),
+        ),
+        "eval of a pre-training": (
+            ("eval", "--protocol", "retrieval", "--run", "aligned"),
+            (*run_files("aligned", config, weights), *VECTORS),
         ),
         "eval": (("eval", "--run", "mixed"), (*run_files("mixed", config, weights), *VECTORS)),
         "eval of the last run": (("eval",), run_files("first", config)),

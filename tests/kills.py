@@ -1,12 +1,13 @@
-"""Kill ``extract``, ``train`` and ``eval`` at random instants, continue them, compare the results.
+"""Kill commands at random instants, continue them, and compare the results.
 
     python -m tests.kills [--kills N] [--seed SEED] [--only REGEX]
 
-A trial starts a command in a forked process, sends SIGKILL or SIGTERM after a random time, up to
-three times, and then lets the command end. The resulting warehouse must have the same files as
-after an uninterrupted command. Feature tables, weights, states and predictions must have equal
-bytes, metrics must be equal but for seconds. The parts of a feature table are compared as one table
-in the order of items, because a kill divides a table into more parts.
+The commands are ``extract``, ``train``, ``pretrain`` and ``eval``. A trial starts a command in a
+forked process, sends SIGKILL or SIGTERM after a random time, up to three times, and then lets the
+command end. The resulting warehouse must have the same files as after an uninterrupted command.
+Feature tables, weights, states and predictions must have equal bytes, metrics must be equal but for
+seconds. The parts of a feature table are compared as one table in the order of items, because a
+kill divides a table into more parts.
 
 The trials use the demo with the backbone ``hashed`` and tiny models. The script prints a table and
 exits with 1 if a result differs.
@@ -93,14 +94,19 @@ def all_jobs() -> list[Job]:
     ]
     needs = tuple(job.name for job in jobs)
     evaluate = ("eval", "--run", RUN)
-    for model, heads in (("sasrec", "heads"), ("mmsr", "fusion_heads"), ("mmsrec", "heads")):
-        pairs = [word for pair in (*SETTINGS, f"{heads}=2") for word in ("--set", pair)]
-        train = ("train", "--dataset", "demo", "--model", model, "--name", RUN, *pairs)
-        again = ("train", "--resume", "--run", RUN)
+    for name, heads, then in (
+        ("train sasrec", "heads", evaluate),
+        ("train mmsr", "fusion_heads", evaluate),
+        ("train mmsrec", "heads", evaluate),
+        ("pretrain mmsrec", "heads", (*evaluate, "--protocol", "retrieval")),
+        ("pretrain pmmrec", "fusion_heads", ()),
+    ):
+        word, model = name.split()
+        pairs = [option for pair in (*SETTINGS, f"{heads}=2") for option in ("--set", pair)]
+        command = (word, "--dataset", "demo", "--model", model, "--name", RUN, *pairs)
+        again = (word, "--resume", "--run", RUN)
         reads = () if model == "sasrec" else needs
-        jobs.append(
-            Job(name=f"train {model}", command=train, again=again, then=evaluate, needs=reads)
-        )
+        jobs.append(Job(name=name, command=command, again=again, then=then, needs=reads))
     jobs.append(Job(name="eval sasrec", command=evaluate, needs=("train sasrec",)))
     return jobs
 
@@ -220,7 +226,6 @@ class Trials:
     """
 
     def __init__(self, work_dir: Path, jobs: Sequence[Job]) -> None:
-        self.jobs = jobs
         self._work_dir = work_dir
         self._log = work_dir / "log.txt"
         self._before: dict[str, Path] = {}
@@ -301,9 +306,19 @@ class Trials:
             count.faults.append(f"{job.name}, {history}: {fault}")
 
 
-def run_trials(work_dir: Path, jobs: Sequence[Job], kills: int, seed: int) -> dict[str, Count]:
-    """Run trials of all jobs in turn until there are at least ``kills`` kills."""
-    trials, generator = Trials(work_dir, jobs), random.Random(seed)
+def run_trials(work_dir: Path, only: str, kills: int, seed: int) -> dict[str, Count]:
+    """Run trials of the jobs whose name matches ``only`` in turn, until there are enough kills.
+
+    Args:
+        work_dir: Folder of all files.
+        only: Regular expression.
+        kills: Smallest number of kills.
+        seed: Seed of signals and instants.
+    """
+    jobs = [job for job in all_jobs() if re.search(only, job.name)]
+    needed = {name for job in jobs for name in job.needs}
+    available = [job for job in all_jobs() if job in jobs or job.name in needed]
+    trials, generator = Trials(work_dir, available), random.Random(seed)
     counts = {job.name: Count() for job in jobs}
     while sum(sum(count.kills.values()) for count in counts.values()) < kills:
         for job in jobs:
@@ -320,16 +335,9 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     table_writer.SECONDS_PER_PART = SECONDS_PER_PART
-    needed = {
-        name
-        for job in all_jobs()
-        if re.search(given.only, job.name)
-        for name in (job.name, *job.needs)
-    }
-    jobs = [job for job in all_jobs() if job.name in needed]
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as temporary:
-        counts = run_trials(Path(temporary).resolve(), jobs, given.kills, given.seed)
+        counts = run_trials(Path(temporary).resolve(), given.only, given.kills, given.seed)
     print("| command | trials | SIGKILL | SIGTERM | after its end | differences |")
     print("|---|---|---|---|---|---|")
     for name, count in counts.items():

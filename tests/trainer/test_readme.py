@@ -110,7 +110,7 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> None:
                and not code.startswith('"""')]  # fmt: skip
     lines: dict[str, tuple[Registry[Any], str]] = {
         "models/fpmc": (MODELS, line),
-        "losses/bpr": (LOSSES, re.findall(r'is `("bpr": \w+)`', README)[0]),
+        "losses/hinge": (LOSSES, re.findall(r'is `("hinge": \w+)`', README)[0]),
         "modules/max_fusion": (FUSIONS, re.findall(r'is `("max": \w+)`', README)[0]),
         "modules/mean_encoder": (SEQUENCE_ENCODERS, re.findall(r'is `("mean": \w+)`', README)[0]),
     }
@@ -124,8 +124,8 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> None:
     ("model", "settings"),
     [
         ("fpmc", []),
-        ("fpmc", ["loss=bpr"]),
-        ("sasrec", ["loss=bpr"]),
+        ("fpmc", ["loss=hinge"]),
+        ("sasrec", ["loss=hinge"]),
         ("mmsr", ["fusion=max", "fusion_heads=2"]),
         ("mmsr", ["sequence_encoder=mean", "fusion_heads=2"]),
     ],
@@ -201,7 +201,7 @@ def test_the_examples_work_from_another_package(package: Path, warehouse: Wareho
     assert origins["fpmc"] == "my-recommenders 1.0"
     worlds.prepare(warehouse, [[i, i + 1, i + 2, i + 3] for i in range(4)], 7)
     worlds.extract(warehouse, worlds.features(7))
-    settings = [*SMALL, "loss=bpr", "fusion=max", "sequence_encoder=mean", "fusion_heads=2"]
+    settings = [*SMALL, "loss=hinge", "fusion=max", "sequence_encoder=mean", "fusion_heads=2"]
     sets = [word for setting in settings for word in ("--set", setting)]
     root = ("--warehouse", str(warehouse.root))
     assert mmrec(package, "train", "--model", "mmsr", *sets, *root)["finished"]

@@ -16,7 +16,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from trainer.config import Choice, NonNegativeInt, Temperature, WidthSettings
+from trainer.config import (
+    Choice,
+    NonNegativeFloat,
+    NonNegativeInt,
+    Range,
+    Temperature,
+    WidthSettings,
+)
 from trainer.data.batches import Batch
 
 SCORES = ("dot", "scaled", "cosine")
@@ -44,7 +51,17 @@ class LossSettings(WidthSettings):
     exclude: Annotated[str, Choice("exclude", EXCLUDED)] = "history"
     """Items of the batch that are no negatives of a user: with ``history`` all training items of
     the user (PMMRec, Eq. 5); with ``window`` those of the row's window (the released code), so that
-    other items that the user has are negatives. Read by ``loss=in-batch`` and by ``align``."""
+    other items that the user has are negatives. Read by ``loss=in-batch``, by the pairwise losses
+    and by ``align``."""
+    negatives: NonNegativeInt = 0
+    """With a pairwise loss: number of items drawn in each step, which are negatives of all rows
+    besides the items of the batch (``n_sample`` of GRU4Rec)."""
+    negatives_power: Annotated[float, Range(0, 1, "in [0, 1]", includes_high=True)] = 0.0
+    """An item is drawn with a probability proportional to this power of its training interactions;
+    0: all items are equally likely (``sample_alpha`` of GRU4Rec)."""
+    score_penalty: NonNegativeFloat = 1.0
+    """With ``loss=bpr-max``: weight of the squared scores of the negatives (``bpreg`` of
+    GRU4Rec)."""
 
     @property
     def scale(self) -> float:

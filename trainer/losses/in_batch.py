@@ -101,7 +101,7 @@ def in_batch(
         exists_MP=exists_MP,
         offset_C=offset_C,
         negative_offset_C=negative_offset_C,
-        excluded=_excluded_columns(columns.label_C, positive_MP, excluded),
+        excluded=excluded_columns(columns.label_C, positive_MP, excluded),
         scale=scale,
         counted=counted,
     )
@@ -109,6 +109,49 @@ def in_batch(
     with torch.autocast(query_MD.device.type, enabled=False):
         loss: Tensor = _InBatch.apply(query_MD, key_CD, softmax, product_dtype)
     return loss
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BatchColumns:
+    """The distinct items of the batches of all processes, as columns of scores."""
+
+    key_CD: Tensor
+    """(C, D) item vectors."""
+    item_C: Tensor
+    """(C,) int64 item ids."""
+    count_C: Tensor
+    """(C,) int64, the number of times that the item occurs in its batch."""
+    own_K: Tensor
+    """(K,) int64 ascending, the items of the columns of this process."""
+    begin: int
+    """First column of this process."""
+
+    def of(self, item_M: Tensor) -> Tensor:
+        """Return the column of each item of this process's batch: (M,) int64."""
+        return self.begin + torch.searchsorted(self.own_K, item_M)
+
+
+def batch_columns(items: ItemVectors, batch: Batch) -> BatchColumns:
+    """Return the items of the batch as columns.
+
+    Args:
+        items: Vectors that include all items of the batch.
+        batch: The batch.
+    """
+    windows = batch.sequences
+    item_K = items.ids_K
+    if item_K is None:
+        item_K = windows.items_BL[windows.mask_BL].unique()
+    counts_K = torch.bincount(
+        torch.searchsorted(item_K, windows.items_BL[windows.mask_BL]), minlength=len(item_K)
+    )
+    return BatchColumns(
+        key_CD=gather_rows(items.gather(item_K)),
+        item_C=gather_ids(item_K),
+        count_C=gather_ids(counts_K),
+        own_K=item_K,
+        begin=rank_offset(len(item_K), item_K.device),
+    )
 
 
 def own_items(batch: Batch, exclude: str = "history") -> Tensor:
@@ -141,7 +184,7 @@ def log_popularity(counts_N: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class _ExcludedColumns:
+class ExcludedColumns:
     """The columns whose label the owner of a row has."""
 
     label_C: Tensor
@@ -149,7 +192,9 @@ class _ExcludedColumns:
     order_C: Tensor
     """The column of each of these labels."""
     own_UJ: Tensor
+    """(U, J) int64, the labels of each owner, padded with -1."""
     owner_M: Tensor
+    """(M,) int64 in [0, U), the owner of each row."""
 
     def mask(self, rows: slice) -> Tensor:
         """Return (R, C) bool, true where a column is excluded."""
@@ -168,9 +213,16 @@ class _ExcludedColumns:
         return mask_VC[row_R]
 
 
-def _excluded_columns(
+def excluded_columns(
     label_C: Tensor | None, positive_MP: Tensor, excluded: ExcludedLabels | None
-) -> _ExcludedColumns | None:
+) -> ExcludedColumns | None:
+    """Return the excluded columns of each row; ``None`` if the columns have no labels.
+
+    Args:
+        label_C: Labels of the columns.
+        positive_MP: (M, P) columns of the positives.
+        excluded: Excluded labels; ``None``: the labels of the positives.
+    """
     if label_C is None:
         return None
     if excluded is None:
@@ -178,7 +230,7 @@ def _excluded_columns(
     owner_M = excluded.owner_M
     if owner_M is None:
         owner_M = torch.arange(len(positive_MP), device=positive_MP.device)
-    return _ExcludedColumns(*label_C.sort(stable=True), excluded.own_UJ, owner_M)
+    return ExcludedColumns(*label_C.sort(stable=True), excluded.own_UJ, owner_M)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -189,7 +241,7 @@ class _InBatchSoftmax:
     exists_MP: Tensor
     offset_C: Tensor | None
     negative_offset_C: Tensor | None
-    excluded: _ExcludedColumns | None
+    excluded: ExcludedColumns | None
     scale: float
     counted: int | None
 
@@ -309,26 +361,18 @@ class InBatch(Loss):
         drawn: DrawnItems | None,
     ) -> Tensor:
         """Return the loss; see :func:`in_batch`."""
-        windows = batch.sequences
-        item_K = items.ids_K
-        if item_K is None:
-            item_K = windows.items_BL[windows.mask_BL].unique()
-        counts_K = torch.bincount(
-            torch.searchsorted(item_K, windows.items_BL[windows.mask_BL]), minlength=len(item_K)
-        )
-        items_C = gather_ids(item_K)
+        columns = batch_columns(items, batch)
         popularity_N = log_popularity(batch.train.counts_N) if self.settings.debias else None
-        begin = rank_offset(len(item_K), item_K.device)
         own_UJ = own_items(batch, self.settings.exclude)
         loss = in_batch(
             query_MD,
-            gather_rows(items.gather(item_K)),
-            begin + torch.searchsorted(item_K, targets.item_M),
+            columns.key_CD,
+            columns.of(targets.item_M),
             scale=self.settings.scale,
             columns=Columns(
-                label_C=items_C,
-                correction_C=None if popularity_N is None else popularity_N[items_C],
-                count_C=gather_ids(counts_K),
+                label_C=columns.item_C,
+                correction_C=None if popularity_N is None else popularity_N[columns.item_C],
+                count_C=columns.count_C,
             ),
             excluded=ExcludedLabels(own_UJ=own_UJ, owner_M=targets.row_M),
         )

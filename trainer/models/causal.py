@@ -30,7 +30,8 @@ class CausalSettings(SequenceSettings, LossSettings):
 
     loss: Annotated[str, Choice("loss", LOSSES)] = "softmax"
     """Next-item loss: ``softmax`` over the catalogue (or ``candidates`` of it), ``in-batch`` over
-    the items of the batch, ``bce`` with one sampled negative for each position."""
+    the items of the batch, ``bce`` with one sampled negative for each position; ``bpr``, ``top1``,
+    ``bpr-max`` and ``top1-max``: pairs of the target and each other item of the batch."""
     rows: Annotated[str, Choice("rows", ROWS)] = "windows"
     """``windows``: each window of a history is a row, and every item after the first is a target;
     ``prefixes``: each prefix of a history is a row, and the item after it is the only target (the

@@ -71,6 +71,7 @@ class S3Rec(ItemIdRecommender):
 
     settings_class = S3RecConfig
     settings: S3RecConfig
+    unread = ("block",)
     train_defaults: ClassVar = SASRec.train_defaults
     pretraining = Pretraining(
         task="next-item",

@@ -24,6 +24,10 @@ N = 12
 OPTIONS: dict[str, dict[str, Any]] = {
     "sasrec, candidates": {"candidates": 8},
     "sasrec, cosine": {"score": "cosine", "temperature": 0.1},
+    "sasrec, published": {"block": "pre-ln", "loss": "bce"},
+    "sasrec, released": {"block": "released", "loss": "bce"},
+    "gru4rec, TOP1": {"loss": "top1", "tied": False, "negatives": 3},
+    "gru4rec, BPR-max": {"loss": "bpr-max", "negatives": 3, "negatives_power": 0.5},
     "mmsrec, ids": {"ids": True},
     "mmsrec, whiten, candidates": {"whiten": True, "candidates": 8},
     "mmsrec, ids, mask": {"ids": True, "missing": "mask"},

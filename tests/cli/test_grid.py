@@ -249,6 +249,17 @@ def test_weights_that_changed_since_the_plan_are_not_trained_from(root: str, fil
     assert not runs_grid.is_begun(warehouse, planned[0])
 
 
+@pytest.mark.parametrize(
+    ("model", "setting"), [("unisrec", "freeze"), ("vqrec", "freeze"), ("vqrec", "permute")]
+)
+def test_a_plan_refuses_settings_of_given_weights_without_a_run(
+    root: str, file: str, model: str, setting: str
+) -> None:
+    Path(file).write_text(f"[runs]\nmodel = '{model}'\n{setting} = true\n")
+    message = run("grid", file, "--dry-run", "--warehouse", root, code=2).stderr
+    assert re.search(rf"{setting}=true.*--init", message)
+
+
 class Popular(SASRec):
     """The same configuration as SASRec; the first items of the catalogue always come first."""
 

@@ -107,6 +107,31 @@ def test_texts_of_two_datasets_are_fine_tuned_on_a_third(
     assert bool(own) == (model == "vqrec" or "ids=true" in settings)
 
 
+@pytest.mark.parametrize(
+    ("model", "setting"), [("unisrec", "freeze"), ("vqrec", "freeze"), ("vqrec", "permute")]
+)
+@pytest.mark.parametrize("command", ["train", "pretrain"])
+def test_settings_of_given_weights_need_a_run(
+    warehouse: Warehouse, model: str, setting: str, command: str
+) -> None:
+    prepare(warehouse, 12)
+    options = ["--set", f"{setting}=true", "--warehouse", str(warehouse.root)]
+    result = run(command, "--model", model, *SETS, *options, code=2)
+    assert re.search(rf"{setting}=true.*{model}.*--init", result.stderr)
+    assert not list(warehouse.runs_dir.glob("*"))
+
+
+@pytest.mark.parametrize("transfer", ["items", "full"])
+def test_frozen_weights_come_from_the_given_run(warehouse: Warehouse, transfer: str) -> None:
+    prepare(warehouse, 12)
+    options = ["--model", "unisrec", *SETS, "--warehouse", str(warehouse.root)]
+    run("pretrain", "--name", "p", *options)
+    start = ["train", *options, "--init", "p", "--set", "freeze=true", "--transfer", transfer]
+    result = run(*start, code=2 if transfer == "items" else 0)
+    if transfer == "items":
+        assert re.search(r"freeze=true keeps sequence_encoder.*'p'.*'items'", result.stderr)
+
+
 @pytest.mark.slow
 def test_from_two_datasets_to_a_third(warehouse: Warehouse) -> None:
     three_datasets(warehouse)

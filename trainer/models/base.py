@@ -92,6 +92,9 @@ class Recommender(nn.Module, ABC):
     transfer_groups: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     """Name of a transfer (``--transfer``) to prefixes of the parameters that it copies; ``full``
     copies everything."""
+    of_given_weights: ClassVar[tuple[str, ...]] = ()
+    """Settings that keep or map the weights of another run when they are true. A run with one of
+    them has initial weights (``--init``)."""
     item_tables: ClassVar[tuple[str, ...]] = ()
     """Prefixes of tables with a row for each item. They are not copied to another catalogue."""
     user_tables: ClassVar[tuple[str, ...]] = ()
@@ -111,7 +114,9 @@ class Recommender(nn.Module, ABC):
     def fit_buffers(self, features: ItemFeatures, train: TrainSet) -> None:
         """Compute the buffers that depend on the training data; by default there are none.
 
-        The method is called once, before weights are loaded, because a checkpoint contains buffers.
+        The method is called once, when a run is created: a checkpoint contains buffers. A model
+        with parameters that names no ``fitted_buffers``, and a model without parameters, are fitted
+        each time that a run is opened.
 
         Args:
             features: Features of the whole catalogue.

@@ -61,6 +61,7 @@ class TextTransferRecommender(FeatureRecommender):
     settings: TextTransferSettings
     train_defaults: ClassVar = {"batch_size": 256, "monitor": "NDCG@10"}
     presets: ClassVar = {"published": RECBOLE}
+    of_given_weights: ClassVar[tuple[str, ...]] = ("freeze",)
     pretraining = Pretraining(
         task="next-item",
         settings={"objective": "contrast", "batch_size": 2048},

@@ -81,6 +81,7 @@ class VQRec(TextTransferRecommender):
     variants: ClassVar = {
         "fine-tuning of a pre-trained run": "--init RUN --set permute=true --set freeze=true",
     }
+    of_given_weights: ClassVar = ("freeze", "permute")
     fitted_buffers = tuple(f"item_encoder.{name}.codes_NC" for name in FEATURE_MODALITIES)
 
     def __init__(self, settings: VQRecConfig, catalogue: Catalogue) -> None:

@@ -120,6 +120,7 @@ def plan_grid(
 def _plan(warehouse: Warehouse, combination: Combination, overrides: Overrides) -> Planned:
     spec = resolve_combination(warehouse, combination, overrides)
     if combination.pretraining is None:
+        spec.check_given_weights()
         return Planned(combination=combination, spec=spec)
     pretraining = resolve_pretraining(warehouse, combination, spec, overrides)
     planned = Planned(combination=combination, spec=spec, pretraining=pretraining)

@@ -118,6 +118,7 @@ def create_run(warehouse: Warehouse, spec: RunSpec, *, name: str | None = None) 
     Raises:
         UserError: The name is taken, or the data cannot be used. The folder is removed.
     """
+    spec.check_given_weights()
     if name is not None:
         check_run_name(name)
     backbones = _load_backbones(warehouse, spec)
@@ -141,7 +142,8 @@ def create_run(warehouse: Warehouse, spec: RunSpec, *, name: str | None = None) 
 def open_run(warehouse: Warehouse, folder: Path, *, device: str | None = None) -> Run:
     """Build the model and data of a run, without loading its weights.
 
-    A run that was stopped before its first save gets its initial weights.
+    A run that was stopped before its first save gets its initial weights. The buffers that a model
+    with parameters fits are not fitted again if there are saved weights, which hold them.
 
     Args:
         warehouse: Warehouse with the run and its data.
@@ -153,8 +155,8 @@ def open_run(warehouse: Warehouse, folder: Path, *, device: str | None = None) -
     """
     spec = RunSpec.read(warehouse, folder)
     backbones = read_blocks(folder) if spec.train.tune_blocks else {}
-    run = _build_run(warehouse, folder, spec, backbones, device)
     is_saved = any((folder / f"{kind}.safetensors").exists() for kind in ("model", "resume"))
+    run = _build_run(warehouse, folder, spec, backbones, device, is_saved=is_saved)
     if spec.init is not None and not is_saved:
         _copy_initial_weights(warehouse, run, f"remove {folder} and train again")
     return run
@@ -259,6 +261,8 @@ def _build_run(
     spec: RunSpec,
     backbones: Mapping[str, UpperBlocks],
     device_name: str | None = None,
+    *,
+    is_saved: bool = False,
 ) -> Run:
     device = choose_device(device_name or spec.train.device)
     reads_times = MODELS.find(spec.model).load().reads_times
@@ -279,7 +283,10 @@ def _build_run(
     )
     model = build_model(spec.model, spec.settings, catalogue).to(device)
     data = TrainingData(source.dataset, source.features, device)
-    model.fit_buffers(source.features, data.train)
+    # Saved weights hold the fitted buffers, and loading the weights replaces them.
+    has_parameters = any(True for _ in model.parameters())
+    if not (is_saved and has_parameters and model.fitted_buffers):
+        model.fit_buffers(source.features, data.train)
     task = TASKS.find(spec.task).build(model, data, warehouse, spec.datasets, spec.task_settings)
     return Run(folder=folder, spec=spec, warehouse=warehouse, model=model, data=data, task=task)
 

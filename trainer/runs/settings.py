@@ -93,6 +93,11 @@ def resolve_settings(
     return build_settings(classes, sources, defaults)
 
 
+def given_weights_settings(recommender: type[Recommender], settings: Settings) -> list[str]:
+    """Return the settings that are true and need initial weights from another run."""
+    return [name for name in recommender.of_given_weights if getattr(settings, name)]
+
+
 def check_pretrains(name: str, recommender: type[Recommender]) -> None:
     """Raise a UserError unless the model has a pre-training."""
     if recommender.pretraining is None:

@@ -29,6 +29,7 @@ from trainer.runs.folder import FORMAT, check_format, read_about
 from trainer.runs.settings import (
     attribute_columns,
     check_pretrains,
+    given_weights_settings,
     preset_settings,
     resolve_settings,
     task_name,
@@ -165,6 +166,15 @@ class RunSpec:
             UserError: There is no such run, it is of another model, or its weights have changed.
         """
         return replace(self, init=_read_init(warehouse, self, init))
+
+    def check_given_weights(self) -> None:
+        """Raise a UserError if a setting needs initial weights and there are none."""
+        recommender = MODELS.find(self.model).load()
+        if self.init is None and (names := given_weights_settings(recommender, self.settings)):
+            raise UserError(
+                f"{names[0]}=true is for the weights of another run, and {self.model} starts from"
+                f" random ones; name a run by --init, or leave {names[0]}=true out"
+            )
 
     @classmethod
     def read(cls, warehouse: Warehouse, folder: Path) -> Self:

@@ -7,7 +7,7 @@ have are copied.
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from features.errors import UserError, unknown
 from trainer.checkpoint import read_tensors
 from trainer.models.base import Recommender
 from trainer.runs.folder import check_format, read_about
+from trainer.runs.settings import given_weights_settings
 
 FULL = "full"
 _VISION = (
@@ -129,6 +130,7 @@ def copy_weights(
             f"nothing of run {run.name!r} fits: {key} is not copied ({reason});"
             " give another run by --init, or train it with the same settings"
         )
+    _check_frozen(run, model, loaded, fresh)
     unused = {key: "this model does not have it" for key in tensors if key not in own}
     return CopiedWeights(
         run=run.name,
@@ -139,6 +141,19 @@ def copy_weights(
         unused=list(_grouped(unused, {*tensors}).items()),
         share=copied / max(1, sum(tensor.numel() for tensor in own.values())),
     )
+
+
+def _check_frozen(
+    run: Path, model: Recommender, loaded: Sequence[str], fresh: Mapping[str, str]
+) -> None:
+    """Refuse a model that would keep random weights, because a setting freezes them."""
+    names = given_weights_settings(type(model), model.settings)
+    for key, parameter in model.named_parameters():
+        if names and not parameter.requires_grad and key not in loaded:
+            raise UserError(
+                f"{names[0]}=true keeps {key}, which run {run.name!r} does not give"
+                f" ({fresh[key]}); give another run or --transfer, or leave {names[0]}=true out"
+            )
 
 
 def hash_tensors(tensors: Mapping[str, Tensor]) -> str:

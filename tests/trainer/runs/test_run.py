@@ -473,3 +473,41 @@ def test_a_preset_can_fix_the_monitored_ranking(warehouse: Warehouse) -> None:
     )
     rankings = [run.config.monitor_seen for run in (default, published)]
     assert rankings == ["filtered", "kept"]
+
+
+@pytest.mark.parametrize(
+    ("model", "settings"),
+    [
+        ("vqrec", ["code_bits=2", "codes=2"]),
+        ("unisrec", ["ids=true", "experts=2"]),
+        ("mmsrec", ["ids=true", "whiten=true"]),
+    ],
+)
+def test_a_saved_run_opens_with_the_buffers_that_it_was_created_with(
+    warehouse: Warehouse, monkeypatch: pytest.MonkeyPatch, model: str, settings: list[str]
+) -> None:
+    """They are in the weights, so they are fitted once; evaluation and resuming are equal."""
+    world = worlds.cycles(n_items=12)
+    bounds = zip(world.offsets, world.offsets[1:], strict=False)
+    worlds.prepare(warehouse, [world.items[a:b].tolist() for a, b in bounds], 12)
+    worlds.extract(warehouse, worlds.features(12))
+    small = ["dim=8", "heads=2", "hidden=8", "length=5", "epochs=2", "device=cpu"]
+    run = worlds.begin(warehouse, model, settings=[*small, *settings], name="r")
+    train_run(run)
+    fitted = open_run(warehouse, run.folder)
+    buffers = {key: buffer.clone() for key, buffer in run.model.named_buffers()}
+    rows = evaluate(warehouse, fitted, index="torch").rows
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("the buffers are fitted again")
+
+    monkeypatch.setattr(type(run.model), "fit_buffers", refuse)
+    again = open_run(warehouse, run.folder)
+    assert evaluate(warehouse, again, index="torch").rows == rows
+    assert train_run(open_run(warehouse, run.folder), resume=True).finished
+    own = dict(again.model.named_buffers())
+    assert own.keys() == buffers.keys()
+    assert buffers
+    assert all(torch.equal(own[key], buffer) for key, buffer in buffers.items())
+    with pytest.raises(AssertionError, match="fitted again"):
+        worlds.begin(warehouse, model, settings=[*small, *settings])

@@ -2,6 +2,7 @@
 
 from cli import console, evaluate, extract, prepare, training_options
 from cli.options import JsonOption, WarehouseOption
+from features.signals import raise_received
 from features.warehouse import Warehouse
 
 _STATEMENT = """
@@ -55,6 +56,7 @@ def demo(json: JsonOption = False, root: WarehouseOption = None) -> None:
             watching.line.close()
         if not ended.finished:
             raise KeyboardInterrupt
+        raise_received()  # a signal while the last epoch is saved does not stop the training
         reports[model] = evaluate.run_evaluate(warehouse, run.folder, "faiss")
     if json:
         evaluations = {model: asdict(report) for model, report in reports.items()}

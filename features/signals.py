@@ -11,8 +11,10 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 """Ctrl-C; `kill`, SLURM, Kubernetes and `timeout`; a lost terminal; SLURM's early warning."""
 
 _last: int = signal.SIGINT
-_is_raised = False
-"""True if a signal has raised :class:`Interrupted` in the command."""
+_is_received = False
+"""True if a signal was received in the command."""
+_n_contexts = 0
+"""Number of contexts of :func:`handle_signals` around the current code."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -25,15 +27,16 @@ def exit_code() -> int:
 
 
 def raise_received() -> None:
-    """Raise :class:`Interrupted` again if a signal has raised it in this command.
+    """Raise :class:`Interrupted` if a signal was received in this command.
 
-    Libraries swallow exceptions in callbacks and imports. Long work therefore calls this function
-    between its steps.
+    Libraries swallow exceptions in callbacks and imports, and a part of a command that handles a
+    signal by itself can end as if there were none. Long work therefore calls this function between
+    its steps.
 
     Raises:
         Interrupted: A signal was received, and the command goes on.
     """
-    if _is_raised:
+    if _is_received:
         raise Interrupted(signal.Signals(_last).name)
 
 
@@ -55,15 +58,15 @@ def handle_signals(
         yield
         return
 
-    global _is_raised
-    if handler is None:
-        _is_raised = False
+    global _is_received, _n_contexts
+    is_command = handler is None or not _n_contexts
+    if is_command:
+        _is_received = False
 
     def receive(number: int, frame: FrameType | None) -> None:
-        global _last, _is_raised
-        _last = number
+        global _last, _is_received
+        _last, _is_received = number, True
         if handler is None:
-            _is_raised = True
             raise Interrupted(signal.Signals(number).name)
         handler(number, frame)
 
@@ -76,11 +79,13 @@ def handle_signals(
     handled = [number for number in SIGNALS if before[number] not in (signal.SIG_IGN, None)]
     for number in handled:
         signal.signal(number, receive)
+    _n_contexts += 1
     try:
         yield
     finally:
-        if handler is None:
-            _is_raised = False
+        _n_contexts -= 1
+        if is_command:
+            _is_received = False
         for number in handled:
             signal.signal(number, before[number])
         sys.unraisablehook = hook_before

@@ -160,9 +160,9 @@ dropout = [0.1, 0.2]
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("at", [3, 8, 13])
+@pytest.mark.parametrize("at", [3, 8, 13, 24])
 def test_a_signal_to_a_grid_loses_nothing(world: Path, at: int) -> None:
-    """The instants are in the first training, its evaluation, and the second run."""
+    """The instants: first state, last epoch, evaluation; last epoch of the second run."""
     file = world / "grid.toml"
     file.write_text(GRID)
 

@@ -99,3 +99,17 @@ def test_a_swallowed_signal_is_raised_again(number: signal.Signals) -> None:
         with handle_signals():  # the next command
             raise_received()
     raise_received()
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_that_a_part_of_a_command_handles_is_raised_after_the_part(
+    number: signal.Signals,
+) -> None:
+    with handle_signals():
+        with handle_signals(lambda number, frame: None):
+            signal.raise_signal(number)
+        with pytest.raises(Interrupted, match=number.name):
+            raise_received()
+    with handle_signals(lambda number, frame: None):  # without a command around it
+        signal.raise_signal(number)
+    raise_received()

@@ -16,6 +16,7 @@ from features.documents import write_json
 from features.errors import UserError
 from features.memory import free_memory, memory_errors
 from features.schema import METRICS_SCHEMA
+from features.signals import raise_received
 from features.table_files import table_file_writer
 from features.warehouse import Warehouse
 from trainer.loop import TrainProgress
@@ -171,6 +172,7 @@ def run_grid(
 
     Raises:
         Stopped: A training was interrupted; everything is saved.
+        Interrupted: A signal was received between or after trainings; everything is saved.
     """
     for number, combination in enumerate(planned):
         yield _run(warehouse, number, combination, partial(on_progress, number))
@@ -264,7 +266,12 @@ def _fit(
     folder: Path,
     on_progress: Callable[[TrainProgress | str], None],
 ) -> Run:
-    """Create a run, or continue it, and train it to its end."""
+    """Create a run, or continue it, and train it to its end.
+
+    Raises:
+        Stopped: The training was interrupted.
+        Interrupted: A signal was received, and the training ended all the same.
+    """
     resume = False
     if _exists(warehouse, folder.name):
         run = open_run(warehouse, folder)
@@ -274,6 +281,7 @@ def _fit(
     report = train_run(run, resume=resume, on_progress=on_progress)
     if not report.finished:
         raise Stopped
+    raise_received()  # a signal while the last epoch is saved does not stop the training
     return run
 
 

@@ -8,8 +8,9 @@ losses of the first steps, and with ``--ranks`` the rank of every evaluated user
 on validation and test, with seen items filtered and kept. It exits with 1 if a loss differs by more
 than 1e-6 (the few settings of ``ROUNDED``: 1e-5) or more than 3 users of a split have another rank.
 
-The earlier version makes the data: the demo with fewer users and items, and the tables of the
-backbone ``hashed``. Each version gets its own copy, and a version that changes the data fails.
+The earlier version is 0.1 (commit 83959dc) or one whose runs are in ``trainer/runs``. It makes the
+data: the demo with fewer users and items, and the tables of the backbone ``hashed``. Each version
+gets its own copy, and a version that changes the data fails.
 ``--work DIR`` keeps the data and the results of the earlier version for the next comparison.
 """
 
@@ -59,6 +60,11 @@ def call(checkout: Path, *command: str) -> None:
         raise SystemExit(f"{checkout}: {' '.join(command[:4])} ended with {done.returncode}")
 
 
+def has_current_names(checkout: Path) -> bool:
+    """Return whether a version has the modules and settings of this version, not those of 0.1."""
+    return (checkout / "trainer" / "runs").is_dir()
+
+
 def make_data(before: Path, work_dir: Path) -> Path:
     """Let the version before make the warehouse; return its folder."""
     root = work_dir / "warehouse"
@@ -69,7 +75,8 @@ def make_data(before: Path, work_dir: Path) -> Path:
     for seed, name in enumerate(("demo", "other")):
         raw = work_dir / f"raw-{name}"
         shutil.rmtree(raw, ignore_errors=True)
-        make = "import sys; from pathlib import Path; from pipeline.demo import make_demo;"
+        module = "pipeline.datasets.demo" if has_current_names(before) else "pipeline.demo"
+        make = f"import sys; from pathlib import Path; from {module} import make_demo;"
         make += f" make_demo(Path(sys.argv[1]), users={USERS}, items={ITEMS}, seed={seed})"
         call(before, "-c", make, str(raw))
         prepare = ("prepare", "--dataset", "demo", "--name", name, "--raw", str(raw), *quiet)
@@ -97,7 +104,7 @@ def changed_files(data: Path, root: Path) -> list[str]:
 
 
 def make_jobs(
-    role: str, chosen: Sequence[Setting], work_dir: Path, ranks: bool
+    checkout: Path, chosen: Sequence[Setting], work_dir: Path, ranks: bool
 ) -> list[dict[str, Any]]:
     """Return settings in the words of a version, as ``equal_worker`` takes them."""
     jobs = []
@@ -108,7 +115,7 @@ def make_jobs(
         if ranks:
             length = [f"epochs={EPOCHS}"]
         pairs, limits = [*entry.settings, *length, "seed=42"], dict(entry.limits)
-        if role == "after":
+        if has_current_names(checkout):
             pairs = rename_settings(entry.model, pairs)
             limits = {LIMITS[name]: value for name, value in limits.items()}
         job = {
@@ -239,7 +246,7 @@ def compare_versions(
     results, seconds = [], []
     for role, checkout in (("before", before), ("after", HERE)):
         began = time.monotonic()
-        jobs = make_jobs(role, chosen, work_dir, ranks)
+        jobs = make_jobs(checkout, chosen, work_dir, ranks)
         results.append(run_jobs(role, checkout, data, work_dir, jobs))
         seconds.append(f"{time.monotonic() - began:.0f} s")
     rows = [compare(*entry) for entry in zip(chosen, *results, strict=True)]

@@ -32,8 +32,8 @@ class Version(Protocol):
         """Write ``predictions.parquet`` into the folder of the run."""
 
 
-class Before:
-    """The version before: its modules lie in one folder."""
+class FlatVersion:
+    """Version 0.1: the modules of the trainer lie in one folder."""
 
     def build(self, root: Path, job: Job) -> Any:
         """Begin a run by ``trainer.run``."""
@@ -58,8 +58,8 @@ class Before:
         importlib.import_module("trainer.evaluate").evaluate(warehouse, run, index="torch")
 
 
-class After:
-    """This version."""
+class CurrentVersion:
+    """This version, and versions before it whose runs are in ``trainer/runs``."""
 
     def build(self, root: Path, job: Job) -> Any:
         """Begin a run by ``trainer.runs.run``."""
@@ -93,7 +93,9 @@ class After:
         evaluate(Warehouse(root), run, index="torch")
 
 
-VERSIONS: dict[str, type[Version]] = {"before": Before, "after": After}
+def version_in(checkout: Path) -> Version:
+    """Return the calls of the version in a folder."""
+    return CurrentVersion() if (checkout / "trainer" / "runs").is_dir() else FlatVersion()
 
 
 class EnoughError(Exception):
@@ -137,7 +139,7 @@ def run_job(role: str, root: Path, job: Job) -> dict[str, Any]:
     import torch
     from safetensors.torch import load_file, save_file
 
-    version = VERSIONS[role]()
+    version = version_in(Path.cwd())
     run = version.build(root, job)
     generator = hashlib.sha256(torch.get_rng_state().numpy().tobytes()).hexdigest()
     weights = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
@@ -217,7 +219,7 @@ def main() -> None:
     import trainer
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("role", choices=VERSIONS)
+    parser.add_argument("role", choices=("before", "after"))
     parser.add_argument("warehouse", type=Path)
     parser.add_argument("jobs", type=Path, help="JSON list of jobs")
     parser.add_argument("results", type=Path, help="folder")

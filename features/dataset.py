@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from features.atomic_files import database, open_table, read_errors, read_table
-from features.checksums import verify_folder
+from features.checksums import verify_files
 from features.errors import DamagedError, UserError
 from features.splits import COLD_BELOW, MIN_EVALUATED, train_counts_sql
 from features.sql_text import parquet_sql
@@ -127,8 +127,7 @@ def load_dataset(warehouse: Warehouse, name: str, *, with_times: bool = False) -
     has_times = with_times and info.timestamps
     columns = "user, item, timestamp" if has_times else "user, item"
     for table in ("interactions", "items"):
-        with _tables(folder / table, name):
-            verify_folder(folder / table)
+        verified_parts(warehouse, name, table)
     with _tables(folder, name), database() as db:
         flat = db.execute(
             f"SELECT {columns} FROM {interactions} ORDER BY user, position"
@@ -195,8 +194,8 @@ def load_items(warehouse: Warehouse, name: str, columns: list[str]) -> pa.Table:
     """Read columns of the items table, in the order of ``item``."""
     info = warehouse.info(name)
     folder = warehouse.dataset_dir(name)
+    parts = verified_parts(warehouse, name, "items")
     with _tables(folder / "items", name):
-        parts = sorted((folder / "items").glob("*.parquet"))
         tables = [read_table(part, ["item", *columns]) for part in parts]
         table = pa.concat_tables(tables).sort_by("item").select(columns)
     if len(table) != info.items:
@@ -219,11 +218,9 @@ def stream_items(
     """
     info = warehouse.info(name)
     folder = warehouse.dataset_dir(name)
+    paths = verified_parts(warehouse, name, "items")
     with _tables(folder / "items", name), ExitStack() as stack:
-        parts = [
-            stack.enter_context(open_table(part, buffer_size=1 << 20))
-            for part in sorted((folder / "items").glob("*.parquet"))
-        ]
+        parts = [stack.enter_context(open_table(path, buffer_size=1 << 20)) for path in paths]
         if _in_order(parts, info.items, rows):
             for part in parts:
                 yield from part.iter_batches(rows, columns=list(columns))
@@ -246,12 +243,31 @@ def load_user_ids(warehouse: Warehouse, name: str) -> pa.ChunkedArray:
     """Read the id of every user, in the order of ``user``."""
     folder = warehouse.dataset_dir(name)
     interactions = parquet_sql(folder / "interactions")
+    verified_parts(warehouse, name, "interactions")
     with _tables(folder / "interactions", name), database() as db:
-        verify_folder(folder / "interactions")
         table = db.sql(
             f"SELECT any_value(user_id) AS user_id FROM {interactions} GROUP BY user ORDER BY user"
         ).to_arrow_table()
     return table.column("user_id")
+
+
+def verified_parts(warehouse: Warehouse, name: str, table: str) -> list[Path]:
+    """Return the files of a dataset's table, in order, after a check of their bytes.
+
+    Args:
+        warehouse: Holds the dataset.
+        name: Name of the dataset.
+        table: ``items`` or ``interactions``.
+
+    Raises:
+        DamagedError: The bytes of a file have changed, or a file is of another preparation.
+    """
+    recorded = warehouse.info(name).checksums.get(table, {})
+    folder = warehouse.dataset_dir(name) / table
+    with _tables(folder, name):
+        parts = sorted(folder.glob("*.parquet"))
+        verify_files(parts, recorded)
+    return parts
 
 
 def _tables(folder: Path, name: str) -> AbstractContextManager[None]:

@@ -98,7 +98,7 @@ def map_tokens(
             values.flush()
             del values
             with temporary.open("ab") as stream:  # NumPy reads nothing after the values
-                stream.write(EMPTY_CHECKSUM.encode())
+                stream.write((EMPTY_CHECKSUM + path.name).encode())
             seal(temporary)
         for older in path.parent.glob("tokens-*.npy"):
             if older != path:
@@ -111,11 +111,15 @@ def map_tokens(
 
 
 def _is_intact(path: Path) -> bool:
-    """Return True if a file of tokens exists and has the bytes that were written."""
+    """Return True if a file of tokens exists, with the bytes and the name that were written."""
     try:
-        return path.exists() and verify(path)
+        if not path.exists() or verify(path) is None:
+            return False
     except ChangedBytesError:
         return False
+    with path.open("rb") as stream:
+        stream.seek(-len(path.name), os.SEEK_END)
+        return stream.read() == path.name.encode()
 
 
 def _row_groups(part: Path) -> Iterator[pa.Table]:

@@ -98,11 +98,11 @@ def _complete_tables(
     for name, info in datasets.items():
         for table in store.tables(name):
             try:
-                table.check(info.fingerprint, info.inputs_of(table.modality))
+                manifest = table.check(info.fingerprint, info.inputs_of(table.modality))
                 union = "features" if table.level == "pooled" else "tokens"
                 # A view that shares its name with another has a suffix.
                 if union in names or any(word.startswith(view_name(table)) for word in names):
-                    table.verify()
+                    table.verify(manifest)
                 tables.append((table, read_provenance(table.parts()[0]).dim))
             except UserError as error:
                 leave_out(error)

@@ -6,10 +6,11 @@ are empty when nothing has been written yet. Each feature table also has a view 
 cannot be shown (an unfinished table, a damaged run) is left out, and the caller is notified.
 """
 
+import json
 import re
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from features.atomic_files import database, is_out_of_space, read_errors
-from features.checksums import verify
+from features.checksums import verify, verify_files
 from features.errors import DamagedError, UserError
 from features.memory import check_memory
 from features.schema import FAILURES_SCHEMA, INTERACTIONS_SCHEMA, ITEMS_SCHEMA
@@ -37,7 +38,6 @@ _SOURCES = {
     "interactions": {"interactions", "splits", "cold"},
 }
 """Table of a dataset -> views that read it."""
-_LITERAL = re.compile(r"""'((?:[^']|'')*)'|"((?:[^"]|"")*)\"""")
 _INEXACT_TYPE = re.compile(
     r"""(?P<name>'(?:[^']|'')*'|"(?:[^"]|"")*")"""
     r"|\b(?:DATE|(?:TIME|TIMESTAMP)(?:_S|_MS|_NS| WITH TIME ZONE)?|INTERVAL|BIT|BIGNUM"
@@ -116,7 +116,7 @@ def query(
         The result. A repeated column name gets a number: ``a``, ``a_1``.
 
     Raises:
-        DamagedError: The bytes of a file that the statement names by its path have changed.
+        DamagedError: The bytes of a file that the statement reads by its path have changed.
         UserError: The statement cannot be parsed, would write, or fails.
 
     Examples:
@@ -128,11 +128,13 @@ def query(
     except UnicodeEncodeError:
         raise UserError("the SQL is not UTF-8; write it in a terminal that is") from None
     with connect(warehouse, notify, sql, on_damage) as db:
-        _verify_named_files(db, sql)
         try:
-            return _select(db, sql, inexact_as_text)
+            result = _select(db, sql, inexact_as_text)
         except duckdb.Error as error:
+            _verify_opened_files(db, warehouse.root)  # the damage of a file can be the cause
             raise _query_error(error) from None
+        _verify_opened_files(db, warehouse.root)
+        return result
 
 
 def _select(db: duckdb.DuckDBPyConnection, sql: str, inexact_as_text: bool) -> pa.Table:
@@ -160,21 +162,18 @@ def _select(db: duckdb.DuckDBPyConnection, sql: str, inexact_as_text: bool) -> p
     return result.rename_columns(_distinct(names))
 
 
-def _verify_named_files(db: duckdb.DuckDBPyConnection, sql: str) -> None:
-    """Check the files of the warehouse whose paths or patterns are literals of a statement.
+def _verify_opened_files(db: duckdb.DuckDBPyConnection, root: Path) -> None:
+    """Check the files of the warehouse that the connection has opened since it was restricted.
 
     Raises:
         DamagedError: The bytes of a file have changed since it was written.
     """
-    literals = {name or identifier for name, identifier in _LITERAL.findall(sql)}
-    for literal in sorted(name for name in literals if "." in name or "/" in name):
-        try:
-            paths = db.execute("SELECT file FROM glob(?)", [literal]).fetchall()
-        except duckdb.Error:  # it leads outside the warehouse, where the statement cannot read
-            continue
-        for (path,) in paths:
-            with read_errors(Path(path), "run again the command that wrote it"):
-                verify(Path(path))
+    messages = db.execute("SELECT message FROM duckdb_logs WHERE type = 'FileSystem'").fetchall()
+    paths = {Path(json.loads(message)["path"]).absolute() for (message,) in messages}
+    for path in sorted(paths):
+        if path.is_relative_to(root.absolute()) and path.is_file():
+            with read_errors(path, "run again the command that wrote it"):
+                verify(path)
 
 
 def _query_error(error: duckdb.Error) -> UserError:
@@ -198,7 +197,8 @@ def _readable_datasets(
             info = warehouse.info(name)
             for table in ("items", "interactions"):
                 remedy = f"mmrec prepare --dataset {name}"
-                _check_files(warehouse.dataset_dir(name) / table, remedy, is_read[table])
+                recorded = info.checksums.get(table, {})
+                _check_files(warehouse.dataset_dir(name) / table, remedy, recorded, is_read[table])
             datasets[name] = info
         except UserError as error:
             leave_out(error)
@@ -266,6 +266,8 @@ def _restrict(db: duckdb.DuckDBPyConnection, warehouse: Warehouse, spill: Path) 
     db.execute(f"SET allowed_directories = [{', '.join(map(quoted, roots))}]")
     db.execute(f"SET memory_limit = '{MEMORY}'")
     db.execute(f"SET temp_directory = {quoted(str(spill))}")
+    # A statement can compose the path of a file that it reads. The log names every opened file.
+    db.execute("CALL enable_logging('FileSystem')")
     db.execute("SET enable_external_access = false")
     db.execute("SET lock_configuration = true")
 
@@ -274,8 +276,16 @@ def _empty_with_dataset(schema: pa.Schema) -> str:
     return empty_table(pa.schema([pa.field("dataset", pa.string()), *schema]))
 
 
-def _check_files(folder: Path, remedy: str, is_read: bool) -> None:
+def _check_files(
+    folder: Path, remedy: str, recorded: Mapping[str, str | None], is_read: bool
+) -> None:
     """Read the footer of every file of a table, and all of it if the statement reads the table.
+
+    Args:
+        folder: Folder of the table.
+        remedy: Command that writes the table.
+        recorded: As for :func:`features.checksums.verify_files`.
+        is_read: The statement reads the table.
 
     Raises:
         DamagedError: A file is damaged, or the table has none.
@@ -286,7 +296,7 @@ def _check_files(folder: Path, remedy: str, is_read: bool) -> None:
     for path in paths:
         with read_errors(path, f"run: {remedy}"):
             if is_read:
-                verify(path)
+                verify_files([path], recorded)
             pq.read_schema(path)
 
 
@@ -298,7 +308,7 @@ def _has_failures(
     if not any(folder.glob("*.parquet")):
         return False
     try:
-        _check_files(folder, f"mmrec extract --dataset {name}", is_read)
+        _check_files(folder, f"mmrec extract --dataset {name}", {}, is_read)
     except UserError as error:
         leave_out(error)
         return False

@@ -95,8 +95,8 @@ class FeatureTable(TableParts):
         Raises:
             UserError: There is no table, it is unfinished, or of another preparation.
         """
-        self.check(info.fingerprint, info.inputs_of(self.modality))
-        self.verify()
+        manifest = self.check(info.fingerprint, info.inputs_of(self.modality))
+        self.verify(manifest)
         provenance = self.provenance()
         return {**(provenance.identity() if provenance else {}), "content": self.digest()}
 
@@ -148,7 +148,7 @@ class FeatureTable(TableParts):
     def _complete(self, fingerprint: str, inputs: str) -> tuple[dict[str, Any], Provenance]:
         """Return the manifest and the provenance of a table that can be read."""
         manifest = self.check(fingerprint, inputs)
-        self.verify()
+        self.verify(manifest)
         provenance = self.provenance()
         if provenance is None:
             raise UserError(

@@ -25,7 +25,7 @@ from features.atomic_files import (
     require_path,
     write_table,
 )
-from features.checksums import verify
+from features.checksums import read_checksums, verify_files
 from features.documents import read_json, write_json
 from features.errors import DamagedError, UserError
 from features.provenance import (
@@ -73,15 +73,19 @@ class TableParts:
             raise DamagedError(f"{path} is damaged (items or rows is missing); {EXTRACT_AGAIN}")
         return document
 
-    def verify(self) -> None:
-        """Check the bytes of every part against its checksum.
+    def verify(self, manifest: dict[str, Any]) -> None:
+        """Check the bytes of every part, and that the parts are those of the manifest.
+
+        Args:
+            manifest: The manifest of the table. Those of earlier versions do not name the parts.
 
         Raises:
-            UserError: The bytes of a part have changed since it was written.
+            UserError: The bytes of a part have changed since it was written, or the part is one of
+                another table.
         """
         for part in self.parts():
             with read_errors(part, REMOVE_FILE):
-                verify(part)
+                verify_files([part], manifest.get("parts", {}))
 
     def provenance(self) -> Provenance | None:
         """Return the provenance that all parts share, or None if there is no part.
@@ -201,7 +205,8 @@ class TableParts:
         remove_leftovers(self.path)
         rows = sum(pq.read_metadata(part).num_rows for part in self.parts())
         document = {
-            "items": fingerprint, "rows": rows, "provenance": asdict(provenance), **entries,
+            "items": fingerprint, "rows": rows, "parts": read_checksums(self.parts()),
+            "provenance": asdict(provenance), **entries,
         }  # fmt: skip
         write_json(self.path / "manifest.json", document)
 

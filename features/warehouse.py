@@ -2,7 +2,7 @@
 
 import os
 import re
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args
 
@@ -51,6 +51,9 @@ class DatasetInfo:
     sequences: str = ""
     """Hash of the sequences of all users, see :func:`features.dataset.hash_sequences`; empty in
     datasets of earlier versions."""
+    checksums: dict[str, dict[str, str | None]] = field(default_factory=dict)
+    """Table (``items``, ``interactions``) -> name of each of its files -> checksum of the file;
+    empty in datasets of earlier versions."""
     sampled_users: int | None = None
     """Number of users of the random sample of ``mmrec prepare --users``; None: all users."""
     seed: int | None = None
@@ -268,9 +271,13 @@ def _created(run: Path) -> str:
 
 def _info(document: Any, path: Path) -> DatasetInfo:
     known: dict[str, Any] = {entry.name: entry.type for entry in fields(DatasetInfo)}
-    known["inputs"] = dict
+    known["inputs"] = known["checksums"] = dict
     # Preparations of earlier versions have no entries of the fields that were added since.
-    absent = {entry.name for entry in fields(DatasetInfo) if entry.default is not MISSING}
+    absent = {
+        entry.name
+        for entry in fields(DatasetInfo)
+        if (entry.default, entry.default_factory) != (MISSING, MISSING)
+    }
     if isinstance(document, dict):
         absent -= document.keys()
     wrong = [

@@ -124,6 +124,11 @@ def fit(
             save_state(*checkpoint, state, identity, average.values)
 
     def train(interruption: Interruption) -> None:
+        """Run epochs until the training is finished or ``interruption`` has received a signal.
+
+        Each epoch has optimizer steps, then the validation. The function updates ``state`` in
+        place, and saves it after each epoch, every 300 seconds, and on a signal.
+        """
         while state.epoch < config.epochs and not state.finished:
             with interruption.abandoned_on_signal(is_alone):
                 total, batches = task.epoch(config, state.epoch, skip=state.step, shard=shard)

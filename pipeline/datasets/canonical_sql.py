@@ -280,7 +280,7 @@ def data_notes(db: duckdb.DuckDBPyConnection, info: DatasetInfo) -> Iterator[str
             ascending = f"item ids ascend in {info.tied_ascending:.1%} of these pairs in the file"
         others = ", ".join(name for name in TIES if name != info.ties)
         yield (
-            f"{info.tied:.1%} of the interactions have the time of the user's one before"
+            f"{info.tied:.1%} of the interactions have the time of the user's previous interaction"
             f" ({ascending}); these are ordered by {info.ties} (--ties: {others})"
         )
 

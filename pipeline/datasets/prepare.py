@@ -12,6 +12,7 @@ import duckdb
 import pyarrow as pa
 
 from features.atomic_files import database, is_out_of_space
+from features.checksums import read_checksums
 from features.errors import UserError
 from features.warehouse import DatasetInfo, Warehouse
 from pipeline.datasets.canonical_sql import (
@@ -152,9 +153,18 @@ def prepare_dataset(
             write_tables(db, stage)
             for note in data_notes(db, info):
                 notify(note)
-        info = replace(info, sequences=hash_table(stage / "interactions", info.users))
-        swap_tables(folder, stage, info)
-    return info
+        swap_tables(folder, stage, replace(info, **_table_hashes(stage, info.users)))
+    return warehouse.info(options.target)
+
+
+def _table_hashes(stage: Path, users: int) -> dict[str, Any]:
+    """Return the fields of ``DatasetInfo`` by which readers know the new tables in ``stage``."""
+    tables = ("items", "interactions")
+    parts = {table: sorted((stage / table).glob("*.parquet")) for table in tables}
+    return {
+        "sequences": hash_table(stage / "interactions", users),
+        "checksums": {table: read_checksums(paths) for table, paths in parts.items()},
+    }
 
 
 def _check_target(options: PrepareOptions) -> None:

@@ -8,8 +8,7 @@ from typing import Any
 import pyarrow as pa
 
 from features.atomic_files import atomic_write, database, read_errors
-from features.checksums import verify_folder
-from features.dataset import stream_items
+from features.dataset import stream_items, verified_parts
 from features.errors import UserError
 from features.sql_text import parquet_sql
 from features.warehouse import Warehouse
@@ -31,13 +30,14 @@ def export_recbole(warehouse: Warehouse, dataset: str, folder: Path) -> tuple[Pa
     time = "timestamp" if info.timestamps else "position"
     tables = warehouse.dataset_dir(dataset)
     remedy = f"run mmrec prepare --dataset {dataset} again"
+    for table in ("interactions", "items"):
+        verified_parts(warehouse, dataset, table)
     with (
         atomic_write(interactions) as temporary,
         temporary.open("w", encoding="utf-8") as stream,
         read_errors(tables, remedy),
         database() as db,
     ):
-        verify_folder(tables / "interactions")
         stream.write("user_id:token\titem_id:token\ttimestamp:float\n")
         reader = db.sql(
             f"SELECT user_id, item_id, {time} FROM {parquet_sql(tables / 'interactions')}"

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 from PIL import Image, UnidentifiedImageError
 from PIL.ExifTags import Base
+from PIL.IcoImagePlugin import IcoImageFile
 from PIL.Image import Transpose
 
 from pipeline.media.deep_images import deep_key_mask, restore_key, to_eight_bits
@@ -46,6 +47,8 @@ _UPRIGHT = {
     7: Transpose.TRANSVERSE,
     8: Transpose.ROTATE_90,
 }
+_ICON, _PNG = b"\0\0\1\0", b"\x89PNG\r\n\x1a\n"
+"""First bytes of an ICO and of a PNG."""
 _OPTIONAL_ALPHA = ("BMP", "DIB", "TGA", "ICO", "DDS")
 """Formats whose writers may leave the alpha channel unset: all of its values are zero."""
 
@@ -77,6 +80,8 @@ def decode_image(data: bytes | Image.Image, draft: int | None = None) -> Image.I
         MediaError: The bytes are no image, are damaged, or exceed the size limits.
     """
     try:
+        if isinstance(data, bytes):
+            data = png_of_icon(data)
         with _open(data) if isinstance(data, bytes) else data as image:
             check_size(*image.size)
             if isinstance(data, bytes):
@@ -88,7 +93,7 @@ def decode_image(data: bytes | Image.Image, draft: int | None = None) -> Image.I
             with decoding_budget.reserve(image.width * image.height):
                 image.load()
                 if isinstance(data, bytes):
-                    check_rows(image, data)
+                    check_rows(image, data, draft)
                 return _upright(_to_rgb(image, data), _orientation(image))
     except MediaError:
         raise
@@ -118,6 +123,18 @@ def check_size(width: int, height: int, max_pixels: int | None = None) -> None:
 
 def _open(data: bytes) -> Image.Image:
     return Image.open(io.BytesIO(data), formats=FORMATS)
+
+
+def png_of_icon(data: bytes) -> bytes:
+    """Return the PNG within an ICO, which is decoded as other PNGs are; other data unchanged."""
+    if not data.startswith(_ICON):
+        return data
+    with _open(data) as image:
+        if not isinstance(image, IcoImageFile):
+            return data
+        entry = image.ico.entry[image.ico.getentryindex(image.size)]
+    content = data[entry.offset : entry.offset + entry.size]
+    return content if content.startswith(_PNG) else data
 
 
 class PixelBudget:

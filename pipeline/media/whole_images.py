@@ -4,12 +4,19 @@ A download that breaks off may leave a file of the full size whose rest is zeros
 parts may leave zeros in the middle. JPEG has a marker at the end and PNG has checksums. WebP and
 AVIF have neither, but their compressed pixels do not end in many zeros.
 
+Repair programs append the end marker to a JPEG that was cut. It may lack scans, which the headers
+of its scans show. If its only scan was cut, decoders make all blocks after the cut of one colour.
+:func:`check_rows` decodes such an image a second time, with bytes added before the marker: they
+change no pixel of a whole image, and become blocks of one that was cut. A progressive JPEG that was
+cut within its last scan is accepted: it has all of its blocks, some with less detail.
+
 Zeros in the middle of a JPEG are known by its Huffman tables. Zeros encode the first symbol of a
 table again and again. If that is not "end of block" for the coefficients of a component, whole
 blocks of one coefficient would follow each other, which no image has. Progressive JPEGs and many
 JPEGs with optimised tables encode plain areas as zeros, so zeros in them are accepted.
 """
 
+import io
 import re
 import struct
 import zlib
@@ -23,8 +30,14 @@ _JPEG_MARKER = re.compile(rb"\xff+([^\x00\xff])")
 _SCAN_END = re.compile(rb"\xff+[^\x00\xff\xd0-\xd7]")
 _MOST_JPEG_ZEROS = 256
 """Bytes of zeros between the pixels of a JPEG from which on they are taken as missing."""
+_START_OF_SCAN, _HUFFMAN_TABLES, _END_OF_IMAGE = 0xDA, 0xC4, b"\xff\xd9"
 _SEQUENTIAL = (0xC0, 0xC1)
 """Markers of frames that are sequential, with Huffman tables."""
+_PROGRESSIVE = (0xC2, 0xCA)
+"""Markers of frames that are progressive, with Huffman tables and with arithmetic coding."""
+_BLOCK = 8  # side of a block of JPEG in pixels
+_ADDED = bytes(range(1, 255)) * 4
+"""Bytes that are added to a scan of a JPEG; none is 255, with which markers begin."""
 _CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
 """Colour type of a PNG to its number of channels."""
 _INTERLACED = (
@@ -45,9 +58,9 @@ def check_whole(kind: str | None, data: bytes) -> None:
         data: The encoded image.
 
     Raises:
-        MediaError: A JPEG has no end-of-image marker after its first scan, or zeros for pixels
-            that its tables cannot mean; the pixels of a PNG have a wrong checksum; or the pixels
-            of a WebP or an AVIF end in zeros.
+        MediaError: A JPEG has no end-of-image marker after its first scan, zeros for pixels that
+            its tables cannot mean, or too few scans; the pixels of a PNG have a wrong checksum; or
+            the pixels of a WebP or an AVIF end in zeros.
     """
     if kind in ("JPEG", "MPO"):
         _check_jpeg(data)
@@ -60,13 +73,10 @@ def check_whole(kind: str | None, data: bytes) -> None:
 
 
 def _check_jpeg(data: bytes) -> None:
-    position, frame, first_symbols = 2, 0, dict[int, int]()
-    # Segments before the pixels may hold a thumbnail, which has an end-of-image marker of its own.
-    while segment := _JPEG_MARKER.search(data, position):
-        position = segment.end()
-        marker = segment[1][0]
-        if marker == 0xDA:  # start of scan
-            end = data.find(b"\xff\xd9", position)
+    frame, components, first_symbols = 0, b"", dict[int, int]()
+    for marker, position in _jpeg_segments(data):
+        if marker == _START_OF_SCAN:
+            end = data.find(_END_OF_IMAGE, position)
             if end < 0:
                 raise MediaError("decode", "truncated file")
             zeros = data.find(bytes(_MOST_JPEG_ZEROS), position + 12, end)
@@ -74,14 +84,53 @@ def _check_jpeg(data: bytes) -> None:
             is_sequential = frame in _SEQUENTIAL
             if is_pixels and is_sequential and _excludes_zeros(data[position:end], first_symbols):
                 raise MediaError("decode", "zeros in place of pixels")
-            return
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            frame = marker
-        if marker != 0x01 and not 0xD0 <= marker <= 0xD8:  # markers without a length
+            if _lacks_scans(data, position - 2, frame in _PROGRESSIVE, components):
+                raise MediaError("decode", "truncated file")
+        elif marker == _HUFFMAN_TABLES:
             length = int.from_bytes(data[position : position + 2], "big")
-            if marker == 0xC4:
-                first_symbols |= _first_symbols(data[position + 2 : position + length])
-            position += length
+            first_symbols |= _first_symbols(data[position + 2 : position + length])
+        elif 0xC0 <= marker <= 0xCF and marker not in (0xC8, 0xCC):
+            frame = marker
+            n_components = int.from_bytes(data[position + 7 : position + 8], "big")
+            components = data[position + 8 : position + 8 + 3 * n_components : 3]
+
+
+def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int]]:
+    """Yield the marker of each segment up to the first scan, and the offset of its length.
+
+    Segments before the pixels may hold a thumbnail, which has an end-of-image marker of its own.
+    """
+    position, marker = 2, 0
+    while marker != _START_OF_SCAN and (segment := _JPEG_MARKER.search(data, position)):
+        position, marker = segment.end(), segment[1][0]
+        if marker != 0x01 and not 0xD0 <= marker <= 0xD8:  # markers without a length
+            yield marker, position
+            position += int.from_bytes(data[position : position + 2], "big")
+
+
+def _lacks_scans(data: bytes, position: int, is_progressive: bool, components: bytes) -> bool:
+    """Return whether a coefficient of a JPEG has no scan with its last bit.
+
+    Args:
+        data: The encoded image.
+        position: Offset of the first start-of-scan marker.
+        is_progressive: A scan holds some of the coefficients, or some of their bits.
+        components: Identifier of each component of the frame.
+    """
+    complete = set[tuple[int, int]]()  # component and coefficient
+    while segment := _SCAN_END.search(data, position):
+        position, marker = segment.end(), data[segment.end() - 1]
+        if marker == _END_OF_IMAGE[1]:
+            break
+        length = int.from_bytes(data[position : position + 2], "big")
+        header = data[position + 2 : position + length]
+        if marker == _START_OF_SCAN and len(header) >= 4 + 2 * header[0]:
+            first, last, bits = header[-3:] if is_progressive else (0, 63, 0)
+            if bits & 0x0F == 0:
+                names = header[1 : 1 + 2 * header[0] : 2]
+                complete |= {(name, index) for name in names for index in range(first, last + 1)}
+        position += length
+    return any((name, index) not in complete for name in components for index in range(64))
 
 
 def _first_symbols(tables: bytes) -> dict[int, int]:
@@ -113,19 +162,42 @@ def _check_png(data: bytes) -> None:
         position = end + 4
 
 
-def check_rows(image: Image.Image, data: bytes) -> None:
-    """Refuse a PNG whose compressed pixels end before its last row; Pillow leaves the rest black.
+def check_rows(image: Image.Image, data: bytes, draft: int | None = None) -> None:
+    """Refuse an image whose compressed pixels end before its last row.
+
+    Pillow leaves the rest of a PNG black, and the rest of a JPEG in one colour.
 
     Args:
-        image: The decoded image. Only an image whose last row is black, or that is interlaced,
-            is read a second time.
+        image: The decoded image. Only a PNG whose last row is black, or that is interlaced, and a
+            JPEG whose last block has one colour are read a second time.
         data: The encoded image.
+        draft: As the image was decoded, see :func:`pipeline.media.images.decode_image`.
 
     Raises:
-        MediaError: The compressed pixels of a PNG are fewer than its header says.
+        MediaError: The compressed pixels of a PNG or a JPEG are fewer than its header says.
     """
-    if image.format != "PNG":
+    if image.format == "PNG":
+        _check_last_row(image, data)
+    elif image.format in ("JPEG", "MPO") and "progressive" not in image.info:
+        _check_last_block(image, data, draft)
+
+
+def _check_last_block(image: Image.Image, data: bytes, draft: int | None) -> None:
+    width, height = image.size
+    corner = ((width - 1) // _BLOCK * _BLOCK, (height - 1) // _BLOCK * _BLOCK, width, height)
+    if len(image.crop(corner).getcolors() or ()) != 1:
         return
+    *_, (_, scan) = _jpeg_segments(data)
+    end = data.find(_END_OF_IMAGE, scan)
+    with Image.open(io.BytesIO(data[:end] + _ADDED + data[end:]), formats=("JPEG",)) as longer:
+        if draft is not None:
+            longer.draft(None, (draft, draft))
+        longer.load()
+        if longer.tobytes() != image.tobytes():
+            raise MediaError("decode", "truncated file")
+
+
+def _check_last_row(image: Image.Image, data: bytes) -> None:
     width, height, depth, colour, _, _, interlace = struct.unpack_from(">IIBBBBB", data, 16)
     last_row = image.crop((0, height - 1, width, height))
     if not interlace and last_row.getbbox(alpha_only=False) is not None:

@@ -88,6 +88,18 @@ def test_a_flipped_bit_is_refused(
         (INTERACTIONS, "SELECT * FROM '{root}/world/*/*.parquet'", 2),
         (PREDICTIONS, "SELECT * FROM read_parquet(['{root}/runs/a/predictions.parquet'])", 2),
         (PREDICTIONS, 'SELECT count(*) FROM "{root}/runs/a/predictions.parquet"', 2),
+        (ITEMS, "SELECT count(*) FROM read_parquet('{root}/world/' || 'items/*.parquet')", 2),
+        (
+            PREDICTIONS,
+            "SELECT count(*) FROM read_parquet(list_transform(['a'], lambda run:"
+            " '{root}/runs/' || run || '/predictions.' || 'parquet'))",
+            2,
+        ),
+        (
+            ITEMS,
+            "SELECT md5(content) FROM read_blob(concat('{root}/world/items/part-0*.', 'parquet'))",
+            2,
+        ),
     ],
 )
 def test_sql_names_the_damaged_files_that_it_reads(

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from features import sql_views
 from features.arrow_columns import embedding_array, positions
+from features.checksums import read_checksums
 from features.errors import UserError
 from features.provenance import Provenance
 from features.schema import feature_schema
@@ -211,6 +212,7 @@ def test_what_a_killed_writer_left_is_no_part_and_goes_at_the_end(table: Feature
     assert table.manifest() == {
         "items": "f",
         "rows": 1,
+        "parts": read_checksums(table.parts()),
         "provenance": table.manifest()["provenance"],  # type: ignore[index]
     }
 

@@ -1,9 +1,9 @@
 """Evaluate retrieval across modalities: from an item's text to its image or video, and back.
 
-Each item of a pool is encoded twice: from its text, and from its image and video. A query is the
-encoding of one side. It ranks the encodings of the other side of all items of the pool, and the
-target is the same item. Ranks are exact, and ties
-count against the model.
+Each item of a pool is encoded twice: from its text, and from its image and video. The text encoding
+of an item is a query: it ranks the visual encodings of all items of the pool, and the target is the
+visual encoding of the same item. The other direction is evaluated in the same way. Ranks are exact,
+and ties count against the model.
 
 Legend: N items, K items of the pool, D width.
 """

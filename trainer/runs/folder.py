@@ -34,7 +34,8 @@ _ABOUT: dict[str, type] = {"model": str, "dataset": str, "features": list, "fing
 
 
 _RESULTS = ("model.safetensors", "resume.safetensors", "metrics.parquet", "predictions.parquet")
-"""Files that a run without ``config.toml`` does not have, unless the file was removed."""
+"""Files that are written after ``config.toml``. A folder that holds one of them is not one of a
+process that was killed while it created the run."""
 _LOCK = ".lock"
 _NEW_SECONDS = 1.0
 

@@ -8,6 +8,7 @@ import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -362,6 +363,7 @@ def test_decoding_waits_for_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
 _PEAK = """
 import re, sys
 from pathlib import Path
+from typing import Any
 from pipeline.media.errors import MediaError
 from pipeline.media.images import decode_image, quiet_decoders
 from pipeline.media.reader import MediaReader
@@ -492,3 +494,16 @@ def test_the_same_image_in_every_dress_looks_the_same(real_data: Path) -> None:
     for name in ["avif_hopper.avif", *(f"hopper{dress}" for dress in dresses)]:
         other = np.asarray(decode_image((folder / name).read_bytes())).astype(int)
         assert np.abs(other - plain).mean() < 8, name
+
+
+@pytest.mark.parametrize(
+    ("mode", "options"),
+    [("RGBA", {}), ("LA", {}), ("RGB", {"transparency": (0, 0, 0)}), ("P", {"transparency": 0})],
+)
+def test_a_transparent_png_in_an_icon_is_white(mode: str, options: dict[str, Any]) -> None:
+    stream = io.BytesIO()
+    Image.new(mode, (32, 32), 0).save(stream, "PNG", **options)
+    png = stream.getvalue()
+    entry = struct.pack("<BBBBHHII", 32, 32, 0, 0, 1, 32, len(png), 22)
+    icon = decode_image(struct.pack("<HHH", 0, 1, 1) + entry + png)
+    assert icon.tobytes() == decode_image(png).tobytes() == b"\xff" * (32 * 32 * 3)

@@ -175,3 +175,38 @@ def test_a_png_whose_compressed_pixels_break_off_is_refused(kept: float, level: 
     data = struct.pack(">I", len(content)) + b"IDAT" + content + check
     with pytest.raises(MediaError, match="truncated"):
         decode_image(whole[:33] + data + whole[-12:])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"optimize": True},
+        {"subsampling": 0},
+        {"restart_marker_rows": 2},
+        {"progressive": True},
+    ],
+)
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("draft", [None, 50])
+def test_a_cut_jpeg_with_a_new_end_marker_is_refused(
+    options: dict[str, Any], mode: str, draft: int | None
+) -> None:
+    sides = np.kron(NOISE, np.ones((3, 3, 1), np.uint8))[:301, :403]
+    white_below = np.concatenate([sides, np.full_like(sides, 255)])
+    for pixels in (sides, white_below):
+        whole = encoded(Image.fromarray(pixels).convert(mode), "JPEG", **options)
+        decode_image(whole, draft)
+        for kept in (0.3, 0.55):
+            with pytest.raises(MediaError, match="truncated file"):
+                decode_image(whole[: int(len(whole) * kept)].rstrip(b"\xff") + b"\xff\xd9", draft)
+
+
+@pytest.mark.parametrize("after", [b"", b"\0" * 2000, b"trailer \xff\xd9"])
+@pytest.mark.parametrize("size", [(1, 1), (9, 17), (160, 120)])
+@pytest.mark.parametrize("draft", [None, 1, 30])
+def test_a_whole_jpeg_with_a_plain_end_is_accepted(
+    after: bytes, size: tuple[int, int], draft: int | None
+) -> None:
+    for options in ({}, {"progressive": True}, {"restart_marker_blocks": 1}):
+        decode_image(encoded(Image.new("RGB", size, "white"), "JPEG", **options) + after, draft)

@@ -1,13 +1,16 @@
 """The options and the course of ``mmrec train`` and ``mmrec pretrain``."""
 
 import shlex
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from inspect import Parameter, Signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
 from cli import console
+from cli.options import JsonOption, WarehouseOption
 from features.errors import UserError
 from features.signals import exit_code
 from features.warehouse import Warehouse
@@ -61,14 +64,74 @@ RunOption = Annotated[str | None, typer.Option("--run", help="Run to resume.")]
 class NewRun:
     """The options that describe a new run; with ``--resume`` none of them is given."""
 
-    features: list[str] | None = None
-    set: list[str] | None = None
-    config: Path | None = None
-    preset: str | None = None
-    name: str | None = None
-    init: str | None = None
-    transfer: str | None = None
-    tune_blocks: int | None = None
+    features: FeaturesOption = None
+    set: SetOption = None
+    config: ConfigOption = None
+    preset: PresetOption = None
+    name: NameOption = None
+    init: InitOption = None
+    transfer: TransferOption = None
+    tune_blocks: TuneOption = None
+
+
+def training_command(
+    summary: str, dataset_option: Any, *, is_pretraining: bool
+) -> Callable[..., None]:
+    """Return the function of ``mmrec train`` or ``mmrec pretrain``, with the options of both.
+
+    Args:
+        summary: Help text of the command.
+        dataset_option: Annotation of ``--dataset``, of one dataset or of several.
+        is_pretraining: True for ``mmrec pretrain``.
+    """
+    new_run = get_type_hints(NewRun, include_extras=True)
+
+    def command(
+        *,
+        model: str | None,
+        dataset: str | list[str] | None,
+        resume: bool,
+        run: str | None,
+        json: bool,
+        root: Path | None,
+        **options: Any,
+    ) -> None:
+        new = NewRun(**options)
+        datasets = [dataset] if isinstance(dataset, str) else dataset or []
+        if resume:
+            resume_training(
+                root, run, model, datasets, new, is_pretraining=is_pretraining, json=json
+            )
+        else:
+            check_no_run(run)
+            start_training(root, model, datasets, new, is_pretraining=is_pretraining, json=json)
+
+    annotations = {
+        "model": ModelOption,
+        "dataset": dataset_option,
+        **new_run,
+        "resume": ResumeOption,
+        "run": RunOption,
+        "json": JsonOption,
+        "root": WarehouseOption,
+    }
+    flags = ("resume", "json")
+    # Typer reads the options from the signature and its annotations.
+    signature = Signature(
+        [
+            Parameter(
+                name,
+                Parameter.KEYWORD_ONLY,
+                default=False if name in flags else None,
+                annotation=annotation,
+            )
+            for name, annotation in annotations.items()
+        ]
+    )
+    command.__doc__ = summary
+    command.__annotations__ = annotations
+    command.__dict__["__signature__"] = signature
+    return command
 
 
 def start_training(

@@ -48,7 +48,12 @@ def evaluate(
     json: JsonOption = False,
     root: WarehouseOption = None,
 ) -> None:
-    """Evaluate a run: rank every validation and test target in the full catalogue."""
+    """Evaluate a run: rank every validation and test target in the full catalogue.
+
+    A pre-training on histories is evaluated on each of its datasets.
+    """
+    from trainer.runs.folder import read_about
+
     if protocol not in _PROTOCOLS:
         raise unknown("protocol", protocol, list(_PROTOCOLS))
     if dataset is not None and protocol == "ranking":
@@ -63,6 +68,9 @@ def evaluate(
         _retrieve(warehouse, folder, dataset, device, json)
         return
     sample = None if users is None else (users, seed)
+    if read_about(folder / "config.toml").get("stage"):
+        _evaluate_sources(warehouse, folder, index, device, sample, json=json)
+        return
     report = run_evaluate(warehouse, folder, index, device, sample)
     if json:
         console.emit_json(asdict(report))
@@ -98,6 +106,32 @@ def _retrieve(
     console.out.print()
     for text in report.protocol:
         console.print_text(text, indent=2)
+
+
+def _evaluate_sources(
+    warehouse: Warehouse,
+    folder: Path,
+    index: str,
+    device: str | None,
+    users_and_seed: tuple[int, int] | None,
+    *,
+    json: bool,
+) -> None:
+    from trainer.runs.evaluate import Sample
+    from trainer.runs.evaluate_sources import evaluate_sources
+    from trainer.runs.run import open_run
+
+    with console.ProgressLine(interval=0.0) as line:
+        run = open_run(warehouse, folder, device=device)
+        sample = None
+        if users_and_seed is not None:
+            sample = Sample(users=users_and_seed[0], seed=users_and_seed[1])
+        reports = evaluate_sources(warehouse, run, index=index, sample=sample, on_stage=line.update)
+    if json:
+        console.emit_json({"run": run.name, "sources": [asdict(report) for report in reports]})
+        return
+    for report in reports:
+        show_evaluated(report)
 
 
 def run_evaluate(

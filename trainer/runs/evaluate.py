@@ -95,21 +95,31 @@ def evaluate(
     batch = f"evaluation of run {run.name} (eval_batch={run.config.eval_batch})"
     remedy = "free memory, or train again with a smaller eval_batch"
     with run_lock(run.folder), memory_errors(batch, remedy):
-        evaluation = _evaluate(run, index, sample, on_stage)
+        load_weights(run.weights, run.model, run.spec.identity())
+        stored_metrics(run.folder / "metrics.parquet")  # report a damaged table first
+        evaluation = rank_run(run, index, sample, on_stage)
         if sample is None:
             _write(warehouse, run, evaluation)
-    lines = protocol_lines(run.data.dataset.info)
+    report = report_of(run, evaluation, index)
     if sample is not None:
-        lines.append("results of a sample are not stored: mmrec compare and report do not use them")
-        if sample.users >= len(run.data.dataset.eval_split("test").users):
-            sample = None
+        report.protocol.append(
+            "results of a sample are not stored: mmrec compare and report do not use them"
+        )
+    return report
+
+
+def report_of(run: Run, evaluation: "Evaluation", index: str) -> EvalReport:
+    """Return the report of an evaluation."""
+    sample = evaluation.sample
+    if sample is not None and sample.users >= len(run.data.dataset.eval_split("test").users):
+        sample = None
     return EvalReport(
         run=run.name,
         dataset=run.spec.dataset,
         model=run.spec.model,
         features=list(run.spec.features),
         index=index,
-        protocol=lines,
+        protocol=protocol_lines(run.data.dataset.info),
         references=_references(run),
         rows=evaluation.rows,
         sample=sample,
@@ -117,21 +127,32 @@ def evaluate(
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Evaluation:
+class Evaluation:
+    """The result of :func:`rank_run`."""
+
     rows: list[dict[str, Any]]
+    """Rows of the metrics table, see :data:`features.schema.METRICS_SCHEMA`."""
     predictions: pa.Table
     """Predictions without the ids of users and items."""
+    sample: Sample | None
+    """The sample of test users that was ranked; ``None``: all users."""
 
 
 def _references(run: Run) -> list[str]:
     return [name for name in REFERENCES if name != run.spec.model]
 
 
-def _evaluate(
+def rank_run(
     run: Run, index: str, sample: Sample | None, on_stage: Callable[[str], None]
-) -> _Evaluation:
-    load_weights(run.weights, run.model, run.spec.identity())
-    stored_metrics(run.folder / "metrics.parquet")  # report a damaged table first
+) -> Evaluation:
+    """Rank the held-out targets of a run whose weights are loaded; nothing is written.
+
+    Args:
+        run: The run.
+        index: Name in :data:`retrieval.indexes.INDEXES`.
+        sample: The test users to rank for; ``None``: all users of both splits.
+        on_stage: Called with the name of each stage.
+    """
     dataset = run.data.dataset
     rows: list[dict[str, Any]] = []
     predictions: list[pa.Table] = []
@@ -159,10 +180,10 @@ def _evaluate(
                 if targets == "all":
                     rows += _list_rows(dataset, split, name, split_ranks)
         predictions.append(_predictions(dataset, split, own, is_cold))
-    return _Evaluation(rows=rows, predictions=pa.concat_tables(predictions))
+    return Evaluation(rows=rows, predictions=pa.concat_tables(predictions), sample=sample)
 
 
-def _write(warehouse: Warehouse, run: Run, evaluation: _Evaluation) -> None:
+def _write(warehouse: Warehouse, run: Run, evaluation: Evaluation) -> None:
     """Write the metrics and the predictions of all users into the run's folder."""
     table = _with_ids(warehouse, run.spec.dataset, evaluation.predictions)
     path = run.folder / "predictions.parquet"

@@ -3,6 +3,7 @@
 from typing import ClassVar
 
 _MOST_NAMES = 40  # a warehouse can hold thousands of runs; the latest are named
+ALLOW_READING = "change its permissions (chmod) or its owner (chown)"
 _LONGEST_NAME = 120  # characters of an unknown name that a message repeats
 
 
@@ -21,6 +22,10 @@ class OutOfMemoryError(UserError):
     """The machine has too little memory: one line with the value, the place and the remedy."""
 
     exit_code = 1
+
+
+class NoPermissionError(UserError):
+    """A file or folder that this user may not read: one line with the path and the remedy."""
 
 
 class DamagedError(UserError):
@@ -55,4 +60,4 @@ def unknown(kind: str, value: str, known: list[str]) -> UserError:
 
 def no_permission(place: object) -> UserError:
     """Return the error for a file or folder that this user may not read."""
-    return UserError(f"{place}: no permission to read it; change its permissions")
+    return NoPermissionError(f"{place}: no permission to read it; {ALLOW_READING}")

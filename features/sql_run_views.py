@@ -56,12 +56,11 @@ def create_run_views(
         info = datasets.get(row["dataset"])
         if "predictions" in selects and (not info or info.fingerprint != row["fingerprint"]):
             del selects["predictions"]
-            leave_out(
-                UserError(
-                    f"the predictions of {name}, whose items are those of another"
-                    f" preparation of {row['dataset']}; train again"
-                )
-            )
+            dataset = row["dataset"]
+            reason = f"whose items are those of another preparation of {dataset}; train again"
+            if info is None and warehouse.is_prepared(dataset):
+                reason = f"whose dataset {dataset} is left out"
+            leave_out(UserError(f"the predictions of {name}, {reason}"))
         columns = f"{quoted(name)} AS run, {quoted(row['dataset'])} AS dataset, *"
         for kind, select in selects.items():
             queries[kind].append(f"SELECT {columns} FROM ({select})")

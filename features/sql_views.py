@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from features.atomic_files import database, is_out_of_space, read_errors
 from features.checksums import verify, verify_files
-from features.errors import DamagedError, UserError
+from features.errors import ALLOW_READING, DamagedError, NoPermissionError, UserError
 from features.memory import check_memory
 from features.schema import FAILURES_SCHEMA, INTERACTIONS_SCHEMA, ITEMS_SCHEMA
 from features.splits import cold_sql, split_sql
@@ -69,14 +69,14 @@ def connect(
         notify: Called with one line for each table or run that is left out.
         sql: Statement that will be run. The files of the views that it names are verified, and
             those whose bytes have changed are left out.
-        on_damage: Called in place of ``notify`` if the reason is a damaged file.
+        on_damage: Called in place of ``notify`` if a file is damaged or may not be read.
 
     Raises:
         UserError: There is no warehouse, or its tables cannot be read.
     """
 
     def leave_out(error: UserError) -> None:
-        is_damage = isinstance(error, DamagedError) and on_damage is not None
+        is_damage = isinstance(error, (DamagedError, NoPermissionError)) and on_damage
         (on_damage if is_damage else notify)(f"left out: {error}")  # type: ignore[misc]
 
     warehouse.require()
@@ -107,7 +107,7 @@ def query(
         warehouse: Warehouse that is queried.
         sql: One SELECT, DESCRIBE or SHOW.
         notify: Called with one line for each table or run that the views leave out.
-        on_damage: Called in place of ``notify`` if the reason is a damaged file.
+        on_damage: Called in place of ``notify`` if a file is damaged or may not be read.
         inexact_as_text: Return dates, times, intervals, bit strings, variants and integers of
             more than 127 bits as DuckDB prints them, also within lists and structs. Arrow and
             Python cannot hold all of their values: Python has no year 10,000 and no 24:00.
@@ -182,6 +182,8 @@ def _query_error(error: duckdb.Error) -> UserError:
     if is_out_of_space(error):
         remedy = f"; the query may use {MEMORY} of memory, and the disk of {tempfile.gettempdir()}"
         return UserError(f"SQL: {line[:200]}{remedy}; select fewer rows or columns, or free space")
+    if "Permission denied" in line:
+        return UserError(f"SQL: {line}; {ALLOW_READING}")
     hint = f"; the views are {', '.join(VIEWS)}" if "does not exist" in line else ""
     return UserError(f"SQL: {line}{hint}")
 

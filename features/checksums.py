@@ -4,11 +4,11 @@ A writer puts ``EMPTY_CHECKSUM`` into the metadata of a file, and :func:`seal` r
 the CRC-32 of the whole file. The checksum is therefore complete whenever the file is, and it is
 copied, moved and removed with the file. It depends on the bytes alone, not on times or names.
 Files of earlier versions and files of other programs have no checksum and are not verified. A
-damaged checksum is told from none by the half of its mark, or by the mark without its digits, that
-is whole. A file that is cut before its checksum does not have the form of its format any more.
+checksum whose mark or digits are damaged is recognised by the part that is intact. A file that is
+cut before its checksum does not have the form of its format any more.
 
-A whole file of another table has a correct checksum, too. The document that is written last for a
-table therefore records the checksums of its files, and :func:`verify_files` compares them.
+A file of another table has a correct checksum of its own bytes. The document that is written last
+for a table therefore records the checksums of its files, and :func:`verify_files` compares them.
 
 CRC-32 detects accidents, not intent. It costs 0.3 CPU seconds a GB where BLAKE2b costs 1.2.
 """

@@ -22,7 +22,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 def exit_code() -> int:
-    """Return 128 + the number of the last received signal; 130 before any."""
+    """Return 128 + the number of the last received signal, or 130 if none was received."""
     return 128 + _last
 
 
@@ -59,7 +59,7 @@ def handle_signals(
         return
 
     global _is_received, _n_contexts
-    is_command = handler is None or not _n_contexts
+    is_command = handler is None or _n_contexts == 0  # not a part of a command
     if is_command:
         _is_received = False
 
@@ -70,11 +70,13 @@ def handle_signals(
             raise Interrupted(signal.Signals(number).name)
         handler(number, frame)
 
+    hook_before = sys.unraisablehook
+
     def report_ignored(ignored: "sys.UnraisableHookArgs") -> None:
         if not isinstance(ignored.exc_value, Interrupted):
             hook_before(ignored)
 
-    hook_before, sys.unraisablehook = sys.unraisablehook, report_ignored
+    sys.unraisablehook = report_ignored
     before = {number: signal.getsignal(number) for number in SIGNALS}
     handled = [number for number in SIGNALS if before[number] not in (signal.SIG_IGN, None)]
     for number in handled:

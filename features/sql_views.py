@@ -40,7 +40,7 @@ _SOURCES = {
 """Table of a dataset -> views that read it."""
 _INEXACT_TYPE = re.compile(
     r"""(?P<name>'(?:[^']|'')*'|"(?:[^"]|"")*")"""
-    r"|\b(?:DATE|(?:TIME|TIMESTAMP)(?:_S|_MS|_NS| WITH TIME ZONE)?|INTERVAL|BIT|BIGNUM"
+    r"|\b(?:DATE|(?:TIME|TIMESTAMP)(?:_S|_MS|_NS| WITH TIME ZONE)?|INTERVAL|BIT|BLOB|BIGNUM"
     r"|UHUGEINT|VARIANT)"
     r"(?=[\[\]),]|$)"
 )
@@ -108,8 +108,8 @@ def query(
         sql: One SELECT, DESCRIBE or SHOW.
         notify: Called with one line for each table or run that the views leave out.
         on_damage: Called in place of ``notify`` if a file is damaged or may not be read.
-        inexact_as_text: Return dates, times, intervals, bit strings, variants and integers of
-            more than 127 bits as DuckDB prints them, also within lists and structs. Arrow and
+        inexact_as_text: Return dates, times, intervals, bits, bytes, variants and integers of more
+            than 127 bits as DuckDB prints them, also within lists and structs. Arrow and
             Python cannot hold all of their values: Python has no year 10,000 and no 24:00.
 
     Returns:

@@ -6,6 +6,7 @@ channels of an image.
 
 import hashlib
 import json
+import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,6 +34,12 @@ from pipeline.media.errors import one_line
 
 _WEIGHTS = (".safetensors", ".bin", ".pth")
 CONFIG = "open_clip_config.json"
+_NAMES = (
+    ("text_cfg", "hf_model_name"),
+    ("text_cfg", "hf_tokenizer_name"),
+    ("vision_cfg", "timm_model_name"),
+)
+"""Section and key of the names of other models in a configuration."""
 _PREPROCESS = ("mean", "std", "interpolation", "resize_mode", "fill_color")
 
 
@@ -169,7 +176,8 @@ def from_folder(name: str, folder: Path, device: str | None, compute: str) -> Op
     """Load a folder in open_clip's own format: ``open_clip_config.json`` and weights.
 
     Raises:
-        UserError: The configuration or the weights are missing or do not fit.
+        UserError: The configuration or the weights are missing or do not fit, or the configuration
+            names a folder or a remote place as its text or vision model.
     """
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["model_cfg"]
@@ -177,6 +185,15 @@ def from_folder(name: str, folder: Path, device: str | None, compute: str) -> Op
         raise UserError(
             f"backbone {name!r}: {folder / CONFIG} cannot be used ({one_line(error)})"
         ) from None
+    for section, key in _NAMES:
+        encoder = config.get(section) if isinstance(config, dict) else None
+        other = encoder.get(key) if isinstance(encoder, dict) else None
+        # A name of a model is no path and has no scheme, such as local-dir: and hf-hub:.
+        if other and not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", str(other)):
+            raise UserError(
+                f"backbone {name!r}: {folder / CONFIG} names {str(other)[:80]!r} as {key}, which is"
+                " no name of a model; take a folder that contains its whole model"
+            )
     if not any(path.suffix in _WEIGHTS for path in folder.iterdir()):
         raise UserError(f"backbone {name!r}: {folder} holds no weights ({', '.join(_WEIGHTS)})")
     return _load(name, f"local-dir:{folder}", config, device, compute)

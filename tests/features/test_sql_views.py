@@ -225,6 +225,7 @@ def test_columns_of_one_name_all_stay(warehouse: Warehouse) -> None:
         ("TIMETZ '12:00:00+15:59:59'", "12:00:00+15:59:59"),
         ("INTERVAL 1000000 YEAR", "1000000 years"),
         ("'101'::BIT", "101"),
+        (r"'a\xFF'::BLOB", r"a\xFF"),
         (f"{2**128 - 1}::UHUGEINT", str(2**128 - 1)),
         ("1::VARIANT", "1"),
         ("[DATE '290000-01-01']", ["290000-01-01"]),

@@ -143,11 +143,19 @@ def _struct_sql(value: str, kind: DuckDBPyType, arrow_type: pa.DataType | None, 
 
 
 def id_sql(name: str, kind: DuckDBPyType) -> str:
-    """Return SQL of a column of ids as text; a whole float is an integer: ``5``, not ``5.0``."""
+    """Return SQL of a column of ids as text, without blanks around them.
+
+    A whole float is an integer: ``5``, not ``5.0``.
+    """
     column = quote_identifier(name)
     if _NUMBERS.fullmatch(str(kind)):
         return f"TRY_CAST({column} AS HUGEINT)::VARCHAR"
-    return f"{column}::VARCHAR"
+    return without_blanks_sql(f"{column}::VARCHAR")
+
+
+def without_blanks_sql(text: str) -> str:
+    """Return SQL of a text without spaces and tabs at both ends."""
+    return f"trim({text}, ' \t')"
 
 
 def check_ids(

@@ -25,6 +25,7 @@ from pipeline.datasets.importers.column_types import (
     quote_identifier,
     text_sql,
     type_error,
+    without_blanks_sql,
 )
 from pipeline.datasets.importers.raw_sql import (
     TABLES,
@@ -179,7 +180,7 @@ def _create_from_jsonl(db: duckdb.DuckDBPyConnection, path: Path) -> ItemsFile:
 
 
 def _json_id_sql(db: duckdb.DuckDBPyConnection, path: Path, item: str) -> str:
-    """Return SQL of the id of a line as text; a whole float is an integer.
+    """Return SQL of the id of a line as text, as :func:`id_sql` does for a column.
 
     Raises:
         UserError: An id is neither text nor a whole number.
@@ -197,6 +198,7 @@ def _json_id_sql(db: duckdb.DuckDBPyConnection, path: Path, item: str) -> str:
         raise UserError(
             f"{path}, line {line}: {item} is {value[:80]}; write the ids as text or integers"
         )
+    text = without_blanks_sql(text)
     return f"CASE WHEN {kind} = 'DOUBLE' THEN {number}::BIGINT::VARCHAR ELSE {text} END"
 
 

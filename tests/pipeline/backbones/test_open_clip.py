@@ -1,6 +1,8 @@
 """Models of open_clip, against the library's own functions."""
 
 import json
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from features.errors import UserError
 from features.warehouse import slug
 from pipeline.backbones.loading import load_backbone
 from tests.pipeline.backbones.checkpoints import (
@@ -32,6 +35,30 @@ def test_open_clip_folder_equals_a_bare_loop(clip: Path) -> None:
     assert close(texts_of(ours), texts)
     assert [len(ids) for ids in ours.texts(["a red shoe", "words " * 90])] == [5, 77]
     assert "0.5/0.4/0.3" in ours.preprocessing("image")
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("text_cfg", "hf_model_name", "../other"),
+        ("text_cfg", "hf_model_name", "/tmp/other"),
+        ("text_cfg", "hf_model_name", "a/../../other"),
+        ("text_cfg", "hf_tokenizer_name", "~/other"),
+        ("vision_cfg", "timm_model_name", "local-dir:/tmp/other"),
+        ("vision_cfg", "timm_model_name", "hf-hub:someone/model"),
+    ],
+)
+def test_a_configuration_that_leads_outside_its_folder_is_refused(
+    clip: Path, tmp_path: Path, section: str, key: str, value: str
+) -> None:
+    folder = tmp_path / "clip"
+    shutil.copytree(clip, folder)
+    path = folder / "open_clip_config.json"
+    document = json.loads(path.read_text())
+    document["model_cfg"].setdefault(section, {})[key] = value
+    path.write_text(json.dumps(document))
+    with pytest.raises(UserError, match=rf"{re.escape(value)}.*{key}"):
+        load_backbone(str(folder), device="cpu")
 
 
 def test_other_text_towers_keep_what_they_look_at(tmp_path: Path) -> None:

@@ -1,3 +1,4 @@
+import json
 import re
 from pathlib import Path
 
@@ -50,6 +51,33 @@ def test_a_column_without_a_name_is_an_attribute(
     items = items_of(warehouse)
     assert [item["text"] for item in items] == ["Salt", "Tea", "Rice"]
     assert f'"column{1 if first else 3}":"0"' in items[0]["attributes"]
+
+
+@pytest.mark.parametrize("blank", [" ", "\t", "   "])
+@pytest.mark.parametrize("items", ["items.csv", "items.parquet", "items.jsonl"])
+def test_blanks_around_ids_are_not_part_of_them(tmp_path: Path, items: str, blank: str) -> None:
+    def read(name: str, blank: str) -> list[object]:
+        lines = INTERACTIONS.splitlines()
+        rows = [line.split(",") for line in lines[1:]]
+        rows = [[f"{user}{blank * (i % 2)}", blank + item, *rest] for i, (user, item, *rest) in
+                enumerate(rows)]  # fmt: skip
+        raw = tmp_path / name
+        raw.mkdir()
+        ids = [f"{item}{blank}" for item in "abc"]
+        if items == "items.csv":
+            text = "".join(f"{item_id},Salt\n" for item_id in ids)
+            (raw / items).write_text(f"item_id,title\n{text}")
+        elif items == "items.jsonl":
+            pairs = [{"item_id": item_id, "title": "Salt"} for item_id in ids]
+            (raw / items).write_text("".join(f"{json.dumps(pair)}\n" for pair in pairs))
+        else:
+            pq.write_table(pa.table({"item_id": ids, "title": ["Salt"] * 3}), raw / items)
+        warehouse = Warehouse(tmp_path / f"{name}-warehouse")
+        text = "\n".join([lines[0], *(",".join(row) for row in rows)])
+        prepared(warehouse, raw, {"interactions.csv": f"{text}\n"})
+        return [sequences_of(warehouse), [item["item_id"] for item in items_of(warehouse)]]
+
+    assert read("blank", blank) == read("plain", "")
 
 
 @pytest.mark.parametrize("compression", ["snappy", "zstd", "none"])

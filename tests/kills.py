@@ -167,7 +167,8 @@ def finish(command: Sequence[str], warehouse: Path, log: Path, modules: Path | N
 def contents(warehouse: Path) -> dict[str, str]:
     """Return a digest of each file of a warehouse, of what must be equal in it.
 
-    The parts of a table are one entry. Locks have their names only.
+    The parts of a table are one entry, and of its manifest it counts whether it names all parts:
+    a command that is continued divides the rows into other parts. Locks have their names only.
     """
     digests: dict[str, str] = {}
     for path in sorted(warehouse.rglob("*")):
@@ -183,6 +184,12 @@ def contents(warehouse: Path) -> dict[str, str]:
             lines = path.read_text().splitlines()
             kept = [line for line in lines if not re.match("created =|# mmrec-crc32", line)]
             digests[name] = _digest("\n".join(kept).encode())
+        elif path.name == "manifest.json":
+            document = json.loads(path.read_text())
+            recorded = set(document.pop("parts"))
+            del document["checksum"]  # that of the document, which names the parts
+            is_complete = recorded == {part.name for part in path.parent.glob("part-*.parquet")}
+            digests[name] = _digest(repr((document, is_complete)).encode())
         else:
             digests[name] = _digest(path.read_bytes())
     return digests

@@ -1,9 +1,14 @@
 """``mmrec demo``: the whole way on a small dataset of its own, offline."""
 
+from typing import TYPE_CHECKING
+
 from cli import console, evaluate, extract, prepare, training_options
 from cli.options import JsonOption, WarehouseOption
 from features.signals import raise_received
 from features.warehouse import Warehouse
+
+if TYPE_CHECKING:
+    from trainer.runs.evaluate import EvalReport
 
 _STATEMENT = """
     SELECT modality, backbone, count(*) AS vectors, (SELECT count(*) FROM items) AS items
@@ -22,9 +27,6 @@ def demo(json: JsonOption = False, root: WarehouseOption = None) -> None:
     from pipeline.backbones.listing import offline_backbone
     from pipeline.datasets.prepare import PrepareOptions
     from pipeline.extraction.options import ExtractOptions
-    from trainer.config import SettingSources
-    from trainer.runs.run import create_run, train_run
-    from trainer.runs.spec import RunSpec
 
     warehouse = Warehouse(root)
     console.notify("1. prepare: images, titles, videos, and users with a known taste")
@@ -37,27 +39,12 @@ def demo(json: JsonOption = False, root: WarehouseOption = None) -> None:
         image=backbones["image"], text=backbones["text"], video=backbones["video"]
     )
     extracted = extract.run_extract(warehouse, "demo", choices)
-    reports = {}
-    for model, settings in _TRAININGS.items():
-        features = _feature_tables(backbones) if model == "mmsrec" else None
-        spec = RunSpec.resolve(
-            warehouse,
-            model,
-            ["demo"],
-            features=features,
-            sources=SettingSources(pairs=settings),
+    reports = {
+        model: _train_and_evaluate(
+            warehouse, model, _feature_tables(backbones) if model == "mmsrec" else None
         )
-        run = create_run(warehouse, spec)
-        console.notify(f"3. train: {model}")
-        watching = training_options.TrainWatch()
-        try:
-            ended = train_run(run, on_progress=watching)
-        finally:
-            watching.line.close()
-        if not ended.finished:
-            raise KeyboardInterrupt
-        raise_received()  # a signal while the last epoch is saved does not stop the training
-        reports[model] = evaluate.run_evaluate(warehouse, run.folder, "faiss")
+        for model in _TRAININGS
+    }
     if json:
         evaluations = {model: asdict(report) for model, report in reports.items()}
         console.emit_json({"dataset": info.summary(), "evaluations": evaluations})
@@ -72,6 +59,33 @@ def demo(json: JsonOption = False, root: WarehouseOption = None) -> None:
     console.notify("4. sql: " + " ".join(_STATEMENT.split()))
     table = query(warehouse, _STATEMENT)
     console.table(table.column_names, zip(*(c.to_pylist() for c in table.columns), strict=True))
+
+
+def _train_and_evaluate(
+    warehouse: Warehouse, model: str, features: list[str] | None
+) -> "EvalReport":
+    """Train a model on the demo and evaluate it.
+
+    Raises:
+        KeyboardInterrupt: A signal was received.
+    """
+    from trainer.config import SettingSources
+    from trainer.runs.run import create_run, train_run
+    from trainer.runs.spec import RunSpec
+
+    sources = SettingSources(pairs=_TRAININGS[model])
+    spec = RunSpec.resolve(warehouse, model, ["demo"], features=features, sources=sources)
+    run = create_run(warehouse, spec)
+    console.notify(f"3. train: {model}")
+    watching = training_options.TrainWatch()
+    try:
+        ended = train_run(run, on_progress=watching)
+    finally:
+        watching.line.close()
+    if not ended.finished:
+        raise KeyboardInterrupt
+    raise_received()  # a signal while the last epoch is saved does not stop the training
+    return evaluate.run_evaluate(warehouse, run.folder, "faiss")
 
 
 def _feature_tables(backbones: dict[str, str]) -> list[str]:

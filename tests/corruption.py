@@ -141,7 +141,7 @@ class Result:
         return [
             line
             for line in self.errors.splitlines()
-            if re.match("error|left out|dataset .* cannot be used", line)
+            if re.match(r"error|left out|dataset .* cannot be used|\d+/\d+ .*: failed: ", line)
         ]
 
 

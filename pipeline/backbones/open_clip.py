@@ -34,11 +34,7 @@ from pipeline.media.errors import one_line
 
 _WEIGHTS = (".safetensors", ".bin", ".pth")
 CONFIG = "open_clip_config.json"
-_NAMES = (
-    ("text_cfg", "hf_model_name"),
-    ("text_cfg", "hf_tokenizer_name"),
-    ("vision_cfg", "timm_model_name"),
-)
+_NAMES = (("text_cfg", "hf_model_name"), ("vision_cfg", "timm_model_name"))
 """Section and key of the names of other models in a configuration."""
 _PREPROCESS = ("mean", "std", "interpolation", "resize_mode", "fill_color")
 

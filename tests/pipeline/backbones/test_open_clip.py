@@ -43,7 +43,7 @@ def test_open_clip_folder_equals_a_bare_loop(clip: Path) -> None:
         ("text_cfg", "hf_model_name", "../other"),
         ("text_cfg", "hf_model_name", "/tmp/other"),
         ("text_cfg", "hf_model_name", "a/../../other"),
-        ("text_cfg", "hf_tokenizer_name", "~/other"),
+        ("text_cfg", "hf_model_name", "~/other"),
         ("vision_cfg", "timm_model_name", "local-dir:/tmp/other"),
         ("vision_cfg", "timm_model_name", "hf-hub:someone/model"),
     ],

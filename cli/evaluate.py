@@ -117,6 +117,7 @@ def _evaluate_sources(
     *,
     json: bool,
 ) -> None:
+    """Evaluate a pre-training on each of its datasets, and print the reports."""
     from trainer.runs.evaluate import Sample
     from trainer.runs.evaluate_sources import evaluate_sources
     from trainer.runs.run import open_run

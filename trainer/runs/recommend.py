@@ -258,7 +258,7 @@ def _index_of(ids: pa.Array | pa.ChunkedArray, text: str) -> int:
     """Return the index of an id, -1 if it is not among the ids.
 
     ``pyarrow.compute.index`` converts the id to a scalar, and pyarrow's first conversion imports
-    pandas where pandas is installed: a quarter of the time of a whole `mmrec recommend`.
+    pandas where pandas is installed, which takes 0.3 CPU s.
     """
     chunks = ids.chunks if isinstance(ids, pa.ChunkedArray) else [ids]
     start = 0

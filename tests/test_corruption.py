@@ -7,7 +7,7 @@ import pytest
 
 @pytest.mark.slow
 def test_damaged_files_are_refused_or_made_again() -> None:
-    command = [sys.executable, "-m", "tests.corruption", "--flips", "5", "--truncations", "2"]
+    command = [sys.executable, "-m", "tests.corruption", "--flips", "8", "--truncations", "3"]
     done = subprocess.run(
         command,
         env={**os.environ, "OMP_NUM_THREADS": "1"},

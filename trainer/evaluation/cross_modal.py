@@ -1,13 +1,18 @@
 """Evaluate retrieval across modalities: from an item's text to its image or video, and back.
 
 Each item of a pool is encoded twice: from its text, and from its image and video. The text encoding
-of an item is a query: it ranks the visual encodings of all items of the pool, and the target is the
-visual encoding of the same item. The other direction is evaluated in the same way. Ranks are exact,
-and ties count against the model.
+of an item is a query: it ranks the visual encodings of the pool, and the target is the visual
+encoding of the same item. The other direction is evaluated in the same way. Ranks are exact, and
+ties count against the model.
 
-Legend: N items, K items of the pool, D width.
+Items with the same image and video, such as the captions of one image, have one visual encoding:
+each of their texts is a query that has it as its target. In the other direction, the target is the
+best ranked of their texts (Recall@k of Flickr8k, Hodosh et al., JAIR 2013).
+
+Legend: N items, K items of the pool, G different visual encodings, D width.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +24,7 @@ from features.dataset import Ints
 from features.errors import UserError
 from retrieval.metrics import PerUser, hit_rate, reciprocal_rank
 from retrieval.ranking import rank
+from retrieval.seen_items import SeenItems
 from retrieval.significance import bootstrap
 from trainer.data.batches import ItemFeatures
 
@@ -92,18 +98,69 @@ def encode_sides(model: Any, features: ItemFeatures, pool_K: Tensor) -> tuple[Te
     return vision_KD, text_KD
 
 
-def both_ways(vision_KD: Tensor, text_KD: Tensor) -> dict[str, Ints]:
-    """Return for each direction the rank of each query's item among all items: (K,), from 1."""
-    targets = np.arange(len(text_KD))
+def both_ways(vision_KD: Tensor, text_KD: Tensor, image_K: Tensor | None = None) -> dict[str, Ints]:
+    """Return for each direction the rank of each query's target, from 1: (K,) and (G,).
+
+    Args:
+        vision_KD: (K, D) encodings of images and videos.
+        text_KD: (K, D) encodings of texts.
+        image_K: (K,) int64; items with equal numbers have the same image and video. By default, all
+            items have different ones, and G = K.
+
+    Examples:
+        The first two items are captions of one image:
+
+        >>> vision = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+        >>> text = torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.0, 1.0]])
+        >>> ranks = both_ways(vision, text, torch.tensor([0, 0, 1]))
+        >>> ranks["text-to-vision"].tolist(), ranks["vision-to-text"].tolist()
+        ([2, 1, 1], [1, 2])
+    """
+    items_K = np.arange(len(text_KD))
+    images = items_K if image_K is None else image_K.cpu().numpy()
+    _, first_G, image_of_K = np.unique(images, return_index=True, return_inverse=True)
+    by_image_K = np.argsort(image_of_K, kind="stable")
+    texts_G = np.bincount(image_of_K)
+    bounds = np.append(0, texts_G.cumsum())
+    # The other texts of an image do not compete with one of them.
+    own = SeenItems(items=by_image_K, offsets=bounds).take(image_of_K)
+    is_other = own.items != items_K.repeat(np.diff(own.offsets))
+    others = SeenItems(
+        items=own.items[is_other], offsets=np.append(0, (texts_G[image_of_K] - 1).cumsum())
+    )
+    of_text_K = rank(vision_KD, text_KD, items_K, others).filtered
     return {
-        TO_VISION: rank(text_KD, vision_KD, targets).kept,
-        TO_TEXT: rank(vision_KD, text_KD, targets).kept,
+        TO_VISION: rank(text_KD, vision_KD[torch.from_numpy(first_G)], image_of_K).kept,
+        TO_TEXT: np.minimum.reduceat(of_text_K[by_image_K], bounds[:-1]),
     }
+
+
+def same_vision(features: ItemFeatures, pool_K: Tensor) -> Tensor:
+    """Return (K,) int64, equal for items of the pool with the same image and video."""
+    return copies(features, Sides.of(features).vision)[pool_K]
+
+
+def copies(features: ItemFeatures, modalities: Sequence[str]) -> Tensor:
+    """Return (N,) int64: the first item with the same vectors as an item in these modalities."""
+    hashes = [_hash_rows(features.vectors[name]) for name in modalities]
+    label_N = torch.stack(hashes, dim=1).unique(dim=0, return_inverse=True)[1]
+    item_N = torch.arange(len(label_N), device=label_N.device)
+    return torch.full_like(label_N, len(label_N)).scatter_reduce(0, label_N, item_N, "amin")[
+        label_N
+    ]
+
+
+def _hash_rows(x_ND: Tensor) -> Tensor:
+    """Return (N,) int64 hashes of rows; different rows have equal hashes with low probability."""
+    factors = np.random.default_rng(0).integers(-(2**62), 2**62, x_ND.shape[1])
+    factor_D = torch.from_numpy(factors * 2 + 1).to(x_ND.device)
+    blocks = x_ND.view(torch.int32).split(2**16)
+    return torch.cat([(block.long() * factor_D).sum(1) for block in blocks])
 
 
 def retrieve(model: Any, features: ItemFeatures, pool_K: Tensor) -> dict[str, Ints]:
     """Encode the pool by :func:`encode_sides`, and rank it in both directions: see `both_ways`."""
-    return both_ways(*encode_sides(model, features, pool_K))
+    return both_ways(*encode_sides(model, features, pool_K), same_vision(features, pool_K))
 
 
 def recalls(ranks: Ints) -> dict[str, PerUser]:

@@ -19,6 +19,7 @@ from trainer.evaluation.cross_modal import (
     raw_sides,
     retrieval_rows,
     retrieve,
+    same_vision,
 )
 from trainer.runs.folder import replace_metrics, run_lock
 from trainer.runs.run import Run
@@ -84,7 +85,9 @@ def evaluate_retrieval(
             sides = raw_sides(features, pool_K)
             if sides is not None:
                 raw = True
-                rows += retrieval_rows(split, "features", both_ways(*sides))
+                rows += retrieval_rows(
+                    split, "features", both_ways(*sides, same_vision(features, pool_K))
+                )
         if dataset is None:
             replace_metrics(
                 run.folder / "metrics.parquet",

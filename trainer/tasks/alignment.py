@@ -30,7 +30,7 @@ from trainer.config import Choice, NonNegativeFloat, Range, Settings, TrainConfi
 from trainer.data.batches import ItemFeatures, Shard, TrainingData
 from trainer.data.multi_dataset import item_splits
 from trainer.distributed import gather_ids, gather_rows, global_mean_rows, rank_offset, world_size
-from trainer.evaluation.cross_modal import Sides, recalls, retrieve
+from trainer.evaluation.cross_modal import Sides, copies, recalls, retrieve
 from trainer.losses.clip import in_batch_symmetric
 from trainer.losses.in_batch import Columns, in_batch
 from trainer.models.base import Recommender
@@ -90,7 +90,8 @@ class Alignment(Task[Tensor]):
         model: A recommender that is :class:`Aligned`.
         features: Features of the whole catalogue.
         splits: (N,) bool for each of ``validation`` and ``test``, true for the items of the split.
-            Training uses no item of a split.
+            Training uses no item of a split. Items with the same image and video are in the split
+            of the first of them.
         config: Settings.
 
     Raises:
@@ -135,18 +136,20 @@ class Alignment(Task[Tensor]):
             "t": self.sides.text,
             "vt": tuple(features.present),
         }
+        labels = self._copies()
+        # An image and its copies, such as the captions of one image, are in one split.
+        item_N = torch.arange(features.n_items, device=vision_N.device)
+        first_N = torch.where(vision_N, labels["v"], item_N)
         in_split = {
-            name: torch.from_numpy(is_held_N).to(vision_N.device)
+            name: torch.from_numpy(is_held_N).to(vision_N.device)[first_N]
             for name, is_held_N in splits.items()
         }
         is_training_N = ~torch.stack(list(in_split.values())).any(0)
-        copies = self._copies()
-        training_labels = copies["vt"][self._present["vt"] & is_training_N]
-        is_new_N = self._present["vt"] & ~torch.isin(copies["vt"], training_labels)
         self.pools = {
-            name: (is_new_N & is_held_N).nonzero()[:, 0] for name, is_held_N in in_split.items()
+            name: (self._present["vt"] & is_held_N).nonzero()[:, 0]
+            for name, is_held_N in in_split.items()
         }
-        """Split to its items (K,) that have vision and text, without copies of training items."""
+        """Split to its items (K,) that have vision and text."""
         self._training_items = ((vision_N | text_N) & is_training_N).nonzero()[:, 0].cpu().numpy()
         counts = {name: len(pool_K) for name, pool_K in self.pools.items()}
         counts = {"training": int((self._present["vt"] & is_training_N).sum()), **counts}
@@ -156,7 +159,7 @@ class Alignment(Task[Tensor]):
                 f"too few items have text and vision ({listed}); extract more, or set holdout"
                 f" (it is {config.holdout})"
             )
-        self._labels = copies if config.duplicates == "mask" else {}
+        self._labels = labels if config.duplicates == "mask" else {}
 
     def epoch(
         self, config: TrainConfig, epoch: int, *, skip: int, shard: Shard
@@ -230,11 +233,7 @@ class Alignment(Task[Tensor]):
 
     def _copies(self) -> dict[str, Tensor]:
         """Return (N,) int64 labels for each term. Items that are copies have equal labels."""
-        hashes = {name: _hash_rows(x_ND) for name, x_ND in self.features.vectors.items()}
-        labels = {}
-        for side, names in self._names.items():
-            stacked = torch.stack([hashes[name] for name in names], dim=1)
-            labels[side] = stacked.unique(dim=0, return_inverse=True)[1]
+        labels = {side: copies(self.features, names) for side, names in self._names.items()}
         # Term (v, t): items are copies if they share an image or a title, or both are copies of a
         # third item.
         group_N = torch.arange(self.features.n_items, device=self._present["vt"].device)
@@ -270,11 +269,3 @@ def contrast(x_MD: Tensor, y_MD: Tensor, scale: float, label_M: Tensor | None) -
         for query, key in ((x_MD, y_MD), (y_MD, x_MD))
     ]
     return (both[0] + both[1]) * (rows / mean)
-
-
-def _hash_rows(x_ND: Tensor) -> Tensor:
-    """Return (N,) int64 hashes of rows; different rows have equal hashes with low probability."""
-    factors = np.random.default_rng(0).integers(-(2**62), 2**62, x_ND.shape[1])
-    factor_D = torch.from_numpy(factors * 2 + 1).to(x_ND.device)
-    blocks = x_ND.view(torch.int32).split(2**16)
-    return torch.cat([(block.long() * factor_D).sum(1) for block in blocks])

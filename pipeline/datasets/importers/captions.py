@@ -2,10 +2,13 @@
 
 ``items`` is a table with a column of ids and a column of captions, such as the splits of MSR-VTT
 and WebVid, or lines ``FILE#NUMBER<TAB>caption`` as Flickr8k has them. An item may have several
-rows: its first caption is its text, and all captions are the list ``captions`` of its attributes.
-Images and videos are files named by the item id.
+rows. The layout ``captions`` takes its first caption as its text, and all captions as the list
+``captions`` of its attributes. The layout ``caption-items`` makes each caption an item, ``ID#0``,
+``ID#1`` and so on, with the image and the video of ``ID``. Images and videos are files named by the
+item id.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import duckdb
@@ -72,6 +75,24 @@ def read(db: duckdb.DuckDBPyConnection, root: Path, files: Files) -> ImportResul
     return ImportResult(timestamps=False, notes=(note, *create_raw_items(db, root, files)))
 
 
+def read_each(db: duckdb.DuckDBPyConnection, root: Path, files: Files) -> ImportResult:
+    """Read the captions as items; there are no interactions.
+
+    Raises:
+        UserError: The file is damaged, or has no column of ids or of captions.
+    """
+    result = read(db, root, files)
+    db.execute(
+        "CREATE OR REPLACE TABLE raw_items AS SELECT item_id || '#' || (row_number() OVER"
+        " (PARTITION BY item_id ORDER BY row) - 1) AS item_id, caption AS text, image, video,"
+        " json_object('captioned', item_id)::VARCHAR AS attributes"
+        " FROM _captions JOIN raw_items USING (item_id) WHERE caption IS NOT NULL ORDER BY row"
+    )
+    count, captioned = fetch_row(db, "SELECT count(*), count(DISTINCT attributes) FROM raw_items")
+    note = f"{plural(count, 'caption')} of {plural(captioned, 'item')}; each is an item of its own"
+    return replace(result, notes=(note, *result.notes[1:]))
+
+
 IMPORTER = Importer(
     summary="items without users: ids and captions (MSR-VTT, WebVid, Flickr8k)",
     files={
@@ -82,4 +103,9 @@ IMPORTER = Importer(
     required=("items",),
     read=read,
     example={"captions.csv": "video_id,sentence\nv1,A man runs\nv1,A runner\nv2,A dog\n"},
+)
+EACH_CAPTION = replace(
+    IMPORTER,
+    summary="the same files; each caption is an item, and captions of an image share the image",
+    read=read_each,
 )

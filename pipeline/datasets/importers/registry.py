@@ -18,6 +18,7 @@ IMPORTERS: Registry[Importer] = Registry(
         "amazon": amazon.IMPORTER,
         "recbole": recbole.IMPORTER,
         "captions": captions.IMPORTER,
+        "caption-items": captions.EACH_CAPTION,
         "table": table.IMPORTER,
     },
     group="mmrec.importers",

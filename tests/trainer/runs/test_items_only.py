@@ -43,6 +43,31 @@ def test_items_are_aligned_and_retrieved(warehouse: Warehouse, tmp_path: Path) -
     assert raw == [1.0] * 8  # both sides have the same vectors
 
 
+def test_all_captions_of_an_image_are_answers(warehouse: Warehouse, tmp_path: Path) -> None:
+    """Each of 60 captions is a query; each of 20 images has three of them."""
+    lines = [f"v{number % 20},caption {number}" for number in range(60)]
+    content = {"captions.csv": "video_id,sentence\n" + "\n".join(lines) + "\n"}
+    prepared(warehouse, tmp_path / "raw", content, format="caption-items")
+    vectors = np.random.default_rng(0).normal(size=(20, 6)).astype(np.float32)
+    np.save(tmp_path / "v.npy", vectors[np.arange(60) % 20])
+    file = str(tmp_path / "v.npy")
+    words = ("--dataset", "mine", "--video", file, "--text", file, "--prepared-order")
+    assert _run(warehouse, "import-features", *words)[0] == 0
+    settings = ("--set", "holdout=0.2", *SMALL)
+    code, _, errors = _run(
+        warehouse, "pretrain", "--model", "mmsrec", "--dataset", "mine", *settings
+    )
+    assert code == 0, errors
+    code, output, errors = _run(
+        warehouse, "eval", "--protocol", "retrieval", "--dataset", "mine", "--json"
+    )
+    assert code == 0, errors
+    rows = [row for row in json.loads(output)["rows"] if row["ranker"] == "features"]
+    queries = {row["targets"]: row["users"] for row in rows}
+    assert queries == {"text-to-vision": 60, "vision-to-text": 20}
+    assert [row["value"] for row in rows] == [1.0] * 8
+
+
 @pytest.mark.parametrize(
     ("command", "reason"),
     [

@@ -162,17 +162,21 @@ def test_held_out_items_are_never_learned_from() -> None:
     assert sorted(halves) == sorted(last.tolist())
 
 
-def test_a_copy_of_what_is_learned_is_not_searched_for() -> None:
-    """The same picture and title under another id: training has seen that pair."""
+def test_copies_of_an_image_are_in_one_split() -> None:
+    """Training never sees the image of a held-out item under another id."""
     features = worlds.features(40, missing=False)
-    before = alignment(features).pools
-    for name in ("image", "text"):
-        features.vectors[name][10] = features.vectors[name][11]
-    features.vectors["text"][20] = features.vectors["text"][21]  # another picture: another item
-    after = alignment(features).pools
-    assert before["validation"].tolist() == [0, 10, 20, 30]
-    assert after["validation"].tolist() == [0, 20, 30]
-    assert torch.equal(after["test"], before["test"])
+    before = alignment(features)
+    assert before.pools["validation"].tolist() == [0, 10, 20, 30]
+    features.vectors["image"][11] = features.vectors["image"][10]
+    features.vectors["image"][30] = features.vectors["image"][29]
+    features.vectors["text"][20] = features.vectors["text"][21]  # another image: another item
+    after = alignment(features)
+    assert after.pools["validation"].tolist() == [0, 10, 11, 20]
+    assert torch.equal(after.pools["test"], before.pools["test"])
+    _, batches = after.epoch(TrainConfig(batch_size=40), 0, skip=0, shard=Shard())
+    training = set(torch.cat(list(batches)).tolist())
+    assert {29, 30, 21} <= training
+    assert not {0, 10, 11, 20} & training
 
 
 def test_retrieval_by_hand_ties_count_against() -> None:
@@ -185,6 +189,36 @@ def test_retrieval_by_hand_ties_count_against() -> None:
     assert values["Recall@1"] == pytest.approx(1 / 3)
     assert values["Recall@5"] == 1
     assert values["MRR"] == pytest.approx((1 + 1 / 2 + 1 / 3) / 3)
+
+
+def test_retrieval_of_several_captions_by_hand() -> None:
+    vision = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 0.0]])
+    text = torch.tensor([[0.0, 1.0], [0.9, 1.0], [1.0, 0.0], [1.0, 0.0]])
+    ranks = both_ways(vision, text, torch.tensor([5, 2, 5, 5]))
+    assert ranks["text-to-vision"].tolist() == [2, 1, 1, 1]
+    # Images in the order of their numbers: the caption of 2 is below one of 5, whose two equal
+    # captions do not compete.
+    assert ranks["vision-to-text"].tolist() == [2, 1]
+    generator = torch.Generator().manual_seed(0)
+    vision, text = (torch.randn(30, 4, generator=generator) for _ in range(2))
+    image = torch.randint(9, (30,), generator=generator)
+    first = {number: int((image == number).nonzero()[0, 0]) for number in set(image.tolist())}
+    vision = vision[[first[number] for number in image.tolist()]]
+    scores = text.double() @ vision.double().T
+    distinct = sorted(first)
+    ranks = both_ways(vision, text, image)
+    to_vision = [
+        sum(scores[k, first[other]] >= scores[k, k] for other in distinct) for k in range(30)
+    ]
+    to_text = [
+        1
+        + sum(
+            scores[image != number, first[number]] >= scores[image == number, first[number]].max()
+        )
+        for number in distinct
+    ]
+    assert ranks["text-to-vision"].tolist() == to_vision
+    assert ranks["vision-to-text"].tolist() == to_text
 
 
 def planted(n_items: int = 200) -> ItemFeatures:

@@ -28,6 +28,19 @@ def test_several_captions_of_an_item(warehouse: Warehouse, tmp_path: Path) -> No
     assert dataset.train_counts.tolist() == [0, 0]
 
 
+def test_each_caption_is_an_item(warehouse: Warehouse, tmp_path: Path) -> None:
+    content = {"flickr8k_captions.txt": FLICKR, "images/1_a.jpg": "x"}
+    info = prepared(warehouse, tmp_path / "raw", content, format="caption-items")
+    assert (info.users, info.items, info.interactions) == (0, 3, 0)
+    columns = ("item_id", "text", "image")
+    assert [tuple(row[name] for name in columns) for row in items_of(warehouse)] == [
+        ("1_a#0", "A & B", "images/1_a.jpg"),
+        ("1_a#1", "Second", "images/1_a.jpg"),
+        ("2_b#0", "Only", None),
+    ]
+    assert json.loads(items_of(warehouse)[1]["attributes"]) == {"captioned": "1_a"}
+
+
 @pytest.mark.parametrize(
     "content", [{"captions.csv": ""}, {"captions.csv": "id,size\na,1\n"}, {"captions.txt": ""}]
 )
@@ -41,3 +54,18 @@ def test_the_test_captions_of_msr_vtt(warehouse: Warehouse, real_data: Path) -> 
     info = prepare_dataset(warehouse, PrepareOptions(dataset="msr-vtt", raw=raw))
     assert (info.users, info.items, info.interactions) == (0, 1000, 0)
     assert all(row["text"] for row in items_of(warehouse, "msr-vtt"))
+
+
+def test_five_captions_of_each_image_of_flickr(tmp_path: Path, real_data: Path) -> None:
+    raw = real_data / "weird" / "captions"
+    warehouse = Warehouse(tmp_path / "warehouse")
+    options = PrepareOptions(
+        dataset="flickr",
+        raw=raw,
+        format="caption-items",
+        files={"items": "flickr8k_captions.txt", "images": "images"},
+    )
+    assert prepare_dataset(warehouse, options).items == 20
+    rows = items_of(warehouse, "flickr")
+    assert len({row["image"] for row in rows}) == 4
+    assert all(row["item_id"].rpartition("#")[0] in row["image"] for row in rows)

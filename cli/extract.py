@@ -28,6 +28,9 @@ def extract(
     video: Annotated[OptionalStr, Option(help="Backbone for videos, 1 frame a second.")] = None,
     joint: Annotated[OptionalStr, Option(help="Backbone for image and text together.")] = None,
     level: Annotated[str, Option(help="pooled, tokens, or layer-K: after block K.")] = "pooled",
+    max_tokens: Annotated[
+        OptionalInt, Option(help="Most tokens of a text; default: all that fit.")
+    ] = None,
     frames: Annotated[OptionalInt, Option(help="Evenly spread frames of a video.")] = None,
     decode: Annotated[str, Option(help="exact, or draft: scale JPEGs in decoding.")] = "exact",
     dtype: Annotated[str, Option(help="Type of a stored element: float16 or float32.")] = "float16",
@@ -58,9 +61,10 @@ def extract(
     from pipeline.extraction.options import ExtractOptions
 
     options = ExtractOptions(
-        image=image, text=text, video=video, joint=joint, level=level, frames=frames,
-        decode=decode, dtype=dtype, compute=compute, device=device, batch_size=batch_size,
-        overwrite=overwrite, strict=strict, engine=engine, workers=workers,
+        image=image, text=text, video=video, joint=joint, level=level,
+        max_tokens=max_tokens, frames=frames, decode=decode, dtype=dtype, compute=compute,
+        device=device, batch_size=batch_size, overwrite=overwrite, strict=strict, engine=engine,
+        workers=workers,
     )  # fmt: skip
     warehouse = Warehouse(root)
     name = _prepared_dataset(warehouse, dataset, may_prepare=not estimate, show=not json)

@@ -7,6 +7,7 @@ so that the blocks above can run on these states elsewhere.
 Legend: B inputs of a batch, T tokens of an input, D width of the embedding.
 """
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -50,6 +51,12 @@ def split_pooling(name: str) -> tuple[str, str | None]:
     """Split ``NAME@cls`` into the name and the pooling; the pooling is None if none is given."""
     base, _, pooling = name.rpartition("@")
     return (base, pooling) if base and pooling in POOLINGS else (name, None)
+
+
+def split_max_tokens(name: str) -> tuple[str, int | None]:
+    """Split ``NAME@30`` into the name and the most tokens of a text; None if none are given."""
+    match = re.fullmatch(r"(.+)@([0-9]+)", name)
+    return (match[1], int(match[2])) if match else (name, None)
 
 
 def block_of(level: str) -> int:
@@ -126,6 +133,12 @@ class Backbone(ABC):
     images of any size."""
     licence: str = ""
     """Licence of the weights, for ``mmrec backbones``."""
+    token_limit: int = 0
+    """Most tokens of a text that the backbone takes, special tokens included; 0 if
+    :meth:`limit_tokens` is not available."""
+    max_tokens: int | None = None
+    """Tokens to which :meth:`texts` truncates, as :meth:`limit_tokens` has set them; None
+    truncates to the length that the backbone takes."""
 
     def __init__(
         self, name: str | None = None, *, device: str | None = None, compute: str = "float32"
@@ -158,6 +171,43 @@ class Backbone(ABC):
         The default returns the Unicode code points of each text, at least one id.
         """
         return [np.asarray([ord(char) for char in text] or [0], dtype=np.int64) for text in texts]
+
+    def limit_tokens(self, max_tokens: int) -> None:
+        """Truncate texts to fewer tokens than the backbone takes; the name gets ``@max_tokens``.
+
+        A subclass sets :attr:`token_limit`, and :meth:`texts` and :meth:`text_preprocessing` read
+        :attr:`max_tokens`.
+
+        Args:
+            max_tokens: Most tokens of a text. Special tokens count, as in ``max_length`` of the
+                tokenizers of transformers.
+
+        Raises:
+            UserError: The backbone takes no texts, cannot truncate them, takes fewer tokens, or
+                no token of a text would be left.
+        """
+        if not {"text", "joint"} & set(self.modalities):
+            raise UserError(
+                f"backbone {self.name!r} takes no texts, so {max_tokens} tokens do not apply; leave"
+                f" out --max-tokens and @{max_tokens}"
+            )
+        if not self.token_limit:
+            raise UserError(
+                f"backbone {self.name!r} cannot truncate texts to {max_tokens} tokens; leave out"
+                f" --max-tokens and @{max_tokens}"
+            )
+        fewest = self.count_tokens("a")
+        if not fewest <= max_tokens <= self.token_limit:
+            raise UserError(
+                f"backbone {self.name!r} cannot take {max_tokens} tokens of a text; give"
+                f" --max-tokens {fewest} to {self.token_limit} (special tokens count)"
+            )
+        self.max_tokens = max_tokens
+        self.name = f"{self.name}@{max_tokens}"
+
+    def count_tokens(self, text: str) -> int:
+        """Return the number of tokens of a text, special ones included, without padding."""
+        return len(self.texts([text])[0])
 
     def image_preprocessing(self) -> str:
         """Describe :meth:`image` for the provenance of a feature table."""

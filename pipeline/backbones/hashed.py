@@ -44,6 +44,7 @@ class Hashed(Backbone):
     dim = DIM
     checkpoint = "hashed-1"  # raise the number if any vector changes
     input_size = _SIDE
+    token_limit = _MAX_GRAMS
     licence = "Apache-2.0"
 
     def __init__(
@@ -58,8 +59,9 @@ class Hashed(Backbone):
 
     def text_preprocessing(self) -> str:
         """Describe the n-grams of a text."""
+        words = "words" if self.max_tokens is None else f"first {self.max_tokens} words"
         return (
-            f"lower case; words and their {_N_GRAMS}-grams, at most {_MAX_GRAMS},"
+            f"lower case; {words} and their {_N_GRAMS}-grams, at most {_MAX_GRAMS},"
             f" hashed into {_BUCKETS} buckets"
         )
 
@@ -87,7 +89,11 @@ class Hashed(Backbone):
 
         ``_BUCKETS`` is added to the first id of a word, that of the word itself.
         """
-        return [_hash_text(text) for text in texts]
+        return [_hash_text(text, self.max_tokens) for text in texts]
+
+    def count_tokens(self, text: str) -> int:
+        """Return the number of words of a text."""
+        return int((self.texts([text])[0] >= _BUCKETS).sum())
 
     def embed(self, batch: InputBatch) -> Vectors:
         """Project descriptions to (B, D) unit vectors; a pair becomes the mean of its two."""
@@ -167,8 +173,8 @@ def _unit(vectors: Floats) -> Floats:
     return np.asarray(vectors / np.maximum(norms, 1e-12), dtype=np.float32)
 
 
-def _hash_text(text: str) -> TokenIds:
-    words = _WORD.findall(text.lower()) or [text]
+def _hash_text(text: str, max_words: int | None) -> TokenIds:
+    words = (_WORD.findall(text.lower()) or [text])[:max_words]
     return np.asarray(list(islice(_hashes(words), _MAX_GRAMS)), dtype=np.int64)
 
 

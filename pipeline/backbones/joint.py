@@ -51,6 +51,7 @@ class JointBackbone(TorchBackbone):
         self._asked = split_pooling(name)[1] or "cls"
         with loading(name, folder):
             self._load(folder)
+            self.token_limit = self._text_input.token_limit
             grey, word = self.image(_GREY), self.texts(["a"])[0]
             with torch.inference_mode():
                 self._encoders = self._find_encoders(InputBatch(images=[grey], texts=[word]))
@@ -96,7 +97,7 @@ class JointBackbone(TorchBackbone):
 
     def text_preprocessing(self) -> str:
         """Describe the checkpoint's tokenizer."""
-        return self._text_input.describe()
+        return self._text_input.describe(self.max_tokens)
 
     def image(self, image: Image.Image) -> Any:
         """Run the checkpoint's image processor."""
@@ -104,7 +105,7 @@ class JointBackbone(TorchBackbone):
 
     def texts(self, texts: Sequence[str]) -> list[TokenIds]:
         """Run the checkpoint's tokenizer, without padding."""
-        return self._text_input.prepare(texts)
+        return self._text_input.prepare(texts, self.max_tokens)
 
     # -- the forward pass -----------------------------------------------------------------------
 

@@ -2,14 +2,15 @@
 
 A name is a short name of the registry, ``open_clip:ARCH/TAG``, ``timm:NAME``, ``hf:ORG/NAME``,
 ``sentence-transformers:NAME`` or a local folder.
-``@cls``, ``@mean`` or ``@own`` after it chooses how one vector is made of the tokens.
+``@cls``, ``@mean`` or ``@own`` after it chooses how one vector is made of the tokens. ``@30`` at
+the end truncates texts to 30 tokens.
 """
 
 from pathlib import Path
 
 from features.errors import UserError, shorten
 from features.registry import OWN
-from pipeline.backbones.base import POOLINGS, Backbone, split_pooling
+from pipeline.backbones.base import POOLINGS, Backbone, split_max_tokens, split_pooling
 from pipeline.backbones.entries import hf, open_clip
 from pipeline.backbones.packages import require_library
 from pipeline.backbones.registry import BACKBONES
@@ -26,7 +27,7 @@ def load_backbone(name: str, *, device: str | None = None, compute: str = "float
     Args:
         name: A short name, ``open_clip:ARCH/TAG``, ``timm:NAME``, ``hf:ORG/NAME``,
             ``sentence-transformers:NAME`` or a local folder; after it ``@cls``, ``@mean`` or
-            ``@own`` may choose the pooling.
+            ``@own`` may choose the pooling. ``@N`` at the end truncates texts to N tokens.
         device: Device to run on; None chooses a CUDA device if there is one, else the CPU.
         compute: Arithmetic of the forward pass: ``float32`` or ``bfloat16``.
 
@@ -42,6 +43,25 @@ def load_backbone(name: str, *, device: str | None = None, compute: str = "float
         raise UserError(
             f"the name of a backbone is empty; known: {', '.join(BACKBONES)}; or give {OTHER_NAMES}"
         )
+    name, max_tokens = name_and_max_tokens(name)
+    backbone = _load_named(name, device, compute)
+    if max_tokens is not None:
+        backbone.limit_tokens(max_tokens)
+    return backbone
+
+
+def name_and_max_tokens(name: str) -> tuple[str, int | None]:
+    """Split ``NAME@30`` into the name and 30, unless the whole is the path of a folder.
+
+    The number is None if the name has none.
+    """
+    if _is_folder(Path(name).expanduser()):
+        return name, None
+    return split_max_tokens(name)
+
+
+def _load_named(name: str, device: str | None, compute: str) -> Backbone:
+    """Load a backbone whose name has no number of tokens."""
     base, pooling = split_pooling(name)
     if base in BACKBONES or base in BACKBONES.broken:
         return _load_entry(base, name, device, compute)
@@ -62,7 +82,10 @@ def load_backbone(name: str, *, device: str | None = None, compute: str = "float
 
         return open_folder(folder.resolve(), pooling, device, compute)
     if name.partition("@")[0] in BACKBONES:
-        raise UserError(f"backbone {name!r}: after the @ give one of {', '.join(POOLINGS)}")
+        raise UserError(
+            f"backbone {name!r}: after the @ give one of {', '.join(POOLINGS)}, or a number of"
+            " tokens at the end"
+        )
     raise UserError(
         f"unknown backbone {shorten(name, _LONGEST_NAME)!r}; known: {', '.join(BACKBONES)};"
         f" or give {OTHER_NAMES}"
@@ -156,7 +179,7 @@ def check_modality(name: str, modality: str) -> None:
     Raises:
         UserError: The backbone does not take the modality, such as a text model for images.
     """
-    entry = BACKBONES.get(split_pooling(name)[0])
+    entry = BACKBONES.get(split_pooling(name_and_max_tokens(name)[0])[0])
     if entry is not None and modality not in entry.modalities:
         raise wrong_modality(name, entry.modalities, modality)
 

@@ -81,6 +81,7 @@ class OpenClipBackbone(TorchBackbone):
         inner = getattr(tokenizer, "tokenizer", None)  # of transformers; open_clip's pads with 0
         probed = np.asarray(tokenizer([torch_utils.PROBE]))
         self._tokenizer_hash = hashlib.sha256(probed.tobytes()).hexdigest()[:8]
+        self.token_limit = int(tokenizer.context_length)
         self._pad = getattr(inner, "pad_token_id", 0) or 0
         self._pad_ends = self._pad == getattr(inner, "eos_token_id", None)
         self.blocks = self._deepest()
@@ -97,7 +98,8 @@ class OpenClipBackbone(TorchBackbone):
 
     def text_preprocessing(self) -> str:
         """Describe open_clip's tokenizer."""
-        length, kind = self._tokenizer.context_length, type(self._tokenizer).__name__
+        length = self.max_tokens or self.token_limit
+        kind = type(self._tokenizer).__name__
         return f"open_clip {kind} {self._tokenizer_hash}, at most {length} tokens"
 
     def image(self, image: Image.Image) -> npt.NDArray[np.uint8]:
@@ -106,7 +108,10 @@ class OpenClipBackbone(TorchBackbone):
 
     def texts(self, texts: Sequence[str]) -> list[TokenIds]:
         """Tokenize, without the tokens on which a text's vector does not depend."""
-        ids_BT = self._tokenizer(list(texts)).numpy()
+        ids_BT = self._tokenizer(list(texts), context_length=self.max_tokens).numpy()
+        if not self._text.trims and self.max_tokens is not None:  # the model takes a fixed length
+            missing = self.token_limit - ids_BT.shape[1]
+            ids_BT = np.pad(ids_BT, ((0, 0), (0, missing)), constant_values=self._pad)
         return [ids[:end] for ids, end in zip(ids_BT, self._text.ends(ids_BT), strict=True)]
 
     def _describe_pooling(self, modality: str) -> str:

@@ -136,7 +136,8 @@ class TextInput:
         self._prompt = prompt
         self._pad = self._tokenizer.pad_token_id or 0
         self._is_padded = any(kind in config.model_type for kind in _PADDED)
-        self._max_tokens = self._limit(encoder, config, max_tokens)
+        self.token_limit = self._limit(encoder, config, max_tokens)
+        """Most tokens of a text, special ones included."""
 
     def _limit(self, encoder: torch.nn.Module, config: Any, max_tokens: int | None) -> int:
         """Return the number of tokens that tokenizer, position table and checkpoint allow."""
@@ -155,22 +156,34 @@ class TextInput:
             limits.append(positions - max(used, default=0))
         return int(min(limits))
 
-    def describe(self) -> str:
-        """Describe the steps for the provenance of a table."""
+    def describe(self, max_tokens: int | None = None) -> str:
+        """Describe the steps for the provenance of a table.
+
+        Args:
+            max_tokens: As for :meth:`prepare`.
+        """
         steps = "lower case, " if self._lower else ""
         steps += f"behind {self._prompt!r}, " if self._prompt else ""
         kind = type(self._tokenizer).__name__
-        return f"{steps}{kind} {self._vocabulary}, at most {self._max_tokens} tokens"
+        return f"{steps}{kind} {self._vocabulary}, at most {max_tokens or self.token_limit} tokens"
 
-    def prepare(self, texts: Sequence[str]) -> list[TokenIds]:
-        """Run the tokenizer, without padding unless the model was trained on it."""
+    def prepare(self, texts: Sequence[str], max_tokens: int | None = None) -> list[TokenIds]:
+        """Run the tokenizer, without padding unless the model was trained on it.
+
+        Args:
+            texts: The texts.
+            max_tokens: Tokens to which a text is truncated; None takes :attr:`token_limit`.
+        """
         prompted = [f"{self._prompt}{text}" for text in texts]
         prepared = [text.lower() for text in prompted] if self._lower else prompted
         ids = self._tokenizer(
-            prepared, truncation=True, max_length=self._max_tokens, return_attention_mask=False
+            prepared,
+            truncation=True,
+            max_length=max_tokens or self.token_limit,
+            return_attention_mask=False,
         )["input_ids"]
         if self._is_padded:
-            ids = [row + [self._pad] * (self._max_tokens - len(row)) for row in ids]
+            ids = [row + [self._pad] * (self.token_limit - len(row)) for row in ids]
         return [np.asarray(row, dtype=np.int64) for row in ids]
 
     def batch(self, texts: Sequence[TokenIds]) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -75,6 +75,7 @@ class SentenceTransformersBackbone(TorchBackbone):
 
     def _add_encoder(self, transformer: Any) -> None:
         self._pad = int(transformer.tokenizer.pad_token_id or 0)
+        self.token_limit = int(self._model.max_seq_length or transformer.tokenizer.model_max_length)
         self._extras = {
             key: value
             for key, value in self._model.preprocess(["a"], prompt=self._prompt).items()
@@ -96,6 +97,11 @@ class SentenceTransformersBackbone(TorchBackbone):
         kind = type(transformer.tokenizer).__name__
         digest = torch_utils.short_hash(transformer.tokenizer.get_vocab(), probe.tolist())
         return f"{steps}{kind} {digest}, at most {self._model.max_seq_length} tokens"
+
+    def limit_tokens(self, max_tokens: int) -> None:
+        """Truncate texts to fewer tokens; the library's preprocessing does so."""
+        super().limit_tokens(max_tokens)
+        self._model.max_seq_length = max_tokens
 
     def texts(self, texts: Sequence[str]) -> list[TokenIds]:
         """Run the library's preprocessing, and cut the padding off."""

@@ -105,6 +105,12 @@ class TorchBackbone(Backbone):
             return self._encoders[modality].describe(level)
         return self._describe_pooling(modality)
 
+    def count_tokens(self, text: str) -> int:
+        """Return the number of tokens of a text, special ones included, without padding."""
+        batch = InputBatch(texts=self.texts([text]))
+        lengths = self._lengths(batch)
+        return lengths[0] if lengths else len(batch.texts[0])
+
     def embed(self, batch: InputBatch) -> Vectors:
         """Encode a batch: (B, D) float32. Images of one size share a forward pass."""
         return np.stack(self._by_size(batch, lambda part: list(self._embed(part))))

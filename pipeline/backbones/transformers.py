@@ -105,6 +105,7 @@ class TransformersBackbone(TorchBackbone):
             lower=pooling.lower,
             prompt=pooling.prompt,
         )
+        self.token_limit = self._text_input.token_limit
         probe = InputBatch(texts=self.texts(["a"]))
         self._add_encoder("text", probe)
         if pooling.mode == "own" and not self._has_both:
@@ -168,7 +169,7 @@ class TransformersBackbone(TorchBackbone):
 
     def text_preprocessing(self) -> str:
         """Describe the checkpoint's tokenizer."""
-        return self._text_input.describe()
+        return self._text_input.describe(self.max_tokens)
 
     def image(self, image: Image.Image) -> Any:
         """Run the checkpoint's image processor: 8-bit pixels, or (C, H, W) float32."""
@@ -176,7 +177,7 @@ class TransformersBackbone(TorchBackbone):
 
     def texts(self, texts: Sequence[str]) -> list[TokenIds]:
         """Run the checkpoint's tokenizer, without padding unless the model was trained on it."""
-        return self._text_input.prepare(texts)
+        return self._text_input.prepare(texts, self.max_tokens)
 
     @property
     def has_parts(self) -> bool:

@@ -48,6 +48,10 @@ class ExtractOptions:
     level: str = POOLED
     """``pooled``: one vector per input; ``tokens``: the tokens of the last layer; ``layer-K``: the
     hidden states after block K, from which ``--tune-blocks`` trains the blocks above."""
+    max_tokens: int | None = None
+    """Most tokens of a text, special ones included. The name of the backbones of texts and pairs
+    gets ``@max_tokens``, so that tables of several lengths are different tables. None takes the
+    length of the backbone."""
     frames: int | None = None
     """Number of evenly spread frames of each video. None takes one frame per second."""
     decode: str = "exact"

@@ -11,7 +11,12 @@ from features.schema import MODALITIES
 from features.warehouse import DatasetInfo, Warehouse
 from pipeline.backbones.base import POOLED, Backbone, UnavailableError
 from pipeline.backbones.listing import offline_backbone
-from pipeline.backbones.loading import check_modality, load_backbone, wrong_modality
+from pipeline.backbones.loading import (
+    check_modality,
+    load_backbone,
+    name_and_max_tokens,
+    wrong_modality,
+)
 from pipeline.backbones.packages import INSTALL
 from pipeline.backbones.registry import DEFAULT, OFFLINE, WEIGHTLESS
 from pipeline.extraction.items import ItemInputs
@@ -71,6 +76,7 @@ def plan_extraction(warehouse: Warehouse, dataset: str, options: ExtractOptions)
     info = warehouse.info(dataset)
     items = ItemInputs(warehouse, dataset)
     names = _choose_backbones(info.name, items, options.backbones())
+    names = _with_max_tokens(names, options.max_tokens)
     if set(names) - {"text"} and not Path(info.raw).is_dir():
         raise UserError(
             f"the raw files of {dataset} are no longer in {info.raw}; put them back or run:"
@@ -147,6 +153,28 @@ def _choose_backbones(dataset: str, items: ItemInputs, names: dict[str, str]) ->
     return names
 
 
+def _with_max_tokens(names: dict[str, str], max_tokens: int | None) -> dict[str, str]:
+    """Put ``@max_tokens`` after the names of the backbones of texts and pairs."""
+    if max_tokens is None:
+        return names
+    with_texts = [modality for modality in ("text", "joint") if modality in names]
+    limited = dict(names)
+    for modality in with_texts:
+        base, given = name_and_max_tokens(names[modality])
+        if given not in (None, max_tokens):
+            raise UserError(
+                f"--{modality} {names[modality]} and --max-tokens {max_tokens} give two numbers of"
+                " tokens; give one"
+            )
+        limited[modality] = f"{base}@{max_tokens}"
+    if not with_texts:
+        raise UserError(
+            f"--max-tokens {max_tokens} applies to texts; give --text BACKBONE or --joint BACKBONE,"
+            " or leave it out"
+        )
+    return limited
+
+
 def _load_backbones(
     dataset: str, names: dict[str, str], options: ExtractOptions
 ) -> dict[str, Backbone]:
@@ -173,8 +201,14 @@ def _offline_command(dataset: str, names: dict[str, str], name: str, level: str)
         name: The backbone that is unavailable.
         level: Level that was asked for.
     """
-    others = {key: offline_backbone(key) for key, asked in names.items() if asked == name}
-    chosen = {**names, **others}
+    base = name_and_max_tokens(name)[0]
+    limits = {key: asked.removeprefix(base) for key, asked in names.items()}
+    others = {
+        key: offline_backbone(key)
+        for key, asked in names.items()
+        if name_and_max_tokens(asked)[0] == base
+    }
+    chosen = {**names, **{key: backbone + limits[key] for key, backbone in others.items()}}
     flags = " ".join(f"--{modality} {backbone}" for modality, backbone in chosen.items())
     command = f"mmrec extract --dataset {dataset} {flags}"
     command += f" --level {level}" if level != POOLED else ""

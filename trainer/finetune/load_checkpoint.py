@@ -159,7 +159,8 @@ def _command(table: FeatureTable, level: str) -> str:
     name = _backbone(table)
     folder = ((table.manifest() or {}).get("source") or {}).get("folder", "")
     if folder and Path(folder).name == name.partition("@")[0]:
-        name = folder  # a local folder is extracted by its path
+        # A local folder is extracted by its path; the pooling and the number of tokens stay.
+        name = folder + name.removeprefix(Path(folder).name)
     return f"mmrec extract --dataset {table.dataset} --{table.modality} {name} --level {level}"
 
 

@@ -4,6 +4,7 @@ An entry whose weights are installed runs with them. The other ones run with ran
 model of the entry's architecture lies in a cache like the hub's.
 """
 
+import copy
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 from huggingface_hub import constants
 from open_clip import factory
 
+from features.errors import UserError
 from features.warehouse import slug
 from pipeline.backbones.base import POOLED, Backbone, InputBatch, block_of, level_names
 from pipeline.backbones.listing import is_offline
@@ -59,6 +61,30 @@ def backbone(
                 document = json.loads((weights / "open_clip_config.json").read_text())
                 patch.setitem(factory._MODEL_CONFIGS, arch, document["model_cfg"])
         yield load_backbone(name, device="cpu")
+
+
+LONG = "a red shoe with words and many more words after these words"
+
+
+def test_texts_are_truncated_to_a_number_of_tokens(backbone: Backbone) -> None:
+    limited = copy.deepcopy(backbone)
+    if not {"text", "joint"} & set(backbone.modalities):
+        with pytest.raises(UserError, match=r"takes no texts.*--max-tokens"):
+            limited.limit_tokens(10)
+        return
+    fewest = backbone.count_tokens("a")
+    for wrong in (0, fewest - 1, backbone.token_limit + 1):
+        with pytest.raises(UserError, match=rf"{wrong} tokens.*{fewest} to {backbone.token_limit}"):
+            limited.limit_tokens(wrong)
+    limit = fewest + 2
+    limited.limit_tokens(limit)
+    assert limited.name == f"{backbone.name}@{limit}"
+    assert limited.text_preprocessing() != backbone.text_preprocessing()
+    assert limited.count_tokens(LONG) == limit < backbone.count_tokens(LONG)
+    ids = limited.texts([LONG])[0]
+    prefixes = backbone.texts([LONG[:length] for length in range(1, len(LONG))])
+    assert any(np.array_equal(ids, prefix) for prefix in prefixes)
+    assert np.array_equal(limited.texts(["a"])[0], backbone.texts(["a"])[0])
 
 
 def batches(backbone: Backbone) -> dict[str, InputBatch]:

@@ -49,9 +49,11 @@ TransferOption = Annotated[
     ),
 ]
 TuneOption = Annotated[
-    int | None,
+    str | None,
     typer.Option(
-        "--tune-blocks", min=0, help="Upper blocks of backbones to train, on layer-K tables."
+        "--tune-blocks",
+        metavar="N|all",
+        help="Upper blocks of backbones to train, on layer-K tables; all: those above the table.",
     ),
 ]
 ResumeOption = Annotated[

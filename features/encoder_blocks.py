@@ -1,6 +1,7 @@
 """Blocks of the encoders of transformers and open_clip: which modules they are, what follows them.
 
-Extraction at ``layer-K`` stops an encoder after block K; ``--tune-blocks`` trains the blocks above.
+Extraction at ``layer-K`` stops an encoder after block K, at ``layer-0`` before its first block;
+``--tune-blocks`` trains the blocks above.
 Both take the modules from here. Nothing here imports torch before a model exists.
 
 Legend: B inputs of a batch, T tokens, D width of a token.
@@ -9,6 +10,7 @@ Legend: B inputs of a batch, T tokens, D width of a token.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -97,12 +99,22 @@ def side_encoder(model: Any, modality: str) -> tuple[Any, Any] | None:
     return None if encoder is None or config is None else (encoder, config)
 
 
+def block_count(config: Any) -> int:
+    """Return the number of blocks of a transformers encoder; a stage counts as one block.
+
+    Args:
+        config: Configuration of the encoder, as an object or as a document.
+    """
+    read = config.get if isinstance(config, dict) else partial(getattr, config)
+    return len(read("depths", None) or ()) or int(read("num_hidden_layers", None) or 0)
+
+
 def find_blocks(encoder: "nn.Module", depth: int) -> "tuple[nn.Module, ...]":
     """Return the blocks of a transformers encoder.
 
     Args:
         encoder: The encoder, or a model that contains it.
-        depth: Number of blocks, ``num_hidden_layers`` of the configuration.
+        depth: Number of blocks, from :func:`block_count`.
 
     Returns:
         The modules of the first list of this length; empty if there is none.
@@ -129,7 +141,7 @@ def transformers_blocks(encoder: Any, config: Any, modality: str) -> EncoderBloc
     layout = _LAYOUTS.get(modality, {}).get(config.model_type)
     if layout is None:
         return None
-    blocks = find_blocks(encoder, config.num_hidden_layers)
+    blocks = find_blocks(encoder, block_count(config))
     inside = {module for block in blocks for module in block.modules()}
     norms = [
         module
@@ -213,7 +225,7 @@ def states_of(output: Any) -> "Tensor":
 
 
 class _BlockReachedError(Exception):
-    """Ends a forward pass after a module, and carries the module's output."""
+    """Ends a forward pass at a module, and carries the hidden states there."""
 
     def __init__(self, states: "Tensor") -> None:
         super().__init__()
@@ -241,6 +253,33 @@ def stop_after(module: "nn.Module", run: Callable[[], Any]) -> "Tensor":
     raise AssertionError("the forward pass does not reach this module")
 
 
+def stop_before(module: "nn.Module", run: Callable[[], Any]) -> "Tensor":
+    """Run a forward pass up to one of its modules; return the hidden states that it would take.
+
+    Args:
+        module: A module of the model.
+        run: Runs the forward pass of the model.
+    """
+
+    def stop(module: "nn.Module", inputs: Any, options: Any) -> None:
+        raise _BlockReachedError(_states_in(inputs, options))
+
+    hook = module.register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        run()
+    except _BlockReachedError as reached:
+        return reached.states
+    finally:
+        hook.remove()
+    raise AssertionError("the forward pass does not reach this module")
+
+
+def _states_in(inputs: Any, options: Any) -> "Tensor":
+    """Return the hidden states in the arguments of a block."""
+    states: Tensor = inputs[0] if inputs else options["hidden_states"]
+    return states
+
+
 @contextmanager
 def recorded_states(module: "nn.Module") -> "Iterator[list[Tensor]]":
     """Record what a module returns in forward passes that run to their end.
@@ -254,6 +293,25 @@ def recorded_states(module: "nn.Module") -> "Iterator[list[Tensor]]":
         recorded.append(states_of(output))
 
     hook = module.register_forward_hook(record)
+    try:
+        yield recorded
+    finally:
+        hook.remove()
+
+
+@contextmanager
+def recorded_inputs(module: "nn.Module") -> "Iterator[list[Tensor]]":
+    """Record what a module takes in forward passes that run to their end.
+
+    Yields:
+        A list to which each forward pass appends the hidden states that the module took.
+    """
+    recorded: list[Tensor] = []
+
+    def record(module: "nn.Module", inputs: Any, options: Any) -> None:
+        recorded.append(_states_in(inputs, options))
+
+    hook = module.register_forward_pre_hook(record, with_kwargs=True)
     try:
         yield recorded
     finally:

@@ -107,7 +107,8 @@ _VALUES: dict[str, tuple[str, ...]] = {
     "metric": METRIC_NAMES[:8], "by": ("run", "model", "settings"), "seen": ("filtered", "kept"),
     "statement": _STATEMENTS, "label": ("a", "b", "$x$"), "config": ("odd/config.toml",),
     "root": ("warehouse", "warehouse", "new", *_PATHS),
-    "tune_blocks": ("0", "1", "2"), "k_core": ("0", "1", "5", "100"), "name": (*MODELS, "fresh"),
+    "tune_blocks": ("0", "1", "2", "all"), "k_core": ("0", "1", "5", "100"),
+    "name": (*MODELS, "fresh"),
 }  # fmt: skip
 """Plausible values by the name of the parameter."""
 _BY_TYPE = {

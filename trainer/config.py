@@ -74,7 +74,24 @@ _END = 2**31  # tables and tensors count in int32; an infinite value is refused 
 _POSITIVE = Range(0, _END, "above 0 and below 2**31", includes_low=False)
 _NOT_NEGATIVE = Range(0, _END, "at least 0 and below 2**31")
 
+ALL_BLOCKS = "all"
+"""Value of ``tune_blocks``: all blocks above the level of each table."""
+
+
+@dataclass(frozen=True, slots=True)
+class _BlockLimit:
+    """Limit a number of blocks to a number of at least 0, or to :data:`ALL_BLOCKS`."""
+
+    def check(self, name: str, value: int | str) -> None:
+        """Refuse negative numbers and other words."""
+        if isinstance(value, int):
+            _NOT_NEGATIVE.check(name, value)
+        elif value != ALL_BLOCKS:
+            raise UserError(f"{name}={value!r} must be {_KINDS[int | str]}")
+
+
 PositiveInt = Annotated[int, _POSITIVE]
+BlockCount = Annotated[int | str, _BlockLimit()]
 PositiveFloat = Annotated[float, _POSITIVE]
 NonNegativeInt = Annotated[int, _NOT_NEGATIVE]
 NonNegativeFloat = Annotated[float, _NOT_NEGATIVE]
@@ -164,9 +181,10 @@ class TrainConfig(Settings):
     """Learning rate of AdamW after the warm-up."""
     weight_decay: NonNegativeFloat = 0.01
     """Weight decay of AdamW, on every parameter."""
-    tune_blocks: NonNegativeInt = 0
+    tune_blocks: BlockCount = 0
     """Upper blocks of the backbones to train as well, on ``layer-K`` tables with K = number of
-    blocks - ``tune_blocks`` (PMMRec and MMSR: 2)."""
+    blocks - ``tune_blocks`` (PMMRec and MMSR: 2). ``all``: every block above the table, for any K.
+    """
     tune_lr: Annotated[
         float, Range(0, 1, "at least 0 and at most 1: AdamW moves each weight by about lr",
                      includes_high=True),
@@ -319,6 +337,7 @@ _KINDS: dict[Any, str] = {
     float: "a number",
     str: "text",
     bool: "true or false",
+    int | str: f"a whole number, or {ALL_BLOCKS}",
 }
 
 
@@ -337,7 +356,7 @@ def _create(
     for key, value in values.items():
         if kinds[key] is float and type(value) is int:
             values[key] = float(value) if abs(value) < 2**53 else math.inf  # refused by its limit
-        elif type(value) is not kinds[key]:
+        elif type(value) not in (get_args(kinds[key]) or (kinds[key],)):
             raise UserError(f"{key}={value!r} must be {_KINDS[kinds[key]]}")
     return tuple(
         kind(**{f.name: values[f.name] for f in fields(kind) if f.name in values})
@@ -350,6 +369,8 @@ def _convert(key: str, text: str, kind: Any) -> Any:
         if text.lower() not in ("true", "false"):
             raise UserError(f"{key}={text!r} must be true or false")
         return text.lower() == "true"
+    if kind == int | str:
+        return int(text) if re.fullmatch(r"[+-]?\d{1,20}", text) else text
     try:
         return kind(text)
     except ValueError:

@@ -2,7 +2,8 @@
 
 Levels of an encoder: ``pooled`` is one vector of an input; ``tokens`` are the tokens of the last
 layer, as the library's forward pass returns them; ``layer-K`` are the hidden states after block K,
-so that the blocks above can run on these states elsewhere.
+so that the blocks above can run on these states elsewhere; ``layer-0`` are the embeddings, which
+the first block takes.
 
 Legend: B inputs of a batch, T tokens of an input, D width of the embedding.
 """
@@ -44,7 +45,7 @@ def level_names(blocks: int, *, tokens: bool = True) -> tuple[str, ...]:
         blocks: Number of blocks after which the encoder can be cut.
         tokens: Whether the tokens of the last layer are available.
     """
-    return (POOLED, *([TOKENS] * tokens), *(f"{_LAYER}{k}" for k in range(1, blocks)))
+    return (POOLED, *([TOKENS] * tokens), *(f"{_LAYER}{k}" for k in range(blocks)))
 
 
 def split_pooling(name: str) -> tuple[str, str | None]:
@@ -59,9 +60,9 @@ def split_max_tokens(name: str) -> tuple[str, int | None]:
     return (match[1], int(match[2])) if match else (name, None)
 
 
-def block_of(level: str) -> int:
-    """Return K of ``layer-K``, and 0 for the other levels."""
-    return int(level.removeprefix(_LAYER)) if level.startswith(_LAYER) else 0
+def block_of(level: str) -> int | None:
+    """Return K of ``layer-K``, and None for the other levels."""
+    return int(level.removeprefix(_LAYER)) if level.startswith(_LAYER) else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

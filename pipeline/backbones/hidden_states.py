@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from features.encoder_blocks import EncoderBlocks, find_blocks, stop_after
+from features.encoder_blocks import EncoderBlocks, find_blocks, stop_after, stop_before
 from pipeline.backbones.base import POOLED, TOKENS, block_of, level_names
 
 
@@ -20,7 +20,7 @@ class HiddenStates:
     run: Callable[..., Any]
     """Forward pass; takes the keyword arguments that the backbone makes of a batch."""
     blocks: tuple[torch.nn.Module, ...] = ()
-    """Blocks after which the encoder can be cut, in order, the last one included."""
+    """Blocks before and after which the encoder can be cut, in order."""
     dims: Mapping[str, int] = field(default_factory=dict)
     """Level -> D of one token."""
     last: torch.nn.Module | None = None
@@ -43,7 +43,11 @@ class HiddenStates:
         """Describe a level other than ``pooled`` for the provenance of a table."""
         assert level != POOLED
         k = block_of(level)
-        return f"hidden states after block {k} of {self.depth}" if k else "tokens of the last layer"
+        if k is None:
+            return "tokens of the last layer"
+        if k == 0:
+            return f"embeddings, before block 1 of {self.depth}"
+        return f"hidden states after block {k} of {self.depth}"
 
     def hidden(self, level: str, inputs: Mapping[str, Any]) -> torch.Tensor:
         """Run the encoder as far as the level needs.
@@ -52,7 +56,10 @@ class HiddenStates:
             (B, T, D), or (B, D, rows, columns) for a convolutional encoder.
         """
         k = block_of(level)
-        module = self.blocks[k - 1] if k else self.last
+        if k == 0:
+            states = stop_before(self.blocks[0], lambda: self.run(**inputs))
+            return states if self.batch_first else states.transpose(0, 1)
+        module = self.last if k is None else self.blocks[k - 1]
         if module is None:
             last_BTD: torch.Tensor = self.run(**inputs).last_hidden_state
             return last_BTD
@@ -70,7 +77,7 @@ def of_transformers(
 
     Args:
         module: Module that contains the blocks.
-        depth: Number of blocks, as the configuration says.
+        depth: Number of blocks, from :func:`features.encoder_blocks.block_count`.
         run: Forward pass; takes keyword arguments and returns the library's output.
         probe: Arguments of one forward pass, which finds the widths.
     """
@@ -81,11 +88,15 @@ def of_transformers(
         states: list[torch.Tensor] = list(output.hidden_states or ())
         blocks = find_blocks(module, depth) if len(states) == depth + 1 else ()
         if blocks:
-            first = stop_after(blocks[0], lambda: run(**probe))
-            if first.shape != states[1].shape or not torch.allclose(first, states[1]):
+            around = [stop(blocks[0], lambda: run(**probe)) for stop in (stop_before, stop_after)]
+            if not all(map(_are_equal, around, states[:2])):
                 blocks = ()
-    dims |= {f"layer-{k}": int(states[k].shape[-1]) for k in range(1, len(blocks))}
+    dims |= {f"layer-{k}": int(states[k].shape[-1]) for k in range(len(blocks))}
     return HiddenStates(run=run, blocks=blocks, dims=dims)
+
+
+def _are_equal(states: torch.Tensor, others: torch.Tensor) -> bool:
+    return states.shape == others.shape and torch.allclose(states, others)
 
 
 def of_open_clip(encoder: EncoderBlocks, run: Callable[..., Any]) -> HiddenStates:

@@ -89,7 +89,7 @@ _TABLE: dict[str, BackboneEntry] = {
     "mae-b": _MAE,
     "mae-b-mask-50": masked(_MAE, 0.5),
     "mae-b-mask-75": masked(_MAE, 0.75),
-    "resnet-50": hf("microsoft/resnet-50", "resnet", _IMAGE, 2048, _APACHE, blocks=0),
+    "resnet-50": hf("microsoft/resnet-50", "resnet", _IMAGE, 2048, _APACHE, blocks=4),
     "efficientnet-lite0": timm("tf_efficientnet_lite0", 1280, _APACHE, 5, _EFFICIENTNET),
     "dinov2-b": hf("facebook/dinov2-base", "dinov2", _IMAGE, 768, _APACHE),
     "dinov3-b": hf(

@@ -3,7 +3,7 @@
 A vector is what timm's model returns without its classifier. The tokens of the last layer are those
 of ``forward_features``: the cells of a grid, or the tokens of a transformer. The states of
 ``layer-K`` are the K-th features of the model's ``feature_info``: those of a block of a
-transformer, or of a stage of a convolutional model.
+transformer, or of a stage of a convolutional model. ``layer-0`` is what the first of them takes.
 
 Legend: B inputs of a batch, HWC the sides and channels of an image, CHW its planes, D width of a
 token or vector.
@@ -26,7 +26,7 @@ import torch
 from PIL import Image
 
 from features.checkpoint_fingerprint import fingerprint
-from features.encoder_blocks import recorded_states
+from features.encoder_blocks import recorded_inputs, recorded_states
 from features.errors import UserError
 from pipeline.backbones import hub, torch_utils
 from pipeline.backbones.base import TOKENS, InputBatch, Vectors, split_pooling
@@ -89,11 +89,14 @@ class TimmBackbone(TorchBackbone):
         modules = tuple(known[row["module"]] for row in rows if row.get("module") in known)
         with ExitStack() as stack:
             records = [stack.enter_context(recorded_states(module)) for module in modules]
+            firsts = [stack.enter_context(recorded_inputs(module)) for module in modules[:1]]
             last = self._run(**probe).last_hidden_state
         widths = [self._width(record[0]) if len(record) == 1 else 0 for record in records]
         if widths != [row.get("num_chs") for row in rows]:
             modules = ()
         dims = {TOKENS: self._width(last)}
+        if modules:
+            dims["layer-0"] = self._width(firsts[0][0])
         dims |= {f"layer-{k}": widths[k - 1] for k in range(1, len(modules))}
         return HiddenStates(run=self._run, blocks=modules, dims=dims)
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from features.encoder_blocks import side_encoder
+from features.encoder_blocks import block_count, side_encoder
 from features.errors import UserError
 from pipeline.backbones import patch_masking, torch_utils
 from pipeline.backbones.base import TOKENS, InputBatch, TokenIds, split_pooling
@@ -122,7 +122,7 @@ class TransformersBackbone(TorchBackbone):
             if side is None:
                 return
             encoder, config = side
-        depth = getattr(config, "num_hidden_layers", 0)
+        depth = block_count(config)
         self._encoders[modality] = of_transformers(encoder, depth, encoder, self._inputs(probe))
 
     def _choose_image_pooling(self, probe: InputBatch) -> str:

@@ -12,9 +12,10 @@ from typing import Any
 
 from features.checkpoint_fingerprint import quiet_transformers, stored_config
 from features.documents import read_json, write_json
-from features.encoder_blocks import config_side
+from features.encoder_blocks import block_count, config_side
 from features.errors import UserError
 from features.store import FeatureTable
+from trainer.config import ALL_BLOCKS
 from trainer.finetune.split_encoder import LIBRARIES, build, find_encoder, load
 from trainer.finetune.upper_blocks import UpperBlocks
 
@@ -22,13 +23,13 @@ FILE = "blocks.json"
 _CACHED = "models--"  # prefix of a repository's folder in the hub's cache
 
 
-def open_blocks(tables: Sequence[FeatureTable], count: int) -> dict[str, UpperBlocks]:
+def open_blocks(tables: Sequence[FeatureTable], count: int | str) -> dict[str, UpperBlocks]:
     """Load the uppermost blocks of the backbones whose ``layer-K`` tables a run reads.
 
     Args:
         tables: Feature tables of the run. At least one must have a level ``layer-K``; tables of
             other levels are left as they are.
-        count: Number of blocks of each backbone.
+        count: Number of blocks of each backbone, or :data:`trainer.config.ALL_BLOCKS`.
 
     Returns:
         Modality -> blocks on the CPU, in float32, with the weights of the checkpoint.
@@ -63,7 +64,7 @@ def read_blocks(folder: Path) -> dict[str, UpperBlocks]:
         return {modality: build(document) for modality, document in documents.items()}
 
 
-def _open(table: FeatureTable, count: int) -> UpperBlocks:
+def _open(table: FeatureTable, count: int | str) -> UpperBlocks:
     """Load the upper blocks of one table's backbone, and check that they fit the table."""
     source, provenance = _source(table), table.provenance()
     assert provenance is not None
@@ -91,14 +92,15 @@ def _open(table: FeatureTable, count: int) -> UpperBlocks:
     return upper
 
 
-def _cut(table: FeatureTable, depth: int, count: int, backbone: str) -> int:
+def _cut(table: FeatureTable, depth: int, count: int | str, backbone: str) -> int:
     """Return the number of frozen blocks; check that the table has the states after them."""
-    if count >= depth:
+    level = int(table.level.removeprefix("layer-"))
+    cut = level if count == ALL_BLOCKS else depth - int(count)
+    if cut < 0:
         raise UserError(
             f"tune_blocks={count} is too many for {backbone}, which has {depth} blocks;"
-            f" give at most {depth - 1}"
+            f" give at most {depth}, or {ALL_BLOCKS}"
         )
-    cut = depth - count
     if table.level != f"layer-{cut}":
         raise UserError(
             f"tune_blocks={count} of the {depth} blocks of {backbone} reads layer-{cut},"
@@ -171,12 +173,17 @@ def _remedy(table: FeatureTable, cut: int) -> str:
     return f"run: {_command(table, level)}, and give --features {label}"
 
 
-def _no_table(tables: Sequence[FeatureTable], count: int) -> str:
+def _no_table(tables: Sequence[FeatureTable], count: int | str) -> str:
     """Return the message for a run without a ``layer-K`` table."""
     labels = ", ".join(table.label for table in tables) or "none"
-    depths = {table: _config_depth(table) - count for table in tables}
-    known = next((_remedy(table, cut) for table, cut in depths.items() if cut > 0), None)
-    unknown = f"run: mmrec extract --text BACKBONE --level layer-K, K = its blocks - {count}"
+    if count == ALL_BLOCKS:
+        cuts = {table: 0 for table in tables if _config_depth(table)}
+        level = "layer-0"
+    else:
+        cuts = {table: _config_depth(table) - int(count) for table in tables}
+        level = f"layer-K, K = its blocks - {count}"
+    known = next((_remedy(table, cut) for table, cut in cuts.items() if cut >= 0), None)
+    unknown = f"run: mmrec extract --text BACKBONE --level {level}"
     return (
         f"tune_blocks={count} trains the blocks above a table layer-K, and the run's tables are"
         f" {labels}; {known or unknown}"
@@ -189,8 +196,8 @@ def _config_depth(table: FeatureTable) -> int:
     try:
         config = stored_config(Path(source["folder"]))
         side = config.get(f"{config_side(table.modality)}_config") or config
-        return int(side["num_hidden_layers"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return block_count(side)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return 0
 
 

@@ -1,4 +1,4 @@
-"""Split encoders of transformers and open_clip after one of their blocks, for training.
+"""Split encoders of transformers and open_clip below one of their blocks, for training.
 
 The blocks come from :mod:`features.encoder_blocks`. An encoder is split only if its upper blocks
 need nothing but the states of an item's own tokens; other kinds are refused by name.
@@ -21,6 +21,7 @@ from features.encoder_blocks import (
     EncoderBlocks,
     known_model_types,
     open_clip_blocks,
+    recorded_inputs,
     recorded_states,
     side_encoder,
     transformers_blocks,
@@ -71,7 +72,7 @@ class SplitEncoder:
         A new version of a library may compute something else around its blocks.
         """
         with (
-            recorded_states(self.encoder.blocks[cut - 1]) as states,
+            recorded_inputs(self.encoder.blocks[cut]) as states,
             torch.random.fork_rng(devices=[]),  # a masked autoencoder draws its patches
         ):
             last_BTD, mask_BT = self.probe(torch.Generator().manual_seed(0))

@@ -329,7 +329,7 @@ def _choose_tables(
     labels = None
     if features is not None:
         labels = [part.strip() for entry in features for part in entry.split(",")]
-    tables = choose_common_tables(warehouse, datasets, labels, layers=train.tune_blocks > 0)
+    tables = choose_common_tables(warehouse, datasets, labels, layers=bool(train.tune_blocks))
     for table in tables:
         if table.level != "pooled" and not recommender.reads_tokens:
             raise UserError(

@@ -83,8 +83,10 @@ def check_levels(
     for level in names[1:]:
         found = ours.tokens(batch, level)
         k = block_of(level)
-        said = "tokens of the last layer" if not k else f"hidden states after block {k} of "
+        said = {None: "tokens of the last layer", 0: "embeddings, before block 1 of "}.get(
+            k, f"hidden states after block {k} of "
+        )
         assert said in ours.pooling(modality, level)
         for i, tokens in enumerate(found):
-            theirs = outputs[i].hidden_states[k] if k else outputs[i][last]
+            theirs = outputs[i][last] if k is None else outputs[i].hidden_states[k]
             assert near(tokens, grid(theirs[0]))

@@ -55,9 +55,9 @@ def test_flava(tmp_path: Path) -> None:
         assert near(again.last_hidden_state, whole.multimodal_output.last_hidden_state)
         return again
 
-    check_levels(ours, images(ours), lambda i: bare(i).image_output, levels=3)
-    check_levels(ours, texts(ours), lambda i: bare(i).text_output, levels=3)
-    check_levels(ours, pairs(ours), joint, levels=3)
+    check_levels(ours, images(ours), lambda i: bare(i).image_output, levels=4)
+    check_levels(ours, texts(ours), lambda i: bare(i).text_output, levels=4)
+    check_levels(ours, pairs(ours), joint, levels=4)
     with torch.inference_mode():
         outputs = [bare(i) for i in range(4)]
     check_joint_poolings(folder, [one.multimodal_output for one in outputs])
@@ -88,7 +88,7 @@ def test_vilt(tmp_path: Path) -> None:
 
     torch.manual_seed(7)
     before = torch.get_rng_state()
-    check_levels(ours, pairs(ours), bare, levels=3)
+    check_levels(ours, pairs(ours), bare, levels=4)
     shapes = {tuple(one.shape) for one in ours.tokens(pairs(ours), "tokens")}
     assert len(shapes) == 4  # pictures keep their shapes
     torch.set_rng_state(before)
@@ -119,7 +119,7 @@ def test_visualbert(tmp_path: Path, eyes: str) -> None:
         inputs = words(TEXTS[i], return_tensors="pt")
         return model(**inputs, visual_embeds=parts, output_hidden_states=True)
 
-    check_levels(ours, pairs(ours), bare, levels=3)
+    check_levels(ours, pairs(ours), bare, levels=4)
     with torch.inference_mode():
         outputs = [bare(i) for i in range(4)]
     check_joint_poolings(folder, outputs)

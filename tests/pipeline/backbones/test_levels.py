@@ -42,24 +42,24 @@ LARGER = {"height": 64, "width": 64}
 
 VISION: list[tuple[str, dict[str, Any], Any, int, int]] = [
     # kind, configuration, processor, levels, the side that pictures are resized to
-    ("ViT", {}, None, 3, 32),
-    ("Swin", THREE_STAGES, transformers.ViTImageProcessor(size=LARGER, resample=3), 4, 64),
+    ("ViT", {}, None, 4, 32),
+    ("Swin", THREE_STAGES, transformers.ViTImageProcessor(size=LARGER, resample=3), 5, 64),
     (
         "ResNet",
         RESNET,
         transformers.ConvNextImageProcessor(size={"shortest_edge": 32}, crop_pct=0.875),
-        2,
+        4,
         37,
     ),
     (
         "Dinov2",
         {},
         transformers.BitImageProcessor(size={"shortest_edge": 36}, crop_size=SIDE),
-        3,
+        4,
         36,
     ),
-    ("DINOv3ViT", {}, None, 3, 32),
-    ("ViTMAE", {}, None, 3, 32),
+    ("DINOv3ViT", {}, None, 4, 32),
+    ("ViTMAE", {}, None, 4, 32),
 ]
 
 
@@ -73,7 +73,7 @@ def test_tokens_of_pictures(
     ours = load_backbone(str(folder), device="cpu")
     assert ours.input_size == side
     assert ours.levels("video") == ("pooled",)
-    assert ours.blocks == (0 if kind == "ResNet" else levels - 1)
+    assert ours.blocks == levels - 2
     model, prepare = library(folder), processor_of(folder)
     more: dict[str, Any] = {}
     if kind == "ViTMAE":  # all patches, in reading order
@@ -157,7 +157,7 @@ def test_a_masked_picture_is_a_function_of_itself(tmp_path: Path, ratio: float) 
         pixels = prepare(images=pictures()[i], return_tensors="pt")
         return model(**pixels, noise=noise_BL[i : i + 1], output_hidden_states=True)
 
-    check_levels(ours, batch, bare, levels=3)
+    check_levels(ours, batch, bare, levels=4)
     kept = 16 - int(16 * ratio)
     assert [one.shape for one in ours.tokens(batch, "tokens")] == [(1 + kept, 32)] * 4
     with torch.inference_mode():
@@ -190,7 +190,7 @@ def test_tokens_of_texts(tmp_path: Path, kind: str) -> None:
         inputs = words(TEXTS[i], truncation=True, max_length=38, return_tensors="pt")
         return model(**inputs, output_hidden_states=True)
 
-    check_levels(ours, texts(ours), bare, levels=3)
+    check_levels(ours, texts(ours), bare, levels=4)
     with torch.inference_mode():
         outputs = [bare(i) for i in range(4)]
     states = [one.last_hidden_state[0] for one in outputs]
@@ -231,7 +231,7 @@ def test_real_weights_layer_by_layer() -> None:
     def bare(i: int) -> Any:
         return model(**words(TEXTS[i], return_tensors="pt"), output_hidden_states=True)
 
-    check_levels(ours, texts(ours), bare, levels=2 + 5)
+    check_levels(ours, texts(ours), bare, levels=2 + 6)
     cls = load_backbone("all-minilm-l6-v2@cls", device="cpu")
     first = np.stack([one[0] for one in ours.tokens(texts(ours), "tokens")])
     norms = np.linalg.norm(first, axis=1, keepdims=True)

@@ -222,9 +222,9 @@ def test_a_device_that_is_not_there(clip: Path) -> None:
 
 
 def test_levels_and_poolings_have_names() -> None:
-    assert level_names(3) == ("pooled", "tokens", "layer-1", "layer-2")
+    assert level_names(2) == ("pooled", "tokens", "layer-0", "layer-1")
     assert level_names(0) == ("pooled", "tokens")
-    assert [block_of(level) for level in ("pooled", "tokens", "layer-11")] == [0, 0, 11]
+    assert [block_of(level) for level in ("tokens", "layer-0", "layer-11")] == [None, 0, 11]
     assert split_pooling("hf:a/b@cls") == ("hf:a/b", "cls")
     assert split_pooling("a@b") == ("a@b", None)
     assert split_pooling("@cls") == ("@cls", None)

@@ -61,7 +61,7 @@ def test_levels_are_those_of_the_transformer(tmp_path: Path) -> None:
         inputs = tokenizer(TEXTS[i], truncation=True, max_length=24, return_tensors="pt")
         return model(**inputs, output_hidden_states=True)
 
-    check_levels(ours, InputBatch(texts=ours.texts(TEXTS)), bare, levels=3)
+    check_levels(ours, InputBatch(texts=ours.texts(TEXTS)), bare, levels=4)
 
 
 def test_weights_in_the_cache_are_found_without_a_network(

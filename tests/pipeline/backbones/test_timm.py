@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from features.errors import UserError
 from features.warehouse import Warehouse, slug
-from pipeline.backbones.base import InputBatch, UnavailableError
+from pipeline.backbones.base import InputBatch, UnavailableError, block_of
 from pipeline.backbones.loading import load_backbone
 from pipeline.extraction.job import extract_features
 from pipeline.extraction.options import ExtractOptions
@@ -57,17 +57,22 @@ def test_vectors_and_levels_are_those_of_timm(tmp_path: Path, arch: str) -> None
     assert ours.input_size == 40  # 32 / 0.8
     assert '"crop_pct": 0.8' in ours.preprocessing("image")
     assert relative(ours.embed(images(ours)), vectors(model, x_BCHW)) < 1e-5
+    first: Any = model.get_submodule(model.feature_info[0]["module"])
+    first_inputs: list[torch.Tensor] = []
+    first.register_forward_pre_hook(lambda module, inputs: first_inputs.append(inputs[0].clone()))
     with torch.inference_mode():
         last, states = model.forward_intermediates(x_BCHW, norm=False)
     assert ours.blocks == len(states) > 1
     has_last = getattr(model, "output_fmt", "NCHW") == "NHWC"
     for level in ours.levels("image")[1:]:
-        expected = last if level == "tokens" else states[int(level.removeprefix("layer-")) - 1]
-        if level == "tokens" and has_last:
+        k = block_of(level)
+        expected = first_inputs[0] if k == 0 else last if k is None else states[k - 1]
+        if k in (None, 0) and has_last:
             expected = expected.permute(0, 3, 1, 2)
         tokens = ours.tokens(images(ours), level)
         for tokens_TD, theirs in zip(tokens, expected, strict=True):
             theirs_TD = grid(theirs)
+            assert ours.token_dim(level, "image") == theirs_TD.shape[-1]
             # timm's intermediates leave out the class token.
             assert relative(tokens_TD[len(tokens_TD) - len(theirs_TD) :], theirs_TD) < 1e-5
 

@@ -48,9 +48,9 @@ def test_tokens_of_two_towers(tmp_path: Path, kind: str) -> None:
         output.hidden_states = tuple(one[:, :real] for one in output.hidden_states)
         return output
 
-    # GroupViT's stages merge tokens into groups: not blocks of one kind.
-    check_levels(ours, images(ours), seen, levels=2 if kind == "GroupViT" else 3)
-    check_levels(ours, texts(ours), read, levels=3)
+    # GroupViT's images have three stages.
+    check_levels(ours, images(ours), seen, levels=5 if kind == "GroupViT" else 4)
+    check_levels(ours, texts(ours), read, levels=4)
     image, text = ours.embed(images(ours)), ours.embed(texts(ours))
     unit = [one / np.linalg.norm(one, axis=1, keepdims=True) for one in (image, text)]
     assert near(ours.embed(pairs(ours)), (unit[0] + unit[1]) / 2)
@@ -68,7 +68,7 @@ def test_tokens_of_open_clip(tmp_path: Path) -> None:
     model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{folder}")
     model.eval()
     words = open_clip.get_tokenizer(f"local-dir:{folder}")
-    assert ours.levels("image") == ours.levels("text") == ("pooled", "tokens", "layer-1")
+    assert ours.levels("image") == ours.levels("text") == ("pooled", "tokens", "layer-0", "layer-1")
     assert (ours.token_dim("tokens", "image"), ours.token_dim("layer-1", "text")) == (32, 16)
     for i, one in enumerate(pictures()):
         with torch.inference_mode():
@@ -88,9 +88,10 @@ def test_tokens_of_open_clip(tmp_path: Path) -> None:
     ids = words(TEXTS)
     with torch.inference_mode():
         x = model.token_embedding(ids) + model.positional_embedding
+        embedded = x
         first = model.transformer.resblocks[0](x, attn_mask=model.attn_mask)
         last = model.ln_final(model.transformer(x, attn_mask=model.attn_mask))
-    for level, states in (("layer-1", first), ("tokens", last)):
+    for level, states in (("layer-0", embedded), ("layer-1", first), ("tokens", last)):
         for i, tokens in enumerate(ours.tokens(texts(ours), level)):
             assert near(tokens, states[i, : lengths[i]])
     unit = [
@@ -125,7 +126,7 @@ def test_tokens_of_siglip_in_open_clip(tmp_path: Path) -> None:
     model.eval()
     words = open_clip.get_tokenizer(f"local-dir:{folder}")
     trunk = model.visual.trunk
-    assert len(ours.levels("image")) == 1 + len(trunk.blocks)
+    assert len(ours.levels("image")) == 2 + len(trunk.blocks)
     with torch.inference_mode():
         pixels = torch.cat([transform(one)[None] for one in pictures()])
         assert near(ours.embed(images(ours)), model.encode_image(pixels))

@@ -256,7 +256,9 @@ def test_a_table_of_another_block_names_the_command(warehouse: Warehouse, checkp
         r" text=words:layer-2$",
         tune_blocks=1,
     )
-    refused(warehouse, "words.* 3 blocks; .*at most 2", tune_blocks=3)
+    refused(warehouse, "words.* 3 blocks; .*at most 3", tune_blocks=4)
+    refused(warehouse, r"tune_blocks=3 .*layer-0, .*--level layer-0, ", tune_blocks=3)
+    assert begin(warehouse, tune_blocks="all").spec.features == ("text=words:layer-1",)
 
 
 def test_a_pooled_table_names_the_command(warehouse: Warehouse, checkpoint: Path) -> None:
@@ -267,6 +269,7 @@ def test_a_pooled_table_names_the_command(warehouse: Warehouse, checkpoint: Path
         r" --level layer-1, .*--features text=words:layer-1$",
         features=["text"],
     )
+    refused(warehouse, r"--level layer-0, .*layer-0$", features=["text"], tune_blocks="all")
     assert begin(warehouse).spec.features == ("text=words:layer-1",)  # unasked, the one that fits
 
 
@@ -334,6 +337,8 @@ def test_a_run_without_its_description_of_blocks(warehouse: Warehouse, checkpoin
     ("setting", "message"),
     [
         ({"tune_blocks": -1}, "tune_blocks=-1 .*at least 0"),
+        ({"tune_blocks": "most"}, "tune_blocks='most' .*whole number, or all"),
+        ({"tune_blocks": "1.5"}, "tune_blocks='1.5' .*whole number, or all"),
         ({"tune_lr": 2.0}, "tune_lr=2.0 .*at most 1"),
         ({"tune_lr": 0.5, "tune_weight_decay": 3.0}, "tune_weight_decay=3.0 .*tune_lr=0.5"),
         ({"tune_lr": np.nan}, "tune_lr=nan .*at least 0"),

@@ -120,29 +120,35 @@ def thaw(modules: list[nn.Module]) -> list[nn.Module]:
     return modules
 
 
+CUTS = pytest.mark.parametrize(("cut", "count"), [(1, 2), (0, 3), (0, "all")])
+"""Frozen blocks of three, and the setting ``tune_blocks`` that trains the others."""
+
+
+@CUTS
 @pytest.mark.parametrize("kind", ["Bert", "Roberta", "Electra"])
 def test_a_text_encoder_trains_as_if_it_were_whole(
-    prepared: Warehouse, tmp_path: Path, kind: str
+    prepared: Warehouse, tmp_path: Path, kind: str, cut: int, count: int | str
 ) -> None:
     folder = checkpoints.bert_folder(tmp_path / "words", kind=kind, num_hidden_layers=3)
     model = shaken(folder)
-    tuned.extracted(prepared, "layer-1", text=folder)
-    run = begin(prepared)
-    upper = thaw(blocks_of(model)[1:])
+    tuned.extracted(prepared, f"layer-{cut}", text=folder)
+    run = begin(prepared, tune_blocks=count)
+    upper = thaw(blocks_of(model)[cut:])
     equal_to_the_whole(run, {"text": tuned.whole_text(folder, model)}, {"text": upper})
 
 
+@CUTS
 @pytest.mark.parametrize("kind", ["ViT", "Dinov2", "ViTMAE"])
 def test_a_vision_encoder_trains_as_if_it_were_whole(
-    prepared: Warehouse, tmp_path: Path, kind: str
+    prepared: Warehouse, tmp_path: Path, kind: str, cut: int, count: int | str
 ) -> None:
     # A filtered autoencoder that masks nothing still shuffles: the mean of its tokens is the same.
     options: dict[str, Any] = {"mask_ratio": 0.0} if kind == "ViTMAE" else {}
     folder = checkpoints.vision_folder(tmp_path / "eyes", kind=kind, **tuned.VISION, **options)
     model = shaken(folder)
-    tuned.extracted(prepared, "layer-1", image=folder)
-    run = begin(prepared)
-    upper = thaw([*blocks_of(model)[1:], model.layernorm])
+    tuned.extracted(prepared, f"layer-{cut}", image=folder)
+    run = begin(prepared, tune_blocks=count)
+    upper = thaw([*blocks_of(model)[cut:], model.layernorm])
     whole = tuned.whole_picture(folder, model, tmp_path / "raw")
     equal_to_the_whole(run, {"image": whole}, {"image": upper})
 
@@ -175,34 +181,38 @@ def test_mmsr_trains_them_too(prepared: Warehouse, tmp_path: Path) -> None:
     equal_to_the_whole(run, {"text": tuned.whole_text(folder, model)}, {"text": upper})
 
 
+@pytest.mark.parametrize("cut", [1, 0])
 @pytest.mark.parametrize("kind", ["CLIP", "Siglip"])
-def test_both_encoders_of_one_checkpoint(prepared: Warehouse, tmp_path: Path, kind: str) -> None:
+def test_both_encoders_of_one_checkpoint(
+    prepared: Warehouse, tmp_path: Path, kind: str, cut: int
+) -> None:
     folder = checkpoints.clip_folder(tmp_path / "both", kind=kind)
     model = shaken(folder)
-    tuned.extracted(prepared, "layer-1", text=folder, image=folder)
+    tuned.extracted(prepared, f"layer-{cut}", text=folder, image=folder)
     sees, reads = model.vision_model, model.text_model
     whole = {"image": tuned.whole_picture(folder, sees, tmp_path / "raw")}
     norms = [sees.post_layernorm] if kind == "Siglip" else []  # CLIP's is behind the pooling
-    upper = {"image": thaw([*blocks_of(sees)[1:], *norms])}
+    upper = {"image": thaw([*blocks_of(sees)[cut:], *norms])}
     if kind == "CLIP":
         whole["text"] = tuned.whole_text(folder, reads)
-        upper["text"] = thaw([*blocks_of(reads)[1:], reads.final_layer_norm])
+        upper["text"] = thaw([*blocks_of(reads)[cut:], reads.final_layer_norm])
     else:  # of a text that sees its padding, the table has its own tokens only
         with pytest.raises(UserError, match="'siglip_text_model' cannot be trained"):
-            begin(prepared, tune_blocks=1)
-    run = begin(prepared, tune_blocks=1, features=[f"{name}:layer-1" for name in whole])
+            begin(prepared, tune_blocks=2 - cut)
+    run = begin(prepared, tune_blocks=2 - cut, features=[f"{name}:layer-{cut}" for name in whole])
     equal_to_the_whole(run, whole, upper)
 
 
-def test_both_encoders_of_open_clip(prepared: Warehouse, tmp_path: Path) -> None:
+@pytest.mark.parametrize("cut", [1, 0])
+def test_both_encoders_of_open_clip(prepared: Warehouse, tmp_path: Path, cut: int) -> None:
     folder = checkpoints.open_clip_folder(tmp_path / "clip")
     model: Any = open_clip.create_model(f"local-dir:{folder}", require_pretrained=True)
     model.eval().requires_grad_(False)
-    tuned.extracted(prepared, "layer-1", text=folder, image=folder)
-    run = begin(prepared, tune_blocks=1)
+    tuned.extracted(prepared, f"layer-{cut}", text=folder, image=folder)
+    run = begin(prepared, tune_blocks=2 - cut)
     whole = {name: tuned.whole_clip(model, name, tmp_path / "raw") for name in ("text", "image")}
     upper = {
-        "text": thaw([model.transformer.resblocks[1], model.ln_final]),
-        "image": thaw([model.visual.transformer.resblocks[1], model.visual.ln_post]),
+        "text": thaw([*model.transformer.resblocks[cut:], model.ln_final]),
+        "image": thaw([*model.visual.transformer.resblocks[cut:], model.visual.ln_post]),
     }
     equal_to_the_whole(run, whole, upper)

@@ -15,7 +15,9 @@ from cli.training_options import FeaturesOption, SetOption
 from features.errors import UserError
 from features.signals import exit_code
 from features.warehouse import Warehouse
-from trainer.runs.grid_file import Grid, pivot
+from trainer.runs.grid_axes import RETRIEVAL
+from trainer.runs.grid_file import Grid
+from trainer.runs.grid_table import metric_value, pivot
 from trainer.runs.recipes import Recipe, fill_recipe, read_recipe
 
 if TYPE_CHECKING:
@@ -152,16 +154,16 @@ def _show_result(
     """Print the table, and what a reader must know about its figures."""
     from trainer.evaluation.protocol import ties_lines
 
-    values = [outcome.values(spec.split, spec.seen, spec.targets) for outcome in outcomes]
+    values = [outcome.cell_values(spec) for outcome in outcomes]
     values += [None] * (len(planned) - len(outcomes))
-    datasets = {entry.spec.dataset: entry.spec.data for entry in planned}
+    datasets = {entry.dataset: entry.spec.data for entry in planned}
     show_pivot(spec, pivot(spec, values), list(datasets))
     notes = []
     if quick:
         notes.append("quick: tiny models after one epoch; the figures mean nothing")
     if spec.departs:
         notes.append(f"differs from the paper: {spec.departs}")
-    for name, data in datasets.items():
+    for name, data in datasets.items() if spec.protocol != RETRIEVAL else ():
         notes += [f"{name}: {line}" for line in ties_lines(data.tied, data.ties)]
     notes += [
         f"{name}: {share:.2%} of the {spec.split} targets are repeated; filtered, they are misses"
@@ -226,7 +228,7 @@ def _repeated_shares(spec: Grid, outcomes: "Sequence[Outcome]") -> dict[str, flo
     for outcome in outcomes:
         share = outcome.repeated(spec.split)
         if share is not None:
-            shares[outcome.planned.spec.dataset] = share
+            shares[outcome.planned.dataset] = share
     return shares
 
 
@@ -270,10 +272,12 @@ class _GridProgress:
             self._line.update(f"{self._prefix(number)}: failed: {outcome.message}", keep=True)
             return
         spec = self._spec
-        values = outcome.values(spec.split, spec.seen, spec.targets)
+        values = outcome.cell_values(spec)
         figures = f"no {spec.targets} targets"
         if values is not None:
-            figures = " ".join(f"{metric} {values[metric]:.4f}" for metric in spec.metrics)
+            figures = " ".join(
+                f"{metric} {metric_value(values, metric) or 0:.4f}" for metric in spec.metrics
+            )
         duration = "reused"
         if outcome.state == "finished":
             self._durations.append(outcome.seconds)
@@ -328,7 +332,7 @@ def _document(
                 "run": outcome.planned.run if outcome else entry.run,
                 "state": outcome.state if outcome else "left",
                 "message": (outcome.message if outcome else "") or None,
-                "metrics": outcome.values(spec.split, spec.seen, spec.targets) if outcome else None,
+                "metrics": outcome.cell_values(spec) if outcome else None,
             }
         )
     return {

@@ -6,7 +6,9 @@ from rich.text import Text
 
 from cli import console
 from features.warehouse import Warehouse
-from trainer.runs.grid_file import METRIC, Cell, Grid, Pivot
+from trainer.runs.grid_axes import RETRIEVAL
+from trainer.runs.grid_file import METRIC, Grid
+from trainer.runs.grid_table import Cell, Pivot
 from trainer.runs.recipes import Recipe, read_recipe, recipe_names
 
 _FORMATS = {"dataset": "{}", "sparsity": "{:.2%}", "average_length": "{:.2f}", "k_core": "{}"}
@@ -62,6 +64,8 @@ def show_pivot(spec: Grid, table: Pivot, datasets: Sequence[str]) -> None:
     axes = f"; columns: {', '.join(spec.columns)}" if spec.columns else ""
     targets = "" if spec.targets == "all" else f", {spec.targets} targets"
     ranking = f"{spec.split} split{targets}, {spec.seen}: {_RANKING[spec.seen]}"
+    if spec.protocol == RETRIEVAL:
+        ranking = f"retrieval of items, {spec.targets}"
     if spec.title:
         console.out.print(spec.title, style="bold", soft_wrap=False)
     console.out.print(f"{dataset}{ranking}{seeds}{axes}", style="bold", soft_wrap=False)
@@ -113,6 +117,8 @@ def _metric_columns(spec: Grid, table: Pivot, key: tuple[str, ...]) -> list[cons
 def _metric_cell(cell: Cell | None) -> Text:
     if cell is None:
         return Text("-")
+    if cell.is_improvement:
+        return Text(f"{cell.value:+.2%}")
     spread = "" if cell.spread is None else console.format_spread(cell.spread)
     star = "*" if cell.best and not console.out.is_terminal else ""  # a file has no bold text
     return Text(f"{star}{cell.value:.4f}{spread}", "bold" if cell.best else "")

@@ -23,11 +23,13 @@ from features.errors import UserError
 from features.warehouse import Warehouse
 from retrieval.metrics import METRIC_NAMES
 from tests.cli.invoke import run
+from tests.trainer import worlds
 from trainer.checkpoint import read_tensors
 from trainer.models.registry import MODELS, Model
 from trainer.models.sasrec import SASRec
 from trainer.runs import grid as runs_grid
-from trainer.runs.grid_file import pivot, read_grid
+from trainer.runs.grid_file import read_grid
+from trainer.runs.grid_table import pivot
 from trainer.runs.recipes import recipe_names
 from trainer.runs.run import train_run
 
@@ -406,3 +408,47 @@ def test_the_table_of_a_subset_of_the_targets(root: str, file: str, targets: str
         }
     metrics = done["runs"][0]["metrics"] or {}
     assert {name: value for name, value in metrics.items() if name in METRIC_NAMES} == wanted
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "ranker"), [("Ours", "mmsrec"), ("Clip", "features")])
+def test_a_retrieval_grid_prints_what_the_protocol_measures(
+    method: str, ranker: str, warehouse: Warehouse, tmp_path: Path
+) -> None:
+    world = worlds.cycles(n_items=60)
+    bounds = zip(world.offsets, world.offsets[1:], strict=False)
+    worlds.prepare(warehouse, [world.items[a:b].tolist() for a, b in bounds], 60)
+    worlds.extract(warehouse, worlds.features(60))
+    where = ("--warehouse", str(warehouse.root), "--out", str(tmp_path / "result.parquet"))
+    share = ("--set", "holdout=0.3")
+    document = json.loads(run("grid", "mmsrec/table-1", *where, *share, *TINY).stdout)
+    entry = next(entry for entry in document["runs"] if entry["method"] == method)
+    again = run("eval", "--protocol", "retrieval", "--run", entry["run"], *where[:2], "--json")
+    expected = {
+        row["metric"]: row["value"]
+        for row in json.loads(again.stdout)["rows"]
+        if (row["split"], row["targets"], row["ranker"]) == ("test", "text-to-vision", ranker)
+    }
+    assert entry["metrics"] == (expected or None)
+    assert {entry["run"] for entry in document["runs"]} == {entry["run"]}
+
+
+def test_a_recipe_names_its_tables_and_the_command_that_makes_them(root: str) -> None:
+    where = ("--warehouse", root, "--dry-run")
+    refused = run("grid", "mmsr/table-14", *where, code=2).stderr
+    assert "mmrec extract --dataset world --image mae-b --level layer-10" in refused
+    own = ("--features", "image=other,text=other")
+    assert (
+        "no feature table 'image=other'"
+        in run("grid", "mmsr/table-14", *where, *own, code=2).stderr
+    )
+
+
+def test_a_model_without_pre_training_is_trained_on_one_source(root: str, tmp_path: Path) -> None:
+    file = tmp_path / "table.toml"
+    file.write_text(
+        "[pretrain.p]\nmodel = 'mmsr'\ndatasets = ['world', 'other']\n"
+        "[runs]\nmodel = 'mmsr'\ninit = 'p'\n"
+    )
+    refused = run("grid", str(file), "--warehouse", root, "--dry-run", code=2).stderr
+    assert "mmsr is trained on one dataset, not on world, other" in refused

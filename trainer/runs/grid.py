@@ -21,9 +21,11 @@ from features.table_files import table_file_writer
 from features.warehouse import Warehouse
 from trainer.loop import TrainProgress
 from trainer.runs.evaluate import evaluate
+from trainer.runs.evaluate_cross_modal import evaluate_retrieval
 from trainer.runs.folder import stored_metrics
+from trainer.runs.grid_axes import RANKERS, RETRIEVAL, Combination
 from trainer.runs.grid_cells import Overrides, resolve_combination, resolve_pretraining
-from trainer.runs.grid_file import Combination, Grid
+from trainer.runs.grid_file import Grid
 from trainer.runs.read import has_current_protocol
 from trainer.runs.run import Run, create_run, open_run, train_run
 from trainer.runs.spec import InitialWeights, RunSpec
@@ -41,6 +43,14 @@ class Planned:
     """Description of the run; without initial weights while the pre-training has not ended."""
     pretraining: RunSpec | None = None
     """The pre-training that the run waits for; ``None`` if there is none or if it has ended."""
+    retrieved: str = ""
+    """Dataset whose items are retrieved by the pre-training that ``spec`` describes; empty for a
+    run that ranks held-out targets."""
+
+    @property
+    def dataset(self) -> str:
+        """Name of the dataset that the run is evaluated on."""
+        return self.retrieved or self.spec.dataset
 
     @property
     def run(self) -> str:
@@ -68,6 +78,22 @@ class Outcome:
     """The model's own rows of the evaluation, see :data:`features.schema.METRICS_SCHEMA`."""
     message: str = ""
     """The reason of a failure."""
+
+    def cell_values(self, grid: Grid) -> dict[str, float] | None:
+        """Return metric to value for the table of a grid; ``None`` if the run has none.
+
+        Retrieval by the vectors of the backbones has none unless both sides have the same width.
+        """
+        if not self.planned.retrieved:
+            return self.values(grid.split, grid.seen, grid.targets)
+        ranker = self.planned.combination.ranker
+        name = self.planned.spec.model if ranker == RANKERS[0] else ranker
+        metrics = {
+            row["metric"]: row["value"]
+            for row in self.rows
+            if (row["targets"], row["ranker"]) == (grid.targets, name)
+        }
+        return metrics or None
 
     def repeated(self, split: str) -> float | None:
         """Return the share of repeated targets of a split; ``None`` if the run failed."""
@@ -111,10 +137,11 @@ def plan_grid(
     planned = []
     for combination in grid.combinations:
         try:
-            planned.append(_plan(warehouse, combination, overrides))
+            plan = _plan_retrieval if grid.protocol == RETRIEVAL else _plan
+            planned.append(plan(warehouse, combination, overrides))
         except UserError as error:
             raise UserError(f"{grid.path}, {combination.label}: {error}") from None
-    overrides.check([(entry.combination.model, entry.spec) for entry in planned])
+    overrides.check(grid.combinations)
     return planned
 
 
@@ -123,10 +150,19 @@ def _plan(warehouse: Warehouse, combination: Combination, overrides: Overrides) 
     if combination.pretraining is None:
         spec.check_given_weights()
         return Planned(combination=combination, spec=spec)
-    pretraining = resolve_pretraining(warehouse, combination, spec, overrides)
+    pretraining = resolve_pretraining(warehouse, combination, spec.dataset, overrides)
     planned = Planned(combination=combination, spec=spec, pretraining=pretraining)
     folder = warehouse.runs_dir / run_name(pretraining)
     return _with_weights(warehouse, planned) if (folder / _DONE).exists() else planned
+
+
+def _plan_retrieval(
+    warehouse: Warehouse, combination: Combination, overrides: Overrides
+) -> Planned:
+    """Describe the pre-training of a combination, which is evaluated itself."""
+    dataset, _ = warehouse.choose_dataset(combination.dataset)
+    spec = resolve_pretraining(warehouse, combination, dataset, overrides)
+    return Planned(combination=combination, spec=spec, retrieved=dataset)
 
 
 def _with_weights(warehouse: Warehouse, planned: Planned) -> Planned:
@@ -187,7 +223,7 @@ def write_result(path: Path, grid: Grid, outcomes: Sequence[Outcome]) -> None:
     rows = [
         {
             "model": outcome.planned.spec.model,
-            "dataset": outcome.planned.spec.dataset,
+            "dataset": outcome.planned.dataset,
             "features": outcome.planned.combination.features,
             **outcome.planned.combination.keys,
             "run": outcome.planned.run,
@@ -217,6 +253,8 @@ def _run(
         with memory_errors(
             f"run {number + 1} of the grid", "give smaller settings, or free memory"
         ):
+            if planned.retrieved:
+                return _retrieve(warehouse, number, planned, on_progress)
             if planned.pretraining is not None:
                 _pretrain(warehouse, planned.pretraining, on_progress)
                 planned = _with_weights(warehouse, planned)
@@ -235,6 +273,32 @@ def _run(
         state="finished",
         seconds=time.monotonic() - began,
         rows=_own_rows(folder, planned.spec.model),
+    )
+
+
+def _retrieve(
+    warehouse: Warehouse,
+    number: int,
+    planned: Planned,
+    on_progress: Callable[[TrainProgress | str], None],
+) -> Outcome:
+    """Pre-train once, and evaluate the pre-training by retrieval; nothing is stored of it.
+
+    On the dataset of the pre-training, the items are those that it holds out.
+    """
+    began = time.monotonic()
+    is_reused = is_done(warehouse, planned)
+    _pretrain(warehouse, planned.spec, on_progress)
+    run = open_run(warehouse, warehouse.runs_dir / planned.run)
+    is_own = planned.spec.datasets == (planned.retrieved,)
+    dataset = None if is_own else planned.retrieved
+    report = evaluate_retrieval(warehouse, run, dataset=dataset, on_stage=on_progress)
+    return Outcome(
+        planned=planned,
+        number=number,
+        state="reused" if is_reused else "finished",
+        seconds=time.monotonic() - began,
+        rows=[row for row in report.rows if row["split"] != "validation"],
     )
 
 

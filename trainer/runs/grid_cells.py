@@ -12,7 +12,7 @@ from features.warehouse import Warehouse
 from trainer.config import SettingSources, TrainConfig
 from trainer.models.base import Recommender
 from trainer.models.registry import MODELS
-from trainer.runs.grid_file import Combination, Scalar, setting_text
+from trainer.runs.grid_axes import Combination, Scalar, setting_text
 from trainer.runs.settings import pretraining_settings
 from trainer.runs.spec import InitialWeights, RunSpec
 from trainer.runs.transfer import FULL, check_transfer
@@ -40,9 +40,14 @@ class Overrides:
     quick: bool = False
     """Set :data:`QUICK` where no axis does, and use any feature tables of the dataset."""
 
-    def check(self, runs: Sequence[tuple[str, RunSpec]]) -> None:
-        """Raise a UserError if no model of a grid has one of the settings."""
-        names = set().union(*(_setting_names(MODELS.find(model).load()) for model, _ in runs))
+    def check(self, combinations: Sequence[Combination]) -> None:
+        """Raise a UserError if no run and no pre-training of a grid has one of the settings."""
+        names: set[str] = set()
+        for combination in combinations:
+            names |= _setting_names(MODELS.find(combination.model).load())
+            if combination.pretraining is not None:
+                recommender = MODELS.find(combination.pretraining.model).load()
+                names |= _setting_names(recommender, is_pretraining=True)
         for name in self.settings:
             if name not in names:
                 raise unknown("setting", name, sorted(names))
@@ -74,7 +79,9 @@ def resolve_combination(
         warehouse,
         combination.model,
         [dataset],
-        features=_features(warehouse, recommender, [dataset], combination.features, overrides),
+        features=_features(
+            warehouse, recommender, [dataset], (combination.features, combination.tables), overrides
+        ),
         sources=_sources(
             combination.preset,
             combination.settings,
@@ -87,15 +94,17 @@ def resolve_combination(
 
 
 def resolve_pretraining(
-    warehouse: Warehouse, combination: Combination, spec: RunSpec, overrides: Overrides
+    warehouse: Warehouse, combination: Combination, dataset: str, overrides: Overrides
 ) -> RunSpec:
     """Describe the pre-training of a combination; nothing is written.
 
+    A model that has no pre-training is trained to recommend on the one dataset.
+
     Args:
         warehouse: Warehouse with the datasets.
-        combination: A combination with a pre-training.
-        spec: The run of the combination, which decides what the pre-training leaves open: the
-            dataset and the features.
+        combination: A combination with a pre-training, which leaves open what the combination
+            decides: the dataset and the features.
+        dataset: The dataset of the combination.
         overrides: What the command changes.
 
     Raises:
@@ -104,21 +113,28 @@ def resolve_pretraining(
     pretraining = combination.pretraining
     assert pretraining is not None
     recommender = MODELS.find(pretraining.model).load()
-    datasets = pretraining.datasets or list(spec.datasets)
+    datasets = pretraining.datasets or [dataset]
+    is_pretraining = recommender.pretraining is not None
+    features = pretraining.features or combination.features
     try:
+        if len(datasets) > 1 and not is_pretraining:
+            raise UserError(
+                f"{pretraining.model} is trained on one dataset, not on {', '.join(datasets)};"
+                " name one by --source"
+            )
         return RunSpec.resolve(
             warehouse,
             pretraining.model,
             datasets,
-            is_pretraining=True,
-            features=_features(warehouse, recommender, datasets, pretraining.features, overrides)
-            or list(spec.features)
-            or None,
+            is_pretraining=is_pretraining,
+            features=_features(
+                warehouse, recommender, datasets, (features, combination.tables), overrides
+            ),
             sources=_sources(
                 pretraining.preset,
                 pretraining.settings,
                 overrides,
-                _setting_names(recommender, is_pretraining=True),
+                _setting_names(recommender, is_pretraining=is_pretraining),
                 frozenset(),
             ),
         )
@@ -161,18 +177,32 @@ def _features(
     warehouse: Warehouse,
     recommender: type[Recommender],
     datasets: Sequence[str],
-    wanted: str | None,
+    wanted: tuple[str | None, Mapping[str, str]],
     overrides: Overrides,
 ) -> list[str] | None:
-    """Return the feature tables of a run."""
-    entries = None if wanted is None else [entry.strip() for entry in wanted.split(",")]
+    """Return the feature tables of a run.
+
+    Args:
+        warehouse: Warehouse with the tables.
+        recommender: The model.
+        datasets: The datasets of the run.
+        wanted: The features in the words of the file, and the tables that bare names mean.
+        overrides: What the command changes; its tables win over those of the file.
+    """
+    features, named = wanted
+    entries = None if features is None else [entry.strip() for entry in features.split(",")]
     if not recommender.needs_features:
         return entries
-    given = {_modality(entry): entry for entry in overrides.features}
+    tables_of = {modality: f"{modality}={table}" for modality, table in named.items()}
+    given = {} if overrides.quick else tables_of
+    given |= {_modality(entry): entry for entry in overrides.features}
     if overrides.quick and entries is not None:
         tables = [FeatureStore(warehouse).tables(dataset) for dataset in datasets]
         present = set.intersection(*({table.modality for table in group} for group in tables))
-        entries = [name for name in dict.fromkeys(map(_modality, entries)) if name in present]
+        asked = dict.fromkeys(map(_modality, entries))
+        if "video" in asked and "video" not in present:
+            asked["image"] = None
+        entries = [name for name in asked if name in present]
         entries = entries or [name for name in ("image", "text") if name in present] or None
     if entries is None:
         return list(given.values()) or None

@@ -7,7 +7,7 @@ A recipe is ``trainer/recipes/PAPER/NAME.toml``. It has the form of a grid file,
   names ``dataset``.
 - ``{source}`` in the name of a variant or of a pre-training: the entry is repeated for each
   ``--source``.
-- ``{sources}`` in ``datasets`` of a pre-training: all of them.
+- ``{sources}`` in ``datasets`` of a pre-training and in ``improvement``: all of them.
 
 With ``kind = "statistics"`` a recipe is a table of datasets and has no runs. This module does not
 import torch.
@@ -20,7 +20,8 @@ from typing import Any
 
 from features.documents import read_user_toml
 from features.errors import UserError, unknown
-from trainer.runs.grid_file import SEED, Grid, parse_grid
+from trainer.runs.grid_axes import SEED
+from trainer.runs.grid_file import Grid, parse_grid
 
 FOLDER = Path(__file__).parents[1] / "recipes"
 STATISTICS = "statistics"
@@ -121,6 +122,8 @@ def fill_recipe(
     }
     if runs:
         document["runs"] = runs
+    if isinstance(document.get("improvement"), dict):
+        document["improvement"] = _repeat(document["improvement"], chosen)
     if isinstance(document.get("pretrain"), dict):
         document["pretrain"] = _repeat(document["pretrain"], chosen)
     elif sources:

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from features.errors import UserError
-from trainer.runs.grid_file import Grid, pivot, read_grid
+from trainer.runs.grid_file import Grid, read_grid
+from trainer.runs.grid_table import pivot
 
 
 def read(folder: Path, text: str) -> Grid:
@@ -93,6 +94,29 @@ def test_a_table_is_an_axis_of_variants(tmp_path: Path) -> None:
         ("[runs]\nmodel = 'x'\nwhat = {a = {b = [1]}}", "what.a.b=[1] must be text"),
         ("[runs]\nlr = [1]\nmodel = 'x'\nwhat = {a = {lr = 1}}", "lr is set by lr and by what"),
         ("[runs]\nmodel = 'x'\nrun = {a = {lr = 1}}", "an axis cannot be called 'run'"),
+        ("protocol = 'rank'\n[runs]\nmodel = 'x'", "unknown protocol 'rank'; known: ranking"),
+        ("plot = 'pie'\n[runs]\nmodel = 'x'", "unknown plot 'pie'; known: "),
+        ("protocol = 'retrieval'\n[runs]\nmodel = 'x'", "pre-training; name it by init"),
+        (
+            "protocol = 'retrieval'\nmetrics = ['NDCG@10']\n[runs]\nmodel = 'x'",
+            "unknown metric 'NDCG@10'; known: Recall@1",
+        ),
+        (
+            "protocol = 'retrieval'\ntargets = 'cold'\n[runs]\nmodel = 'x'",
+            "unknown targets 'cold'; known: text-to-vision",
+        ),
+        ("[runs]\nmodel = 'x'\nranker = 'features'", "goes with protocol='retrieval'"),
+        (
+            "protocol = 'retrieval'\n[pretrain.p]\nmodel = 'x'\n"
+            "[runs]\nmodel = 'x'\ninit = 'p'\nranker = 'best'",
+            "unknown ranker 'best'; known: model, untrained, features",
+        ),
+        ("improvement = 'a'\n[runs]\nmodel = 'x'", "improvement='a' must be a table with of"),
+        (
+            "improvement = {of = 'c'}\n[runs]\nmodel = 'x'\nlr = [1, 2]",
+            "improvement names c: no axis has these values",
+        ),
+        ("[runs]\nmodel = 'x'\ntext = 3", "text=3 must be text"),
         (
             "[runs]\nmodel = 'x'\n" + "\n".join(f"k{i} = {list(range(30))}" for i in range(3)),
             "27000 combinations; give at most 10000",
@@ -138,6 +162,85 @@ def test_the_table_is_the_mean_over_seeds_and_knows_the_best(tmp_path: Path) -> 
     }
     assert table.cells[("sum",), ("gru",), "HR@10"].spread == pytest.approx(0.5**0.5)
     assert table.cells[("gate",), ("gru",), "HR@10"].spread is None
+
+
+VARIANTS = """
+[runs]
+model = "mmsr"
+dnn = [false, true]
+[runs.method]
+A = { lr = 0.1 }
+B = { lr = 0.2 }
+C = { lr = 0.3 }
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        # the best of C over the best of A and B, in each row
+        ("columns = ['method']\nrows = ['dnn', 'metric']\nimprovement = {of = 'C'}",
+         {("false", "Improv."): 3 / 2 - 1, ("true", "Improv."): 4 / 8 - 1}),
+        ("columns = ['method']\nrows = ['dnn']\nimprovement = {of = ['B', 'C'], over = 'A'}",
+         {("false", "Improv."): 3 / 1 - 1, ("true", "Improv."): 8 / 5 - 1}),
+        # the same over the rows, in each column
+        ("rows = ['method']\ncolumns = ['dnn']\nimprovement = {of = 'C', over = 'A'}",
+         {("Improv.", "false"): 3 / 1 - 1, ("Improv.", "true"): 4 / 5 - 1}),
+    ],
+)  # fmt: skip
+def test_the_relative_improvement_is_a_row_or_a_column(
+    tmp_path: Path, text: str, expected: dict[tuple[str, str], float]
+) -> None:
+    grid = read(tmp_path, f"metrics = ['HR@10']\n{text}\n{VARIANTS}")
+    values = [{"HR@10": value} for value in (1.0, 2.0, 3.0, 5.0, 8.0, 4.0)]
+    table = pivot(grid, values)
+    added = {
+        (*row, *column): cell.value
+        for (row, column, _), cell in table.cells.items()
+        if cell.is_improvement
+    }
+    assert added == {place: pytest.approx(value) for place, value in expected.items()}
+    last = table.column_keys[-1] if "columns = ['method']" in text else table.row_keys[-1]
+    assert last == ("Improv.",)
+
+
+def test_an_improvement_waits_for_its_runs_and_is_not_divided_by_zero(tmp_path: Path) -> None:
+    grid = read(
+        tmp_path,
+        "metrics = ['HR@10']\nrows = ['lr']\nimprovement = {of = '2'}\n"
+        "[runs]\nmodel = 'x'\nlr = [1, 2]",
+    )
+    for values in ([None, {"HR@10": 1.0}], [{"HR@10": 0.0}, {"HR@10": 1.0}]):
+        table = pivot(grid, values)
+        assert table.row_keys[-1] == ("Improv.",)
+        assert (("Improv.",), (), "HR@10") not in table.cells
+
+
+@pytest.mark.parametrize("k", [5, 10, 20, 50])
+def test_recall_of_one_target_is_the_hit_rate(tmp_path: Path, k: int) -> None:
+    grid = read(tmp_path, f"metrics = ['Recall@{k}']\n[runs]\nmodel = 'x'")
+    table = pivot(grid, [{f"HR@{k}": 0.25}])
+    assert table.cells[(), (), f"Recall@{k}"].value == 0.25
+
+
+def test_tables_of_modalities_are_no_settings(tmp_path: Path) -> None:
+    grid = read(
+        tmp_path,
+        """
+        [runs]
+        model = "mmsr"
+        features = "image,text"
+        text = "roberta:layer-10"
+        [runs.ratio]
+        "0%" = { image = "mae-b" }
+        "75%" = { image = "mae-b-mask-75" }
+        """,
+    )
+    assert [combination.tables for combination in grid.combinations] == [
+        {"image": "mae-b", "text": "roberta:layer-10"},
+        {"image": "mae-b-mask-75", "text": "roberta:layer-10"},
+    ]
+    assert all(combination.settings == {} for combination in grid.combinations)
 
 
 def test_reading_a_grid_needs_no_torch() -> None:

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 
 from features.errors import UserError, unknown
-from features.schema import FEATURE_MODALITIES
 
 SEED = "seed"
 """The one axis that needs no place in the table: cells are means over it."""
+MODALITIES = ("image", "text", "video", "joint")
+"""Those of a feature table; :mod:`features.schema` would import pyarrow."""
 _ABOUT = (
     "model",
     "preset",
@@ -23,7 +24,7 @@ _ABOUT = (
     "init",
     "transfer",
     "ranker",
-    *FEATURE_MODALITIES,
+    *MODALITIES,
 )  # not settings; "": not given
 _RESULT = ("run", "split", "targets", "seen", "metric", "value", "low", "high", "users")
 """Columns of the result; an axis cannot be called so."""
@@ -231,7 +232,7 @@ def _combination(
         init=about["init"],
         transfer=about["transfer"],
         ranker=about["ranker"] or RANKERS[0],
-        tables={name: table for name in FEATURE_MODALITIES if (table := about[name])},
+        tables={name: table for name in MODALITIES if (table := about[name])},
         settings=settings,
         varied=varied,
         pretraining=pretrainings.get(about["init"] or ""),

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from features.errors import UserError
+from features.schema import FEATURE_MODALITIES
+from trainer.runs.grid_axes import MODALITIES
 from trainer.runs.grid_file import Grid, read_grid
 from trainer.runs.grid_table import pivot
 
@@ -221,6 +223,10 @@ def test_recall_of_one_target_is_the_hit_rate(tmp_path: Path, k: int) -> None:
     grid = read(tmp_path, f"metrics = ['Recall@{k}']\n[runs]\nmodel = 'x'")
     table = pivot(grid, [{f"HR@{k}": 0.25}])
     assert table.cells[(), (), f"Recall@{k}"].value == 0.25
+
+
+def test_every_modality_of_a_feature_table_can_be_named() -> None:
+    assert set(MODALITIES) == set(FEATURE_MODALITIES)
 
 
 def test_tables_of_modalities_are_no_settings(tmp_path: Path) -> None:

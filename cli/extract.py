@@ -27,9 +27,7 @@ def extract(
     text: Annotated[OptionalStr, Option(help="Backbone for texts.")] = None,
     video: Annotated[OptionalStr, Option(help="Backbone for videos, 1 frame a second.")] = None,
     joint: Annotated[OptionalStr, Option(help="Backbone for image and text together.")] = None,
-    level: Annotated[
-        str, Option(help="pooled, tokens, or layer-K: after block K; layer-0: embeddings.")
-    ] = "pooled",
+    level: Annotated[str, Option(help="pooled, tokens, or layer-K: K blocks run.")] = "pooled",
     max_tokens: Annotated[
         OptionalInt, Option(help="Most tokens of a text; default: all that fit.")
     ] = None,

@@ -35,6 +35,12 @@ class EncoderBlocks:
     """Whether a block returns (B, T, D); else it returns (T, B, D)."""
     causal: bool = False
     """Whether a token attends only to itself and the tokens before it."""
+    adds_mask: bool = False
+    """Whether a block adds its mask to the attention scores: 0 for a key, the lowest number for
+    padding. Else the mask is True for a key."""
+    stages: str = ""
+    """Model type of an image encoder whose blocks are stages: a stage changes the number of tokens,
+    their width, or both. Empty for blocks that keep them."""
 
     @property
     def last(self) -> "nn.Module":
@@ -44,36 +50,53 @@ class EncoderBlocks:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Layout:
-    """Modules that a transformers encoder applies after its blocks, up to its last hidden states.
+    """The blocks of a transformers encoder, and the norm up to its last hidden states.
 
     Attributes:
         norm: Name of the norm, or empty. CLIP's vision encoder has one after its pooling only.
-        causal: Whether a token attends only to itself and the tokens before it.
+        causal: See :class:`EncoderBlocks`.
+        adds_mask: See :class:`EncoderBlocks`.
+        has_stages: Whether the blocks are stages.
     """
 
     norm: str = ""
     causal: bool = False
+    adds_mask: bool = False
+    has_stages: bool = False
 
 
 _LAYOUTS: dict[str, dict[str, _Layout]] = {
     "text": {
         **{kind: _Layout() for kind in ("bert", "roberta", "xlm-roberta", "camembert", "electra")},
         "clip_text_model": _Layout(norm="final_layer_norm", causal=True),
+        "groupvit_text_model": _Layout(norm="final_layer_norm", causal=True, adds_mask=True),
+        "flava_text_model": _Layout(norm="layernorm", adds_mask=True),
     },
     "image": {
         **{
             kind: _Layout(norm="layernorm")
-            for kind in ("vit", "deit", "vit_mae", "dinov2", "dinov2_with_registers")
+            for kind in (
+                "vit", "deit", "vit_mae", "dinov2", "dinov2_with_registers", "flava_image_model",
+            )
         },
         "clip_vision_model": _Layout(),
         "siglip_vision_model": _Layout(norm="post_layernorm"),
+        "swin": _Layout(norm="layernorm", has_stages=True),
+        "resnet": _Layout(has_stages=True),
+        "groupvit_vision_model": _Layout(norm="layernorm", has_stages=True),
     },
-}
+    "joint": {
+        "vilt": _Layout(norm="layernorm", adds_mask=True),
+        "visual_bert": _Layout(adds_mask=True),
+        "flava_multimodal_model": _Layout(norm="layernorm", adds_mask=True),
+    },
+}  # fmt: skip
 """Modality -> model type of transformers -> modules after the blocks.
 
-The table holds the encoders whose blocks need only the states of an item's own tokens. Blocks that
-share position biases or rotations (MPNet, DeBERTa, DINOv3) or shift windows (Swin), and encoders of
-texts that attend to their padding (SigLIP), need more and are left out.
+The table holds the encoders whose blocks need only the states of an item's own tokens, and, for
+stages, the rows and columns of their grid. Blocks that share position biases or rotations (MPNet,
+DeBERTa, DINOv3), and encoders of texts that attend to their padding (SigLIP), need more and are
+left out.
 """
 
 
@@ -82,21 +105,26 @@ def known_model_types(modality: str) -> tuple[str, ...]:
     return tuple(_LAYOUTS.get(modality, ()))
 
 
-def config_side(modality: str) -> str:
-    """Return how transformers prefixes the encoder of a modality: ``text`` or ``vision``."""
-    return "text" if modality == "text" else "vision"
+SIDES = {
+    "text": ("text",),
+    "image": ("vision", "image"),
+    "joint": ("multimodal",),
+}
+"""Modality -> how models of transformers with several encoders prefix the encoder."""
 
 
 def side_encoder(model: Any, modality: str) -> tuple[Any, Any] | None:
-    """Return one encoder of a transformers model that has two, and its configuration.
+    """Return one encoder of a transformers model that has several, and its configuration.
 
     Returns:
         Encoder and configuration; None if the model has no separate encoder for the modality.
     """
-    side = config_side(modality)
-    encoder = getattr(model, f"{side}_model", None)
-    config = getattr(model.config, f"{side}_config", None)
-    return None if encoder is None or config is None else (encoder, config)
+    for side in SIDES.get(modality, ()):
+        encoder = getattr(model, f"{side}_model", None)
+        config = getattr(model.config, f"{side}_config", None)
+        if encoder is not None and config is not None:
+            return encoder, config
+    return None
 
 
 def block_count(config: Any) -> int:
@@ -133,7 +161,7 @@ def transformers_blocks(encoder: Any, config: Any, modality: str) -> EncoderBloc
     Args:
         encoder: The encoder of the modality.
         config: Its configuration.
-        modality: ``image`` or ``text``.
+        modality: ``image``, ``text`` or ``joint``.
 
     Returns:
         None if the model type is not one of :func:`known_model_types`.
@@ -144,16 +172,18 @@ def transformers_blocks(encoder: Any, config: Any, modality: str) -> EncoderBloc
     blocks = find_blocks(encoder, block_count(config))
     inside = {module for block in blocks for module in block.modules()}
     norms = [
-        module
+        (name, module)
         for name, module in encoder.named_modules()
         if name and name.rpartition(".")[2] == layout.norm and module not in inside
     ]
     return EncoderBlocks(
         library="transformers",
         blocks=blocks,
-        norm=norms[0] if layout.norm else None,
-        width=int(config.hidden_size),
+        norm=min(norms, key=lambda pair: pair[0].count("."))[1] if layout.norm else None,
+        width=int(getattr(config, "hidden_size", 0) or config.hidden_sizes[-1]),
         causal=layout.causal,
+        adds_mask=layout.adds_mask,
+        stages=config.model_type if layout.has_stages else "",
     )
 
 

@@ -91,7 +91,8 @@ def of_transformers(
             around = [stop(blocks[0], lambda: run(**probe)) for stop in (stop_before, stop_after)]
             if not all(map(_are_equal, around, states[:2])):
                 blocks = ()
-    dims |= {f"layer-{k}": int(states[k].shape[-1]) for k in range(len(blocks))}
+    widths = [int(state.shape[1 if state.ndim == 4 else -1]) for state in states]
+    dims |= {f"layer-{k}": widths[k] for k in range(len(blocks))}
     return HiddenStates(run=run, blocks=blocks, dims=dims)
 
 

@@ -62,6 +62,7 @@ class JointBackbone(TorchBackbone):
         config = read_config(folder)
         model, missing, self.checkpoint = load_model(folder, config, self._device)
         self._model: Any = model
+        self.source = {"library": "transformers", "folder": str(folder.absolute())}
         self._need_pooler(missing)
         self._image_input = ImageInput(folder, self._device)
         self.input_size = self._image_input.size

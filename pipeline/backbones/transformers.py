@@ -28,6 +28,7 @@ from pipeline.backbones.transformers_loading import libraries, load_model, loadi
 
 _OWN = "the model's own pooling"
 _GREY = Image.new("RGB", (64, 64), "grey")
+_WIDE = Image.new("RGB", (96, 64), "grey")
 
 
 class TransformersBackbone(TorchBackbone):
@@ -88,9 +89,17 @@ class TransformersBackbone(TorchBackbone):
         self._image_input = ImageInput(folder, self._device)
         self.input_size = self._image_input.size
         probe = InputBatch(images=[self.image(_GREY)])
+        self._note_image_size(probe)
         self._add_encoder("image", probe)
         self._image_pooling = self._choose_image_pooling(probe)
         return int(self.embed(probe).shape[1])
+
+    def _note_image_size(self, probe: InputBatch) -> None:
+        """Note the height and width of a prepared image in the source, if all images share them."""
+        wide = InputBatch(images=[self.image(_WIDE)])
+        sizes = [list(self._inputs(batch)["pixel_values"].shape[2:]) for batch in (probe, wide)]
+        if sizes[0] == sizes[1]:
+            self.source["image_size"] = sizes[0]
 
     def _load_text_side(self, folder: Path, config: Any) -> int:
         """Prepare the encoding of texts; return the width of a vector."""

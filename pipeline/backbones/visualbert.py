@@ -143,6 +143,11 @@ class VisualBert(JointBackbone):
             )
         model, missing, checkpoint = load_model(folder, config, self._device)
         self._model = model
+        self.source = {
+            "library": "transformers",
+            "folder": str(folder.absolute()),
+            "checkpoint": checkpoint,
+        }
         self._need_pooler(missing)
         both = f"{checkpoint} {self._part_encoder.checkpoint}".encode()
         self.checkpoint = hashlib.sha256(both).hexdigest()[:16]

@@ -12,11 +12,11 @@ from typing import Any
 
 from features.checkpoint_fingerprint import quiet_transformers, stored_config
 from features.documents import read_json, write_json
-from features.encoder_blocks import block_count, config_side
+from features.encoder_blocks import SIDES, block_count
 from features.errors import UserError
 from features.store import FeatureTable
 from trainer.config import ALL_BLOCKS
-from trainer.finetune.split_encoder import LIBRARIES, build, find_encoder, load
+from trainer.finetune.split_encoder import LIBRARIES, SplitEncoder, build, find_encoder, load
 from trainer.finetune.upper_blocks import UpperBlocks
 
 FILE = "blocks.json"
@@ -73,15 +73,18 @@ def _open(table: FeatureTable, count: int | str) -> UpperBlocks:
     message = f"tune_blocks: the checkpoint of {table.label} in {location} cannot be loaded"
     with _library(message, "put it back, or set tune_blocks=0"):
         model, config, checkpoint = load(library, source)
-        if checkpoint != provenance.checkpoint:
+        # The fingerprint of VisualBERT's vectors is that of two models.
+        expected = source.get("checkpoint") or provenance.checkpoint
+        if checkpoint != expected:
             raise UserError(
                 f"tune_blocks: the checkpoint in {location} is not the one that {table.label} was"
-                f" made with ({checkpoint}, not {provenance.checkpoint}); put that back, or run:"
+                f" made with ({checkpoint}, not {expected}); put that back, or run:"
                 f" {_command(table, table.level)} --overwrite"
             )
-        encoder = find_encoder(model, library, modality)
+        encoder = find_encoder(model, library, modality, source.get("image_size"))
         cut = _cut(table, encoder.depth, count, provenance.backbone)
         document = {"library": library, "modality": modality, "cut": cut, "config": config}
+        document["grid"] = _grid(table, encoder, cut)
         upper = encoder.above(cut, document).requires_grad_(True)
         if not encoder.matches(upper, cut):
             raise UserError(
@@ -90,6 +93,17 @@ def _open(table: FeatureTable, count: int | str) -> UpperBlocks:
                 " tune_blocks=0"
             )
     return upper
+
+
+def _grid(table: FeatureTable, encoder: SplitEncoder, cut: int) -> list[int]:
+    """Return the rows and columns of the states below the trained stages; empty without stages."""
+    if encoder.encoder.stages and not encoder.image_size:
+        raise UserError(
+            f"tune_blocks: the checkpoint of {table.label} does not resize all images to one size,"
+            " or the table is of an older version; with a processor that crops run:"
+            f" {_command(table, table.level)} (encoded items are reused)"
+        )
+    return list(encoder.grid(cut))
 
 
 def _cut(table: FeatureTable, depth: int, count: int | str, backbone: str) -> int:
@@ -195,8 +209,8 @@ def _config_depth(table: FeatureTable) -> int:
     source = (table.manifest() or {}).get("source") or {}
     try:
         config = stored_config(Path(source["folder"]))
-        side = config.get(f"{config_side(table.modality)}_config") or config
-        return block_count(side)
+        sides = [config.get(f"{side}_config") for side in SIDES.get(table.modality, ())]
+        return block_count(next((side for side in sides if side), config))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return 0
 

@@ -7,7 +7,7 @@ Legend: B items, T tokens, D width.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,11 +27,12 @@ from features.encoder_blocks import (
     transformers_blocks,
 )
 from features.errors import UserError
-from trainer.finetune.upper_blocks import OpenClipBlocks, UpperBlocks
+from trainer.finetune.probes import Probe, as_tokens, probe_of_transformers
+from trainer.finetune.stages import STAGES, grid_below
+from trainer.finetune.upper_blocks import AddedMaskBlocks, OpenClipBlocks, UpperBlocks
 
 LIBRARIES = ("transformers", "open_clip")
 _TOLERANCE = 1e-4
-_PROBE_TOKENS = 6
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,14 +40,20 @@ class SplitEncoder:
     """One encoder of a library's model, up to its last hidden states."""
 
     encoder: EncoderBlocks
-    probe: Callable[[torch.Generator], tuple[Tensor, Tensor]]
-    """Runs the encoder on random inputs. Returns the last hidden states (B, T, D), and the mask
-    (B, T), True for tokens."""
+    probe: Probe
+    config: Any = None
+    """Configuration of the encoder, if it is one of transformers."""
+    image_size: tuple[int, ...] = ()
+    """Height and width of the images in pixels; empty if they are unknown."""
 
     @property
     def depth(self) -> int:
         """Number of blocks."""
         return len(self.encoder.blocks)
+
+    def grid(self, cut: int) -> tuple[int, ...]:
+        """Return the rows and columns of the states after block ``cut``; empty without stages."""
+        return grid_below(self.encoder, self.config, cut, self.image_size)
 
     def above(self, cut: int, document: Mapping[str, Any]) -> UpperBlocks:
         """Return the blocks above the first ``cut`` ones.
@@ -55,15 +62,14 @@ class SplitEncoder:
             cut: Number of blocks that stay frozen.
             document: Description of the blocks, see :func:`build`.
         """
-        encoder = self.encoder
-        form = OpenClipBlocks if encoder.library == "open_clip" else UpperBlocks
-        return form(
-            encoder.blocks[cut:],
-            encoder.norm,
-            causal=encoder.causal,
-            padded=document["modality"] == "text",
-            document=document,
-        )
+        kind: type[UpperBlocks] = UpperBlocks
+        if self.encoder.stages:
+            kind = STAGES[self.encoder.stages]
+        elif self.encoder.library == "open_clip":
+            kind = OpenClipBlocks
+        elif self.encoder.adds_mask:
+            kind = AddedMaskBlocks
+        return kind(self.encoder, cut, document)
 
     @torch.no_grad()
     def matches(self, upper: UpperBlocks, cut: int) -> bool:
@@ -76,7 +82,10 @@ class SplitEncoder:
             torch.random.fork_rng(devices=[]),  # a masked autoencoder draws its patches
         ):
             last_BTD, mask_BT = self.probe(torch.Generator().manual_seed(0))
-        upper_BTD = upper(states[0], mask_BT)
+        states_BTD = as_tokens(states[0])
+        if mask_BT.shape != states_BTD.shape[:2]:  # of stages: all tokens, of another number
+            mask_BT = torch.ones(states_BTD.shape[:2], dtype=torch.bool)
+        upper_BTD, mask_BT = upper(states_BTD, mask_BT)
         limit = _TOLERANCE * max(1.0, float(last_BTD.abs().max()))
         return bool(((upper_BTD - last_BTD)[mask_BT].abs() < limit).all())
 
@@ -112,7 +121,6 @@ def load(library: str, source: Mapping[str, Any]) -> tuple[Any, dict[str, Any], 
     model, report = transformers.AutoModel.from_pretrained(
         folder,
         dtype=torch.float32,
-        attn_implementation="sdpa",
         output_loading_info=True,
         **local,
     )
@@ -125,11 +133,22 @@ def build(document: Mapping[str, Any]) -> UpperBlocks:
     """Build upper blocks from their description, on the CPU; all weights are zero.
 
     Args:
-        document: ``library``, ``modality``, ``cut`` (number of frozen blocks) and ``config`` (of
-            the whole model), as a run's ``blocks.json`` stores them.
+        document: ``library``, ``modality``, ``cut`` (number of frozen blocks), ``config`` (of the
+            whole model) and ``grid`` (rows and columns of the states below stages), as a run's
+            ``blocks.json`` stores them.
     """
+    upper = _build_on("meta", document).to_empty(device="cpu")
+    # Swin computes buffers that no checkpoint stores, which a meta device does not hold.
+    if {name for name, _ in upper.named_buffers()} - upper.state_dict().keys():
+        upper = _build_on("cpu", document)
+    for tensor in upper.state_dict().values():
+        tensor.zero_()
+    return upper
+
+
+def _build_on(device: str, document: Mapping[str, Any]) -> UpperBlocks:
     config, modality = document["config"], document["modality"]
-    with torch.device("meta"):
+    with torch.device(device):
         if document["library"] == "open_clip":
             from open_clip.model import CLIP, CustomTextCLIP
 
@@ -140,29 +159,29 @@ def build(document: Mapping[str, Any]) -> UpperBlocks:
 
             models: Any = transformers.AutoModel
             model_config = transformers.AutoConfig.for_model(**config)
-            model = models.from_config(model_config, attn_implementation="sdpa")
-    encoder = find_encoder(model, document["library"], modality)
-    upper = encoder.above(document["cut"], document).to_empty(device="cpu")
-    for tensor in upper.state_dict().values():
-        tensor.zero_()
-    return upper
+            model = models.from_config(model_config)
+    return find_encoder(model, document["library"], modality).above(document["cut"], document)
 
 
-def find_encoder(model: Any, library: str, modality: str) -> SplitEncoder:
+def find_encoder(
+    model: Any, library: str, modality: str, image_size: Sequence[int] | None = None
+) -> SplitEncoder:
     """Return the encoder of a modality.
 
     Args:
         model: The whole model.
         library: ``transformers`` or ``open_clip``.
-        modality: ``image`` or ``text``.
+        modality: ``image``, ``text`` or ``joint``.
+        image_size: Height and width of all images in pixels; None if they are unknown.
 
     Raises:
         UserError: The blocks of this kind of encoder cannot be trained on a table.
     """
-    return (_of_open_clip if library == "open_clip" else _of_transformers)(model, modality)
+    find = _of_open_clip if library == "open_clip" else _of_transformers
+    return find(model, modality, image_size)
 
 
-def _of_transformers(model: Any, modality: str) -> SplitEncoder:
+def _of_transformers(model: Any, modality: str, image_size: Sequence[int] | None) -> SplitEncoder:
     encoder, config = side_encoder(model, modality) or (model, model.config)
     blocks = transformers_blocks(encoder, config, modality)
     if blocks is None:
@@ -171,27 +190,12 @@ def _of_transformers(model: Any, modality: str) -> SplitEncoder:
             f"tune_blocks: the upper blocks of {config.model_type!r} cannot be trained on a table"
             f" of {modality} tokens; known: {known}, and encoders of open_clip"
         )
-
-    def run_text(draw: torch.Generator) -> tuple[Tensor, Tensor]:
-        padding = int(getattr(config, "pad_token_id", None) or 0)
-        ids_BT = torch.randint(config.vocab_size, (2, _PROBE_TOKENS), generator=draw)
-        ids_BT = torch.where(ids_BT == padding, (padding + 1) % config.vocab_size, ids_BT)
-        mask_BT = torch.arange(_PROBE_TOKENS) < torch.tensor([[_PROBE_TOKENS], [3]])
-        ids_BT = torch.where(mask_BT, ids_BT, padding)
-        output = encoder(input_ids=ids_BT, attention_mask=mask_BT.long())
-        return output.last_hidden_state, mask_BT
-
-    def run_image(draw: torch.Generator) -> tuple[Tensor, Tensor]:
-        size = config.image_size
-        sides = [size, size] if isinstance(size, int) else list(size)
-        pixels = torch.randn(1, config.num_channels, *sides, generator=draw)
-        last_BTD = encoder(pixel_values=pixels).last_hidden_state
-        return last_BTD, torch.ones(last_BTD.shape[:2], dtype=torch.bool)
-
-    return SplitEncoder(encoder=blocks, probe=run_text if modality == "text" else run_image)
+    sides = tuple(image_size or ())
+    probe = probe_of_transformers(encoder, config, modality, sides)
+    return SplitEncoder(encoder=blocks, probe=probe, config=config, image_size=sides)
 
 
-def _of_open_clip(model: Any, modality: str) -> SplitEncoder:
+def _of_open_clip(model: Any, modality: str, image_size: Sequence[int] | None) -> SplitEncoder:
     encoder = getattr(model, "text", model) if modality == "text" else model.visual
     blocks = open_clip_blocks(model, modality)
     is_own = blocks is not None and blocks.library == "open_clip" and len(blocks.blocks) > 0

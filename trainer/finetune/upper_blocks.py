@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from features.encoder_blocks import states_of
+from features.encoder_blocks import EncoderBlocks, states_of
 from trainer.config import TrainConfig
 from trainer.data.batches import ItemFeatures
 from trainer.modules.tokens import Tokens
@@ -33,27 +33,19 @@ class UpperBlocks(nn.Module):
     """Upper blocks of one transformers encoder, and the norm after them.
 
     Args:
-        blocks: Blocks in order; each takes (B, T, D) and a mask, and returns (B, T, D).
-        norm: Norm after the last block; None if the encoder has none.
-        causal: Whether a token attends only to itself and the tokens before it.
-        padded: Whether items of several lengths share a chunk; else a chunk has one length.
+        encoder: The whole encoder. A block takes (B, T, D) and a mask, and returns (B, T, D).
+        cut: Number of blocks that stay frozen.
         document: Description of the blocks, see :func:`trainer.finetune.split_encoder.build`.
     """
 
-    def __init__(
-        self,
-        blocks: Sequence[nn.Module],
-        norm: nn.Module | None,
-        *,
-        causal: bool,
-        padded: bool,
-        document: Mapping[str, Any],
-    ) -> None:
+    def __init__(self, encoder: EncoderBlocks, cut: int, document: Mapping[str, Any]) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(blocks)
-        self.norm = norm
-        self.causal = causal
-        self.padded = padded
+        self.blocks = nn.ModuleList(encoder.blocks[cut:])
+        self.norm = encoder.norm
+        self.width = encoder.width
+        self.causal = encoder.causal
+        # Texts of several lengths share a chunk; the images of a chunk have one length.
+        self.padded = document["modality"] != "image"
         self.document = document
 
     def parameter_group(self, config: TrainConfig) -> dict[str, Any]:
@@ -64,8 +56,8 @@ class UpperBlocks(nn.Module):
             "weight_decay": config.tune_weight_decay,
         }
 
-    def forward(self, x_KTD: Tensor, mask_KT: Tensor) -> Tensor:
-        """Return the last hidden states (K, T, D); they are zero outside the mask.
+    def forward(self, x_KTD: Tensor, mask_KT: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the last hidden states (K, T, D), zero outside the mask, and the mask (K, T).
 
         Items of similar length share a chunk of bounded size.
 
@@ -96,7 +88,7 @@ class UpperBlocks(nn.Module):
         row_KT = first_K[:, None] + torch.arange(mask_KT.shape[1], device=x_KTD.device)
         zero_row = len(y_RD) - 1
         row_KT = torch.where(mask_KT, row_KT, zero_row)
-        return functional.embedding(row_KT, y_RD, padding_idx=zero_row)
+        return functional.embedding(row_KT, y_RD, padding_idx=zero_row), mask_KT
 
     def _run(self, x_BTD: Tensor, lengths_B: Tensor) -> Tensor:
         """Run a chunk; return its tokens without padding, item after item: (R, D)."""
@@ -118,6 +110,20 @@ class UpperBlocks(nn.Module):
         key_T = torch.arange(T, device=x_BTD.device)
         mask = (key_T < lengths_B[:, None])[:, None, None, :]
         return mask & (key_T <= key_T[:, None]) if self.causal else mask
+
+
+class AddedMaskBlocks(UpperBlocks):
+    """Upper blocks of an encoder that adds the mask to its attention scores."""
+
+    def _mask(self, x_BTD: Tensor, lengths_B: Tensor) -> Tensor | None:
+        mask = super()._mask(x_BTD, lengths_B)
+        if mask is None:
+            return None
+        B, T = x_BTD.shape[:2]
+        lowest = torch.finfo(x_BTD.dtype).min
+        return (
+            torch.zeros_like(mask, dtype=x_BTD.dtype).masked_fill(~mask, lowest).expand(B, 1, T, T)
+        )
 
 
 class OpenClipBlocks(UpperBlocks):
@@ -175,7 +181,7 @@ def item_tokens(
         if name in features.tokens:
             x_KTD, mask_KT = features.tokens[name].gather(item_K)
             if name in backbones:
-                x_KTD = backbones[name](x_KTD, mask_KT)
+                x_KTD, mask_KT = backbones[name](x_KTD, mask_KT)
             tokens[name] = x_KTD, mask_KT
         else:
             vector_K1D = features.vectors[name][item_K][:, None]

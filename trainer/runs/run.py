@@ -276,7 +276,7 @@ def _build_run(
     catalogue = Catalogue(
         n_items=source.dataset.info.items,
         n_users=source.dataset.info.users,
-        widths=source.features.widths,
+        widths=source.features.widths | {name: upper.width for name, upper in backbones.items()},
         n_attributes=source.n_attributes,
         time_unit=source.dataset.time_unit,
         backbones=backbones,

@@ -214,7 +214,7 @@ def test_chunks_computed_again_give_the_same(monkeypatch: pytest.MonkeyPatch) ->
     for most in (10_000, 8):
         monkeypatch.setattr(upper_blocks, "TOKENS_AT_ONCE", most)
         upper.zero_grad()
-        y = upper(x, mask)
+        y, _ = upper(x, mask)
         (y**2).sum().backward()
         results.append([y.detach(), *(parameter.grad for parameter in upper.parameters())])
     for a, b in zip(*results, strict=True):
@@ -226,13 +226,13 @@ def test_what_stands_in_the_padding_changes_nothing() -> None:
     upper, x, mask = upper_of([3, 5, 4])
     other = torch.where(mask[..., None], x, torch.full_like(x, 9.0))
     torch.testing.assert_close(upper(x, mask), upper(other, mask))
-    alone = upper(x[:1, :3], mask[:1, :3])
-    torch.testing.assert_close(upper(x, mask)[:1, :3], alone, rtol=1e-4, atol=1e-5)
+    alone, _ = upper(x[:1, :3], mask[:1, :3])
+    torch.testing.assert_close(upper(x, mask)[0][:1, :3], alone, rtol=1e-4, atol=1e-5)
 
 
 def test_items_without_tokens_leave_gradients_of_zero() -> None:
     upper, x, mask = upper_of([2, 2])
-    upper(x, torch.zeros_like(mask)).sum().backward()
+    upper(x, torch.zeros_like(mask))[0].sum().backward()
     assert all(
         parameter.grad is not None and not parameter.grad.any() for parameter in upper.parameters()
     )
@@ -308,9 +308,9 @@ def test_a_checkpoint_that_has_changed(warehouse: Warehouse, checkpoint: Path) -
 
 def test_an_architecture_that_cannot_be_cut(warehouse: Warehouse, tmp_path: Path) -> None:
     tuned.world(warehouse, tmp_path / "raw")
-    kind: dict[str, Any] = {"kind": "Swin", **checkpoints.SWIN}
-    tuned.extracted(warehouse, "layer-1", image=checkpoints.vision_folder(tmp_path / "s", **kind))
-    refused(warehouse, "'swin'.*known: vit, .*dinov2", tune_blocks=1)
+    folder = checkpoints.vision_folder(tmp_path / "s", kind="DINOv3ViT", **tuned.VISION)
+    tuned.extracted(warehouse, "layer-1", image=folder)
+    refused(warehouse, "'dinov3_vit'.*known: vit, .*dinov2.*swin, resnet", tune_blocks=2)
 
 
 def test_a_library_that_computes_otherwise(

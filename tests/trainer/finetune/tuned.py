@@ -103,7 +103,37 @@ def whole_picture(
     def encode(items: Sequence[int]) -> tuple[Tensor, Tensor]:
         images = [Image.open(raw / f"{i}.png").convert("RGB") for i in items]
         states = model(**processor(images=images, return_tensors="pt")).last_hidden_state
+        if states.ndim == 4:
+            states = states.flatten(2).transpose(1, 2)
         return states, torch.ones(states.shape[:2], dtype=torch.bool)
+
+    return encode
+
+
+def whole_pair(
+    folder: Path, processor_folder: Path, raw: Path, run: Callable[..., Tensor]
+) -> Callable[[Sequence[int]], tuple[Tensor, Tensor]]:
+    """A joint model, pair by pair: no padding, and its own processor and tokenizer.
+
+    Args:
+        folder: Folder of the tokenizer.
+        processor_folder: Folder of the image processor.
+        raw: Folder of the pictures.
+        run: From the inputs of one picture and one text to the last hidden states (1, T, D).
+    """
+    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder)
+    processors: Any = transformers.AutoImageProcessor
+    processor = processors.from_pretrained(processor_folder)
+
+    def encode(items: Sequence[int]) -> tuple[Tensor, Tensor]:
+        states = []
+        for item in items:
+            image = Image.open(raw / f"{item}.png").convert("RGB")
+            pixels = processor(images=image, return_tensors="pt")
+            states.append(run(**pixels, **tokenizer(TEXTS[item], return_tensors="pt"))[0])
+        lengths = torch.tensor([len(state) for state in states])
+        x_BTD = torch.nn.utils.rnn.pad_sequence(states, batch_first=True)
+        return x_BTD, torch.arange(x_BTD.shape[1]) < lengths[:, None]
 
     return encode
 

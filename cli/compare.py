@@ -26,7 +26,8 @@ def compare(
         str,
         typer.Option(
             "--targets",
-            help="all, new, repeated (the user had it), or cold (fewer than 10 interactions).",
+            help="all, new, repeated (the user had it), cold (fewer than 10 interactions), or"
+            " cold-occurrences (cold items at all positions).",
         ),
     ] = "all",
     metric: Annotated[
@@ -71,9 +72,12 @@ def show_comparison(comparison: "Comparison") -> None:
     from trainer.analysis.compare import SEEN, SIGNS
 
     reference = comparison.systems[0].label
-    cold = "" if comparison.targets == "all" else f", {comparison.targets} targets only"
+    subset = "" if comparison.targets == "all" else f", {comparison.targets} targets only"
+    unit = "users"
+    if comparison.targets == "cold-occurrences":
+        subset, unit = f", {comparison.targets}", "sequences"
     console.print_text(
-        f"{comparison.dataset}, {comparison.split}{cold}: {comparison.users:,} users;"
+        f"{comparison.dataset}, {comparison.split}{subset}: {comparison.users:,} {unit};"
         f" differences to {reference}"
     )
     for system in comparison.systems:

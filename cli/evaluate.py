@@ -179,6 +179,9 @@ def show_evaluated(report: "EvalReport") -> None:
     sample = "" if report.sample is None else "sample of "
     for split, targets, users in groups:
         kind = "" if targets == "all" else f", {targets} targets only"
+        unit = "users"
+        if targets == "cold-occurrences":
+            kind, unit = f", {targets}", "sequences"
         share = counts.get((split, "repeated"), 0) / counts[split, "all"]
         repeated = f", {share:.2%} repeated targets" if targets == "all" else ""
         rankings = ("kept",) if targets == "repeated" else ("filtered", "kept")
@@ -186,7 +189,7 @@ def show_evaluated(report: "EvalReport") -> None:
         console.stacked_tables(
             [("metric", list(metrics[split, targets]))],
             [[column((split, targets), ranker, seen) for seen in rankings] for ranker in rankers],
-            title=f"{split}{kind}: {sample}{users:,} users{repeated}",
+            title=f"{split}{kind}: {sample}{users:,} {unit}{repeated}",
         )
     console.out.print()
     for text in report.protocol:

@@ -42,9 +42,7 @@ def extract(
     overwrite: Annotated[
         bool, Option("--overwrite", help="Extract a table again if its settings differ.")
     ] = False,
-    strict: Annotated[
-        bool, Option("--strict", help="Stop at the first input that cannot be used.")
-    ] = False,
+    strict: Annotated[bool, Option("--strict", help="Stop at the first unusable input.")] = False,
     engine: Annotated[str, Option(help="local, or ray: actors, here or on a cluster.")] = "local",
     workers: Annotated[OptionalInt, Option(help="Actors of --engine ray.")] = None,
     estimate: Annotated[

@@ -29,6 +29,8 @@ _TIME_UNITS = ((10**5, "D"), (10**10, "s"), (10**13, "ms"), (10**16, "us"))
 class EvalSplit:
     """The evaluated users of one split, and the positions of their targets in the flat array.
 
+    A user with several targets occurs several times; see :meth:`Dataset.cold_occurrences`.
+
     The input of user ``users[e]`` is ``items[starts[e]:targets[e]]``, its target
     ``items[targets[e]]``.
     """
@@ -100,6 +102,32 @@ class Dataset:
         lengths = np.diff(self.offsets)
         return self.offsets[1:] - np.where(lengths >= MIN_EVALUATED, 2, 0)
 
+    def train_positions(self, *, hold_out_cold: bool = False) -> Ints:
+        """Return the flat positions of the training interactions, ascending: (T,).
+
+        Args:
+            hold_out_cold: Leave out the interactions with cold items.
+        """
+        ends_I = np.repeat(self.train_ends(), np.diff(self.offsets))
+        is_train_I = np.arange(len(self.items)) < ends_I
+        if hold_out_cold:
+            is_train_I &= ~self.cold[self.items]
+        return np.flatnonzero(is_train_I)
+
+    def cold_occurrences(self) -> EvalSplit:
+        """Return the occurrences of cold items at training positions, one row each.
+
+        The input of a row is the user's sequence before the occurrence. An occurrence that begins a
+        sequence has no input and is left out. Only a model that was trained with ``hold_out_cold``
+        has not learned them.
+        """
+        starts_I = np.repeat(self.offsets[:-1], np.diff(self.offsets))
+        positions = self.train_positions()
+        is_cold = self.cold[self.items[positions]] & (positions > starts_I[positions])
+        targets = positions[is_cold]
+        users = np.searchsorted(self.offsets, targets, side="right") - 1
+        return EvalSplit(users=users, starts=starts_I[targets], targets=targets)
+
     def eval_split(self, split: str) -> EvalSplit:
         """Return the evaluated users of ``validation`` or ``test``."""
         back = {"validation": 2, "test": 1}[split]
@@ -166,16 +194,14 @@ def cold_counts(dataset: Dataset) -> tuple[int, int]:
 
     Returns:
         The held-out targets of validation and test that are cold; and all occurrences of a cold
-        item after the first interaction of a user, each of which ends one sequence. Occurrences at
-        training positions have been learned, so the first count is the one without leakage.
+        item after the first interaction of a user, each of which ends one sequence. Models have
+        learned the occurrences at training positions, unless trained with ``hold_out_cold``.
     """
     is_cold_I = dataset.cold[dataset.items]
     held_out = sum(
         int(is_cold_I[dataset.eval_split(split).targets].sum()) for split in ("validation", "test")
     )
-    is_first_I = np.zeros(len(is_cold_I), dtype=bool)
-    is_first_I[dataset.offsets[:-1]] = True
-    return held_out, int((is_cold_I & ~is_first_I).sum())
+    return held_out, held_out + len(dataset.cold_occurrences().targets)
 
 
 def hash_sequences(items: npt.NDArray[np.int32], offsets: Ints) -> str:

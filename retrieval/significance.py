@@ -1,7 +1,7 @@
 """Confidence intervals and significance tests over users.
 
-Both procedures treat the users as the sample. They do not measure the variation over training
-seeds, which needs several trainings.
+Both procedures treat the users as the sample, also if users have several values. They do not
+measure the variation over training seeds, which needs several trainings.
 
 scipy.stats is not used because it is slower. Its percentile bootstrap gives the same intervals in 5
 times the CPU time. Its permutation test draws one float for each user and resample: with 22,363
@@ -21,7 +21,12 @@ _BYTES_PER_DRAW = 2**18  # bytes of random signs drawn together; each byte needs
 
 
 def bootstrap(
-    values: Values, *, samples: int = 1000, confidence: float = 0.95, seed: int = 0
+    values: Values,
+    *,
+    groups: npt.NDArray[np.int64] | None = None,
+    samples: int = 1000,
+    confidence: float = 0.95,
+    seed: int = 0,
 ) -> tuple[Values, Values]:
     """Return the percentile bootstrap interval of the mean over users (Efron 1979).
 
@@ -29,7 +34,10 @@ def bootstrap(
     arrays of length U and the (samples, M) means.
 
     Args:
-        values: (U, M) per-user values of M metrics.
+        values: (U, M) per-user values of M metrics; with ``groups``, several rows can be of one
+            user.
+        groups: (U,) user of each row. A resample draws users with all their rows, because the
+            values of one user depend on each other. None: each row is a user.
         samples: Number of resamples.
         confidence: Share of the resampled means inside the interval, above 0 and below 1.
         seed: Seed of the resamples; the same seed draws the same users.
@@ -44,18 +52,29 @@ def bootstrap(
     if values.ndim != 2 or not len(values):
         raise ValueError(f"values have shape {values.shape}: expected (users, metrics), users >= 1")
     _check(values, samples, confidence)
-    users = len(values)
     # Differences from the first user: the mean of constant values is then exact.
     origin = values[0].astype(np.float64)
     centred = values - origin
+    sizes = None
+    if groups is not None:
+        sizes, centred = _group_sums(groups, centred)
+    users = len(centred)
     rng = np.random.default_rng(seed)
     means = np.empty((samples, values.shape[1]))
     for sample in range(samples):
         drawn = rng.integers(0, users, size=users, dtype=np.int32)
-        means[sample] = np.bincount(drawn, minlength=users) @ centred
+        counts = np.bincount(drawn, minlength=users)
+        means[sample] = (counts @ centred) / (users if sizes is None else counts @ sizes)
     tail = (1 - confidence) / 2
-    low, high = np.quantile(means / users, [tail, 1 - tail], axis=0)
+    low, high = np.quantile(means, [tail, 1 - tail], axis=0)
     return origin + low, origin + high
+
+
+def _group_sums(groups: npt.NDArray[np.int64], values: Values) -> tuple[Values, Values]:
+    """Return the number of rows of each group, (G,), and the sums of their values, (G, M)."""
+    _, group, sizes = np.unique(groups, return_inverse=True, return_counts=True)
+    columns = [np.bincount(group, weights=column, minlength=len(sizes)) for column in values.T]
+    return sizes.astype(np.float64), np.stack(columns, axis=1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,6 +95,7 @@ def paired_test(
     a: Values,
     b: Values,
     *,
+    groups: npt.NDArray[np.int64] | None = None,
     samples: int = 10_000,
     confidence: float = 0.95,
     seed: int = 0,
@@ -92,6 +112,8 @@ def paired_test(
     Args:
         a: (U,) per-user values of one system.
         b: (U,) per-user values of the other system: the same users in the same order.
+        groups: (U,) user of each value if users have several; the signs of all values of a user
+            change together. None: each value is a user.
         samples: Number of sign assignments.
         confidence: Confidence of the interval, above 0 and below 1.
         seed: Seed of the signs and of the resamples.
@@ -104,9 +126,12 @@ def paired_test(
         raise ValueError(f"a has shape {a.shape} and b {b.shape}: expected the same users, >= 1")
     difference = a.astype(np.float64) - b.astype(np.float64)
     _check(difference, samples, confidence)
-    low, high = bootstrap(difference[:, None], confidence=confidence, seed=seed)
+    low, high = bootstrap(difference[:, None], groups=groups, confidence=confidence, seed=seed)
+    mean = float(difference.mean())
+    if groups is not None:
+        difference = _group_sums(groups, difference[:, None])[1][:, 0]
     return PairedTest(
-        difference=float(difference.mean()),
+        difference=mean,
         low=float(low[0]),
         high=float(high[0]),
         p_value=_sign_flip(difference[difference != 0], samples, seed),

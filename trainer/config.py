@@ -181,6 +181,9 @@ class TrainConfig(Settings):
     """Learning rate of AdamW after the warm-up."""
     weight_decay: NonNegativeFloat = 0.01
     """Weight decay of AdamW, on every parameter."""
+    hold_out_cold: bool = False
+    """Leave the interactions with cold items (fewer than 10 training interactions) out of training,
+    so that ``mmrec eval`` can rank every occurrence of a cold item."""
     tune_blocks: BlockCount = 0
     """Upper blocks of the backbones to train as well, on ``layer-K`` tables with K = number of
     blocks - ``tune_blocks`` (PMMRec and MMSR: 2). ``all``: every block above the table, for any K.

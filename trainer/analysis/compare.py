@@ -20,11 +20,16 @@ from features.result_tables import read_predictions_table
 from features.warehouse import Warehouse
 from retrieval.metrics import METRIC_NAMES, UNRANKED, per_user
 from retrieval.significance import PairedTest, paired_test
-from trainer.evaluation.protocol import earlier_protocol_line, ties_lines
+from trainer.evaluation.protocol import (
+    OCCURRENCES,
+    TARGETS,
+    TRAIN,
+    earlier_protocol_line,
+    ties_lines,
+)
 from trainer.runs.read import Record, has_current_protocol, read_records
 
 SPLITS = ("validation", "test")
-TARGETS = ("all", "new", "repeated", "cold")
 SEEN = ("filtered", "kept")
 SIGNS = 10_000
 """Number of random sign assignments of a paired test."""
@@ -104,7 +109,8 @@ def compare(
         split: ``test`` or ``validation``.
         targets: ``all``; ``cold``: users whose target has fewer than 10 training interactions;
             ``repeated``: users who already had the target, with seen items kept only; ``new``: all
-            others.
+            others; ``cold-occurrences``: every occurrence of a cold item at training positions and
+            at the test position, for runs trained with ``hold_out_cold``.
         metrics: Names such as ``NDCG@10``.
         by: Name of a grouping in :data:`GROUPINGS`; runs with one key form one system.
         on_stage: Receives the name of each step.
@@ -122,7 +128,9 @@ def compare(
     systems = _group(records, by)
     for record in records:
         _check_comparable(records[0], record)
-    users, ranks = _read_ranks(records, split)
+    if targets == OCCURRENCES:
+        _check_occurrences(records, split)
+    users, ranks = _read_ranks(records, split, with_train=targets == OCCURRENCES)
     chosen = _choose_users(users, split, targets)
     lines = []
     for seen in SEEN if targets != "repeated" else ("kept",):
@@ -132,7 +140,7 @@ def compare(
         }
         for metric in dict.fromkeys(metrics):
             on_stage(f"paired tests of {metric}, {seen}")
-            lines += _compare_metric(metric, seen, values)
+            lines += _compare_metric(metric, seen, values, users.target[chosen, 0])
     return Comparison(
         dataset=records[0].about["dataset"],
         split=split,
@@ -161,6 +169,7 @@ def _choose_users(users: "_Users", split: str, targets: str) -> npt.NDArray[np.b
         "new": ~users.repeated,
         "repeated": users.repeated,
         "cold": users.cold,
+        OCCURRENCES: users.cold,
     }[targets]
     if not chosen.any():
         raise UserError(f"the {split} split has no target that is {targets}; leave --targets out")
@@ -186,7 +195,10 @@ def _group(records: Sequence[Record], by: str) -> list[System]:
 
 
 def _compare_metric(
-    metric: str, seen: str, values: Mapping[str, Sequence[Mapping[str, Values]]]
+    metric: str,
+    seen: str,
+    values: Mapping[str, Sequence[Mapping[str, Values]]],
+    users: npt.NDArray[np.int32],
 ) -> list[SystemMetric]:
     """Compare all systems by one metric.
 
@@ -194,7 +206,9 @@ def _compare_metric(
         metric: Name of the metric.
         seen: ``filtered`` or ``kept``.
         values: Label of each system -> for each of its runs, metric -> (E,) values of the users.
+        users: (E,) the users, ascending; those of ``cold-occurrences`` may have several values.
     """
+    groups = users.astype(np.int64) if (np.diff(users) == 0).any() else None
     means = {
         label: np.mean([run[metric] for run in runs], axis=0) for label, runs in values.items()
     }
@@ -213,7 +227,7 @@ def _compare_metric(
                 test=(
                     None
                     if is_reference
-                    else paired_test(means[label], means[reference], samples=SIGNS)
+                    else paired_test(means[label], means[reference], groups=groups, samples=SIGNS)
                 ),
             )
         )
@@ -251,6 +265,18 @@ def _check_comparable(first: Record, record: Record) -> None:
             )
 
 
+def _check_occurrences(records: Sequence[Record], split: str) -> None:
+    """Refuse runs that have learned the occurrences of cold items."""
+    if split != "test":
+        raise UserError(f"--targets {OCCURRENCES} are of the split test, not {split}; leave it out")
+    for record in records:
+        if not record.settings.get("hold_out_cold"):
+            raise UserError(
+                f"run {record.name!r} has learned the occurrences of cold items at training"
+                f" positions; give --targets cold, or train it with --set hold_out_cold=true"
+            )
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Users:
     """The evaluated users of a split, in ascending order."""
@@ -267,15 +293,25 @@ _Ranks = dict[str, dict[str, npt.NDArray[np.int64]]]
 """Run -> ``filtered`` or ``kept`` -> (E,) ranks."""
 
 
-def _read_ranks(records: Sequence[Record], split: str) -> tuple[_Users, _Ranks]:
-    """Read the ranks of every run; all runs must have the same users and targets."""
+def _read_ranks(
+    records: Sequence[Record], split: str, *, with_train: bool = False
+) -> tuple[_Users, _Ranks]:
+    """Read the ranks of every run; all runs must have the same users and targets.
+
+    Args:
+        records: The runs.
+        split: ``test`` or ``validation``.
+        with_train: Read the occurrences of cold items at training positions as well.
+    """
+    splits = [split, TRAIN] if with_train else [split]
     ranks: _Ranks = {}
     users: _Users | None = None
     for record in records:
         path = record.folder / "predictions.parquet"
         with read_errors(path, f"run: mmrec eval --run {record.name}"):
             table = read_predictions_table(path)
-            table = table.filter(pc.field("split") == split).sort_by("user")
+            table = table.filter(pc.field("split").isin(splits))
+            table = table.sort_by([("user", "ascending"), ("history", "ascending")])
             filtered = table.column("rank_filtered")
             is_repeated = filtered.is_null().to_numpy()
             table = table.drop_columns("rank_filtered").append_column(

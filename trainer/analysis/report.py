@@ -19,11 +19,12 @@ from markupsafe import Markup
 from features.errors import DamagedError, UserError
 from features.warehouse import DatasetInfo, Warehouse
 from retrieval.list_metrics import LIST_METRICS
-from trainer.analysis.compare import SEEN, SIGNS, TARGETS, Comparison, compare
+from trainer.analysis.compare import SEEN, SIGNS, Comparison, compare
 from trainer.analysis.curves import Curve
 from trainer.analysis.figures import draw_curves, write_figure
 from trainer.evaluation.protocol import (
     REFERENCES,
+    TARGETS,
     earlier_protocol_line,
     protocol_lines,
     ties_lines,

@@ -1,7 +1,8 @@
 """Training batches, gathered from flat interactions and feature matrices on one device.
 
-Legend: I interactions, J distinct training pairs of user and item, U users, N items, W windows of
-an epoch, B batch, L longest sequence of the batch, D_m width of modality m.
+Legend: I interactions, T training interactions, J distinct training pairs of user and item, U
+users, N items, W windows of an epoch, B batch, L longest sequence of the batch, D_m width of
+modality m.
 """
 
 from collections.abc import Iterator, Mapping
@@ -121,17 +122,30 @@ class Shard:
 
 
 class TrainingData:
-    """The sequences and features of one dataset on one device."""
+    """The sequences and features of one dataset on one device.
 
-    def __init__(self, dataset: Dataset, features: ItemFeatures, device: torch.device) -> None:
+    Args:
+        dataset: The interactions.
+        features: The features of its items.
+        device: Device of the tensors.
+        hold_out_cold: Leave the interactions with cold items out of the training interactions.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        features: ItemFeatures,
+        device: torch.device,
+        *,
+        hold_out_cold: bool = False,
+    ) -> None:
         self.dataset = dataset
         self.features = features
         self.device = device
-        self.train = TrainSet(
-            counts_N=torch.from_numpy(dataset.train_counts).to(device),
-            keys_J=torch.from_numpy(_train_keys(dataset)).to(device),
-            histories=_train_histories(dataset),
-        )
+        positions = dataset.train_positions(hold_out_cold=hold_out_cold)
+        self.train = _train_set(dataset, positions, device)
+        self._train_positions = positions
+        self._positions_T = torch.from_numpy(positions).to(device)
         self._flat_I = torch.from_numpy(dataset.items).to(device)
         times = dataset.times
         self._times_I = None if times is None else torch.from_numpy(times).to(device)
@@ -160,9 +174,8 @@ class TrainingData:
             The number of batches of the epoch, and the batches after the skipped ones.
         """
         rng = np.random.default_rng([seed, epoch])
-        starts, lengths = cut_windows(
-            self.dataset.offsets[:-1], self.dataset.train_ends(), sampling, rng
-        )
+        offsets = self.train.histories.offsets
+        starts, lengths = cut_windows(offsets[:-1], offsets[1:], sampling, rng)
         if len(lengths) < shard.world_size:
             raise UserError(
                 f"{len(lengths)} windows of dataset {self.dataset.info.name!r} are too few for"
@@ -173,10 +186,8 @@ class TrainingData:
         def generate() -> Iterator[Batch]:
             for step in range(skip, len(batches)):
                 chosen = batches[step][shard.process_rank :: shard.world_size]
-                sequences = self.gather(starts[chosen], lengths[chosen])
+                sequences = self._windows(starts[chosen], lengths[chosen])
                 assert sequences.users_B is not None
-                users = sequences.users_B.cpu().numpy()
-                shift = self.train.histories.offsets[users] - self.dataset.offsets[users]
                 yield Batch(
                     users_B=sequences.users_B,
                     sequences=sequences,
@@ -187,25 +198,45 @@ class TrainingData:
                             seed, epoch, step, *([shard.process_rank] if shard.process_rank else [])
                         )
                     ),
-                    ends_B=starts[chosen] + lengths[chosen] + shift,
+                    ends_B=starts[chosen] + lengths[chosen],
                 )
 
         return len(batches), generate()
 
+    def _windows(self, starts: Ints, lengths: Ints) -> Sequences:
+        """Gather windows that begin at the positions ``starts`` of the training histories."""
+        index_BL, lengths_B = self._slots(starts, lengths)
+        ends = self._train_positions[starts + lengths - 1] + 1
+        return self._sequences(self._positions_T[index_BL], lengths_B, ends)
+
     def gather(self, starts: Ints, lengths: Ints) -> Sequences:
         """Gather the sequences that begin at the flat positions ``starts`` into one batch."""
+        index_BL, lengths_B = self._slots(starts, lengths)
+        return self._sequences(index_BL, lengths_B, starts + lengths)
+
+    def _slots(self, starts: Ints, lengths: Ints) -> tuple[Tensor, Tensor]:
+        """Return the positions (B, L) of sequences, and their lengths (B,)."""
         starts_B = torch.from_numpy(starts).to(self.device, non_blocking=True)
         lengths_B = torch.from_numpy(lengths).to(self.device, non_blocking=True)
         columns_L = torch.arange(int(lengths.max()), device=self.device)
-        # Slots of padding repeat the last item: the flat array holds the next user's items there.
-        index_BL = starts_B[:, None] + torch.minimum(columns_L, lengths_B[:, None] - 1)
-        users = np.searchsorted(self.dataset.offsets, starts, side="right") - 1
+        # Slots of padding repeat the last item: the array holds the next user's items there.
+        return starts_B[:, None] + torch.minimum(columns_L, lengths_B[:, None] - 1), lengths_B
+
+    def _sequences(self, index_BL: Tensor, lengths_B: Tensor, ends: Ints) -> Sequences:
+        """Return the sequences at some flat positions.
+
+        Args:
+            index_BL: (B, L) flat positions.
+            lengths_B: (B,) lengths.
+            ends: (B,) flat position one past the last item of each sequence.
+        """
+        users = np.searchsorted(self.dataset.offsets, ends - 1, side="right") - 1
         users_B = torch.from_numpy(users).to(self.device, non_blocking=True)
         items_BL = self._flat_I[index_BL].long()
         if self._times_I is None:
             return Sequences(items_BL=items_BL, lengths_B=lengths_B, users_B=users_B)
         # The last history of a user has no interaction after it: the newest time is the next best.
-        ends = np.minimum(starts + lengths, self.dataset.offsets[users + 1] - 1)
+        ends = np.minimum(ends, self.dataset.offsets[users + 1] - 1)
         return Sequences(
             items_BL=items_BL,
             lengths_B=lengths_B,
@@ -243,17 +274,17 @@ class TrainingData:
         return self.gather(targets - lengths, lengths)
 
 
-def _train_histories(dataset: Dataset) -> SeenItems:
-    lengths = dataset.train_ends() - dataset.offsets[:-1]
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    index = np.repeat(dataset.offsets[:-1] - offsets[:-1], lengths) + np.arange(offsets[-1])
-    return SeenItems(items=dataset.items[index].astype(np.int64), offsets=offsets)
-
-
-def _train_keys(dataset: Dataset) -> Ints:
-    histories = _train_histories(dataset)
-    users = np.repeat(np.arange(len(histories)), np.diff(histories.offsets))
-    return np.unique(users * len(dataset.train_counts) + histories.items)
+def _train_set(dataset: Dataset, positions: Ints, device: torch.device) -> TrainSet:
+    """Return the training interactions at some flat positions (T,)."""
+    n_items = len(dataset.train_counts)
+    items = dataset.items[positions].astype(np.int64)
+    offsets = np.searchsorted(positions, dataset.offsets)
+    users = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
+    return TrainSet(
+        counts_N=torch.from_numpy(np.bincount(items, minlength=n_items)).to(device),
+        keys_J=torch.from_numpy(np.unique(users * n_items + items)).to(device),
+        histories=SeenItems(items=items, offsets=offsets),
+    )
 
 
 def combine_seeds(*parts: int) -> int:

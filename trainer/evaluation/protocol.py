@@ -7,12 +7,33 @@ PROTOCOL = "2"
 """Version of the protocol, stored with the predictions of an evaluation. Evaluations without one
 rank repeated targets among the items that the user has not seen."""
 
+OCCURRENCES = "cold-occurrences"
+TARGETS = ("all", "new", "repeated", "cold", OCCURRENCES)
+"""Subsets of targets. ``repeated``: the user already had the target; ``new``: all others; ``cold``:
+held-out targets with fewer than 10 training interactions; ``cold-occurrences``: the cold test
+targets and the occurrences of cold items at training positions, for runs that were trained with
+``hold_out_cold``."""
+TRAIN = "train"
+"""Value of ``split`` in the predictions for occurrences of cold items at training positions."""
+
 REFERENCES = ("popularity", "transitions")
 """Models that every table shows next to the evaluated model. They need no training."""
 
 
-def protocol_lines(info: DatasetInfo) -> list[str]:
-    """Return the description of the protocol of a dataset, one statement per line."""
+_OCCURRENCE_LINES = (
+    f"{OCCURRENCES}: sequences cut before each occurrence of a cold item, at training positions and"
+    " at the test position; no interaction with a cold item was in training",
+    f"{OCCURRENCES}: the intervals resample users with all their sequences",
+)
+
+
+def protocol_lines(info: DatasetInfo, *, hold_out_cold: bool = False) -> list[str]:
+    """Return the description of the protocol of a dataset, one statement per line.
+
+    Args:
+        info: The dataset.
+        hold_out_cold: Whether the training left interactions with cold items out.
+    """
     core = f"{info.k_core}-core" if info.k_core > 1 else "no k-core"
     if info.min_user > info.k_core:
         core += f", users with at least {info.min_user} interactions"
@@ -27,6 +48,7 @@ def protocol_lines(info: DatasetInfo) -> list[str]:
         "repeated: targets that the user already had, misses when filtered; new: all others",
         "HR@k equals Recall@k with one target; 95% intervals: bootstrap over users",
         f"cold: targets with fewer than {COLD_BELOW} training interactions",
+        *(_OCCURRENCE_LINES if hold_out_cold else ()),
         "coverage@10: share of the catalogue in the lists of all users; cold_share@10: cold items"
         " in them; novelty@10: mean -log2 of their items' share of training interactions",
         f"{' and '.join(REFERENCES)}: counts of training interactions only",

@@ -4,7 +4,7 @@ One scoring pass gives both rankings of the protocol, seen items filtered and ke
 models of :data:`trainer.evaluation.protocol.REFERENCES` are ranked in the same way.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,15 +23,20 @@ from retrieval.metrics import UNRANKED, per_user
 from retrieval.ranking import Ranks
 from retrieval.significance import bootstrap
 from trainer.checkpoint import load_weights
-from trainer.evaluation.protocol import PROTOCOL, REFERENCES, protocol_lines
+from trainer.evaluation.protocol import (
+    OCCURRENCES,
+    PROTOCOL,
+    REFERENCES,
+    TARGETS,
+    TRAIN,
+    protocol_lines,
+)
 from trainer.evaluation.ranking import SplitRanks, build_reference, rank_split
 from trainer.models.base import Recommender
 from trainer.runs.folder import replace_metrics, run_lock, stored_metrics
 from trainer.runs.run import Run
 
 SPLITS = ("validation", "test")
-TARGETS = ("all", "new", "repeated", "cold")
-"""Subsets of targets; ``repeated``: the user already had the target, ``new``: all others."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,7 +124,7 @@ def report_of(run: Run, evaluation: "Evaluation", index: str) -> EvalReport:
         model=run.spec.model,
         features=list(run.spec.features),
         index=index,
-        protocol=protocol_lines(run.data.dataset.info),
+        protocol=protocol_lines(run.data.dataset.info, hold_out_cold=run.config.hold_out_cold),
         references=_references(run),
         rows=evaluation.rows,
         sample=sample,
@@ -156,22 +161,15 @@ def rank_run(
     dataset = run.data.dataset
     rows: list[dict[str, Any]] = []
     predictions: list[pa.Table] = []
-    references = {name: build_reference(name, run.data) for name in _references(run)}
+    rankers: dict[str, Recommender] = {run.spec.model: run.model}
+    rankers |= {name: build_reference(name, run.data) for name in _references(run)}
     for split in SPLITS if sample is None else ("test",):
         on_stage(f"ranking {split}")
         users = dataset.eval_split(split)
         if sample is not None:
             users = users.sample(sample.users, sample.seed)
-
-        def ranked(model: Recommender, split: str = split, users: EvalSplit = users) -> SplitRanks:
-            batch_size = run.config.eval_batch
-            return rank_split(
-                model, run.data, split, batch_size, index=index, users=users, count_lists=True
-            )
-
-        own = ranked(run.model)
-        by_ranker = {run.spec.model: own}
-        by_ranker |= {name: ranked(model) for name, model in references.items()}
+        by_ranker = _rank_by_all(run, rankers, split, users, index, count_lists=True)
+        own = by_ranker[run.spec.model]
         is_cold = dataset.cold[own.targets_E]
         on_stage(f"intervals of {split}")
         for targets, subset in _subsets(own.ranks, is_cold).items():
@@ -180,7 +178,64 @@ def rank_run(
                 if targets == "all":
                     rows += _list_rows(dataset, split, name, split_ranks)
         predictions.append(_predictions(dataset, split, own, is_cold))
+    if run.config.hold_out_cold:
+        on_stage("ranking occurrences of cold items")
+        occurrences = dataset.cold_occurrences()
+        if sample is not None:
+            occurrences = occurrences.take(np.flatnonzero(np.isin(occurrences.users, users.users)))
+        in_train = _rank_by_all(run, rankers, TRAIN, occurrences, index)
+        rows += _occurrence_rows(by_ranker, in_train, is_cold)
+        own = in_train[run.spec.model]
+        all_cold = np.ones(len(occurrences.users), bool)
+        predictions.append(_predictions(dataset, TRAIN, own, all_cold))
     return Evaluation(rows=rows, predictions=pa.concat_tables(predictions), sample=sample)
+
+
+def _rank_by_all(
+    run: Run,
+    rankers: Mapping[str, Recommender],
+    split: str,
+    users: EvalSplit,
+    index: str,
+    *,
+    count_lists: bool = False,
+) -> dict[str, SplitRanks]:
+    """Rank the same targets with the model and with each reference."""
+    batch_size = run.config.eval_batch
+    return {
+        name: rank_split(
+            model, run.data, split, batch_size, index=index, users=users, count_lists=count_lists
+        )
+        for name, model in rankers.items()
+    }
+
+
+def _occurrence_rows(
+    test: Mapping[str, SplitRanks],
+    in_train: Mapping[str, SplitRanks],
+    is_cold: npt.NDArray[np.bool_],
+) -> list[dict[str, Any]]:
+    """Return the rows of ``cold-occurrences``, which belong to the split ``test``.
+
+    The cold validation targets are left out, because early stopping has used them.
+
+    Args:
+        test: Ranker -> ranks of the test targets.
+        in_train: Ranker -> ranks of the occurrences at training positions.
+        is_cold: (E,) bool, the cold test targets.
+    """
+    rows = []
+    for name, ranked in test.items():
+        others = in_train[name]
+        users = np.concatenate([ranked.users.users[is_cold], others.users.users])
+        ranks = Ranks(
+            kept=np.concatenate([ranked.ranks.kept[is_cold], others.ranks.kept]),
+            filtered=np.concatenate([ranked.ranks.filtered[is_cold], others.ranks.filtered]),
+        )
+        if len(users):
+            everyone = np.ones(len(users), bool)
+            rows += metric_rows("test", OCCURRENCES, name, ranks, everyone, users=users)
+    return rows
 
 
 def _write(warehouse: Warehouse, run: Run, evaluation: Evaluation) -> None:
@@ -211,7 +266,13 @@ def _subsets(ranks: Ranks, is_cold: npt.NDArray[np.bool_]) -> dict[str, npt.NDAr
 
 
 def metric_rows(
-    split: str, targets: str, ranker: str, ranks: Ranks, subset: npt.NDArray[np.bool_]
+    split: str,
+    targets: str,
+    ranker: str,
+    ranks: Ranks,
+    subset: npt.NDArray[np.bool_],
+    *,
+    users: npt.NDArray[np.int64] | None = None,
 ) -> list[dict[str, Any]]:
     """Return rows of the metrics table for some users of one split.
 
@@ -223,6 +284,7 @@ def metric_rows(
         ranker: Name of the model that ranked.
         ranks: (E,) ranks of all evaluated users.
         subset: (E,) bool, the users to average over, at least one.
+        users: (E,) user of each rank if users have several; the intervals resample the users.
     """
     rows = []
     for seen, seen_ranks in (("filtered", ranks.filtered), ("kept", ranks.kept)):
@@ -230,7 +292,7 @@ def metric_rows(
             continue
         values = per_user(seen_ranks[subset])
         matrix = np.stack(list(values.values()), axis=1)
-        low, high = bootstrap(matrix)
+        low, high = bootstrap(matrix, groups=None if users is None else users[subset])
         rows += [
             {
                 "phase": "eval", "epoch": 0, "split": split, "targets": targets, "ranker": ranker,

@@ -64,7 +64,12 @@ def evaluate_sources(
             on_source = replace(
                 run,
                 model=view,
-                data=TrainingData(source.dataset, source.features, device),
+                data=TrainingData(
+                    source.dataset,
+                    source.features,
+                    device,
+                    hold_out_cold=run.config.hold_out_cold,
+                ),
                 spec=replace(run.spec, datasets=(name,)),
             )
             report = report_of(on_source, rank_run(on_source, index, sample, on_stage), index)

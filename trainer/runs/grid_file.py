@@ -17,6 +17,7 @@ from features.documents import read_user_toml
 from features.errors import UserError, unknown
 from retrieval.list_metrics import LIST_METRICS
 from retrieval.metrics import METRIC_NAMES
+from trainer.evaluation.protocol import OCCURRENCES, TARGETS
 from trainer.runs.grid_axes import (
     RETRIEVAL,
     SEED,
@@ -30,7 +31,6 @@ SPLITS = ("validation", "test")
 SEEN = ("filtered", "kept")
 METRIC = "metric"
 """In ``rows``: the metrics are rows, as in many published tables; otherwise they are columns."""
-TARGETS = ("all", "new", "repeated", "cold")
 _SHOWN = ["HR@10", "NDCG@10"]
 _LISTS = ("rows", "columns", "metrics")
 _TEXTS = ("title", "departs", "speed_up", "then")
@@ -68,8 +68,8 @@ class Grid:
     split: str
     seen: str
     targets: str
-    """Subset of the targets: ``all``, ``new``, ``repeated`` or ``cold``; a direction of retrieval,
-    see :data:`DIRECTIONS`."""
+    """Subset of the targets, one of :data:`trainer.evaluation.protocol.TARGETS`; a direction of
+    retrieval, see :data:`DIRECTIONS`."""
     plot: str
     """One of :data:`PLOTS`."""
     speed_up: str
@@ -131,6 +131,8 @@ def _grid(path: Path, document: dict[str, Any]) -> Grid:
     rows, columns = _placed(document, axes)
     choices = _choices(document)
     metrics = _metrics(document, choices)
+    if choices["targets"] == OCCURRENCES:
+        _check_occurrences(choices["split"], runs)
     fixed = {key: value for key, value in runs.items() if key not in axes}
     return Grid(
         path=path,
@@ -203,6 +205,17 @@ def _improvement(table: Any, axes: Mapping[str, Any]) -> Improvement | None:
             others = [name for name in values if name not in names["of"]]
             return Improvement(axis=axis, of=names["of"], over=names.get("over", others))
     raise UserError(f"improvement names {', '.join(map(str, wanted))}: no axis has these values")
+
+
+def _check_occurrences(split: str, runs: Mapping[str, Any]) -> None:
+    """Refuse runs that learn the occurrences of cold items, which the grid ranks."""
+    if split != "test":
+        raise UserError(f"targets={OCCURRENCES!r} are of split='test', not {split!r}; change one")
+    if runs.get("hold_out_cold") is not True:
+        raise UserError(
+            f"targets={OCCURRENCES!r} are only for runs that have not learned them; give"
+            " hold_out_cold = true in [runs]"
+        )
 
 
 def _placed(document: dict[str, Any], axes: Mapping[str, Any]) -> tuple[list[str], list[str]]:

@@ -267,7 +267,9 @@ def _build_run(
     device = choose_device(device_name or spec.train.device)
     reads_times = MODELS.find(spec.model).load().reads_times
     if spec.task == NEXT_ITEM:
-        check_trainable(load_dataset(warehouse, spec.datasets[0]))
+        check_trainable(
+            load_dataset(warehouse, spec.datasets[0]), hold_out_cold=spec.train.hold_out_cold
+        )
     source = load_data(
         warehouse, spec.datasets, spec.features, device, spec.attributes, with_times=reads_times
     )
@@ -282,7 +284,9 @@ def _build_run(
         backbones=backbones,
     )
     model = build_model(spec.model, spec.settings, catalogue).to(device)
-    data = TrainingData(source.dataset, source.features, device)
+    data = TrainingData(
+        source.dataset, source.features, device, hold_out_cold=spec.train.hold_out_cold
+    )
     # Saved weights hold the fitted buffers, and loading the weights replaces them.
     has_parameters = any(True for _ in model.parameters())
     if not (is_saved and has_parameters and model.fitted_buffers):

@@ -26,6 +26,7 @@ from trainer.evaluation.encode import repeated_share
 from trainer.models.base import Recommender
 from trainer.models.registry import MODELS, names_of
 from trainer.runs.folder import FORMAT, check_format, read_about
+from trainer.runs.read import read_record
 from trainer.runs.settings import (
     attribute_columns,
     check_pretrains,
@@ -35,6 +36,7 @@ from trainer.runs.settings import (
     task_name,
 )
 from trainer.runs.transfer import FULL, check_source, check_transfer, hash_tensors, read_source
+from trainer.tasks.registry import NEXT_ITEM
 
 _MOST_REPEATED = 0.01
 """Largest share of repeated validation targets with which early stopping filters seen items."""
@@ -163,8 +165,11 @@ class RunSpec:
         """Return the description with initial weights.
 
         Raises:
-            UserError: There is no such run, it is of another model, or its weights have changed.
+            UserError: There is no such run, it is of another model, its weights have changed, or
+                it has learned interactions that ``hold_out_cold`` holds out.
         """
+        if self.train.hold_out_cold:
+            _check_held_out(warehouse, init.run, self.datasets)
         return replace(self, init=_read_init(warehouse, self, init))
 
     def check_given_weights(self) -> None:
@@ -336,6 +341,29 @@ def _choose_tables(
                 f"{name} reads pooled vectors, not {table.label}; name a pooled table by --features"
             )
     return tables
+
+
+def _check_held_out(warehouse: Warehouse, name: str, datasets: Sequence[str]) -> None:
+    """Refuse initial weights that have learned interactions with cold items of the datasets.
+
+    The runs that these weights themselves started from are checked as well, as far as they exist.
+    Alignment of texts and images learns no interactions.
+    """
+    seen: set[str] = set()
+    while name and name not in seen and name in warehouse.runs():
+        seen.add(name)
+        record = read_record(warehouse, name)
+        sources = record.about.get("sources", [record.about["dataset"]])
+        shared = sorted(set(datasets) & set(sources))
+        task = task_name(MODELS.find(record.about["model"]).load(), record.pretraining)
+        learns = task == NEXT_ITEM and not record.settings.get("hold_out_cold")
+        if shared and learns:
+            raise UserError(
+                f"hold_out_cold=true: the initial weights of run {name!r} have learned the"
+                f" interactions with cold items of {shared[0]}; train {name} with"
+                " hold_out_cold=true, or leave it out"
+            )
+        name = record.about.get("init", {}).get("run", "")
 
 
 def _read_init(warehouse: Warehouse, spec: RunSpec, init: InitialWeights) -> InitialWeights:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import Any, Self
 
+import numpy as np
 from torch import Tensor
 
 from features.dataset import Dataset
@@ -97,16 +98,25 @@ class NextItem(Task[Batch]):
         )
 
 
-def check_trainable(dataset: Dataset) -> None:
-    """Raise a UserError if a dataset has too few interactions to learn from or to evaluate."""
+def check_trainable(dataset: Dataset, *, hold_out_cold: bool = False) -> None:
+    """Raise a UserError if a dataset has too few interactions to learn from or to evaluate.
+
+    Args:
+        dataset: The dataset.
+        hold_out_cold: Whether interactions with cold items are no training interactions.
+    """
     about = f"dataset {dataset.info.name!r}"
     if not len(dataset.eval_split("validation").users):
         raise UserError(
             f"{about}: no user has {MIN_EVALUATED} interactions, so nothing can be validated or"
             " tested; prepare it with more"
         )
-    if not (dataset.train_ends() - dataset.offsets[:-1] >= 2).any():
+    positions = dataset.train_positions(hold_out_cold=hold_out_cold)
+    if not (np.diff(np.searchsorted(positions, dataset.offsets)) >= 2).any():
+        without, remedy = "", "prepare it with more"
+        if hold_out_cold:
+            without, remedy = " without cold items", "leave hold_out_cold=true out"
         raise UserError(
-            f"{about}: no user has two training interactions, so nothing can be learned;"
-            " prepare it with more"
+            f"{about}: no user has two training interactions{without}, so nothing can be learned;"
+            f" {remedy}"
         )

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cli import console
-from cli.grid_tables import list_recipes, show_pivot, show_statistics
+from cli.grid_progress import list_runs, run_all
+from cli.grid_tables import list_recipes, show_pivot, show_speed_ups, show_statistics
 from cli.options import JsonOption, WarehouseOption
 from cli.training_options import FeaturesOption, SetOption
 from features.errors import UserError
@@ -17,11 +18,10 @@ from features.signals import exit_code
 from features.warehouse import Warehouse
 from trainer.runs.grid_axes import RETRIEVAL
 from trainer.runs.grid_file import Grid
-from trainer.runs.grid_table import metric_value, pivot
+from trainer.runs.grid_table import Pivot, pivot
 from trainer.runs.recipes import Recipe, fill_recipe, read_recipe
 
 if TYPE_CHECKING:
-    from trainer.loop import TrainProgress
     from trainer.runs.grid import Outcome, Planned
 
 
@@ -46,6 +46,10 @@ QuickOption = Annotated[
 DryRunOption = Annotated[
     bool, typer.Option("--dry-run", help="List the combinations and their runs; run nothing.")
 ]
+PlotOption = Annotated[
+    Path | None,
+    typer.Option("--plot", help="Draw the table or the curves into FILE.png, .svg or .pdf."),
+]
 OutOption = Annotated[
     Path | None, typer.Option("--out", help="File of all metrics; default: FILE with .parquet.")
 ]
@@ -61,6 +65,7 @@ def grid(
     quick: QuickOption = False,
     dry_run: DryRunOption = False,
     out: OutOption = None,
+    plot: PlotOption = None,
     json: JsonOption = False,
     root: WarehouseOption = None,
 ) -> None:
@@ -70,10 +75,7 @@ def grid(
         return
     if file is None:
         raise UserError("give a TOML file or a recipe; mmrec grid --list names the recipes")
-    if out is not None:
-        from features.table_files import check_ending  # imports pyarrow
-
-        check_ending(out)
+    _check_paths(out, plot)
     recipe = read_recipe(file)
     warehouse = Warehouse(root)
     if recipe.is_statistics:
@@ -89,20 +91,32 @@ def grid(
     )
     spec, planned = _plan(warehouse, recipe, given)
     if dry_run:
-        _list_runs(warehouse, spec, planned, json)
+        list_runs(warehouse, spec, planned, json)
         return
     from trainer.runs.grid import write_result
 
-    outcomes, end = _run_all(warehouse, spec, planned)
+    outcomes, end = run_all(warehouse, spec, planned)
     path = out or recipe.result
     write_result(path, spec, outcomes)
-    if json:
-        console.emit_json(_document(spec, planned, outcomes, path))
-    else:
-        _show_result(spec, planned, outcomes, quick=quick)
+    place = f" --warehouse {shlex.quote(str(warehouse.root))}" if root or quick else ""
+    output = _Output(path=path, plot=plot, json=json, quick=quick, place=place)
+    _show(warehouse, spec, planned, outcomes, output)
     place = f" --warehouse {shlex.quote(str(root))}" if root else ""
-    command = f"mmrec grid {shlex.quote(file)}{place}{given.text()}"
+    figure = f" --plot {shlex.quote(str(plot))}" if plot else ""
+    command = f"mmrec grid {shlex.quote(file)}{place}{given.text()}{figure}"
     _conclude(planned, outcomes, end, path, command)
+
+
+def _check_paths(out: Path | None, plot: Path | None) -> None:
+    """Refuse names of files whose endings are unknown, before anything is run."""
+    if out is not None:
+        from features.table_files import check_ending  # imports pyarrow
+
+        check_ending(out)
+    if plot is not None:
+        from trainer.analysis.figures import check_image_path
+
+        check_image_path(plot)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -148,16 +162,60 @@ def _plan(warehouse: Warehouse, recipe: Recipe, given: _Given) -> "tuple[Grid, l
     return spec, plan_grid(warehouse, spec, overrides)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Output:
+    """The files that a grid writes, and how it prints."""
+
+    path: Path
+    """File of all metrics."""
+    plot: Path | None
+    """File of the figure; ``None`` for none."""
+    json: bool
+    quick: bool
+    place: str
+    """The option that names the warehouse of the runs; empty for the default."""
+
+
+def _show(
+    warehouse: Warehouse,
+    spec: Grid,
+    planned: "list[Planned]",
+    outcomes: "list[Outcome]",
+    output: _Output,
+) -> None:
+    """Print the table and the speed-ups, and draw the figure."""
+    from trainer.analysis.grid_plots import draw_plot, speed_up_rows
+    from trainer.runs.grid import next_commands
+
+    values = [outcome.cell_values(spec) for outcome in outcomes]
+    table = pivot(spec, values + [None] * (len(planned) - len(outcomes)))
+    speed_ups = speed_up_rows(warehouse, spec, outcomes) if spec.speed_up and outcomes else []
+    if output.json:
+        document = _document(spec, planned, outcomes, output.path)
+        console.emit_json({**document, "speed_up": speed_ups} if spec.speed_up else document)
+    else:
+        _show_result(spec, table, planned, outcomes, quick=output.quick)
+        show_speed_ups(spec, speed_ups)
+        for dataset, command in next_commands(spec, outcomes).items():
+            console.print_text(f"{dataset}: now type: {command}{output.place}", indent=2)
+    if output.plot is not None and table.cells:
+        draw_plot(output.plot, warehouse, spec, table, outcomes)
+        console.notify(f"figure: {output.plot}")
+
+
 def _show_result(
-    spec: Grid, planned: "list[Planned]", outcomes: "list[Outcome]", *, quick: bool
+    spec: Grid,
+    table: Pivot,
+    planned: "list[Planned]",
+    outcomes: "list[Outcome]",
+    *,
+    quick: bool,
 ) -> None:
     """Print the table, and what a reader must know about its figures."""
     from trainer.evaluation.protocol import ties_lines
 
-    values = [outcome.cell_values(spec) for outcome in outcomes]
-    values += [None] * (len(planned) - len(outcomes))
     datasets = {entry.dataset: entry.spec.data for entry in planned}
-    show_pivot(spec, pivot(spec, values), list(datasets))
+    show_pivot(spec, table, list(datasets))
     notes = []
     if quick:
         notes.append("quick: tiny models after one epoch; the figures mean nothing")
@@ -230,93 +288,6 @@ def _repeated_shares(spec: Grid, outcomes: "Sequence[Outcome]") -> dict[str, flo
         if share is not None:
             shares[outcome.planned.dataset] = share
     return shares
-
-
-def _run_all(
-    warehouse: Warehouse, spec: Grid, planned: "list[Planned]"
-) -> "tuple[list[Outcome], BaseException | None]":
-    """Run all combinations; return the outcomes, and the exception that ended the grid early."""
-    from trainer.runs.grid import run_grid
-
-    outcomes: list[Outcome] = []
-    with console.ProgressLine() as line:
-        progress = _GridProgress(spec, planned, line)
-        try:
-            for outcome in run_grid(warehouse, planned, on_progress=progress.show_step):
-                outcomes.append(outcome)
-                progress.show_outcome(outcome)
-        except (Exception, KeyboardInterrupt) as error:  # the finished runs are printed first
-            return outcomes, error
-    return outcomes, None
-
-
-class _GridProgress:
-    """Progress of a grid: one live line, and one line that stays for each run that ended."""
-
-    def __init__(self, spec: Grid, planned: "list[Planned]", line: console.ProgressLine) -> None:
-        self._spec = spec
-        self._planned = planned
-        self._line = line
-        self._durations: list[float] = []
-
-    def show_step(self, number: int, step: "TrainProgress | str") -> None:
-        """Show the state of the current run."""
-        if not isinstance(step, str):
-            step = f"epoch {step.epoch}/{step.epochs}  loss {step.loss:.4f}"
-        self._line.update(f"{self._prefix(number)}: {step}", share=number / len(self._planned))
-
-    def show_outcome(self, outcome: "Outcome") -> None:
-        """Print the metrics of a run that ended and the estimated time left."""
-        number = outcome.number
-        if outcome.state == "failed":
-            self._line.update(f"{self._prefix(number)}: failed: {outcome.message}", keep=True)
-            return
-        spec = self._spec
-        values = outcome.cell_values(spec)
-        figures = f"no {spec.targets} targets"
-        if values is not None:
-            figures = " ".join(
-                f"{metric} {metric_value(values, metric) or 0:.4f}" for metric in spec.metrics
-            )
-        duration = "reused"
-        if outcome.state == "finished":
-            self._durations.append(outcome.seconds)
-            mean = sum(self._durations) / len(self._durations)
-            left = console.format_duration((len(self._planned) - number - 1) * mean)
-            duration = f"{console.format_duration(outcome.seconds)}, {left} left"
-        self._line.update(f"{self._prefix(number)}: {figures} ({duration})", keep=True)
-
-    def _prefix(self, number: int) -> str:
-        return f"{number + 1}/{len(self._planned)} {self._planned[number].combination.label}"
-
-
-def _list_runs(warehouse: Warehouse, spec: Grid, planned: "list[Planned]", json: bool) -> None:
-    """Print the runs of a grid and their states."""
-    from trainer.runs.grid import is_begun, is_done, run_name
-
-    states = []
-    for entry in planned:
-        unfinished = "begun" if is_begun(warehouse, entry) else "new"
-        if entry.pretraining is not None:
-            unfinished = f"after {run_name(entry.pretraining)}"
-        states.append("finished" if is_done(warehouse, entry) else unfinished)
-    if json:
-        runs = [
-            {**entry.combination.keys, "run": entry.run, "state": state}
-            for entry, state in zip(planned, states, strict=True)
-        ]
-        console.emit_json({"grid": str(spec.path), "runs": runs})
-        return
-    console.table(
-        [*spec.combinations[0].keys, "run", "state"],
-        [
-            [*entry.combination.keys.values(), entry.run, state]
-            for entry, state in zip(planned, states, strict=True)
-        ],
-    )
-    console.notify(
-        f"{len(planned)} runs, {states.count('finished')} of them finished; nothing was run"
-    )
 
 
 def _document(

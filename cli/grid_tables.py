@@ -1,6 +1,7 @@
 """The tables of ``mmrec grid``: recipes, statistics of datasets, and the results of a grid."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rich.text import Text
 
@@ -122,3 +123,29 @@ def _metric_cell(cell: Cell | None) -> Text:
     spread = "" if cell.spread is None else console.format_spread(cell.spread)
     star = "*" if cell.best and not console.out.is_terminal else ""  # a file has no bold text
     return Text(f"{star}{cell.value:.4f}{spread}", "bold" if cell.best else "")
+
+
+def show_speed_ups(grid: Grid, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print when each curve reaches the best value of the baseline, and the ratios."""
+    if not rows:
+        return
+
+    def times(ratio: float | None) -> str:
+        return "-" if ratio is None else f"{ratio:.1f}x"
+
+    console.out.print()
+    console.table(
+        ["dataset", "run", "reached in epoch", "seconds", "speed-up in epochs", "in time"],
+        [
+            [
+                row["dataset"],
+                row["label"],
+                row["epoch"],
+                None if row["seconds"] is None else f"{row['seconds']:.1f}",
+                times(row["by_epochs"]),
+                times(row["by_time"]),
+            ]
+            for row in rows
+        ],
+        title=f"speed-up to the best validation {grid.metrics[0]} of {grid.speed_up}",
+    )

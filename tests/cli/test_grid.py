@@ -410,16 +410,22 @@ def test_the_table_of_a_subset_of_the_targets(root: str, file: str, targets: str
     assert {name: value for name, value in metrics.items() if name in METRIC_NAMES} == wanted
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("method", "ranker"), [("Ours", "mmsrec"), ("Clip", "features")])
-def test_a_retrieval_grid_prints_what_the_protocol_measures(
-    method: str, ranker: str, warehouse: Warehouse, tmp_path: Path
-) -> None:
+@pytest.fixture
+def large(warehouse: Warehouse) -> str:
+    """Return the path of a warehouse with enough items for an alignment."""
     world = worlds.cycles(n_items=60)
     bounds = zip(world.offsets, world.offsets[1:], strict=False)
     worlds.prepare(warehouse, [world.items[a:b].tolist() for a, b in bounds], 60)
     worlds.extract(warehouse, worlds.features(60))
-    where = ("--warehouse", str(warehouse.root), "--out", str(tmp_path / "result.parquet"))
+    return str(warehouse.root)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "ranker"), [("Ours", "mmsrec"), ("Clip", "features")])
+def test_a_retrieval_grid_prints_what_the_protocol_measures(
+    method: str, ranker: str, large: str, tmp_path: Path
+) -> None:
+    where = ("--warehouse", large, "--out", str(tmp_path / "result.parquet"))
     share = ("--set", "holdout=0.3")
     document = json.loads(run("grid", "mmsrec/table-1", *where, *share, *TINY).stdout)
     entry = next(entry for entry in document["runs"] if entry["method"] == method)
@@ -452,3 +458,43 @@ def test_a_model_without_pre_training_is_trained_on_one_source(root: str, tmp_pa
     )
     refused = run("grid", str(file), "--warehouse", root, "--dry-run", code=2).stderr
     assert "mmsr is trained on one dataset, not on world, other" in refused
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("recipe", "shown"),
+    [
+        ("pmmrec/figure-3", ["epoch", "training time", "w. PT-I", "validation HR@10"]),
+        ("mmsrec/figure-3", ["Recall@10", "NDCG@50", "w/o P+V", "world"]),
+        ("mmsrec/figure-2", ["Recall@10", "k-core", "SASRec", "Ours"]),
+        ("mmsr/table-12", ["HR@10", "NDCG@10", "top 5e-5, downstream 1e-4"]),
+    ],
+)
+def test_a_recipe_draws_its_figure(
+    recipe: str, shown: list[str], large: str, tmp_path: Path
+) -> None:
+    figure = tmp_path / "figure.svg"
+    share = ("--set", "holdout=0.3") if recipe.startswith("mmsrec") else ()
+    where = ("--warehouse", large, "--out", str(tmp_path / "result.parquet"), *share)
+    document = json.loads(run("grid", recipe, *where, "--plot", str(figure), *TINY).stdout)
+    text = figure.read_text()
+    assert all(name in text for name in shown)
+    speed_ups = document.get("speed_up", [])
+    assert [row["label"] for row in speed_ups] == (
+        ["w/o PT", "w. PT-I", "w. PT-U", "w. PT"] if recipe == "pmmrec/figure-3" else []
+    )
+
+
+def test_an_unknown_kind_of_image_is_refused_before_anything_is_run(root: str, file: str) -> None:
+    refused = run("grid", file, "--warehouse", root, "--plot", "figure.bmp", code=2).stderr
+    assert "figure.bmp is not an image file; end it in .png, .svg, .pdf" in refused
+    assert Warehouse(root).runs() == []
+
+
+@pytest.mark.slow
+def test_a_map_is_the_command_that_comes_next(root: str, tmp_path: Path) -> None:
+    where = ("--warehouse", root, "--out", str(tmp_path / "result.parquet"))
+    runs = json.loads(run("grid", "mmsr/figure-4", *where, *TINY).stdout)["runs"]
+    printed = run("grid", "mmsr/figure-4", *where, *TINY[:-1]).stdout
+    names = " ".join(entry["run"] for entry in runs)
+    assert f"mmrec map {names}" in " ".join(printed.split())

@@ -20,19 +20,19 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 IMAGE_SUFFIXES = (".png", ".svg", ".pdf")
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _STYLES = ("-", (0, (5, 2)), (0, (1, 1.5)))
-MAX_RUNS = len(_COLOURS) * len(_STYLES)
+MAX_RUNS = len(COLOURS) * len(_STYLES)
 """Runs of one figure; each has its own pair of colour and line style."""
 _INK, _FAINT = "#222222", "#DDDDDD"
-_WIDTH, _ROW_HEIGHT, _LEGEND_LINE_HEIGHT = 9.0, 2.7, 0.22  # inches
+WIDTH, _ROW_HEIGHT, _LEGEND_LINE_HEIGHT = 9.0, 2.7, 0.22  # inches
 _LEGEND_CHARACTERS = 96  # of one line of the legend
 _FEW_EPOCHS = 5  # with fewer epochs the loss axis shows the first epoch too
-_RING: dict[str, Any] = {
+RING: dict[str, Any] = {
     "marker": "o", "markersize": 7, "markerfacecolor": "white", "markeredgewidth": 1.8,
     "linestyle": "none",
 }  # fmt: skip
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.size": 10,
     "axes.edgecolor": "#888888",
@@ -72,21 +72,21 @@ def draw_curves(curves: Sequence[Curve]) -> "Figure":
     labels = [_legend_label(curve) for curve in curves]
     per_line = max(1, min(len(curves), _LEGEND_CHARACTERS // (max(map(len, labels)) + 8)))
     legend_lines = -(-(len(curves) + 1) // per_line)
-    with matplotlib.rc_context(_STYLE):
-        size = (_WIDTH, _ROW_HEIGHT * rows + _LEGEND_LINE_HEIGHT * legend_lines)
+    with matplotlib.rc_context(STYLE):
+        size = (WIDTH, _ROW_HEIGHT * rows + _LEGEND_LINE_HEIGHT * legend_lines)
         figure = Figure(figsize=size, layout="constrained")
         panels = figure.subplots(rows, len(axes_by_time), squeeze=False, sharey="row")
         for number, curve in enumerate(curves):
             row = 2 * datasets.index(curve.dataset)
             for column, by_time in enumerate(axes_by_time):
                 if not by_time or curve.seconds is not None:
-                    scale = _time_unit(curves)[0] if by_time else 1.0
+                    scale = time_unit(curves)[0] if by_time else 1.0
                     pair = (panels[row, column], panels[row + 1, column])
-                    _plot_run(pair, curve, _line_style(number), by_time, scale)
+                    _plot_run(pair, curve, line_style(number), by_time, scale)
         for row in range(rows):
             is_loss = row % 2 == 0
             for column, by_time in enumerate(axes_by_time):
-                _label_x_axis(panels[row, column], curves, by_time)
+                label_x_axis(panels[row, column], curves, by_time)
                 if not is_loss:
                     panels[row, column].margins(y=0.08)
                     panels[row, column].set_ylim(bottom=0)
@@ -113,16 +113,17 @@ def _legend_handles(labels: Sequence[str]) -> "list[Artist]":
     from matplotlib.lines import Line2D
 
     handles: list[Artist] = [
-        Line2D([], [], linewidth=2.2, label=label, **_line_style(number))
+        Line2D([], [], linewidth=2.2, label=label, **line_style(number))
         for number, label in enumerate(labels)
     ]
-    ring = Line2D([], [], markeredgecolor="#666666", label="best epoch: kept weights", **_RING)
+    ring = Line2D([], [], markeredgecolor="#666666", label="best epoch: kept weights", **RING)
     return [*handles, ring]
 
 
-def _line_style(number: int) -> dict[str, Any]:
-    colour = _COLOURS[number % len(_COLOURS)]
-    return {"color": colour, "linestyle": _STYLES[number // len(_COLOURS)]}
+def line_style(number: int) -> dict[str, Any]:
+    """Return colour and style of the line of a run; both are distinct for :data:`MAX_RUNS` runs."""
+    colour = COLOURS[number % len(COLOURS)]
+    return {"color": colour, "linestyle": _STYLES[number // len(COLOURS)]}
 
 
 def _plot_run(
@@ -139,15 +140,16 @@ def _plot_run(
     if curve.best_epoch is None:
         return
     index = curve.best_epoch - 1
-    ring = {**_RING, "markeredgecolor": style["color"], "zorder": 5}
+    ring = {**RING, "markeredgecolor": style["color"], "zorder": 5}
     loss_axes.plot([x_loss_E[index]], [curve.loss[index]], clip_on=True, **ring)
     metric_axes.plot([x_metric_V[curve.best]], [curve.values[curve.best]], clip_on=False, **ring)
 
 
-def _label_x_axis(axes: "Axes", curves: Sequence[Curve], by_time: bool) -> None:
+def label_x_axis(axes: "Axes", curves: Sequence[Curve], by_time: bool) -> None:
+    """Label an axis of epochs, or of training time in the unit of :func:`time_unit`."""
     from matplotlib.ticker import MaxNLocator
 
-    axes.set_xlabel(f"training time, {_time_unit(curves)[1]}" if by_time else "epoch")
+    axes.set_xlabel(f"training time, {time_unit(curves)[1]}" if by_time else "epoch")
     axes.set_xlim(left=0)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=not by_time))
 
@@ -172,7 +174,7 @@ def _limit_loss_axis(axes: "Axes", curves: Sequence[Curve]) -> None:
     )  # fmt: skip
 
 
-def _time_unit(curves: Sequence[Curve]) -> tuple[float, str]:
+def time_unit(curves: Sequence[Curve]) -> tuple[float, str]:
     """Return the unit of a time axis: its seconds and its name."""
     longest = max(float(c.seconds[-1]) for c in curves if c.seconds is not None)
     if longest < 180:
@@ -206,5 +208,5 @@ def write_figure(figure: "Figure", stream: BinaryIO, kind: str) -> None:
     import matplotlib
 
     without_dates = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {}}
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure.savefig(stream, format=kind, dpi=200, metadata=without_dates[kind])

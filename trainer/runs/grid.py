@@ -175,6 +175,27 @@ def _with_weights(warehouse: Warehouse, planned: Planned) -> Planned:
     return replace(planned, spec=spec, pretraining=None)
 
 
+def next_commands(grid: Grid, outcomes: Sequence[Outcome]) -> dict[str, str]:
+    """Return dataset to the command that the grid names to type next, with the names of its runs.
+
+    Of several seeds, the first one counts. Datasets without all of the runs are left out.
+    """
+    runs: dict[str, dict[str, str]] = {}
+    for outcome in outcomes:
+        if outcome.state != "failed":
+            of_dataset = runs.setdefault(outcome.planned.dataset, {})
+            for value in outcome.planned.combination.keys.values():
+                of_dataset.setdefault(value, outcome.planned.run)
+    commands = {}
+    for dataset, names in runs.items():
+        command = grid.then
+        for value, run in names.items():
+            command = command.replace(f"{{{value}}}", run)
+        if command and "{" not in command:
+            commands[dataset] = command
+    return commands
+
+
 def is_done(warehouse: Warehouse, planned: Planned) -> bool:
     """Return True if the run has ended and has been evaluated."""
     return bool(planned.run) and (warehouse.runs_dir / planned.run / _DONE).exists()

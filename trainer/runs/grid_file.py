@@ -37,12 +37,14 @@ _TEXTS = ("title", "departs", "speed_up", "then")
 _CHOICES = ("protocol", "split", "seen", "targets", "plot")
 _TOP = (*_LISTS, *_TEXTS, *_CHOICES, "improvement", "pretrain", "runs")
 _DEFAULTS = {
-    "protocol": "ranking", "split": "test", "seen": "filtered", "targets": "all", "plot": "",
+    "protocol": "ranking", "split": "test", "seen": "filtered", "targets": "all",
+    "plot": "bars",
 }  # fmt: skip
 DIRECTIONS = ("text-to-vision", "vision-to-text")
 """Values of ``targets`` in the protocol ``retrieval``."""
-PLOTS = ("", "curves", "lines", "bars")
-"""Kinds of ``mmrec grid --plot``; empty: curves."""
+PLOTS = ("bars", "lines", "curves")
+"""Figures of ``mmrec grid --plot``: ``bars`` of the table, a panel for each dataset; ``lines`` of
+the table over the k-cores of a dataset; ``curves`` of the validation metric."""
 _RETRIEVAL_METRICS = ("Recall@1", "Recall@5", "Recall@10", "MRR")
 
 

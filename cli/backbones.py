@@ -55,4 +55,4 @@ def _name(row: dict[str, Any]) -> str:
 
 
 def _layers(blocks: int) -> str | None:
-    return f"1-{blocks - 1}" if blocks else None
+    return f"0-{blocks - 1}" if blocks else None

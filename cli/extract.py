@@ -31,6 +31,9 @@ def extract(
     max_tokens: Annotated[
         OptionalInt, Option(help="Most tokens of a text; default: all that fit.")
     ] = None,
+    mask_ratio: Annotated[
+        float | None, Option(help="Share of the patches that mae-b does not see: 0.75.")
+    ] = None,
     frames: Annotated[OptionalInt, Option(help="Evenly spread frames of a video.")] = None,
     decode: Annotated[str, Option(help="exact, or draft: scale JPEGs in decoding.")] = "exact",
     dtype: Annotated[str, Option(help="Type of a stored element: float16 or float32.")] = "float16",
@@ -59,8 +62,8 @@ def extract(
     from pipeline.extraction.options import ExtractOptions
 
     options = ExtractOptions(
-        image=image, text=text, video=video, joint=joint, level=level,
-        max_tokens=max_tokens, frames=frames, decode=decode, dtype=dtype, compute=compute,
+        image=image, text=text, video=video, joint=joint, level=level, max_tokens=max_tokens,
+        mask_ratio=mask_ratio, frames=frames, decode=decode, dtype=dtype, compute=compute,
         device=device, batch_size=batch_size, overwrite=overwrite, strict=strict, engine=engine,
         workers=workers,
     )  # fmt: skip
@@ -72,8 +75,13 @@ def extract(
             console.emit_json({"dataset": name, "tables": [asdict(row) for row in estimates]})
         else:
             show_estimates(estimates)
-        return
-    report = run_extract(warehouse, name, options)
+    else:
+        _extract(warehouse, name, options, json=json)
+
+
+def _extract(warehouse: Warehouse, dataset: str, options: "ExtractOptions", *, json: bool) -> None:
+    """Extract, and print the report; end the command with exit code 2 if it was in vain."""
+    report = run_extract(warehouse, dataset, options)
     if json:
         console.emit_json(asdict(report))
     else:

@@ -60,6 +60,12 @@ def split_max_tokens(name: str) -> tuple[str, int | None]:
     return (match[1], int(match[2])) if match else (name, None)
 
 
+def split_mask(name: str) -> tuple[str, int | None]:
+    """Split ``NAME@mask-75`` into the name and the percentage of masked patches, or None."""
+    match = re.fullmatch(r"(.+)@mask-([0-9]+)", name)
+    return (match[1], int(match[2])) if match else (name, None)
+
+
 def block_of(level: str) -> int | None:
     """Return K of ``layer-K``, and None for the other levels."""
     return int(level.removeprefix(_LAYER)) if level.startswith(_LAYER) else None
@@ -209,6 +215,20 @@ class Backbone(ABC):
     def count_tokens(self, text: str) -> int:
         """Return the number of tokens of a text, special ones included, without padding."""
         return len(self.texts([text])[0])
+
+    def mask_patches(self, percent: int) -> None:
+        """Encode images without a share of their patches; the name gets ``@mask-PERCENT``.
+
+        Args:
+            percent: Percentage of the patches that the encoder does not see.
+
+        Raises:
+            UserError: The backbone is no masked autoencoder, or the percentage is not 1 to 99.
+        """
+        raise UserError(
+            f"backbone {self.name!r} cannot mask {percent}% of the patches; give a masked"
+            f" autoencoder such as mae-b, or leave out --mask-ratio and @mask-{percent}"
+        )
 
     def image_preprocessing(self) -> str:
         """Describe :meth:`image` for the provenance of a feature table."""

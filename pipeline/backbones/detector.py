@@ -65,6 +65,7 @@ class RegionEncoder:
     Args:
         weights: File with the state of the detector.
         device: Device to run on.
+        regions: Most regions of an image. The detector finds those with a score above 0.05.
 
     Raises:
         RuntimeError, pickle.UnpicklingError: The file is not a state of this detector.
@@ -72,19 +73,20 @@ class RegionEncoder:
 
     width = 1024
 
-    def __init__(self, weights: Path, device: torch.device) -> None:
+    def __init__(self, weights: Path, device: torch.device, regions: int = MAX_REGIONS) -> None:
         state = torch.load(weights, map_location="cpu", weights_only=True)
         sides = SIDES
         model: Any = fasterrcnn_resnet50_fpn(
             weights=None, weights_backbone=None, min_size=sides[0], max_size=sides[1]
         )
         model.load_state_dict(state)
-        kind = {"detector": type(model).__name__, "regions": MAX_REGIONS, "sides": sides}
+        kind = {"detector": type(model).__name__, "regions": regions, "sides": sides}
         self.checkpoint = fingerprint(model.state_dict(), kind)
         torch_utils.freeze(model, device)
         self._model = model
         self._device = device
         self._sides = sides
+        self._count = regions
         self.input_size: int | None = sides[0]
         self.batch_size = 4 if device.type == "cpu" else 16
         self.libraries = {"torchvision": torchvision.__version__}
@@ -92,7 +94,7 @@ class RegionEncoder:
     def describe(self) -> str:
         """Describe the steps for the provenance of a table."""
         shorter, longer = self._sides
-        return f"sides to {shorter}, at most {longer}; {MAX_REGIONS} regions of Faster R-CNN"
+        return f"sides to {shorter}, at most {longer}; {self._count} regions of Faster R-CNN"
 
     def image(self, image: Image.Image) -> torch.Tensor:
         """Normalize and resize like the detector: (C, H, W) float32."""
@@ -120,7 +122,7 @@ class RegionEncoder:
         features = model.backbone(batch)
         proposals, _ = model.rpn(ImageList(batch, [size]), features, None)
         (detections,), _ = model.roi_heads(features, proposals, [size], None)
-        boxes = detections["boxes"][:MAX_REGIONS]
+        boxes = detections["boxes"][: self._count]
         if not len(boxes):
             boxes = boxes.new_tensor([[0.0, 0.0, size[1], size[0]]])
         pooled = model.roi_heads.box_roi_pool(features, [boxes], [size])

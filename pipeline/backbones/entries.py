@@ -16,6 +16,7 @@ library, and returns the loaded backbone."""
 MODALITIES = ("image", "text", "video", "joint")
 _DETECTOR = "torchvision fasterrcnn_resnet50_fpn"
 _DETECTOR_FILE = "fasterrcnn_resnet50_fpn_coco-258fb6c6.pth"
+_APACHE = "Apache-2.0"
 _BERT = "google-bert/bert-base-uncased"
 
 
@@ -255,12 +256,16 @@ def _hf_maker(repository: str, package: PackagedWeights | None = None, **options
     return make
 
 
-def visualbert(repository: str, vision: str = "") -> BackboneEntry:
+def visualbert(
+    repository: str, vision: str = "", *, licence: str = _APACHE, **options: Any
+) -> BackboneEntry:
     """Return the entry of VisualBERT over a frozen model of images.
 
     Args:
         repository: Repository of VisualBERT's checkpoint.
         vision: Repository of a vision encoder; empty for torchvision's detector.
+        licence: Licence of the weights of both.
+        **options: ``level`` of the vision encoder, or ``regions`` of the detector.
     """
 
     def make(name: str, device: str | None, compute: str) -> Backbone:
@@ -268,21 +273,22 @@ def visualbert(repository: str, vision: str = "") -> BackboneEntry:
 
         folder, tokenizer = hub.folder(name, repository), hub.tokenizer_folder(name, _BERT)
         if vision:
-            parts = hub.folder(name, vision)
+            path = hub.folder(name, vision)
         else:
             from pipeline.backbones import detector
 
-            parts = detector.weights(name)
-        from pipeline.backbones.visualbert import VisualBert
+            path = detector.weights(name)
+        from pipeline.backbones.visualbert import PartSource, VisualBert
 
-        return VisualBert(name, folder, device, compute, vision=parts, tokenizer=tokenizer)
+        parts = PartSource(path=path, **options)
+        return VisualBert(name, folder, device, compute, parts=parts, tokenizer=tokenizer)
 
     return BackboneEntry(
         modalities=("joint",),
         dim=768,
         library="transformers",
         checkpoint=f"{repository} + {vision or _DETECTOR}",
-        licence="Apache-2.0" if vision else "Apache-2.0, BSD-3",
+        licence=licence,
         blocks=12,
         hub=repository,
         other_weights=(vision or _DETECTOR_FILE,),

@@ -3,14 +3,15 @@
 A name is a short name of the registry, ``open_clip:ARCH/TAG``, ``timm:NAME``, ``hf:ORG/NAME``,
 ``sentence-transformers:NAME`` or a local folder.
 ``@cls``, ``@mean`` or ``@own`` after it chooses how one vector is made of the tokens. ``@30`` at
-the end truncates texts to 30 tokens.
+the end truncates texts to 30 tokens, and ``@mask-75`` masks 75% of the patches of a masked
+autoencoder.
 """
 
 from pathlib import Path
 
 from features.errors import UserError, shorten
 from features.registry import OWN
-from pipeline.backbones.base import POOLINGS, Backbone, split_max_tokens, split_pooling
+from pipeline.backbones.base import POOLINGS, Backbone, split_mask, split_max_tokens, split_pooling
 from pipeline.backbones.entries import hf, open_clip
 from pipeline.backbones.packages import require_library
 from pipeline.backbones.registry import BACKBONES
@@ -27,7 +28,8 @@ def load_backbone(name: str, *, device: str | None = None, compute: str = "float
     Args:
         name: A short name, ``open_clip:ARCH/TAG``, ``timm:NAME``, ``hf:ORG/NAME``,
             ``sentence-transformers:NAME`` or a local folder; after it ``@cls``, ``@mean`` or
-            ``@own`` may choose the pooling. ``@N`` at the end truncates texts to N tokens.
+            ``@own`` may choose the pooling. ``@N`` at the end truncates texts to N tokens, and
+            ``@mask-N`` masks N% of the patches.
         device: Device to run on; None chooses a CUDA device if there is one, else the CPU.
         compute: Arithmetic of the forward pass: ``float32`` or ``bfloat16``.
 
@@ -44,7 +46,10 @@ def load_backbone(name: str, *, device: str | None = None, compute: str = "float
             f"the name of a backbone is empty; known: {', '.join(BACKBONES)}; or give {OTHER_NAMES}"
         )
     name, max_tokens = name_and_max_tokens(name)
+    name, percent = name_and_mask(with_mask(*name_and_mask(name)))
     backbone = _load_named(name, device, compute)
+    if percent is not None:
+        backbone.mask_patches(percent)
     if max_tokens is not None:
         backbone.limit_tokens(max_tokens)
     return backbone
@@ -58,6 +63,27 @@ def name_and_max_tokens(name: str) -> tuple[str, int | None]:
     if _is_folder(Path(name).expanduser()):
         return name, None
     return split_max_tokens(name)
+
+
+def name_and_mask(name: str) -> tuple[str, int | None]:
+    """Split ``NAME@mask-75`` into the name and 75, unless the whole is the path of a folder.
+
+    The percentage is None if the name has none.
+    """
+    if _is_folder(Path(name).expanduser()):
+        return name, None
+    return split_mask(name)
+
+
+def with_mask(name: str, percent: int | None) -> str:
+    """Return the name of a backbone that masks a percentage of the patches; None masks none.
+
+    It is the short name of the registry, such as ``mae-b-mask-75``, if there is one.
+    """
+    if percent is None:
+        return name
+    short = f"{name}-mask-{percent}"
+    return short if short in BACKBONES else f"{name}@mask-{percent}"
 
 
 def _load_named(name: str, device: str | None, compute: str) -> Backbone:
@@ -83,8 +109,8 @@ def _load_named(name: str, device: str | None, compute: str) -> Backbone:
         return open_folder(folder.resolve(), pooling, device, compute)
     if name.partition("@")[0] in BACKBONES:
         raise UserError(
-            f"backbone {name!r}: after the @ give one of {', '.join(POOLINGS)}, or a number of"
-            " tokens at the end"
+            f"backbone {name!r}: after the @ give one of {', '.join(POOLINGS)}, or at the end a"
+            " number of tokens or mask-75"
         )
     raise UserError(
         f"unknown backbone {shorten(name, _LONGEST_NAME)!r}; known: {', '.join(BACKBONES)};"
@@ -179,7 +205,8 @@ def check_modality(name: str, modality: str) -> None:
     Raises:
         UserError: The backbone does not take the modality, such as a text model for images.
     """
-    entry = BACKBONES.get(split_pooling(name_and_max_tokens(name)[0])[0])
+    base = name_and_mask(name_and_max_tokens(name)[0])[0]
+    entry = BACKBONES.get(split_pooling(base)[0])
     if entry is not None and modality not in entry.modalities:
         raise wrong_modality(name, entry.modalities, modality)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from features.errors import UserError
 from features.warehouse import slug
-from pipeline.backbones.base import Backbone, split_max_tokens, split_pooling
+from pipeline.backbones.base import Backbone, split_mask, split_max_tokens, split_pooling
 from pipeline.backbones.loading import with_pooling
 from pipeline.backbones.packages import require_library
 from pipeline.backbones.registry import BACKBONES
@@ -27,8 +27,9 @@ def open_folder(folder: Path, pooling: str | None, device: str | None, compute: 
         UserError: The folder cannot be loaded.
     """
     name = folder.name
-    # A part of the folder's name after an @ is no choice of a pooling, and no number of tokens.
-    if not slug(name) or split_pooling(name)[1] or split_max_tokens(name)[1] is not None:
+    # A part of the folder's name after an @ is no choice of a pooling, of tokens or of a mask.
+    endings = split_pooling(name)[1], split_max_tokens(name)[1], split_mask(name)[1]
+    if not slug(name) or any(ending is not None for ending in endings):
         name = f"local-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
     name = with_pooling(name, pooling)
     if (folder / "open_clip_config.json").is_file():

@@ -38,6 +38,9 @@ _APACHE = "Apache-2.0"
 _DINOV3 = "the hub gives the weights to users who have agreed to the licence there"
 _FLAVA = "pipeline.backbones.flava:Flava"
 _VILT = "pipeline.backbones.vilt:Vilt"
+_VISUALBERT = "uclanlp/visualbert-nlvr2-coco-pre"
+_CLIP_L = "openai/clip-vit-large-patch14"
+_REGION_LICENCE = "Apache-2.0, BSD-3"
 _MAE = hf(
     "facebook/vit-mae-base", "vit_mae", _IMAGE, 768, _APACHE,
     note="the licence is Apache-2.0 on the hub, CC BY-NC 4.0 in the authors' repository",
@@ -100,10 +103,13 @@ _TABLE: dict[str, BackboneEntry] = {
     "flava": hf("facebook/flava-full", "flava", _ALL, 768, "BSD-3-Clause", implementation=_FLAVA),
     "vilt": hf("dandelin/vilt-b32-mlm", "vilt", _JOINT, 768, _APACHE, implementation=_VILT),
     "visualbert-grid": visualbert("uclanlp/visualbert-vqa-coco-pre", "microsoft/resnet-50"),
-    "visualbert-patch": visualbert(
-        "uclanlp/visualbert-nlvr2-coco-pre", "google/vit-large-patch16-224-in21k"
+    "visualbert-patch": visualbert(_VISUALBERT, "google/vit-large-patch16-224-in21k"),
+    "visualbert-clip": visualbert(_VISUALBERT, _CLIP_L, licence=f"{_APACHE}, MIT"),
+    "visualbert-emb": visualbert(
+        _VISUALBERT, _CLIP_L, licence=f"{_APACHE}, MIT", level="layer-0"
     ),
-    "visualbert-region": visualbert("uclanlp/visualbert-nlvr2-coco-pre"),
+    "visualbert-region": visualbert(_VISUALBERT, licence=_REGION_LICENCE),
+    "visualbert-reg-49": visualbert(_VISUALBERT, licence=_REGION_LICENCE, regions=49),
 }  # fmt: skip
 
 BACKBONES = Registry("backbone", _TABLE, group="mmrec.backbones", convert=of_entry_point)

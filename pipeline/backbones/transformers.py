@@ -135,6 +135,15 @@ class TransformersBackbone(TorchBackbone):
         self._encoders[modality] = of_transformers(encoder, depth, encoder, self._inputs(probe))
 
     def _choose_image_pooling(self, probe: InputBatch) -> str:
+        encoder = self._model
+        if self._has_both:
+            side = side_encoder(encoder, "image")
+            encoder = encoder if side is None else side[0]
+        names = [key.rpartition(".")[2] for key, _ in encoder.named_parameters()]
+        has_class_token = "cls_token" in names or "class_embedding" in names
+        registers = int(getattr(self._model.config, "num_register_tokens", 0) or 0)
+        # DeiT has a distillation token after the class token.
+        self._prefix_tokens = has_class_token + ("distillation_token" in names) + registers
         if self._has_both:
             return "image features"
         pooler = getattr(self._model, "pooler", None)
@@ -142,11 +151,6 @@ class TransformersBackbone(TorchBackbone):
         with torch.inference_mode():
             output = self._model(**self._inputs(probe))
         has_pooling = getattr(output, "pooler_output", None) is not None
-        names = [key.rpartition(".")[2] for key, _ in self._model.named_parameters()]
-        has_class_token = "cls_token" in names
-        registers = int(getattr(self._model.config, "num_register_tokens", 0) or 0)
-        # DeiT has a distillation token after the class token.
-        self._prefix_tokens = has_class_token + ("distillation_token" in names) + registers
         if self._asked == "own" and not has_pooling:
             self._refuse("its model has no pooling of its own", "cls or mean")
         if self._asked == "own" and has_weights:
@@ -180,6 +184,20 @@ class TransformersBackbone(TorchBackbone):
         """Describe the checkpoint's tokenizer."""
         return self._text_input.describe(self.max_tokens)
 
+    def mask_patches(self, percent: int) -> None:
+        """Encode images without a share of their patches, chosen by the bytes of the image."""
+        if not hasattr(self._model.config, "mask_ratio"):
+            super().mask_patches(percent)
+        if self._mask_ratio or not 1 <= percent <= 99:
+            masked = f" masks {self._mask_ratio:.0%} already and"
+            raise UserError(
+                f"backbone {self.name!r}{masked if self._mask_ratio else ''} cannot mask {percent}%"
+                " of the patches; give mae-b, and --mask-ratio 0.01 to 0.99"
+            )
+        self._mask_ratio = percent / 100
+        self._model.config.mask_ratio = self._mask_ratio
+        self.name = f"{self.name}@mask-{percent}"
+
     def image(self, image: Image.Image) -> Any:
         """Run the checkpoint's image processor: 8-bit pixels, or (C, H, W) float32."""
         return self._image_input.prepare(image)
@@ -191,12 +209,17 @@ class TransformersBackbone(TorchBackbone):
     @property
     def has_parts(self) -> bool:
         """Whether :meth:`parts` is available."""
-        return "image" in self._encoders and not self._has_both
+        return "image" in self._encoders
 
-    def parts(self, images: Sequence[Any]) -> torch.Tensor:
-        """Encode images to the tokens of their patches or cells alone: (B, V, D)."""
+    def parts(self, images: Sequence[Any], level: str = TOKENS) -> torch.Tensor:
+        """Encode images to the tokens of their patches or cells alone: (B, V, D).
+
+        Args:
+            images: Prepared images.
+            level: ``tokens``, or ``layer-K``.
+        """
         inputs = self._inputs(InputBatch(images=images))
-        hidden = self._encoders["image"].hidden(TOKENS, inputs)
+        hidden = self._encoders["image"].hidden(level, inputs)
         if hidden.ndim == 4:
             return hidden.flatten(2).transpose(1, 2)
         return hidden[:, self._prefix_tokens :]

@@ -1,15 +1,16 @@
 """VisualBERT: a BERT that reads a text and then attends to features of the parts of an image.
 
 The parts come from a frozen model of images: the cells of a ResNet's last grid, the patches of a
-vision transformer, or the regions that a detector finds. They are as wide as VisualBERT's
-projection takes them (Li et al., "VisualBERT: a Simple and Performant Baseline for Vision and
-Language", 2019).
+vision transformer after its blocks or before them, or the regions that a detector finds. They are
+as wide as VisualBERT's projection takes them (Li et al., "VisualBERT: a Simple and Performant
+Baseline for Vision and Language", 2019).
 
 Legend: B inputs of a batch, T tokens of a text, V parts of an image, D width of the embedding.
 """
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -50,27 +51,47 @@ class PartEncoder(Protocol):
         ...
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PartSource:
+    """The frozen model of images, and what it gives for an image."""
+
+    path: Path | None = None
+    """Folder of a vision encoder of transformers, or the file with the weights of torchvision's
+    detector. None takes ``vision`` or ``detector.pth`` in the folder of VisualBERT."""
+    level: str = TOKENS
+    """Level of a vision encoder: ``tokens`` of the last layer, or ``layer-K``."""
+    regions: int | None = None
+    """Most regions of an image. None takes the detector's default."""
+
+
+_OWN_PARTS = PartSource()
+
+
 class TransformersPartEncoder:
-    """The last layer's tokens of a vision encoder of transformers, without the class token.
+    """The tokens of a vision encoder of transformers, without the class token.
 
     Args:
         name: Name of the backbone, for messages.
-        folder: Folder of the vision encoder.
+        folder: Folder of the vision encoder, or of a model with one such as CLIP.
         device: Device to run on; None chooses one.
         compute: ``float32`` or ``bfloat16``.
+        level: ``tokens`` for those of the last layer, or ``layer-K``.
 
     Raises:
         UserError: The folder cannot be loaded, or the model has no tokens of parts.
     """
 
-    def __init__(self, name: str, folder: Path, device: str | None, compute: str) -> None:
+    def __init__(
+        self, name: str, folder: Path, device: str | None, compute: str, level: str = TOKENS
+    ) -> None:
         self._model = TransformersBackbone(name, folder, device, compute)
+        self._level = level
         if not self._model.has_parts:
             raise UserError(
                 f"backbone {name!r}: {folder} gives no tokens of an image's parts; take a vision"
                 " encoder such as microsoft/resnet-50"
             )
-        self.width = self._model.token_dim(TOKENS, "image")
+        self.width = self._model.token_dim(level, "image")
         self.batch_size = self._model.batch_size
         self.checkpoint = self._model.checkpoint
         self.libraries = self._model.libraries
@@ -79,11 +100,14 @@ class TransformersPartEncoder:
 
     def describe(self) -> str:
         """Describe the steps for the provenance of a table."""
-        return f"{self._model.preprocessing('image')}; tokens of its last layer"
+        parts = "tokens of its last layer"
+        if self._level != TOKENS:
+            parts = self._model.pooling("image", self._level)
+        return f"{self._model.preprocessing('image')}; {parts}"
 
     def parts(self, images: Sequence[Any]) -> tuple[torch.Tensor, torch.Tensor]:
         """Encode prepared images to the cells of a grid, or to patches; none is padding."""
-        parts_BVD = self._model.parts(images)
+        parts_BVD = self._model.parts(images, self._level)
         mask_BV = torch.ones(parts_BVD.shape[:2], dtype=torch.long, device=parts_BVD.device)
         return parts_BVD, mask_BV
 
@@ -96,8 +120,7 @@ class VisualBert(JointBackbone):
         folder: Folder of VisualBERT's checkpoint.
         device: Device to run on; None chooses one.
         compute: ``float32`` or ``bfloat16``.
-        vision: Folder of a vision encoder of transformers, or the file with the weights of
-            torchvision's detector. None takes ``vision`` or ``detector.pth`` in the folder.
+        parts: The model of images.
         tokenizer: Folder of the tokenizer, which VisualBERT's own checkpoints lack. None takes
             the checkpoint's folder.
 
@@ -112,22 +135,21 @@ class VisualBert(JointBackbone):
         device: str | None,
         compute: str,
         *,
-        vision: Path | None = None,
+        parts: PartSource = _OWN_PARTS,
         tokenizer: Path | None = None,
     ) -> None:
-        vision = vision or _vision_in(name, folder)
+        vision = parts.path or _vision_in(name, folder)
         self._tokenizer_folder = tokenizer or folder
         if vision.is_dir():
             self._part_encoder: PartEncoder = TransformersPartEncoder(
-                f"{name} (its images)", vision, device, compute
+                f"{name} (its images)", vision, device, compute, parts.level
             )
         else:
-            from pipeline.backbones.detector import RegionEncoder
+            from pipeline.backbones.detector import MAX_REGIONS, RegionEncoder
 
             with loading(name, vision):
-                self._part_encoder = RegionEncoder(
-                    vision, torch_utils.choose_backbone_device(device)
-                )
+                chosen = torch_utils.choose_backbone_device(device)
+                self._part_encoder = RegionEncoder(vision, chosen, parts.regions or MAX_REGIONS)
         super().__init__(name, folder, device, compute)
         self.libraries = {**self._part_encoder.libraries, **self.libraries}
         # A resized image may take 13 MB, and several batches wait in memory.

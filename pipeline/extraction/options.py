@@ -52,6 +52,10 @@ class ExtractOptions:
     """Most tokens of a text, special ones included. The name of the backbones of texts and pairs
     gets ``@max_tokens``, so that tables of several lengths are different tables. None takes the
     length of the backbone."""
+    mask_ratio: float | None = None
+    """Share of the patches that a masked autoencoder does not see, in steps of 0.01. The name of
+    the backbones of images and videos gets ``@mask-PERCENT``, so that tables of several ratios are
+    different tables. None masks nothing."""
     frames: int | None = None
     """Number of evenly spread frames of each video. None takes one frame per second."""
     decode: str = "exact"
@@ -85,6 +89,13 @@ class ExtractOptions:
             raise UserError(f"--batch-size {self.batch_size} is too small; give 1 or more")
         if self.workers is not None and (self.engine == "local" or self.workers < 1):
             raise UserError(f"--workers {self.workers} needs --engine ray, and 1 or more")
+        if self.mask_ratio is not None:
+            percent = self.mask_ratio * 100
+            if not 1 <= percent <= 99 or abs(percent - round(percent)) > 1e-6:
+                raise UserError(
+                    f"--mask-ratio {self.mask_ratio} is no share of the patches; give 0.01 to 0.99"
+                    " in steps of 0.01, or leave it out to mask none"
+                )
         if self.frames is not None and not 1 <= self.frames <= MAX_FRAMES:
             raise UserError(f"--frames {self.frames} is out of range; give 1 to {MAX_FRAMES}")
 

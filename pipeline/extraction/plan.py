@@ -14,7 +14,9 @@ from pipeline.backbones.listing import offline_backbone
 from pipeline.backbones.loading import (
     check_modality,
     load_backbone,
+    name_and_mask,
     name_and_max_tokens,
+    with_mask,
     wrong_modality,
 )
 from pipeline.backbones.packages import INSTALL
@@ -77,6 +79,7 @@ def plan_extraction(warehouse: Warehouse, dataset: str, options: ExtractOptions)
     items = ItemInputs(warehouse, dataset)
     names = _choose_backbones(info.name, items, options.backbones())
     names = _with_max_tokens(names, options.max_tokens)
+    names = _with_mask(names, options.mask_ratio)
     if set(names) - {"text"} and not Path(info.raw).is_dir():
         raise UserError(
             f"the raw files of {dataset} are no longer in {info.raw}; put them back or run:"
@@ -173,6 +176,27 @@ def _with_max_tokens(names: dict[str, str], max_tokens: int | None) -> dict[str,
             " or leave it out"
         )
     return limited
+
+
+def _with_mask(names: dict[str, str], mask_ratio: float | None) -> dict[str, str]:
+    """Put ``@mask-PERCENT`` after the names of the backbones of images and videos."""
+    if mask_ratio is None:
+        return names
+    percent = round(mask_ratio * 100)
+    masked = dict(names)
+    for modality in {"image", "video"} & set(names):
+        base, given = name_and_mask(names[modality])
+        if given not in (None, percent):
+            raise UserError(
+                f"--{modality} {names[modality]} and --mask-ratio {mask_ratio} give two shares of"
+                " the patches; give one"
+            )
+        masked[modality] = with_mask(base, percent)
+    if not {"image", "video"} & set(names):
+        raise UserError(
+            f"--mask-ratio {mask_ratio} applies to images; give --image mae-b, or leave it out"
+        )
+    return masked
 
 
 def _load_backbones(

@@ -33,15 +33,17 @@ def detector(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("regions", [MAX_REGIONS, 49, 2])
 def test_regions_are_what_the_detector_makes_of_its_boxes(
-    detector: Path, monkeypatch: pytest.MonkeyPatch
+    detector: Path, regions: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sides = (96, 160)
     monkeypatch.setattr(detector_module, "SIDES", sides)
-    ours = RegionEncoder(detector, torch.device("cpu"))
+    ours = RegionEncoder(detector, torch.device("cpu"), regions)
+    assert f"; {regions} regions of Faster R-CNN" in ours.describe()
     bare: Any = fasterrcnn_resnet50_fpn(
         weights=None, weights_backbone=None, min_size=sides[0], max_size=sides[1],
-        box_detections_per_img=MAX_REGIONS,
+        box_detections_per_img=regions,
     )  # fmt: skip
     bare.load_state_dict(torch.load(detector, weights_only=True))
     bare.eval().to(memory_format=torch.channels_last)  # random boxes move with the last bits
@@ -64,7 +66,7 @@ def test_regions_are_what_the_detector_makes_of_its_boxes(
                 bare.roi_heads.box_roi_pool(maps, [boxes], [(high, wide)])
             )
         kept = parts_VD[mask_V.bool()]
-        assert 1 <= len(kept) <= MAX_REGIONS
+        assert 1 <= len(kept) <= regions
         assert not parts_VD[~mask_V.bool()].any()
         torch.testing.assert_close(kept, wanted, rtol=1e-3, atol=1e-4)
 

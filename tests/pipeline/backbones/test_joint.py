@@ -8,8 +8,10 @@ import torch
 
 from features.errors import UserError
 from pipeline.backbones.loading import check_modality, load_backbone
+from pipeline.backbones.visualbert import PartSource, VisualBert
 from tests.pipeline.backbones.checkpoints import (
     RESNET,
+    clip_folder,
     flava_folder,
     vilt_folder,
     vision_folder,
@@ -130,3 +132,30 @@ def test_visualbert(tmp_path: Path, eyes: str) -> None:
     width = 16 if grid_of else 32
     with pytest.raises(UserError, match=rf"width 48.* width {width}"):
         load_backbone(str(folder), device="cpu")
+
+
+@pytest.mark.parametrize(("level", "state"), [("tokens", 2), ("layer-0", 0), ("layer-1", 1)])
+@pytest.mark.parametrize("kind", ["CLIP", "ViT", "Siglip"])
+def test_visualbert_over_patches_of_a_level(
+    tmp_path: Path, kind: str, level: str, state: int
+) -> None:
+    folder = visualbert_folder(tmp_path / "visualbert", width=32)
+    both = kind != "ViT"
+    looks = clip_folder(tmp_path / kind, kind=kind) if both else vision_folder(tmp_path / kind)
+    parts = PartSource(path=looks, level=level)
+    ours = VisualBert("visualbert", folder, "cpu", "float32", parts=parts)
+    vision = library(looks).vision_model if both else library(looks)
+    model, prepare, words = library(folder), processor_of(looks), tokenizer_of(folder)
+    described = "tokens of its last layer" if level == "tokens" else "block"
+    assert described in ours.preprocessing("joint")
+
+    def bare(i: int) -> Any:
+        pixels = prepare(images=pictures()[i], return_tensors="pt")
+        seen = vision(**pixels, output_hidden_states=True)
+        patches = seen.last_hidden_state if level == "tokens" else seen.hidden_states[state]
+        patches = patches[:, kind != "Siglip" :]  # without the class token
+        inputs = words(TEXTS[i], return_tensors="pt")
+        return model(**inputs, visual_embeds=patches, output_hidden_states=True)
+
+    assert ours.tokens(pairs(ours), "tokens")[1].shape[0] == len(words("x")["input_ids"]) + 16
+    check_levels(ours, pairs(ours), bare, levels=4)

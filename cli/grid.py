@@ -2,7 +2,7 @@
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -41,7 +41,7 @@ SourceOption = Annotated[
     typer.Option("--source", help="Dataset to pre-train on; repeatable; default: --dataset."),
 ]
 QuickOption = Annotated[
-    bool, typer.Option("--quick", help="One epoch, tiny widths and one seed: a trial run.")
+    bool, typer.Option("--quick", help="A trial run: one epoch of tiny models on a few users.")
 ]
 DryRunOption = Annotated[
     bool, typer.Option("--dry-run", help="List the combinations and their runs; run nothing.")
@@ -89,7 +89,7 @@ def grid(
         set=set or [],
         quick=quick,
     )
-    spec, planned = _plan(warehouse, recipe, given)
+    warehouse, spec, planned = _plan(warehouse, recipe, given)
     if dry_run:
         list_runs(warehouse, spec, planned, json)
         return
@@ -143,13 +143,22 @@ class _Given:
         return text + (" --quick" if self.quick else "")
 
 
-def _plan(warehouse: Warehouse, recipe: Recipe, given: _Given) -> "tuple[Grid, list[Planned]]":
-    """Fill in a recipe, and describe the runs of its combinations."""
+def _plan(
+    warehouse: Warehouse, recipe: Recipe, given: _Given
+) -> "tuple[Warehouse, Grid, list[Planned]]":
+    """Fill in a recipe, and describe the runs of its combinations.
+
+    Returns:
+        The warehouse of the runs, which for a trial run has small copies of the datasets; the grid;
+        and its runs.
+    """
     datasets = given.dataset
     if not datasets and "dataset" not in recipe.document.get("runs", {}):
         datasets = _default_datasets(warehouse, recipe)
     spec = fill_recipe(recipe, datasets, given.source, quick=given.quick)
     warehouse.require()
+    if given.quick:
+        warehouse, spec = _shrink(warehouse, spec)
     from trainer.config import SettingSources
     from trainer.runs.grid import plan_grid
     from trainer.runs.grid_cells import Overrides
@@ -159,7 +168,21 @@ def _plan(warehouse: Warehouse, recipe: Recipe, given: _Given) -> "tuple[Grid, l
         settings=SettingSources(pairs=given.set).parsed_pairs(),
         quick=given.quick,
     )
-    return spec, plan_grid(warehouse, spec, overrides)
+    return warehouse, spec, plan_grid(warehouse, spec, overrides)
+
+
+def _shrink(warehouse: Warehouse, spec: Grid) -> tuple[Warehouse, Grid]:
+    """Return a warehouse with small copies of the datasets of a grid, and the grid on them."""
+    from pipeline.datasets.small_copy import copy_small
+
+    combinations = [
+        replace(combination, dataset=warehouse.choose_dataset(combination.dataset)[0])
+        for combination in spec.combinations
+    ]
+    names = [combination.dataset for combination in combinations if combination.dataset]
+    for combination in combinations:
+        names += combination.pretraining.datasets if combination.pretraining else []
+    return copy_small(warehouse, names), replace(spec, combinations=combinations)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -218,7 +241,7 @@ def _show_result(
     show_pivot(spec, table, list(datasets))
     notes = []
     if quick:
-        notes.append("quick: tiny models after one epoch; the figures mean nothing")
+        notes.append("quick: tiny models after one epoch, on a few users; the figures mean nothing")
     if spec.departs:
         notes.append(f"differs from the paper: {spec.departs}")
     for name, data in datasets.items() if spec.protocol != RETRIEVAL else ():

@@ -129,7 +129,7 @@ def prepare_dataset(
         _generate(options.dataset, root, notify)
     files = locate_files(options.dataset, layout, root, options.files)
     with staging(warehouse, options.target) as stage:
-        with _database(stage, root) as db:
+        with preparation_database(stage, root) as db:
             result = layout.importer.read(db, root, files)
             check_raw_tables(db, files)
             _check_ties(options.ties, result.timestamps, files)
@@ -153,12 +153,17 @@ def prepare_dataset(
             write_tables(db, stage)
             for note in data_notes(db, info):
                 notify(note)
-        swap_tables(folder, stage, replace(info, **_table_hashes(stage, info.users)))
+        swap_tables(folder, stage, replace(info, **table_hashes(stage, info.users)))
     return warehouse.info(options.target)
 
 
-def _table_hashes(stage: Path, users: int) -> dict[str, Any]:
-    """Return the fields of ``DatasetInfo`` by which readers know the new tables in ``stage``."""
+def table_hashes(stage: Path, users: int) -> dict[str, Any]:
+    """Return the fields of ``DatasetInfo`` by which readers know the new tables.
+
+    Args:
+        stage: Folder of the new tables.
+        users: Number of users.
+    """
     tables = ("items", "interactions")
     parts = {table: sorted((stage / table).glob("*.parquet")) for table in tables}
     return {
@@ -228,7 +233,7 @@ def _generate(dataset: str, root: Path, notify: Callable[[str], None]) -> None:
 
 
 @contextmanager
-def _database(stage: Path, root: Path) -> Iterator[duckdb.DuckDBPyConnection]:
+def preparation_database(stage: Path, root: Path) -> Iterator[duckdb.DuckDBPyConnection]:
     """Open DuckDB in bounded memory; it spills into ``stage`` and loads no extensions.
 
     Args:

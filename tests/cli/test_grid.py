@@ -335,10 +335,12 @@ def test_a_recipe_runs_to_its_end_and_shares_its_pre_training(root: str, tmp_pat
     document = json.loads(run("grid", "pmmrec/table-6", *where, *TINY).stdout)
     assert [entry["state"] for entry in document["runs"]] == ["finished"] * 3
     source = next(entry for entry in document["runs"] if entry["source"] == "world")
-    config = tomllib.loads((Path(root) / "runs" / source["run"] / "config.toml").read_text())
-    pretrained = Path(root) / "runs" / config["run"]["init"]["run"] / "config.toml"
+    runs = Path(root) / ".quick" / "runs"
+    config = tomllib.loads((runs / source["run"] / "config.toml").read_text())
+    pretrained = runs / config["run"]["init"]["run"] / "config.toml"
     assert tomllib.loads(pretrained.read_text())["run"]["stage"] == "pretrain"
-    assert len(Warehouse(root).runs()) == 4
+    assert len(Warehouse(runs.parent).runs()) == 4
+    assert Warehouse(root).runs() == []
 
     again = json.loads(run("grid", "pmmrec/table-6", *where, *TINY).stdout)
     assert [entry["state"] for entry in again["runs"]] == ["reused"] * 3
@@ -346,7 +348,7 @@ def test_a_recipe_runs_to_its_end_and_shares_its_pre_training(root: str, tmp_pat
     assert [entry["state"] for entry in shared["runs"]] == [
         "reused", "finished", "finished", "reused",
     ]  # fmt: skip
-    assert len(Warehouse(root).runs()) == 6
+    assert len(Warehouse(runs.parent).runs()) == 6
 
     table = run("grid", "pmmrec/table-6", *where, *TINY[:-1]).stdout.splitlines()
     assert [line.split()[0] for line in table if "HR@10" in line or "NDCG@10" in line] == [
@@ -429,7 +431,8 @@ def test_a_retrieval_grid_prints_what_the_protocol_measures(
     share = ("--set", "holdout=0.3")
     document = json.loads(run("grid", "mmsrec/table-1", *where, *share, *TINY).stdout)
     entry = next(entry for entry in document["runs"] if entry["method"] == method)
-    again = run("eval", "--protocol", "retrieval", "--run", entry["run"], *where[:2], "--json")
+    place = ("--warehouse", f"{large}/.quick")
+    again = run("eval", "--protocol", "retrieval", "--run", entry["run"], *place, "--json")
     expected = {
         row["metric"]: row["value"]
         for row in json.loads(again.stdout)["rows"]
@@ -497,4 +500,5 @@ def test_a_map_is_the_command_that_comes_next(root: str, tmp_path: Path) -> None
     runs = json.loads(run("grid", "mmsr/figure-4", *where, *TINY).stdout)["runs"]
     printed = run("grid", "mmsr/figure-4", *where, *TINY[:-1]).stdout
     names = " ".join(entry["run"] for entry in runs)
-    assert f"mmrec map {names}" in " ".join(printed.split())
+    place = f"--warehouse {root}/.quick"
+    assert f"mmrec map {names} {place}" in " ".join(printed.split())

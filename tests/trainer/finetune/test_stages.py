@@ -13,6 +13,7 @@ from features.errors import UserError
 from features.store import FeatureStore
 from features.warehouse import Warehouse
 from tests.pipeline.backbones import checkpoints
+from tests.trainer import worlds
 from tests.trainer.finetune import tuned
 from tests.trainer.finetune.test_upper_blocks import (
     begin,
@@ -23,6 +24,7 @@ from tests.trainer.finetune.test_upper_blocks import (
     thaw,
     tuned_blocks,
 )
+from tests.trainer.models.test_recommenders import sequences
 from trainer.evaluation.encode import encode_catalogue
 from trainer.finetune import upper_blocks
 from trainer.runs.run import open_run, train_run
@@ -151,6 +153,30 @@ def test_items_without_images_leave_gradients_of_zero(prepared: Warehouse, tmp_p
     states.sum().backward()
     gradients = [parameter.grad for parameter in tuned_blocks(run, "image").parameters()]
     assert all(gradient is not None and not gradient.any() for gradient in gradients)
+
+
+@pytest.mark.parametrize("kind", ["Swin", "ResNet", "GroupViT"])
+def test_every_parameter_has_the_same_gradient_in_two_trainings(
+    prepared: Warehouse, tmp_path: Path, kind: str
+) -> None:
+    if kind == "GroupViT":
+        folder = checkpoints.clip_folder(tmp_path / "both", kind=kind)
+    else:
+        folder = folder_of(tmp_path / "eyes", kind)
+    tuned.extracted(prepared, "layer-0", image=folder)
+    run = begin(prepared, tune_blocks="all")
+
+    def gradients() -> list[Tensor]:
+        torch.manual_seed(1)
+        run.model.train().zero_grad(set_to_none=True)
+        drawn = torch.Generator().manual_seed(2)
+        batch = worlds.batch(sequences([[0, 1, 2, 3], [5], [3, 5]]), run.data.features, drawn)
+        run.model.loss(batch)["loss"].backward()
+        named = list(run.model.named_parameters())
+        assert [key for key, parameter in named if parameter.grad is None] == []
+        return [p.grad.clone() for _, p in named if p.grad is not None]
+
+    assert all(torch.equal(a, b) for a, b in zip(gradients(), gradients(), strict=True))
 
 
 def test_images_of_several_sizes_cannot_be_cut(prepared: Warehouse, tmp_path: Path) -> None:

@@ -215,7 +215,9 @@ def _show(
     speed_ups = speed_up_rows(warehouse, spec, outcomes) if spec.speed_up and outcomes else []
     if output.json:
         document = _document(spec, planned, outcomes, output.path)
-        console.emit_json({**document, "speed_up": speed_ups} if spec.speed_up else document)
+        document |= {"speed_up": speed_ups} if spec.speed_up else {}
+        document |= {"then": next_commands(spec, outcomes)} if spec.then else {}
+        console.emit_json(document)
     else:
         _show_result(spec, table, planned, outcomes, quick=output.quick)
         show_speed_ups(spec, speed_ups)
@@ -246,6 +248,10 @@ def _show_result(
         notes.append(f"differs from the paper: {spec.departs}")
     for name, data in datasets.items() if spec.protocol != RETRIEVAL else ():
         notes += [f"{name}: {line}" for line in ties_lines(data.tied, data.ties)]
+    notes += [
+        f"{name}: {queries:,} items, each a query ranked among all of them; ties against the model"
+        for name, queries in _queries(spec, outcomes).items()
+    ]
     notes += [
         f"{name}: {share:.2%} of the {spec.split} targets are repeated; filtered, they are misses"
         for name, share in _repeated_shares(spec, outcomes).items()
@@ -301,6 +307,18 @@ def _default_datasets(warehouse: Warehouse, recipe: Recipe) -> list[str]:
 def _as_list(value: object) -> list[object]:
     """Return a list of a document, or an empty list for what is refused later."""
     return value if isinstance(value, list) else []
+
+
+def _queries(spec: Grid, outcomes: "Sequence[Outcome]") -> dict[str, int]:
+    """Return the number of queries on each dataset, for a grid of retrieval."""
+    if spec.protocol != RETRIEVAL:
+        return {}
+    return {
+        outcome.planned.dataset: row["users"]
+        for outcome in outcomes
+        for row in outcome.rows
+        if row["targets"] == spec.targets
+    }
 
 
 def _repeated_shares(spec: Grid, outcomes: "Sequence[Outcome]") -> dict[str, float]:

@@ -56,13 +56,13 @@ def split_pooling(name: str) -> tuple[str, str | None]:
 
 def split_max_tokens(name: str) -> tuple[str, int | None]:
     """Split ``NAME@30`` into the name and the most tokens of a text; None if none are given."""
-    match = re.fullmatch(r"(.+)@([0-9]+)", name)
+    match = re.fullmatch(r"(.+)@([0-9]{1,9})", name)
     return (match[1], int(match[2])) if match else (name, None)
 
 
 def split_mask(name: str) -> tuple[str, int | None]:
     """Split ``NAME@mask-75`` into the name and the percentage of masked patches, or None."""
-    match = re.fullmatch(r"(.+)@mask-([0-9]+)", name)
+    match = re.fullmatch(r"(.+)@mask-([0-9]{1,9})", name)
     return (match[1], int(match[2])) if match else (name, None)
 
 

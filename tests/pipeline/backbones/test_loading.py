@@ -17,7 +17,13 @@ from huggingface_hub import constants
 
 from features.errors import UserError
 from features.warehouse import Warehouse, slug
-from pipeline.backbones.base import block_of, level_names, split_pooling
+from pipeline.backbones.base import (
+    block_of,
+    level_names,
+    split_mask,
+    split_max_tokens,
+    split_pooling,
+)
 from pipeline.backbones.listing import list_backbones
 from pipeline.backbones.loading import check_modality, load_backbone
 from pipeline.backbones.registry import BACKBONES
@@ -225,6 +231,11 @@ def test_levels_and_poolings_have_names() -> None:
     assert level_names(2) == ("pooled", "tokens", "layer-0", "layer-1")
     assert level_names(0) == ("pooled", "tokens")
     assert [block_of(level) for level in ("tokens", "layer-0", "layer-11")] == [None, 0, 11]
+    assert split_mask("a@mean@mask-75") == ("a@mean", 75)
+    assert split_max_tokens("a@30") == ("a", 30)
+    for ending in ("", "x", "9" * 5000):  # int takes no more than 4,300 digits
+        assert split_mask(f"a@mask-{ending}") == (f"a@mask-{ending}", None)
+        assert split_max_tokens(f"a@{ending}") == (f"a@{ending}", None)
     assert split_pooling("hf:a/b@cls") == ("hf:a/b", "cls")
     assert split_pooling("a@b") == ("a@b", None)
     assert split_pooling("@cls") == ("@cls", None)

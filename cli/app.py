@@ -20,6 +20,7 @@ from cli import (
     extract,
     grid,
     import_features,
+    maps,
     models,
     prepare,
     pretrain,
@@ -149,6 +150,7 @@ app.command("eval")(evaluate.evaluate)
 app.command("recommend")(recommend.recommend)
 app.command("compare")(compare.compare)
 app.command("report")(report.report)
+app.command("map")(maps.draw_map)
 app.command("grid")(grid.grid)
 app.command("sql")(sql.sql)
 app.command("demo")(demo.demo)

@@ -1,7 +1,7 @@
 """``mmrec report``: an HTML page about runs, or an image of their convergence curves."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -9,6 +9,11 @@ from cli import console
 from cli.options import JsonOption, WarehouseOption, choose_run
 from features.errors import UserError
 from features.warehouse import Warehouse
+
+if TYPE_CHECKING:
+    from trainer.analysis.maps import RunMap
+
+OptionalStr = str | None
 
 
 def report(
@@ -23,17 +28,18 @@ def report(
         Path | None,
         typer.Option("--curves", help="Draw only the curves into FILE.png, .svg or .pdf."),
     ] = None,
+    with_map: Annotated[
+        bool, typer.Option("--map", help="Add the image of mmrec map, for at most two runs.")
+    ] = False,
     label: Annotated[
         list[str] | None,
         typer.Option("--label", help="Name of a run on the page; one for each run, in order."),
     ] = None,
     metric: Annotated[
-        str | None,
-        typer.Option("--metric", help="Metric of the curves; default: that of early stopping."),
+        OptionalStr, typer.Option(help="Metric of the curves; default: that of early stopping.")
     ] = None,
     seen: Annotated[
-        str | None,
-        typer.Option("--seen", help="Ranking of the curves: seen items filtered or kept."),
+        OptionalStr, typer.Option(help="Ranking of the curves: seen items filtered or kept.")
     ] = None,
     json: JsonOption = False,
     root: WarehouseOption = None,
@@ -51,8 +57,9 @@ def report(
 
     if curves is not None:
         check_image_path(curves)
-        if out is not None:
-            raise UserError("--curves draws only the image; leave --out out, or give --out alone")
+        if out is not None or with_map:
+            option = "--map" if out is None else "--out"
+            raise UserError(f"--curves draws only the image; leave {option} out, or give it alone")
     records = read_records(warehouse, runs)
     curve_data = read_curves(records, metric=metric, seen=seen, labels=label)
     if curves is not None:
@@ -63,8 +70,16 @@ def report(
         from trainer.analysis.report import build_report
 
         path = out or records[0].folder / "report.html"
-        write_text(path, build_report(warehouse, records, curve_data))
+        maps = _maps(warehouse, runs, label) if with_map else []
+        write_text(path, build_report(warehouse, records, curve_data, maps))
     if json:
         console.emit_json({"runs": runs, "file": str(path)})
     else:
         console.out.print(str(path))
+
+
+def _maps(warehouse: Warehouse, runs: list[str], labels: list[str] | None) -> "list[RunMap]":
+    from trainer.analysis.maps import MapOptions, map_runs
+
+    with console.ProgressLine(interval=0.0) as line:
+        return map_runs(warehouse, runs, MapOptions(), labels=labels, on_stage=line.update)

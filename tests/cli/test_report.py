@@ -29,6 +29,7 @@ def test_pages_pictures_and_mistakes(warehouse: Warehouse, tmp_path: Path) -> No
         (["a", "a"], "'a' is named twice"),
         (["a", "--curves", "x.gif"], "end it in .png, .svg, .pdf"),
         (["a", "--curves", "x.png", "--out", "y.html"], "leave --out out"),
+        (["a", "--curves", "x.png", "--map"], "leave --map out"),
         (["a", "b", "--label", "x"], "1 labels for 2 runs"),
         (["a", "--metric", "AUC"], "unknown metric 'AUC'"),
     ):

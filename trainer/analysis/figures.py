@@ -4,6 +4,9 @@ The colours are those of Okabe and Ito, which stay distinct under every common c
 ring marks the epoch whose weights a run keeps.
 """
 
+import base64
+import io
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -210,3 +213,31 @@ def write_figure(figure: "Figure", stream: BinaryIO, kind: str) -> None:
     without_dates = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {}}
     with matplotlib.rc_context(STYLE):
         figure.savefig(stream, format=kind, dpi=200, metadata=without_dates[kind])
+
+
+def inline_svg(figure: "Figure", description: str) -> str:
+    """Return a figure as SVG for use inside HTML.
+
+    Args:
+        figure: The figure.
+        description: What the figure shows, for readers who hear the page.
+    """
+    stream = io.BytesIO()
+    write_figure(figure, stream, "svg")
+    text = stream.getvalue().decode("utf-8")
+    text = text[text.index("<svg") :].strip()
+    text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
+    attributes = (
+        'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" role="img"'
+        f' aria-label="{description}"'
+    )
+    # The width and height of the figure are those of paper; here the page decides.
+    opening = r'^<svg [^>]*?(viewBox="[^"]*")[^>]*>'
+    return re.sub(opening, rf"<svg \1 {attributes}>", text, count=1)
+
+
+def image_data(figure: "Figure") -> str:
+    """Return a figure as PNG in a ``data:`` address, for the source of an image in HTML."""
+    stream = io.BytesIO()
+    write_figure(figure, stream, "png")
+    return f"data:image/png;base64,{base64.b64encode(stream.getvalue()).decode('ascii')}"

@@ -4,8 +4,6 @@ Each section is computed here as plain tables and texts; ``report.html.j2`` arra
 """
 
 import importlib.metadata
-import io
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -21,7 +19,8 @@ from features.warehouse import DatasetInfo, Warehouse
 from retrieval.list_metrics import LIST_METRICS
 from trainer.analysis.compare import SEEN, SIGNS, Comparison, compare
 from trainer.analysis.curves import Curve
-from trainer.analysis.figures import draw_curves, write_figure
+from trainer.analysis.figures import draw_curves, image_data, inline_svg
+from trainer.analysis.maps import RunMap, draw_maps
 from trainer.evaluation.protocol import (
     REFERENCES,
     TARGETS,
@@ -33,6 +32,7 @@ from trainer.runs.read import Record, has_current_protocol, read_metrics
 
 _REFERENCES = (*REFERENCES, "untrained", "features")
 """Reference rankers; tables show them after the runs."""
+_CURVES_TEXT = "training loss and validation metric by epoch and by time"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,13 +60,19 @@ class PageTable:
         return bool(cells) and all(isinstance(c, int | float | Estimate | None) for c in cells)
 
 
-def build_report(warehouse: Warehouse, records: Sequence[Record], curves: Sequence[Curve]) -> str:
+def build_report(
+    warehouse: Warehouse,
+    records: Sequence[Record],
+    curves: Sequence[Curve],
+    maps: Sequence[RunMap] = (),
+) -> str:
     """Build the page about runs.
 
     Args:
         warehouse: The warehouse of the runs, and of their datasets where they still exist.
         records: The runs.
         curves: One curve for each run, with the label of the run on the page.
+        maps: Maps of one or two of the runs; empty for a page without a map.
 
     Returns:
         The whole HTML document, which loads nothing. Equal runs give equal documents.
@@ -85,7 +91,8 @@ def build_report(warehouse: Warehouse, records: Sequence[Record], curves: Sequen
         title=labels[0] if len(labels) == 1 else f"{len(labels)} runs: {', '.join(labels)}",
         version=importlib.metadata.version("mmrec"),
         overview=_overview(records, curves),
-        figure=_figure(curves),
+        figure=Markup(inline_svg(draw_curves(curves), _CURVES_TEXT)),
+        map_image=image_data(draw_maps(maps)) if maps else "",
         figure_notes=_figure_notes(curves),
         features=_features(records, labels),
         **_tests(records, labels),
@@ -147,22 +154,6 @@ def _duration(curve: Curve, epoch: int | None) -> str | None:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-
-
-def _figure(curves: Sequence[Curve]) -> Markup:
-    """Return the curves as SVG for use inside HTML."""
-    stream = io.BytesIO()
-    write_figure(draw_curves(curves), stream, "svg")
-    text = stream.getvalue().decode("utf-8")
-    text = text[text.index("<svg") :].strip()
-    text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
-    attributes = (
-        'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" role="img"'
-        ' aria-label="training loss and validation metric by epoch and by time"'
-    )
-    # The width and height of the figure are those of paper; here the page decides.
-    opening = r'^<svg [^>]*?(viewBox="[^"]*")[^>]*>'
-    return Markup(re.sub(opening, rf"<svg \1 {attributes}>", text, count=1))
 
 
 def _figure_notes(curves: Sequence[Curve]) -> list[str]:

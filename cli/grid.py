@@ -212,7 +212,7 @@ def _show(
 
     values = [outcome.cell_values(spec) for outcome in outcomes]
     table = pivot(spec, values + [None] * (len(planned) - len(outcomes)))
-    speed_ups = speed_up_rows(warehouse, spec, outcomes) if spec.speed_up and outcomes else []
+    speed_ups = speed_up_rows(warehouse, spec, outcomes) if spec.speed_up and table.cells else []
     if output.json:
         document = _document(spec, planned, outcomes, output.path)
         document |= {"speed_up": speed_ups} if spec.speed_up else {}

@@ -500,5 +500,33 @@ def test_a_map_is_the_command_that_comes_next(root: str, tmp_path: Path) -> None
     runs = json.loads(run("grid", "mmsr/figure-4", *where, *TINY).stdout)["runs"]
     printed = run("grid", "mmsr/figure-4", *where, *TINY[:-1]).stdout
     names = " ".join(entry["run"] for entry in runs)
-    place = f"--warehouse {root}/.quick"
-    assert f"mmrec map {names} {place}" in " ".join(printed.split())
+    typed = " ".join(printed.split()).partition("now type: mmrec map ")[2]
+    assert typed.startswith(f"{names} --label IDSR --label MMSR")
+    assert typed.endswith(f"--warehouse {root}/.quick")
+
+
+@pytest.mark.slow
+def test_a_figure_without_its_baseline_is_drawn_and_without_any_run_is_left_out(
+    large: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = runs_grid._train
+    broken = {"w/o PT"}
+
+    def break_some(warehouse: Any, one: Any, *more: Any) -> None:
+        if one.combination.keys["transferred"] in broken:
+            raise UserError("the loss is nan")
+        train(warehouse, one, *more)
+
+    monkeypatch.setattr(runs_grid, "_train", break_some)
+    figure = tmp_path / "figure.svg"
+    where = ("--warehouse", large, "--out", str(tmp_path / "result.parquet"), *TINY)
+    command_line = ("grid", "pmmrec/figure-3", *where, "--plot", str(figure))
+    document = json.loads(run(*command_line, code=2).stdout)
+    assert document["speed_up"] == []
+    assert "w. PT-I" in figure.read_text()
+    figure.unlink()
+    broken |= {"w. PT", "w. PT-I", "w. PT-U"}
+    failed = run(*command_line, "--set", "dropout=0.3", code=2)
+    assert "error: 4 of 4 runs failed" in failed.stderr
+    assert json.loads(failed.stdout)["speed_up"] == []
+    assert not figure.exists()

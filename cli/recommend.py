@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Option
 
 from cli import console
 from cli.options import (
@@ -26,26 +26,27 @@ _REQUESTS = "--user USER_ID, --history ITEM_ID,ITEM_ID,..., --all, or --similar 
 
 
 def recommend(
-    user: Annotated[str | None, typer.Option("--user", help="Id of a user of the dataset.")] = None,
+    user: Annotated[str | None, Option(help="Id of a user of the dataset.")] = None,
     history: Annotated[
-        list[str] | None,
-        typer.Option("--history", help="ITEM_ID,ITEM_ID,... oldest first; repeatable."),
+        list[str] | None, Option(help="ITEM_ID,ITEM_ID,... oldest first; repeatable.")
     ] = None,
-    all: Annotated[
-        bool, typer.Option("--all", help="Recommend to every user; needs --out.")
-    ] = False,
-    similar: Annotated[
-        str | None, typer.Option("--similar", help="Id of an item: find items like it.")
-    ] = None,
-    k: Annotated[int, typer.Option("--k", help="Number of items for each user.")] = 10,
+    all: Annotated[bool, Option("--all", help="Recommend to every user; needs --out.")] = False,
+    similar: Annotated[str | None, Option(help="Id of an item: find items like it.")] = None,
+    k: Annotated[int, Option("--k", help="Number of items for each user.")] = 10,
     keep_seen: Annotated[
-        bool, typer.Option("--keep-seen", help="Also recommend items of the user's history.")
+        bool, Option("--keep-seen", help="Also recommend items of the user's history.")
     ] = False,
+    only: Annotated[Path | None, Option(help="File of allowed item ids, one a line.")] = None,
+    exclude: Annotated[Path | None, Option(help="File of item ids that are not allowed.")] = None,
+    new_share: Annotated[float, Option(help="Least share of new items in each list.")] = 0.0,
+    new_below: Annotated[int, Option(help="New: fewer training interactions than this.")] = 10,
     out: Annotated[
-        Path | None,
-        typer.Option("--out", help="With --all: file to write, .parquet, .csv or .jsonl."),
+        Path | None, Option(help="With --all: file to write, .parquet, .csv or .jsonl.")
     ] = None,
     run: TrainedRunOption = None,
+    dataset: Annotated[
+        str | None, Option(help="Another dataset; default: that of the run, as it is now.")
+    ] = None,
     index: IndexOption = "faiss",
     device: DeviceOption = None,
     json: JsonOption = False,
@@ -53,7 +54,8 @@ def recommend(
 ) -> None:
     """Recommend items to a user, to a history or to all users, or find similar items.
 
-    Items without interactions are recommended too.
+    Items without interactions are recommended too. After a new mmrec prepare and mmrec extract, the
+    run recommends from the new catalogue without training.
     """
     _check_out(out, is_for_all=all)
     if sum((user is not None, bool(history), all, similar is not None)) != 1:
@@ -62,10 +64,9 @@ def recommend(
         raise UserError(f"--k {k} is not a number of items; give at least 1")
     warehouse = Warehouse(root)
     folder = choose_run(warehouse, run)
-    from trainer.runs.recommend import Predictor
-    from trainer.runs.run import open_run
-
-    predictor = Predictor(warehouse, open_run(warehouse, folder, device=device), index=index)
+    predictor = _open(warehouse, folder, dataset, device, index, {
+        "only": only, "exclude": exclude, "new_share": new_share, "new_below": new_below,
+    })  # fmt: skip
     document: dict[str, Any] = {"run": folder.name, "dataset": predictor.run.spec.dataset}
     if out is not None:
         document |= _write_all(predictor, out, k, keep_seen)
@@ -83,6 +84,27 @@ def recommend(
         console.emit_json({**document, "items": [asdict(entry) for entry in suggestions]})
     else:
         _show(suggestions, k, score="cosine" if similar is not None else "score")
+
+
+def _open(
+    warehouse: Warehouse,
+    folder: Path,
+    dataset: str | None,
+    device: str | None,
+    index: str,
+    choice: dict[str, Any],
+) -> "Predictor":
+    """Open the run on the catalogue as it is now, and tell the user what has changed."""
+    from trainer.runs.choice import Choice
+    from trainer.runs.later import open_current
+    from trainer.runs.recommend import Predictor
+
+    items = Choice(**choice)
+    run = open_current(warehouse, folder, dataset, device=device)
+    predictor = Predictor(warehouse, run, index=index, choice=items)
+    for text in run.catalogue_lines():
+        console.notify(text)
+    return predictor
 
 
 def _check_out(out: Path | None, *, is_for_all: bool) -> None:

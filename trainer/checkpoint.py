@@ -83,6 +83,28 @@ def load_weights(path: Path, model: nn.Module, identity: dict[str, Any]) -> None
         UserError: The file is absent, damaged, or of another identity; the model does not change.
     """
     tensors, document = read_tensors(path, _remedy(path))
+    load_tensors(path, model, tensors, document, identity)
+
+
+def load_tensors(
+    path: Path,
+    model: nn.Module,
+    tensors: dict[str, Tensor],
+    document: dict[str, Any],
+    identity: dict[str, Any],
+) -> None:
+    """Load the tensors of a checkpoint into a model.
+
+    Args:
+        path: The file, for messages.
+        model: The model.
+        tensors: The tensors that :func:`read_tensors` returns.
+        document: The document that it returns.
+        identity: The identity that the document must have.
+
+    Raises:
+        UserError: Identity, names, shapes or dtypes differ; the model does not change.
+    """
     _check_identity(path, document, identity)
     _check_tensors(path, tensors, model.state_dict())
     model.load_state_dict(tensors)

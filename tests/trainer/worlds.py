@@ -1,7 +1,7 @@
 """Small planted worlds for the trainer's tests, in memory or in a warehouse."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -124,30 +124,49 @@ def training_data(world: Dataset, item_features: ItemFeatures) -> TrainingData:
     return TrainingData(world, item_features, torch.device("cpu"))
 
 
-def prepare(warehouse: Warehouse, sequences: list[list[int]], n_items: int) -> None:
-    """Write :func:`dataset` as the prepared dataset ``world``, over what was there."""
+def prepare(
+    warehouse: Warehouse,
+    sequences: list[list[int]],
+    n_items: int,
+    ids: Sequence[str] | None = None,
+) -> None:
+    """Write :func:`dataset` as the prepared dataset ``world``, over what was there.
+
+    Args:
+        warehouse: Where it is written.
+        sequences: Items of each user, oldest first.
+        n_items: Number of items.
+        ids: Their ids; by default i0, i1 and so on, with which the fingerprint is always the same.
+    """
     folder = warehouse.dataset_dir("world")
     rows = [
         {"user": user, "user_id": f"u{user}", "item": item, "timestamp": None, "position": position}
         for user, sequence in enumerate(sequences)
         for position, item in enumerate(sequence)
     ]
-    items = [{"item": item, "item_id": f"i{item}"} for item in range(n_items)]
+    item_ids = ids or [f"i{item}" for item in range(n_items)]
+    items = [{"item": item, "item_id": item_id} for item, item_id in enumerate(item_ids)]
     for name, table, schema in (
         ("interactions", rows, INTERACTIONS_SCHEMA),
         ("items", items, ITEMS_SCHEMA),
     ):
         write_table(folder / name / "part-00000.parquet", pa.Table.from_pylist(table, schema))
-    write_json(folder / "dataset.json", asdict(dataset(sequences, n_items).info))
+    info = dataset(sequences, n_items).info
+    if ids is not None:
+        info = replace(info, fingerprint=" ".join(ids))
+    write_json(folder / "dataset.json", asdict(info))
 
 
-def extract(warehouse: Warehouse, item_features: ItemFeatures, backbone: str = "toy") -> None:
+def extract(
+    warehouse: Warehouse, item_features: ItemFeatures, backbone: str = "toy", fingerprint: str = "f"
+) -> None:
     """Write features as tables of the prepared dataset ``world``."""
     for modality, vectors in item_features.vectors.items():
         items = np.flatnonzero(item_features.present[modality].numpy())
         values = vectors.numpy()[items]
         embedding = embedding_array(values)
-        _write(warehouse, (backbone, modality, "pooled"), items, embedding, values.shape[1])
+        where = (backbone, modality, "pooled")
+        _write(warehouse, where, items, embedding, values.shape[1], fingerprint=fingerprint)
 
 
 def extract_tokens(
@@ -170,6 +189,7 @@ def _write(
     embedding: pa.Array,
     dim: int,
     n_tokens: pa.Array | None = None,
+    fingerprint: str = "f",
 ) -> None:
     backbone, modality, level = where
     made = Provenance(
@@ -195,7 +215,7 @@ def _write(
     table = FeatureStore(warehouse).table("world", backbone, modality, level)
     schema = feature_schema(dim, "float32", level)
     table.append(pa.Table.from_arrays(columns, schema=schema), made)
-    table.finish("f", made)
+    table.finish(fingerprint, made)
 
 
 def begin(
@@ -232,6 +252,13 @@ SMALL: dict[str, Any] = {
 """Sizes of a small model; each model takes those that it knows."""
 USERS = 2048
 """Users of a model that is built without a dataset: at least as many as any test's batch has."""
+
+
+def small_pairs(model: str) -> dict[str, Any]:
+    """The sizes of a small model that can be given on the command line."""
+    recommender = MODELS.find(model).load()
+    names = {field.name for field in fields(recommender.settings_class)} - {*recommender.unread}
+    return {key: value for key, value in SMALL.items() if key in names}
 
 
 def small_settings(model: str, **settings: Any) -> Any:

@@ -242,6 +242,7 @@ class ConcatenatedTokens(TokenFeatures):
         set_once(self, "values", parts[0].values)
         set_once(self, "offsets", np.concatenate(offsets))
         set_once(self, "device", parts[0].device)
+        set_once(self, "row_N", None)
         set_once(self, "_parts", list(parts))
         firsts = np.cumsum([0, *(len(part.offsets) - 1 for part in parts)])
         set_once(self, "_firsts", torch.from_numpy(firsts).to(self.device))

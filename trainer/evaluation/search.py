@@ -3,18 +3,25 @@
 Models with vectors are ranked by an index and the model's sparse correction. Models whose score is
 not an inner product are ranked by blocks of scores.
 
-Legend: N items, D width, E users, K items of a list.
+A search can be restricted to a part of the catalogue. Vectors, histories and sparse scores are then
+numbered as :class:`retrieval.listed_items.ListedItems` numbers them, and results are numbered as
+in the catalogue.
+
+Legend: N items, S listed items, D width, E users, K items of a list.
 """
 
 from collections.abc import Callable, Iterator
+from copy import copy
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from features.dataset import EvalSplit, Ints
 from retrieval.index_ranking import rank_with
 from retrieval.indexes import Index, TopItems, make_index
 from retrieval.list_metrics import SearchLists, count_recommended, search_both
+from retrieval.listed_items import ListedItems
 from retrieval.ranking import Ranks
 from retrieval.score_blocks import rank_scores, top_scores
 from retrieval.seen_items import SeenItems
@@ -43,20 +50,40 @@ class CatalogueSearch:
         data: Data with the histories and the features.
         index: Name in :data:`retrieval.indexes.INDEXES`; all give the same results.
         batch_size: Histories encoded together.
+        listed: The items that are ranked and listed; ``None``: the whole catalogue.
 
     Raises:
         UserError: An item vector is not finite.
     """
 
     def __init__(
-        self, model: Recommender, data: TrainingData, *, index: str, batch_size: int
+        self,
+        model: Recommender,
+        data: TrainingData,
+        *,
+        index: str,
+        batch_size: int,
+        listed: ListedItems | None = None,
     ) -> None:
         self.model = model
         self.data = data
         self.items_ND = encode_catalogue(model, data)
         self._index_name = index
         self._batch_size = batch_size
+        self._list(listed or ListedItems.of(np.ones(len(self.items_ND), dtype=bool)))
+
+    def _list(self, listed: ListedItems) -> None:
+        self.listed = listed
+        rows_S = torch.from_numpy(listed.rows_S).to(self.items_ND.device)
+        is_whole = len(listed) == len(self.items_ND)
+        self.listed_SD = self.items_ND if is_whole else self.items_ND[rows_S]
         self._index: Index | None = None
+
+    def restricted(self, listed: ListedItems) -> "CatalogueSearch":
+        """Return a search of the same vectors in another part of the catalogue."""
+        search = copy(self)
+        search._list(listed)
+        return search
 
     def rank(self, users: EvalSplit, targets_E: Ints) -> Ranks:
         """Rank the target of each user, with seen items filtered and kept.
@@ -64,9 +91,10 @@ class CatalogueSearch:
         Raises:
             UserError: A query is not finite.
         """
+        numbers_E = self.listed.numbers(targets_E)
         if self.model.has_vectors and not self.model.is_sparse:
-            return self._rank_vectors(users, targets_E, self._queries(users))
-        return self._rank_scores(users, targets_E)
+            return self._rank_vectors(users, numbers_E, self._queries(users))
+        return self._rank_scores(users, numbers_E)
 
     def rank_and_count(self, users: EvalSplit, targets_E: Ints) -> tuple[Ranks, dict[str, Ints]]:
         """Rank as :meth:`rank`, and count the lists of 10 items that recommend each item.
@@ -83,54 +111,61 @@ class CatalogueSearch:
         Raises:
             UserError: A query is not finite.
         """
-        n_items = len(self.items_ND)
-        counts = {seen: np.zeros(n_items, np.int64) for seen in ("filtered", "kept")}
+        n_items = len(self.listed)
+        numbers_E = self.listed.numbers(targets_E)
+        counts = {seen: np.zeros(len(self.items_ND), np.int64) for seen in ("filtered", "kept")}
 
         def count(search: SearchLists, histories: SeenItems) -> None:
             for seen, items_BK in search_both(search, histories, n_items).items():
-                counts[seen] += count_recommended(items_BK, n_items)
+                counts[seen][self.listed.rows_S] += count_recommended(items_BK, n_items)
 
         blocks = _blocks(len(users.users))
         if self.model.is_sparse:
             ranks = []
             for rows in blocks:
                 histories = histories_of(self.data.dataset, users.take(rows))
-                scores = self._sparse_scores(histories)
-                ranks.append(rank_sparse(_part_of(scores), targets_E[rows], n_items, histories))
-                count(_sparse_lists(scores, n_items), histories)
+                scores, seen = self._sparse_scores(histories), self.listed.seen(histories)
+                ranks.append(rank_sparse(_part_of(scores), numbers_E[rows], n_items, seen))
+                count(_sparse_lists(scores, n_items), seen)
             return Ranks.concatenate(ranks), counts
         if self.model.has_vectors:
             queries_ED = self._queries(users)
-            joined = self._rank_vectors(users, targets_E, queries_ED)
+            joined = self._rank_vectors(users, numbers_E, queries_ED)
             for rows in blocks:
                 histories = histories_of(self.data.dataset, users.take(rows))
-                count(self._vector_lists(queries_ED[rows], histories), histories)
+                count(self._vector_lists(queries_ED[rows], histories), self.listed.seen(histories))
             return joined, counts
-        joined = self._rank_scores(users, targets_E)
+        joined = self._rank_scores(users, numbers_E)
         for rows in blocks:
             block = users.take(rows)
-            count(self._score_lists(block), histories_of(self.data.dataset, block))
+            seen = self.listed.seen(histories_of(self.data.dataset, block))
+            count(self._score_lists(block), seen)
         return joined, counts
 
-    def _rank_vectors(self, users: EvalSplit, targets_E: Ints, queries_ED: Tensor) -> Ranks:
+    def _rank_vectors(self, users: EvalSplit, numbers_E: Ints, queries_ED: Tensor) -> Ranks:
         histories = histories_of(self.data.dataset, users)
-        correction = self.model.correction(histories)
         return rank_with(
-            self._index_name, queries_ED, self.items_ND, targets_E, histories, correction
+            self._index_name,
+            queries_ED,
+            self.listed_SD,
+            numbers_E,
+            self.listed.seen(histories),
+            self._correction(histories),
         )
 
-    def _rank_scores(self, users: EvalSplit, targets_E: Ints) -> Ranks:
-        histories, n_items = histories_of(self.data.dataset, users), len(self.items_ND)
+    def _rank_scores(self, users: EvalSplit, numbers_E: Ints) -> Ranks:
+        histories, n_items = histories_of(self.data.dataset, users), len(self.listed)
+        seen = self.listed.seen(histories)
         if self.model.is_sparse:
             rows_E = np.arange(len(histories))
             return rank_sparse(
                 lambda rows: self._sparse_scores(histories.take(rows_E[rows])),
-                targets_E,
+                numbers_E,
                 n_items,
-                histories,
+                seen,
             )
         with evaluation_mode(self.model):
-            return rank_scores(self._scorer(self._batches(users)), targets_E, n_items, histories)
+            return rank_scores(self._scorer(self._batches(users)), numbers_E, n_items, seen)
 
     def best_for_users(self, users: EvalSplit, k: int, *, keep_seen: bool) -> TopItems:
         """Return the best items of users of the dataset: (E, K) scores and (E, K) items.
@@ -144,12 +179,13 @@ class CatalogueSearch:
             UserError: A query is not finite.
         """
         histories = histories_of(self.data.dataset, users)
-        exclude = None if keep_seen else histories
+        exclude = None if keep_seen else self.listed.seen(histories)
         if self.model.has_vectors:
-            return self._search(self._queries(users), histories, exclude, k)
+            return self._restored(self._search(self._queries(users), histories, exclude, k))
         with evaluation_mode(self.model):
             scorer = self._scorer(self._batches(users))
-            return top_scores(scorer, len(users.users), len(self.items_ND), k, exclude)
+            top = top_scores(scorer, len(users.users), len(self.listed), k, exclude)
+        return self._restored(top)
 
     def _vector_lists(self, queries_BD: Tensor, histories: SeenItems) -> SearchLists:
         def search(rows: Ints, exclude: SeenItems | None, k: int) -> Ints:
@@ -161,7 +197,7 @@ class CatalogueSearch:
         def search(rows: Ints, exclude: SeenItems | None, k: int) -> Ints:
             with evaluation_mode(self.model):
                 scorer = self._scorer(self._batches(users.take(rows)))
-                return top_scores(scorer, len(rows), len(self.items_ND), k, exclude)[1]
+                return top_scores(scorer, len(rows), len(self.listed), k, exclude)[1]
 
         return search
 
@@ -176,21 +212,28 @@ class CatalogueSearch:
             k: Length of the list.
             keep_seen: If true, items of the history can be recommended.
         """
-        exclude = None if keep_seen else history
+        exclude = None if keep_seen else self.listed.seen(history)
         with evaluation_mode(self.model):
             if self.model.has_vectors:
                 query_1D = self.model.encode_sequences(self.items_ND, sequences, self.data.features)
-                return self._search(query_1D.float(), history, exclude, k)
+                return self._restored(self._search(query_1D.float(), history, exclude, k))
             scorer = self._scorer(lambda rows: sequences)
-            return top_scores(scorer, 1, len(self.items_ND), k, exclude)
+            return self._restored(top_scores(scorer, 1, len(self.listed), k, exclude))
 
     def _search(
         self, queries_ED: Tensor, histories: SeenItems, exclude: SeenItems | None, k: int
     ) -> TopItems:
+        """Return the best listed items, numbered among the listed ones, as ``exclude`` is."""
         if self._index is None:
-            self._index = make_index(self._index_name, self.items_ND)
-        correction = self.model.correction(histories)
-        return self._index.search(queries_ED, k, exclude, correction)
+            self._index = make_index(self._index_name, self.listed_SD)
+        return self._index.search(queries_ED, k, exclude, self._correction(histories))
+
+    def _restored(self, top: TopItems) -> TopItems:
+        return top[0], self.listed.restored(top[1])
+
+    def _correction(self, histories: SeenItems) -> SparseScores | None:
+        scores = self.model.correction(histories)
+        return None if scores is None else self.listed.scores(scores)
 
     def _queries(self, users: EvalSplit) -> Tensor:
         return encode_histories(self.model, self.data, self.items_ND, users, self._batch_size)
@@ -199,19 +242,24 @@ class CatalogueSearch:
         return lambda rows: self.data.history_batch(users, rows, length=self.model.history)
 
     def _sparse_scores(self, histories: SeenItems) -> SparseScores:
-        scores = self.model.correction(histories)
+        scores = self._correction(histories)
         return SparseScores.empty(len(histories)) if scores is None else scores
 
     def _scorer(self, batches: SequenceBatches) -> Callable[[slice, int, int], Tensor]:
         """Return a callback of :mod:`retrieval.score_blocks` that caches the sequences."""
         cached: dict[tuple[int, int], Sequences] = {}
+        rows_S = self.listed.rows_S
 
         def score(rows: slice, first: int, last: int) -> Tensor:
             key = (rows.start, rows.stop)
             if key not in cached:
                 cached.clear()
                 cached[key] = batches(rows)
-            return self.model.score(self.items_ND, cached[key], first, last)
+            begin, end = int(rows_S[first]), int(rows_S[last - 1]) + 1
+            score_BC = self.model.score(self.items_ND, cached[key], begin, end)
+            if end - begin == last - first:
+                return score_BC
+            return score_BC[:, torch.from_numpy(rows_S[first:last] - begin).to(score_BC.device)]
 
         return score
 

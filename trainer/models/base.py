@@ -97,6 +97,9 @@ class Recommender(nn.Module, ABC):
     them has initial weights (``--init``)."""
     item_tables: ClassVar[tuple[str, ...]] = ()
     """Prefixes of tables with a row for each item. They are not copied to another catalogue."""
+    masks_item_tables: ClassVar[bool] = False
+    """True if the model ranks an item that training did not have by its features alone, although it
+    has ``item_tables``."""
     user_tables: ClassVar[tuple[str, ...]] = ()
     """Prefixes of tables with a row for each user. They are not copied to other interactions."""
     fitted_buffers: ClassVar[tuple[str, ...]] = ()
@@ -121,6 +124,16 @@ class Recommender(nn.Module, ABC):
         Args:
             features: Features of the whole catalogue.
             train: The training interactions. No other interactions may be used.
+        """
+
+    def extend_buffers(self, features: ItemFeatures, learned: int) -> None:
+        """Complete the buffers with a row for each item, for items that training did not have.
+
+        By default the new rows are zero.
+
+        Args:
+            features: Features of all items; those of the training come first.
+            learned: Number of items of the training.
         """
 
     @property
@@ -187,6 +200,17 @@ class Recommender(nn.Module, ABC):
             NotImplementedError: The scores of the model are inner products.
         """
         raise NotImplementedError(f"{type(self).__name__} ranks by inner products")
+
+    @property
+    def learns_by_gradients(self) -> bool:
+        """True if the model has parameters; other models are fitted when a run is opened."""
+        return any(True for _ in self.parameters())
+
+    @property
+    def encodes_new_items(self) -> bool:
+        """True if items that training did not have are encoded from their features."""
+        has_tables = any(name.startswith(self.item_tables) for name, _ in self.named_parameters())
+        return self.needs_features and (self.masks_item_tables or not has_tables)
 
     @property
     def remarks(self) -> tuple[str, ...]:

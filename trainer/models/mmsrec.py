@@ -151,6 +151,7 @@ class MMSRec(MultimodalEncoder, Recommender):
         ),
     }
     item_tables = ("id.",)
+    masks_item_tables = True  # by known_N
     fitted_buffers = ("known_N",)
     modality_tables = ("modality.weight",)
     reverse_positions = ("position.weight",)

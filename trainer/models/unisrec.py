@@ -75,6 +75,7 @@ class UniSRec(TextTransferRecommender):
         "fine-tuning of a pre-trained run": "--init RUN --set freeze=true",
     }
     item_tables = ("id.",)
+    masks_item_tables = True  # by known_N
     fitted_buffers = ("known_N",)
     modality_tables = ("item_encoder.absent",)
     known_N: Tensor

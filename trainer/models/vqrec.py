@@ -82,7 +82,11 @@ class VQRec(TextTransferRecommender):
         "fine-tuning of a pre-trained run": "--init RUN --set permute=true --set freeze=true",
     }
     of_given_weights: ClassVar = ("freeze", "permute")
-    fitted_buffers = tuple(f"item_encoder.{name}.codes_NC" for name in FEATURE_MODALITIES)
+    fitted_buffers = tuple(
+        f"item_encoder.{name}.{buffer}"
+        for name in FEATURE_MODALITIES
+        for buffer in ("codes_NC", "rotation_WX", "centroids_CSV")
+    )
 
     def __init__(self, settings: VQRecConfig, catalogue: Catalogue) -> None:
         super().__init__(settings, catalogue)
@@ -105,6 +109,11 @@ class VQRec(TextTransferRecommender):
         """Fit the quantisers on items with training interactions, and code all items."""
         for name, embedding in self._embeddings():
             embedding.fit(features.vectors[name], features.present[name], train.counts_N > 0)
+
+    def extend_buffers(self, features: ItemFeatures, learned: int) -> None:
+        """Code the new items with the quantisers of the training."""
+        for name, embedding in self._embeddings():
+            embedding.code(features.vectors[name], features.present[name], first=learned)
 
     def encode_some(self, items_K: Tensor, features: ItemFeatures) -> Tensor:
         """Return the means of the embeddings of the codes of the given items: (K, D)."""

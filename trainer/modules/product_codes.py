@@ -32,6 +32,8 @@ class CodeEmbedding(nn.Module):
     """
 
     codes_NC: Tensor
+    rotation_WX: Tensor
+    centroids_CSV: Tensor
 
     def __init__(
         self, n_items: int, width: int, dim: int, *, codes: int, bits: int, permute: bool
@@ -49,6 +51,9 @@ class CodeEmbedding(nn.Module):
             self.size, (n_items, self.codes), generator=generator, device="cpu", dtype=torch.int32
         )
         self.register_buffer("codes_NC", codes_NC)
+        part_width = width // self.codes
+        self.register_buffer("rotation_WX", torch.zeros(width, self.codes * part_width))
+        self.register_buffer("centroids_CSV", torch.zeros(self.codes, self.size, part_width))
 
     @torch.no_grad()
     def fit(self, x_NW: Tensor, present_N: Tensor, fitted_N: Tensor) -> None:
@@ -59,9 +64,25 @@ class CodeEmbedding(nn.Module):
             present_N: (N,) bool, true where an item has features.
             fitted_N: (N,) bool, true for the items that the quantiser is fitted on.
         """
-        fitted = fit_codes(x_NW[fitted_N & present_N], x_NW, count=self.codes, bits=self.bits)
-        fitted[~present_N] = self.size
-        self.codes_NC.copy_(fitted)
+        rotation_WX, centroids_CSV = fit_quantiser(
+            x_NW[fitted_N & present_N], count=self.codes, bits=self.bits
+        )
+        self.rotation_WX.copy_(rotation_WX)
+        self.centroids_CSV.copy_(centroids_CSV)
+        self.code(x_NW, present_N, first=0)
+
+    @torch.no_grad()
+    def code(self, x_NW: Tensor, present_N: Tensor, *, first: int) -> None:
+        """Compute the codes of the items from ``first`` on with the fitted quantiser.
+
+        Args:
+            x_NW: Features of the catalogue.
+            present_N: (N,) bool, true where an item has features.
+            first: Number of the first item.
+        """
+        coded = code_vectors(x_NW[first:], self.rotation_WX, self.centroids_CSV)
+        coded[~present_N[first:]] = self.size
+        self.codes_NC[first:] = coded
 
     def vectors(self) -> Tensor:
         """Return the vector of each value of each code: (C, S + 1, D)."""
@@ -89,45 +110,55 @@ def sinkhorn(logits_CSS: Tensor, rounds: int) -> Tensor:
     return logits_CSS.exp()
 
 
-def fit_codes(x_TW: Tensor, x_NW: Tensor, *, count: int, bits: int) -> Tensor:
-    """Fit an optimised product quantiser (Ge et al., CVPR 2013) by FAISS, and code vectors with it.
+def fit_quantiser(x_TW: Tensor, *, count: int, bits: int) -> tuple[Tensor, Tensor]:
+    """Fit an optimised product quantiser (Ge et al., CVPR 2013) by FAISS.
 
-    A rotation is fitted, the rotated vector is cut into ``count`` parts, and a code is the index of
-    the nearest of 2^bits centroids of its part. If there are fewer vectors to fit than centroids,
-    the codes have fewer bits. Elements that ``count`` does not divide are projected away.
+    A rotation is fitted, the rotated vector is cut into ``count`` parts, and each part gets 2^bits
+    centroids. If there are fewer vectors than centroids, there are fewer centroids. Elements that
+    ``count`` does not divide are projected away.
 
     Args:
         x_TW: Vectors to fit.
-        x_NW: Vectors to code.
-        count: Number of codes, at most W.
+        count: Number of parts, at most W.
         bits: Bits of a code.
 
     Returns:
-        (N, count) int32 codes.
+        The rotation (W, count * V), and the centroids (count, 2^bits, V); centroids that are not
+        used are infinite.
     """
+    width = x_TW.shape[1]
+    part_width = width // count
+    centroids_CSV = torch.full((count, 2**bits, part_width), torch.inf)
     bits = min(bits, int(math.log2(max(1, len(x_TW)))))
     if not bits:
-        return torch.zeros(len(x_NW), count, dtype=torch.int32, device=x_NW.device)
+        centroids_CSV[:, 0] = 0
+        return torch.eye(width, count * part_width), centroids_CSV
     import faiss
 
     # FAISS has a separate OpenMP runtime: set the number of threads that torch uses.
     faiss.omp_set_num_threads(torch.get_num_threads())
-    width = x_TW.shape[1]
-    coded_width = width // count * count
     train = np.ascontiguousarray(x_TW.cpu().numpy(), np.float32)
-    rotation = faiss.OPQMatrix(width, count, coded_width)
+    rotation = faiss.OPQMatrix(width, count, count * part_width)
     # The fit of the rotation leaves its quantiser in a state of its own: the final one is another.
-    draft, quantiser = (faiss.ProductQuantizer(coded_width, count, bits) for _ in range(2))
+    draft, quantiser = (faiss.ProductQuantizer(count * part_width, count, bits) for _ in range(2))
     for either in (draft, quantiser):
         either.cp.min_points_per_centroid = 1  # no warning about few vectors
     rotation.pq = draft
     rotation.train(train)
     quantiser.train(rotation.apply(train))
-    centroids = faiss.vector_to_array(quantiser.centroids).reshape(count, 2**bits, -1)
-    rotated = rotation.apply(np.ascontiguousarray(x_NW.cpu().numpy(), np.float32))
-    parts = torch.from_numpy(rotated).view(len(x_NW), count, -1)
+    centroids = faiss.vector_to_array(quantiser.centroids).reshape(count, 2**bits, part_width)
+    centroids_CSV[:, : 2**bits] = torch.from_numpy(centroids)
+    # A column of the result of `apply` is the image of a unit vector.
+    return torch.from_numpy(rotation.apply(np.eye(width, dtype=np.float32))), centroids_CSV
+
+
+def code_vectors(x_NW: Tensor, rotation_WX: Tensor, centroids_CSV: Tensor) -> Tensor:
+    """Return the index of the nearest centroid of each part of vectors: (N, C) int32."""
+    parts_NCV = (x_NW.to(rotation_WX.dtype) @ rotation_WX).view(
+        len(x_NW), *centroids_CSV.shape[::2]
+    )
     codes = [
-        torch.cdist(parts[:, code], torch.from_numpy(centroids[code])).argmin(1)
-        for code in range(count)
+        torch.cdist(part_NV, centroids_SV[centroids_SV.isfinite().all(1)]).argmin(1)
+        for part_NV, centroids_SV in zip(parts_NCV.unbind(1), centroids_CSV, strict=True)
     ]
-    return torch.stack(codes, dim=1).to(torch.int32).to(x_NW.device)
+    return torch.stack(codes, dim=1).to(torch.int32)

@@ -20,10 +20,12 @@ from features.errors import UserError
 from features.table_files import table_file_writer
 from features.warehouse import Warehouse
 from retrieval.indexes import TopItems, make_index
+from retrieval.listed_items import ListedItems
 from retrieval.seen_items import SeenItems
 from trainer.checkpoint import load_weights
 from trainer.data.batches import Sequences
 from trainer.evaluation.search import CatalogueSearch
+from trainer.runs.choice import Choice, with_new_items
 from trainer.runs.run import Run
 
 _BLOCK = 4096  # users encoded, searched and written together
@@ -62,25 +64,45 @@ class Predictor:
         warehouse: Warehouse with the run's dataset.
         run: The run; its weights are loaded.
         index: Name in :data:`retrieval.indexes.INDEXES`.
+        choice: The items that can be recommended; by default all that the run can rank.
 
     Raises:
-        UserError: The run is a pre-training, or its checkpoint cannot be used.
+        UserError: The run is a pre-training, its checkpoint cannot be used, or no item is left.
     """
 
-    def __init__(self, warehouse: Warehouse, run: Run, *, index: str) -> None:
+    def __init__(
+        self, warehouse: Warehouse, run: Run, *, index: str, choice: Choice | None = None
+    ) -> None:
         run.check_recommends()
-        load_weights(run.weights, run.model, run.spec.identity())
+        if run.joint is None:
+            load_weights(run.weights, run.model, run.spec.identity())
         run.model.eval()
         self.warehouse = warehouse
         self.run = run
         self.dataset = run.data.dataset
         self._index_name = index
-        self._search = CatalogueSearch(
-            run.model, run.data, index=index, batch_size=run.config.eval_batch
-        )
         table = load_items(warehouse, run.spec.dataset, ["item_id", "text"])
         self.item_ids = table.column("item_id").combine_chunks()
         self._texts = table.column("text")
+        if run.joint is not None:
+            rows = run.joint.rows_of_later()
+            self.item_ids, self._texts = run.joint.ids, self._texts.take(rows)
+        choice = choice or Choice()
+        is_listed_N = run.is_listed() & choice.allowed(self.item_ids)
+        if not is_listed_N.any():
+            raise UserError("no item is left to recommend; allow more items")
+        self._search = CatalogueSearch(
+            run.model,
+            run.data,
+            index=index,
+            batch_size=run.config.eval_batch,
+            listed=ListedItems.of(is_listed_N),
+        )
+        self._choice = choice
+        self._is_rare_N = is_listed_N & (self.dataset.train_counts < choice.new_below)
+        self._rare = None
+        if choice.new_share and self._is_rare_N.any():
+            self._rare = self._search.restricted(ListedItems.of(self._is_rare_N))
 
     # -- users, items and histories ------------------------------------------------------------
 
@@ -144,8 +166,11 @@ class Predictor:
             users_B=last.new_tensor([-1]),
         )
         seen = SeenItems(items=history, offsets=np.array([0, len(history)]))
-        return self._search.best_for_history(
-            sequences, seen, self._list_length(k), keep_seen=keep_seen
+        return self._lists(
+            lambda search, length: search.best_for_history(
+                sequences, seen, length, keep_seen=keep_seen
+            ),
+            k,
         )
 
     def for_users(self, users: Ints, k: int, *, keep_seen: bool = False) -> TopItems:
@@ -161,7 +186,18 @@ class Predictor:
         """
         offsets = self.dataset.offsets
         split = EvalSplit(users=users, starts=offsets[users], targets=offsets[users + 1])
-        return self._search.best_for_users(split, self._list_length(k), keep_seen=keep_seen)
+        return self._lists(
+            lambda search, length: search.best_for_users(split, length, keep_seen=keep_seen), k
+        )
+
+    def _lists(self, search: Callable[[CatalogueSearch, int], TopItems], k: int) -> TopItems:
+        """Return the best items of each history, with the least share of new ones."""
+        top = search(self._search, self._list_length(k))
+        least = self._choice.least_new(top[1].shape[1])
+        if self._rare is None or not least:
+            return top
+        rare = search(self._rare, min(least, len(self._rare.listed)))
+        return with_new_items(top, rare, self._is_rare_N)
 
     def similar(self, item: int, k: int) -> TopItems:
         """Return the items with the most similar vectors: (1, K) cosines and (1, K) items.
@@ -175,10 +211,12 @@ class Predictor:
                 " give --user or --history"
             )
         unit_ND = torch.nn.functional.normalize(self._search.items_ND, dim=1)
-        itself = SeenItems(items=np.array([item]), offsets=np.array([0, 1]))
+        listed = self._search.listed
+        itself = listed.seen(SeenItems(items=np.array([item]), offsets=np.array([0, 1])))
         query_1D = unit_ND[item : item + 1]
-        index = make_index(self._index_name, unit_ND)
-        return index.search(query_1D, self._list_length(k), itself)
+        index = make_index(self._index_name, unit_ND[torch.from_numpy(listed.rows_S)])
+        scores, numbers = index.search(query_1D, self._list_length(k), itself)
+        return scores, listed.restored(numbers)
 
     def named(self, top: TopItems) -> list[Suggestion]:
         """Return the first list with ids and texts, for people."""
@@ -198,7 +236,7 @@ class Predictor:
     def _list_length(self, k: int) -> int:
         if k < 1:
             raise UserError(f"--k {k} is not the length of a list; give at least 1")
-        return min(k, len(self.item_ids))
+        return min(k, len(self._search.listed))
 
 
 def write_all(
@@ -237,8 +275,10 @@ def write_all(
 def _blocks(predictor: Predictor, k: int, keep_seen: bool) -> Iterator[tuple[int, pa.Table]]:
     user_ids = load_user_ids(predictor.warehouse, predictor.run.spec.dataset)
     total = predictor.dataset.info.users
+    has_history = np.diff(predictor.dataset.offsets) > 0
     for start in range(0, total, _BLOCK):
-        users = np.arange(start, min(start + _BLOCK, total))
+        stop = min(start + _BLOCK, total)
+        users = start + np.flatnonzero(has_history[start:stop])
         scores_BK, items_BK = predictor.for_users(users, k, keep_seen=keep_seen)
         is_item_BK = items_BK >= 0
         row, column = is_item_BK.nonzero()
@@ -251,7 +291,7 @@ def _blocks(predictor: Predictor, k: int, keep_seen: bool) -> Iterator[tuple[int
             "item_id": predictor.item_ids.take(item),
             "score": pa.array(scores_BK[is_item_BK]),
         }
-        yield start + len(users), pa.table(columns).cast(RECOMMENDATIONS)
+        yield stop, pa.table(columns).cast(RECOMMENDATIONS)
 
 
 def _index_of(ids: pa.Array | pa.ChunkedArray, text: str) -> int:

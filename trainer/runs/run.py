@@ -8,6 +8,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from features.dataset import load_dataset
@@ -26,6 +28,7 @@ from trainer.finetune.upper_blocks import UpperBlocks
 from trainer.loop import TrainProgress, fit
 from trainer.models.base import Catalogue, Recommender
 from trainer.models.registry import MODELS
+from trainer.runs.catalogue import JointCatalogue, write_catalogue
 from trainer.runs.folder import check_run_name, create_run_dir, record, run_lock
 from trainer.runs.spec import PRETRAIN, RunSpec
 from trainer.runs.transfer import CopiedWeights, copy_weights
@@ -47,6 +50,9 @@ class Run:
     task: Task[Any]
     copied_weights: CopiedWeights | None = None
     """The initial weights of a new run, if they come from another run."""
+    joint: JointCatalogue | None = None
+    """The items of the training and of a later preparation, if the run is opened on one; the best
+    weights are loaded."""
 
     @property
     def name(self) -> str:
@@ -67,6 +73,49 @@ class Run:
     def parameters(self) -> int:
         """Number of parameters."""
         return sum(parameter.numel() for parameter in self.model.parameters())
+
+    def is_listed(self) -> npt.NDArray[np.bool_]:
+        """Return the items that can be recommended: (N,) bool.
+
+        On a later preparation, these are its items, except for new items that the model cannot
+        encode: it has no features of them, or learns a vector for each item.
+        """
+        n_items = self.data.dataset.info.items
+        if self.joint is None:
+            return np.ones(n_items, dtype=bool)
+        is_listed_U = self.joint.is_current_U
+        if self.model.learns_by_gradients:
+            is_listed_U &= self.joint.is_learned_U | self.is_encoded()
+        return is_listed_U
+
+    def catalogue_lines(self) -> list[str]:
+        """Describe a later catalogue for people; no lines for the catalogue of the training."""
+        if self.joint is None:
+            return []
+        is_current_U, is_learned_U = self.joint.is_current_U, self.joint.is_learned_U
+        is_new_U = is_current_U & ~is_learned_U
+        lines = [
+            f"catalogue: {int(is_current_U.sum()):,} items, {int(is_new_U.sum()):,} of them new"
+            " since training"
+        ]
+        if left_out := int((is_new_U & ~self.is_listed()).sum()):
+            reason = (
+                "they have no features"
+                if self.model.encodes_new_items
+                else f"{self.spec.model} learns a vector for each item in training"
+            )
+            lines.append(f"left out: {left_out:,} new items, because {reason}")
+        if gone := int((is_learned_U & ~is_current_U).sum()):
+            lines.append(f"not recommended: {gone:,} items that left the catalogue")
+        return lines
+
+    def is_encoded(self) -> npt.NDArray[np.bool_]:
+        """Return the items whose features the model can rank without training: (N,) bool."""
+        features = self.data.features
+        if not (self.model.encodes_new_items and features.present):
+            return np.zeros(features.n_items, dtype=bool)
+        present = torch.stack(list(features.present.values())).any(0)
+        return np.asarray(present.cpu().numpy(), dtype=bool)
 
     def check_recommends(self) -> None:
         """Raise a UserError if the run is a pre-training; the message names the next command."""
@@ -132,6 +181,7 @@ def create_run(warehouse: Warehouse, spec: RunSpec, *, name: str | None = None) 
         if spec.init is not None:
             remedy = "wait until its training has ended, and try again"
             run = replace(run, copied_weights=_copy_initial_weights(warehouse, run, remedy))
+        write_catalogue(folder, warehouse, spec.datasets)
         document = spec.document()
         document["run"]["created"] = _utc_text(stamp)
         document["run"]["parameters"] = run.parameters
@@ -288,8 +338,7 @@ def _build_run(
         source.dataset, source.features, device, hold_out_cold=spec.train.hold_out_cold
     )
     # Saved weights hold the fitted buffers, and loading the weights replaces them.
-    has_parameters = any(True for _ in model.parameters())
-    if not (is_saved and has_parameters and model.fitted_buffers):
+    if not (is_saved and model.learns_by_gradients and model.fitted_buffers):
         model.fit_buffers(source.features, data.train)
     task = TASKS.find(spec.task).build(model, data, warehouse, spec.datasets, spec.task_settings)
     return Run(folder=folder, spec=spec, warehouse=warehouse, model=model, data=data, task=task)

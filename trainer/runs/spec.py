@@ -49,6 +49,10 @@ PRETRAIN = "pretrain"
 """Value of ``stage`` in the configuration of a pre-training."""
 
 
+class PreparationError(UserError):
+    """The data of a run have been prepared anew since its training."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class InitialWeights:
     """The run whose best weights are the initial weights."""
@@ -182,12 +186,14 @@ class RunSpec:
             )
 
     @classmethod
-    def read(cls, warehouse: Warehouse, folder: Path) -> Self:
+    def read(cls, warehouse: Warehouse, folder: Path, *, dataset: str | None = None) -> Self:
         """Read the description of a run from its folder.
 
         Args:
             warehouse: Warehouse with the run's datasets and feature tables.
             folder: Folder of the run.
+            dataset: Dataset that the run is used on, in place of its own; its preparation may be
+                another one.
 
         Raises:
             UserError: The folder is damaged, was written by another version of mmrec, or the
@@ -197,6 +203,8 @@ class RunSpec:
         about = read_about(path)
         check_format(folder, about)
         model, datasets = about["model"], about.get("sources", [about["dataset"]])
+        if dataset is not None:
+            datasets = [dataset]
         is_pretraining = about.get("stage") == PRETRAIN
         try:
             recommender = MODELS.find(model).load()
@@ -208,7 +216,8 @@ class RunSpec:
         )
         tables = settings_tables(train, settings, *task_settings)
         data = identify_data(warehouse, datasets, about["features"], attribute_columns(settings))
-        _check_preparation(folder, about, data)
+        if dataset is None:
+            _check_preparation(folder, about, data)
         return cls(
             model=model,
             datasets=tuple(datasets),
@@ -295,7 +304,7 @@ def _check_preparation(folder: Path, about: Mapping[str, Any], data: DataIdentit
         about["fingerprint"],
         about.get("interactions", data.interactions),
     ):
-        raise UserError(
+        raise PreparationError(
             f"run {folder.name!r} was trained on another preparation of"
             f" {about['dataset']!r}{order}; prepare it as it was, or train again"
         )

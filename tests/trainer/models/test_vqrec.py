@@ -14,14 +14,14 @@ from trainer.data.batches import ItemFeatures, Sequences, TrainSet
 from trainer.losses.base import ItemVectors, Targets
 from trainer.models.text_transfer import TargetColumns
 from trainer.models.vqrec import contrast_with_synthetic
-from trainer.modules.product_codes import CodeEmbedding, fit_codes, sinkhorn
+from trainer.modules.product_codes import CodeEmbedding, code_vectors, fit_quantiser, sinkhorn
 
 N = 12
 
 
 def test_codes_are_those_of_the_index_of_the_released_code() -> None:
     x = torch.randn(600, 8, generator=torch.Generator().manual_seed(0))
-    codes = fit_codes(x[:500], x, count=2, bits=8)
+    codes = code_vectors(x, *fit_quantiser(x[:500], count=2, bits=8))
     index: Any = faiss.index_factory(8, "OPQ2,PQ2x8np")
     index.train(x[:500].numpy())
     rotation = faiss.downcast_VectorTransform(index.chain.at(0))
@@ -38,10 +38,10 @@ def test_codes_of_clusters_tell_the_clusters_apart(count: int, bits: int, rows: 
     centre = torch.randn(4, 7, generator=torch.Generator().manual_seed(0)) * 10
     label = torch.arange(rows) % 4
     x = centre[label] + 0.01 * torch.randn(rows, 7, generator=torch.Generator().manual_seed(1))
-    codes = fit_codes(x, x, count=count, bits=bits)
+    codes = code_vectors(x, *fit_quantiser(x, count=count, bits=bits))
     assert codes.shape == (rows, count)
     assert 0 <= int(codes.min()) <= int(codes.max()) < min(2**bits, max(rows, 2))
-    assert torch.equal(codes, fit_codes(x, x, count=count, bits=bits))
+    assert torch.equal(codes, code_vectors(x, *fit_quantiser(x, count=count, bits=bits)))
     clusters = [{tuple(row) for row in codes[label == k].tolist()} for k in range(4)]
     if rows > 1:
         assert sum(map(len, clusters)) == len(set().union(*clusters))

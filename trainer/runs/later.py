@@ -1,0 +1,213 @@
+"""Open a run on a later preparation of its dataset, or on another dataset, without training.
+
+The items of a run on a later preparation are the items that it has learned, in their order, and
+then the new ones. So each table of the run keeps its rows, and a new item gets a row of zeros.
+Weights and buffers are those of the training. An item that is no longer in the catalogue can be a
+part of a history; it is not recommended.
+
+Legend: N items that the run has learned, U items of both catalogues, M items of the later one.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from features.dataset import Dataset, load_items
+from features.errors import UserError
+from features.warehouse import Warehouse
+from trainer.checkpoint import load_tensors, read_tensors
+from trainer.data.batches import ItemFeatures, TrainingData
+from trainer.data.feature_tables import choose_device
+from trainer.data.multi_dataset import load_data
+from trainer.finetune.load_checkpoint import read_blocks
+from trainer.models.base import Catalogue, Recommender
+from trainer.models.registry import MODELS
+from trainer.runs.catalogue import JointCatalogue, read_catalogue
+from trainer.runs.folder import read_about
+from trainer.runs.run import Run, build_model, open_run
+from trainer.runs.spec import PreparationError, RunSpec
+from trainer.tasks.registry import TASKS
+
+
+def open_current(
+    warehouse: Warehouse, folder: Path, dataset: str | None = None, *, device: str | None = None
+) -> Run:
+    """Open a run on its dataset as it is prepared now, or on another dataset.
+
+    Args:
+        warehouse: Warehouse with the run and the dataset.
+        folder: Folder of the run.
+        dataset: A prepared dataset; by default the one that the run was trained on.
+        device: Device of model and data; by default the device that it was trained on.
+
+    Raises:
+        UserError: As for :func:`open_later`, or the folder is damaged.
+    """
+    own = read_about(folder / "config.toml")["dataset"]
+    if dataset in (None, own):
+        try:
+            spec = RunSpec.read(warehouse, folder)
+        except PreparationError:
+            return open_later(warehouse, folder, own, device=device)
+        if spec.is_pretraining or _has_same_features(folder, spec):
+            return open_run(warehouse, folder, device=device)
+    return open_later(warehouse, folder, dataset or own, device=device)
+
+
+def open_later(
+    warehouse: Warehouse, folder: Path, dataset: str, *, device: str | None = None
+) -> Run:
+    """Build the model of a run for a later preparation, and load its best weights.
+
+    Args:
+        warehouse: Warehouse with the run and the dataset.
+        folder: Folder of the run.
+        dataset: The prepared dataset; its feature tables have the provenance of the run's.
+        device: Device of model and data; by default the device that it was trained on.
+
+    Raises:
+        UserError: The run stored no item ids or has no weights yet, the features were made in
+            another way, or the model has parameters of users or attributes.
+    """
+    spec = RunSpec.read(warehouse, folder, dataset=dataset)
+    recommender = MODELS.find(spec.model).load()
+    _check_model(folder, spec, recommender)
+    on_device = choose_device(device or spec.train.device)
+    source = load_data(
+        warehouse, [dataset], spec.features, on_device, with_times=recommender.reads_times
+    )
+    later_ids = load_items(warehouse, dataset, ["item_id"]).column("item_id").combine_chunks()
+    joint = JointCatalogue.of(read_catalogue(folder), later_ids)
+    features = _with_items(source.features, joint)
+    torch.manual_seed(spec.train.seed)
+    model = build_model(
+        spec.model,
+        spec.settings,
+        Catalogue(
+            n_items=len(joint.ids),
+            n_users=source.dataset.info.users,
+            widths=features.widths,
+            time_unit=source.dataset.time_unit,
+            backbones=read_blocks(folder) if spec.train.tune_blocks else {},
+        ),
+    ).to(on_device)
+    dataset_U = _renumbered(source.dataset, joint)
+    if model.learns_by_gradients and not model.encodes_new_items:
+        dataset_U = _without(dataset_U, joint.learned)
+    data = TrainingData(dataset_U, features, on_device)
+    if model.learns_by_gradients:
+        _load_extended(folder, spec, model, joint)
+        model.extend_buffers(features, joint.learned)
+    else:
+        model.fit_buffers(features, data.train)
+    task = TASKS.find(spec.task).build(model, data, warehouse, [dataset], spec.task_settings)
+    return Run(
+        folder=folder,
+        spec=spec,
+        warehouse=warehouse,
+        model=model,
+        data=data,
+        task=task,
+        joint=joint,
+    )
+
+
+def _has_same_features(folder: Path, spec: RunSpec) -> bool:
+    """Return whether the feature tables are those of the weights; True without weights."""
+    path = folder / "model.safetensors"
+    if not path.exists():
+        return True
+    document = read_tensors(path, "train again")[1]
+    return bool(document.get("features") == [dict(table) for table in spec.data.features])
+
+
+def _check_model(folder: Path, spec: RunSpec, recommender: type[Recommender]) -> None:
+    """Refuse a model whose weights have rows that only the training's data can number."""
+    if spec.is_pretraining:
+        raise UserError(
+            f"run {folder.name!r} is a pre-training and recommends nothing; start one from it:"
+            f" mmrec train --model {spec.model} --init {folder.name}"
+        )
+    rows = "attributes" if spec.attributes.columns else "users" if recommender.user_tables else ""
+    if rows:
+        raise UserError(
+            f"run {folder.name!r} ({spec.model}) has a vector for each of the {rows} of its own"
+            " preparation; prepare the dataset as it was, or train again"
+        )
+
+
+def _with_items(features: ItemFeatures, joint: JointCatalogue) -> ItemFeatures:
+    """Return the features of the U items; an item that is not current has none."""
+    n_items = len(joint.ids)
+
+    def spread(x_M: Tensor) -> Tensor:
+        x_U = x_M.new_zeros(n_items, *x_M.shape[1:])
+        x_U[torch.from_numpy(joint.position_M).to(x_M.device)] = x_M
+        return x_U
+
+    return ItemFeatures(
+        n_items=n_items,
+        vectors={name: spread(x_MD) for name, x_MD in features.vectors.items()},
+        present={name: spread(present_M) for name, present_M in features.present.items()},
+        tokens={
+            name: tokens.renumbered(joint.position_M, n_items)
+            for name, tokens in features.tokens.items()
+        },
+    )
+
+
+def _renumbered(dataset: Dataset, joint: JointCatalogue) -> Dataset:
+    """Return a dataset whose items are numbered among the U items."""
+    counts_U = np.zeros(len(joint.ids), np.int64)
+    counts_U[joint.position_M] = dataset.train_counts
+    return replace(
+        dataset,
+        info=replace(dataset.info, items=len(joint.ids)),
+        items=joint.position_M[dataset.items].astype(np.int32),
+        train_counts=counts_U,
+    )
+
+
+def _without(dataset: Dataset, first: int) -> Dataset:
+    """Return a dataset whose sequences lack the items from ``first`` on."""
+    is_kept_I = dataset.items < first
+    return replace(
+        dataset,
+        items=dataset.items[is_kept_I],
+        offsets=np.append(0, is_kept_I.cumsum())[dataset.offsets],
+        times=None if dataset.times is None else dataset.times[is_kept_I],
+    )
+
+
+def _load_extended(folder: Path, spec: RunSpec, model: Recommender, joint: JointCatalogue) -> None:
+    """Load the best weights; tables of items get rows of zeros for the new items."""
+    path = folder / "model.safetensors"
+    tensors, document = read_tensors(
+        path, f"train it first: mmrec train --resume --run {folder.name}"
+    )
+    state = model.state_dict()
+    prefixes = model.item_tables + model.fitted_buffers
+    for name in tensors.keys() & state.keys():
+        rows = state[name].shape[:1]
+        if prefixes and name.startswith(prefixes) and rows == (len(joint.ids),):
+            extended = torch.zeros(state[name].shape, dtype=tensors[name].dtype)
+            extended[: joint.learned] = tensors[name]
+            tensors[name] = extended
+    load_tensors(path, model, tensors, document, _identity(spec, document))
+
+
+def _identity(spec: RunSpec, document: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the identity of a run whose data may differ in their content from its training's."""
+    identity = spec.identity()
+    for key in ("dataset", "items", "interactions"):
+        identity[key] = document.get(key)
+    content = {table["modality"]: table.get("content") for table in document.get("features", [])}
+    identity["features"] = [
+        {**table, "content": content.get(table["modality"])} for table in identity["features"]
+    ]
+    return identity

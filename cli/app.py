@@ -4,7 +4,8 @@ import errno
 import io
 import os
 import sys
-from typing import Any, NoReturn
+from importlib import metadata
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -26,6 +27,7 @@ from cli import (
     pretrain,
     recommend,
     report,
+    runs,
     sql,
     train,
 )
@@ -64,7 +66,7 @@ class Group(TyperGroup):
     """
 
     def parse_args(self, ctx: Any, args: list[str]) -> Any:
-        """Parse the words before the command; no option but ``--help`` is valid there."""
+        """Parse the words before the command, where only ``--help`` and ``--version`` are valid."""
         if not args:
             return super().parse_args(ctx, args)  # prints the help text
         try:
@@ -137,6 +139,19 @@ app = typer.Typer(
     rich_markup_mode=None,  # help texts are plain: names in brackets are no markup
     help="Multimodal sequential recommendation: extract features once, train lightly, rank all.",
 )
+
+
+@app.callback(invoke_without_command=True)
+def _mmrec(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True)
+    ] = False,
+) -> None:
+    if version:
+        typer.echo(f"mmrec {metadata.version('mmrec')}")
+        raise typer.Exit
+
+
 app.command("datasets")(datasets.datasets)
 app.command("prepare")(prepare.prepare)
 app.command("export-dataset")(export_dataset.export_dataset)
@@ -150,6 +165,7 @@ app.command("eval")(evaluate.evaluate)
 app.command("recommend")(recommend.recommend)
 app.command("compare")(compare.compare)
 app.command("report")(report.report)
+app.command("runs")(runs.runs)
 app.command("map")(maps.draw_map)
 app.command("grid")(grid.grid)
 app.command("sql")(sql.sql)

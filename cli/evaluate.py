@@ -11,6 +11,7 @@ from cli.options import (
     DeviceOption,
     IndexOption,
     JsonOption,
+    RunArgument,
     TrainedRunOption,
     WarehouseOption,
     choose_run,
@@ -25,6 +26,7 @@ _PROTOCOLS = ("ranking", "retrieval")
 
 
 def evaluate(
+    name: RunArgument = None,
     index: IndexOption = "faiss",
     run: TrainedRunOption = None,
     protocol: Annotated[
@@ -63,7 +65,7 @@ def evaluate(
     if users is None and seed:
         raise UserError(f"--seed {seed} is the seed of a sample; give --users N with it")
     warehouse = Warehouse(root)
-    folder = choose_run(warehouse, run)
+    folder = choose_run(warehouse, name, run)
     if protocol == "retrieval":
         _retrieve(warehouse, folder, dataset, device, json)
         return

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from cli import console
-from features.errors import unknown
+from features.errors import UserError, unknown
 from features.warehouse import Warehouse
 
 WarehouseOption = Annotated[
@@ -21,9 +21,10 @@ DatasetOption = Annotated[
     str | None,
     typer.Option("--dataset", help="Dataset; default: the only one, else the last extracted."),
 ]
-TrainedRunOption = Annotated[
-    str | None, typer.Option("--run", help="Name of a run; default: the last one.")
+RunArgument = Annotated[
+    str | None, typer.Argument(metavar="RUN", help="Name of a run; default: the last one.")
 ]
+TrainedRunOption = Annotated[str | None, typer.Option("--run", help="The same as RUN.")]
 
 
 def _check_index(name: str) -> str:
@@ -49,13 +50,20 @@ DeviceOption = Annotated[
 ]
 
 
-def choose_run(warehouse: Warehouse, name: str | None) -> Path:
+def choose_run(warehouse: Warehouse, name: str | None, option: str | None = None) -> Path:
     """Return the folder of the named run, else of the last run, and tell the user which it is.
 
+    Args:
+        warehouse: Holds the runs.
+        name: The argument RUN.
+        option: The value of ``--run``, which names a run as well.
+
     Raises:
-        UserError: There is no such run.
+        UserError: There is no such run, or two runs are named.
     """
-    folder, reason = warehouse.choose_run(name)
+    if None not in (name, option) and name != option:
+        raise UserError(f"two runs are named, {name!r} and --run {option}; name one")
+    folder, reason = warehouse.choose_run(name or option)
     if reason != "given":
         console.notify(f"run: {folder.name} ({reason})")
     return folder

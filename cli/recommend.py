@@ -12,6 +12,7 @@ from cli.options import (
     DeviceOption,
     IndexOption,
     JsonOption,
+    RunArgument,
     TrainedRunOption,
     WarehouseOption,
     choose_run,
@@ -26,6 +27,7 @@ _REQUESTS = "--user USER_ID, --history ITEM_ID,ITEM_ID,..., --all, or --similar 
 
 
 def recommend(
+    name: RunArgument = None,
     user: Annotated[str | None, Option(help="Id of a user of the dataset.")] = None,
     history: Annotated[
         list[str] | None, Option(help="ITEM_ID,ITEM_ID,... oldest first; repeatable.")
@@ -63,7 +65,7 @@ def recommend(
     if k < 1:
         raise UserError(f"--k {k} is not a number of items; give at least 1")
     warehouse = Warehouse(root)
-    folder = choose_run(warehouse, run)
+    folder = choose_run(warehouse, name, run)
     predictor = _open(warehouse, folder, dataset, device, index, {
         "only": only, "exclude": exclude, "new_share": new_share, "new_below": new_below,
     })  # fmt: skip

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import duckdb
 import pyarrow.parquet as pq
 
-from features.errors import UserError
+from features.errors import DamagedError, NoPermissionError, UserError
 from features.provenance import OPTIONAL_COLUMN, SMALL_COLUMNS, read_provenance
 from features.sql_text import parquet_sql, quoted, union_all
 from features.store import FeatureStore, FeatureTable
@@ -56,7 +56,8 @@ def create_feature_views(
         db: Connection that gets the views.
         warehouse: Warehouse with the tables.
         datasets: Datasets whose tables are shown.
-        leave_out: Called with the reason for each table that is left out.
+        leave_out: Called with the reason for each table that is left out: those that are damaged,
+            and of the unfinished ones those that the statement reads.
         names: Names in the statement that will be run. Tables that it reads are verified.
     """
     views = _complete_tables(warehouse, datasets, leave_out, names)
@@ -97,15 +98,18 @@ def _complete_tables(
     tables: list[tuple[FeatureTable, int]] = []
     for name, info in datasets.items():
         for table in store.tables(name):
+            union = "features" if table.level == "pooled" else "tokens"
+            # A view that shares its name with another has a suffix.
+            own = view_name(table)
+            is_read = union in names or any(word.startswith(own) for word in names)
             try:
                 manifest = table.check(info.fingerprint, info.inputs_of(table.modality))
-                union = "features" if table.level == "pooled" else "tokens"
-                # A view that shares its name with another has a suffix.
-                if union in names or any(word.startswith(view_name(table)) for word in names):
+                if is_read:
                     table.verify(manifest)
                 tables.append((table, read_provenance(table.parts()[0]).dim))
             except UserError as error:
-                leave_out(error)
+                if is_read or isinstance(error, (DamagedError, NoPermissionError)):
+                    leave_out(error)
     counts = Counter(view_name(table) for table, _ in tables)
     return [
         _TableView(

@@ -162,6 +162,8 @@ def test_tables_of_an_earlier_preparation_are_left_out_and_failures_find_their_i
     said: list[str] = []
     assert value(warehouse, "SELECT count(*) FROM features") == 0
     query(warehouse, "SELECT 1", said.append)
+    assert said == []
+    query(warehouse, "SELECT 1 FROM features", said.append)
     assert "image=hashed belongs to an earlier preparation of tiny" in said[0]
     found = query(warehouse, "SELECT item, item_id FROM failures").to_pylist()
     assert found == [{"item": 0, "item_id": "b"}]

@@ -2,8 +2,8 @@
 
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -95,6 +95,28 @@ def create_run_dir(runs: Path, name: str | None, stamp: datetime, title: str) ->
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
+
+
+def delete_runs(warehouse: Warehouse, names: Sequence[str]) -> dict[str, int]:
+    """Delete the folders of runs.
+
+    Returns:
+        Name of each run -> its size in bytes.
+
+    Raises:
+        UserError: There is no such run, or another process trains or evaluates one of them; then
+            nothing is deleted.
+    """
+    with ExitStack() as stack:
+        sizes = {}
+        for name in dict.fromkeys(names):
+            folder, _ = warehouse.choose_run(name)
+            stack.enter_context(lock(folder / _LOCK, f"run {name}"))
+            files = [path for path in folder.rglob("*") if path.is_file()]
+            sizes[name] = sum(path.stat().st_size for path in files)
+    for name in sizes:
+        shutil.rmtree(warehouse.runs_dir / name)
+    return sizes
 
 
 def _remove_abandoned(runs: Path) -> None:

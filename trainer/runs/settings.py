@@ -6,7 +6,13 @@ from types import MappingProxyType
 from typing import Any
 
 from features.errors import UserError, unknown
-from trainer.config import Settings, SettingSources, TrainConfig, build_settings
+from trainer.config import (
+    Settings,
+    SettingSources,
+    TrainConfig,
+    build_settings,
+    settings_tables,
+)
 from trainer.data.multi_dataset import AttributeColumns
 from trainer.models.base import Recommender
 from trainer.models.registry import names_of
@@ -91,6 +97,25 @@ def resolve_settings(
     if task_class is not None:
         classes.append(task_class)
     return build_settings(classes, sources, defaults)
+
+
+def changed_settings(
+    recommender: type[Recommender], is_pretraining: bool, given: Mapping[str, Mapping[str, Any]]
+) -> list[str]:
+    """Return the settings that are not the model's defaults, as ``NAME=VALUE``.
+
+    Args:
+        recommender: The model.
+        is_pretraining: Compare with the defaults of the pre-training.
+        given: The tables of settings of :func:`trainer.config.settings_tables`.
+    """
+    defaults = settings_tables(*resolve_settings(recommender, is_pretraining, SettingSources()))
+    return [
+        f"{name}={str(value).lower() if isinstance(value, bool) else value}"
+        for table, values in given.items()
+        for name, value in values.items()
+        if value != defaults[table][name]
+    ]
 
 
 def given_weights_settings(recommender: type[Recommender], settings: Settings) -> list[str]:

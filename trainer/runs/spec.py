@@ -29,6 +29,7 @@ from trainer.runs.folder import FORMAT, check_format, read_about
 from trainer.runs.read import read_record
 from trainer.runs.settings import (
     attribute_columns,
+    changed_settings,
     check_pretrains,
     given_weights_settings,
     preset_settings,
@@ -290,7 +291,10 @@ class RunSpec:
             about["sources"] = list(self.datasets)
         if self.init is not None:
             about["init"] = self.init.document()
-        return {"run": about, **settings_tables(self.train, self.settings, self.task_settings)}
+        tables = settings_tables(self.train, self.settings, self.task_settings)
+        recommender = MODELS.find(self.model).load()
+        about["changed"] = changed_settings(recommender, self.is_pretraining, tables)
+        return {"run": about, **tables}
 
 
 def _check_preparation(folder: Path, about: Mapping[str, Any], data: DataIdentity) -> None:

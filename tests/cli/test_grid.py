@@ -530,3 +530,11 @@ def test_a_figure_without_its_baseline_is_drawn_and_without_any_run_is_left_out(
     assert "error: 4 of 4 runs failed" in failed.stderr
     assert json.loads(failed.stdout)["speed_up"] == []
     assert not figure.exists()
+
+
+@pytest.mark.slow
+def test_a_run_and_a_pre_training_of_equal_settings_are_two_runs(root: str, tmp_path: Path) -> None:
+    where = ("--warehouse", root, "--out", str(tmp_path / "result.parquet"), *TINY)
+    for recipe in ("pmmrec/table-6", "pmmrec/table-8", "pmmrec/table-6"):
+        document = json.loads(run("grid", recipe, *where).stdout)
+        assert all(entry["metrics"] for entry in document["runs"])

@@ -12,6 +12,8 @@ from trainer.runs.grid_file import METRIC, Grid
 from trainer.runs.grid_table import Cell, Pivot
 from trainer.runs.recipes import Recipe, read_recipe, recipe_names
 
+POOLED = "--features text=NAME,image=NAME --set tune_blocks=0"
+"""Options that run a recipe with tuned blocks on pooled tables."""
 _FORMATS = {"dataset": "{}", "sparsity": "{:.2%}", "average_length": "{:.2f}", "k_core": "{}"}
 _RANKING = {
     "filtered": "seen items are filtered from the ranking",
@@ -24,13 +26,22 @@ def list_recipes(json: bool) -> None:
     recipes = [read_recipe(name) for name in recipe_names()]
     if json:
         console.emit_json(
-            [{"recipe": r.name, "title": r.title, "departs": r.departs} for r in recipes]
+            [
+                {"recipe": r.name, "title": r.title, "departs": r.departs, "first": r.first}
+                for r in recipes
+            ]
         )
         return
     for recipe in recipes:
         console.print_text(f"{recipe.name}: {recipe.title}")
         if recipe.departs:
             console.print_text(f"differs from the paper: {recipe.departs}", indent=4)
+        for command in recipe.first:
+            console.print_text(f"first: {command}", indent=4)
+    console.print_text(
+        "first: the feature tables that the recipe reads, of each dataset D, or of EACH dataset and"
+        f" source. A recipe with --level also takes pooled tables: {POOLED}"
+    )
 
 
 def show_statistics(warehouse: Warehouse, recipe: Recipe, names: list[str], json: bool) -> None:

@@ -373,6 +373,9 @@ def test_the_list_names_every_recipe_and_its_differences() -> None:
     assert [entry["recipe"] for entry in listed] == recipe_names()
     text = run("grid", "--list").stdout
     assert all(f"{entry['recipe']}: " in text for entry in listed)
+    commands = [command for entry in listed for command in entry["first"]]
+    assert all(command.startswith("mmrec extract --dataset ") for command in commands)
+    assert all(command in text for command in commands)
 
 
 def test_the_statistics_count_cold_sequences_in_both_ways(root: str) -> None:

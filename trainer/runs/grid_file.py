@@ -32,7 +32,7 @@ SEEN = ("filtered", "kept")
 METRIC = "metric"
 """In ``rows``: the metrics are rows, as in many published tables; otherwise they are columns."""
 _SHOWN = ["HR@10", "NDCG@10"]
-_LISTS = ("rows", "columns", "metrics")
+_LISTS = ("rows", "columns", "metrics", "first")
 _TEXTS = ("title", "departs", "speed_up", "then")
 _CHOICES = ("protocol", "split", "seen", "targets", "plot")
 _TOP = (*_LISTS, *_TEXTS, *_CHOICES, "improvement", "pretrain", "runs")

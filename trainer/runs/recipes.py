@@ -1,7 +1,7 @@
 """Recipes: tables of the papers as grids inside the package, open in their datasets.
 
 A recipe is ``trainer/recipes/PAPER/NAME.toml``. It has the form of a grid file, see
-:mod:`trainer.runs.grid_file`, with ``title`` and ``departs``. The command fills in:
+:mod:`trainer.runs.grid_file`, with ``title``, ``departs`` and ``first``. The command fills in:
 
 - ``dataset`` of ``[runs]``: the datasets of the command, an axis if ``rows`` or ``columns``
   names ``dataset``.
@@ -45,6 +45,11 @@ class Recipe:
     def departs(self) -> str:
         """How the table differs from the published one; empty if it does not."""
         return str(self.document.get("departs", ""))
+
+    @property
+    def first(self) -> list[str]:
+        """Commands that make the feature tables of the recipe; D and EACH stand for datasets."""
+        return list(self.document.get("first", []))
 
     @property
     def is_statistics(self) -> bool:

@@ -75,8 +75,8 @@ def map_tokens(
     One part at a time is copied into the file, so that memory does not grow with the table.
 
     Args:
-        path: The file ``tokens-*.npy`` of the table. Other such files in its folder are removed
-            when it is written.
+        path: The file ``<level>-<hash>.npy`` of the table. Files of the level with another hash are
+            removed when it is written.
         parts: Parts of the table.
         offsets: (N + 1,) offsets of the items' tokens.
         provenance: Provenance that the parts share.
@@ -100,7 +100,8 @@ def map_tokens(
             with temporary.open("ab") as stream:  # NumPy reads nothing after the values
                 stream.write((EMPTY_CHECKSUM + path.name).encode())
             seal(temporary)
-        for older in path.parent.glob("tokens-*.npy"):
+        level = path.name.rpartition("-")[0]
+        for older in path.parent.glob(f"{level}-*.npy"):
             if older != path:
                 older.unlink()
     with read_errors(path, "remove it; it is made again"):

@@ -121,8 +121,8 @@ class FeatureTable(TableParts):
     def read_tokens(self, n_items: int, fingerprint: str, inputs: str = "") -> TokenMatrix:
         """Map a table of tokens into memory.
 
-        The first call writes the mapped file into the table's folder. Its name is a hash of the
-        table's content.
+        The first call writes the mapped file next to the table's folder. Its name is the level and
+        a hash of the table's content.
 
         Args:
             n_items: N, the number of the dataset's items.
@@ -142,8 +142,10 @@ class FeatureTable(TableParts):
         self._check_rows(len(np.unique(item)), manifest)
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         identity = json.dumps([self.digest(), provenance.identity()], sort_keys=True)
-        name = f"tokens-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.npy"
-        return map_tokens(self.path / name, self.parts(), offsets, provenance)
+        name = f"{self.level}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.npy"
+        for earlier in self.path.glob("tokens-*.npy"):  # of earlier versions
+            earlier.unlink()
+        return map_tokens(self.path.with_name(name), self.parts(), offsets, provenance)
 
     def _complete(self, fingerprint: str, inputs: str) -> tuple[dict[str, Any], Provenance]:
         """Return the manifest and the provenance of a table that can be read."""

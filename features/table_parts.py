@@ -1,8 +1,8 @@
 """Folders of Parquet parts with one provenance and a manifest.
 
 The parts hold at most 8,192 rows each. The footer of every part carries the provenance of the
-table. ``manifest.json`` is written last: with it, the table is complete for one preparation of the
-dataset.
+table. The manifest, ``<level>.json``, is written last: with it, the table is complete for one
+preparation of the dataset.
 
 Shape suffixes in descriptions: R rows of one part.
 """
@@ -65,13 +65,27 @@ class TableParts:
         Raises:
             UserError: The manifest is damaged.
         """
-        path = self.path / "manifest.json"
+        path = self.manifest_path if self.manifest_path.exists() else self._earlier_manifest
         if not path.exists():
             return None
         document = read_json(path, EXTRACT_AGAIN)
         if not isinstance(document, dict) or not {"items", "rows"} <= document.keys():
             raise DamagedError(f"{path} is damaged (items or rows is missing); {EXTRACT_AGAIN}")
-        return document
+        was_removed = document["rows"] != 0 and not self.parts()
+        return None if was_removed else document
+
+    @property
+    def manifest_path(self) -> Path:
+        """File of the manifest, next to the folder, so that the folder holds nothing but Parquet.
+
+        polars refuses a folder with other files.
+        """
+        return self.path.with_name(f"{self.path.name}.json")
+
+    @property
+    def _earlier_manifest(self) -> Path:
+        """File of the manifest of tables of earlier versions."""
+        return self.path / "manifest.json"
 
     def verify(self, manifest: dict[str, Any]) -> None:
         """Check the bytes of every part, and that the parts are those of the manifest.
@@ -185,7 +199,8 @@ class TableParts:
 
     def unfinish(self) -> None:
         """Remove the manifest, before the table is changed."""
-        (self.path / "manifest.json").unlink(missing_ok=True)
+        self.manifest_path.unlink(missing_ok=True)
+        self._earlier_manifest.unlink(missing_ok=True)
 
     def clear(self) -> None:
         """Remove the manifest and every part."""
@@ -202,13 +217,15 @@ class TableParts:
             entries: Further entries of the manifest.
         """
         require_path(self.path)
-        remove_leftovers(self.path)
+        for folder in (self.path, self.path.parent):
+            remove_leftovers(folder)
         rows = sum(pq.read_metadata(part).num_rows for part in self.parts())
         document = {
             "items": fingerprint, "rows": rows, "parts": read_checksums(self.parts()),
             "provenance": asdict(provenance), **entries,
         }  # fmt: skip
-        write_json(self.path / "manifest.json", document)
+        write_json(self.manifest_path, document)
+        self._earlier_manifest.unlink(missing_ok=True)
 
     def _write(self, path: Path, rows: pa.Table, provenance: Provenance) -> None:
         schema = feature_schema(provenance.dim, provenance.dtype, provenance.level)

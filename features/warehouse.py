@@ -186,7 +186,7 @@ class Warehouse:
             name: max(
                 (
                     path.stat().st_mtime_ns
-                    for path in (self.root / name).glob("features/**/manifest.json")
+                    for path in (self.root / name).glob("features/*/*/**/*.json")
                 ),
                 default=0,
             )

@@ -7,12 +7,12 @@ from tests.kills import SETTINGS
 
 DATA = ("demo/dataset.json", "demo/items/*", "demo/interactions/*")
 VECTORS = tuple(
-    f"demo/features/hashed/{table}/{file}"
+    f"demo/features/hashed/{table}{file}"
     for table in ("image/pooled", "text/pooled", "video/pooled")
-    for file in ("manifest.json", "part-*")
+    for file in (".json", "/part-*")
 )
-TOKENS = tuple(f"demo/features/hashed/text/tokens/{file}" for file in ("manifest.json", "part-*"))
-MAPPED = ("demo/features/hashed/text/tokens/tokens-*.npy",)
+TOKENS = tuple(f"demo/features/hashed/text/tokens{file}" for file in (".json", "/part-*"))
+MAPPED = ("demo/features/hashed/text/tokens-*.npy",)
 
 
 def run_files(run: str, *names: str) -> tuple[str, ...]:

@@ -184,11 +184,13 @@ def contents(warehouse: Path) -> dict[str, str]:
             lines = path.read_text().splitlines()
             kept = [line for line in lines if not re.match("created =|# mmrec-crc32", line)]
             digests[name] = _digest("\n".join(kept).encode())
-        elif path.name == "manifest.json":
+        elif path.suffix == ".json" and path.with_suffix("").is_dir():
             document = json.loads(path.read_text())
             recorded = set(document.pop("parts"))
             del document["checksum"]  # that of the document, which names the parts
-            is_complete = recorded == {part.name for part in path.parent.glob("part-*.parquet")}
+            is_complete = recorded == {
+                part.name for part in path.with_suffix("").glob("part-*.parquet")
+            }
             digests[name] = _digest(repr((document, is_complete)).encode())
         else:
             digests[name] = _digest(path.read_bytes())

@@ -97,7 +97,7 @@ def test_documents_of_earlier_versions_name_no_files(copied: Warehouse) -> None:
     folder = copied.dataset_dir("one")
     for path, key in (
         (folder / "dataset.json", "checksums"),
-        (folder / Path(PART).parent / "manifest.json", "parts"),
+        (folder / f"{Path(PART).parent}.json", "parts"),
     ):
         document = read_json(path, "")
         del document[key]

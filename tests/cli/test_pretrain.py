@@ -70,7 +70,7 @@ def three_datasets(warehouse: Warehouse) -> None:
         text = json.dumps(read_json(path, "")).replace('"world"', f'"{name}"')
         text = text.replace('"fingerprint": "f"', f'"fingerprint": "{name}"')
         write_json(path, json.loads(text))
-        for manifest in warehouse.dataset_dir("world").glob("features/*/*/*/manifest.json"):
+        for manifest in warehouse.dataset_dir("world").glob("features/*/*/*.json"):
             text = json.dumps(read_json(manifest, ""))
             write_json(manifest, json.loads(text.replace('"items": "f"', f'"items": "{name}"')))
         warehouse.dataset_dir("world").rename(warehouse.dataset_dir(name))

@@ -64,7 +64,7 @@ def test_the_version() -> None:
 
 
 def test_an_unfinished_table_is_mentioned_where_it_is_read(root: str) -> None:
-    (manifest,) = Path(root).glob("world/features/toy/image/pooled/manifest.json")
+    (manifest,) = Path(root).glob("world/features/toy/image/pooled.json")
     manifest.unlink()
     assert "unfinished" in run("sql", "SELECT * FROM features", "--warehouse", root).stderr
     assert run("sql", "SELECT * FROM items", "--warehouse", root).stderr == ""

@@ -1,3 +1,4 @@
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -331,6 +332,40 @@ def test_what_cannot_be_read_is_one_line(table: FeatureTable) -> None:
     part.unlink()
     with pytest.raises(UserError, match=r"vectors of 2 items.*manifest has 3"):
         table.read(3, "f")
-    (table.path / "manifest.json").write_text("{}")
-    with pytest.raises(UserError, match=r"manifest\.json is damaged"):
+    table.manifest_path.write_text("{}")
+    with pytest.raises(UserError, match=r"pooled\.json is damaged"):
         table.read(3, "f")
+
+
+def test_the_folder_holds_nothing_but_parquet(table: FeatureTable) -> None:
+    """pandas and Polars read a folder whose files all have one ending."""
+    vectors = numbers(3)
+    table.append(rows([0, 1], vectors[:2]), MADE)
+    table.append(rows([2], vectors[2:]), MADE)
+    table.finish("f", MADE)
+    assert {path.suffix for path in table.path.iterdir()} == {".parquet"}
+    read = pq.read_table(table.path)
+    assert read["item"].to_pylist() == [0, 1, 2]
+
+
+def test_a_table_of_an_earlier_version_is_read_and_continued(table: FeatureTable) -> None:
+    vectors = numbers(2)
+    table.append(rows([0], vectors[:1]), MADE)
+    table.finish("f", MADE)
+    earlier = table.path / "manifest.json"
+    table.manifest_path.rename(earlier)
+    assert (table.read(1, "f").vectors == vectors[:1]).all()
+    table.unfinish()
+    assert not earlier.exists()
+    table.append(rows([1], vectors[1:]), MADE)
+    table.finish("f", MADE)
+    assert (table.read(2, "f").vectors == vectors).all()
+
+
+def test_a_removed_folder_is_no_table(table: FeatureTable) -> None:
+    table.append(rows([0], numbers(1)), MADE)
+    table.finish("f", MADE)
+    shutil.rmtree(table.path)
+    assert table.manifest() is None
+    with pytest.raises(UserError, match="does not exist"):
+        table.check("f")

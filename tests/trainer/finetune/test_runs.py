@@ -283,7 +283,7 @@ def test_a_model_without_tokens_is_refused(
 
 def test_a_table_that_names_no_checkpoint(warehouse: Warehouse, checkpoint: Path) -> None:
     (table,) = FeatureStore(warehouse).tables("tiny")
-    path = table.path / "manifest.json"
+    path = table.manifest_path
     manifest = read_json(path, "extract again")
     write_json(path, {key: manifest[key] for key in manifest if key != "source"})
     refused(warehouse, "text=words:layer-1 .*no checkpoint")

@@ -195,7 +195,7 @@ def test_a_table_of_an_older_version_names_the_command(prepared: Warehouse, tmp_
     folder = folder_of(tmp_path / "eyes", "Swin")
     tuned.extracted(prepared, "layer-2", image=folder)
     (table,) = FeatureStore(prepared).tables("tiny")
-    path = table.path / "manifest.json"
+    path = table.manifest_path
     manifest = dict(read_json(path, "extract again"))
     manifest["source"] = {key: manifest["source"][key] for key in ("library", "folder")}
     write_json(path, manifest)

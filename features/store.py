@@ -184,6 +184,38 @@ class FeatureStore:
             dataset=dataset, backbone=name, modality=modality, level=level, path=path
         )
 
+    def read(self, dataset: str, modality: str, backbone: str | None = None) -> FeatureMatrix:
+        """Read a pooled table into one matrix, whose row n is item n of the dataset.
+
+        Args:
+            dataset: Name of a prepared dataset.
+            modality: ``image``, ``text``, ``video`` or ``joint``.
+            backbone: Name of the backbone; it can be left out if one pooled table has the modality.
+
+        Raises:
+            UserError: There is no such table, there are several, or the table cannot be read.
+
+        Examples:
+            >>> store = FeatureStore(Warehouse("warehouse"))
+            >>> vectors = store.read("demo", "image").vectors  # doctest: +SKIP
+            >>> torch.from_numpy(vectors)  # shares the memory  # doctest: +SKIP
+        """
+        info = self.warehouse.info(dataset)
+        pooled = [
+            table
+            for table in self.tables(dataset)
+            if (table.modality, table.level) == (modality, "pooled")
+        ]
+        if backbone is not None:
+            pooled = [self.table(dataset, backbone, modality)]
+        if len(pooled) != 1:
+            names = ", ".join(table.label for table in pooled) or "none"
+            raise UserError(
+                f"dataset {dataset!r} has not one pooled table of {modality!r} but: {names}; name a"
+                " backbone, or run mmrec extract"
+            )
+        return pooled[0].read(info.items, info.fingerprint, info.inputs_of(modality))
+
     def tables(self, dataset: str) -> list[FeatureTable]:
         """Return the tables of a dataset with at least one part, by modality, backbone, level."""
         root = self.warehouse.dataset_dir(dataset) / "features"

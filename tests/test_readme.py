@@ -161,3 +161,20 @@ def test_a_command_runs_on_the_demo(
 def test_commands_on_the_demo_are_found() -> None:
     names = {example.arguments[0] for example in ON_THE_DEMO}
     assert {"prepare", "extract", "models", "eval", "recommend", "sql"} <= names
+
+
+@pytest.mark.slow
+def test_the_python_of_the_readme_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    blocks = [
+        block for language, block in _FENCE.findall(PAGES[0].read_text()) if language == "python"
+    ]
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(compile("\n".join(blocks), "README.md", "exec"), names)
+    assert names["vectors"].shape == (432, 128)
+    assert 0 < len(names["table"]) <= 432
+    printed = capsys.readouterr().out
+    assert "NDCG@10" in printed
+    assert printed.count("Suggestion(") == 5

@@ -369,3 +369,20 @@ def test_a_removed_folder_is_no_table(table: FeatureTable) -> None:
     assert table.manifest() is None
     with pytest.raises(UserError, match="does not exist"):
         table.check("f")
+
+
+def test_a_table_is_read_by_its_modality(warehouse: Warehouse, tmp_path: Path) -> None:
+    info = prepare(warehouse, tmp_path, ids=["a", "b"])
+    store = FeatureStore(warehouse)
+    vectors = numbers(2)
+    for backbone in ("toy", "other"):
+        table = store.table("tiny", backbone, "image")
+        table.append(rows([0, 1], vectors), MADE)
+        table.finish(info.fingerprint, MADE, inputs=info.inputs_of("image"))
+        if backbone == "toy":
+            assert (store.read("tiny", "image").vectors == vectors).all()
+    with pytest.raises(UserError, match="image=other, image=toy"):
+        store.read("tiny", "image")
+    assert store.read("tiny", "image", "other").present.all()
+    with pytest.raises(UserError, match="none"):
+        store.read("tiny", "text")

@@ -145,6 +145,22 @@ class Predictor:
 
     # -- lists ---------------------------------------------------------------------------------
 
+    def recommend(
+        self, history: Sequence[str], k: int = 10, *, keep_seen: bool = False
+    ) -> list[Suggestion]:
+        """Recommend for a history of item ids, oldest first, at least one.
+
+        Args:
+            history: Ids of items of the catalogue.
+            k: Length of the list.
+            keep_seen: Let items of the history be recommended again.
+
+        Raises:
+            UserError: The catalogue has no item of an id.
+        """
+        items = [self.item(item_id) for item_id in history]
+        return self.named(self.for_history(items, k, keep_seen=keep_seen))
+
     def for_history(
         self, items: Sequence[int] | Ints, k: int, *, keep_seen: bool = False
     ) -> TopItems:

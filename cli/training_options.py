@@ -329,7 +329,11 @@ def _conclude(run: "Run", report: "TrainReport", root: Path | None, *, was_train
 
 
 class TrainWatch:
-    """The live line of a training: losses, rate, time left; validated epochs keep their line."""
+    """The live line of a training: loss, rate, time left.
+
+    Validated epochs keep their line: loss, validation metrics, the best epoch and the rate. Terms
+    of the loss have a line of their own.
+    """
 
     def __init__(self) -> None:
         self.line = console.ProgressLine()
@@ -338,19 +342,17 @@ class TrainWatch:
     def __call__(self, progress: "TrainProgress") -> None:
         """Show one report of the loop."""
         self.called = True
-        losses = "".join(f"  {name} {value:.4f}" for name, value in progress.loss_terms.items())
-        text = (
-            f"epoch {progress.epoch}/{progress.epochs}  loss {progress.loss:.4f}{losses}"
-            f"  {progress.rate:,.0f} {progress.unit}/s"
-        )
+        text = f"epoch {progress.epoch}/{progress.epochs}  loss {progress.loss:.4f}"
+        rate = f"{progress.rate:,.0f} {progress.unit}/s"
         if progress.metrics:
             figures = "  ".join(f"{name} {value:.4f}" for name, value in progress.metrics.items())
-            text += f"  validation {figures}  best epoch {progress.best_epoch}"
-            self.line.update(text, keep=True)
+            self.line.update(f"{text}  {figures}  best {progress.best_epoch}  {rate}", keep=True)
+            if progress.loss_terms:
+                terms = (f"{name} {value:.4f}" for name, value in progress.loss_terms.items())
+                self.line.update(f"  loss: {', '.join(terms)}", keep=True)
         else:
             left = console.format_duration(progress.seconds_left)
-            step = f"step {progress.step}/{progress.steps}"
-            self.line.update(f"{text}  {step}, {left} left in this epoch")
+            self.line.update(f"{text}  step {progress.step}/{progress.steps}  {rate}  {left} left")
 
 
 def _trained(report: "TrainReport") -> str:

@@ -239,6 +239,11 @@ def replace_metrics(
     write_table(path, pa.Table.from_pylist(rows, schema=METRICS_SCHEMA), compression="zstd")
 
 
+def recorded_seconds(path: Path) -> float:
+    """Return the seconds of all epochs of a run's metrics table."""
+    return float(sum(row["value"] for row in stored_metrics(path) if row["metric"] == SECONDS))
+
+
 def stored_metrics(path: Path, remedy: str = "remove it") -> list[dict[str, Any]]:
     """Return the rows of a run's metrics table; no rows if there is no table yet.
 

@@ -29,7 +29,13 @@ from trainer.loop import TrainProgress, fit
 from trainer.models.base import Catalogue, Recommender
 from trainer.models.registry import MODELS
 from trainer.runs.catalogue import JointCatalogue, write_catalogue
-from trainer.runs.folder import check_run_name, create_run_dir, record, run_lock
+from trainer.runs.folder import (
+    check_run_name,
+    create_run_dir,
+    record,
+    recorded_seconds,
+    run_lock,
+)
 from trainer.runs.spec import PRETRAIN, RunSpec
 from trainer.runs.transfer import CopiedWeights, copy_weights
 from trainer.tasks.base import Task
@@ -148,7 +154,7 @@ class TrainReport:
     best: float
     """Best value of the monitored metric."""
     seconds: float
-    """Wall time of this call."""
+    """Wall time of the training: of this call, and after a resume of the epochs before it."""
     finished: bool
     """False after an interrupt."""
 
@@ -236,6 +242,7 @@ def train_run(
     """
     resume = resume and _has_resume_state(run)
     metrics = run.folder / "metrics.parquet"
+    earlier = recorded_seconds(metrics) if resume else 0.0
     began = time.monotonic()
     with (
         run_lock(run.folder) if process_rank() == 0 else nullcontext(),
@@ -267,7 +274,7 @@ def train_run(
         best_epoch=state.best_epoch,
         monitor=f"{run.config.monitor} on {run.task.split(run.config)}",
         best=state.best,
-        seconds=time.monotonic() - began,
+        seconds=earlier + time.monotonic() - began,
         finished=state.finished,
     )
 

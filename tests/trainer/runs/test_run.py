@@ -13,8 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from features.atomic_files import write_table
 from features.documents import read_toml, write_toml
 from features.errors import UserError
+from features.schema import METRICS_SCHEMA
 from features.sql_views import query
 from features.warehouse import Warehouse
 from tests.trainer import worlds
@@ -511,3 +513,16 @@ def test_a_saved_run_opens_with_the_buffers_that_it_was_created_with(
     assert all(torch.equal(own[key], buffer) for key, buffer in buffers.items())
     with pytest.raises(AssertionError, match="fitted again"):
         worlds.begin(warehouse, model, settings=[*small, *settings])
+
+
+def test_the_time_of_a_resumed_run_is_that_of_all_epochs(warehouse: Warehouse) -> None:
+    run = begin(warehouse)
+    train_run(run, on_progress=stop_at(5))  # in the second epoch
+    path = run.folder / "metrics.parquet"
+    rows = pq.read_table(path).to_pylist()
+    for row in rows:
+        if row["metric"] == "seconds":
+            row["value"] = 1000.0
+    write_table(path, pa.Table.from_pylist(rows, METRICS_SCHEMA))
+    report = train_run(open_run(warehouse, run.folder), resume=True)
+    assert 1000 < report.seconds < 1100

@@ -81,8 +81,10 @@ def show_comparison(comparison: "Comparison") -> None:
         f" differences to {reference}"
     )
     for system in comparison.systems:
-        if len(system.runs) > 1:
-            console.print_text(f"{system.label}: {', '.join(system.runs)}")
+        runs = f"runs {', '.join(system.runs)}" if len(system.runs) > 1 else ""
+        facts = "; ".join(filter(None, (system.settings, runs)))
+        if facts:
+            console.print_text(f"{system.label}: {facts}", indent=2)
     for seen in [seen for seen in SEEN if any(line.seen == seen for line in comparison.lines)]:
         console.out.print()
         console.table(

@@ -18,7 +18,9 @@ def test_the_table_the_document_and_the_mistakes(warehouse: Warehouse) -> None:
     assert printed[5].split()[:3] == ["b", "0.3250", "-0.1561"]
     assert printed[5].split()[-1] == "0.5000"
     document = json.loads(run("compare", "a", "b", "--json", *option).stdout)
-    assert document["systems"] == [{"label": "a", "runs": ["a"]}, {"label": "b", "runs": ["b"]}]
+    assert document["systems"] == [
+        {"label": name, "runs": [name], "settings": ""} for name in ("a", "b")
+    ]
     assert len(document["lines"]) == 2 * 2 * 5
     assert document["lines"][1]["test"]["p_value"] == 1.0
     write_run(warehouse, "new", None)
@@ -26,3 +28,13 @@ def test_the_table_the_document_and_the_mistakes(warehouse: Warehouse) -> None:
         stderr = run("compare", *arguments, *option, code=2).stderr
         assert stderr.startswith("error: ")
         assert stderr.count("\n") == 1
+
+
+def test_a_comparison_names_the_settings_of_its_runs(root: str) -> None:
+    for name, width in (("narrow", 4), ("wide", 8)):
+        words = ("--set", f"dim={width}", "--set", "epochs=1", "--set", "device=cpu")
+        run("train", "--model", "sasrec", "--name", name, *words, "--warehouse", root)
+        run("eval", name, "--warehouse", root)
+    printed = run("compare", "narrow", "wide", "--warehouse", root).stdout
+    assert "narrow: epochs=1, device=cpu, dim=4" in printed
+    assert "wide: epochs=1, device=cpu, dim=8" in printed

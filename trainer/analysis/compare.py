@@ -59,6 +59,9 @@ class System:
 
     label: str
     runs: list[str]
+    settings: str
+    """Settings of the first run that are not its model's defaults; of several runs without the
+    seed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -190,8 +193,18 @@ def _group(records: Sequence[Record], by: str) -> list[System]:
         names = [record.name for record in members]
         label = str(members[0].about["model"]) if by == "model" else names[0]
         label = f"{label} x{len(names)}" if len(names) > 1 else label
-        systems.append(System(label=label, runs=names))
+        settings = _changed(members[0], is_single=len(names) == 1)
+        systems.append(System(label=label, runs=names, settings=settings))
     return systems
+
+
+def _changed(record: Record, *, is_single: bool) -> str:
+    """Return the settings that are not the model's defaults.
+
+    Runs of earlier versions have stored no such settings.
+    """
+    changed = record.about.get("changed", [])
+    return ", ".join(text for text in changed if is_single or not text.startswith("seed="))
 
 
 def _compare_metric(

@@ -60,6 +60,9 @@ class DatasetInfo:
     """Seed of the sample; None without one."""
     min_user: int = 0
     """Least number of interactions of users alone; 0 if not given."""
+    time_unit: str | None = None
+    """Unit of the timestamps since 1970: ``days``, ``seconds``, ``milliseconds``, ``microseconds``
+    or ``nanoseconds``; None if it is unknown."""
 
     def inputs_of(self, modality: str) -> str:
         """Return the hash of the inputs of a feature table; ``joint`` has two."""

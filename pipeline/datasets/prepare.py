@@ -149,7 +149,7 @@ def prepare_dataset(
                 timestamps=result.timestamps,
                 ties=options.ties,
             )
-            info = replace(info, **_user_filters(options))
+            info = replace(info, time_unit=result.time_unit, **_user_filters(options))
             write_tables(db, stage)
             for note in data_notes(db, info):
                 notify(note)

@@ -39,11 +39,11 @@ from pipeline.datasets.importers.dict_lines import (
     to_json,
     valid_text,
 )
+from pipeline.datasets.importers.interactions import Times, create_interactions
 from pipeline.datasets.importers.items import create_described_from_ids
 from pipeline.datasets.importers.media_files import create_raw_items
 from pipeline.datasets.importers.raw_sql import (
     MAX_LINE,
-    create_interactions,
     delimited_sql,
     fetch_row,
     find_column,
@@ -84,12 +84,14 @@ def read(db: duckdb.DuckDBPyConnection, root: Path, files: Files) -> ImportResul
         notes = _create_items(db, files["items"][0])
     path = files["interactions"][0]
     if re.search(r"\.csv(\.gz)?$", path.name.lower()):
-        _create_from_ratings(db, path, bool(notes))
+        times = _create_from_ratings(db, path, bool(notes))
     else:
-        _create_from_reviews(db, path)
+        times = _create_from_reviews(db, path)
+    notes += times.notes
     if not files.get("items"):
         create_described_from_ids(db)
-        return ImportResult(timestamps=True, notes=create_raw_items(db, root, files))
+        notes += create_raw_items(db, root, files)
+        return ImportResult(timestamps=True, time_unit=times.unit, notes=notes)
     notes += create_raw_items(db, root, files, image_names="image_names")
     urls, files_of_urls = fetch_row(
         db,
@@ -100,13 +102,13 @@ def read(db: duckdb.DuckDBPyConnection, root: Path, files: Files) -> ImportResul
         notes += (
             f"of {plural(urls, 'item')} with the URL of an image, {files_of_urls} have a file",
         )
-    return ImportResult(timestamps=True, notes=notes)
+    return ImportResult(timestamps=True, time_unit=times.unit, notes=notes)
 
 
 # -- interactions ---------------------------------------------------------------------------
 
 
-def _create_from_ratings(db: duckdb.DuckDBPyConnection, path: Path, has_items: bool) -> None:
+def _create_from_ratings(db: duckdb.DuckDBPyConnection, path: Path, has_items: bool) -> Times:
     """Create ``raw_interactions`` from a CSV of ratings, with or without a header."""
     with open_bytes(path) as stream:
         first = stream.readline(MAX_LINE).decode("utf-8-sig", "replace").strip()
@@ -121,9 +123,9 @@ def _create_from_ratings(db: duckdb.DuckDBPyConnection, path: Path, has_items: b
         names = ["user_id", "asin", "rating", "timestamp"]
     source = delimited_sql(path, names, delimiter=",", header=has_header, quote='"')
     user, item, time = (find_column(path, names, *group) for group in (_USER, _ITEM, _TIME))
-    create_interactions(db, path, source, user=user, item=item, time=time)
+    times = create_interactions(db, path, source, user=user, item=item, time=time)
     if has_header or not has_items:
-        return
+        return times
     first_is_item, second_is_item = fetch_row(
         db,
         "SELECT count(*) FILTER (WHERE user_id IN (SELECT item_id FROM described)),"
@@ -134,9 +136,10 @@ def _create_from_ratings(db: duckdb.DuckDBPyConnection, path: Path, has_items: b
             "CREATE OR REPLACE TABLE raw_interactions AS SELECT item_id AS user_id,"
             " user_id AS item_id, timestamp, ordinal FROM raw_interactions"
         )
+    return times
 
 
-def _create_from_reviews(db: duckdb.DuckDBPyConnection, path: Path) -> None:
+def _create_from_reviews(db: duckdb.DuckDBPyConnection, path: Path) -> Times:
     """Create ``raw_interactions`` from a dictionary for each review."""
     rows = (
         {
@@ -147,8 +150,9 @@ def _create_from_reviews(db: duckdb.DuckDBPyConnection, path: Path) -> None:
         for _, review in read_dicts(path)
     )
     _create_from_rows(db, "_reviews", rows, _INTERACTIONS)
-    create_interactions(db, path, "_reviews", user="user_id", item="item_id", time="time")
+    times = create_interactions(db, path, "_reviews", user="user_id", item="item_id", time="time")
     db.execute("DROP TABLE _reviews")
+    return times
 
 
 def _text_of(row: Mapping[str, Any], names: tuple[str, ...]) -> str | None:

@@ -19,7 +19,7 @@ from pathlib import Path
 import duckdb
 
 from features.errors import UserError
-from pipeline.datasets.importers.raw_sql import fetch_row
+from pipeline.datasets.importers.raw_sql import fetch_row, name_rows
 
 Files = Mapping[str, tuple[Path, ...]]
 """Role of a file (``interactions``, ``items``, ``images``, ``videos``, ...) to existing paths."""
@@ -53,6 +53,8 @@ class ImportResult:
 
     timestamps: bool
     """Whether interactions have a time."""
+    time_unit: str | None = None
+    """Unit of the times since 1970, such as ``seconds``; None if it is unknown."""
     notes: tuple[str, ...] = ()
     """Messages for the user, one line each."""
     images: ImageColumn | None = None
@@ -103,11 +105,16 @@ def check_raw_tables(db: duckdb.DuckDBPyConnection, files: Files) -> None:
     if has_users and fetch_row(db, "SELECT count(*) FROM raw_interactions")[0] == 0:
         raise UserError(f"{source} holds no interaction; give another by --file interactions=PATH")
     for column in ("user_id", "item_id"):
-        (row,) = fetch_row(
-            db, f"SELECT min(ordinal) FROM raw_interactions WHERE coalesce({column}, '') = ''"
+        count, rows = fetch_row(
+            db,
+            "SELECT count(*), min(ordinal, 3) FROM raw_interactions"
+            f" WHERE coalesce({column}, '') = ''",
         )
-        if row is not None:
-            raise UserError(f"{source}, row {row + 1}: {column} is empty; fill or remove it")
+        if count:
+            others = f" (as in {name_rows(count, rows)})" if count > 1 else ""
+            raise UserError(
+                f"{source}, row {rows[0] + 1}: {column} is empty{others}; fill or remove it"
+            )
     listing = files["items"][0] if files.get("items") else source
     if not has_users and fetch_row(db, "SELECT count(*) FROM raw_items")[0] == 0:
         raise UserError(f"{source} holds no item; give another by --file items=PATH")

@@ -13,9 +13,9 @@ from features.errors import UserError
 from features.sql_text import quoted
 from pipeline.datasets.importers.base import Files, Importer, ImportResult
 from pipeline.datasets.importers.column_types import quote_identifier
+from pipeline.datasets.importers.interactions import Times, create_interactions
 from pipeline.datasets.importers.media_files import create_raw_items
 from pipeline.datasets.importers.raw_sql import (
-    create_interactions,
     create_table,
     delimited_sql,
     find_column,
@@ -45,7 +45,7 @@ def read(db: duckdb.DuckDBPyConnection, root: Path, files: Files) -> ImportResul
     Raises:
         UserError: A file is damaged or has another layout.
     """
-    timestamps = _create_interactions(db, files["interactions"][0])
+    times = _create_interactions(db, files["interactions"][0])
     _create_movies(db, files["items"][0])
     plots = files.get("plots", ())
     _create_plots(db, plots[0] if plots else None)
@@ -59,15 +59,18 @@ def read(db: duckdb.DuckDBPyConnection, root: Path, files: Files) -> ImportResul
         " 'actors', e.actors))::VARCHAR AS attributes"
         " FROM movies m LEFT JOIN plots e ON e.id = m.item_id"
     )
-    return ImportResult(timestamps=timestamps, notes=create_raw_items(db, root, files))
+    notes = create_raw_items(db, root, files)
+    if times is None:
+        return ImportResult(timestamps=False, notes=notes)
+    return ImportResult(timestamps=True, time_unit=times.unit, notes=times.notes + notes)
 
 
-def _create_interactions(db: duckdb.DuckDBPyConnection, path: Path) -> bool:
-    """Create ``raw_interactions`` and return True if the file has times."""
+def _create_interactions(db: duckdb.DuckDBPyConnection, path: Path) -> Times | None:
+    """Create ``raw_interactions``; return None if the file has no times."""
     suffix = path.suffix.lower()
     if suffix == ".txt":
         create_from_sequences(db, path)
-        return False
+        return None
     if suffix == ".csv":
         source, names = table_sql(db, path)
         user, item, time = (
@@ -83,8 +86,7 @@ def _create_interactions(db: duckdb.DuckDBPyConnection, path: Path) -> bool:
         raise UserError(
             f"{path} ends in none of .data, .dat, .csv, .txt; rename it to match its format"
         )
-    create_interactions(db, path, source, user=user, item=item, time=time)
-    return True
+    return create_interactions(db, path, source, user=user, item=item, time=time)
 
 
 def _create_movies(db: duckdb.DuckDBPyConnection, path: Path) -> None:

@@ -4,7 +4,6 @@ import csv
 import os
 import re
 from collections.abc import Sequence
-from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,19 @@ def fetch_row(db: duckdb.DuckDBPyConnection, sql: str) -> tuple[Any, ...]:
     """Return the only row of a query."""
     (row,) = db.sql(sql).fetchall()
     return tuple(row)
+
+
+def name_rows(count: int, rows: Sequence[int], noun: str = "row") -> str:
+    """Return ``4 rows (such as 2, 5, 6)`` for a message.
+
+    Args:
+        count: Number of the rows.
+        rows: The first of them, counted from 0.
+        noun: The word for a row.
+    """
+    numbers = ", ".join(str(row + 1) for row in rows)
+    examples = f"such as {numbers}" if count > len(rows) else numbers
+    return f"{count} {noun}{'s' if count > 1 else ''} ({examples})"
 
 
 def delimited_sql(
@@ -189,70 +201,6 @@ def create_table(db: duckdb.DuckDBPyConnection, table: str, select: str, path: P
         if is_out_of_space(error):
             raise  # the file is not at fault
         raise file_error(error, path) from None
-
-
-def create_interactions(
-    db: duckdb.DuckDBPyConnection,
-    path: Path,
-    source: str,
-    *,
-    user: str,
-    item: str,
-    time: str | None,
-) -> None:
-    """Create ``raw_interactions`` from one row for each interaction.
-
-    Args:
-        db: The connection that gets the table.
-        path: The file, for messages.
-        source: SQL that reads the file.
-        user: SQL of the user id.
-        item: SQL of the item id.
-        time: SQL of the time as a whole number of any unit; None if the file has no times.
-
-    Raises:
-        UserError: The file is damaged, or a time is not a whole number.
-    """
-    create_table(
-        db,
-        "raw_interactions",
-        f"SELECT {user}::VARCHAR AS user_id, {item}::VARCHAR AS item_id,"
-        f" {integer_sql(time) if time else 'NULL::BIGINT'} AS timestamp,"
-        f" row_number() OVER () - 1 AS ordinal FROM {source}",
-        path,
-    )
-    if time is None:
-        return
-    (row,) = fetch_row(db, "SELECT min(ordinal) FROM raw_interactions WHERE timestamp IS NULL")
-    if row is not None:
-        (text,) = fetch_row(db, f"SELECT {time}::VARCHAR FROM {source} LIMIT 1 OFFSET {row}")
-        fault = "empty" if text is None else f"{text[:120]!r}, {_time_fault(text)}"
-        raise UserError(
-            f"{path}, row {row + 1}: the timestamp is {fault};"
-            " write times as integers (such as Unix seconds), or leave the column out"
-        )
-
-
-def _time_fault(text: str) -> str:
-    try:
-        number = Decimal(text.strip())
-    except InvalidOperation:
-        return "not a whole number"
-    if number.is_finite() and (number.adjusted() > 30 or number == int(number)):
-        return "outside the range of 64-bit integers"
-    return "not a whole number"
-
-
-def integer_sql(value: str) -> str:
-    """Return SQL that is a BIGINT for a whole number and NULL otherwise; a cast would round."""
-    number = f"TRY_CAST({value} AS DOUBLE)"
-    decimal = f"TRY_CAST({value} AS DECIMAL(38, 9))"
-    # A DOUBLE of 2^53 and more is whole even if the number is not.
-    is_whole = f"(abs({number}) < {1 << 53} OR {decimal} = trunc({decimal}))"
-    return (
-        f"CASE WHEN isfinite({number}) AND {number} = trunc({number}) AND {is_whole}"
-        f" THEN TRY_CAST({value} AS BIGINT) END"
-    )
 
 
 def file_error(error: duckdb.Error, path: Path) -> UserError:

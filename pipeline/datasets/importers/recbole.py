@@ -20,10 +20,10 @@ from pipeline.datasets.importers.base import (
     ImportResult,
 )
 from pipeline.datasets.importers.column_types import quote_identifier
+from pipeline.datasets.importers.interactions import Times, create_interactions
 from pipeline.datasets.importers.items import TEXT_COLUMNS, create_described_from_ids
 from pipeline.datasets.importers.media_files import create_raw_items
 from pipeline.datasets.importers.raw_sql import (
-    create_interactions,
     create_table,
     delimited_sql,
     find_column,
@@ -53,11 +53,11 @@ def read(db: duckdb.DuckDBPyConnection, root: Path, files: Files) -> ImportResul
             for name in ("user_id", "item_id")
         )
         time = find_optional_column(list(types), "timestamp")
-        create_interactions(
+        times = create_interactions(
             db, path, source, user=user, item=item, time=time and quote_identifier(time)
         )
     else:
-        time = None
+        time, times = None, Times()
         db.execute(
             "CREATE TABLE raw_interactions (user_id VARCHAR, item_id VARCHAR, timestamp BIGINT,"
             " ordinal BIGINT)"
@@ -66,7 +66,8 @@ def read(db: duckdb.DuckDBPyConnection, root: Path, files: Files) -> ImportResul
         _create_described(db, files["items"][0])
     else:
         create_described_from_ids(db)
-    return ImportResult(timestamps=time is not None, notes=create_raw_items(db, root, files))
+    notes = times.notes + create_raw_items(db, root, files)
+    return ImportResult(timestamps=time is not None, time_unit=times.unit, notes=notes)
 
 
 def _read_header(path: Path) -> dict[str, str]:

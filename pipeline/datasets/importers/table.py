@@ -1,8 +1,8 @@
 """Importer of one's own tables: ``interactions`` and ``items`` as CSV, TSV or Parquet.
 
 ``interactions`` has the columns ``user_id``, ``item_id`` and, optionally, ``timestamp``: a whole
-number of any unit, or a date or time of a Parquet file. Without timestamps the rows are in the
-order of time.
+number of any unit, an ISO date or time, or a date or time of a Parquet file. Without timestamps the
+rows are in the order of time.
 
 ``items`` has the column ``item_id`` and, optionally, columns of text (see
 :data:`pipeline.datasets.importers.items.TEXT_COLUMNS`), ``image`` and ``video``. These two hold
@@ -36,10 +36,10 @@ from pipeline.datasets.importers.column_types import (
     id_sql,
     time_sql,
 )
+from pipeline.datasets.importers.interactions import Times, create_interactions
 from pipeline.datasets.importers.items import create_described, create_described_from_ids
 from pipeline.datasets.importers.media_files import create_raw_items
 from pipeline.datasets.importers.raw_sql import (
-    create_interactions,
     fetch_row,
     find_column,
     find_optional_column,
@@ -51,14 +51,14 @@ def read(db: duckdb.DuckDBPyConnection, root: Path, files: Files) -> ImportResul
     """Read the two tables.
 
     Raises:
-        UserError: A file is damaged, a column is missing, a time is not a whole number, or every
-            value in the columns of text is empty.
+        UserError: A file is damaged, a column is missing, a time is neither a whole number
+            nor ISO, or every value in the columns of text is empty.
     """
-    unit = _create_interactions(db, files["interactions"][0])
+    times = _create_interactions(db, files["interactions"][0])
     if not files.get("items"):
         create_described_from_ids(db)
         notes = ("no file of items: models on item ids alone can be trained",)
-        return _result(db, unit, notes + create_raw_items(db, root, files))
+        return _result(db, times, notes + create_raw_items(db, root, files))
     listing = files["items"][0]
     items = create_described(db, listing)
     n_items, n_texts = fetch_row(db, "SELECT count(*), count(text) FROM described")
@@ -67,23 +67,26 @@ def read(db: duckdb.DuckDBPyConnection, root: Path, files: Files) -> ImportResul
             f"{listing}: the column of text is empty in all of {plural(n_items, 'item')};"
             " fill the column, or leave it out for a catalogue without text"
         )
-    return _result(db, unit, create_raw_items(db, root, files), items.images)
+    return _result(db, times, create_raw_items(db, root, files), items.images)
 
 
 def _result(
     db: duckdb.DuckDBPyConnection,
-    unit: str | None,
+    times: Times,
     notes: tuple[str, ...],
     images: ImageColumn | None = None,
 ) -> ImportResult:
-    if unit:
-        notes = (f"timestamps are stored as {unit} since 1970", *notes)
     (timestamps,) = fetch_row(db, "SELECT count(timestamp) FROM raw_interactions")
-    return ImportResult(timestamps=timestamps > 0, notes=notes, images=images)
+    return ImportResult(
+        timestamps=timestamps > 0,
+        time_unit=times.unit,
+        notes=times.notes + notes,
+        images=images,
+    )
 
 
-def _create_interactions(db: duckdb.DuckDBPyConnection, path: Path) -> str | None:
-    """Create ``raw_interactions`` and return the unit of a typed column of times."""
+def _create_interactions(db: duckdb.DuckDBPyConnection, path: Path) -> Times:
+    """Create ``raw_interactions``."""
     source, names = table_sql(db, path)
     types = column_types(db, source)
     user, item = (find_column(path, names, name) for name in ("user_id", "item_id"))
@@ -94,8 +97,7 @@ def _create_interactions(db: duckdb.DuckDBPyConnection, path: Path) -> str | Non
     time, unit = time_sql(path, column, types[column]) if column else (None, None)
     if column:
         check_times(db, path, source, column, types[column])
-    create_interactions(db, path, source, user=user, item=item, time=time)
-    return unit
+    return create_interactions(db, path, source, user=user, item=item, time=time, unit=unit)
 
 
 IMPORTER = Importer(

@@ -107,7 +107,12 @@ def _check_inputs(report: "ExtractReport") -> None:
 def _prepared_dataset(
     warehouse: Warehouse, dataset: str | None, *, may_prepare: bool, show: bool
 ) -> str:
-    """Return the name of the dataset to extract; prepare it if necessary."""
+    """Return the name of the dataset to extract; prepare it if necessary.
+
+    Later commands that name no dataset mean the one that is named here, also if it fails.
+    """
+    if dataset is not None and may_prepare:
+        _remember(warehouse, dataset)
     if dataset is not None and not warehouse.is_prepared(dataset):
         from pipeline.datasets.prepare import PrepareOptions
         from pipeline.datasets.registry import find_dataset
@@ -126,6 +131,15 @@ def _prepared_dataset(
     if why != "given":
         console.notify(f"dataset: {name} ({why})")
     return name
+
+
+def _remember(warehouse: Warehouse, dataset: str) -> None:
+    """Record the dataset; a name that nobody knows is refused later, and not recorded."""
+    from pipeline.datasets.registry import DATASETS
+
+    if warehouse.is_prepared(dataset) or dataset in DATASETS:
+        warehouse.create()
+        warehouse.remember_extracted(dataset)
 
 
 def run_estimate(

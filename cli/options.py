@@ -19,7 +19,7 @@ WarehouseOption = Annotated[
 ]
 DatasetOption = Annotated[
     str | None,
-    typer.Option("--dataset", help="Dataset; default: the only one, else the last extracted."),
+    typer.Option("--dataset", help="Dataset; default: the last one of mmrec extract."),
 ]
 RunArgument = Annotated[
     str | None, typer.Argument(metavar="RUN", help="Name of a run; default: the last one.")

@@ -11,6 +11,9 @@ from features.errors import DamagedError, UserError, unknown
 
 MARKER = ".mmrec-warehouse"
 RESERVED = ("runs", "raw")  # folders that are no datasets
+_LAST_EXTRACTED = ".last-extracted"
+"""File of the name of the dataset that the last extraction named."""
+_DEMO = "demo"
 _LONGEST_NAME = 100
 _NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{_LONGEST_NAME - 1}}}")
 
@@ -167,7 +170,9 @@ class Warehouse:
         return (self.dataset_dir(name) / "dataset.json").exists()
 
     def choose_dataset(self, name: str | None) -> tuple[str, str]:
-        """Choose a command's dataset: the given one, else the only one, else the last extracted.
+        """Choose a command's dataset: the given one, else the last one named in an extraction.
+
+        Without an extraction, it is the only one; the demo does not count beside another dataset.
 
         Returns:
             The name, and the reason for the choice.
@@ -178,29 +183,31 @@ class Warehouse:
         if name is not None:
             self.info(name)
             return name, "given"
-        names = self.datasets()
-        if not names:
+        prepared = self.datasets()
+        if not prepared:
             raise UserError(
                 f"no dataset is prepared in {self.root}; run: mmrec prepare --dataset demo"
             )
-        if len(names) == 1:
-            return names[0], "the only one"
-        stamps = {
-            name: max(
-                (
-                    path.stat().st_mtime_ns
-                    for path in (self.root / name).glob("features/*/*/**/*.json")
-                ),
-                default=0,
-            )
-            for name in names
-        }
-        last = max(names, key=lambda name: (stamps[name], name))
-        if not stamps[last]:
+        last = self._last_extracted()
+        if last in prepared:
+            return last, "the last one of mmrec extract"
+        if last:
             raise UserError(
-                f"several datasets are prepared: {', '.join(names)}; choose by --dataset"
+                f"dataset {last!r}, the last one of mmrec extract, is not prepared; run: mmrec"
+                f" extract --dataset {last}, or choose by --dataset: {', '.join(prepared)}"
             )
-        return last, "the last one extracted"
+        names = [name for name in prepared if name != _DEMO] or prepared
+        if len(names) == 1:
+            return names[0], "the only one" if len(prepared) == 1 else "the only one but the demo"
+        raise UserError(f"several datasets are prepared: {', '.join(names)}; choose by --dataset")
+
+    def remember_extracted(self, name: str) -> None:
+        """Record the dataset that an extraction names, also of one that fails later."""
+        (self.root / _LAST_EXTRACTED).write_text(f"{name}\n")
+
+    def _last_extracted(self) -> str:
+        path = self.root / _LAST_EXTRACTED
+        return path.read_text(errors="replace").strip() if path.is_file() else ""
 
     # -- runs -------------------------------------------------------------------------------
 

@@ -1,7 +1,7 @@
 """The options and the course of ``mmrec train`` and ``mmrec pretrain``."""
 
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from inspect import Parameter, Signature
 from pathlib import Path
@@ -14,6 +14,7 @@ from cli.options import JsonOption, WarehouseOption
 from features.errors import UserError
 from features.signals import exit_code
 from features.warehouse import Warehouse
+from trainer.tracking.registry import check_trackers
 
 if TYPE_CHECKING:
     from trainer.loop import TrainProgress
@@ -59,6 +60,13 @@ TuneOption = Annotated[
 ResumeOption = Annotated[
     bool, typer.Option("--resume", help="Continue --run, by default the last run.")
 ]
+TrackOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--track",
+        help="Show the training in tensorboard, wandb (offline) or mlflow (local); repeatable.",
+    ),
+]
 RunOption = Annotated[str | None, typer.Option("--run", help="Run to resume.")]
 
 
@@ -74,6 +82,15 @@ class NewRun:
     init: InitOption = None
     transfer: TransferOption = None
     tune_blocks: TuneOption = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainOutput:
+    """The options on where a training is shown; they do not change it."""
+
+    track: list[str]
+    """Names of trackers."""
+    json: bool
 
 
 def training_command(
@@ -94,19 +111,22 @@ def training_command(
         dataset: str | list[str] | None,
         resume: bool,
         run: str | None,
+        track: list[str] | None,
         json: bool,
         root: Path | None,
         **options: Any,
     ) -> None:
         new = NewRun(**options)
         datasets = [dataset] if isinstance(dataset, str) else dataset or []
+        output = TrainOutput(track=track or [], json=json)
+        check_trackers(output.track)
         if resume:
             resume_training(
-                root, run, model, datasets, new, is_pretraining=is_pretraining, json=json
+                root, run, model, datasets, new, is_pretraining=is_pretraining, output=output
             )
         else:
             check_no_run(run)
-            start_training(root, model, datasets, new, is_pretraining=is_pretraining, json=json)
+            start_training(root, model, datasets, new, is_pretraining=is_pretraining, output=output)
 
     annotations = {
         "model": ModelOption,
@@ -114,12 +134,21 @@ def training_command(
         **new_run,
         "resume": ResumeOption,
         "run": RunOption,
+        "track": TrackOption,
         "json": JsonOption,
         "root": WarehouseOption,
     }
-    flags = ("resume", "json")
     # Typer reads the options from the signature and its annotations.
-    signature = Signature(
+    command.__doc__ = summary
+    command.__annotations__ = annotations
+    command.__dict__["__signature__"] = _signature(annotations)
+    return command
+
+
+def _signature(annotations: Mapping[str, Any]) -> Signature:
+    """Return the signature of a command: optional options, given by name."""
+    flags = ("resume", "json")
+    return Signature(
         [
             Parameter(
                 name,
@@ -130,10 +159,6 @@ def training_command(
             for name, annotation in annotations.items()
         ]
     )
-    command.__doc__ = summary
-    command.__annotations__ = annotations
-    command.__dict__["__signature__"] = signature
-    return command
 
 
 def start_training(
@@ -143,7 +168,7 @@ def start_training(
     new: NewRun,
     *,
     is_pretraining: bool,
-    json: bool,
+    output: TrainOutput,
 ) -> None:
     """Create a run and train it.
 
@@ -187,7 +212,7 @@ def start_training(
         )
         return create_run(warehouse, spec, name=new.name)
 
-    _train(warehouse, root, create, resume=False, json=json)
+    _train(warehouse, root, create, resume=False, output=output)
 
 
 def resume_training(
@@ -198,7 +223,7 @@ def resume_training(
     new: NewRun,
     *,
     is_pretraining: bool,
-    json: bool,
+    output: TrainOutput,
 ) -> None:
     """Continue a run.
 
@@ -237,7 +262,7 @@ def resume_training(
                 )
         return run
 
-    _train(warehouse, root, reopen, resume=True, json=json)
+    _train(warehouse, root, reopen, resume=True, output=output)
 
 
 def check_no_run(run: str | None) -> None:
@@ -254,11 +279,17 @@ def _choose_dataset(warehouse: Warehouse, name: str | None) -> str:
 
 
 def _train(
-    warehouse: Warehouse, root: Path | None, open_first: Any, *, resume: bool, json: bool
+    warehouse: Warehouse,
+    root: Path | None,
+    open_first: Any,
+    *,
+    resume: bool,
+    output: TrainOutput,
 ) -> None:
     """Open a run in the first process and then in the others, and train it."""
     from trainer.distributed import on_rank_zero, process_group, process_rank
     from trainer.runs.run import open_run, train_run
+    from trainer.runs.track import Tracking
 
     with process_group():
         is_first = process_rank() == 0
@@ -273,11 +304,14 @@ def _train(
         run = opened[0] if opened else open_run(warehouse, folder)
         _describe(run)
         watch = TrainWatch()
+        tracking = Tracking(run, output.track if is_first else [], console.notify)
+        report = None
         try:
-            report = train_run(run, resume=resume, on_progress=watch)
+            report = train_run(run, resume=resume, on_epoch=tracking.log, on_progress=watch)
         finally:
             watch.line.close()
-        if json and is_first:
+            tracking.finish(report)
+        if output.json and is_first:
             console.emit_json(asdict(report))
         _conclude(run, report, root, was_trained=watch.called)
 

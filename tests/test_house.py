@@ -31,6 +31,7 @@ TRAINER_ORDER = (
     {"optimizer", "evaluation"},
     {"tasks"},
     {"loop"},
+    {"tracking"},
     {"runs"},
     {"analysis"},
 )

@@ -65,6 +65,8 @@ class EpochRow:
     """As in :class:`trainer.tasks.base.Validation`; empty if the epoch was not validated."""
     users: int
     """Number of users, or of queries, that the metrics are means over."""
+    rates: dict[str, float] = field(default_factory=dict)
+    """Learning rates of the last step, see :attr:`trainer.optimizer.Optimizer.rates`."""
     seconds: float = field(default=0.0, compare=False)
     """Wall time of training and validation. For a resumed epoch it is extrapolated from the steps
     after the resume, and 0 if there was no such step."""
@@ -180,7 +182,7 @@ def fit(
             with average.applied():
                 row, validation = _validate(task, config, state, pace, interruption)
             if is_first:
-                on_epoch(row)
+                on_epoch(replace(row, rates=optimizer.rates))
             if validation is not None and _update_best(state, validation, row.epoch) and is_first:
                 with average.applied():
                     save_weights(folder / "model.safetensors", model, identity)

@@ -48,6 +48,12 @@ class Optimizer:
         self._config = config
         self.adamw = AdamW(groups)
 
+    @property
+    def rates(self) -> dict[str, float]:
+        """Learning rates as set last: ``lr``, and ``lr_2`` and so on of further groups."""
+        groups = enumerate(self.adamw.param_groups, 1)
+        return {f"lr_{number}" if number > 1 else "lr": group["lr"] for number, group in groups}
+
     def prepare(self, state: TrainState, steps: int) -> None:
         """Set the learning rates of the next step, and clear the gradients.
 

@@ -25,7 +25,7 @@ from trainer.data.multi_dataset import load_data
 from trainer.distributed import process_rank
 from trainer.finetune.load_checkpoint import open_blocks, read_blocks, write_blocks
 from trainer.finetune.upper_blocks import UpperBlocks
-from trainer.loop import TrainProgress, fit
+from trainer.loop import EpochRow, TrainProgress, fit
 from trainer.models.base import Catalogue, Recommender
 from trainer.models.registry import MODELS
 from trainer.runs.catalogue import JointCatalogue, write_catalogue
@@ -222,6 +222,7 @@ def train_run(
     run: Run,
     *,
     resume: bool = False,
+    on_epoch: Callable[[EpochRow], None] = lambda row: None,
     on_progress: Callable[[TrainProgress], None] = lambda progress: None,
 ) -> TrainReport:
     """Train a run until its end or an interrupt, and add each epoch to the metrics table.
@@ -233,6 +234,7 @@ def train_run(
     Args:
         run: The run, as :func:`create_run` or :func:`open_run` returns it.
         resume: Continue from the last saved state.
+        on_epoch: Called with each finished epoch; an exception in it ends the training.
         on_progress: Called after each step.
 
     Raises:
@@ -241,8 +243,7 @@ def train_run(
         OutOfMemoryError: A step or a validation does not fit into memory.
     """
     resume = resume and _has_resume_state(run)
-    metrics = run.folder / "metrics.parquet"
-    earlier = recorded_seconds(metrics) if resume else 0.0
+    earlier = recorded_seconds(run.folder / "metrics.parquet") if resume else 0.0
     began = time.monotonic()
     with (
         run_lock(run.folder) if process_rank() == 0 else nullcontext(),
@@ -259,7 +260,7 @@ def train_run(
             run.folder,
             run.spec.identity(),
             resume=resume,
-            on_epoch=lambda row: record(metrics, run.spec.model, row),
+            on_epoch=_record_first(run, on_epoch),
             on_progress=on_progress,
         )
     _check_sources(run)
@@ -277,6 +278,16 @@ def train_run(
         seconds=earlier + time.monotonic() - began,
         finished=state.finished,
     )
+
+
+def _record_first(run: Run, on_epoch: Callable[[EpochRow], None]) -> Callable[[EpochRow], None]:
+    """Return a callback that adds an epoch to the metrics table, and then calls ``on_epoch``."""
+
+    def record_epoch(row: EpochRow) -> None:
+        record(run.folder / "metrics.parquet", run.spec.model, row)
+        on_epoch(row)
+
+    return record_epoch
 
 
 def _has_resume_state(run: Run) -> bool:

@@ -1,0 +1,1 @@
+"""Trackers: files of TensorBoard, W&B and MLflow that show a training."""

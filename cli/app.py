@@ -18,6 +18,7 @@ from cli import (
     doctor,
     evaluate,
     export_dataset,
+    export_features,
     extract,
     grid,
     import_features,
@@ -158,6 +159,7 @@ app.command("export-dataset")(export_dataset.export_dataset)
 app.command("backbones")(backbones.backbones)
 app.command("extract")(extract.extract)
 app.command("import-features")(import_features.import_features)
+app.command("export-features")(export_features.export_features)
 app.command("models")(models.models)
 app.command("train")(train.train)
 app.command("pretrain")(pretrain.pretrain)

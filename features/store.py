@@ -7,12 +7,15 @@ import hashlib
 import json
 import shlex
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
 
 from features.arrow_columns import items_of
+from features.atomic_files import atomic_write
+from features.dataset import load_items
 from features.errors import UserError
 from features.matrices import FeatureMatrix, TokenMatrix, map_tokens, read_vectors
 from features.provenance import EXTRACT_AGAIN, IMPORTED, Provenance
@@ -231,3 +234,26 @@ class FeatureStore:
             for path in folders
         ]
         return sorted(tables, key=lambda t: (t.modality, t.backbone, t.level))
+
+
+def export_vectors(
+    store: FeatureStore, dataset: str, modality: str, backbone: str | None, *, npy: Path, ids: Path
+) -> tuple[int, int]:
+    """Write the vectors of a pooled table as a NumPy array, and the id of each row's item.
+
+    Items without a vector have no row. Both files are complete or absent.
+
+    Returns:
+        The shape of the array: rows and width.
+
+    Raises:
+        UserError: There is no such table, or a path is a folder.
+    """
+    matrix = store.read(dataset, modality, backbone)
+    item_ids = load_items(store.warehouse, dataset, ["item_id"])["item_id"].to_pylist()
+    rows = matrix.present.nonzero()[0]
+    with atomic_write(ids) as temporary:
+        temporary.write_text("".join(f"{item_ids[row]}\n" for row in rows.tolist()))
+    with atomic_write(npy) as temporary, temporary.open("wb") as stream:
+        np.save(stream, matrix.vectors[rows])
+    return len(rows), matrix.vectors.shape[1]

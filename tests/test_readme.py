@@ -176,5 +176,5 @@ def test_the_python_of_the_readme_runs(
     assert names["vectors"].shape == (432, 128)
     assert 0 < len(names["table"]) <= 432
     printed = capsys.readouterr().out
-    assert "NDCG@10" in printed
+    assert "sasrec" in printed
     assert printed.count("Suggestion(") == 5

@@ -13,6 +13,14 @@ from features.warehouse import DatasetInfo, Warehouse
 if TYPE_CHECKING:
     from pipeline.datasets.prepare import PrepareOptions
 
+ColumnsOption = Annotated[
+    str | None,
+    typer.Option("--columns", help="Your names of columns: user=customer,item=sku,time=ts."),
+]
+ImagesOption = Annotated[
+    str | None, typer.Option("--images", help="Folder of images; as --file images=PATH.")
+]
+
 
 def prepare(
     dataset: Annotated[str, typer.Option("--dataset", help="A known dataset, or a new name.")],
@@ -40,9 +48,8 @@ def prepare(
         int | None,
         typer.Option("--min-user", help="Minimum interactions of users alone, in place of k-core."),
     ] = None,
-    images: Annotated[
-        str | None, typer.Option("--images", help="Folder of images; as --file images=PATH.")
-    ] = None,
+    columns: ColumnsOption = None,
+    images: ImagesOption = None,
     unlisted: Annotated[
         str, typer.Option(help="Interactions with items that are not listed: refuse, keep or drop.")
     ] = "refuse",
@@ -66,6 +73,7 @@ def prepare(
         min_user=min_user,
         format=format,
         files=_files(file, images),
+        columns=_columns(columns),
         unlisted=unlisted,
         ties=ties,
     )
@@ -79,6 +87,20 @@ def prepare(
 def _files(given: list[str] | None, images: str | None) -> dict[str, str]:
     """Return role to path of the files that are given by ``--file`` and ``--images``."""
     return dict(map(_role_and_path, given or [])) | ({"images": images} if images else {})
+
+
+def _columns(given: str | None) -> dict[str, str]:
+    """Return role to name of the columns that are given by ``--columns``."""
+    columns = {}
+    for pair in given.split(",") if given else []:
+        role, _, name = (part.strip() for part in pair.partition("="))
+        if not role or not name or role in columns:
+            raise UserError(
+                f"--columns {given!r} must look like ROLE=NAME,ROLE=NAME with each role once, such"
+                " as user=customer,item=sku,time=ts"
+            )
+        columns[role] = name
+    return columns
 
 
 def _role_and_path(text: str) -> tuple[str, str]:

@@ -29,8 +29,10 @@ from pipeline.datasets.canonical_sql import (
 )
 from pipeline.datasets.importers.base import Files, check_raw_tables
 from pipeline.datasets.importers.image_column import MEDIA, copy_image_column
+from pipeline.datasets.importers.registry import IMPORTERS
+from pipeline.datasets.importers.table import COLUMNS
 from pipeline.datasets.importers.text_sql import install_text_functions
-from pipeline.datasets.raw_files import locate_files, raw_format
+from pipeline.datasets.raw_files import RawFormat, locate_files, raw_format
 from pipeline.datasets.registry import DATASETS
 from pipeline.datasets.swap import finish_swap, hash_table, staging, swap_tables
 
@@ -68,6 +70,9 @@ class PrepareOptions:
     """Order of the interactions of a user with equal times: ``file``, ``id``, ``id-desc`` or
     ``hash``; see :data:`pipeline.datasets.canonical_sql.TIES`."""
 
+    columns: Mapping[str, str] = field(default_factory=dict)
+    """Names of the columns of one's own tables: ``user``, ``item`` and ``time`` to a name. Only for
+    layouts that take them (:attr:`pipeline.datasets.importers.base.Importer.options`)."""
     users: int | None = None
     """Number of users of a random sample that is drawn before the k-core; None: all users."""
     seed: int = 0
@@ -128,9 +133,10 @@ def prepare_dataset(
     if format is None and not root.exists():
         _generate(options.dataset, root, notify)
     files = locate_files(options.dataset, layout, root, options.files)
+    importer_options = _importer_options(options, layout)
     with staging(warehouse, options.target) as stage:
         with preparation_database(stage, root) as db:
-            result = layout.importer.read(db, root, files)
+            result = layout.importer.read(db, root, files, **importer_options)
             check_raw_tables(db, files)
             _check_ties(options.ties, result.timestamps, files)
             for note in chain(result.notes, handle_unlisted(db, options.unlisted, files)):
@@ -170,6 +176,30 @@ def table_hashes(stage: Path, users: int) -> dict[str, Any]:
         "sequences": hash_table(stage / "interactions", users),
         "checksums": {table: read_checksums(paths) for table, paths in parts.items()},
     }
+
+
+def _importer_options(options: PrepareOptions, layout: RawFormat) -> dict[str, Any]:
+    """Return the given options that the importer of the layout takes.
+
+    Raises:
+        UserError: The importer does not take an option that is given, or a role is unknown.
+    """
+    given: dict[str, Any] = {"columns": options.columns} if options.columns else {}
+    for name, value in given.items():
+        if name not in layout.importer.options:
+            takers = [key for key, importer in IMPORTERS.items() if name in importer.options]
+            raise UserError(
+                f"--{name.replace('_', '-')} is no option of the layout {layout.name!r}; leave it"
+                f" out, or give --format {' or '.join(takers)}"
+            )
+        if name == "columns":
+            unknown = sorted(set(value) - set(COLUMNS))
+            if unknown:
+                raise UserError(
+                    f"--columns {unknown[0]}={value[unknown[0]]}: {unknown[0]!r} is none of"
+                    f" {', '.join(COLUMNS)}; write user=customer,item=sku,time=ts"
+                )
+    return given
 
 
 def _check_target(options: PrepareOptions) -> None:

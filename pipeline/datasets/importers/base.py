@@ -81,8 +81,11 @@ class Importer:
     """One line for ``mmrec datasets``."""
     files: Mapping[str, tuple[str, ...]]
     """Role to file name patterns relative to the raw folder; the first that matches wins."""
-    read: Callable[[duckdb.DuckDBPyConnection, Path, Files], ImportResult]
-    """Make ``raw_interactions`` and ``raw_items`` from the raw folder and its files.
+    read: Callable[..., ImportResult]
+    """Make ``raw_interactions`` and ``raw_items``: ``read(db, root, files)``.
+
+    ``db`` is the connection that gets the tables, ``root`` the raw folder, and ``files`` the paths
+    of each role. The options of ``mmrec prepare`` that the user gives are keyword arguments.
 
     Raises a UserError if a file is damaged or has another layout.
     """
@@ -91,6 +94,9 @@ class Importer:
     prepare it."""
     required: tuple[str, ...] = ("interactions", "items")
     """Roles without which a dataset cannot be prepared."""
+    options: tuple[str, ...] = ()
+    """Keyword arguments of ``read``: ``columns``, a dictionary from ``user``, ``item`` and ``time``
+    to names of columns."""
 
 
 def check_raw_tables(db: duckdb.DuckDBPyConnection, files: Files) -> None:

@@ -35,6 +35,7 @@ from pipeline.datasets.importers.raw_sql import (
     find_optional_column,
     lines_sql,
     table_sql,
+    table_suffix,
 )
 from pipeline.datasets.importers.text_sql import sentence_sql
 
@@ -54,19 +55,26 @@ class ItemsFile:
     """Column of images that are bytes; ``described.image`` is NULL then."""
 
 
-def create_described(db: duckdb.DuckDBPyConnection, path: Path) -> ItemsFile:
+def create_described(
+    db: duckdb.DuckDBPyConnection, path: Path, ids: Sequence[str] = ID_COLUMNS
+) -> ItemsFile:
     """Create ``described`` from a JSONL, CSV, TSV or Parquet file with named columns.
+
+    Args:
+        db: The connection that gets the table.
+        path: The file.
+        ids: Names that the column of ids may have, the best first.
 
     Raises:
         UserError: The file is damaged, has no column of ids, or the type of its column of images
             cannot be read.
     """
-    if path.suffix.lower() in (".jsonl", ".ndjson"):
-        return _create_from_jsonl(db, path)
-    if path.suffix.lower() not in TABLES:
+    if table_suffix(path) in (".jsonl", ".ndjson"):
+        return _create_from_jsonl(db, path, ids)
+    if table_suffix(path) not in TABLES:
         raise UserError(f"{path} is none of .jsonl, {', '.join(TABLES)}; convert it to one")
     source, names = table_sql(db, path)
-    return create_described_from(db, path, source, names)
+    return create_described_from(db, path, source, names, ids)
 
 
 def create_described_from_ids(db: duckdb.DuckDBPyConnection) -> None:
@@ -79,14 +87,18 @@ def create_described_from_ids(db: duckdb.DuckDBPyConnection) -> None:
 
 
 def create_described_from(
-    db: duckdb.DuckDBPyConnection, path: Path, source: str, names: Sequence[str]
+    db: duckdb.DuckDBPyConnection,
+    path: Path,
+    source: str,
+    names: Sequence[str],
+    ids: Sequence[str] = ID_COLUMNS,
 ) -> ItemsFile:
     """Create ``described`` from SQL that reads the columns ``names`` of ``path``.
 
     Raises:
         UserError: As :func:`create_described`.
     """
-    item = find_column(path, names, *ID_COLUMNS)
+    item = find_column(path, names, *ids)
     types = column_types(db, source)
     check_ids(db, path, source, item, types[item])
     images = _find_image_column(db, path, source, item, types)
@@ -146,7 +158,7 @@ def _strict_json(line: str) -> str:
         return line  # reported with its number as no JSON object
 
 
-def _create_from_jsonl(db: duckdb.DuckDBPyConnection, path: Path) -> ItemsFile:
+def _create_from_jsonl(db: duckdb.DuckDBPyConnection, path: Path, ids: Sequence[str]) -> ItemsFile:
     db.create_function("strict_json", _strict_json, ["VARCHAR"], "VARCHAR")
     create_table(
         db,
@@ -165,7 +177,7 @@ def _create_from_jsonl(db: duckdb.DuckDBPyConnection, path: Path) -> ItemsFile:
         raise UserError(f"{path}, line {number}: not a JSON object; correct the line")
     keys = db.sql("SELECT DISTINCT unnest(json_keys(line)) AS name FROM _lines ORDER BY name")
     names = [name for (name,) in keys.fetchall()]
-    item = find_column(path, names, *ID_COLUMNS)
+    item = find_column(path, names, *ids)
     identifier = _json_id_sql(db, path, item)
     has_text, select = _select_sql(names, _json_text_sql)
     media = (find_optional_column(names, name) for name in ("image", "video"))

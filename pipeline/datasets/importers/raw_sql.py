@@ -3,6 +3,7 @@
 import csv
 import os
 import re
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,14 @@ from features.atomic_files import is_out_of_space
 from features.errors import UserError
 from features.sql_text import quoted
 from pipeline.datasets.importers.column_types import column_types, parquet_sql, read_error
+from pipeline.datasets.importers.dict_lines import open_bytes
 
 MAX_LINE = 64 * 1024 * 1024  # bytes; one user of a sequences file is one line
 MAX_FIELD = 2_000_000  # bytes of a line of CSV that DuckDB reads
 _LAST_LINE = 16_000_000  # bytes at the end of a file that must contain the end of a line
 _DELIMITERS = {".csv": ",", ".tsv": "\t", ".tab": "\t"}
-TABLES = (*_DELIMITERS, ".parquet")
+_SEPARATORS = ",;\t|"
+TABLES = (*_DELIMITERS, ".csv.gz", ".tsv.gz", ".parquet")
 _ECHO = re.compile(r".*CSV Error on Line|Original Line:")  # these repeat a line of any length
 
 
@@ -67,7 +70,7 @@ def delimited_sql(
         f"read_csv({quoted(str(path))}, auto_detect = false, columns = {{{names}}},"
         f" delim = {quoted(delimiter)}, header = {str(header).lower()},"
         f" quote = {quoted(quote)}, escape = {quoted(quote)}, encoding = {quoted(encoding)}"
-        f" {limits})"
+        f"{', compression = ' + quoted('gzip') if is_gzip(path) else ''} {limits})"
     )
 
 
@@ -85,7 +88,7 @@ def table_sql(db: duckdb.DuckDBPyConnection, path: Path) -> tuple[str, list[str]
     Raises:
         UserError: The file is of another kind, or its header cannot be used.
     """
-    suffix = path.suffix.lower()
+    suffix = table_suffix(path)
     if suffix == ".parquet":
         try:
             source = parquet_sql(db, path)
@@ -94,12 +97,41 @@ def table_sql(db: duckdb.DuckDBPyConnection, path: Path) -> tuple[str, list[str]
             raise file_error(error, path) from None
     if suffix not in _DELIMITERS:
         raise UserError(f"{path} is none of {', '.join(TABLES)}; convert it to one of them")
-    delimiter = _DELIMITERS[suffix]
+    delimiter = _find_delimiter(path, _DELIMITERS[suffix])
     names = read_header(path, delimiter)
     _check_last_line(path)
     # In TSV files a stray quote in a title is more common than a quoted tab.
-    quote = '"' if delimiter == "," else ""
+    quote = "" if suffix != ".csv" and delimiter == "\t" else '"'
     return delimited_sql(path, names, delimiter=delimiter, header=True, quote=quote), names
+
+
+def is_gzip(path: Path) -> bool:
+    """Return whether the name of a file ends in ``.gz``."""
+    return path.name.lower().endswith(".gz")
+
+
+def table_suffix(path: Path) -> str:
+    """Return the suffix of a table in lower case, of text files without ``.gz``.
+
+    Examples:
+        >>> table_suffix(Path("Items.CSV.gz"))
+        '.csv'
+    """
+    name = Path(path.name.lower())
+    inner = Path(name.stem).suffix
+    return inner if name.suffix == ".gz" and inner != ".parquet" else name.suffix
+
+
+def _find_delimiter(path: Path, usual: str) -> str:
+    """Return the text between the columns: the usual one of the suffix, or that of the header.
+
+    Excel writes ``;`` into files of CSV in many countries.
+    """
+    for mark in usual + _SEPARATORS:
+        first, *others = read_first_row(path, mark, '"') or [""]
+        if others and not any(other in first for other in _SEPARATORS):
+            return mark
+    return usual
 
 
 def _check_last_line(path: Path) -> None:
@@ -108,6 +140,8 @@ def _check_last_line(path: Path) -> None:
     DuckDB refuses all other lines of more than ``MAX_FIELD`` bytes. Its parallel reader leaves out
     a last line that is longer than a buffer of 32 MB, without an error.
     """
+    if is_gzip(path):  # has no parallel reader
+        return
     with path.open("rb") as stream:
         size = stream.seek(0, os.SEEK_END)
         stream.seek(max(0, size - _LAST_LINE))
@@ -136,12 +170,6 @@ def read_header(path: Path, delimiter: str) -> list[str]:
             f"{path}, line 1: {', '.join(map(repr, given)) or 'an empty line'} cannot name the"
             " columns; give every column a name of its own"
         )
-    other = next((mark for mark in ";\t|," if mark in names[0]), None)
-    if len(names) == 1 and other is not None:
-        raise UserError(
-            f"{path}, line 1: the columns are separated by {other!r}, not by {delimiter!r}; save"
-            " the file as CSV with commas, or as .tsv with tabs"
-        )
     return names
 
 
@@ -153,11 +181,12 @@ def read_first_row(path: Path, delimiter: str, quote: str) -> list[str]:
     """
     quoting: Any = csv.QUOTE_MINIMAL if quote else csv.QUOTE_NONE
     try:
-        with path.open("rb") as stream:
+        with open_bytes(path) as stream:
             line = stream.readline(MAX_LINE).decode("utf-8-sig")
         return next(csv.reader([line], delimiter=delimiter, quoting=quoting), [])
-    except PermissionError as error:
-        raise read_error(path, error) from None
+    except (OSError, EOFError, zlib.error) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"{path} cannot be read ({reason}); copy it again") from None
     except UnicodeDecodeError:
         raise UserError(f"{path}, line 1: not UTF-8; save the file as UTF-8") from None
     except csv.Error as error:

@@ -1,5 +1,8 @@
 """Importer of one's own tables: ``interactions`` and ``items`` as CSV, TSV or Parquet.
 
+The columns of a CSV may also be separated by ``;``, tabs or ``|``, and text files may be compressed
+by gzip (``.csv.gz``).
+
 ``interactions`` has the columns ``user_id``, ``item_id`` and, optionally, ``timestamp``: a whole
 number of any unit, an ISO date or time, or a date or time of a Parquet file. Without timestamps the
 rows are in the order of time.
@@ -15,7 +18,9 @@ Images and videos may also be files in the folders ``images`` and ``videos``, na
 Images may also be in ``images.tar`` or ``images.lmdb``.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import duckdb
 
@@ -37,7 +42,11 @@ from pipeline.datasets.importers.column_types import (
     time_sql,
 )
 from pipeline.datasets.importers.interactions import Times, create_interactions
-from pipeline.datasets.importers.items import create_described, create_described_from_ids
+from pipeline.datasets.importers.items import (
+    ID_COLUMNS,
+    create_described,
+    create_described_from_ids,
+)
 from pipeline.datasets.importers.media_files import create_raw_items
 from pipeline.datasets.importers.raw_sql import (
     fetch_row,
@@ -46,21 +55,37 @@ from pipeline.datasets.importers.raw_sql import (
     table_sql,
 )
 
+COLUMNS = {"user": "user_id", "item": "item_id", "time": "timestamp"}
+"""Role of a column of interactions to its usual name."""
 
-def read(db: duckdb.DuckDBPyConnection, root: Path, files: Files) -> ImportResult:
+
+def read(
+    db: duckdb.DuckDBPyConnection,
+    root: Path,
+    files: Files,
+    columns: Mapping[str, str] = MappingProxyType({}),
+) -> ImportResult:
     """Read the two tables.
+
+    Args:
+        db: The connection that gets the tables.
+        root: The raw folder.
+        files: The paths of each role.
+        columns: Roles in ``COLUMNS`` to other names. The name of ``item`` is also tried in the file
+            of items.
 
     Raises:
         UserError: A file is damaged, a column is missing, a time is neither a whole number
             nor ISO, or every value in the columns of text is empty.
     """
-    times = _create_interactions(db, files["interactions"][0])
+    times = _create_interactions(db, files["interactions"][0], columns)
     if not files.get("items"):
         create_described_from_ids(db)
         notes = ("no file of items: models on item ids alone can be trained",)
         return _result(db, times, notes + create_raw_items(db, root, files))
     listing = files["items"][0]
-    items = create_described(db, listing)
+    own_ids = [columns["item"]] if "item" in columns else []
+    items = create_described(db, listing, [*own_ids, *ID_COLUMNS])
     n_items, n_texts = fetch_row(db, "SELECT count(*), count(text) FROM described")
     if items.has_text and n_items and not n_texts:
         raise UserError(
@@ -85,15 +110,20 @@ def _result(
     )
 
 
-def _create_interactions(db: duckdb.DuckDBPyConnection, path: Path) -> Times:
+def _create_interactions(
+    db: duckdb.DuckDBPyConnection, path: Path, columns: Mapping[str, str]
+) -> Times:
     """Create ``raw_interactions``."""
     source, names = table_sql(db, path)
     types = column_types(db, source)
-    user, item = (find_column(path, names, name) for name in ("user_id", "item_id"))
+    given = {**COLUMNS, **columns}
+    user, item = (find_column(path, names, given[role]) for role in ("user", "item"))
     for name in (user, item):
         check_ids(db, path, source, name, types[name])
     user, item = id_sql(user, types[user]), id_sql(item, types[item])
-    column = find_optional_column(names, "timestamp")
+    column = find_optional_column(names, given["time"])
+    if column is None and "time" in columns:
+        column = find_column(path, names, given["time"])  # raises the error
     time, unit = time_sql(path, column, types[column]) if column else (None, None)
     if column:
         check_times(db, path, source, column, types[column])
@@ -103,15 +133,22 @@ def _create_interactions(db: duckdb.DuckDBPyConnection, path: Path) -> Times:
 IMPORTER = Importer(
     summary="interactions (user_id, item_id, timestamp) and items (item_id, title, ...)",
     files={
-        "interactions": ("interactions.parquet", "interactions.csv", "interactions.tsv"),
-        "items": ("items.parquet", "items.csv", "items.tsv", "items.jsonl"),
+        "interactions": (
+            "interactions.parquet", "interactions.csv", "interactions.tsv", "interactions.csv.gz",
+            "interactions.tsv.gz",
+        ),
+        "items": (
+            "items.parquet", "items.csv", "items.tsv", "items.jsonl", "items.csv.gz",
+            "items.tsv.gz", "items.jsonl.gz",
+        ),
         "images": IMAGE_PATTERNS,
         "videos": VIDEO_PATTERNS,
     },
     required=("interactions",),
     read=read,
+    options=("columns",),
     example={
         "interactions.csv": "user_id,item_id,timestamp\nann,shoe,100\nann,hat,200\nbob,hat,150\n",
         "items.csv": "item_id,title\nshoe,Red shoe\nhat,Hat\n",
     },
-)
+)  # fmt: skip

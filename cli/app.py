@@ -31,6 +31,7 @@ from cli import (
     runs,
     sql,
     train,
+    tune,
 )
 from cli.console import notify
 from features.errors import UserError, shorten
@@ -170,6 +171,7 @@ app.command("report")(report.report)
 app.command("runs")(runs.runs)
 app.command("map")(maps.draw_map)
 app.command("grid")(grid.grid)
+app.command("tune")(tune.tune)
 app.command("sql")(sql.sql)
 app.command("demo")(demo.demo)
 app.command("doctor")(doctor.doctor)

@@ -19,7 +19,7 @@ from features.schema import METRICS_SCHEMA
 from features.signals import raise_received
 from features.table_files import table_file_writer
 from features.warehouse import Warehouse
-from trainer.loop import TrainProgress
+from trainer.loop import EpochRow, TrainProgress
 from trainer.runs.evaluate import evaluate
 from trainer.runs.evaluate_cross_modal import evaluate_retrieval
 from trainer.runs.folder import stored_metrics
@@ -27,7 +27,7 @@ from trainer.runs.grid_axes import RANKERS, RETRIEVAL, Combination
 from trainer.runs.grid_cells import Overrides, resolve_combination, resolve_pretraining
 from trainer.runs.grid_file import Grid
 from trainer.runs.read import has_current_protocol
-from trainer.runs.run import Run, create_run, open_run, train_run
+from trainer.runs.run import Run, TrainReport, create_run, open_run, train_run
 from trainer.runs.spec import InitialWeights, RunSpec
 from trainer.runs.transfer import FULL
 
@@ -334,7 +334,7 @@ def _pretrain(
     folder = warehouse.runs_dir / run_name(spec)
     if not (folder / _DONE).exists():
         on_progress(f"pre-training on {spec.dataset}")
-        _fit(warehouse, spec, folder, on_progress)
+        train_to_end(warehouse, spec, folder, on_progress=on_progress)
         write_json(folder / _DONE, {"pretrain": spec.dataset})
 
 
@@ -344,18 +344,27 @@ def _train(
     folder: Path,
     on_progress: Callable[[TrainProgress | str], None],
 ) -> None:
-    run = _fit(warehouse, planned.spec, folder, on_progress)
+    run, _ = train_to_end(warehouse, planned.spec, folder, on_progress=on_progress)
     evaluate(warehouse, run, index="faiss", on_stage=on_progress)
     write_json(folder / _DONE, planned.combination.keys)
 
 
-def _fit(
+def train_to_end(
     warehouse: Warehouse,
     spec: RunSpec,
     folder: Path,
-    on_progress: Callable[[TrainProgress | str], None],
-) -> Run:
+    *,
+    on_epoch: Callable[[EpochRow], None] = lambda row: None,
+    on_progress: Callable[[TrainProgress], None],
+) -> tuple[Run, TrainReport]:
     """Create a run, or continue it, and train it to its end.
+
+    Args:
+        warehouse: Warehouse of the run.
+        spec: The run.
+        folder: Its folder, which may exist.
+        on_epoch: Called with each finished epoch, see :func:`trainer.runs.run.train_run`.
+        on_progress: Called after each step.
 
     Raises:
         Stopped: The training was interrupted.
@@ -367,11 +376,11 @@ def _fit(
         resume = (folder / "resume.safetensors").exists()
     else:
         run = create_run(warehouse, spec, name=folder.name)
-    report = train_run(run, resume=resume, on_progress=on_progress)
+    report = train_run(run, resume=resume, on_epoch=on_epoch, on_progress=on_progress)
     if not report.finished:
         raise Stopped
     raise_received()  # a signal while the last epoch is saved does not stop the training
-    return run
+    return run, report
 
 
 def _own_rows(folder: Path, model: str) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ SEED = "seed"
 """The one axis that needs no place in the table: cells are means over it."""
 MODALITIES = ("image", "text", "video", "joint")
 """Those of a feature table; :mod:`features.schema` would import pyarrow."""
-_ABOUT = (
+ABOUT = (
     "model",
     "preset",
     "dataset",
@@ -25,7 +25,8 @@ _ABOUT = (
     "transfer",
     "ranker",
     *MODALITIES,
-)  # not settings; "": not given
+)
+"""Entries of ``[runs]`` that are not settings; an empty text is not given."""
 _RESULT = ("run", "split", "targets", "seen", "metric", "value", "low", "high", "users")
 """Columns of the result; an axis cannot be called so."""
 _MOST = 10_000
@@ -203,7 +204,7 @@ def cross_axes(
         for key, name in keys.items():
             values.update(axes[key][name])
         about: dict[str, str | None] = {}
-        for name in _ABOUT:
+        for name in ABOUT:
             value = values.pop(name, None)
             if value is not None and not isinstance(value, str):
                 raise UserError(f"{name}={value!r} must be text")

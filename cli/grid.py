@@ -30,7 +30,8 @@ FileArgument = Annotated[
     typer.Argument(help="TOML file, every list in [runs] is an axis; or a recipe of --list."),
 ]
 ListOption = Annotated[
-    bool, typer.Option("--list", help="List the recipes: the tables of the papers.")
+    bool,
+    typer.Option("--list", help="List the recipes: the tables of the papers; with NAME that one."),
 ]
 DatasetsOption = Annotated[
     list[str] | None,
@@ -71,7 +72,7 @@ def grid(
 ) -> None:
     """Train and evaluate every combination of a table; finished runs are reused."""
     if list_:
-        list_recipes(json)
+        list_recipes(file, json)
         return
     if file is None:
         raise UserError("give a TOML file or a recipe; mmrec grid --list names the recipes")
@@ -79,6 +80,9 @@ def grid(
     recipe = read_recipe(file)
     warehouse = Warehouse(root)
     if recipe.is_statistics:
+        options = {"--source": source, "--features": features, "--set": set, "--plot": plot}
+        for option in (name for name, value in options.items() if value):
+            raise UserError(f"{file} is a table of datasets and has no runs; leave {option} out")
         warehouse.require()
         show_statistics(warehouse, recipe, dataset or [], json)
         return

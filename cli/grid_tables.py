@@ -21,9 +21,9 @@ _RANKING = {
 }
 
 
-def list_recipes(json: bool) -> None:
-    """Print the recipes of the package."""
-    recipes = [read_recipe(name) for name in recipe_names()]
+def list_recipes(name: str | None, json: bool) -> None:
+    """Print the recipes of the package, or the named one alone."""
+    recipes = [read_recipe(entry) for entry in (recipe_names() if name is None else [name])]
     if json:
         console.emit_json(
             [

@@ -378,6 +378,24 @@ def test_the_list_names_every_recipe_and_its_differences() -> None:
     assert all(command in text for command in commands)
 
 
+def test_the_list_of_a_name_is_one_recipe() -> None:
+    listed = json.loads(run("grid", "--list", "--json").stdout)
+    named = json.loads(run("grid", "mmsr/table-3", "--list", "--json").stdout)
+    assert named == [entry for entry in listed if entry["recipe"] == "mmsr/table-3"]
+
+
+@pytest.mark.parametrize("name", ["mmsr/table-1", "pmmrec/table-2"])
+@pytest.mark.parametrize(
+    "options",
+    [("--plot", "x.png"), ("--source", "s"), ("--set", "dim=3"), ("--features", "text")],
+)
+def test_a_table_of_datasets_refuses_the_options_of_runs(
+    root: str, name: str, options: tuple[str, ...]
+) -> None:
+    result = run("grid", name, *options, "--warehouse", root, code=2)
+    assert f"leave {options[0]} out" in result.stderr
+
+
 def test_the_statistics_count_cold_sequences_in_both_ways(root: str) -> None:
     rows = json.loads(run("grid", "mmsr/table-1", "--warehouse", root, "--json").stdout)
     dataset = load_dataset(Warehouse(root), "world")

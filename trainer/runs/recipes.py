@@ -103,7 +103,8 @@ def fill_recipe(
         quick: Keep one seed, and the first of the datasets.
 
     Raises:
-        UserError: The file is wrong, sets its datasets itself, or has one place for several.
+        UserError: The file is wrong, sets its datasets itself, has one place for several, has no
+            place for sources, or a source has the name of another entry.
     """
     document = dict(recipe.document)
     runs = dict(document["runs"]) if isinstance(document.get("runs"), dict) else {}
@@ -120,6 +121,7 @@ def fill_recipe(
         runs[SEED] = runs[SEED][:1]
         if SEED not in placed:
             runs[SEED] = runs[SEED][0]
+    _check_sources(recipe, sources)
     chosen = list(sources or datasets)
     runs = {
         key: _repeat(value, chosen) if isinstance(value, dict) else value
@@ -131,9 +133,22 @@ def fill_recipe(
         document["improvement"] = _repeat(document["improvement"], chosen)
     if isinstance(document.get("pretrain"), dict):
         document["pretrain"] = _repeat(document["pretrain"], chosen)
-    elif sources:
-        raise UserError(f"{recipe.name} has no pre-training; leave --source out")
     return parse_grid(Path(recipe.name), document)
+
+
+def _check_sources(recipe: Recipe, sources: Sequence[str]) -> None:
+    """Raise a UserError if sources are given twice, or to a recipe without a place for them."""
+    for number, source in enumerate(sources):
+        if source in sources[:number]:
+            raise UserError(f"--source {source} is given twice; give it once")
+    pretrainings = recipe.document.get("pretrain")
+    if sources and not isinstance(pretrainings, dict):
+        raise UserError(f"{recipe.name} has no pre-training; leave --source out")
+    if sources and not any(place in str(pretrainings) for place in (_EACH, _ALL)):
+        raise UserError(
+            f"{recipe.name} names the datasets of its pre-training itself, or pre-trains on the"
+            " dataset of each run; leave --source out"
+        )
 
 
 def _names(document: dict[str, Any], key: str) -> list[str]:
@@ -146,7 +161,13 @@ def _repeat(table: dict[str, Any], sources: Sequence[str]) -> dict[str, Any]:
     filled: dict[str, Any] = {}
     for name, value in table.items():
         for source in sources if _EACH in name else [""]:
-            filled[name.replace(_EACH, source)] = _fill(value, source, sources)
+            entry = name.replace(_EACH, source)
+            if entry in filled or (entry != name and entry in table):
+                raise UserError(
+                    f"the source {source!r} has the name of another entry, {entry!r}; prepare it"
+                    " under another name: mmrec prepare --name NAME"
+                )
+            filled[entry] = _fill(value, source, sources)
     return filled
 
 

@@ -20,6 +20,7 @@ from pipeline.datasets.importers.base import (
     Importer,
     ImportResult,
     plural,
+    quote_all,
 )
 from pipeline.datasets.importers.column_types import column_types, id_sql, text_sql
 from pipeline.datasets.importers.media_files import create_raw_items
@@ -78,19 +79,29 @@ def read(db: duckdb.DuckDBPyConnection, root: Path, files: Files) -> ImportResul
 def read_each(db: duckdb.DuckDBPyConnection, root: Path, files: Files) -> ImportResult:
     """Read the captions as items; there are no interactions.
 
+    A row without an id keeps its place, so that it is refused as in the layout ``captions``.
+
     Raises:
         UserError: The file is damaged, or has no column of ids or of captions.
     """
     result = read(db, root, files)
+    omitted, examples = fetch_row(
+        db, "SELECT count(*), list(item_id ORDER BY item_id)[:3] FROM described WHERE text IS NULL"
+    )
     db.execute(
-        "CREATE OR REPLACE TABLE raw_items AS SELECT item_id || '#' || (row_number() OVER"
-        " (PARTITION BY item_id ORDER BY row) - 1) AS item_id, caption AS text, image, video,"
-        " json_object('captioned', item_id)::VARCHAR AS attributes"
-        " FROM _captions JOIN raw_items USING (item_id) WHERE caption IS NOT NULL ORDER BY row"
+        "CREATE OR REPLACE TABLE raw_items AS SELECT nullif(item_id, '') || '#' ||"
+        " (row_number() OVER (PARTITION BY item_id ORDER BY row) - 1) AS item_id, caption AS text,"
+        " image, video, json_object('captioned', item_id)::VARCHAR AS attributes"
+        " FROM _captions LEFT JOIN raw_items USING (item_id)"
+        " WHERE caption IS NOT NULL OR coalesce(item_id, '') = '' ORDER BY row"
     )
     count, captioned = fetch_row(db, "SELECT count(*), count(DISTINCT attributes) FROM raw_items")
-    note = f"{plural(count, 'caption')} of {plural(captioned, 'item')}; each is an item of its own"
-    return replace(result, notes=(note, *result.notes[1:]))
+    notes = [f"{plural(count, 'caption')} of {plural(captioned, 'item')}; each is an item"]
+    if omitted:
+        notes.append(
+            f"{plural(omitted, 'item')} without a caption left out ({quote_all(examples)})"
+        )
+    return replace(result, notes=(*notes, *result.notes[1:]))
 
 
 IMPORTER = Importer(

@@ -21,7 +21,7 @@ def test_every_recipe_has_the_title_of_its_table(name: str) -> None:
 @pytest.mark.parametrize("quick", [False, True])
 def test_every_recipe_is_a_grid_on_a_dataset(name: str, quick: bool) -> None:
     recipe = read_recipe(name)
-    sources = ["s", "t"] if "pretrain" in recipe.document else []
+    sources = ["s", "t"] if "{source" in str(recipe.document.get("pretrain")) else []
     grid = fill_recipe(recipe, ["a"], sources, quick=quick)
     assert {combination.dataset for combination in grid.combinations} == {"a"}
     assert grid.departs == recipe.departs
@@ -50,6 +50,29 @@ def test_each_source_is_a_column_and_a_pre_training() -> None:
     assert {
         tuple(entry.pretraining.datasets) for entry in fused.combinations if entry.pretraining
     } == {("s", "t")}
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_commands_to_type_first_are_no_differences_from_the_paper(name: str) -> None:
+    recipe = read_recipe(name)
+    assert "mmrec extract" not in recipe.departs
+
+
+@pytest.mark.parametrize(
+    ("name", "sources", "message"),
+    [
+        ("pmmrec/table-6", ["ID"], "'ID'.*--name"),
+        ("pmmrec/table-6", ["s", "w/o PT"], "'w/o PT'.*--name"),
+        ("mmsr/table-9", ["Scratch"], "'Scratch'.*--name"),
+        ("pmmrec/table-6", ["s", "s"], "--source s is given twice"),
+        ("pmmrec/table-5", ["s", "t", "s"], "--source s is given twice"),
+        ("mmsrec/table-3", ["s"], "mmsrec/table-3.*leave --source out"),
+        ("mmsrec/figure-3", ["s", "t"], "mmsrec/figure-3.*leave --source out"),
+    ],
+)
+def test_a_source_that_has_no_place_is_refused(name: str, sources: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        fill_recipe(read_recipe(name), ["d"], sources)
 
 
 def test_what_does_not_fit_a_recipe_is_one_line(tmp_path: Path) -> None:

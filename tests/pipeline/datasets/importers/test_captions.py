@@ -41,6 +41,41 @@ def test_each_caption_is_an_item(warehouse: Warehouse, tmp_path: Path) -> None:
     assert json.loads(items_of(warehouse)[1]["attributes"]) == {"captioned": "1_a"}
 
 
+@pytest.mark.parametrize("format", ["captions", "caption-items"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"captions.csv": "id,caption\na,A dog\n,Nobody\n"},
+        {"captions.csv": "id,caption\na,A dog\n,\n"},
+        {"captions.txt": "1_a.jpg#0\tA dog\n#1\tNobody\n"},
+    ],
+)
+def test_a_caption_without_an_id_is_refused(
+    tmp_path: Path, content: dict[str, str], format: str
+) -> None:
+    with pytest.raises(UserError, match="without an id"):
+        prepared(Warehouse(tmp_path / "new"), tmp_path / "raw", content, format=format)
+
+
+@pytest.mark.parametrize(
+    ("content", "ids", "message"),
+    [
+        ("id,caption\na,A\nb,\n", ["a#0"], "1 item without a caption left out ('b')"),
+        ("id,caption\na,\nb,B\nb,\nc,\n", ["b#0"], "2 items without a caption left out"),
+    ],
+)
+def test_items_without_a_caption_are_named(
+    warehouse: Warehouse, tmp_path: Path, content: str, ids: list[str], message: str
+) -> None:
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw" / "captions.csv").write_text(content)
+    options = PrepareOptions(dataset="mine", raw=tmp_path / "raw", format="caption-items")
+    notes: list[str] = []
+    prepare_dataset(warehouse, options, notify=notes.append)
+    assert [row["item_id"] for row in items_of(warehouse)] == ids
+    assert any(message in note for note in notes)
+
+
 @pytest.mark.parametrize(
     "content", [{"captions.csv": ""}, {"captions.csv": "id,size\na,1\n"}, {"captions.txt": ""}]
 )

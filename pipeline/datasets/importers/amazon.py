@@ -12,7 +12,6 @@ first counts. The columns ``brand`` (2023: ``store``), ``categories`` (2018: ``c
 Images are files named by the item id (asin), or by the base name of one of the item's image URLs.
 """
 
-import html
 import re
 from collections.abc import Iterator, Mapping
 from itertools import islice
@@ -48,7 +47,7 @@ from pipeline.datasets.importers.raw_sql import (
     fetch_row,
     find_column,
 )
-from pipeline.datasets.importers.text_sql import clean_sql
+from pipeline.datasets.importers.text_sql import clean_sql, unescape_entities
 
 BATCH = 20_000  # lines that become one Arrow table
 _ITEM = ("parent_asin", "asin")
@@ -232,7 +231,7 @@ def _plain_text(value: Any) -> str | None:
         return None
     # A second pass removes tags that were written as entities.
     for _ in range(2):
-        value = html.unescape(_TAG.sub(" ", str(value)))
+        value = unescape_entities(_TAG.sub(" ", str(value)))
     return valid_text(" ".join(value.split())) or None
 
 

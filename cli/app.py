@@ -17,6 +17,7 @@ from cli import (
     demo,
     doctor,
     evaluate,
+    export,
     export_dataset,
     export_features,
     extract,
@@ -166,6 +167,7 @@ app.command("train")(train.train)
 app.command("pretrain")(pretrain.pretrain)
 app.command("eval")(evaluate.evaluate)
 app.command("recommend")(recommend.recommend)
+app.command("export")(export.export)
 app.command("compare")(compare.compare)
 app.command("report")(report.report)
 app.command("runs")(runs.runs)

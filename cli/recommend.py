@@ -21,6 +21,7 @@ from features.errors import UserError
 from features.warehouse import Warehouse
 
 if TYPE_CHECKING:
+    from trainer.runs.exported import ExportedRun
     from trainer.runs.recommend import Predictor, Suggestion
 
 _REQUESTS = "--user USER_ID, --history ITEM_ID,ITEM_ID,..., --all, or --similar ITEM_ID"
@@ -49,6 +50,9 @@ def recommend(
     dataset: Annotated[
         str | None, Option(help="Another dataset; default: that of the run, as it is now.")
     ] = None,
+    export: Annotated[
+        Path | None, Option(help="Folder of mmrec export, in place of a run; for --history.")
+    ] = None,
     index: IndexOption = "faiss",
     device: DeviceOption = None,
     json: JsonOption = False,
@@ -60,32 +64,83 @@ def recommend(
     run recommends from the new catalogue without training.
     """
     _check_out(out, is_for_all=all)
-    if sum((user is not None, bool(history), all, similar is not None)) != 1:
-        raise UserError(f"give one of {_REQUESTS}")
-    if k < 1:
-        raise UserError(f"--k {k} is not a number of items; give at least 1")
+    _check_request((user is not None, bool(history), all, similar is not None), k)
+    if export is not None:
+        others = {"RUN": name, "--run": run, "--dataset": dataset, "--new-share": new_share}
+        _check_export(others, history)
+        exported = _open_export(export, index, {"only": only, "exclude": exclude})
+        items = _history(exported, history or [])
+        _recommend_one(exported, exported.source, None, items, k, keep_seen=keep_seen, json=json)
+        return
     warehouse = Warehouse(root)
-    folder = choose_run(warehouse, name, run)
-    predictor = _open(warehouse, folder, dataset, device, index, {
+    predictor = _open(warehouse, choose_run(warehouse, name, run), dataset, device, index, {
         "only": only, "exclude": exclude, "new_share": new_share, "new_below": new_below,
     })  # fmt: skip
-    document: dict[str, Any] = {"run": folder.name, "dataset": predictor.run.spec.dataset}
+    document = {"run": predictor.run.name, "dataset": predictor.run.spec.dataset}
     if out is not None:
         document |= _write_all(predictor, out, k, keep_seen)
         if json:
             console.emit_json(document)
-        return
-    if similar is not None:
-        document |= {"similar": similar}
+    elif similar is not None:
         suggestions = predictor.named(predictor.similar(predictor.item(similar), k))
+        _print({**document, "similar": similar}, suggestions, k, json=json, score="cosine")
     else:
-        items = _history(predictor, user, history or [])
-        document |= _describe_history(predictor, user, items)
-        suggestions = predictor.named(predictor.for_history(items, k, keep_seen=keep_seen))
+        items = _history(predictor, history or []) if user is None else _own_items(predictor, user)
+        _recommend_one(predictor, document, user, items, k, keep_seen=keep_seen, json=json)
+
+
+def _recommend_one(
+    predictor: "Predictor | ExportedRun",
+    document: dict[str, Any],
+    user: str | None,
+    items: list[int],
+    k: int,
+    *,
+    keep_seen: bool,
+    json: bool,
+) -> None:
+    """Recommend for the items of a history, and print the list."""
+    document |= _describe_history(predictor, user, items)
+    suggestions = predictor.named(predictor.for_history(items, k, keep_seen=keep_seen))
+    _print(document, suggestions, k, json=json)
+
+
+def _check_request(requests: tuple[bool, ...], k: int) -> None:
+    """Raise a UserError unless one list of at least one item is asked for."""
+    if sum(requests) != 1:
+        raise UserError(f"give one of {_REQUESTS}")
+    if k < 1:
+        raise UserError(f"--k {k} is not a number of items; give at least 1")
+
+
+def _check_export(others: dict[str, Any], history: list[str] | None) -> None:
+    """Raise a UserError if ``--export`` is given with an option that needs a warehouse."""
+    given = [option for option, value in others.items() if value]
+    if given or not history:
+        reason = f"{' and '.join(given)} need a warehouse" if given else "an export has no users"
+        raise UserError(f"{reason}; give --export DIR --history ITEM_ID,ITEM_ID,...")
+
+
+def _open_export(folder: Path, index: str, choice: dict[str, Any]) -> "ExportedRun":
+    """Open the files of ``mmrec export``."""
+    from trainer.runs.choice import Choice
+    from trainer.runs.exported import ExportedRun
+
+    return ExportedRun(folder, index=index, choice=Choice(**choice))
+
+
+def _print(
+    document: dict[str, Any],
+    suggestions: "list[Suggestion]",
+    k: int,
+    *,
+    json: bool,
+    score: str = "score",
+) -> None:
     if json:
         console.emit_json({**document, "items": [asdict(entry) for entry in suggestions]})
     else:
-        _show(suggestions, k, score="cosine" if similar is not None else "score")
+        _show(suggestions, k, score=score)
 
 
 def _open(
@@ -119,14 +174,17 @@ def _check_out(out: Path | None, *, is_for_all: bool) -> None:
         check_ending(out)
 
 
-def _history(predictor: "Predictor", user: str | None, history: list[str]) -> list[int]:
-    """Return the items of a user of the dataset, or of the values of ``--history``.
+def _own_items(predictor: "Predictor", user: str) -> list[int]:
+    """Return the items of a user of the dataset."""
+    items: list[int] = predictor.history(predictor.user(user)).tolist()
+    return items
+
+
+def _history(predictor: "Predictor | ExportedRun", history: list[str]) -> list[int]:
+    """Return the items of the values of ``--history``.
 
     A value that is itself an item id is not divided at its commas.
     """
-    if user is not None:
-        items: list[int] = predictor.history(predictor.user(user)).tolist()
-        return items
     has_comma = any("," in value for value in history)
     known = set(predictor.item_ids.to_pylist()) if has_comma else set()
     ids = [
@@ -140,7 +198,9 @@ def _history(predictor: "Predictor", user: str | None, history: list[str]) -> li
     return [predictor.item(item_id) for item_id in ids]
 
 
-def _describe_history(predictor: "Predictor", user: str | None, items: list[int]) -> dict[str, Any]:
+def _describe_history(
+    predictor: "Predictor | ExportedRun", user: str | None, items: list[int]
+) -> dict[str, Any]:
     """Tell the user which history is used, and return the same facts for the JSON document."""
     last = predictor.item_ids[items[-1]].as_py()
     console.notify(f"from a history of {len(items):,} items, the last one {last}")

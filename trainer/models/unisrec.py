@@ -97,8 +97,13 @@ class UniSRec(TextTransferRecommender):
         """Encode the given items: (K, D)."""
         vectors_KD: Tensor = self.item_encoder(items_K, features)
         if self.settings.ids:
-            vectors_KD = vectors_KD + self.id(items_K) * self.known_N[items_K, None]
+            vectors_KD = vectors_KD + self.embed_identity(items_K)
         return vectors_KD
+
+    def embed_identity(self, items_K: Tensor) -> Tensor:
+        """Return the learned vectors (K, D); zero for items without training interactions."""
+        identity_KD: Tensor = self.id(items_K) * self.known_N[items_K, None]
+        return identity_KD
 
     def contrast(self, batch: Batch) -> dict[str, Tensor]:
         """Return the two contrasts of the pre-training, and their weighted sum as ``loss``."""

@@ -24,7 +24,7 @@ from torch.nn import functional
 
 from trainer.config import Choice, NetworkSettings, NormEpsilon, PositiveInt, check_multiple
 from trainer.kernels.elementwise import dropout
-from trainer.modules.tokens import Tokens, masked_mean
+from trainer.modules.tokens import Tokens, all_exist, masked_mean
 from trainer.modules.transformer import BlockConfig, TransformerBlock
 
 _SHARED = "shared"
@@ -211,7 +211,7 @@ class MergeAttention(Fusion):
         typed = _typed(modalities, self.types)
         x_KSD, mask_KS = (torch.cat([tokens[i] for tokens in typed], dim=1) for i in range(2))
         x_KSD, mask_KS = _with_cls(x_KSD, mask_KS, self.cls)
-        keys_KS = None if bool(mask_KS.all()) else mask_KS
+        keys_KS = None if all_exist(mask_KS) else mask_KS
         for block in self.blocks:
             x_KSD = block(x_KSD, keys_KS)
         return masked_mean(x_KSD, mask_KS) if self.cls is None else x_KSD[:, 0]

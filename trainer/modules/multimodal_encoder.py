@@ -23,6 +23,7 @@ from trainer.data.batches import ItemFeatures, Sequences, TrainSet
 from trainer.kernels.elementwise import dropout
 from trainer.losses.base import SCORES, LossSettings
 from trainer.modules.sequence_encoders import SequenceSettings
+from trainer.modules.tokens import all_exist
 from trainer.modules.transformer import initialise, positions_from_end
 from trainer.modules.whitening import Whitening
 
@@ -191,7 +192,7 @@ class MultimodalEncoder(nn.Module):
         # The backward pass of `x_KD[row_BL]` adds in an order that depends on the threads.
         tokens_BLCD = torch.stack([functional.embedding(row_BL, x) for x in items.modalities], 2)
         # The causal encoder always reads `instead`, so that every step gives it a gradient.
-        if self.causal or bool(replaced_BLC.any()):
+        if self.causal or not all_exist(~replaced_BLC):
             special_BLD = self.instead(special_BL)
             tokens_BLCD = torch.where(replaced_BLC[..., None], special_BLD[:, :, None], tokens_BLCD)
         positions_BL = positions_from_end(sequences.lengths_B, items_BL.shape[1])
@@ -217,15 +218,29 @@ class MultimodalEncoder(nn.Module):
             (M, D), sequence by sequence; with ``score=cosine`` of length 1.
         """
         B, L, C, D = tokens_BLCD.shape
-        mask = None if bool(exists_BLC.all()) else exists_BLC.view(B, L * C)
-        if self.causal and L > 1:
-            item_T = torch.arange(L, device=tokens_BLCD.device).repeat_interleave(C)
-            before_TT = item_T <= item_T[:, None]
-            mask = before_TT[None] if mask is None else before_TT & mask[:, None]
+        mask = self.attention_mask(exists_BLC)
         selected_BT = selected_BL[..., None].expand(B, L, C).reshape(B, L * C)
         states = self.transformer(tokens_BLCD.view(B, L * C, D), mask, selected_BT)
         vectors_MD = self.pool(states.view(-1, C, D), exists_BLC[selected_BL], self.names)
         return self.settings.normalise(vectors_MD)
+
+    def attention_mask(self, exists_BLC: Tensor) -> Tensor | None:
+        """Return the tokens that a token attends to.
+
+        Args:
+            exists_BLC: Bool, true where a token exists.
+
+        Returns:
+            (B, T) or (B or 1, T, T), see :func:`trainer.kernels.attention.self_attention`; ``None``
+            if each token attends to all.
+        """
+        B, L, C = exists_BLC.shape
+        mask = None if all_exist(exists_BLC) else exists_BLC.view(B, L * C)
+        if self.causal and L > 1:
+            item_T = torch.arange(L, device=exists_BLC.device).repeat_interleave(C)
+            before_TT = item_T <= item_T[:, None]
+            mask = before_TT[None] if mask is None else before_TT & mask[:, None]
+        return mask
 
     def pool(self, states_MCD: Tensor, exists_MC: Tensor, names: Sequence[str]) -> Tensor:
         """Return the element-wise maximum over the output heads of the tokens that exist.
@@ -240,7 +255,7 @@ class MultimodalEncoder(nn.Module):
         """
         heads = [self.outputs[name](states_MCD[:, c]) for c, name in enumerate(names)]
         lowest = torch.finfo(heads[0].dtype).min
-        if not bool(exists_MC.all()):
+        if not all_exist(exists_MC):
             heads = [x.masked_fill(~exists_MC[:, c, None], lowest) for c, x in enumerate(heads)]
         largest_MD: Tensor = functools.reduce(torch.maximum, heads)
         return largest_MD

@@ -11,6 +11,14 @@ Tokens = tuple[Tensor, Tensor]
 """(K, T, D) float tokens, and (K, T) bool, true where a token exists."""
 
 
+def all_exist(mask: Tensor) -> bool:
+    """Return whether a mask is true everywhere, so that it can be left out.
+
+    In a graph that is exported, where the values are unknown, the result is False.
+    """
+    return not torch.compiler.is_exporting() and bool(mask.all())
+
+
 def masked_mean(x_KTD: Tensor, mask_KT: Tensor) -> Tensor:
     """Return the mean of the tokens that exist: (K, D). Each item must have at least one."""
     if x_KTD.shape[1] == 1:

@@ -83,15 +83,15 @@ class Predictor:
         self._index_name = index
         table = load_items(warehouse, run.spec.dataset, ["item_id", "text"])
         self.item_ids = table.column("item_id").combine_chunks()
-        self._texts = table.column("text")
+        self.texts = table.column("text")
         if run.joint is not None:
             rows = run.joint.rows_of_later()
-            self.item_ids, self._texts = run.joint.ids, self._texts.take(rows)
+            self.item_ids, self.texts = run.joint.ids, self.texts.take(rows)
         choice = choice or Choice()
         is_listed_N = run.is_listed() & choice.allowed(self.item_ids)
         if not is_listed_N.any():
             raise UserError("no item is left to recommend; allow more items")
-        self._search = CatalogueSearch(
+        self.search = CatalogueSearch(
             run.model,
             run.data,
             index=index,
@@ -102,7 +102,7 @@ class Predictor:
         self._is_rare_N = is_listed_N & (self.dataset.train_counts < choice.new_below)
         self._rare = None
         if choice.new_share and self._is_rare_N.any():
-            self._rare = self._search.restricted(ListedItems.of(self._is_rare_N))
+            self._rare = self.search.restricted(ListedItems.of(self._is_rare_N))
 
     # -- users, items and histories ------------------------------------------------------------
 
@@ -113,11 +113,12 @@ class Predictor:
             UserError: No user has the id.
         """
         ids = load_user_ids(self.warehouse, self.run.spec.dataset)
-        index = _index_of(ids, user_id)
+        index = index_of(ids, user_id)
         if index < 0:
             raise UserError(
                 f"dataset {self.run.spec.dataset!r} has no user {user_id!r}"
-                f" ({_examples(ids, 'users')}); for a new user give --history ITEM_ID,ITEM_ID,..."
+                f" ({name_examples(ids, 'users')}); for a new user give"
+                " --history ITEM_ID,ITEM_ID,..."
             )
         return index
 
@@ -127,13 +128,13 @@ class Predictor:
         Raises:
             UserError: No item of the catalogue has the id.
         """
-        index = _index_of(self.item_ids, item_id)
+        index = index_of(self.item_ids, item_id)
         if index < 0:
             core = self.dataset.info.k_core
             left_out = f"; the {core}-core left rare items out" if core > 1 else ""
             raise UserError(
                 f"the catalogue of {self.run.spec.dataset!r} has no item {item_id!r}"
-                f" ({_examples(self.item_ids, 'items')}{left_out}); give an id of mmrec sql"
+                f" ({name_examples(self.item_ids, 'items')}{left_out}); give an id of mmrec sql"
                 f" \"SELECT item_id, text FROM items WHERE dataset = '{self.run.spec.dataset}'\""
             )
         return index
@@ -208,7 +209,7 @@ class Predictor:
 
     def _lists(self, search: Callable[[CatalogueSearch, int], TopItems], k: int) -> TopItems:
         """Return the best items of each history, with the least share of new ones."""
-        top = search(self._search, self._list_length(k))
+        top = search(self.search, self._list_length(k))
         least = self._choice.least_new(top[1].shape[1])
         if self._rare is None or not least:
             return top
@@ -221,13 +222,13 @@ class Predictor:
         Raises:
             UserError: The model has no item vectors.
         """
-        if not self.run.model.has_vectors or self._search.items_ND.shape[1] < 2:
+        if not self.run.model.has_vectors or self.search.items_ND.shape[1] < 2:
             raise UserError(
                 f"{self.run.spec.model} has no item vectors, so --similar compares nothing;"
                 " give --user or --history"
             )
-        unit_ND = torch.nn.functional.normalize(self._search.items_ND, dim=1)
-        listed = self._search.listed
+        unit_ND = torch.nn.functional.normalize(self.search.items_ND, dim=1)
+        listed = self.search.listed
         itself = listed.seen(SeenItems(items=np.array([item]), offsets=np.array([0, 1])))
         query_1D = unit_ND[item : item + 1]
         index = make_index(self._index_name, unit_ND[torch.from_numpy(listed.rows_S)])
@@ -242,7 +243,7 @@ class Predictor:
             Suggestion(
                 rank=rank,
                 item_id=self.item_ids[item].as_py(),
-                text=self._texts[item].as_py(),
+                text=self.texts[item].as_py(),
                 score=float(score),
                 cold=bool(self.dataset.cold[item]),
             )
@@ -252,7 +253,7 @@ class Predictor:
     def _list_length(self, k: int) -> int:
         if k < 1:
             raise UserError(f"--k {k} is not the length of a list; give at least 1")
-        return min(k, len(self._search.listed))
+        return min(k, len(self.search.listed))
 
 
 def write_all(
@@ -310,7 +311,7 @@ def _blocks(predictor: Predictor, k: int, keep_seen: bool) -> Iterator[tuple[int
         yield stop, pa.table(columns).cast(RECOMMENDATIONS)
 
 
-def _index_of(ids: pa.Array | pa.ChunkedArray, text: str) -> int:
+def index_of(ids: pa.Array | pa.ChunkedArray, text: str) -> int:
     """Return the index of an id, -1 if it is not among the ids.
 
     ``pyarrow.compute.index`` converts the id to a scalar, and pyarrow's first conversion imports
@@ -326,6 +327,7 @@ def _index_of(ids: pa.Array | pa.ChunkedArray, text: str) -> int:
     return -1
 
 
-def _examples(ids: pa.Array | pa.ChunkedArray, kind: str) -> str:
+def name_examples(ids: pa.Array | pa.ChunkedArray, kind: str) -> str:
+    """Return the number of some ids and the first ones, for messages."""
     examples = ", ".join(ids.slice(0, _EXAMPLES).to_pylist())
     return f"{len(ids):,} {kind}, such as {examples}"

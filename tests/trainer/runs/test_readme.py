@@ -7,10 +7,13 @@ import pytest
 
 from trainer.models.registry import MODELS
 from trainer.runs.grid_file import read_grid
+from trainer.runs.tune_file import read_search
 
 FOLDER = Path(__file__).parents[3] / "trainer" / "runs"
 README = (FOLDER / "README.md").read_text(encoding="utf-8")
-GRIDS = re.findall(r"^```toml\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+FILES = re.findall(r"^```toml\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+SEARCHES = [text for text in FILES if text.startswith("trials")]
+GRIDS = [text for text in FILES if text not in SEARCHES]
 
 
 def test_every_file_is_listed() -> None:
@@ -19,10 +22,9 @@ def test_every_file_is_listed() -> None:
 
 
 def test_the_listed_models_are_known() -> None:
-    section = README.partition("## Train\n")[2].partition("\n## ")[0]
-    listed = re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)
-    assert listed
-    assert set(listed) <= set(MODELS)
+    table = README.partition("| model | description |\n")[2].partition("\n\n")[0]
+    listed = re.findall(r"`(\w+)`", "".join(re.findall(r"^\|(.*?) \|", table, re.MULTILINE)))
+    assert set(listed) == set(MODELS)
 
 
 @pytest.mark.parametrize(("text", "combinations"), list(zip(GRIDS, (27, 18), strict=True)))
@@ -30,3 +32,10 @@ def test_a_grid_is_valid(tmp_path: Path, text: str, combinations: int) -> None:
     path = tmp_path / "grid.toml"
     path.write_text(text, encoding="utf-8")
     assert len(read_grid(path).combinations) == combinations
+
+
+@pytest.mark.parametrize("text", SEARCHES)
+def test_a_search_is_valid(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "search.toml"
+    path.write_text(text, encoding="utf-8")
+    assert read_search(path).trials == 50

@@ -321,10 +321,17 @@ def quiet_process(home: Path) -> Iterator[None]:
 
 
 def import_all() -> None:
-    """Import every module of the program: one whose import is interrupted cannot be used again."""
+    """Import every module of the program: one whose import is interrupted cannot be used again.
+
+    Modules of trackers whose packages are not installed are left out.
+    """
     for package in (cli, pipeline, trainer, retrieval, features):
         for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
-            importlib.import_module(module.name)
+            try:
+                importlib.import_module(module.name)
+            except ModuleNotFoundError:
+                if not module.name.startswith("trainer.tracking."):
+                    raise
 
 
 def main() -> None:

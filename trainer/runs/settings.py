@@ -1,7 +1,7 @@
 """The settings of a run: defaults of the model and of its stage, a preset, a file and pairs."""
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from types import MappingProxyType
 from typing import Any
 
@@ -11,7 +11,6 @@ from trainer.config import (
     SettingSources,
     TrainConfig,
     build_settings,
-    settings_tables,
 )
 from trainer.data.multi_dataset import AttributeColumns
 from trainer.models.base import Recommender
@@ -87,16 +86,29 @@ def resolve_settings(
             raise UserError(
                 f"{recommender.__name__} does not read {name!r}; leave --set {name} out"
             )
-    defaults: Mapping[str, Any] = {**recommender.train_defaults, **changed_defaults}
-    if is_pretraining:
-        assert recommender.pretraining is not None
-        defaults = {**defaults, **recommender.pretraining.settings}
-    defaults = {**defaults, **preset_settings(recommender, sources.preset, is_pretraining)}
+    defaults = stage_defaults(recommender, is_pretraining, changed_defaults)
+    defaults |= preset_settings(recommender, sources.preset, is_pretraining)
+    return build_settings(settings_classes(recommender, is_pretraining), sources, defaults)
+
+
+def settings_classes(recommender: type[Recommender], is_pretraining: bool) -> list[type[Any]]:
+    """Return the classes of the settings of the loop, of the model and of the task, if any."""
     task_class = TASKS.find(task_name(recommender, is_pretraining)).settings_class
     classes: list[type[Any]] = [TrainConfig, recommender.settings_class]
-    if task_class is not None:
-        classes.append(task_class)
-    return build_settings(classes, sources, defaults)
+    return classes if task_class is None else [*classes, task_class]
+
+
+def stage_defaults(
+    recommender: type[Recommender],
+    is_pretraining: bool,
+    changed_defaults: Mapping[str, Any] = MappingProxyType({}),
+) -> dict[str, Any]:
+    """Return the defaults of the model and of its stage that are not those of the classes."""
+    defaults = {**recommender.train_defaults, **changed_defaults}
+    if is_pretraining:
+        assert recommender.pretraining is not None
+        defaults |= recommender.pretraining.settings
+    return defaults
 
 
 def changed_settings(
@@ -109,12 +121,15 @@ def changed_settings(
         is_pretraining: Compare with the defaults of the pre-training.
         given: The tables of settings of :func:`trainer.config.settings_tables`.
     """
-    defaults = settings_tables(*resolve_settings(recommender, is_pretraining, SettingSources()))
+    # Defaults alone need not be valid: the pre-training of s3rec has no default of `attributes`.
+    classes = settings_classes(recommender, is_pretraining)
+    defaults = {entry.name: entry.default for kind in classes for entry in fields(kind)}
+    defaults |= stage_defaults(recommender, is_pretraining)
     return [
         f"{name}={str(value).lower() if isinstance(value, bool) else value}"
-        for table, values in given.items()
+        for values in given.values()
         for name, value in values.items()
-        if value != defaults[table][name]
+        if value != defaults[name]
     ]
 
 

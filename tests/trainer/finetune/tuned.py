@@ -67,6 +67,7 @@ class Whole(TokenFeatures):
         set_once(self, "values", table.values)
         set_once(self, "offsets", table.offsets)
         set_once(self, "device", table.device)
+        set_once(self, "row_N", None)
         set_once(self, "_encode", encode)
 
     _encode: Callable[[Sequence[int]], tuple[Tensor, Tensor]]

@@ -4,7 +4,7 @@ This module does not import torch.
 """
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,6 +122,25 @@ def read_pretrainings(tables: Any) -> dict[str, Pretraining]:
 
 def _text(value: Scalar | None) -> str | None:
     return str(value) if value else None
+
+
+def runs_table(document: Mapping[str, Any], known: Sequence[str]) -> dict[str, Any]:
+    """Return the table ``[runs]`` of a file of a grid or of a search.
+
+    Args:
+        document: The content of the file.
+        known: The keys that it can have.
+
+    Raises:
+        UserError: A key is unknown, or there is no table.
+    """
+    for key in document:
+        if key not in known:
+            raise unknown("key", key, [*known, "... in [runs]"])
+    runs = document.get("runs")
+    if not isinstance(runs, dict) or not runs:
+        raise UserError("there is no table [runs]; it holds model, dataset, features and settings")
+    return runs
 
 
 def read_axes(runs: dict[str, Any]) -> dict[str, dict[str, dict[str, Scalar]]]:

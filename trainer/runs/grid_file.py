@@ -25,6 +25,7 @@ from trainer.runs.grid_axes import (
     cross_axes,
     read_axes,
     read_pretrainings,
+    runs_table,
 )
 
 SPLITS = ("validation", "test")
@@ -116,12 +117,7 @@ def parse_grid(path: Path, document: dict[str, Any]) -> Grid:
 
 
 def _grid(path: Path, document: dict[str, Any]) -> Grid:
-    for key in document:
-        if key not in _TOP:
-            raise unknown("key", key, [*_TOP, "... in [runs]"])
-    runs = document.get("runs")
-    if not isinstance(runs, dict) or not runs:
-        raise UserError("there is no table [runs]; it holds model, dataset, features and settings")
+    runs = runs_table(document, _TOP)
     for key in _LISTS:
         entries = document.get(key, [])
         if not isinstance(entries, list) or not all(isinstance(entry, str) for entry in entries):

@@ -29,6 +29,7 @@ from trainer.models.base import Catalogue, Recommender
 from trainer.models.registry import MODELS
 from trainer.runs.catalogue import JointCatalogue, read_catalogue
 from trainer.runs.folder import read_about
+from trainer.runs.read import read_record
 from trainer.runs.run import Run, build_model, open_run
 from trainer.runs.spec import PreparationError, RunSpec
 from trainer.tasks.registry import TASKS
@@ -54,7 +55,10 @@ def open_current(
             spec = RunSpec.read(warehouse, folder)
         except PreparationError:
             return open_later(warehouse, folder, own, device=device)
-        if spec.is_pretraining or _has_same_features(folder, spec):
+        # Without weights there is no identity, and opening the run tells the user so.
+        identity = read_record(warehouse, folder.name).identity
+        features = [dict(table) for table in spec.data.features]
+        if spec.is_pretraining or identity.get("features", features) == features:
             return open_run(warehouse, folder, device=device)
     return open_later(warehouse, folder, dataset or own, device=device)
 
@@ -115,15 +119,6 @@ def open_later(
         task=task,
         joint=joint,
     )
-
-
-def _has_same_features(folder: Path, spec: RunSpec) -> bool:
-    """Return whether the feature tables are those of the weights; True without weights."""
-    path = folder / "model.safetensors"
-    if not path.exists():
-        return True
-    document = read_tensors(path, "train again")[1]
-    return bool(document.get("features") == [dict(table) for table in spec.data.features])
 
 
 def _check_model(folder: Path, spec: RunSpec, recommender: type[Recommender]) -> None:

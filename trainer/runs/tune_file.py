@@ -13,7 +13,14 @@ from typing import Any
 
 from features.documents import read_user_toml
 from features.errors import UserError, unknown
-from trainer.runs.grid_axes import Combination, Scalar, cross_axes, read_axes, setting_text
+from trainer.runs.grid_axes import (
+    Combination,
+    Scalar,
+    cross_axes,
+    read_axes,
+    runs_table,
+    setting_text,
+)
 
 SAMPLERS = ("tpe", "random", "gp")
 """Samplers of Optuna: the tree-structured Parzen estimator, random search, a Gaussian process."""
@@ -99,12 +106,7 @@ def read_search(path: Path) -> Search:
 
 
 def _search(path: Path, document: dict[str, Any]) -> Search:
-    for key in document:
-        if key not in _TOP:
-            raise unknown("key", key, [*_TOP, "... in [runs]"])
-    runs = document.get("runs")
-    if not isinstance(runs, dict) or not runs:
-        raise UserError("there is no table [runs]; it holds model, dataset, features and settings")
+    runs = runs_table(document, _TOP)
     ranges = {key: _range(key, value) for key, value in runs.items() if _is_range(value)}
     others = {key: value for key, value in runs.items() if key not in ranges}
     axes = read_axes(others)

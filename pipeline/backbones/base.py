@@ -12,6 +12,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -64,6 +65,11 @@ def split_mask(name: str) -> tuple[str, int | None]:
     """Split ``NAME@mask-75`` into the name and the percentage of masked patches, or None."""
     match = re.fullmatch(r"(.+)@mask-([0-9]{1,9})", name)
     return (match[1], int(match[2])) if match else (name, None)
+
+
+def folder_files(folder: Path) -> tuple[Path, ...]:
+    """Return the paths of all files of a folder, of its subfolders too, in order."""
+    return tuple(sorted(path for path in folder.rglob("*") if path.is_file()))
 
 
 def block_of(level: str) -> int | None:
@@ -156,6 +162,9 @@ class Backbone(ABC):
         """Versions of the libraries that compute the vectors."""
         self.source: dict[str, Any] = {}
         """Location of the checkpoint, from which ``--tune-blocks`` loads the upper blocks."""
+        self.weight_files: tuple[Path, ...] | None = None
+        """Files that decide the vectors; None if they are unknown. A repeated extraction loads the
+        backbone only if one of them has changed, or if they are unknown."""
 
     @abstractmethod
     def embed(self, batch: InputBatch) -> Vectors:

@@ -51,6 +51,7 @@ class Hashed(Backbone):
         self, name: str | None = None, *, device: str | None = None, compute: str = "float32"
     ) -> None:
         super().__init__(name)
+        self.weight_files = ()
         self.libraries = {"numpy": np.__version__, "pillow": PIL.__version__}
 
     def image_preprocessing(self) -> str:

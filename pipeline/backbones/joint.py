@@ -16,7 +16,14 @@ from PIL import Image
 
 from features.errors import UserError
 from pipeline.backbones import torch_utils
-from pipeline.backbones.base import TOKENS, InputBatch, TokenIds, Vectors, split_pooling
+from pipeline.backbones.base import (
+    TOKENS,
+    InputBatch,
+    TokenIds,
+    Vectors,
+    folder_files,
+    split_pooling,
+)
 from pipeline.backbones.hidden_states import HiddenStates
 from pipeline.backbones.processors import ImageInput, TextInput
 from pipeline.backbones.torch_backbone import TorchBackbone
@@ -63,6 +70,7 @@ class JointBackbone(TorchBackbone):
         model, missing, self.checkpoint = load_model(folder, config, self._device)
         self._model: Any = model
         self.source = {"library": "transformers", "folder": str(folder.absolute())}
+        self.weight_files = folder_files(folder)
         self._need_pooler(missing)
         self._image_input = ImageInput(folder, self._device)
         self.input_size = self._image_input.size

@@ -25,7 +25,7 @@ from features.checkpoint_fingerprint import fingerprint
 from features.encoder_blocks import open_clip_blocks
 from features.errors import UserError
 from pipeline.backbones import hub, torch_utils
-from pipeline.backbones.base import InputBatch, TokenIds, split_pooling
+from pipeline.backbones.base import InputBatch, TokenIds, folder_files, split_pooling
 from pipeline.backbones.hidden_states import of_open_clip as of_open_clip_blocks
 from pipeline.backbones.image_transforms import of_open_clip
 from pipeline.backbones.open_clip_text import OpenClipTextEncoder
@@ -242,10 +242,13 @@ def _load(
             f"backbone {name!r}: open_clip cannot load {model_name.removeprefix('local-dir:')}"
             f" ({one_line(error)})"
         ) from None
+    folder = Path(model_name.removeprefix("local-dir:"))
+    weights = Path(options["pretrained"]) if options else folder
+    backbone.weight_files = (weights,) if weights.is_file() else folder_files(folder)
     backbone.source = {
         "library": "open_clip",
         "model": model_name,
-        "weights": str(Path(options["pretrained"]).absolute()) if options else "",
+        "weights": str(weights.absolute()) if options else "",
         "config": config,
     }
     return backbone

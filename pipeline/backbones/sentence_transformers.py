@@ -19,7 +19,7 @@ from features.checkpoint_fingerprint import fingerprint, stored_config
 from features.checkpoint_paths import check_shards, named_path
 from features.errors import UserError
 from pipeline.backbones import torch_utils
-from pipeline.backbones.base import InputBatch, TokenIds, split_pooling
+from pipeline.backbones.base import InputBatch, TokenIds, folder_files, split_pooling
 from pipeline.backbones.hidden_states import of_transformers
 from pipeline.backbones.torch_backbone import TorchBackbone
 from pipeline.backbones.transformers_loading import libraries, loading
@@ -68,6 +68,7 @@ class SentenceTransformersBackbone(TorchBackbone):
             config = {"modules": repr(model), "transformer": stored_config(base)}
             self.checkpoint = fingerprint(model.state_dict(), config)
             self.source = {"library": "sentence-transformers", "folder": str(folder.absolute())}
+            self.weight_files = folder_files(folder)
             self._model: Any = model
             self._prompt = model.prompts.get(model.default_prompt_name or "") or None
             self._add_encoder(model[0])

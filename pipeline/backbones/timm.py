@@ -29,7 +29,7 @@ from features.checkpoint_fingerprint import fingerprint
 from features.encoder_blocks import recorded_inputs, recorded_states
 from features.errors import UserError
 from pipeline.backbones import hub, torch_utils
-from pipeline.backbones.base import TOKENS, InputBatch, Vectors, split_pooling
+from pipeline.backbones.base import TOKENS, InputBatch, Vectors, folder_files, split_pooling
 from pipeline.backbones.hidden_states import HiddenStates
 from pipeline.backbones.image_transforms import of_compose
 from pipeline.backbones.torch_backbone import TorchBackbone
@@ -196,6 +196,7 @@ def from_folder(name: str, folder: Path, device: str | None, compute: str) -> Ti
         model = timm.create_model(f"local-dir:{folder}", pretrained=True)
         backbone = TimmBackbone(name, model, device, compute)
     backbone.source["folder"] = str(folder.absolute())
+    backbone.weight_files = folder_files(folder)
     return backbone
 
 
@@ -251,4 +252,6 @@ def _load(
             arch, pretrained=True, num_classes=classes, pretrained_cfg_overlay=overlay
         )
         model.pretrained_cfg.pop("state_dict", None)
-        return TimmBackbone(name, model, device, compute)
+        backbone = TimmBackbone(name, model, device, compute)
+    backbone.weight_files = (path,)
+    return backbone

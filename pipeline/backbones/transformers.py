@@ -19,7 +19,7 @@ from PIL import Image
 from features.encoder_blocks import block_count, side_encoder
 from features.errors import UserError
 from pipeline.backbones import patch_masking, torch_utils
-from pipeline.backbones.base import TOKENS, InputBatch, TokenIds, split_pooling
+from pipeline.backbones.base import TOKENS, InputBatch, TokenIds, folder_files, split_pooling
 from pipeline.backbones.hidden_states import of_transformers
 from pipeline.backbones.processors import ImageInput, TextInput
 from pipeline.backbones.sentence_pooling import read_pooling
@@ -56,6 +56,7 @@ class TransformersBackbone(TorchBackbone):
         with loading(name, folder):
             self._text_pooling = read_pooling(name, folder, self._asked)
             self._load(folder / self._text_pooling.folder)
+        self.weight_files = folder_files(folder)
         self.blocks = self._deepest()
 
     def _load(self, folder: Path) -> None:

@@ -80,7 +80,7 @@ def estimate_extraction(
     Raises:
         UserError: As :func:`pipeline.extraction.job.extract_features`.
     """
-    plan = plan_extraction(warehouse, dataset, options)
+    plan = plan_extraction(warehouse, dataset, options).loaded()
     with quiet_decoders():
         return [_probe(plan, modality, notify) for modality in plan.backbones]
 

@@ -29,6 +29,7 @@ from pipeline.extraction.reports import (
     ProgressReporter,
 )
 from pipeline.extraction.table_writer import FeatureTableWriter
+from pipeline.extraction.unchanged import report_unchanged, request_of, weights_of
 from pipeline.media.images import quiet_decoders
 
 
@@ -50,12 +51,17 @@ def extract_features(
         notify: Called with messages for the user.
 
     Raises:
-        UserError: As :func:`pipeline.extraction.plan.plan_extraction`; a table holds vectors of
-            another provenance; with ``strict``, an input cannot be used.
+        UserError: As :func:`pipeline.extraction.plan.plan_extraction`; a backbone is unavailable
+            or does not take a modality or level; a table holds vectors of another provenance; with
+            ``strict``, an input cannot be used.
     """
     with _system_memory():
         plan = plan_extraction(warehouse, dataset, options)
         engine = ENGINES.find(options.engine)()
+        unchanged = [report_unchanged(plan, modality) for modality in plan.names]
+        if all(unchanged):
+            return ExtractReport(dataset=dataset, tables=tuple(filter(None, unchanged)))
+        plan = plan.loaded()
         with quiet_decoders(), engine.session():
             reports = [
                 _extract_modality(plan, modality, engine, progress, notify)
@@ -112,8 +118,13 @@ def _extract_modality(
             )
             # The manifest is written last: if it exists, the failures are of the same run.
             write_failures(plan, table, modality, deduplicator.counts.failures)
-            weights = backbone.source
-            writer.finish(plan.info.fingerprint, plan.info.inputs_of(modality), weights)
+            writer.finish(
+                plan.info.fingerprint,
+                plan.info.inputs_of(modality),
+                source=backbone.source,
+                request=request_of(plan, modality),
+                weights=weights_of(backbone),
+            )
         except BaseException:
             writer.flush()  # an interrupt or a crash loses nothing that was encoded
             raise  # the failures of the last complete run stay; the next run tries all again

@@ -1,7 +1,7 @@
 """Plan an extraction: check the dataset and the options, and load the backbones."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from features.errors import UserError
@@ -31,7 +31,7 @@ from pipeline.media.video import describe_sampling
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExtractionPlan:
-    """The dataset, the options and the loaded backbones of an extraction."""
+    """The dataset, the options and the backbones of an extraction."""
 
     warehouse: Warehouse
     info: DatasetInfo
@@ -39,8 +39,17 @@ class ExtractionPlan:
     options: ExtractOptions
     names: dict[str, str]
     """Name of the backbone by modality, as the user gave it."""
-    backbones: dict[str, Backbone]
-    """Loaded backbone by modality."""
+    backbones: dict[str, Backbone] = field(default_factory=dict)
+    """Loaded backbone by modality; empty before :meth:`loaded`."""
+
+    def loaded(self) -> "ExtractionPlan":
+        """Return the plan with its backbones.
+
+        Raises:
+            UserError: A backbone is unknown, unavailable or does not take a modality or level.
+        """
+        backbones = _load_backbones(self.info.name, self.names, self.options)
+        return replace(self, backbones=backbones)
 
     def task(self, modality: str) -> EncodeTask:
         """Return the task of encoding one modality."""
@@ -69,11 +78,11 @@ class ExtractionPlan:
 
 
 def plan_extraction(warehouse: Warehouse, dataset: str, options: ExtractOptions) -> ExtractionPlan:
-    """Check the dataset and the options before anything is encoded, and load all backbones.
+    """Check the dataset and the options before anything is encoded; load no backbone.
 
     Raises:
         UserError: The dataset is not prepared or has no input of a modality, its raw files are
-            missing, or a backbone is unknown, unavailable or does not take a modality or level.
+            missing, or an option does not apply.
     """
     info = warehouse.info(dataset)
     items = ItemInputs(warehouse, dataset)
@@ -89,14 +98,7 @@ def plan_extraction(warehouse: Warehouse, dataset: str, options: ExtractOptions)
         raise UserError("--frames applies to videos; give --video BACKBONE too, or leave it out")
     if options.decode == "draft" and not {"image", "joint"} & set(names):
         raise UserError("--decode draft applies to images; give --image BACKBONE, or leave it out")
-    return ExtractionPlan(
-        warehouse=warehouse,
-        info=info,
-        items=items,
-        options=options,
-        names=names,
-        backbones=_load_backbones(info.name, names, options),
-    )
+    return ExtractionPlan(warehouse=warehouse, info=info, items=items, options=options, names=names)
 
 
 def provenance_of(task: EncodeTask, dtype: str) -> Provenance:

@@ -174,14 +174,15 @@ class FeatureTableWriter(RowStore):
 
     # -- completing the table ---------------------------------------------------------------
 
-    def finish(self, fingerprint: str, inputs: str, source: dict[str, Any]) -> None:
+    def finish(self, fingerprint: str, inputs: str, **entries: Any) -> None:
         """Drop stale rows, join small parts, and write the manifest of the complete table.
 
         Args:
             fingerprint: Fingerprint of the dataset's preparation.
             inputs: Fingerprint of the inputs of this modality.
-            source: Origin of the backbone's weights. Used by ``--tune-blocks`` to load its upper
-                blocks.
+            entries: Further entries of the manifest: ``source``, the origin of the backbone's
+                weights, from which ``--tune-blocks`` loads the upper blocks; ``request`` and
+                ``weights``, see :mod:`pipeline.extraction.unchanged`.
 
         Raises:
             UserError: The folder or parts of the table were removed meanwhile.
@@ -190,7 +191,7 @@ class FeatureTableWriter(RowStore):
         self._drop_stale()
         self._join_parts()
         self._check_rows()
-        self.table.finish(fingerprint, self.provenance, inputs=inputs, source=source)
+        self.table.finish(fingerprint, self.provenance, inputs=inputs, **entries)
 
     def _drop_stale(self) -> None:
         """Remove the rows whose content is gone, or whose item has a row in a later part."""

@@ -32,6 +32,7 @@ class Watched(Hashed):
         checkpoint: str = "watched-1",
     ) -> None:
         super().__init__(name)
+        self.weight_files = None  # every extraction loads it
         self.log = log
         self.seconds = seconds
         self.after = after

@@ -198,6 +198,7 @@ def test_a_table_of_an_older_version_names_the_command(prepared: Warehouse, tmp_
     path = table.manifest_path
     manifest = dict(read_json(path, "extract again"))
     manifest["source"] = {key: manifest["source"][key] for key in ("library", "folder")}
+    del manifest["request"]
     write_json(path, manifest)
     with pytest.raises(UserError, match=r"older version; .*--level layer-2 "):
         begin(prepared, tune_blocks=1)

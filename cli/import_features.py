@@ -46,8 +46,15 @@ def import_features(
         )
         for modality, file in files.items()
     ]  # fmt: skip
+    for row, file in zip(rows, files.values(), strict=True):
+        if row["failed"]:
+            none_left = " and no vector is left" if not row["rows"] else ""
+            console.notify(
+                f"{row['failed']} vectors of {file} are not imported{none_left}: {row['reason']};"
+                " correct the file, or extract the features; the view failures lists the items"
+            )
     if json:
         console.emit_json({"dataset": chosen, "tables": rows})
     else:
-        columns = list(rows[0])
+        columns = [name for name in rows[0] if name != "reason"]
         console.table(columns, [[row[column] for column in columns] for row in rows])

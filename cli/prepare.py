@@ -17,6 +17,22 @@ ColumnsOption = Annotated[
     str | None,
     typer.Option("--columns", help="Your names of columns: user=customer,item=sku,time=ts."),
 ]
+TextColumnsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--text-columns", help="Columns that form the text of items: title,brand; else the usual."
+    ),
+]
+DuplicateItemsOption = Annotated[
+    str,
+    typer.Option("--duplicate-items", help="Items with several rows: refuse, first or last row."),
+]
+DuplicateInteractionsOption = Annotated[
+    str,
+    typer.Option(
+        "--duplicate-interactions", help="Rows equal in user, item and time: keep or drop."
+    ),
+]
 ImagesOption = Annotated[
     str | None, typer.Option("--images", help="Folder of images; as --file images=PATH.")
 ]
@@ -49,10 +65,13 @@ def prepare(
         typer.Option("--min-user", help="Minimum interactions of users alone, in place of k-core."),
     ] = None,
     columns: ColumnsOption = None,
+    text_columns: TextColumnsOption = None,
     images: ImagesOption = None,
     unlisted: Annotated[
         str, typer.Option(help="Interactions with items that are not listed: refuse, keep or drop.")
     ] = "refuse",
+    duplicate_items: DuplicateItemsOption = "refuse",
+    duplicate_interactions: DuplicateInteractionsOption = "keep",
     ties: Annotated[
         str, typer.Option(help="Order of equal times of a user: file, id, id-desc or hash.")
     ] = "file",
@@ -74,6 +93,9 @@ def prepare(
         format=format,
         files=_files(file, images),
         columns=_columns(columns),
+        text_columns=_names(text_columns),
+        duplicate_items=duplicate_items,
+        duplicate_interactions=duplicate_interactions,
         unlisted=unlisted,
         ties=ties,
     )
@@ -101,6 +123,16 @@ def _columns(given: str | None) -> dict[str, str]:
             )
         columns[role] = name
     return columns
+
+
+def _names(given: str | None) -> tuple[str, ...]:
+    """Return the names of columns that are given by ``--text-columns``."""
+    names = tuple(name.strip() for name in given.split(",")) if given is not None else ()
+    if not all(names) or len(set(names)) < len(names):
+        raise UserError(
+            f"--text-columns {given!r} must be names of columns, each once, such as title,brand"
+        )
+    return names
 
 
 def _role_and_path(text: str) -> tuple[str, str]:

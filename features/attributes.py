@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from features.dataset import Ints, stream_items
-from features.errors import UserError, unknown
+from features.errors import UserError, shorten
 from features.warehouse import Warehouse
 
 
@@ -93,7 +93,10 @@ def _rows(warehouse: Warehouse, dataset: str, columns: Sequence[str]) -> list[se
             )
     for column in columns:
         if column not in present:
-            raise unknown(f"attribute of the items of {dataset!r}", column, sorted(present))
+            raise UserError(
+                f"the items of {dataset!r} have no attribute {column!r}; choose from"
+                f" {shorten(', '.join(sorted(present)) or 'none', 1000)}"
+            )
     return rows
 
 

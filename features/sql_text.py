@@ -28,6 +28,19 @@ def quoted(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"
 
 
+def quote_identifier(name: str) -> str:
+    """Quote the name of a column for SQL."""
+    return '"' + name.replace('"', '""') + '"'
+
+
+def pointer_sql(key: str) -> str:
+    """Return the JSON pointer of a key of an object as an SQL string; the key may be any text.
+
+    A path such as ``$.key`` has wildcards and refuses the empty key; a pointer (RFC 6901) does not.
+    """
+    return quoted("/" + key.replace("~", "~0").replace("/", "~1"))
+
+
 def empty_table(schema: pa.Schema) -> str:
     """Return a subquery with the columns of a schema and no row."""
     columns = [f"NULL::{_SQL_TYPES[str(field.type)]} AS {field.name}" for field in schema]

@@ -21,12 +21,20 @@ import pyarrow.parquet as pq
 from features.atomic_files import database, is_out_of_space, read_errors
 from features.checksums import verify, verify_files
 from features.errors import ALLOW_READING, DamagedError, NoPermissionError, UserError
+from features.item_columns import ItemColumn, own_columns, view_columns
 from features.memory import check_memory
 from features.schema import FAILURES_SCHEMA, INTERACTIONS_SCHEMA, ITEMS_SCHEMA
 from features.splits import cold_sql, split_sql
 from features.sql_feature_views import create_feature_views
 from features.sql_run_views import create_run_views
-from features.sql_text import empty_table, exact_pattern, parquet_sql, quoted, union_all
+from features.sql_text import (
+    empty_table,
+    exact_pattern,
+    parquet_sql,
+    quote_identifier,
+    quoted,
+    union_all,
+)
 from features.warehouse import DatasetInfo, Warehouse
 
 VIEWS = (
@@ -85,7 +93,7 @@ def connect(
         with read_errors(warehouse.root, "run again the command that wrote it"):
             names = set(re.findall(r"\w+", sql.lower()))
             datasets = _readable_datasets(warehouse, leave_out, names)
-            _create_dataset_views(db, warehouse, datasets)
+            _create_dataset_views(db, warehouse, datasets, names)
             create_feature_views(db, warehouse, datasets, leave_out, names)
             _create_failures(db, warehouse, datasets, leave_out, names)
             create_run_views(db, warehouse, datasets, leave_out, names)
@@ -208,15 +216,24 @@ def _readable_datasets(
 
 
 def _create_dataset_views(
-    db: duckdb.DuckDBPyConnection, warehouse: Warehouse, names: Iterable[str]
+    db: duckdb.DuckDBPyConnection,
+    warehouse: Warehouse,
+    datasets: Mapping[str, DatasetInfo],
+    views_read: Set[str],
 ) -> None:
     """Create ``items``, ``interactions``, ``splits`` and ``cold``."""
     queries: dict[str, list[str]] = {"items": [], "interactions": [], "splits": [], "cold": []}
-    for name in names:
+    own = _own_columns(db, warehouse, datasets, "items" in views_read)
+    for name in datasets:
         folder = warehouse.dataset_dir(name)
         items, interactions = parquet_sql(folder / "items"), parquet_sql(folder / "interactions")
+        values = "".join(
+            f", {column.value_sql(name)} AS {quote_identifier(column.name)}"
+            for column in own
+            if name in column.keys
+        )
         sources = {
-            "items": items,
+            "items": f"(SELECT *{values} FROM {items})",
             "interactions": interactions,
             "splits": f"({split_sql(interactions)})",
             "cold": f"({cold_sql(interactions, items)})",
@@ -233,6 +250,25 @@ def _create_dataset_views(
     for view, (columns, empty) in views.items():
         union = union_all(queries[view], f"SELECT {columns} FROM {empty}")
         db.execute(f"CREATE VIEW {view} AS SELECT {columns} FROM ({union})")
+
+
+def _own_columns(
+    db: duckdb.DuckDBPyConnection,
+    warehouse: Warehouse,
+    datasets: Mapping[str, DatasetInfo],
+    is_read: bool,
+) -> list[ItemColumn]:
+    """Return the own columns of items in the view ``items``; none if no statement reads it."""
+    if not is_read:
+        return []
+    columns = {
+        name: own_columns(db, f"SELECT attributes FROM {parquet_sql(path)}")
+        if info.item_columns is None
+        else info.item_columns
+        for name, info in datasets.items()
+        if (path := warehouse.dataset_dir(name) / "items")
+    }
+    return view_columns(columns, {"dataset", *ITEMS_SCHEMA.names})
 
 
 def _create_failures(

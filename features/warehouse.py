@@ -4,7 +4,8 @@ import os
 import re
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any, get_args
+from types import UnionType
+from typing import Any, get_args, get_origin
 
 from features.documents import read_json, read_toml
 from features.errors import DamagedError, UserError, unknown
@@ -66,6 +67,15 @@ class DatasetInfo:
     time_unit: str | None = None
     """Unit of the timestamps since 1970: ``days``, ``seconds``, ``milliseconds``, ``microseconds``
     or ``nanoseconds``; None if it is unknown."""
+    duplicate_interactions: str = "keep"
+    """Treatment of interactions that agree in user, item and time: ``keep`` or ``drop``."""
+    copied_targets: int = 0
+    """Held-out targets that agree in user, item and time with a row of their own input."""
+    text_columns: list[str] | None = None
+    """Columns that form the text of items, in this order; None if the importer has none to choose
+    from."""
+    item_columns: dict[str, str] | None = None
+    """Own columns of items to their SQL types; None in datasets of earlier versions."""
 
     def inputs_of(self, modality: str) -> str:
         """Return the hash of the inputs of a feature table; ``joint`` has two."""
@@ -90,6 +100,9 @@ class DatasetInfo:
             "tied": self.tied,
             "ties": self.ties,
             "tied_ascending": self.tied_ascending,
+            "duplicate_interactions": self.duplicate_interactions,
+            "copied_targets": self.copied_targets,
+            "text_columns": self.text_columns,
         }
 
 
@@ -280,8 +293,7 @@ def _created(run: Path) -> str:
 
 
 def _info(document: Any, path: Path) -> DatasetInfo:
-    known: dict[str, Any] = {entry.name: entry.type for entry in fields(DatasetInfo)}
-    known["inputs"] = known["checksums"] = dict
+    known = {entry.name: _plain_types(entry.type) for entry in fields(DatasetInfo)}
     # Preparations of earlier versions have no entries of the fields that were added since.
     absent = {
         entry.name
@@ -294,14 +306,18 @@ def _info(document: Any, path: Path) -> DatasetInfo:
         name
         for name, kind in known.items()
         if name not in absent
-        and not (
-            isinstance(document, dict) and type(document.get(name)) in (get_args(kind) or (kind,))
-        )
+        and not (isinstance(document, dict) and type(document.get(name)) in kind)
     ]
     if wrong or not document.keys() <= known.keys():
         what = f"without a usable {wrong[0]}" if wrong else "with entries of another version"
         raise DamagedError(f"{path} is damaged ({what}); {_again(path)}")
     return DatasetInfo(**document)
+
+
+def _plain_types(kind: Any) -> tuple[type, ...]:
+    """Return the types of Python that a value of an annotated type can have."""
+    union = get_args(kind) if isinstance(kind, UnionType) else (kind,)
+    return tuple(get_origin(part) or part for part in union)
 
 
 def _again(path: Path) -> str:

@@ -1,8 +1,8 @@
 """DuckDB SQL from the two raw tables to the canonical ones: k-core, order, dense indices.
 
 The functions are called in the order of this file on one connection; each leaves its tables to the
-next. Interactions that agree in user, item and time are kept, as in the published 5-core sets, and
-counted by :func:`data_notes`.
+next. Interactions that agree in user, item and time are kept by default, as in the published 5-core
+sets, and counted by :func:`data_notes` (:mod:`pipeline.datasets.duplicates`).
 """
 
 from collections.abc import Callable, Iterator
@@ -16,7 +16,8 @@ from features.errors import UserError
 from features.registry import Registry
 from features.schema import INTERACTIONS_SCHEMA, ITEMS_SCHEMA, MODALITIES
 from features.warehouse import DatasetInfo
-from pipeline.datasets.importers.base import Files, plural, quote_all
+from pipeline.datasets.importers.base import Files
+from pipeline.datasets.importers.messages import plural, quote_all
 from pipeline.datasets.importers.raw_sql import fetch_row
 
 ROW_GROUP = 131_072
@@ -248,8 +249,14 @@ def describe_tables(
     )
 
 
-def data_notes(db: duckdb.DuckDBPyConnection, info: DatasetInfo) -> Iterator[str]:
-    """Yield messages for the user about the content of the tables, one line each."""
+def data_notes(db: duckdb.DuckDBPyConnection, info: DatasetInfo, copies: int = 0) -> Iterator[str]:
+    """Yield messages for the user about the content of the tables, one line each.
+
+    Args:
+        db: A connection with the tables of :func:`create_tables`.
+        info: The facts about the tables.
+        copies: Number of interactions that are copies of an earlier one.
+    """
     texts, images, videos, without = fetch_row(
         db,
         "SELECT count(text), count(image), count(video), count(*) FILTER (WHERE i NOT IN"
@@ -267,13 +274,12 @@ def data_notes(db: duckdb.DuckDBPyConnection, info: DatasetInfo) -> Iterator[str
     if not info.timestamps:
         yield "no timestamps: interactions are in the order of the raw file"
         return
-    (rows,) = fetch_row(
-        db,
-        "SELECT count(*) - count(DISTINCT (u, i, timestamp)) FROM ordered"
-        " SEMI JOIN (SELECT DISTINCT u, timestamp FROM ordered WHERE tie) USING (u, timestamp)",
-    )
-    if rows:
-        yield f"{plural(rows, 'interaction')} equal to another in user, item and time; kept"
+    if copies:
+        yield (
+            f"{plural(copies, 'interaction')} equal to another in user, item and time; kept, so"
+            f" {plural(info.copied_targets, 'held-out target')} are copies of an input row"
+            " (--duplicate-interactions drop keeps one of each)"
+        )
     if info.tied:
         ascending = "all of the same item"
         if info.tied_ascending is not None:

@@ -1,7 +1,7 @@
 """Preparation of a dataset: from raw files to the canonical tables."""
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -14,6 +14,7 @@ import pyarrow as pa
 from features.atomic_files import database, is_out_of_space
 from features.checksums import read_checksums
 from features.errors import UserError
+from features.item_columns import own_columns
 from features.warehouse import DatasetInfo, Warehouse
 from pipeline.datasets.canonical_sql import (
     TIES,
@@ -27,8 +28,16 @@ from pipeline.datasets.canonical_sql import (
     sample_users,
     write_tables,
 )
-from pipeline.datasets.importers.base import Files, check_raw_tables
+from pipeline.datasets.duplicates import (
+    DUPLICATE_INTERACTIONS,
+    DUPLICATE_ITEMS,
+    count_copies,
+    drop_duplicate_interactions,
+    handle_duplicate_items,
+)
+from pipeline.datasets.importers.base import Files, ImageColumn, ImportResult, check_raw_tables
 from pipeline.datasets.importers.image_column import MEDIA, copy_image_column
+from pipeline.datasets.importers.messages import quote_all
 from pipeline.datasets.importers.registry import IMPORTERS
 from pipeline.datasets.importers.table import COLUMNS
 from pipeline.datasets.importers.text_sql import install_text_functions
@@ -46,7 +55,7 @@ class PrepareOptions:
     """The dataset to prepare, and the way to prepare it.
 
     Raises:
-        UserError: The k-core is negative, or ``unlisted`` or ``ties`` is unknown.
+        UserError: The k-core is negative, or a choice such as ``unlisted`` or ``ties`` is unknown.
     """
 
     dataset: str
@@ -73,6 +82,15 @@ class PrepareOptions:
     columns: Mapping[str, str] = field(default_factory=dict)
     """Names of the columns of one's own tables: ``user``, ``item`` and ``time`` to a name. Only for
     layouts that take them (:attr:`pipeline.datasets.importers.base.Importer.options`)."""
+    text_columns: Sequence[str] = ()
+    """Columns that form the text of items, in this order; empty: the usual ones of the layout. Only
+    for layouts that take them."""
+    duplicate_items: str = "refuse"
+    """Treatment of items with several rows: ``refuse``, ``first`` or ``last`` (the row that is
+    used)."""
+    duplicate_interactions: str = "keep"
+    """Treatment of interactions that agree in user, item and time: ``keep``, or ``drop`` all but
+    the first."""
     users: int | None = None
     """Number of users of a random sample that is drawn before the k-core; None: all users."""
     seed: int = 0
@@ -90,6 +108,8 @@ class PrepareOptions:
             )
         UNLISTED.find(self.unlisted)
         TIES.find(self.ties)
+        DUPLICATE_ITEMS.find(self.duplicate_items)
+        DUPLICATE_INTERACTIONS.find(self.duplicate_interactions)
 
     @property
     def target(self) -> str:
@@ -134,33 +154,129 @@ def prepare_dataset(
         _generate(options.dataset, root, notify)
     files = locate_files(options.dataset, layout, root, options.files)
     importer_options = _importer_options(options, layout)
+    source = _RawSource(root=root, files=files, layout=layout, k_core=k)
+    text_columns = _earlier_text_columns(warehouse, options.target)
     with staging(warehouse, options.target) as stage:
         with preparation_database(stage, root) as db:
             result = layout.importer.read(db, root, files, **importer_options)
             check_raw_tables(db, files)
-            _check_ties(options.ties, result.timestamps, files)
-            for note in chain(result.notes, handle_unlisted(db, options.unlisted, files)):
+            for note in chain(result.notes, _text_notes(result.text_columns, text_columns)):
                 notify(note)
-            index_ids(db)
-            _filter(db, files, options, k)
-            if result.images:
-                copy_image_column(db, result.images, root, stage / MEDIA, all_items=k == 0)
+            for note in _filter_rows(db, source, options, result.timestamps):
+                notify(note)
+            for note in _copy_images(db, source, options, result.images, stage):
+                notify(note)
             create_tables(db, k, options.ties)
-            info = describe_tables(
-                db,
-                name=options.target,
-                format=layout.name,
-                raw=str(root.resolve()),
-                k=k,
-                timestamps=result.timestamps,
-                ties=options.ties,
-            )
-            info = replace(info, time_unit=result.time_unit, **_user_filters(options))
+            info, copies = _describe(db, source, options, result)
             write_tables(db, stage)
-            for note in data_notes(db, info):
+            for note in data_notes(db, info, copies):
                 notify(note)
         swap_tables(folder, stage, replace(info, **table_hashes(stage, info.users)))
     return warehouse.info(options.target)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _RawSource:
+    """The raw files of a preparation."""
+
+    root: Path
+    files: Files
+    layout: RawFormat
+    k_core: int
+
+    @property
+    def interactions(self) -> Path:
+        """The file of interactions; that of items in a layout without users."""
+        return next(iter((*self.files.get("interactions", ()), *self.files.get("items", ()))))
+
+    @property
+    def items(self) -> Path:
+        """The file of items; that of interactions if the raw folder has none."""
+        return next(iter((*self.files.get("items", ()), *self.files.get("interactions", ()))))
+
+
+def _earlier_text_columns(warehouse: Warehouse, target: str) -> list[str] | None:
+    """Return the columns of text of the earlier preparation that is replaced; None without one."""
+    earlier = earlier_info(warehouse, target)
+    return None if earlier is None else earlier.text_columns
+
+
+def _text_notes(columns: Sequence[str] | None, earlier: Sequence[str] | None) -> Iterator[str]:
+    """Yield messages about the columns that form the text of items."""
+    if columns is None:
+        return
+    names = ", ".join(columns) or "no column"
+    yield f"text of items: {names} (--text-columns NAME,NAME chooses others)"
+    if earlier is not None and list(earlier) != list(columns):
+        yield (
+            f"the text of the last preparation was {', '.join(earlier) or 'no column'}: mmrec"
+            " extract encodes changed texts again; to keep the text, prepare again with"
+            f" --text-columns {','.join(earlier)}"
+        )
+
+
+def _filter_rows(
+    db: duckdb.DuckDBPyConnection, source: _RawSource, options: PrepareOptions, timestamps: bool
+) -> Iterator[str]:
+    """Create ``core`` without duplicates, unlisted items and filtered users; yield messages."""
+    yield from handle_duplicate_items(db, options.duplicate_items, source.items)
+    _check_ties(options.ties, timestamps, source.files)
+    yield from handle_unlisted(db, options.unlisted, source.files)
+    index_ids(db)
+    if not DUPLICATE_INTERACTIONS.find(options.duplicate_interactions):
+        yield drop_duplicate_interactions(db, timestamps, source.interactions)
+    _filter(db, source.files, options, source.k_core)
+
+
+def _copy_images(
+    db: duckdb.DuckDBPyConnection,
+    source: _RawSource,
+    options: PrepareOptions,
+    images: ImageColumn | None,
+    stage: Path,
+) -> Iterator[str]:
+    """Copy images that are bytes in the table of items; yield messages."""
+    if images is None:
+        return
+    yield from copy_image_column(
+        db,
+        images,
+        source.root,
+        stage / MEDIA,
+        all_items=source.k_core == 0,
+        keep_last=options.duplicate_items == "last",
+    )
+
+
+def _describe(
+    db: duckdb.DuckDBPyConnection,
+    source: _RawSource,
+    options: PrepareOptions,
+    result: ImportResult,
+) -> tuple[DatasetInfo, int]:
+    """Return the content of ``dataset.json``, and the number of copies of interactions."""
+    info = describe_tables(
+        db,
+        name=options.target,
+        format=source.layout.name,
+        raw=str(source.root.resolve()),
+        k=source.k_core,
+        timestamps=result.timestamps,
+        ties=options.ties,
+    )
+    copies, copied_targets = count_copies(db)
+    columns = result.text_columns
+    kept = "SELECT attributes FROM items JOIN raw_items USING (item_id)"
+    info = replace(
+        info,
+        time_unit=result.time_unit,
+        duplicate_interactions=options.duplicate_interactions,
+        copied_targets=copied_targets,
+        text_columns=None if columns is None else list(columns),
+        item_columns=own_columns(db, kept),
+        **_user_filters(options),
+    )
+    return info, copies
 
 
 def table_hashes(stage: Path, users: int) -> dict[str, Any]:
@@ -184,7 +300,8 @@ def _importer_options(options: PrepareOptions, layout: RawFormat) -> dict[str, A
     Raises:
         UserError: The importer does not take an option that is given, or a role is unknown.
     """
-    given: dict[str, Any] = {"columns": options.columns} if options.columns else {}
+    choices = {"columns": options.columns, "text_columns": options.text_columns}
+    given: dict[str, Any] = {name: value for name, value in choices.items() if value}
     for name, value in given.items():
         if name not in layout.importer.options:
             takers = [key for key, importer in IMPORTERS.items() if name in importer.options]
@@ -196,7 +313,8 @@ def _importer_options(options: PrepareOptions, layout: RawFormat) -> dict[str, A
             unknown = sorted(set(value) - set(COLUMNS))
             if unknown:
                 raise UserError(
-                    f"--columns {unknown[0]}={value[unknown[0]]}: {unknown[0]!r} is none of"
+                    f"--columns {','.join(f'{role}={value[role]}' for role in unknown)}:"
+                    f" {quote_all(unknown)} {'is' if len(unknown) == 1 else 'are'} none of"
                     f" {', '.join(COLUMNS)}; write user=customer,item=sku,time=ts"
                 )
     return given

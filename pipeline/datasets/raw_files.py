@@ -72,34 +72,52 @@ def locate_files(
             f"{root} is not a folder; the raw files of {dataset} are expected there"
             f" ({_expected(format)}); run: mmrec prepare --dataset {dataset} --raw DIR"
         )
+    absent = [role for role, name in given.items() if _find_given(root, name, role) is None]
+    if absent:
+        options = " and ".join(f"--file {role}={given[role]}" for role in absent)
+        verb = "does not exist" if len(absent) == 1 else "do not exist"
+        raise UserError(f"{options}: {verb}; give a path relative to {root} or absolute")
     files: Files = {
-        role: (_resolve(role, root, given[role]),) if role in given else _match(root, patterns)
-        for role, patterns in format.files.items()
+        role: (path,) if (path := _find_given(root, given.get(role), role)) else _match(root, names)
+        for role, names in format.files.items()
     }
-    for role, paths in files.items():
-        if not paths and role in format.importer.required:
-            raise UserError(
-                f"{root} holds no {role} of {dataset}: expected"
-                f" {' or '.join(format.files[role])}; give the folder by --raw or the file by"
-                f" --file {role}=PATH"
-            )
-        if len(paths) > 1 and role not in FOLDER_ROLES:
-            names = ", ".join(path.name for path in paths)
-            raise UserError(
-                f"{root} holds several {role}: {names}; choose one by --file {role}=PATH"
-            )
+    _check_roles(dataset, format, root, files)
     return dict(files)
 
 
-def _resolve(role: str, root: Path, given: str) -> Path:
+def _check_roles(dataset: str, format: RawFormat, root: Path, files: Files) -> None:
+    """Refuse a required role without a file, and a role of one file with several."""
+    absent = [role for role in format.importer.required if not files[role]]
+    if absent:
+        expected = " and ".join(
+            f"no {role} of {dataset}, expected {' or '.join(format.files[role])}" for role in absent
+        )
+        options = " ".join(f"--file {role}=PATH" for role in absent)
+        raise UserError(
+            f"{root} holds {expected}; give the folder by --raw or the file by {options}"
+        )
+    several = {
+        role: paths for role, paths in files.items() if len(paths) > 1 and role not in FOLDER_ROLES
+    }
+    if several:
+        choices = " and ".join(
+            f"several {role}: {', '.join(path.name for path in paths)}"
+            for role, paths in several.items()
+        )
+        options = " ".join(f"--file {role}=PATH" for role in several)
+        raise UserError(f"{root} holds {choices}; choose one by {options}")
+
+
+def _find_given(root: Path, given: str | None, role: str) -> Path | None:
+    """Return the path that ``--file`` names for a role; None if it does not exist or is not given.
+
+    Raises:
+        UserError: The path is a URL.
+    """
+    if given is None:
+        return None
     _refuse_url(given, f"--file {role}={given}")
-    path = root / given
-    for candidate in (path, Path(given)):
-        if candidate.exists():
-            return candidate
-    raise UserError(
-        f"--file {role}={given}: {path} does not exist; give a path relative to {root} or absolute"
-    )
+    return next((path for path in (root / given, Path(given)) if path.exists()), None)
 
 
 def _refuse_url(given: str, option: str) -> None:

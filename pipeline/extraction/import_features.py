@@ -42,6 +42,8 @@ class ImportedTable:
     """Rows of the file whose item is not in the dataset."""
     failed: int
     """Items whose vector is not finite."""
+    reason: str = ""
+    """The fault of these vectors, with three items as examples; empty without one."""
 
 
 def import_features(
@@ -98,7 +100,14 @@ def import_features(
         absent=info.items - known,
         unknown=len(items) - known,
         failed=len(failed),
+        reason=f"{_FAILURE} (items {_examples(item_ids, failed)})" if failed else "",
     )
+
+
+def _examples(item_ids: pa.ChunkedArray, items: list[int]) -> str:
+    """Return the first three of some items by their ids, for a message."""
+    names = ", ".join(repr(item_ids[item].as_py()) for item in sorted(items)[:3])
+    return names if len(items) <= 3 else f"such as {names}"
 
 
 def _provenance(matrix: MatrixFile, backbone: str, modality: str) -> Provenance:

@@ -30,7 +30,6 @@ from pipeline.datasets.importers.base import (
     Files,
     Importer,
     ImportResult,
-    plural,
 )
 from pipeline.datasets.importers.dict_lines import (
     open_bytes,
@@ -41,11 +40,12 @@ from pipeline.datasets.importers.dict_lines import (
 from pipeline.datasets.importers.interactions import Times, create_interactions
 from pipeline.datasets.importers.items import create_described_from_ids
 from pipeline.datasets.importers.media_files import create_raw_items
+from pipeline.datasets.importers.messages import name_others, plural
 from pipeline.datasets.importers.raw_sql import (
     MAX_LINE,
     delimited_sql,
     fetch_row,
-    find_column,
+    find_columns,
 )
 from pipeline.datasets.importers.text_sql import clean_sql, unescape_entities
 
@@ -121,7 +121,7 @@ def _create_from_ratings(db: duckdb.DuckDBPyConnection, path: Path, has_items: b
             )
         names = ["user_id", "asin", "rating", "timestamp"]
     source = delimited_sql(path, names, delimiter=",", header=has_header, quote='"')
-    user, item, time = (find_column(path, names, *group) for group in (_USER, _ITEM, _TIME))
+    user, item, time = find_columns(path, names, _USER, _ITEM, _TIME)
     times = create_interactions(db, path, source, user=user, item=item, time=time)
     if has_header or not has_items:
         return times
@@ -165,7 +165,7 @@ def _text_of(row: Mapping[str, Any], names: tuple[str, ...]) -> str | None:
 
 def _create_items(db: duckdb.DuckDBPyConnection, path: Path) -> tuple[str, ...]:
     """Create ``described`` and ``image_names`` (item_id, name) from metadata; return messages."""
-    _create_from_rows(db, "_items", (_item_row(path, *line) for line in read_dicts(path)), _ITEMS)
+    _create_from_rows(db, "_items", _item_rows(path), _ITEMS)
     names = (
         {"item_id": _text_of(item, _ITEM), "name": name}
         for _, item in read_dicts(path)
@@ -191,17 +191,28 @@ def _create_items(db: duckdb.DuckDBPyConnection, path: Path) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _item_row(path: Path, number: int, item: Mapping[str, Any]) -> dict[str, str | None]:
-    """Return the row of ``_items`` of a dictionary of metadata.
+def _item_rows(path: Path) -> Iterator[dict[str, str | None]]:
+    """Yield the row of ``_items`` of each line of metadata.
 
     Raises:
-        UserError: The dictionary has no asin.
+        UserError: Lines have no asin.
     """
-    identifier = _text_of(item, _ITEM)
-    if not identifier:
+    without: list[int] = []
+    for number, item in read_dicts(path):
+        identifier = _text_of(item, _ITEM)
+        if not identifier:
+            without.append(number)
+        elif not without:
+            yield _item_row(identifier, item)
+    if without:
+        others = name_others(len(without), [number - 1 for number in without[:3]], "line")
         raise UserError(
-            f"{path}, line {number}: no asin or parent_asin; add it, or remove the line"
+            f"{path}, line {without[0]}: no asin or parent_asin{others}; add it, or remove the line"
         )
+
+
+def _item_row(identifier: str, item: Mapping[str, Any]) -> dict[str, str | None]:
+    """Return the row of ``_items`` of a dictionary of metadata."""
     title = _plain_text(item.get("title"))
     # Some titles of 2018 are scripts of the page; its authors recommend this test.
     is_script = title is not None and "getTime" in title

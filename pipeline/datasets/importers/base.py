@@ -19,7 +19,8 @@ from pathlib import Path
 import duckdb
 
 from features.errors import UserError
-from pipeline.datasets.importers.raw_sql import fetch_row, name_rows
+from pipeline.datasets.importers.messages import name_others, name_rows, plural
+from pipeline.datasets.importers.raw_sql import fetch_row
 
 Files = Mapping[str, tuple[Path, ...]]
 """Role of a file (``interactions``, ``items``, ``images``, ``videos``, ...) to existing paths."""
@@ -57,6 +58,8 @@ class ImportResult:
     """Unit of the times since 1970, such as ``seconds``; None if it is unknown."""
     notes: tuple[str, ...] = ()
     """Messages for the user, one line each."""
+    text_columns: tuple[str, ...] | None = None
+    """Columns that form the text of items, in this order; None if the layout has no choice."""
     images: ImageColumn | None = None
     """Images that are bytes in the file of items; ``raw_items.image`` is NULL for them."""
 
@@ -96,20 +99,20 @@ class Importer:
     """Roles without which a dataset cannot be prepared."""
     options: tuple[str, ...] = ()
     """Keyword arguments of ``read``: ``columns``, a dictionary from ``user``, ``item`` and ``time``
-    to names of columns."""
+    to names of columns; ``text_columns``, the names of the columns that form the text of items."""
 
 
 def check_raw_tables(db: duckdb.DuckDBPyConnection, files: Files) -> None:
     """Check the tables of an importer.
 
     Raises:
-        UserError: There is no interaction in the file of interactions, no item, an id is empty, or
-            an item is listed twice.
+        UserError: There is no interaction in the file of interactions, no item, or an id is empty.
     """
     has_users = bool(files.get("interactions"))
     source = files["interactions"][0] if has_users else files["items"][0]
     if has_users and fetch_row(db, "SELECT count(*) FROM raw_interactions")[0] == 0:
         raise UserError(f"{source} holds no interaction; give another by --file interactions=PATH")
+    faults = []
     for column in ("user_id", "item_id"):
         count, rows = fetch_row(
             db,
@@ -117,33 +120,18 @@ def check_raw_tables(db: duckdb.DuckDBPyConnection, files: Files) -> None:
             f" WHERE coalesce({column}, '') = ''",
         )
         if count:
-            others = f" (as in {name_rows(count, rows)})" if count > 1 else ""
-            raise UserError(
-                f"{source}, row {rows[0] + 1}: {column} is empty{others}; fill or remove it"
-            )
+            faults.append(f"row {rows[0] + 1}: {column} is empty{name_others(count, rows)}")
+    if faults:
+        raise UserError(f"{source}, {', and '.join(faults)}; fill or remove it")
     listing = files["items"][0] if files.get("items") else source
     if not has_users and fetch_row(db, "SELECT count(*) FROM raw_items")[0] == 0:
         raise UserError(f"{source} holds no item; give another by --file items=PATH")
-    (unnamed,) = fetch_row(db, "SELECT count(*) FROM raw_items WHERE coalesce(item_id, '') = ''")
-    if unnamed:
-        raise UserError(f"{listing}: {plural(unnamed, 'item')} without an id; fill or remove it")
-    repeated, examples = fetch_row(
+    unnamed, rows = fetch_row(
         db,
-        "SELECT count(*), list(item_id ORDER BY item_id)[:3]"
-        " FROM (SELECT item_id FROM raw_items GROUP BY item_id HAVING count(*) > 1)",
+        "SELECT count(*), min(rowid, 3) FROM raw_items WHERE coalesce(item_id, '') = ''",
     )
-    if repeated:
+    if unnamed:
         raise UserError(
-            f"{listing} lists {plural(repeated, 'item')} more than once"
-            f" (such as {quote_all(examples)}); keep one row for each"
+            f"{listing}: {plural(unnamed, 'item')} without an id, in {name_rows(unnamed, rows)};"
+            " fill the id or remove the row"
         )
-
-
-def plural(count: int, noun: str) -> str:
-    """Return the count with its noun: ``1 item``, ``2 items``."""
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
-
-
-def quote_all(values: list[str]) -> str:
-    """Return the values in quotes, separated by commas, for a message."""
-    return ", ".join(repr(value) for value in values)

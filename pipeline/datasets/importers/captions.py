@@ -19,11 +19,10 @@ from pipeline.datasets.importers.base import (
     Files,
     Importer,
     ImportResult,
-    plural,
-    quote_all,
 )
 from pipeline.datasets.importers.column_types import column_types, id_sql, text_sql
 from pipeline.datasets.importers.media_files import create_raw_items
+from pipeline.datasets.importers.messages import plural, quote_all
 from pipeline.datasets.importers.raw_sql import (
     create_table,
     delimited_sql,

@@ -5,6 +5,7 @@ value, as pandas writes it.
 """
 
 import re
+from collections.abc import Mapping
 from math import inf
 from pathlib import Path
 from typing import cast
@@ -16,7 +17,8 @@ from duckdb.sqltypes import DuckDBPyType
 
 from features.atomic_files import is_out_of_space
 from features.errors import UserError, no_permission
-from features.sql_text import quoted
+from features.sql_text import quote_identifier, quoted
+from pipeline.datasets.importers.messages import name_others
 
 _INTEGERS = r"U?(TINYINT|SMALLINT|INTEGER|BIGINT|HUGEINT)"
 _EXACT = {"FLOAT": 1 << 24, "DOUBLE": 1 << 53}  # larger whole numbers are not all different
@@ -25,11 +27,6 @@ _NAMES = re.compile(rf"VARCHAR|ENUM\(.*\)|{_INTEGERS}|UUID|\"NULL\"", re.DOTALL)
 _NUMBERS = re.compile(r"FLOAT|DOUBLE|DECIMAL\(.*\)")
 _DATES = re.compile(r"DATE|TIME(STAMP)?(TZ)?(_S|_MS|_NS)?( WITH TIME ZONE)?")
 _MICROSECONDS = {"s": "1000000 *", "ms": "1000 *", "us": "", "ns": "0.001 *"}
-
-
-def quote_identifier(name: str) -> str:
-    """Quote the name of a column for SQL."""
-    return '"' + name.replace('"', '""') + '"'
 
 
 def column_types(db: duckdb.DuckDBPyConnection, source: str) -> dict[str, DuckDBPyType]:
@@ -56,11 +53,11 @@ def parquet_sql(db: duckdb.DuckDBPyConnection, path: Path) -> str:
     except (pa.ArrowException, OSError) as error:
         raise read_error(path, error) from None
     lowered = [name.lower() for name in schema.names]
-    repeated = next((name for name in lowered if lowered.count(name) > 1), None)
-    if repeated is not None:
+    repeated = [name for name in dict.fromkeys(lowered) if lowered.count(name) > 1]
+    if repeated:
         raise UserError(
-            f"{path} has several columns {repeated!r} (upper and lower case are the same);"
-            " give every column a name of its own"
+            f"{path} has several columns {', '.join(map(repr, repeated))} (upper and lower case are"
+            " the same); give every column a name of its own"
         )
     source = f"read_parquet({quoted(str(path))})"
     columns, is_changed = [], False
@@ -159,19 +156,27 @@ def without_blanks_sql(text: str) -> str:
 
 
 def check_ids(
-    db: duckdb.DuckDBPyConnection, path: Path, source: str, name: str, kind: DuckDBPyType
+    db: duckdb.DuckDBPyConnection, path: Path, source: str, types: Mapping[str, DuckDBPyType]
 ) -> None:
-    """Check that a column can hold ids: text or whole numbers.
+    """Check that columns can hold ids: text or whole numbers.
+
+    Args:
+        db: A connection.
+        path: The file, for messages.
+        source: SQL that reads the file.
+        types: Column to its type.
 
     Raises:
-        UserError: The column is of another type or damaged, or a number is not whole or too large
+        UserError: A column is of another type or damaged, or a number is not whole or too large
             to be exact.
     """
-    if _NAMES.fullmatch(str(kind)):
-        return
-    if not _NUMBERS.fullmatch(str(kind)):
-        raise type_error(path, name, kind, "write the ids as text or integers")
-    _check_exact(db, path, source, name, kind, "write the ids as text or integers")
+    remedy = "write the ids as text or integers"
+    numbers = {n: kind for n, kind in types.items() if not _NAMES.fullmatch(str(kind))}
+    wrong = {n: kind for n, kind in numbers.items() if not _NUMBERS.fullmatch(str(kind))}
+    if wrong:
+        raise type_error(path, wrong, remedy)
+    for name, kind in numbers.items():
+        _check_exact(db, path, source, name, kind, remedy)
 
 
 def check_times(
@@ -208,20 +213,20 @@ def _check_exact(
     # Numbers outside the range of 64 bits have an error of their own as times.
     inexact = f" OR abs(value) > {limit} AND abs(value) <= '{most}'::DOUBLE" if limit else ""
     statement = (
-        f"SELECT row, value FROM (SELECT row_number() OVER () AS row, {column} AS value"
-        f" FROM {source}) WHERE value <> trunc(value){inexact} ORDER BY row LIMIT 1"
+        "SELECT count(*), min(row - 1, 3), arg_min(value, row)"
+        f" FROM (SELECT row_number() OVER () AS row, {column} AS value"
+        f" FROM {source}) WHERE value <> trunc(value){inexact}"
     )
     try:
-        bad = db.sql(statement).fetchall()
+        ((count, rows, value),) = db.sql(statement).fetchall()
     except duckdb.Error as error:
         if is_out_of_space(error):
             raise
         raise read_error(path, error) from None
-    if bad:
-        ((row, value),) = bad
+    if count:
         raise UserError(
-            f"{path}, row {row}: {name} is {value!s}, not a whole number that {kind} holds"
-            f" exactly; {remedy}"
+            f"{path}, row {rows[0] + 1}: {name} is {value!s}, not a whole number that {kind} holds"
+            f" exactly{name_others(count, rows)}; {remedy}"
         )
 
 
@@ -273,7 +278,7 @@ def _plain_text(value: str, kind: DuckDBPyType) -> str:
 
 def _check_text(path: Path, name: str, kind: DuckDBPyType) -> None:
     if not any(pattern.fullmatch(str(kind)) for pattern in (_NAMES, _NUMBERS, _DATES)):
-        raise type_error(path, name, kind, "write text, or lists of text")
+        raise type_error(path, {name: kind}, "write text, or lists of text")
 
 
 def json_value_sql(name: str, kind: DuckDBPyType) -> str:
@@ -307,10 +312,17 @@ def time_sql(path: Path, name: str, kind: DuckDBPyType) -> tuple[str, str | None
         finite = f"isfinite({plain})"
         return f"CASE WHEN {finite} THEN {sql.format(column)} END", unit
     if str(kind) == "UUID" or not (_NAMES.fullmatch(str(kind)) or _NUMBERS.fullmatch(str(kind))):
-        raise type_error(path, name, kind, "write whole numbers, dates or timestamps")
+        raise type_error(path, {name: kind}, "write whole numbers, dates or timestamps")
     return column, None
 
 
-def type_error(path: Path, name: str, kind: DuckDBPyType, remedy: str) -> UserError:
-    """Return the error about a column of a type that cannot be used."""
-    return UserError(f"{path}: the column {name!r} is of type {str(kind)[:80]}; {remedy}")
+def type_error(path: Path, types: Mapping[str, DuckDBPyType], remedy: str) -> UserError:
+    """Return the error about columns of types that cannot be used.
+
+    Args:
+        path: The file.
+        types: Column to its type.
+        remedy: Advice of the error.
+    """
+    faults = " and ".join(f"{name!r} is of type {str(kind)[:80]}" for name, kind in types.items())
+    return UserError(f"{path}: the column {faults}; {remedy}")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from features.errors import UserError, no_permission
+from pipeline.datasets.importers.messages import name_others
 
 MAX_LITERAL = 1 << 20  # bytes of a line that is parsed as Python; JSON may have MAX_LINE
 MAX_LINE = 64 << 20  # bytes
@@ -58,18 +59,25 @@ def read_dicts(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     never evaluated. NaN and infinity of JSON are None.
 
     Raises:
-        UserError: A line is neither, or too long.
+        UserError: A line is neither, or too long. The lines that are neither are counted first, so
+            the error comes after the last line.
     """
+    wrong: list[int] = []
     for number, line in read_lines(path):
         value = _parse_json(line)
         if value is None:
             value = _parse_literal(line)
         if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-            raise UserError(
-                f"{path}, line {number}: neither a JSON object nor a dictionary of Python of at"
-                f" most {MAX_LITERAL:,} bytes; correct the line"
-            )
-        yield number, value
+            wrong.append(number)
+        elif not wrong:
+            yield number, value
+    if wrong:
+        raise UserError(
+            f"{path}, line {wrong[0]}: neither a JSON object nor a dictionary of Python of at"
+            f" most {MAX_LITERAL:,} bytes"
+            f"{name_others(len(wrong), [number - 1 for number in wrong[:3]], 'line')}; correct the"
+            " lines"
+        )
 
 
 def _parse_json(line: bytes) -> Any:

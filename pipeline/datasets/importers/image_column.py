@@ -18,10 +18,11 @@ import pyarrow.parquet as pq
 
 from features.atomic_files import atomic_write
 from features.errors import UserError
-from features.sql_text import quoted
+from features.sql_text import quote_identifier, quoted
 from pipeline.datasets.importers.base import ImageColumn
-from pipeline.datasets.importers.column_types import column_types, id_sql, quote_identifier
-from pipeline.media.references import PREPARED, member_name, relative_reference
+from pipeline.datasets.importers.column_types import column_types, id_sql
+from pipeline.datasets.importers.reference_columns import ReferenceResolver
+from pipeline.media.references import PREPARED, member_name
 
 MEDIA = "media"
 """Folder in a dataset that holds copied media."""
@@ -37,7 +38,8 @@ def copy_image_column(
     folder: Path,
     *,
     all_items: bool,
-) -> None:
+    keep_last: bool = False,
+) -> list[str]:
     """Copy the images of the remaining items and set their references in ``raw_items``.
 
     Args:
@@ -46,20 +48,25 @@ def copy_image_column(
         root: The raw root, for rows that have a path instead of bytes.
         folder: The folder that gets the tar.
         all_items: Whether items without an interaction remain.
+        keep_last: Whether the last of several rows of an item is used, else the first.
+
+    Returns:
+        Messages for the user about paths without a file, one line each.
 
     Raises:
-        UserError: The file is damaged, or a path in the column leads outside the root.
+        UserError: The file is damaged.
     """
     source = f"read_parquet({quoted(str(images.path))}, file_row_number = true)"
     item = id_sql(images.item, column_types(db, source)[images.item])
     core_only = "" if all_items else " SEMI JOIN core USING (i)"
     rows = db.sql(
-        f"SELECT file_row_number AS row FROM {source}"
-        f" WHERE {item} IN (SELECT item_id FROM item_ids{core_only}) ORDER BY row"
+        f"SELECT {'max' if keep_last else 'min'}(file_row_number) AS row FROM {source}"
+        f" WHERE {item} IN (SELECT item_id FROM item_ids{core_only}) GROUP BY {item} ORDER BY row"
     ).fetchnumpy()["row"]
+    paths = ReferenceResolver(root, "image")
     db.execute("CREATE TABLE _images (row BIGINT, image VARCHAR)")
     with atomic_write(folder / _NAME) as temporary, temporary.open("wb") as stream:
-        for chunk in _tables(_copy_rows(images, root, np.asarray(rows), stream)):
+        for chunk in _tables(_copy_rows(images, paths, np.asarray(rows), stream)):
             db.register("_chunk", chunk)
             db.execute("INSERT INTO _images SELECT * FROM _chunk")
             db.unregister("_chunk")
@@ -72,6 +79,7 @@ def copy_image_column(
         " WHERE raw_items.item_id = copied.item_id"
     )
     db.execute("DROP TABLE _images")
+    return list(paths.notes())
 
 
 def _tables(pairs: Iterator[tuple[int, str]]) -> Iterator[pa.Table]:
@@ -89,7 +97,7 @@ def _tables(pairs: Iterator[tuple[int, str]]) -> Iterator[pa.Table]:
 
 
 def _copy_rows(
-    images: ImageColumn, root: Path, rows: npt.NDArray[np.int64], stream: BinaryIO
+    images: ImageColumn, paths: ReferenceResolver, rows: npt.NDArray[np.int64], stream: BinaryIO
 ) -> Iterator[tuple[int, str]]:
     """Copy the images of ``rows`` to the stream; yield (row, reference) of each image."""
     for row, value in _values(images, rows):
@@ -103,13 +111,9 @@ def _copy_rows(
             stream.write(bytes(-len(data) % tarfile.BLOCKSIZE))
             yield row, f"{PREPARED}{MEDIA}/{_NAME}#{name}"
         elif path:
-            reference = relative_reference(root, path)
-            if reference is None:
-                raise UserError(
-                    f"{images.path}, row {row + 1}: {images.column} {path[:120]!r} leads outside"
-                    f" {root}; move the file below that folder, or put its bytes into the table"
-                )
-            yield row, reference
+            reference = paths.resolve(path)
+            if reference is not None:
+                yield row, reference
 
 
 def _values(images: ImageColumn, rows: npt.NDArray[np.int64]) -> Iterator[tuple[int, Any]]:

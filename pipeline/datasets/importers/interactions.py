@@ -11,7 +11,8 @@ from pathlib import Path
 import duckdb
 
 from features.errors import UserError
-from pipeline.datasets.importers.raw_sql import create_table, fetch_row, name_rows
+from pipeline.datasets.importers.messages import name_rows, plural
+from pipeline.datasets.importers.raw_sql import create_table, fetch_row
 
 UNITS = {
     "seconds": (10**8, 10**10),
@@ -149,18 +150,21 @@ def _units(db: duckdb.DuckDBPyConnection, path: Path) -> Times:
         for unit, (least, limit) in UNITS.items()
     )
     rows = db.sql(
-        f"SELECT CASE {cases} END AS unit, min(ordinal), arg_min(timestamp, ordinal),"
-        " min(timestamp), max(timestamp) FROM raw_interactions GROUP BY 1 ORDER BY 2"
+        f"SELECT CASE {cases} END AS unit, count(*), min(ordinal), arg_min(timestamp, ordinal),"
+        " min(timestamp), max(timestamp) FROM raw_interactions GROUP BY 1 ORDER BY 3"
     ).fetchall()
-    mixed = [(unit, row, value) for unit, row, value, _, _ in rows if unit is not None]
+    mixed = [entry[:4] for entry in rows if entry[0] is not None]
     if len(mixed) > 1:
-        examples = " and ".join(f"{unit} ({value} in row {row + 1})" for unit, row, value in mixed)
+        examples = " and ".join(
+            f"{unit} ({plural(count, 'row')}, such as {value} in row {row + 1})"
+            for unit, count, row, value in mixed
+        )
         raise UserError(
             f"{path}: the timestamps mix {examples}, by their magnitude; write all in one unit"
         )
     if len(rows) != 1 or not mixed:
         return Times()
-    ((unit, _, _, least, most),) = rows
+    ((unit, _, _, _, least, most),) = rows
     first, last = fetch_row(
         db,
         "SELECT "
@@ -218,7 +222,8 @@ def _find_form(
             raise _time_error(path, count, rows, value)
     if len(forms) > 1:
         examples = " and ".join(
-            f"{form} ({value!r} in row {rows[0] + 1})" for form, _, rows, value, _ in forms
+            f"{form} ({plural(count, 'row')}, such as {value!r} in row {rows[0] + 1})"
+            for form, count, rows, value, _ in forms
         )
         raise UserError(f"{path}: the timestamps mix {examples}; write all in one form")
     ((form, _, _, _, decimals),) = forms

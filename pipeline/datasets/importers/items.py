@@ -15,18 +15,18 @@ import duckdb
 from duckdb.sqltypes import DuckDBPyType
 
 from features.errors import UserError
-from features.sql_text import quoted
+from features.sql_text import pointer_sql, quote_identifier, quoted
 from pipeline.datasets.importers.base import ImageColumn
 from pipeline.datasets.importers.column_types import (
     check_ids,
     column_types,
     id_sql,
     json_value_sql,
-    quote_identifier,
     text_sql,
     type_error,
     without_blanks_sql,
 )
+from pipeline.datasets.importers.messages import name_others
 from pipeline.datasets.importers.raw_sql import (
     TABLES,
     create_table,
@@ -41,7 +41,7 @@ from pipeline.datasets.importers.text_sql import sentence_sql
 
 ID_COLUMNS = ("item_id", "item", "id", "itemId", "movieId", "asin")
 TEXT_COLUMNS = ("title", "text", "name", "brand", "categories", "category", "genres", "description")
-"""Columns that form the text of an item, in this order."""
+"""Columns that form the text of an item by default, in this order."""
 _STRUCTS = ("STRUCT(bytes BLOB, path VARCHAR)", "STRUCT(path VARCHAR, bytes BLOB)")
 
 
@@ -49,14 +49,17 @@ _STRUCTS = ("STRUCT(bytes BLOB, path VARCHAR)", "STRUCT(path VARCHAR, bytes BLOB
 class ItemsFile:
     """Facts about a file of items."""
 
-    has_text: bool
-    """Whether the file has one of ``TEXT_COLUMNS``."""
+    text_columns: tuple[str, ...]
+    """Columns that form the text, in this order."""
     images: ImageColumn | None = None
     """Column of images that are bytes; ``described.image`` is NULL then."""
 
 
 def create_described(
-    db: duckdb.DuckDBPyConnection, path: Path, ids: Sequence[str] = ID_COLUMNS
+    db: duckdb.DuckDBPyConnection,
+    path: Path,
+    ids: Sequence[str] = ID_COLUMNS,
+    text_columns: Sequence[str] = (),
 ) -> ItemsFile:
     """Create ``described`` from a JSONL, CSV, TSV or Parquet file with named columns.
 
@@ -64,17 +67,19 @@ def create_described(
         db: The connection that gets the table.
         path: The file.
         ids: Names that the column of ids may have, the best first.
+        text_columns: Columns that form the text, in this order; empty: those in ``TEXT_COLUMNS``
+            that the file has.
 
     Raises:
-        UserError: The file is damaged, has no column of ids, or the type of its column of images
-            cannot be read.
+        UserError: The file is damaged, has no column of ids or of ``text_columns``, or the type of
+            its column of images cannot be read.
     """
     if table_suffix(path) in (".jsonl", ".ndjson"):
-        return _create_from_jsonl(db, path, ids)
+        return _create_from_jsonl(db, path, ids, text_columns)
     if table_suffix(path) not in TABLES:
         raise UserError(f"{path} is none of .jsonl, {', '.join(TABLES)}; convert it to one")
     source, names = table_sql(db, path)
-    return create_described_from(db, path, source, names, ids)
+    return create_described_from(db, path, source, names, ids, text_columns)
 
 
 def create_described_from_ids(db: duckdb.DuckDBPyConnection) -> None:
@@ -92,6 +97,7 @@ def create_described_from(
     source: str,
     names: Sequence[str],
     ids: Sequence[str] = ID_COLUMNS,
+    text_columns: Sequence[str] = (),
 ) -> ItemsFile:
     """Create ``described`` from SQL that reads the columns ``names`` of ``path``.
 
@@ -100,12 +106,14 @@ def create_described_from(
     """
     item = find_column(path, names, *ids)
     types = column_types(db, source)
-    check_ids(db, path, source, item, types[item])
+    check_ids(db, path, source, {item: types[item]})
     images = _find_image_column(db, path, source, item, types)
     # Images that are bytes are copied later; bytes are no attributes.
     columns = [name for name in names if "BLOB" not in str(types[name])]
-    has_text, select = _select_sql(
+    texts = choose_text_columns(path, names, TEXT_COLUMNS, text_columns)
+    select = _select_sql(
         [name for name in names if images is None or name != images.column],
+        texts,
         lambda name: text_sql(path, name, types[name]),
     )
     pairs = ", ".join(
@@ -120,7 +128,44 @@ def create_described_from(
         f" json_merge_patch('{{}}', json_object({pairs}))::VARCHAR AS attributes FROM {source}",
         path,
     )
-    return ItemsFile(has_text=has_text, images=images)
+    return ItemsFile(text_columns=texts, images=images)
+
+
+def choose_text_columns(
+    path: Path, names: Sequence[str], usual: Sequence[str], given: Sequence[str]
+) -> tuple[str, ...]:
+    """Return the columns of a file that form the text of items, in order.
+
+    Args:
+        path: The file, for messages.
+        names: The columns of the file.
+        usual: Names of columns of text, in order; those that the file has are taken.
+        given: Names that the user gives instead; empty: none are given.
+
+    Raises:
+        UserError: The file lacks a given column.
+    """
+    columns = {name: find_optional_column(names, name) for name in given or usual}
+    absent = [name for name in given if columns[name] is None]
+    if absent:
+        raise UserError(
+            f"--text-columns: {path} has no column {' and no column '.join(map(repr, absent))}; its"
+            f" columns are {', '.join(names)}"
+        )
+    return tuple(dict.fromkeys(column for column in columns.values() if column is not None))
+
+
+def refuse_text_columns(given: Sequence[str]) -> None:
+    """Refuse a choice of columns of text if there is no file of items.
+
+    Raises:
+        UserError: Columns are given.
+    """
+    if given:
+        raise UserError(
+            f"--text-columns {','.join(given)}: there is no file of items; leave the option out, or"
+            " give the file by --file items=PATH"
+        )
 
 
 def _find_image_column(
@@ -146,7 +191,7 @@ def _find_image_column(
             db, f"SELECT count({quote_identifier(name)}) FROM {source}"
         ) != (0,):
             bytes_too = ", bytes, or structs of bytes and path" if name == image else ""
-            raise type_error(path, name, types[name], f"write paths{bytes_too}")
+            raise type_error(path, {name: types[name]}, f"write paths{bytes_too}")
     return None
 
 
@@ -158,7 +203,9 @@ def _strict_json(line: str) -> str:
         return line  # reported with its number as no JSON object
 
 
-def _create_from_jsonl(db: duckdb.DuckDBPyConnection, path: Path, ids: Sequence[str]) -> ItemsFile:
+def _create_from_jsonl(
+    db: duckdb.DuckDBPyConnection, path: Path, ids: Sequence[str], text_columns: Sequence[str]
+) -> ItemsFile:
     db.create_function("strict_json", _strict_json, ["VARCHAR"], "VARCHAR")
     create_table(
         db,
@@ -168,18 +215,22 @@ def _create_from_jsonl(db: duckdb.DuckDBPyConnection, path: Path, ids: Sequence[
         f" FROM {lines_sql(path)}) WHERE trim(line) <> ''",
         path,
     )
-    (number,) = fetch_row(
+    count, numbers = fetch_row(
         db,
-        "SELECT min(number) FROM _lines"
+        "SELECT count(*), min(number - 1, 3) FROM _lines"
         " WHERE NOT json_valid(line) OR json_type(TRY_CAST(line AS JSON)) <> 'OBJECT'",
     )
-    if number is not None:
-        raise UserError(f"{path}, line {number}: not a JSON object; correct the line")
+    if count:
+        raise UserError(
+            f"{path}, line {numbers[0] + 1}: not a JSON object"
+            f"{name_others(count, numbers, 'line')}; correct the lines"
+        )
     keys = db.sql("SELECT DISTINCT unnest(json_keys(line)) AS name FROM _lines ORDER BY name")
     names = [name for (name,) in keys.fetchall()]
     item = find_column(path, names, *ids)
     identifier = _json_id_sql(db, path, item)
-    has_text, select = _select_sql(names, _json_text_sql)
+    texts = choose_text_columns(path, names, TEXT_COLUMNS, text_columns)
+    select = _select_sql(names, texts, _json_text_sql)
     media = (find_optional_column(names, name) for name in ("image", "video"))
     removed = ", ".join(f"{quoted(name)}, NULL" for name in (item, *media) if name is not None)
     db.execute(
@@ -188,7 +239,7 @@ def _create_from_jsonl(db: duckdb.DuckDBPyConnection, path: Path, ids: Sequence[
         " FROM _lines ORDER BY number"
     )
     db.execute("DROP TABLE _lines")
-    return ItemsFile(has_text=has_text)
+    return ItemsFile(text_columns=texts)
 
 
 def _json_id_sql(db: duckdb.DuckDBPyConnection, path: Path, item: str) -> str:
@@ -197,47 +248,40 @@ def _json_id_sql(db: duckdb.DuckDBPyConnection, path: Path, item: str) -> str:
     Raises:
         UserError: An id is neither text nor a whole number.
     """
-    text = f"json_extract_string(line, {_path(item)})"
-    kind = f"json_type(line, {_path(item)})"
+    text = f"json_extract_string(line, {pointer_sql(item)})"
+    kind = f"json_type(line, {pointer_sql(item)})"
     number = f"TRY_CAST({text} AS DOUBLE)"
     is_whole = f"{number} = trunc({number}) AND abs({number}) <= 9007199254740992"
-    bad = db.sql(
-        f"SELECT number, {text} FROM _lines WHERE {kind} IN ('BOOLEAN', 'ARRAY', 'OBJECT')"
-        f" OR ({kind} = 'DOUBLE' AND NOT ({is_whole})) ORDER BY number LIMIT 1"
-    ).fetchall()
-    if bad:
-        ((line, value),) = bad
+    count, numbers, value = fetch_row(
+        db,
+        f"SELECT count(*), min(number - 1, 3), arg_min({text}, number) FROM _lines"
+        f" WHERE {kind} IN ('BOOLEAN', 'ARRAY', 'OBJECT')"
+        f" OR ({kind} = 'DOUBLE' AND NOT ({is_whole}))",
+    )
+    if count:
         raise UserError(
-            f"{path}, line {line}: {item} is {value[:80]}; write the ids as text or integers"
+            f"{path}, line {numbers[0] + 1}: {item} is {value[:80]}"
+            f"{name_others(count, numbers, 'line')}; write the ids as text or integers"
         )
     text = without_blanks_sql(text)
     return f"CASE WHEN {kind} = 'DOUBLE' THEN {number}::BIGINT::VARCHAR ELSE {text} END"
 
 
-def _select_sql(names: Sequence[str], value: Callable[[str], str]) -> tuple[bool, str]:
-    """Return whether a column of text exists, and SQL of text, image and video.
+def _select_sql(names: Sequence[str], texts: Sequence[str], value: Callable[[str], str]) -> str:
+    """Return SQL of text, image and video.
 
     Args:
-        names: The columns of the file.
+        names: The columns of the file that may hold references.
+        texts: The columns that form the text.
         value: Return SQL of the value of a column.
     """
-    parts = [
-        value(column)
-        for name in TEXT_COLUMNS
-        if (column := find_optional_column(names, name)) is not None
-    ]
+    parts = [value(column) for column in texts]
     selected = [f"{sentence_sql(*parts)} AS text" if parts else "NULL::VARCHAR AS text"]
     for name in ("image", "video"):
         column = find_optional_column(names, name)
         reference = "NULL::VARCHAR" if column is None else f"nullif({value(column)}, '')"
         selected.append(f"{reference} AS {name}")
-    return bool(parts), ", ".join(selected)
-
-
-def _path(name: str, tail: str = "") -> str:
-    """Return the JSON path of a key as an SQL string."""
-    escaped = name.replace('"', '\\"')
-    return quoted(f'$."{escaped}"{tail}')
+    return ", ".join(selected)
 
 
 def _json_text_sql(name: str) -> str:
@@ -246,14 +290,11 @@ def _json_text_sql(name: str) -> str:
     Amazon gives each item a list of paths through its categories; the paths share their first
     categories.
     """
-    flat = f"json_extract_string(line, {_path(name, '[*]')})"
-    nested = f"json_extract_string(line, {_path(name, '[*][*]')})"
-    values = (
-        f"CASE WHEN json_type(line, {_path(name, '[0]')}) = 'ARRAY' THEN {nested} ELSE {flat} END"
-    )
+    json_value = f"json_extract(line, {pointer_sql(name)})"
+    flat, nested = (f"json_extract_string({json_value}, '{path}')" for path in ("$[*]", "$[*][*]"))
+    values = f"CASE WHEN json_type({json_value}, '$[0]') = 'ARRAY' THEN {nested} ELSE {flat} END"
     distinct = f"list_filter({values}, lambda value, place: list_position({values}, value) = place)"
     return (
-        f"CASE WHEN json_type(line, {_path(name)}) = 'ARRAY'"
-        f" THEN array_to_string({distinct}, ', ')"
-        f" ELSE json_extract_string(line, {_path(name)}) END"
+        f"CASE WHEN json_type({json_value}) = 'ARRAY' THEN array_to_string({distinct}, ', ')"
+        f" ELSE json_extract_string(line, {pointer_sql(name)}) END"
     )

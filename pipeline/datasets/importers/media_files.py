@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Literal
 from unicodedata import normalize
@@ -11,18 +10,12 @@ import duckdb
 import pyarrow as pa
 
 from features.errors import UserError
-from pipeline.datasets.importers.base import Files, plural, quote_all
+from pipeline.datasets.importers.base import Files
+from pipeline.datasets.importers.messages import plural, quote_all
 from pipeline.datasets.importers.raw_sql import fetch_row
+from pipeline.datasets.importers.reference_columns import ROLES, create_references
 from pipeline.media.lmdb import LmdbImages
-from pipeline.media.reader import MediaReader
-from pipeline.media.references import (
-    OUTSIDE,
-    container_kind,
-    is_url,
-    relative_path,
-    relative_reference,
-    spellings,
-)
+from pipeline.media.references import OUTSIDE, container_kind, relative_path
 from pipeline.media.tar import tar_members
 
 _IMAGE_SUFFIXES = frozenset(
@@ -38,8 +31,6 @@ _VIDEO_SUFFIXES = frozenset(
     )
 )  # fmt: skip
 _Kind = Literal["media", "other", "link"]
-_ROLES = {"image": "images", "video": "videos"}
-"""Column of ``described`` to the role of its files."""
 
 
 def create_raw_items(
@@ -47,13 +38,13 @@ def create_raw_items(
 ) -> tuple[str, ...]:
     """Create ``raw_items`` from ``described`` and the images and videos in folders and containers.
 
-    A reference in the file of items wins over a file that is named by the item id.
+    A reference in the file of items wins over a file that is named by the item id. The rows keep
+    the order of ``described`` if an item has several rows or a row no id.
 
     Args:
         db: A connection with the table ``described`` (item_id, text, image, video, attributes).
         root: The raw root, to which references are relative.
-        files: The paths of each role. ``images`` and ``videos`` are listed, ``items`` is for
-            messages.
+        files: The paths of each role; ``images`` and ``videos`` are listed.
         image_names: A table (item_id, name) of further names that files of images may have, the
             best name of an item first. A file that is named by the item id wins.
 
@@ -61,17 +52,21 @@ def create_raw_items(
         Messages for the user, one line each.
 
     Raises:
-        UserError: A reference in the file of items leads outside the raw root, or a path of a role
-            holds no images or videos.
+        UserError: A path of a role holds no images or videos.
     """
     notes: list[str] = []
-    for column, role in _ROLES.items():
-        notes += _create_references(db, root, files, column)
+    for column, role in ROLES.items():
+        notes += create_references(db, root, column)
         notes += _create_listing(db, root, role, files.get(role, ()))
         if role == "images" and image_names is not None:
             _rename_images(db, image_names)
         notes += _listing_notes(db, role)
         notes += _other_notes(db, role)
+    # A join need not keep the order of the file, which decides between rows of one item.
+    (is_listed_once,) = fetch_row(
+        db, "SELECT count(*) = count(DISTINCT nullif(item_id, '')) FROM described"
+    )
+    order = "" if is_listed_once else " ORDER BY i.rowid"
     # The names of files on macOS have composed letters in another form than most ids.
     named = "item_id = nfc_normalize(i.item_id)"
     db.execute(
@@ -80,9 +75,9 @@ def create_raw_items(
         " FROM described i"
         " LEFT JOIN image_references a ON a.reference = i.image"
         " LEFT JOIN video_references b ON b.reference = i.video"
-        f" LEFT JOIN images p ON p.{named} LEFT JOIN videos v ON v.{named}"
+        f" LEFT JOIN images p ON p.{named} LEFT JOIN videos v ON v.{named}{order}"
     )
-    for column, role in _ROLES.items():
+    for column, role in ROLES.items():
         count, examples = fetch_row(
             db,
             f"SELECT count(*), list(r.item_id ORDER BY r.item_id)[:3] FROM raw_items r"
@@ -94,71 +89,6 @@ def create_raw_items(
                 f" files (such as {quote_all(examples)}); those in the table are used"
             )
     return tuple(notes)
-
-
-def _create_references(
-    db: duckdb.DuckDBPyConnection, root: Path, files: Files, column: str
-) -> Iterator[str]:
-    """Create ``<column>_references`` (reference, path); yield messages for the user.
-
-    ``path`` is the reference relative to the root, spelled as its file; NULL for a URL.
-
-    Raises:
-        UserError: A reference leads outside the root.
-    """
-    media = MediaReader(root)
-    references: list[str] = []
-    paths: list[str | None] = []
-    urls, missing = [], []
-    rows = db.sql(
-        f"SELECT {column}, min(item_id) FROM described WHERE trim({column}) <> '' GROUP BY 1"
-        " ORDER BY 2, 1"
-    ).fetchall()
-    for reference, item in rows:
-        references.append(reference)
-        if is_url(reference):
-            urls.append(reference)
-            paths.append(None)
-            continue
-        path = _existing_path(media, root, reference)
-        if path is None:
-            missing.append(reference)
-            cleaned = next(islice(spellings(reference), 1, None))
-            path = relative_reference(root, cleaned)
-        if path is None:
-            source = files["items"][0] if files.get("items") else root
-            raise UserError(
-                f"{source}: the {column} {reference[:120]!r} of item {item!r} leads outside {root};"
-                f" move it below that folder, or give its folder by --file {_ROLES[column]}=PATH"
-            )
-        paths.append(path)
-    media.close()
-    table = pa.table(
-        {"reference": pa.array(references, pa.string()), "path": pa.array(paths, pa.string())}
-    )
-    db.register("_references", table)
-    db.execute(f"CREATE TABLE {column}_references AS FROM _references")
-    db.unregister("_references")
-    if urls:
-        yield (
-            f"{plural(len(urls), column)} of the table of items given by URL (such as"
-            f" {quote_all(urls[:3])}); URLs are not read: download the files and name them by item"
-            " id"
-        )
-    if missing:
-        yield (
-            f"{len(missing)} of {plural(len(rows), column)} of the table of items without a file"
-            f" (such as {quote_all(missing[:3])}); write paths relative to {root}"
-        )
-
-
-def _existing_path(media: MediaReader, root: Path, reference: str) -> str | None:
-    """Return the reference relative to the root in the spelling of its file; None without one."""
-    for spelling in spellings(reference):
-        path = relative_reference(root, spelling)
-        if path is not None and media.exists(path):
-            return path
-    return None
 
 
 def _listing_notes(db: duckdb.DuckDBPyConnection, role: str) -> Iterator[str]:

@@ -10,15 +10,14 @@ from pathlib import Path
 import duckdb
 
 from features.errors import UserError
-from features.sql_text import quoted
+from features.sql_text import quote_identifier, quoted
 from pipeline.datasets.importers.base import Files, Importer, ImportResult
-from pipeline.datasets.importers.column_types import quote_identifier
 from pipeline.datasets.importers.interactions import Times, create_interactions
 from pipeline.datasets.importers.media_files import create_raw_items
 from pipeline.datasets.importers.raw_sql import (
     create_table,
     delimited_sql,
-    find_column,
+    find_columns,
     table_sql,
 )
 from pipeline.datasets.importers.sequences import create_from_sequences
@@ -74,8 +73,8 @@ def _create_interactions(db: duckdb.DuckDBPyConnection, path: Path) -> Times | N
     if suffix == ".csv":
         source, names = table_sql(db, path)
         user, item, time = (
-            quote_identifier(find_column(path, names, name))
-            for name in ("userId", "movieId", "timestamp")
+            quote_identifier(column)
+            for column in find_columns(path, names, ["userId"], ["movieId"], ["timestamp"])
         )
     elif suffix in _DELIMITER:
         source = delimited_sql(
@@ -95,8 +94,8 @@ def _create_movies(db: duckdb.DuckDBPyConnection, path: Path) -> None:
     if suffix == ".csv":
         source, names = table_sql(db, path)
         item, title, genres = (
-            quote_identifier(find_column(path, names, name))
-            for name in ("movieId", "title", "genres")
+            quote_identifier(column)
+            for column in find_columns(path, names, ["movieId"], ["title"], ["genres"])
         )
         genre_list = f"string_split(nullif({genres}, '(no genres listed)'), '|')"
     elif suffix == ".item":

@@ -4,6 +4,7 @@ import csv
 import os
 import re
 import zlib
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from features.errors import UserError
 from features.sql_text import quoted
 from pipeline.datasets.importers.column_types import column_types, parquet_sql, read_error
 from pipeline.datasets.importers.dict_lines import open_bytes
+from pipeline.datasets.importers.messages import name_others
 
 MAX_LINE = 64 * 1024 * 1024  # bytes; one user of a sequences file is one line
 MAX_FIELD = 2_000_000  # bytes of a line of CSV that DuckDB reads
@@ -22,6 +24,8 @@ _LAST_LINE = 16_000_000  # bytes at the end of a file that must contain the end 
 _DELIMITERS = {".csv": ",", ".tsv": "\t", ".tab": "\t"}
 _SEPARATORS = ",;\t|"
 TABLES = (*_DELIMITERS, ".csv.gz", ".tsv.gz", ".parquet")
+_NO_DETECTION = "auto_detect = false"
+_ERROR_LINE = r"CSV Error on Line: (\d+)"
 _ECHO = re.compile(r".*CSV Error on Line|Original Line:")  # these repeat a line of any length
 
 
@@ -29,19 +33,6 @@ def fetch_row(db: duckdb.DuckDBPyConnection, sql: str) -> tuple[Any, ...]:
     """Return the only row of a query."""
     (row,) = db.sql(sql).fetchall()
     return tuple(row)
-
-
-def name_rows(count: int, rows: Sequence[int], noun: str = "row") -> str:
-    """Return ``4 rows (such as 2, 5, 6)`` for a message.
-
-    Args:
-        count: Number of the rows.
-        rows: The first of them, counted from 0.
-        noun: The word for a row.
-    """
-    numbers = ", ".join(str(row + 1) for row in rows)
-    examples = f"such as {numbers}" if count > len(rows) else numbers
-    return f"{count} {noun}{'s' if count > 1 else ''} ({examples})"
 
 
 def delimited_sql(
@@ -67,7 +58,7 @@ def delimited_sql(
     """
     names = ", ".join(f"{quoted(name)}: 'VARCHAR'" for name in columns)
     return (
-        f"read_csv({quoted(str(path))}, auto_detect = false, columns = {{{names}}},"
+        f"read_csv({quoted(str(path))}, {_NO_DETECTION}, columns = {{{names}}},"
         f" delim = {quoted(delimiter)}, header = {str(header).lower()},"
         f" quote = {quoted(quote)}, escape = {quoted(quote)}, encoding = {quoted(encoding)}"
         f"{', compression = ' + quoted('gzip') if is_gzip(path) else ''} {limits})"
@@ -164,11 +155,13 @@ def read_header(path: Path, delimiter: str) -> list[str]:
     """
     given = [name.strip() for name in read_first_row(path, delimiter, '"')]
     names = [name or f"column{number}" for number, name in enumerate(given, 1)]
-    lowered = [name.lower() for name in names]
-    if not any(given) or len(set(lowered)) < len(names):
+    counts = Counter(name.lower() for name in names)
+    repeated = [name for name in names if counts[name.lower()] > 1]
+    if not any(given) or repeated:
         raise UserError(
-            f"{path}, line 1: {', '.join(map(repr, given)) or 'an empty line'} cannot name the"
-            " columns; give every column a name of its own"
+            f"{path}, line 1: {', '.join(map(repr, repeated or given)) or 'an empty line'} cannot"
+            f" name the columns{' (upper and lower case are the same)' if repeated else ''}; give"
+            " every column a name of its own"
         )
     return names
 
@@ -203,19 +196,49 @@ def find_column(path: Path, columns: Sequence[str], *names: str) -> str:
     Raises:
         UserError: The file has none of them.
     """
-    name = find_optional_column(columns, *names)
-    if name is None:
+    return find_columns(path, columns, names)[0]
+
+
+def find_columns(
+    path: Path,
+    columns: Sequence[str],
+    *groups: Sequence[str],
+    remedy: str = "rename one of them",
+) -> list[str]:
+    """Return a column of a file for each group: the first of its names; case does not matter.
+
+    Args:
+        path: The file, for messages.
+        columns: The columns of the file.
+        groups: Names that each column may have, the best first.
+        remedy: Advice of the error.
+
+    Raises:
+        UserError: The file has none of the names of a group.
+    """
+    names = [find_optional_column(columns, *group) for group in groups]
+    absent = [
+        " or ".join(map(repr, group))
+        for group, name in zip(groups, names, strict=True)
+        if name is None
+    ]
+    if absent:
         raise UserError(
-            f"{path} has no column {' or '.join(map(repr, names))};"
-            f" its columns are {', '.join(columns)}; rename one of them"
+            f"{path} has no column {' and no column '.join(absent)};"
+            f" its columns are {', '.join(columns)}; {remedy}"
         )
-    return name
+    return [name for name in names if name is not None]
 
 
 def find_optional_column(columns: Sequence[str], *names: str) -> str | None:
-    """Return the first of ``names`` among ``columns``, or None; case does not matter."""
-    by_lower = {name.lower(): name for name in columns}
-    return next((by_lower[name.lower()] for name in names if name.lower() in by_lower), None)
+    """Return the first of ``names`` among ``columns``, or None.
+
+    Case does not matter, but a column of the same case is preferred.
+    """
+    # JSON may have keys that differ by case alone.
+    known = {name.lower(): name for name in columns} | {name: name for name in columns}
+    keys = (name if name in known else name.lower() for name in names)
+    return next((known[key] for key in keys if key in known), None)
 
 
 def create_table(db: duckdb.DuckDBPyConnection, table: str, select: str, path: Path) -> None:
@@ -229,15 +252,43 @@ def create_table(db: duckdb.DuckDBPyConnection, table: str, select: str, path: P
     except duckdb.Error as error:
         if is_out_of_space(error):
             raise  # the file is not at fault
-        raise file_error(error, path) from None
+        raise file_error(error, path, _lines_like(db, select, error)) from None
 
 
-def file_error(error: duckdb.Error, path: Path) -> UserError:
-    """Return the error of DuckDB about a file as one line with a remedy."""
+def _lines_like(db: duckdb.DuckDBPyConnection, select: str, error: duckdb.Error) -> list[int]:
+    """Return the lines of a file of CSV that have the fault of an error, in order."""
+    first = re.search(_ERROR_LINE, str(error))
+    if not first or _NO_DETECTION not in select:
+        return []
+    rejecting = f"{_NO_DETECTION}, store_rejects = true, rejects_limit = 0"
+    try:
+        db.execute(
+            f"CREATE OR REPLACE TEMP TABLE _kept AS {select.replace(_NO_DETECTION, rejecting)}"
+        )
+    except duckdb.Error:  # the first line is named alone
+        return []
+    # Too few and too many columns are one fault.
+    kind = "CASE WHEN error_type LIKE '%COLUMNS' THEN 'COLUMNS' ELSE error_type::VARCHAR END"
+    faults = f"(SELECT line, {kind} AS kind FROM reject_errors)"
+    lines = db.sql(
+        f"SELECT DISTINCT line FROM {faults} WHERE kind IN"
+        f" (SELECT kind FROM {faults} WHERE line = {first[1]}) ORDER BY line"
+    ).fetchall()
+    return [line for (line,) in lines]
+
+
+def file_error(error: duckdb.Error, path: Path, lines: Sequence[int] = ()) -> UserError:
+    """Return the error of DuckDB about a file as one line with a remedy.
+
+    Args:
+        error: The error.
+        path: The file.
+        lines: Numbers of the lines that have this fault, if they are known.
+    """
     text = str(error)
     if "Permission denied" in text:
         return read_error(path, PermissionError())
-    line = re.search(r"CSV Error on Line: (\d+)", text)
+    line = re.search(_ERROR_LINE, text)
     longer = re.search(r"Maximum line size of (\d+) bytes exceeded", text)
     width = re.search(r"Expected Number of Columns: (\d+) Found: (\d+)", text)
     if longer:
@@ -259,8 +310,11 @@ def file_error(error: duckdb.Error, path: Path) -> UserError:
         reason = f"a quote is not closed, or a field has more than {MAX_FIELD:,} bytes"
         remedy = "correct the line, or use Parquet"
     else:
-        lines = [part for part in text.splitlines() if part and not _ECHO.match(part)]
-        reason = lines[0].partition(" Error: ")[2] or lines[0] if lines else type(error).__name__
+        parts = [part for part in text.splitlines() if part and not _ECHO.match(part)]
+        reason = parts[0].partition(" Error: ")[2] or parts[0] if parts else type(error).__name__
         remedy = "correct the file"
+    if lines:
+        others = name_others(len(lines), [number - 1 for number in lines[:3]], "line")
+        return UserError(f"{path}, line {lines[0]}: {reason}{others}; {remedy}")
     place = f"{path}, line {line[1]}" if line else f"{path}"
     return UserError(f"{place}: {reason}; {remedy}")

@@ -6,12 +6,13 @@ float_seq. The text of an item is its column ``text``, else its title and other 
 Other columns are attributes: sequences are lists, floats are numbers.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import duckdb
 
 from features.errors import UserError
-from features.sql_text import quoted
+from features.sql_text import quote_identifier, quoted
 from pipeline.datasets.importers.base import (
     IMAGE_PATTERNS,
     VIDEO_PATTERNS,
@@ -19,14 +20,19 @@ from pipeline.datasets.importers.base import (
     Importer,
     ImportResult,
 )
-from pipeline.datasets.importers.column_types import quote_identifier
 from pipeline.datasets.importers.interactions import Times, create_interactions
-from pipeline.datasets.importers.items import TEXT_COLUMNS, create_described_from_ids
+from pipeline.datasets.importers.items import (
+    TEXT_COLUMNS,
+    choose_text_columns,
+    create_described_from_ids,
+    refuse_text_columns,
+)
 from pipeline.datasets.importers.media_files import create_raw_items
 from pipeline.datasets.importers.raw_sql import (
     create_table,
     delimited_sql,
     find_column,
+    find_columns,
     find_optional_column,
     read_first_row,
 )
@@ -38,8 +44,16 @@ _SENTENCES = ("text", "title", "movie_title", "name", "description")
 """Columns whose tokens are the words of a text."""
 
 
-def read(db: duckdb.DuckDBPyConnection, root: Path, files: Files) -> ImportResult:
+def read(
+    db: duckdb.DuckDBPyConnection, root: Path, files: Files, text_columns: Sequence[str] = ()
+) -> ImportResult:
     """Read the interactions and, if the file is present, the items.
+
+    Args:
+        db: The connection that gets the tables.
+        root: The raw folder.
+        files: The paths of each role.
+        text_columns: Columns that form the text of items; empty: the usual ones.
 
     Raises:
         UserError: A file is damaged, a column is missing, or the type of a column is unknown.
@@ -49,8 +63,8 @@ def read(db: duckdb.DuckDBPyConnection, root: Path, files: Files) -> ImportResul
     if types:
         source = delimited_sql(path, list(types), delimiter="\t", header=True)
         user, item = (
-            quote_identifier(find_column(path, list(types), name))
-            for name in ("user_id", "item_id")
+            quote_identifier(column)
+            for column in find_columns(path, list(types), ["user_id"], ["item_id"])
         )
         time = find_optional_column(list(types), "timestamp")
         times = create_interactions(
@@ -62,12 +76,18 @@ def read(db: duckdb.DuckDBPyConnection, root: Path, files: Files) -> ImportResul
             "CREATE TABLE raw_interactions (user_id VARCHAR, item_id VARCHAR, timestamp BIGINT,"
             " ordinal BIGINT)"
         )
+    texts = None
     if files.get("items"):
-        _create_described(db, files["items"][0])
+        texts = _create_described(db, files["items"][0], text_columns)
     else:
+        refuse_text_columns(text_columns)
         create_described_from_ids(db)
-    notes = times.notes + create_raw_items(db, root, files)
-    return ImportResult(timestamps=time is not None, time_unit=times.unit, notes=notes)
+    return ImportResult(
+        timestamps=time is not None,
+        time_unit=times.unit,
+        notes=times.notes + create_raw_items(db, root, files),
+        text_columns=texts,
+    )
 
 
 def _read_header(path: Path) -> dict[str, str]:
@@ -76,30 +96,29 @@ def _read_header(path: Path) -> dict[str, str]:
     Raises:
         UserError: A column has no type, or an unknown one.
     """
-    types: dict[str, str] = {}
-    for entry in read_first_row(path, "\t", ""):
-        name, _, kind = entry.strip().rpartition(":")
-        if not name or kind not in _TYPES:
-            raise UserError(
-                f"{path}, line 1: {entry[:80]!r} is not NAME:TYPE with one of the types"
-                f" {', '.join(_TYPES)}; correct the header"
-            )
-        types[name] = kind
-    return types
+    entries = [entry.strip() for entry in read_first_row(path, "\t", "")]
+    pairs = {entry: entry.rpartition(":") for entry in entries}
+    wrong = [entry for entry, (name, _, kind) in pairs.items() if not name or kind not in _TYPES]
+    if wrong:
+        raise UserError(
+            f"{path}, line 1: {', '.join(repr(entry[:80]) for entry in wrong[:3])}"
+            f"{f' and {len(wrong) - 3} more' if len(wrong) > 3 else ''}: not NAME:TYPE with one of"
+            f" the types {', '.join(_TYPES)}; correct the header"
+        )
+    return {name: kind for name, _, kind in pairs.values()}
 
 
-def _create_described(db: duckdb.DuckDBPyConnection, path: Path) -> None:
+def _create_described(
+    db: duckdb.DuckDBPyConnection, path: Path, text_columns: Sequence[str]
+) -> tuple[str, ...]:
+    """Create ``described``; return the columns that form the text."""
     types = _read_header(path)
     names = list(types)
     item = find_column(path, names, "item_id")
-    texts = [
-        quote_identifier(column)
-        for name in _TEXTS
-        if (column := find_optional_column(names, name)) is not None
-    ]
-    text = find_optional_column(names, "text")
-    if text is not None:
-        texts = [quote_identifier(text)]
+    own = find_optional_column(names, "text")
+    usual = _TEXTS if own is None else (own,)
+    texts = choose_text_columns(path, names, usual, text_columns)
+    text = sentence_sql(*map(quote_identifier, texts)) if texts else "NULL::VARCHAR"
     pairs = ", ".join(
         f"{quoted(name)}, {_value_sql(name, types[name])}"
         for name in names
@@ -113,11 +132,12 @@ def _create_described(db: duckdb.DuckDBPyConnection, path: Path) -> None:
         db,
         "described",
         f"SELECT {quote_identifier(item)} AS item_id,"
-        f" {sentence_sql(*texts) if texts else 'NULL::VARCHAR'} AS text, {media},"
+        f" {text} AS text, {media},"
         f" json_merge_patch('{{}}', json_object({pairs}))::VARCHAR AS attributes"
         f" FROM {delimited_sql(path, names, delimiter=chr(9), header=True)}",
         path,
     )
+    return texts
 
 
 def _value_sql(name: str, kind: str) -> str:
@@ -144,6 +164,7 @@ IMPORTER = Importer(
     },
     required=("interactions",),
     read=read,
+    options=("text_columns",),
     example={
         "shop.inter": "user_id:token\titem_id:token\ttimestamp:float\n"
         "ann\tshoe\t100.0\nann\that\t200.0\nbob\that\t150.0\n",

@@ -5,6 +5,7 @@ JSONL, CSV, TSV or Parquet file may describe the items. Images and videos are fi
 id.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import duckdb
@@ -16,27 +17,44 @@ from pipeline.datasets.importers.base import (
     Files,
     Importer,
     ImportResult,
-    plural,
-    quote_all,
 )
-from pipeline.datasets.importers.items import create_described, create_described_from_ids
+from pipeline.datasets.importers.items import (
+    create_described,
+    create_described_from_ids,
+    refuse_text_columns,
+)
 from pipeline.datasets.importers.media_files import create_raw_items
+from pipeline.datasets.importers.messages import plural, quote_all
 from pipeline.datasets.importers.raw_sql import create_table, fetch_row, lines_sql
 
 
-def read(db: duckdb.DuckDBPyConnection, root: Path, files: Files) -> ImportResult:
+def read(
+    db: duckdb.DuckDBPyConnection, root: Path, files: Files, text_columns: Sequence[str] = ()
+) -> ImportResult:
     """Read the sequences; without a file of items, the items are those of the sequences.
+
+    Args:
+        db: The connection that gets the tables.
+        root: The raw folder.
+        files: The paths of each role.
+        text_columns: Columns that form the text of items; empty: the usual ones.
 
     Raises:
         UserError: A file is damaged, or a user has two lines.
     """
     create_from_sequences(db, files["interactions"][0])
-    images = None
+    items = None
     if files.get("items"):
-        images = create_described(db, files["items"][0]).images
+        items = create_described(db, files["items"][0], text_columns=text_columns)
     else:
+        refuse_text_columns(text_columns)
         create_described_from_ids(db)
-    return ImportResult(timestamps=False, notes=create_raw_items(db, root, files), images=images)
+    return ImportResult(
+        timestamps=False,
+        notes=create_raw_items(db, root, files),
+        text_columns=None if items is None else items.text_columns,
+        images=None if items is None else items.images,
+    )
 
 
 def create_from_sequences(db: duckdb.DuckDBPyConnection, path: Path) -> None:
@@ -83,6 +101,7 @@ IMPORTER = Importer(
     },
     required=("interactions",),
     read=read,
+    options=("text_columns",),
     example={
         "sequences.txt": "ann shoe hat\nbob hat\n",
         "items.jsonl": '{"id": "shoe", "title": "Red shoe"}\n{"id": "hat", "title": "Hat"}\n',

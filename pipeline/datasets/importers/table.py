@@ -18,7 +18,7 @@ Images and videos may also be files in the folders ``images`` and ``videos``, na
 Images may also be in ``images.tar`` or ``images.lmdb``.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
@@ -29,10 +29,8 @@ from pipeline.datasets.importers.base import (
     IMAGE_PATTERNS,
     VIDEO_PATTERNS,
     Files,
-    ImageColumn,
     Importer,
     ImportResult,
-    plural,
 )
 from pipeline.datasets.importers.column_types import (
     check_ids,
@@ -44,13 +42,16 @@ from pipeline.datasets.importers.column_types import (
 from pipeline.datasets.importers.interactions import Times, create_interactions
 from pipeline.datasets.importers.items import (
     ID_COLUMNS,
+    ItemsFile,
     create_described,
     create_described_from_ids,
+    refuse_text_columns,
 )
 from pipeline.datasets.importers.media_files import create_raw_items
+from pipeline.datasets.importers.messages import plural
 from pipeline.datasets.importers.raw_sql import (
     fetch_row,
-    find_column,
+    find_columns,
     find_optional_column,
     table_sql,
 )
@@ -64,6 +65,7 @@ def read(
     root: Path,
     files: Files,
     columns: Mapping[str, str] = MappingProxyType({}),
+    text_columns: Sequence[str] = (),
 ) -> ImportResult:
     """Read the two tables.
 
@@ -73,6 +75,7 @@ def read(
         files: The paths of each role.
         columns: Roles in ``COLUMNS`` to other names. The name of ``item`` is also tried in the file
             of items.
+        text_columns: Columns that form the text of items; empty: the usual ones.
 
     Raises:
         UserError: A file is damaged, a column is missing, a time is neither a whole number
@@ -80,33 +83,36 @@ def read(
     """
     times = _create_interactions(db, files["interactions"][0], columns)
     if not files.get("items"):
+        refuse_text_columns(text_columns)
         create_described_from_ids(db)
         notes = ("no file of items: models on item ids alone can be trained",)
         return _result(db, times, notes + create_raw_items(db, root, files))
     listing = files["items"][0]
     own_ids = [columns["item"]] if "item" in columns else []
-    items = create_described(db, listing, [*own_ids, *ID_COLUMNS])
+    items = create_described(db, listing, [*own_ids, *ID_COLUMNS], text_columns)
     n_items, n_texts = fetch_row(db, "SELECT count(*), count(text) FROM described")
-    if items.has_text and n_items and not n_texts:
+    if items.text_columns and n_items and not n_texts:
         raise UserError(
-            f"{listing}: the column of text is empty in all of {plural(n_items, 'item')};"
-            " fill the column, or leave it out for a catalogue without text"
+            f"{listing}: the column of text ({', '.join(items.text_columns)}) is empty in all of"
+            f" {plural(n_items, 'item')}; fill it, choose others by --text-columns, or leave it out"
+            " for a catalogue without text"
         )
-    return _result(db, times, create_raw_items(db, root, files), items.images)
+    return _result(db, times, create_raw_items(db, root, files), items)
 
 
 def _result(
     db: duckdb.DuckDBPyConnection,
     times: Times,
     notes: tuple[str, ...],
-    images: ImageColumn | None = None,
+    items: ItemsFile | None = None,
 ) -> ImportResult:
     (timestamps,) = fetch_row(db, "SELECT count(timestamp) FROM raw_interactions")
     return ImportResult(
         timestamps=timestamps > 0,
         time_unit=times.unit,
         notes=times.notes + notes,
-        images=images,
+        text_columns=None if items is None else items.text_columns,
+        images=None if items is None else items.images,
     )
 
 
@@ -116,14 +122,17 @@ def _create_interactions(
     """Create ``raw_interactions``."""
     source, names = table_sql(db, path)
     types = column_types(db, source)
-    given = {**COLUMNS, **columns}
-    user, item = (find_column(path, names, given[role]) for role in ("user", "item"))
-    for name in (user, item):
-        check_ids(db, path, source, name, types[name])
+    usual = {**COLUMNS, **columns}
+    roles = ["user", "item", *(["time"] if "time" in columns else [])]
+    user, item, *_ = find_columns(
+        path,
+        names,
+        *([usual[role]] for role in roles),
+        remedy="rename yours, or give their names by --columns user=NAME,item=NAME,time=NAME",
+    )
+    check_ids(db, path, source, {name: types[name] for name in (user, item)})
     user, item = id_sql(user, types[user]), id_sql(item, types[item])
-    column = find_optional_column(names, given["time"])
-    if column is None and "time" in columns:
-        column = find_column(path, names, given["time"])  # raises the error
+    column = find_optional_column(names, usual["time"])
     time, unit = time_sql(path, column, types[column]) if column else (None, None)
     if column:
         check_times(db, path, source, column, types[column])
@@ -146,7 +155,7 @@ IMPORTER = Importer(
     },
     required=("interactions",),
     read=read,
-    options=("columns",),
+    options=("columns", "text_columns"),
     example={
         "interactions.csv": "user_id,item_id,timestamp\nann,shoe,100\nann,hat,200\nbob,hat,150\n",
         "items.csv": "item_id,title\nshoe,Red shoe\nhat,Hat\n",

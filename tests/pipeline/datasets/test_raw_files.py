@@ -51,6 +51,19 @@ def test_a_path_may_be_relative_to_the_working_directory(
         assert files["interactions"] == (expected,)
 
 
+def test_all_missing_files_are_named(tmp_path: Path) -> None:
+    format = raw_format("ml-1m")
+    with pytest.raises(UserError, match=r"interactions of .*ratings\.dat.*items of .*movies\.dat"):
+        locate_files("ml-1m", format, tmp_path, {})
+    with pytest.raises(UserError, match=r"--file interactions=a and --file items=b: do not exist"):
+        locate_files("ml-1m", format, tmp_path, {"interactions": "a", "items": "b"})
+    folder(
+        tmp_path, dict.fromkeys(("a_users.tsv", "b_users.tsv", "a_items.tsv", "b_items.tsv"), "")
+    )
+    with pytest.raises(UserError, match=r"several interactions: .*several items: .*--file items="):
+        locate_files("x", raw_format("x", "bili"), tmp_path, {})
+
+
 def test_missing_files_are_named(tmp_path: Path) -> None:
     format = raw_format("amazon-beauty")
     with pytest.raises(UserError, match=r"nowhere .*Beauty\.txt.*--raw"):

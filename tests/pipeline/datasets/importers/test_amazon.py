@@ -188,8 +188,9 @@ def test_ratings_alone_are_a_dataset(warehouse: Warehouse, tmp_path: Path) -> No
 )
 def test_other_lines_are_refused_with_their_number(tmp_path: Path, line: bytes) -> None:
     content: dict[str, str | bytes] = {"ratings_x.csv": _ratings()}
-    content["meta_x.json"] = b"{'asin': 'B00'}\n\n" + line
-    with pytest.raises(UserError, match=r"meta_x\.json, line 3: .*(correct|remove)"):
+    content["meta_x.json"] = b"{'asin': 'B00'}\n\n" + line + b"{'asin': 'B09'}\n" + line
+    lines = r"\(as in 2 lines \(3, 5\)\)"
+    with pytest.raises(UserError, match=rf"meta_x\.json, line 3: .*{lines}.*(correct|remove)"):
         prepared(Warehouse(tmp_path / "new"), tmp_path / "raw", content, format="amazon")
 
 

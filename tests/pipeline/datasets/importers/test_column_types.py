@@ -151,7 +151,10 @@ def test_float_ids_of_items_with_images_as_bytes(warehouse: Warehouse, tmp_path:
     [
         (pa.array([1.0, NAN, 2.0]), "row 2: {} is empty"),
         (pa.array([1.0, 2.0, 2.5]), "row 3: {} is 2.5, not a whole number"),
-        (pa.array([1.0, INF, 2.5]), "row 2: {} is inf, not a whole number"),
+        (
+            pa.array([1.0, INF, 2.5]),
+            "row 2: {} is inf, not a whole number that DOUBLE holds exactly (as in 2 rows (2, 3))",
+        ),
         (pa.array([2.0**60, 1.0, 2.0]), "row 1: {} is 1.152921504606847e+18"),
         (pa.array([2.0**25, 1.0, 2.0], pa.float32()), "row 1: {} is 33554432.0"),
         (pa.array([1, 2, 3], pa.decimal256(50, 0)), "'{}' is of type decimal256(50, 0)"),
@@ -170,6 +173,13 @@ def test_columns_that_are_no_ids(
 ) -> None:
     _interactions(tmp_path / "raw", **{column: values})
     assert expected.format(column) in _refused(tmp_path / "raw")
+
+
+def test_all_columns_of_a_wrong_type_are_named(tmp_path: Path) -> None:
+    columns = {"user_id": pa.array([True] * 3), "item_id": pa.array([b"a"] * 3)}
+    _interactions(tmp_path / "raw", **columns)
+    message = _refused(tmp_path / "raw")
+    assert "'user_id' is of type BOOLEAN and 'item_id' is of type BLOB" in message
 
 
 def test_columns_of_one_name_are_refused(tmp_path: Path) -> None:

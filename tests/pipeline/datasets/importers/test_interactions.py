@@ -80,11 +80,15 @@ def test_the_order_follows_the_zones(warehouse: Warehouse, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("times", "parts"),
     [
-        (("1577836800", "1577836800000"), ["seconds (1577836800 in row 1)", "milliseconds"]),
+        (
+            ("1577836800", "1577836800000"),
+            ["seconds (1 row, such as 1577836800 in row 1)", "milli"],
+        ),
         (("1577836800000", "3", "1577836800000000"), ["milliseconds", "microseconds", "row 3"]),
-        (("1577836800", "2020-01-01"), ["whole numbers ('1577836800' in row 1)", "ISO dates"]),
+        (("1577836800", "2020-01-01"), ["whole numbers (1 row, such as '1577836800' in", "ISO"]),
         (("2020-01-01", "2020-01-01T10:00"), ["ISO dates", "without a zone", "row 2"]),
         (("2020-01-01T10:00Z", "2020-01-01T10:00"), ["with a zone", "without a zone"]),
+        (("1577836800", "1577836800000", "1577836800001"), ["1 row,", "(2 rows, such as 15778368"]),
     ],
 )
 def test_a_mixture_is_refused_in_one_line(

@@ -4,7 +4,7 @@ import pytest
 
 from features.errors import UserError
 from features.warehouse import Warehouse
-from tests.pipeline.datasets.raws import items_of, prepared, sequences_of
+from tests.pipeline.datasets.raws import folder, items_of, prepared, sequences_of
 
 
 def _prepared(warehouse: Warehouse, tmp_path: Path, **content: str | bytes) -> None:
@@ -45,6 +45,7 @@ def test_items_from_jsonl(warehouse: Warehouse, tmp_path: Path) -> None:
         '{"id": 3, "title": "", "categories": [], "image": "x/3.png"}\n'
         '{"id": 4, "more": {"k": [1.5, true]}}\n'
     )
+    folder(tmp_path / "raw", {"x/3.png": "x"})
     _prepared(warehouse, tmp_path, sequences_dot_txt="1 1 2 3 4\n", items_dot_jsonl=items)
     rows = items_of(warehouse)
     assert [row["text"] for row in rows] == ["- Soap & Water. A, B, C", "D", None, None]
@@ -63,6 +64,8 @@ def test_items_from_jsonl(warehouse: Warehouse, tmp_path: Path) -> None:
         ('{"id": "a"}\n{"id":\n', "line 2: .*JSON object"),
         ('{"id": "a"}\n\n[1]\n', "line 3: .*JSON object"),
         ('"a"\n', "line 1: .*JSON object"),
+        ('x\n{"id": "a"}\n2\n[]\nnull\n', r"line 1: .*4 lines \(such as 1, 3, 4\)"),
+        ('{"id": []}\n{"id": "a"}\n{"id": 1.5}\n', r"line 1: id is \[\] .*2 lines \(1, 3\)"),
         ('{"no": "a"}\n', r"'item_id'.* no;.*rename"),
         ('{"id": "a"}\n{"title": "b"}\n', "1 item without an id.*remove"),
         ('{"id": "a"}\n{"id": "a"}\n', "1 item more than once .*'a'"),

@@ -106,7 +106,8 @@ def test_every_column_finds_its_place(warehouse: Warehouse, tmp_path: Path) -> N
         "b,,  ,,clips/b.mp4,\n"
         'c,"say ""cheese""",,,,2\n'
     )
-    content = {"interactions.csv": INTERACTIONS, "items.csv": items, "images/c.JPG": "x"}
+    media = dict.fromkeys(("images/c.JPG", "pictures/a.png", "clips/b.mp4"), "x")
+    content = {"interactions.csv": INTERACTIONS, "items.csv": items, **media}
     prepared(warehouse, tmp_path / "raw", content)
     assert items_of(warehouse) == [
         {
@@ -184,6 +185,7 @@ def test_anything_else_is_no_time(tmp_path: Path, time: str) -> None:
     ("name", "text", "expected"),
     [
         ("interactions.csv", "uid,item_id\nu,a\n", r"interactions\.csv .*'user_id'.*uid, item_id;"),
+        ("interactions.csv", "u,i\nu,a\n", r"'user_id'.*'item_id'.*u, i;.*--columns user="),
         ("interactions.csv", "user_id;item_id\nu;a;b\n", "line 2: 3 columns.*2.*correct"),
         ("interactions.csv", "user_id,item_id\ru,a\r", "carriage return.*line feeds"),
         ("items.csv", "item_id,title\ra,caf\u00e9\rb,y\r", "carriage return.*line feeds"),
@@ -191,12 +193,22 @@ def test_anything_else_is_no_time(tmp_path: Path, time: str) -> None:
         ("interactions.csv", "user_id,item_id\n", r"interactions\.csv .*--file interactions=PATH"),
         ("interactions.csv", "user_id,item_id\nu,a\n,b\n", "row 2: user_id .*remove"),
         ("interactions.csv", "user_id,item_id\nu,a\nu,\n", "row 2: item_id .*remove"),
+        (
+            "interactions.csv",
+            "user_id,item_id\nu,a\n,b\nu,\n,\n,c\n",
+            r"row 2: user_id .*3 rows \(2, 4, 5\).*row 3: item_id .*2 rows \(3, 4\)",
+        ),
+        (
+            "interactions.csv",
+            "user_id,item_id\nu,a\nu\nu,b,c\nv,a\nu\nu\n",
+            r"line 3: 1 columns.*2.*4 lines \(such as 3, 4, 6\)",
+        ),
         ("interactions.csv", "user_id,item_id\nu,a\nu\n", "line 3: 1 columns.*2.*correct"),
         ("interactions.csv", "user_id,item_id\nu,a\nu,b,c\n", "line 3: 3 columns.*2.*correct"),
-        ("items.csv", "item_id,title,Title\na,x,y\n", "line 1: 'item_id', 'title', 'Title' .*name"),
+        ("items.csv", "item_id,title,Title\na,x,y\n", "line 1: 'title', 'Title' .*name"),
         ("items.csv", "name,title\na,x\n", r"items\.csv .*'item_id' or .*name, title.*rename"),
         ("items.csv", ITEMS + "b,again\nc,again\n", r"items\.csv .*2 items .*'b', 'c'.*keep"),
-        ("items.csv", ITEMS + ",nobody\n", r"items\.csv: 1 item without an id.*remove"),
+        ("items.csv", ITEMS + ",nobody\n", r"items\.csv: 1 item without an id.*row \(4\).*remove"),
         ("items.csv", "item_id,title\na,\nb,\nc,  \n", r"items\.csv: .*empty.*3 items.*fill"),
         ("items.csv", 'item_id,title\na,"x\nb,y\nc,z\n', "line 2: .*quote.*correct"),
     ],

@@ -1,0 +1,102 @@
+"""Items with several rows and copies of interactions are refused, chosen, kept or dropped."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from features.errors import UserError
+from features.warehouse import Warehouse
+from tests.pipeline.datasets.raws import INTERACTIONS, ITEMS, items_of, prepared, sequences_of
+
+TWICE = ITEMS + "a,Apricot\nc,Cake\na,Avocado\n"
+# Of u: b twice at 2, d twice at 3 as the last two. Of v: c twice at 5, apart in the file.
+COPIES = (
+    "user_id,item_id,timestamp\nv,c,5\nu,a,1\nu,b,2\nu,b,2\nu,d,3\nu,d,3\nv,a,1\nv,c,5\nv,c,7\n"
+)
+
+
+def test_items_that_are_listed_twice_are_refused_with_examples(tmp_path: Path) -> None:
+    rows = "".join(f"{name},Again\n" for name in "dacbb")
+    content = {"interactions.csv": INTERACTIONS, "items.csv": ITEMS + "d,Date\n" + rows}
+    with pytest.raises(UserError, match=r"lists 4 items.*--duplicate-items first") as caught:
+        prepared(Warehouse(tmp_path / "warehouse"), tmp_path / "raw", content)
+    assert "'a', 'b', 'c')" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["items.csv", "items.jsonl"])
+@pytest.mark.parametrize(
+    ("choice", "texts"),
+    [("first", ["Apple", "Bread", "Cheese"]), ("last", ["Avocado", "Bread", "Cake"])],
+)
+def test_a_row_of_each_item_is_chosen(
+    warehouse: Warehouse, tmp_path: Path, name: str, choice: str, texts: list[str]
+) -> None:
+    items = TWICE
+    if name == "items.jsonl":
+        rows = [line.split(",") for line in TWICE.splitlines()[1:]]
+        items = "\n".join(json.dumps({"id": item, "title": title}) for item, title in rows)
+    notes: list[str] = []
+    content = {"interactions.csv": INTERACTIONS, name: items}
+    prepared(warehouse, tmp_path / "raw", content, duplicate_items=choice, notify=notes.append)
+    assert [item["text"] for item in items_of(warehouse)] == texts
+    assert any(re.search(rf"2 items.*'a', 'c'.*{choice}", note) for note in notes)
+
+
+@pytest.mark.parametrize("choice", ["first", "last"])
+def test_images_are_of_the_chosen_row(warehouse: Warehouse, tmp_path: Path, choice: str) -> None:
+    images: list[bytes | None] = [b"1", b"2", b"3", None]
+    table = pa.table({"item_id": ["a", "b", "a", "b"], "image": images})
+    (tmp_path / "raw").mkdir()
+    pq.write_table(table, tmp_path / "raw" / "items.parquet")
+    content = {"interactions.csv": "user_id,item_id\nu,a\nu,b\n"}
+    prepared(warehouse, tmp_path / "raw", content, duplicate_items=choice)
+    has_image = [item["image"] is not None for item in items_of(warehouse)]
+    assert has_image == [True, choice == "first"]
+
+
+def test_copies_are_kept_and_the_targets_among_them_counted(
+    warehouse: Warehouse, tmp_path: Path
+) -> None:
+    notes: list[str] = []
+    content = {"interactions.csv": COPIES, "items.csv": ITEMS + "d,Date\n"}
+    info = prepared(warehouse, tmp_path / "raw", content, notify=notes.append)
+    # u: a b b [d] [d], the test target is a copy. v: a c [c] [c at 7], the validation target is.
+    assert (info.interactions, info.copied_targets) == (9, 2)
+    assert info.duplicate_interactions == "keep"
+    (note,) = [note for note in notes if "equal to another" in note]
+    assert note.startswith("3 interactions")
+    assert "2 held-out targets" in note
+    assert "--duplicate-interactions drop" in note
+
+
+def test_the_first_of_each_copy_is_kept(warehouse: Warehouse, tmp_path: Path) -> None:
+    notes: list[str] = []
+    content = {"interactions.csv": COPIES, "items.csv": ITEMS + "d,Date\n"}
+    options: dict[str, Any] = {"duplicate_interactions": "drop", "notify": notes.append}
+    info = prepared(warehouse, tmp_path / "raw", content, **options)
+    assert sequences_of(warehouse) == {"u": ["a", "b", "d"], "v": ["a", "c", "c"]}
+    assert (info.copied_targets, info.tied, info.duplicate_interactions) == (0, 0.0, "drop")
+    assert "3 interactions equal to another in user, item and time; dropped" in notes
+    # Copies do not count for the core: b has one user.
+    prepared(warehouse, tmp_path / "raw", {}, k_core=2, duplicate_interactions="drop")
+    assert sequences_of(warehouse) == {"v": ["c", "c"]}
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"duplicate_interactions": "drop"}, "has no times"),
+        ({"duplicate_interactions": "all"}, "keep, drop"),
+        ({"duplicate_items": "all"}, "refuse, first, last"),
+    ],
+)
+def test_choices_that_cannot_be(tmp_path: Path, options: dict[str, Any], expected: str) -> None:
+    content = {"interactions.csv": "user_id,item_id\nu,a\nu,a\n", "items.csv": ITEMS}
+    with pytest.raises(UserError, match=expected):
+        prepared(Warehouse(tmp_path / "warehouse"), tmp_path / "raw", content, **options)

@@ -13,6 +13,17 @@ from features.warehouse import DatasetInfo, Warehouse
 if TYPE_CHECKING:
     from pipeline.datasets.prepare import PrepareOptions
 
+NameOption = Annotated[
+    str | None, typer.Option("--name", help="Name of the result; default: the dataset.")
+]
+CoreOption = Annotated[
+    int | None,
+    typer.Option("--k-core", help="Minimum interactions of users and items; 0: keep all."),
+]
+UsersOption = Annotated[
+    int | None,
+    typer.Option("--users", help="Users of a random sample, before the k-core; default: all."),
+]
 ColumnsOption = Annotated[
     str | None,
     typer.Option("--columns", help="Your names of columns: user=customer,item=sku,time=ts."),
@@ -41,13 +52,8 @@ ImagesOption = Annotated[
 def prepare(
     dataset: Annotated[str, typer.Option("--dataset", help="A known dataset, or a new name.")],
     raw: Annotated[Path | None, typer.Option("--raw", help="Folder of the raw files.")] = None,
-    name: Annotated[
-        str | None, typer.Option("--name", help="Name of the result; default: the dataset.")
-    ] = None,
-    k_core: Annotated[
-        int | None,
-        typer.Option("--k-core", help="Minimum interactions of users and items; 0: keep all."),
-    ] = None,
+    name: NameOption = None,
+    k_core: CoreOption = None,
     format: Annotated[
         str | None, typer.Option("--format", help="Importer of your data; see: mmrec datasets.")
     ] = None,
@@ -55,10 +61,7 @@ def prepare(
         list[str] | None,
         typer.Option("--file", help="ROLE=PATH of a raw file, relative to --raw; repeatable."),
     ] = None,
-    users: Annotated[
-        int | None,
-        typer.Option("--users", help="Users of a random sample, before the k-core; default: all."),
-    ] = None,
+    users: UsersOption = None,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the sample of users.")] = 0,
     min_user: Annotated[
         int | None,

@@ -1,17 +1,13 @@
 """Preparation of a dataset: from raw files to the canonical tables."""
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import duckdb
-import pyarrow as pa
 
-from features.atomic_files import database, is_out_of_space
 from features.checksums import read_checksums
 from features.errors import UserError
 from features.item_columns import own_columns
@@ -28,6 +24,7 @@ from pipeline.datasets.canonical_sql import (
     sample_users,
     write_tables,
 )
+from pipeline.datasets.database import preparation_database
 from pipeline.datasets.duplicates import (
     DUPLICATE_INTERACTIONS,
     DUPLICATE_ITEMS,
@@ -40,14 +37,9 @@ from pipeline.datasets.importers.image_column import MEDIA, copy_image_column
 from pipeline.datasets.importers.messages import quote_all
 from pipeline.datasets.importers.registry import IMPORTERS
 from pipeline.datasets.importers.table import COLUMNS
-from pipeline.datasets.importers.text_sql import install_text_functions
 from pipeline.datasets.raw_files import RawFormat, locate_files, raw_format
 from pipeline.datasets.registry import DATASETS
 from pipeline.datasets.swap import finish_swap, hash_table, staging, swap_tables
-
-MEMORY_LIMIT = "2GB"  # of DuckDB; it spills to disk beyond this
-_WRONG_STATEMENTS = (duckdb.ParserException, duckdb.BinderException, duckdb.CatalogException)
-"""Errors of DuckDB that are faults of the program, not of its input."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -378,38 +370,3 @@ def _generate(dataset: str, root: Path, notify: Callable[[str], None]) -> None:
     if known and known.generate:
         known.generate(root)
         notify(f"made the raw files of {dataset} in {root}")
-
-
-@contextmanager
-def preparation_database(stage: Path, root: Path) -> Iterator[duckdb.DuckDBPyConnection]:
-    """Open DuckDB in bounded memory; it spills into ``stage`` and loads no extensions.
-
-    Args:
-        stage: Temporary folder of the preparation.
-        root: Folder of the raw files, for the message.
-
-    Raises:
-        UserError: There is not enough memory or disk space, or a raw file is damaged.
-    """
-    with database() as db:
-        db.execute(f"SET memory_limit = '{MEMORY_LIMIT}'")
-        db.execute(f"SET threads = {min(os.cpu_count() or 1, 8)}")
-        db.execute("SET preserve_insertion_order = true")
-        db.execute("SET autoinstall_known_extensions = false")
-        db.execute("SET temp_directory = $spill", {"spill": str(stage / "spill")})
-        install_text_functions(db)
-        try:
-            yield db
-        except (duckdb.Error, pa.ArrowException) as error:
-            reason = " ".join(str(error).split())[:160]
-            if isinstance(error, _WRONG_STATEMENTS):
-                raise
-            if not is_out_of_space(error):
-                raise UserError(
-                    f"the raw files in {root} cannot be read ({reason}); copy them again"
-                ) from None
-            raise UserError(
-                f"no room for preparing in {MEMORY_LIMIT} of memory and on the disk of"
-                f" {stage.parent} ({reason}); free disk space or give another --warehouse; the"
-                " earlier tables are unchanged"
-            ) from None

@@ -26,7 +26,8 @@ from pipeline.datasets.canonical_sql import (
     index_ids,
     write_tables,
 )
-from pipeline.datasets.prepare import preparation_database, table_hashes
+from pipeline.datasets.database import preparation_database
+from pipeline.datasets.prepare import table_hashes
 from pipeline.datasets.swap import finish_swap, staging, swap_tables
 
 USERS = 200

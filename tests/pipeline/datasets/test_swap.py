@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import pipeline.datasets.database
 import pipeline.datasets.prepare
 import pipeline.datasets.swap
 from features.atomic_files import lock
@@ -148,7 +149,7 @@ def test_an_end_of_memory_or_disk_is_one_line_and_leaves_no_trace(
         "interactions.csv": "user_id,item_id,timestamp\n" + clicks,
         "items.csv": "item_id,title\n" + items,
     }
-    monkeypatch.setattr(pipeline.datasets.prepare, "MEMORY_LIMIT", "4MB")
+    monkeypatch.setattr(pipeline.datasets.database, "MEMORY_LIMIT", "4MB")
     with pytest.raises(UserError, match=r"4MB of memory.*/new/mine .*--warehouse"):
         prepared(warehouse, tmp_path / "raw", large)
     if earlier:

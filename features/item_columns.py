@@ -19,7 +19,8 @@ _MOST_COLUMNS = 500  # keys that are data, such as dates, are no columns
 # A number as programs write it: text such as 007 or +1 is a code, and stays text.
 _INTEGER = "-?(0|[1-9][0-9]{0,17})"
 _DECIMAL = _INTEGER + r"(\.[0-9]+)?([eE][+-]?[0-9]+)?"
-_PREFIX = "raw_"
+PREFIX = "raw_"
+"""Prefix of an own column whose name is taken, or whose type differs between datasets."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -123,8 +124,8 @@ def view_columns(datasets: Mapping[str, Mapping[str, str]], taken: Set[str]) -> 
             plain.append(ItemColumn(name=name, kind=kind, keys=keys))
     names = set(taken) | {column.name.lower() for column in plain}
     for name, kind, keys in prefixed:
-        while name.lower() in names or not name.startswith(_PREFIX):
-            name = _PREFIX + name
+        while name.lower() in names or not name.startswith(PREFIX):
+            name = PREFIX + name
         names.add(name.lower())
         plain.append(ItemColumn(name=name, kind=kind, keys=keys))
     return plain

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from features.atomic_files import database, is_out_of_space, read_errors
 from features.checksums import verify, verify_files
 from features.errors import ALLOW_READING, DamagedError, NoPermissionError, UserError
-from features.item_columns import ItemColumn, own_columns, view_columns
+from features.item_columns import PREFIX, ItemColumn, own_columns, view_columns
 from features.memory import check_memory
 from features.schema import FAILURES_SCHEMA, INTERACTIONS_SCHEMA, ITEMS_SCHEMA
 from features.splits import cold_sql, split_sql
@@ -140,7 +140,7 @@ def query(
             result = _select(db, sql, inexact_as_text)
         except duckdb.Error as error:
             _verify_opened_files(db, warehouse.root)  # the damage of a file can be the cause
-            raise _query_error(error) from None
+            raise _query_error(error, _column_hint(db, str(error))) from None
         _verify_opened_files(db, warehouse.root)
         return result
 
@@ -184,7 +184,17 @@ def _verify_opened_files(db: duckdb.DuckDBPyConnection, root: Path) -> None:
                 verify(path)
 
 
-def _query_error(error: duckdb.Error) -> UserError:
+def _column_hint(db: duckdb.DuckDBPyConnection, message: str) -> str:
+    """Return a hint for an own column of items that has another name in the view, else nothing."""
+    match = re.search(r'column "(.+)" not found', message)
+    if match is None:
+        return ""
+    columns = {row[0].lower(): row[0] for row in db.execute("DESCRIBE items").fetchall()}
+    name = columns.get(f"{PREFIX}{match[1]}".lower())
+    return f"; its types differ between datasets, so it is {quote_identifier(name)}" if name else ""
+
+
+def _query_error(error: duckdb.Error, column_hint: str) -> UserError:
     """Return the error of a query as one line with a remedy."""
     line = " ".join(str(error).split("\n\n")[0].split())
     if is_out_of_space(error):
@@ -193,7 +203,7 @@ def _query_error(error: duckdb.Error) -> UserError:
     if "Permission denied" in line:
         return UserError(f"SQL: {line}; {ALLOW_READING}")
     hint = f"; the views are {', '.join(VIEWS)}" if "does not exist" in line else ""
-    return UserError(f"SQL: {line}{hint}")
+    return UserError(f"SQL: {line}{hint}{column_hint}")
 
 
 def _readable_datasets(

@@ -182,10 +182,14 @@ class Warehouse:
         """Return whether a dataset is prepared."""
         return (self.dataset_dir(name) / "dataset.json").exists()
 
-    def choose_dataset(self, name: str | None) -> tuple[str, str]:
+    def choose_dataset(self, name: str | None, option: str = "--dataset") -> tuple[str, str]:
         """Choose a command's dataset: the given one, else the last one named in an extraction.
 
         Without an extraction, it is the only one; the demo does not count beside another dataset.
+
+        Args:
+            name: The given dataset.
+            option: Place where the user can name a dataset, for the error.
 
         Returns:
             The name, and the reason for the choice.
@@ -207,12 +211,12 @@ class Warehouse:
         if last:
             raise UserError(
                 f"dataset {last!r}, the last one of mmrec extract, is not prepared; run: mmrec"
-                f" extract --dataset {last}, or choose by --dataset: {', '.join(prepared)}"
+                f" extract --dataset {last}, or choose by {option}: {', '.join(prepared)}"
             )
         names = [name for name in prepared if name != _DEMO] or prepared
         if len(names) == 1:
             return names[0], "the only one" if len(prepared) == 1 else "the only one but the demo"
-        raise UserError(f"several datasets are prepared: {', '.join(names)}; choose by --dataset")
+        raise UserError(f"several datasets are prepared: {', '.join(names)}; choose by {option}")
 
     def remember_extracted(self, name: str) -> None:
         """Record the dataset that an extraction names, also of one that fails later."""

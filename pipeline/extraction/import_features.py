@@ -100,14 +100,14 @@ def import_features(
         absent=info.items - known,
         unknown=len(items) - known,
         failed=len(failed),
-        reason=f"{_FAILURE} (items {_examples(item_ids, failed)})" if failed else "",
+        reason=f"{_FAILURE} ({_examples(item_ids, failed)})" if failed else "",
     )
 
 
 def _examples(item_ids: pa.ChunkedArray, items: list[int]) -> str:
     """Return the first three of some items by their ids, for a message."""
     names = ", ".join(repr(item_ids[item].as_py()) for item in sorted(items)[:3])
-    return names if len(items) <= 3 else f"such as {names}"
+    return f"items {names}" if len(items) <= 3 else f"such as items {names}"
 
 
 def _provenance(matrix: MatrixFile, backbone: str, modality: str) -> Provenance:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from features.errors import UserError
 from features.sql_text import quote_identifier
 from features.sql_views import query
 from features.warehouse import Warehouse
@@ -97,6 +98,8 @@ def test_several_datasets(warehouse: Warehouse, tmp_path: Path) -> None:
     assert [tuple(row.values()) for row in table.to_pylist()] == [
         ("a", 1.0, "42", "A"), ("b", 1.5, "XL", "B")
     ]  # fmt: skip
+    with pytest.raises(UserError, match=r'"size" not found.*"raw_size"'):
+        query(warehouse, "SELECT size FROM items")
 
 
 @pytest.mark.parametrize("count", [0, 501])

@@ -186,7 +186,9 @@ class Tuner:
 
     def _check_identity(self) -> None:
         """Refuse to continue a search with other entries or other data."""
-        dataset, _ = self._warehouse.choose_dataset(_text(self.search.fixed.get("dataset")))
+        dataset, _ = self._warehouse.choose_dataset(
+            _text(self.search.fixed.get("dataset")), 'dataset = "NAME" in [runs]'
+        )
         info = self._warehouse.info(dataset)
         document = [self.search.runs, info.fingerprint, info.sequences]
         text = json.dumps(document, sort_keys=True, default=str)

@@ -170,7 +170,8 @@ def _create_listing(
         return []
     return [
         f"{plural(len(dangling), 'link')} in {role} without a file (such as"
-        f" {quote_all(sorted(dangling)[:3])}); pack the files that the links name into the same tar"
+        f" {quote_all(sorted(dangling)[:3])}); put the files that the links name into the same tar"
+        " or folder"
     ]
 
 
@@ -205,7 +206,7 @@ def _list(root: Path, role: str, path: Path) -> Iterator[tuple[str, str, _Kind]]
     """Yield (item id, reference, "media") of each file in a folder or container.
 
     A file whose ending is neither that of an image nor of a video is (name, reference, "other"),
-    and a link in a tar that leads to no file is (name, reference, "link").
+    and a link that leads to no file is (name, reference, "link").
 
     Raises:
         UserError: ``path`` is neither a folder nor a container that the role can have.
@@ -223,9 +224,9 @@ def _list(root: Path, role: str, path: Path) -> Iterator[tuple[str, str, _Kind]]
                 yield normalize("NFC", key), f"{base}#{key}", "media"
     elif path.is_dir():
         suffixes = _IMAGE_SUFFIXES if role == "images" else _VIDEO_SUFFIXES
-        for file, is_media in _files(path, suffixes):
+        for file, file_kind in _files(path, suffixes):
             reference = os.path.join(base, os.path.relpath(file, path))
-            yield ((_item_id(file), reference, "media") if is_media else (file, reference, "other"))
+            yield _item_id(file) if file_kind == "media" else file, reference, file_kind
     else:
         raise UserError(f"{path} is not a folder, tar or LMDB; give one by --file {role}=PATH")
 
@@ -257,8 +258,8 @@ def _image_names(path: Path) -> Iterator[tuple[str, _Kind]]:
                 yield member.name, "media" if is_image else "other"
 
 
-def _files(folder: Path, suffixes: frozenset[str]) -> Iterator[tuple[str, bool]]:
-    """Yield (path, True) of the files below a folder, and (path, False) of unknown endings.
+def _files(folder: Path, suffixes: frozenset[str]) -> Iterator[tuple[str, _Kind]]:
+    """Yield (path, kind) of the files below a folder; those of unknown endings are "other".
 
     Links to folders are followed, each folder once. Hidden files are left out.
     """
@@ -270,12 +271,19 @@ def _files(folder: Path, suffixes: frozenset[str]) -> Iterator[tuple[str, bool]]
             continue
         visited.add((status.st_dev, status.st_ino))
         children[:] = sorted(name for name in children if not name.startswith("."))
+        with os.scandir(parent) as entries:
+            links = {entry.name for entry in entries if entry.is_symlink()}
         for name in sorted(names):
             suffix = os.path.splitext(name)[1].lower()
             is_other = suffix not in _IMAGE_SUFFIXES | _VIDEO_SUFFIXES
             # Item ids are UTF-8, so a name that is not cannot match one.
-            if (suffix in suffixes or is_other) and not name.startswith(".") and _is_utf8(name):
-                yield os.path.join(parent, name), suffix in suffixes
+            if not (suffix in suffixes or is_other) or name.startswith(".") or not _is_utf8(name):
+                continue
+            file = os.path.join(parent, name)
+            if suffix in suffixes and name in links and not os.path.exists(file):
+                yield file, "link"
+            else:
+                yield file, "media" if suffix in suffixes else "other"
 
 
 def _is_utf8(name: str) -> bool:

@@ -445,7 +445,13 @@ def test_links_in_folders_and_tars(warehouse: Warehouse, tmp_path: Path) -> None
     raw = folder(tmp_path / "raw", {"interactions.csv": INTERACTIONS, "items.csv": ITEMS})
     folder(raw, {"images/a.png": "x"})
     os.link(raw / "images" / "a.png", raw / "images" / "b.png")
-    (raw / "images" / "c.png").symlink_to("a.png")
+    (raw / "images" / "c.png").symlink_to("b.png")
+    os.unlink(raw / "images" / "b.png")
+    notes: list[str] = []
+    prepared(warehouse, raw, {}, notify=notes.append)
+    assert images_of(warehouse) == ["images/a.png", None, None]
+    assert any("1 link in images without a file" in note and "c.png" in note for note in notes)
+    os.link(raw / "images" / "a.png", raw / "images" / "b.png")
     prepared(warehouse, raw, {})
     assert images_of(warehouse) == ["images/a.png", "images/b.png", "images/c.png"]
     with tarfile.open(raw / "linked.tar", "w") as into:

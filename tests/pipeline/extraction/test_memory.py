@@ -28,8 +28,9 @@ def bytes_used(root: Path, n: int) -> int:
     used: list[int] = []
 
     def note(progress: ExtractProgress) -> None:
-        gc.collect()
-        used.append(tracemalloc.get_traced_memory()[0])
+        if progress.done == progress.total:
+            gc.collect()
+            used.append(tracemalloc.get_traced_memory()[0])
 
     gc.collect()
     tracemalloc.start()

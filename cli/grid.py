@@ -107,6 +107,7 @@ def grid(
     _show(warehouse, spec, planned, outcomes, output)
     place = f" --warehouse {shlex.quote(str(root))}" if root else ""
     figure = f" --plot {shlex.quote(str(plot))}" if plot else ""
+    figure += f" --out {shlex.quote(str(out))}" if out else ""
     command = f"mmrec grid {shlex.quote(file)}{place}{given.text()}{figure}"
     _conclude(planned, outcomes, end, path, command)
 

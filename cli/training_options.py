@@ -376,17 +376,20 @@ class TrainWatch:
     def __call__(self, progress: "TrainProgress") -> None:
         """Show one report of the loop."""
         self.called = True
-        text = f"epoch {progress.epoch}/{progress.epochs}  loss {progress.loss:.4f}"
-        rate = f"{progress.rate:,.0f} {progress.unit}/s"
+        text = f"epoch {progress.epoch}/{progress.epochs}"
+        rate = ""
+        if progress.rate:  # a model without gradients has no loss and reads no windows
+            text += f"  loss {progress.loss:.4f}"
+            rate = f"  {progress.rate:,.0f} {progress.unit}/s"
         if progress.metrics:
             figures = "  ".join(f"{name} {value:.4f}" for name, value in progress.metrics.items())
-            self.line.update(f"{text}  {figures}  best {progress.best_epoch}  {rate}", keep=True)
+            self.line.update(f"{text}  {figures}  best {progress.best_epoch}{rate}", keep=True)
             if progress.loss_terms:
                 terms = (f"{name} {value:.4f}" for name, value in progress.loss_terms.items())
                 self.line.update(f"  loss: {', '.join(terms)}", keep=True)
         else:
             left = console.format_duration(progress.seconds_left)
-            self.line.update(f"{text}  step {progress.step}/{progress.steps}  {rate}  {left} left")
+            self.line.update(f"{text}  step {progress.step}/{progress.steps}{rate}  {left} left")
 
 
 def _trained(report: "TrainReport") -> str:

@@ -36,6 +36,11 @@ def frozen_modules() -> None:
     gc.freeze()
 
 
+def pytest_sessionfinish() -> None:
+    """Let the interpreter free everything at its exit; DuckDB's binding reports what is left."""
+    gc.unfreeze()
+
+
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """The folder of real data sets, where there is one."""

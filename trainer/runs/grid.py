@@ -61,10 +61,12 @@ class Planned:
 def run_name(spec: RunSpec) -> str:
     """Return the name of a run of a grid.
 
-    A pre-training has a name of its own: its settings can be those of a run on the same dataset.
+    The name has the model and a hash of everything that decides the result; ``mmrec runs`` and
+    ``mmrec compare`` print the settings that differ. A pre-training has a name of its own: its
+    settings can be those of a run on the same dataset.
     """
     suffix = "-pretrain" if spec.is_pretraining else ""
-    return f"grid-{spec.digest()}{suffix}"
+    return f"grid-{spec.model}-{spec.digest()}{suffix}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,7 +7,10 @@ negatives (Eq. 9 to 12). A row whose target is the target of no other row has it
 second view.
 
 The paper has one row for each prefix of a history: ``rows=prefixes``. With ``rows=windows`` the
-views are those of the last target of each window.
+views are those of the last target of each window. The next-item loss is then a mean over all
+targets of the windows, so the InfoNCE is multiplied by the number of windows divided by the number
+of targets: at a target with views, the two losses have the weights of the paper. Without this
+factor the contrast rules the last position, which is the one that recommends.
 
 Legend: B batch, L sequence length, D width.
 """
@@ -23,7 +26,13 @@ from features.dataset import Ints
 from retrieval.seen_items import SeenItems
 from trainer.config import NonNegativeFloat, Probability
 from trainer.data.batches import Batch, Sequences, TrainSet
-from trainer.distributed import gather_ids, gather_rows, rank_offset, scale_to_global_mean
+from trainer.distributed import (
+    gather_ids,
+    gather_rows,
+    global_mean_rows,
+    rank_offset,
+    scale_to_global_mean,
+)
 from trainer.losses.base import ItemVectors
 from trainer.losses.in_batch import Columns, in_batch
 from trainer.models.base import Catalogue
@@ -84,10 +93,19 @@ class DuoRec(SASRec):
         views_BD = [self._encode(items, view) for view in (inputs, other)]
         contrast = info_nce(*views_BD)
         return {
-            "loss": next_item + self.settings.contrast * contrast,
+            "loss": next_item + self.settings.contrast * self._share_of_rows(batch) * contrast,
             "next": next_item.detach(),
             "contrast": contrast.detach(),
         }
+
+    def _share_of_rows(self, batch: Batch) -> float:
+        """Return the number of rows divided by that of targets: 1 with ``rows=prefixes``."""
+        if self.settings.rows == "prefixes":
+            return 1.0
+        lengths_B = batch.sequences.lengths_B
+        rows = global_mean_rows(len(lengths_B), lengths_B.device)
+        targets = global_mean_rows(int((lengths_B - 1).sum()), lengths_B.device)
+        return rows / max(1.0, targets)
 
     def _encode(self, items: ItemVectors, sequences: Sequences) -> Tensor:
         inside = Sequences(

@@ -83,10 +83,15 @@ def test_each_other_history_is_drawn_about_equally_often() -> None:
     assert counts[~np.eye(5, dtype=bool)].min() > 60  # 100 are expected
 
 
-def test_the_loss_is_the_weighted_sum() -> None:
+@pytest.mark.parametrize("rows", ["windows", "prefixes"])
+def test_the_contrast_has_its_weight_at_each_target_with_views(rows: str) -> None:
     data = worlds.training_data(worlds.cycles(), worlds.features(N))
-    model: Any = worlds.build("duorec", worlds.features(N), contrast=0.3).eval()
+    model: Any = worlds.build("duorec", worlds.features(N), contrast=0.3, rows=rows).eval()
     _, epoch = data.epoch(model.window_sampling, batch_size=16, seed=1, epoch=0)
-    losses = model.loss(next(iter(epoch)))
-    expected = losses["next"] + 0.3 * losses["contrast"]
+    batch = next(iter(epoch))
+    losses = model.loss(batch)
+    lengths_B = batch.sequences.lengths_B
+    targets = len(lengths_B) if rows == "prefixes" else int((lengths_B - 1).sum())
+    assert (targets == len(lengths_B)) == (rows == "prefixes")
+    expected = losses["next"] + 0.3 * len(lengths_B) / targets * losses["contrast"]
     torch.testing.assert_close(losses["loss"], expected)

@@ -20,7 +20,7 @@ from features.errors import UserError, unknown
 from features.warehouse import Warehouse
 
 if TYPE_CHECKING:
-    from trainer.runs.evaluate import EvalReport
+    from trainer.runs.evaluate import EvalReport, Sample
 
 _PROTOCOLS = ("ranking", "retrieval")
 
@@ -37,7 +37,11 @@ def evaluate(
     ] = "ranking",
     dataset: Annotated[
         str | None,
-        typer.Option("--dataset", help="With --protocol retrieval: items of another dataset."),
+        typer.Option(
+            "--dataset",
+            help="Measure on this dataset as it is now: a later preparation, or another dataset."
+            " With --protocol retrieval: its items.",
+        ),
     ] = None,
     users: Annotated[
         int | None,
@@ -52,14 +56,13 @@ def evaluate(
 ) -> None:
     """Evaluate a run: rank every validation and test target in the full catalogue.
 
-    A pre-training on histories is evaluated on each of its datasets.
+    A pre-training on histories is evaluated on each of its datasets. With --dataset, the targets
+    that the run has trained on are left out, and the results are stored apart.
     """
     from trainer.runs.folder import read_about
 
     if protocol not in _PROTOCOLS:
         raise unknown("protocol", protocol, list(_PROTOCOLS))
-    if dataset is not None and protocol == "ranking":
-        raise UserError(f"--dataset {dataset} goes with --protocol retrieval; leave it out")
     if users is not None and protocol == "retrieval":
         raise UserError(f"--users {users} goes with --protocol ranking; leave it out")
     if users is None and seed:
@@ -70,10 +73,13 @@ def evaluate(
         _retrieve(warehouse, folder, dataset, device, json)
         return
     sample = None if users is None else (users, seed)
-    if read_about(folder / "config.toml").get("stage"):
+    if dataset is not None:
+        report = _evaluate_later(warehouse, folder, dataset, index, device, sample)
+    elif read_about(folder / "config.toml").get("stage"):
         _evaluate_sources(warehouse, folder, index, device, sample, json=json)
         return
-    report = run_evaluate(warehouse, folder, index, device, sample)
+    else:
+        report = run_evaluate(warehouse, folder, index, device, sample)
     if json:
         console.emit_json(asdict(report))
     else:
@@ -120,21 +126,49 @@ def _evaluate_sources(
     json: bool,
 ) -> None:
     """Evaluate a pre-training on each of its datasets, and print the reports."""
-    from trainer.runs.evaluate import Sample
     from trainer.runs.evaluate_sources import evaluate_sources
     from trainer.runs.run import open_run
 
     with console.ProgressLine(interval=0.0) as line:
         run = open_run(warehouse, folder, device=device)
-        sample = None
-        if users_and_seed is not None:
-            sample = Sample(users=users_and_seed[0], seed=users_and_seed[1])
+        sample = _sample(users_and_seed)
         reports = evaluate_sources(warehouse, run, index=index, sample=sample, on_stage=line.update)
     if json:
         console.emit_json({"run": run.name, "sources": [asdict(report) for report in reports]})
         return
     for report in reports:
         show_evaluated(report)
+
+
+def _evaluate_later(
+    warehouse: Warehouse,
+    folder: Path,
+    dataset: str,
+    index: str,
+    device: str | None,
+    users_and_seed: tuple[int, int] | None,
+) -> "EvalReport":
+    """Evaluate a run on a dataset as it is prepared now."""
+    from trainer.runs.evaluate_later import evaluate_later
+
+    with console.ProgressLine(interval=0.0) as line:
+        return evaluate_later(
+            warehouse,
+            folder,
+            dataset,
+            index=index,
+            sample=_sample(users_and_seed),
+            device=device,
+            on_stage=line.update,
+        )
+
+
+def _sample(users_and_seed: tuple[int, int] | None) -> "Sample | None":
+    from trainer.runs.evaluate import Sample
+
+    if users_and_seed is None:
+        return None
+    return Sample(users=users_and_seed[0], seed=users_and_seed[1])
 
 
 def run_evaluate(
@@ -145,24 +179,24 @@ def run_evaluate(
     users_and_seed: tuple[int, int] | None = None,
 ) -> "EvalReport":
     """Evaluate a run, or a sample of its test users, and show the current step on a live line."""
-    from trainer.runs.evaluate import Sample
     from trainer.runs.evaluate import evaluate as evaluate_run
-    from trainer.runs.run import open_run
+    from trainer.runs.later import open_as_trained
 
     with console.ProgressLine(interval=0.0) as line:
-        run = open_run(warehouse, folder, device=device)
-        sample = None
-        if users_and_seed is not None:
-            sample = Sample(users=users_and_seed[0], seed=users_and_seed[1])
+        run = open_as_trained(warehouse, folder, device=device)
+        sample = _sample(users_and_seed)
         return evaluate_run(warehouse, run, index=index, sample=sample, on_stage=line.update)
 
 
 def show_evaluated(report: "EvalReport") -> None:
-    """Print both rankings of the model and of the reference, and the protocol."""
+    """Print both rankings of the model and of the references, and the protocol.
+
+    The tables of an evaluation on a later preparation are marked.
+    """
     features = f", {', '.join(report.features)}" if report.features else ""
-    console.print_text(
-        f"run {report.run}: {report.model} on {report.dataset}{features}; index {report.index}"
-    )
+    mark = "" if report.later is None else f", {report.later.kind}"
+    place = f"{report.dataset}{mark}{features}; index {report.index}"
+    console.print_text(f"run {report.run}: {report.model} on {place}")
     cells = {
         (r["split"], r["targets"], r["metric"], r["ranker"], r["seen"]): r for r in report.rows
     }
@@ -191,7 +225,7 @@ def show_evaluated(report: "EvalReport") -> None:
         console.stacked_tables(
             [("metric", list(metrics[split, targets]))],
             [[column((split, targets), ranker, seen) for seen in rankings] for ranker in rankers],
-            title=f"{split}{kind}: {sample}{users:,} {unit}{repeated}",
+            title=f"{split}{mark}{kind}: {sample}{users:,} {unit}{repeated}",
         )
     console.out.print()
     for text in report.protocol:

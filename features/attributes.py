@@ -47,7 +47,12 @@ class ItemAttributes:
 
 
 def load_attributes(
-    warehouse: Warehouse, datasets: Sequence[str], columns: Sequence[str], *, least: int = 1
+    warehouse: Warehouse,
+    datasets: Sequence[str],
+    columns: Sequence[str],
+    *,
+    least: int = 1,
+    vocabulary: Sequence[str] | None = None,
 ) -> ItemAttributes:
     """Read the attributes of the items of datasets, one dataset after the other.
 
@@ -59,6 +64,8 @@ def load_attributes(
         datasets: Names of prepared datasets.
         columns: Columns of the items that the raw data brought, such as ``categories``.
         least: Attributes of fewer items are left out.
+        vocabulary: The names of the attributes, in place of those that the items have. Other
+            attributes are left out, and ``least`` is not read.
 
     Raises:
         UserError: No item of a dataset has one of the columns, or a value is an object.
@@ -66,8 +73,11 @@ def load_attributes(
     rows: list[set[str]] = []
     for dataset in datasets:
         rows += _rows(warehouse, dataset, columns)
-    names, counts = np.unique([name for row in rows for name in row] or [""], return_counts=True)
-    kept = {str(name): index for index, name in enumerate(names[counts >= least]) if name}
+    if vocabulary is None:
+        every = [name for row in rows for name in row]
+        names, counts = np.unique(every or [""], return_counts=True)
+        vocabulary = names[counts >= least].tolist()
+    kept = {name: index for index, name in enumerate(vocabulary) if name}
     ids = [sorted(kept[name] for name in row if name in kept) for row in rows]
     return ItemAttributes(
         names=list(kept),

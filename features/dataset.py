@@ -267,14 +267,19 @@ def _in_order(parts: Sequence[pq.ParquetFile], n_items: int, rows: int) -> bool:
 
 def load_user_ids(warehouse: Warehouse, name: str) -> pa.ChunkedArray:
     """Read the id of every user, in the order of ``user``."""
-    folder = warehouse.dataset_dir(name)
-    interactions = parquet_sql(folder / "interactions")
-    verified_parts(warehouse, name, "interactions")
-    with _tables(folder / "interactions", name), database() as db:
-        table = db.sql(
-            f"SELECT any_value(user_id) AS user_id FROM {interactions} GROUP BY user ORDER BY user"
-        ).to_arrow_table()
-    return table.column("user_id")
+    paths = verified_parts(warehouse, name, "interactions")
+    with _tables(warehouse.dataset_dir(name) / "interactions", name):
+        parts = [_one_row_per_user(read_table(path, ["user", "user_id"])) for path in paths]
+        return _one_row_per_user(pa.concat_tables(parts)).column("user_id")
+
+
+def _one_row_per_user(table: pa.Table) -> pa.Table:
+    """Return the first row of each user of the columns ``user`` and ``user_id``, by ``user``."""
+    users = np.from_dlpack(table.column("user").combine_chunks())
+    _, rows = np.unique(users, return_index=True)
+    # Other conversions import pandas where it is installed, which takes 0.3 CPU s.
+    buffer = pa.py_buffer(rows.astype(np.int64))
+    return table.take(pa.Array.from_buffers(pa.int64(), len(rows), [None, buffer]))
 
 
 def verified_parts(warehouse: Warehouse, name: str, table: str) -> list[Path]:

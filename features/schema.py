@@ -77,6 +77,11 @@ PREDICTIONS_SCHEMA = pa.schema(
     ]
 )
 
+LATER_PREDICTIONS_SCHEMA = PREDICTIONS_SCHEMA.append(
+    _required("new_item", pa.bool_())  # the target is an item that the training did not have
+)
+"""Schema of the predictions of an evaluation on a later preparation."""
+
 
 def feature_schema(dim: int, dtype: str, level: str = "pooled") -> pa.Schema:
     """Return the schema of one feature part.

@@ -27,6 +27,10 @@ _ABSENT = object()
 _CHECKSUM = "checksum"  # entry of the document in the header of a file
 
 
+class IdentityError(UserError):
+    """A checkpoint was written for another model, other settings or other data."""
+
+
 @dataclass(kw_only=True, slots=True)
 class TrainState:
     """The position in a training; the loop updates it."""
@@ -318,7 +322,7 @@ def _check_identity(path: Path, actual: dict[str, Any], expected: dict[str, Any]
     differences = list(_differences("", actual, expected))
     if differences:
         rest = len(differences) - _MOST_DIFFERENCES
-        raise UserError(
+        raise IdentityError(
             f"{path} was written for {'; '.join(differences[:_MOST_DIFFERENCES])}"
             f"{f' and {rest} more' if rest > 0 else ''};"
             " change that back, or train again"

@@ -37,6 +37,34 @@ def test_a_sample_of_users_is_named_and_not_stored(small: str, users: int, shown
     assert (document["sample"] is None) == (not shown)
 
 
+def test_an_evaluation_on_a_later_preparation_is_marked(
+    warehouse: Warehouse, small: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of the users have two more interactions, and there is one item more."""
+    monkeypatch.setattr(
+        "trainer.runs.evaluate.bootstrap", lambda matrix, groups: (matrix.min(0), matrix.max(0))
+    )
+    sequences = [[(u + k) % 17 for k in range(6 + 2 * (u % 2))] for u in range(30)]
+    worlds.prepare(warehouse, [*sequences, [0, 1, 2, 17]], 18, [f"i{item}" for item in range(18)])
+    strict = ("eval", "p", "--warehouse", small)
+    error = run(*strict, code=2).output
+    assert "mmrec eval --run p --dataset world" in " ".join(error.split())
+    printed = run(*strict, "--dataset", "world").stdout
+    titles = [line for line in printed.splitlines() if line.startswith(("test", "validation"))]
+    assert all(", later preparation" in title for title in titles)
+    assert [title.split(":")[0].split(", ")[-1] for title in titles] == [
+        *("later preparation", "known-item targets only"),
+        *("later preparation", "new-item targets only", "known-item targets only"),
+    ]
+    text = " ".join(printed.split())
+    assert "trained on (validation 0, test 0)" in text
+    assert "chooses the epoch (validation 15, test 0)" in text
+    document = json.loads(run(*strict, "--dataset", "world", "--json").stdout)
+    assert document["later"]["kind"] == "later preparation"
+    assert document["later"]["new_items"] == 1
+    assert {row["phase"] for row in document["rows"]} == {"later"}
+
+
 def test_a_grid_evaluates_results_of_an_earlier_protocol_again(
     warehouse: Warehouse, tmp_path: Path
 ) -> None:

@@ -50,10 +50,14 @@ class AttributeColumns:
     columns: tuple[str, ...] = ()
     least: int = 1
     """Attributes of fewer items are left out."""
+    vocabulary: Sequence[str] | None = None
+    """Names of the attributes of a training; ``None``: all that the items have."""
 
     def load(self, warehouse: Warehouse, datasets: Sequence[str]) -> ItemAttributes:
         """Read the attributes of the items of all datasets."""
-        return load_attributes(warehouse, datasets, self.columns, least=self.least)
+        return load_attributes(
+            warehouse, datasets, self.columns, least=self.least, vocabulary=self.vocabulary
+        )
 
     def identity(self, attributes: ItemAttributes) -> dict[str, Any]:
         """Return what a checkpoint stores of attributes."""
@@ -72,8 +76,8 @@ class LoadedData:
     dataset: Dataset
     features: ItemFeatures
     identity: DataIdentity
-    n_attributes: int = 0
-    """Number of attributes A that the items have."""
+    attribute_names: Sequence[str] = ()
+    """Names of the A attributes of the items."""
 
 
 def choose_common_tables(
@@ -143,11 +147,11 @@ def load_data(
     dataset = loaded[0] if len(loaded) == 1 else _concatenate(loaded)
     joint = _joint_identity(datasets, identities)
     features = parts[0] if len(parts) == 1 else _concatenate_features(parts)
-    n_attributes = 0
+    attribute_names: Sequence[str] = ()
     if attributes.columns:
         loaded_attributes = attributes.load(warehouse, datasets)
         joint.append(attributes.identity(loaded_attributes))
-        n_attributes = len(loaded_attributes.names)
+        attribute_names = loaded_attributes.names
         tables_NP = {
             column: torch.from_numpy(loaded_attributes.padded(column)).to(device)
             for column in attributes.columns
@@ -161,7 +165,7 @@ def load_data(
         features=joint,
     )
     return LoadedData(
-        dataset=dataset, features=features, identity=identity, n_attributes=n_attributes
+        dataset=dataset, features=features, identity=identity, attribute_names=attribute_names
     )
 
 

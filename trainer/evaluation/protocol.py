@@ -13,6 +13,9 @@ TARGETS = ("all", "new", "repeated", "cold", OCCURRENCES)
 held-out targets with fewer than 10 training interactions; ``cold-occurrences``: the cold test
 targets and the occurrences of cold items at training positions, for runs that were trained with
 ``hold_out_cold``."""
+NEW_ITEM, KNOWN_ITEM = "new-item", "known-item"
+"""Subsets of the targets of an evaluation on a later preparation: items that the training did not
+have, and all others."""
 TRAIN = "train"
 """Value of ``split`` in the predictions for occurrences of cold items at training positions."""
 

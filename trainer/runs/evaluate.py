@@ -22,7 +22,6 @@ from retrieval.list_metrics import list_metrics
 from retrieval.metrics import UNRANKED, per_user
 from retrieval.ranking import Ranks
 from retrieval.significance import bootstrap
-from trainer.checkpoint import load_weights
 from trainer.evaluation.protocol import (
     OCCURRENCES,
     PROTOCOL,
@@ -34,6 +33,7 @@ from trainer.evaluation.protocol import (
 from trainer.evaluation.ranking import SplitRanks, build_reference, rank_split
 from trainer.models.base import Recommender
 from trainer.runs.folder import replace_metrics, run_lock, stored_metrics
+from trainer.runs.later import load_as_trained
 from trainer.runs.run import Run
 
 SPLITS = ("validation", "test")
@@ -47,6 +47,31 @@ class Sample:
     """Number of users; all of them if the split has fewer."""
     seed: int = 0
     """Equal seeds give equal samples."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LaterFacts:
+    """The preparation of an evaluation that is not the strict one, and the targets left out."""
+
+    kind: str
+    """``later preparation`` of the dataset of the training, ``other dataset``, or
+    ``same preparation``."""
+    trained_on: str
+    """Name of the dataset of the training."""
+    fingerprint: str
+    """Fingerprint of the item ids of the evaluated preparation."""
+    interactions: str
+    """Digest of its interactions."""
+    items: int
+    """Number of its items."""
+    new_items: int
+    """Number of its items that the training did not have."""
+    trained_targets: dict[str, int]
+    """Split -> number of targets left out because the run has trained on them."""
+    validation_targets: dict[str, int]
+    """Split -> number of targets left out because they were validation targets of the training."""
+    unranked_targets: dict[str, int]
+    """Split -> number of targets that the model cannot rank; they have the last place."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,6 +91,8 @@ class EvalReport:
     """Rows of the metrics table, see :data:`features.schema.METRICS_SCHEMA`."""
     sample: Sample | None
     """The sample of test users that was ranked; ``None``: all users."""
+    later: LaterFacts | None = None
+    """The facts of an evaluation on a preparation that is not that of the training."""
 
 
 def evaluate(
@@ -100,7 +127,7 @@ def evaluate(
     batch = f"evaluation of run {run.name} (eval_batch={run.config.eval_batch})"
     remedy = "free memory, or train again with a smaller eval_batch"
     with run_lock(run.folder), memory_errors(batch, remedy):
-        load_weights(run.weights, run.model, run.spec.identity())
+        load_as_trained(run)
         stored_metrics(run.folder / "metrics.parquet")  # report a damaged table first
         evaluation = rank_run(run, index, sample, on_stage)
         if sample is None:
@@ -125,7 +152,7 @@ def report_of(run: Run, evaluation: "Evaluation", index: str) -> EvalReport:
         features=list(run.spec.features),
         index=index,
         protocol=protocol_lines(run.data.dataset.info, hold_out_cold=run.config.hold_out_cold),
-        references=_references(run),
+        references=references(run),
         rows=evaluation.rows,
         sample=sample,
     )
@@ -143,7 +170,8 @@ class Evaluation:
     """The sample of test users that was ranked; ``None``: all users."""
 
 
-def _references(run: Run) -> list[str]:
+def references(run: Run) -> list[str]:
+    """Return the names of the reference models that are ranked next to the model of a run."""
     return [name for name in REFERENCES if name != run.spec.model]
 
 
@@ -162,7 +190,7 @@ def rank_run(
     rows: list[dict[str, Any]] = []
     predictions: list[pa.Table] = []
     rankers: dict[str, Recommender] = {run.spec.model: run.model}
-    rankers |= {name: build_reference(name, run.data) for name in _references(run)}
+    rankers |= {name: build_reference(name, run.data) for name in references(run)}
     for split in SPLITS if sample is None else ("test",):
         on_stage(f"ranking {split}")
         users = dataset.eval_split(split)
@@ -172,12 +200,12 @@ def rank_run(
         own = by_ranker[run.spec.model]
         is_cold = dataset.cold[own.targets_E]
         on_stage(f"intervals of {split}")
-        for targets, subset in _subsets(own.ranks, is_cold).items():
+        for targets, subset in subsets(own.ranks, {"cold": is_cold}).items():
             for name, split_ranks in by_ranker.items():
                 rows += metric_rows(split, targets, name, split_ranks.ranks, subset)
                 if targets == "all":
-                    rows += _list_rows(dataset, split, name, split_ranks)
-        predictions.append(_predictions(dataset, split, own, is_cold))
+                    rows += list_rows(dataset, split, name, split_ranks)
+        predictions.append(prediction_columns(dataset, split, own, is_cold))
     if run.config.hold_out_cold:
         on_stage("ranking occurrences of cold items")
         occurrences = dataset.cold_occurrences()
@@ -187,7 +215,7 @@ def rank_run(
         rows += _occurrence_rows(by_ranker, in_train, is_cold)
         own = in_train[run.spec.model]
         all_cold = np.ones(len(occurrences.users), bool)
-        predictions.append(_predictions(dataset, TRAIN, own, all_cold))
+        predictions.append(prediction_columns(dataset, TRAIN, own, all_cold))
     return Evaluation(rows=rows, predictions=pa.concat_tables(predictions), sample=sample)
 
 
@@ -252,17 +280,22 @@ def _write(warehouse: Warehouse, run: Run, evaluation: Evaluation) -> None:
     write_table(path, table, compression="zstd")
 
 
-def _subsets(ranks: Ranks, is_cold: npt.NDArray[np.bool_]) -> dict[str, npt.NDArray[np.bool_]]:
+def subsets(
+    ranks: Ranks, others: Mapping[str, npt.NDArray[np.bool_]]
+) -> dict[str, npt.NDArray[np.bool_]]:
     """Return the users of each subset of targets that is not empty.
 
     Without repeated targets, ``new`` would equal ``all`` and is left out.
+
+    Args:
+        ranks: (E,) ranks of all evaluated users.
+        others: Name of a further subset -> (E,) its users.
     """
     is_repeated = ranks.filtered == UNRANKED
-    subsets = {"all": np.ones_like(is_cold)}
+    every = {"all": np.ones_like(is_repeated)}
     if is_repeated.any():
-        subsets |= {"new": ~is_repeated, "repeated": is_repeated}
-    subsets["cold"] = is_cold
-    return {name: subset for name, subset in subsets.items() if subset.any()}
+        every |= {"new": ~is_repeated, "repeated": is_repeated}
+    return {name: subset for name, subset in {**every, **others}.items() if subset.any()}
 
 
 def metric_rows(
@@ -304,10 +337,24 @@ def metric_rows(
     return rows
 
 
-def _list_rows(
-    dataset: Dataset, split: str, ranker: str, ranked: SplitRanks
+def list_rows(
+    dataset: Dataset,
+    split: str,
+    ranker: str,
+    ranked: SplitRanks,
+    is_current_N: npt.NDArray[np.bool_] | None = None,
 ) -> list[dict[str, Any]]:
-    """Return the rows about the items of all users' lists; they have no intervals."""
+    """Return the rows about the items of all users' lists; they have no intervals.
+
+    Args:
+        dataset: The dataset, for the training interactions of the items.
+        split: ``validation`` or ``test``.
+        ranker: Name of the model that ranked.
+        ranked: The ranks of the split, with counted lists.
+        is_current_N: The items of the catalogue; ``None``: all N items of the dataset.
+    """
+    rows = slice(None) if is_current_N is None else is_current_N
+    counts_N, cold_N = dataset.train_counts[rows], dataset.cold[rows]
     return [
         {
             "phase": "eval", "epoch": 0, "split": split, "targets": "all", "ranker": ranker,
@@ -315,13 +362,14 @@ def _list_rows(
             "users": len(ranked.users.users),
         }
         for seen, lists_N in ranked.recommended.items()
-        for metric, value in list_metrics(lists_N, dataset.train_counts, dataset.cold).items()
+        for metric, value in list_metrics(lists_N[rows], counts_N, cold_N).items()
     ]  # fmt: skip
 
 
-def _predictions(
+def prediction_columns(
     dataset: Dataset, split: str, ranked: SplitRanks, is_cold: npt.NDArray[np.bool_]
 ) -> pa.Table:
+    """Return the predictions of one split, without the ids of users and items."""
     users = ranked.users
     return pa.table(
         {

@@ -36,6 +36,8 @@ _ABOUT: dict[str, type] = {"model": str, "dataset": str, "features": list, "fing
 _RESULTS = ("model.safetensors", "resume.safetensors", "metrics.parquet", "predictions.parquet")
 """Files that are written after ``config.toml``. A folder that holds one of them is not one of a
 process that was killed while it created the run."""
+LATER = "later"
+"""Folder of the evaluations on later preparations, in a run's folder."""
 _LOCK = ".lock"
 _NEW_SECONDS = 1.0
 
@@ -207,8 +209,7 @@ def check_format(folder: Path, about: dict[str, Any]) -> None:
 def record(path: Path, model: str, row: "EpochRow") -> None:
     """Write an epoch's rows into a run's metrics table; rows of this epoch or later are replaced.
 
-    The rows and the predictions of an evaluation are removed: training is about to write other
-    weights.
+    The results of evaluations are removed: training is about to write other weights.
     """
     values: list[tuple[str, str, str, str, float, int | None]] = [
         ("train", "all", "none", name, value, None) for name, value in row.losses.items()
@@ -228,6 +229,7 @@ def record(path: Path, model: str, row: "EpochRow") -> None:
     ]  # fmt: skip
     require_path(path.parent)
     path.with_name("predictions.parquet").unlink(missing_ok=True)
+    shutil.rmtree(path.with_name(LATER), ignore_errors=True)
     replace_metrics(path, rows, lambda old: old["phase"] == "eval" or old["epoch"] >= row.epoch)
 
 

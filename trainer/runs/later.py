@@ -17,21 +17,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from features.dataset import Dataset, load_items
+from features.dataset import Dataset, EvalSplit, load_items
 from features.errors import UserError
 from features.warehouse import Warehouse
-from trainer.checkpoint import load_tensors, read_tensors
+from trainer.checkpoint import IdentityError, load_tensors, load_weights, read_tensors
 from trainer.data.batches import ItemFeatures, TrainingData
 from trainer.data.feature_tables import choose_device
 from trainer.data.multi_dataset import load_data
 from trainer.finetune.load_checkpoint import read_blocks
 from trainer.models.base import Catalogue, Recommender
 from trainer.models.registry import MODELS
-from trainer.runs.catalogue import JointCatalogue, read_catalogue
+from trainer.runs.catalogue import JointCatalogue, read_attributes, read_catalogue
 from trainer.runs.folder import read_about
 from trainer.runs.read import read_record
 from trainer.runs.run import Run, build_model, open_run
-from trainer.runs.spec import PreparationError, RunSpec
+from trainer.runs.spec import PRETRAIN, PreparationError, RunSpec
 from trainer.tasks.registry import TASKS
 
 
@@ -50,17 +50,61 @@ def open_current(
         UserError: As for :func:`open_later`, or the folder is damaged.
     """
     own = read_about(folder / "config.toml")["dataset"]
-    if dataset in (None, own):
-        try:
-            spec = RunSpec.read(warehouse, folder)
-        except PreparationError:
-            return open_later(warehouse, folder, own, device=device)
-        # Without weights there is no identity, and opening the run tells the user so.
-        identity = read_record(warehouse, folder.name).identity
-        features = [dict(table) for table in spec.data.features]
-        if spec.is_pretraining or identity.get("features", features) == features:
-            return open_run(warehouse, folder, device=device)
+    if dataset in (None, own) and has_own_preparation(warehouse, folder):
+        return open_run(warehouse, folder, device=device)
     return open_later(warehouse, folder, dataset or own, device=device)
+
+
+def open_as_trained(warehouse: Warehouse, folder: Path, *, device: str | None = None) -> Run:
+    """Open a run on the preparation of its training, see :func:`trainer.runs.run.open_run`.
+
+    Raises:
+        UserError: The folder is damaged, or the data have changed since. The message names the
+            command that evaluates a run on the data as they are now.
+    """
+    try:
+        return open_run(warehouse, folder, device=device)
+    except PreparationError as error:
+        about = read_about(folder / "config.toml")
+        if about.get("stage") == PRETRAIN:
+            raise
+        raise PreparationError(f"{error}, {_remedy(folder.name, about['dataset'])}") from None
+
+
+def load_as_trained(run: Run) -> None:
+    """Load the best weights of a run on the preparation of its training.
+
+    Raises:
+        UserError: There are no weights, or they are damaged or of other data. The message names the
+            command that evaluates a run on the data as they are now.
+    """
+    try:
+        load_weights(run.weights, run.model, run.spec.identity())
+    except IdentityError as error:
+        if has_own_preparation(run.warehouse, run.folder):
+            raise
+        raise IdentityError(f"{error}, {_remedy(run.name, run.spec.dataset)}") from None
+
+
+def _remedy(run: str, dataset: str) -> str:
+    command = f"mmrec eval --run {run} --dataset {dataset}"
+    return f"or measure the run on the dataset as it is now: {command}"
+
+
+def has_own_preparation(warehouse: Warehouse, folder: Path) -> bool:
+    """Return whether a run's dataset is prepared, and its features are, as at its training.
+
+    Raises:
+        UserError: The folder is damaged, or the dataset or a feature table is gone.
+    """
+    try:
+        spec = RunSpec.read(warehouse, folder)
+    except PreparationError:
+        return False
+    # Without weights there is no identity, and opening the run tells the user so.
+    identity = read_record(warehouse, folder.name).identity
+    features = [dict(table) for table in spec.data.features]
+    return spec.is_pretraining or bool(identity.get("features", features) == features)
 
 
 def open_later(
@@ -76,14 +120,18 @@ def open_later(
 
     Raises:
         UserError: The run stored no item ids or has no weights yet, the features were made in
-            another way, or the model has parameters of users or attributes.
+            another way, or the model has parameters of users.
     """
     spec = RunSpec.read(warehouse, folder, dataset=dataset)
     recommender = MODELS.find(spec.model).load()
     _check_model(folder, spec, recommender)
     on_device = choose_device(device or spec.train.device)
+    attributes = spec.attributes
+    if attributes.columns:
+        attributes = replace(attributes, vocabulary=read_attributes(folder))
+    reads_times = recommender.reads_times
     source = load_data(
-        warehouse, [dataset], spec.features, on_device, with_times=recommender.reads_times
+        warehouse, [dataset], spec.features, on_device, attributes, with_times=reads_times
     )
     later_ids = load_items(warehouse, dataset, ["item_id"]).column("item_id").combine_chunks()
     joint = JointCatalogue.of(read_catalogue(folder), later_ids)
@@ -96,29 +144,23 @@ def open_later(
             n_items=len(joint.ids),
             n_users=source.dataset.info.users,
             widths=features.widths,
+            n_attributes=len(source.attribute_names),
             time_unit=source.dataset.time_unit,
             backbones=read_blocks(folder) if spec.train.tune_blocks else {},
         ),
     ).to(on_device)
-    dataset_U = _renumbered(source.dataset, joint)
-    if model.learns_by_gradients and not model.encodes_new_items:
-        dataset_U = _without(dataset_U, joint.learned)
-    data = TrainingData(dataset_U, features, on_device)
+    later = _renumbered(source.dataset, joint)
+    reads_all = model.encodes_new_items or not model.learns_by_gradients
+    readable = later if reads_all else _without(later, joint.learned)
+    data = TrainingData(readable, features, on_device)
     if model.learns_by_gradients:
         _load_extended(folder, spec, model, joint)
         model.extend_buffers(features, joint.learned)
     else:
         model.fit_buffers(features, data.train)
     task = TASKS.find(spec.task).build(model, data, warehouse, [dataset], spec.task_settings)
-    return Run(
-        folder=folder,
-        spec=spec,
-        warehouse=warehouse,
-        model=model,
-        data=data,
-        task=task,
-        joint=joint,
-    )
+    own = Run(folder=folder, spec=spec, warehouse=warehouse, model=model, data=data, task=task)
+    return replace(own, joint=joint, later=later)
 
 
 def _check_model(folder: Path, spec: RunSpec, recommender: type[Recommender]) -> None:
@@ -128,10 +170,9 @@ def _check_model(folder: Path, spec: RunSpec, recommender: type[Recommender]) ->
             f"run {folder.name!r} is a pre-training and recommends nothing; start one from it:"
             f" mmrec train --model {spec.model} --init {folder.name}"
         )
-    rows = "attributes" if spec.attributes.columns else "users" if recommender.user_tables else ""
-    if rows:
+    if recommender.user_tables:
         raise UserError(
-            f"run {folder.name!r} ({spec.model}) has a vector for each of the {rows} of its own"
+            f"run {folder.name!r} ({spec.model}) has a vector for each of the users of its own"
             " preparation; prepare the dataset as it was, or train again"
         )
 
@@ -140,8 +181,8 @@ def _with_items(features: ItemFeatures, joint: JointCatalogue) -> ItemFeatures:
     """Return the features of the U items; an item that is not current has none."""
     n_items = len(joint.ids)
 
-    def spread(x_M: Tensor) -> Tensor:
-        x_U = x_M.new_zeros(n_items, *x_M.shape[1:])
+    def spread(x_M: Tensor, empty: int = 0) -> Tensor:
+        x_U = x_M.new_full((n_items, *x_M.shape[1:]), empty)
         x_U[torch.from_numpy(joint.position_M).to(x_M.device)] = x_M
         return x_U
 
@@ -153,6 +194,7 @@ def _with_items(features: ItemFeatures, joint: JointCatalogue) -> ItemFeatures:
             name: tokens.renumbered(joint.position_M, n_items)
             for name, tokens in features.tokens.items()
         },
+        attributes={name: spread(ids_MP, -1) for name, ids_MP in features.attributes.items()},
     )
 
 
@@ -176,6 +218,27 @@ def _without(dataset: Dataset, first: int) -> Dataset:
         items=dataset.items[is_kept_I],
         offsets=np.append(0, is_kept_I.cumsum())[dataset.offsets],
         times=None if dataset.times is None else dataset.times[is_kept_I],
+    )
+
+
+def joint_and_later(run: Run) -> tuple[JointCatalogue, Dataset]:
+    """Return the joint catalogue and the later interactions of a run of :func:`open_later`."""
+    assert run.joint is not None
+    assert run.later is not None
+    return run.joint, run.later
+
+
+def readable_histories(run: Run, users: EvalSplit) -> EvalSplit:
+    """Return the positions in ``run.data`` of histories of ``run.later``.
+
+    A model of ids reads histories without the new items, so a history can become empty.
+    """
+    joint, later = joint_and_later(run)
+    if later is run.data.dataset:
+        return users
+    position_I = np.append(0, (later.items < joint.learned).cumsum())
+    return EvalSplit(
+        users=users.users, starts=position_I[users.starts], targets=position_I[users.targets]
     )
 
 

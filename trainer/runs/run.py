@@ -1,7 +1,7 @@
 """Runs: create, open and train. A run is one training of one recommender."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from features.dataset import load_dataset
+from features.dataset import Dataset, load_dataset
 from features.documents import write_toml
 from features.errors import UserError
 from features.memory import memory_errors
@@ -28,7 +28,7 @@ from trainer.finetune.upper_blocks import UpperBlocks
 from trainer.loop import EpochRow, TrainProgress, fit
 from trainer.models.base import Catalogue, Recommender
 from trainer.models.registry import MODELS
-from trainer.runs.catalogue import JointCatalogue, write_catalogue
+from trainer.runs.catalogue import JointCatalogue, write_attributes, write_catalogue
 from trainer.runs.folder import (
     check_run_name,
     create_run_dir,
@@ -36,6 +36,7 @@ from trainer.runs.folder import (
     recorded_seconds,
     run_lock,
 )
+from trainer.runs.learned_interactions import write_learned
 from trainer.runs.spec import PRETRAIN, RunSpec
 from trainer.runs.transfer import CopiedWeights, copy_weights
 from trainer.tasks.base import Task
@@ -54,11 +55,15 @@ class Run:
     model: Recommender
     data: TrainingData
     task: Task[Any]
+    attribute_names: Sequence[str] = ()
+    """Names of the attributes that the model reads."""
     copied_weights: CopiedWeights | None = None
     """The initial weights of a new run, if they come from another run."""
     joint: JointCatalogue | None = None
     """The items of the training and of a later preparation, if the run is opened on one; the best
     weights are loaded."""
+    later: Dataset | None = None
+    """All interactions of a later preparation; the model cannot read those that ``data`` lacks."""
 
     @property
     def name(self) -> str:
@@ -98,22 +103,8 @@ class Run:
         """Describe a later catalogue for people; no lines for the catalogue of the training."""
         if self.joint is None:
             return []
-        is_current_U, is_learned_U = self.joint.is_current_U, self.joint.is_learned_U
-        is_new_U = is_current_U & ~is_learned_U
-        lines = [
-            f"catalogue: {int(is_current_U.sum()):,} items, {int(is_new_U.sum()):,} of them new"
-            " since training"
-        ]
-        if left_out := int((is_new_U & ~self.is_listed()).sum()):
-            reason = (
-                "they have no features"
-                if self.model.encodes_new_items
-                else f"{self.spec.model} learns a vector for each item in training"
-            )
-            lines.append(f"left out: {left_out:,} new items, because {reason}")
-        if gone := int((is_learned_U & ~is_current_U).sum()):
-            lines.append(f"not recommended: {gone:,} items that left the catalogue")
-        return lines
+        model = None if self.model.encodes_new_items else self.spec.model
+        return self.joint.lines(self.is_listed(), model)
 
     def is_encoded(self) -> npt.NDArray[np.bool_]:
         """Return the items whose features the model can rank without training: (N,) bool."""
@@ -187,7 +178,10 @@ def create_run(warehouse: Warehouse, spec: RunSpec, *, name: str | None = None) 
         if spec.init is not None:
             remedy = "wait until its training has ended, and try again"
             run = replace(run, copied_weights=_copy_initial_weights(warehouse, run, remedy))
-        write_catalogue(folder, warehouse, spec.datasets)
+        if spec.attributes.columns:
+            write_attributes(folder, run.attribute_names)
+        item_ids = write_catalogue(folder, warehouse, spec.datasets)
+        write_learned(folder, warehouse, spec, run.data, item_ids)
         document = spec.document()
         document["run"]["created"] = _utc_text(stamp)
         document["run"]["parameters"] = run.parameters
@@ -347,7 +341,7 @@ def _build_run(
         n_items=source.dataset.info.items,
         n_users=source.dataset.info.users,
         widths=source.features.widths | {name: upper.width for name, upper in backbones.items()},
-        n_attributes=source.n_attributes,
+        n_attributes=len(source.attribute_names),
         time_unit=source.dataset.time_unit,
         backbones=backbones,
     )
@@ -359,7 +353,15 @@ def _build_run(
     if not (is_saved and model.learns_by_gradients and model.fitted_buffers):
         model.fit_buffers(source.features, data.train)
     task = TASKS.find(spec.task).build(model, data, warehouse, spec.datasets, spec.task_settings)
-    return Run(folder=folder, spec=spec, warehouse=warehouse, model=model, data=data, task=task)
+    return Run(
+        folder=folder,
+        spec=spec,
+        warehouse=warehouse,
+        model=model,
+        data=data,
+        task=task,
+        attribute_names=source.attribute_names,
+    )
 
 
 def build_model(name: str, settings: Any, catalogue: Catalogue) -> Recommender:

@@ -117,8 +117,8 @@ def test_a_run_killed_before_it_was_complete_does_not_block_its_name(
 ) -> None:
     kill(warehouse.runs_dir / "r", *names)
     assert train_run(begin(warehouse)).finished
-    kept = {".lock", "config.toml", "items.parquet", "metrics.parquet"}
-    kept |= {"model.safetensors", "resume.safetensors"}
+    kept = {".lock", "config.toml", "items.parquet", "learned_interactions.parquet"}
+    kept |= {"metrics.parquet", "model.safetensors", "resume.safetensors"}
     assert {path.name for path in (warehouse.runs_dir / "r").iterdir()} == kept
 
 

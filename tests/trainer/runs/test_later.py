@@ -1,15 +1,19 @@
 """A run on a later preparation: weights meet items by their ids, and nothing is trained."""
 
+import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from torch import Tensor
 
+from features.atomic_files import write_table
 from features.errors import UserError
+from features.schema import ITEMS_SCHEMA
 from features.warehouse import Warehouse
 from tests.trainer import worlds
 from trainer.checkpoint import save_weights
@@ -88,6 +92,40 @@ def test_items_keep_their_scores_under_new_numbers(warehouse: Warehouse, model: 
     assert set(after) - known == ({"new1", "new2"} if run.model.encodes_new_items else set())
     assert run.catalogue_lines()[0] == "catalogue: 13 items, 2 of them new since training"
     assert (folder / "model.safetensors").read_bytes() == weights
+
+
+def describe(warehouse: Warehouse, ids: Sequence[str], genres: Sequence[str]) -> None:
+    """Give each item a genre."""
+    rows = [
+        {"item": item, "item_id": name, "attributes": json.dumps({"genre": genre})}
+        for item, (name, genre) in enumerate(zip(ids, genres, strict=True))
+    ]
+    path = warehouse.dataset_dir("world") / "items" / "part-00000.parquet"
+    write_table(path, pa.Table.from_pylist(rows, ITEMS_SCHEMA))
+
+
+@pytest.mark.parametrize(("model", "settings"), [("fdsa", ["fields=both"]), ("s3rec", [])])
+def test_attributes_keep_their_vectors(
+    warehouse: Warehouse, model: str, settings: list[str]
+) -> None:
+    """In the later preparation the genres have other numbers, and unknown ones are ignored."""
+    genre = {name: f"g{number % 4}" for number, name in enumerate(IDS)}
+    prepare(warehouse, IDS, histories())
+    describe(warehouse, IDS, [genre[name] for name in IDS])
+    small = [f"{key}={value}" for key, value in worlds.small_pairs(model).items()]
+    settings = [*small, *settings, "device=cpu", "attributes=genre"]
+    run = worlds.begin(warehouse, model, settings=settings, name="a")
+    save_weights(run.weights, run.model, run.spec.identity())
+    before = scores(Predictor(warehouse, open_run(warehouse, run.folder), index="torch"), HISTORY)
+    prepare(warehouse, LATER, histories())
+    describe(warehouse, LATER, [f"unknown|a0|{genre.get(name, 'g9')}" for name in LATER])
+    later = open_current(warehouse, run.folder)
+    after = scores(Predictor(warehouse, later, index="torch"), HISTORY)
+    del before["i3"]
+    assert after == pytest.approx(before, abs=1e-5)
+    (run.folder / "attributes.parquet").unlink()
+    with pytest.raises(UserError, match="train again"):
+        open_current(warehouse, run.folder)
 
 
 @pytest.mark.parametrize("model", ["sasrec", "mmsrec"])

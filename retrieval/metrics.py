@@ -47,6 +47,8 @@ CUTOFFS = (5, 10, 20, 50)
 """The k of HR@k and NDCG@k in every table."""
 METRIC_NAMES = (*(f"{name}@{k}" for name in METRICS for k in CUTOFFS), "MRR")
 """All metrics of a table, in the order of :func:`per_user`."""
+PRINTED_DECIMALS = 4
+"""Decimals of a metric in every table."""
 
 
 def per_user(ranks: npt.NDArray[np.int64], cutoffs: Sequence[int] = CUTOFFS) -> dict[str, PerUser]:
@@ -62,6 +64,22 @@ def per_user(ranks: npt.NDArray[np.int64], cutoffs: Sequence[int] = CUTOFFS) -> 
     """
     table = {f"{name}@{k}": metric(ranks, k) for name, metric in METRICS.items() for k in cutoffs}
     return table | {"MRR": reciprocal_rank(ranks)}
+
+
+def single_best(values: Sequence[float]) -> int | None:
+    """Return the position of the highest value, ``None`` if another one is printed as equal.
+
+    Tables print four decimals and mark the best value; of equal values none is marked.
+
+    Examples:
+        >>> single_best([0.25, 0.5, 0.125])
+        1
+        >>> single_best([0.5, 0.50001, 0.25]) is None
+        True
+    """
+    printed = [round(value, PRINTED_DECIMALS) for value in values]
+    best = max(printed, default=0.0)
+    return printed.index(best) if printed.count(best) == 1 else None
 
 
 def _ranks(ranks: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

@@ -3,7 +3,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from retrieval.metrics import hit_rate, ndcg, per_user, reciprocal_rank
+from retrieval.metrics import hit_rate, ndcg, per_user, reciprocal_rank, single_best
 
 RANKS = np.array([1, 2, 3, 5, 6, 7, 10, 11, 1000])
 
@@ -42,3 +42,12 @@ def test_the_table_has_every_metric_of_every_user() -> None:
 def test_senseless_ranks_are_refused(ranks: np.ndarray, k: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         per_user(ranks, cutoffs=[k])
+
+
+@pytest.mark.parametrize(
+    ("values", "best"),
+    [([0.1, 0.3, 0.2], 1), ([0.3, 0.3], None), ([0.2, 0.3, 0.3], None), ([0.5], 0), ([], None),
+     ([0.12341, 0.12344], None), ([0.12344, 0.12346], 1)],
+)  # fmt: skip
+def test_equal_values_have_no_single_best(values: list[float], best: int | None) -> None:
+    assert single_best(values) == best

@@ -17,6 +17,7 @@ from markupsafe import Markup
 from features.errors import DamagedError, UserError
 from features.warehouse import DatasetInfo, Warehouse
 from retrieval.list_metrics import LIST_METRICS
+from retrieval.metrics import single_best
 from trainer.analysis.compare import SEEN, SIGNS, Comparison, compare
 from trainer.analysis.curves import Curve
 from trainer.analysis.figures import draw_curves, image_data, inline_svg
@@ -240,10 +241,12 @@ def _test_tables(
 
 
 def _estimates(cells: Sequence[dict[str, Any] | None]) -> list[Estimate | None]:
-    """Return the cells of a row; the highest value of several runs is marked."""
+    """Return the cells of a row; the highest value of several runs is marked unless it is tied."""
     runs = [cell for cell in cells if cell is not None and cell["ranker"] not in _REFERENCES]
-    is_ranked = len(runs) > 1 and runs[0]["metric"] not in LIST_METRICS
-    best = max(cell["value"] for cell in runs) if is_ranked else 0.0
+    best = None
+    if len(runs) > 1 and runs[0]["metric"] not in LIST_METRICS:
+        number = single_best([cell["value"] for cell in runs])
+        best = None if number is None else runs[number]
     estimates: list[Estimate | None] = []
     for cell in cells:
         if cell is None:
@@ -255,7 +258,7 @@ def _estimates(cells: Sequence[dict[str, Any] | None]) -> list[Estimate | None]:
                 value=cell["value"],
                 low=cell["low"] if has_interval else None,
                 high=cell["high"] if has_interval else None,
-                is_best=cell in runs and cell["value"] == best > 0,
+                is_best=cell is best,
             )
         )
     return estimates

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from retrieval.list_metrics import LIST_METRICS
+from retrieval.metrics import single_best
 from trainer.runs.grid_file import Grid, Improvement
 
 IMPROVEMENT = "Improv."
@@ -23,9 +24,9 @@ class Cell:
     spread: float | None
     """Standard deviation over seeds; ``None`` for a single seed."""
     best: bool
-    """True if no other row has a higher value in this column, or no other column in this row where
-    metrics are rows; False for metrics of the recommended items, of which more is not always
-    better."""
+    """True if every other row has a lower value in this column, or every other column in this row
+    where metrics are rows. False for values that are printed as equal, and for metrics of the
+    recommended items, of which more is not always better."""
     is_improvement: bool = False
     """True if the value is a relative improvement, 0.05 for 5%."""
 
@@ -66,16 +67,20 @@ def pivot(grid: Grid, values: Sequence[Mapping[str, float] | None]) -> Pivot:
             if value is not None:
                 figures.setdefault((row, column, metric), []).append(value)
     means = {place: float(np.mean(seeds)) for place, seeds in figures.items()}
-    top: dict[tuple[tuple[str, ...], str], float] = {}  # of each row, or of each column
-    for (row, column, metric), value in means.items():
+    lines: dict[tuple[tuple[str, ...], str], list[Place]] = {}  # of each row, or of each column
+    for row, column, metric in means:
         line = (row if grid.metric_rows else column), metric
-        top[line] = max(value, top.get(line, value))
+        lines.setdefault(line, []).append((row, column, metric))
+    marked = {
+        line[best]
+        for line in lines.values()
+        if (best := single_best([means[place] for place in line])) is not None
+    }
     cells = {
         (row, column, metric): Cell(
             value=means[row, column, metric],
             spread=float(np.std(seeds, ddof=1)) if len(seeds) > 1 else None,
-            best=metric not in LIST_METRICS
-            and means[row, column, metric] == top[row if grid.metric_rows else column, metric],
+            best=metric not in LIST_METRICS and (row, column, metric) in marked,
         )
         for (row, column, metric), seeds in figures.items()
     }

@@ -129,3 +129,14 @@ def test_a_page_about_runs_that_differ(warehouse: Warehouse) -> None:
         "0.5000",
     )  # as worked out in the other test
     assert "d is no longer in this warehouse" in texts
+
+
+def test_equal_values_are_not_marked_as_the_best(warehouse: Warehouse) -> None:
+    for name, second in (("a", 0.3), ("b", 0.6)):
+        write_run(warehouse, name)
+        evaluated(warehouse, name, {"HR@10": 0.5, "NDCG@10": second})
+    records = read_records(warehouse, ["a", "b"])
+    text = build_report(warehouse, records, read_curves(records))
+    assert "<b>0.6000</b>" in text
+    assert "<b>0.5000</b>" not in text
+    assert text.count("0.5000") >= 2

@@ -31,6 +31,8 @@ def test_pages_pictures_and_mistakes(warehouse: Warehouse, tmp_path: Path) -> No
         (["a", "--curves", "x.png", "--out", "y.html"], "leave --out out"),
         (["a", "--curves", "x.png", "--map"], "leave --map out"),
         (["a", "b", "--label", "x"], "1 labels for 2 runs"),
+        (["a", "--gallery", "--map"], "leave --map out"),
+        (["a", "--gallery", "--curves", "x.png"], "leave --curves out"),
         (["a", "--metric", "AUC"], "unknown metric 'AUC'"),
     ):
         stderr = run(*base, *arguments, code=2).stderr

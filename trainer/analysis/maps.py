@@ -189,9 +189,9 @@ def _map_run(
         items_ND = encode_catalogue(run.model, run.data)
         states_PD = encode_histories(run.model, run.data, items_ND, prefixes, run.config.eval_batch)
         on_stage(f"t-SNE of the items of {label}")
-        item_points = _tsne(items_ND[torch.from_numpy(items_S)], "items", options.seed)
+        item_points = tsne_points(items_ND[torch.from_numpy(items_S)], "items", options.seed)
         on_stage(f"t-SNE of the histories of {label}")
-        state_points = _tsne(states_PD, "histories", options.seed)
+        state_points = tsne_points(states_PD, "histories", options.seed)
     return RunMap(
         label=label,
         run=run.name,
@@ -235,7 +235,7 @@ def _has_cold(dataset: Dataset, prefixes: EvalSplit) -> npt.NDArray[np.bool_]:
     return np.asarray(cold[prefixes.targets] > cold[prefixes.starts])
 
 
-def _tsne(vectors: torch.Tensor, kind: str, seed: int) -> Points:
+def tsne_points(vectors: torch.Tensor, kind: str, seed: int) -> Points:
     """Return places on a plane for vectors (P, D): (P, 2).
 
     Raises:

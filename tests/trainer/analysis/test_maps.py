@@ -157,6 +157,8 @@ def test_equal_vectors_have_a_map(prepared: Warehouse) -> None:
     )
     for parameter in run.model.parameters():
         parameter.data.fill_(0.5)
-    points = maps_module._tsne(run.model.encode_items(run.data.features).detach(), "items", seed=0)
+    points = maps_module.tsne_points(
+        run.model.encode_items(run.data.features).detach(), "items", seed=0
+    )
     assert points.shape == (N_ITEMS, 2)
     assert np.isfinite(points).all()

@@ -108,7 +108,10 @@ def _retrieve(
         console.out.print()
         console.table(
             ["metric", *rankers],
-            [[m, *(_interval(cells[split, direction, m, r]) for r in rankers)] for m in metrics],
+            [
+                [metric, *(format_figure(cells[split, direction, metric, r]) for r in rankers)]
+                for metric in metrics
+            ],
             title=f"{split}, {direction}: {queries:,} items",
         )
     console.out.print()
@@ -209,7 +212,7 @@ def show_evaluated(report: "EvalReport") -> None:
 
     def column(group: tuple[str, str], ranker: str, seen: str) -> console.Column:
         rows = [cells[*group, metric, ranker, seen] for metric in metrics[group]]
-        values = map(_interval, rows) if ranker == report.model else (r["value"] for r in rows)
+        values = map(format_figure, rows) if ranker == report.model else (r["value"] for r in rows)
         return f"{ranker}\n{seen}", list(values)
 
     sample = "" if report.sample is None else "sample of "
@@ -232,7 +235,8 @@ def show_evaluated(report: "EvalReport") -> None:
         console.print_text(text, indent=2)
 
 
-def _interval(row: dict[str, Any]) -> str:
-    if row["low"] is None:
+def format_figure(row: dict[str, Any], *, interval: bool = True) -> str:
+    """Return the value of a row of the metrics table, with its interval where there is one."""
+    if row["low"] is None or not interval:
         return f"{row['value']:.4f}"
     return f"{row['value']:.4f} {console.format_interval(row['low'], row['high'])}"

@@ -49,6 +49,8 @@ def examples(page: Path) -> Iterator[Example]:
             command = line.removeprefix("$ ")
             if not command.startswith("mmrec "):
                 continue
+            while command.endswith("\\"):
+                command = command[:-1] + next(lines)
             while (words := split(command)) is None:
                 command += "\n" + next(lines)
             output = "".join(f"{rest}\n" for rest in lines) if line.startswith("$ ") else ""

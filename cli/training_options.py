@@ -363,11 +363,7 @@ def _conclude(run: "Run", report: "TrainReport", root: Path | None, *, was_train
 
 
 class TrainWatch:
-    """The live line of a training: loss, rate, time left.
-
-    Validated epochs keep their line: loss, validation metrics, the best epoch and the rate. Terms
-    of the loss have a line of their own.
-    """
+    """The live line of a training. The lines of validated epochs and of loss terms stay."""
 
     def __init__(self) -> None:
         self.line = console.ProgressLine()
@@ -376,11 +372,10 @@ class TrainWatch:
     def __call__(self, progress: "TrainProgress") -> None:
         """Show one report of the loop."""
         self.called = True
-        text = f"epoch {progress.epoch}/{progress.epochs}"
-        rate = ""
-        if progress.rate:  # a model without gradients has no loss and reads no windows
-            text += f"  loss {progress.loss:.4f}"
-            rate = f"  {progress.rate:,.0f} {progress.unit}/s"
+        # A model without gradients has no loss and reads no windows.
+        loss = f"  loss {progress.loss:.4f}" if progress.rate else ""
+        rate = f"  {progress.rate:,.0f} {progress.unit}/s" if progress.rate else ""
+        text = f"epoch {progress.epoch}/{progress.epochs}{loss}"
         if progress.metrics:
             figures = "  ".join(f"{name} {value:.4f}" for name, value in progress.metrics.items())
             self.line.update(f"{text}  {figures}  best {progress.best_epoch}{rate}", keep=True)

@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
+from features.atomic_files import database
 from features.errors import UserError
+from features.item_columns import own_columns
 from features.sql_text import quote_identifier
 from features.sql_views import query
 from features.warehouse import Warehouse
@@ -14,7 +16,7 @@ from tests.pipeline.datasets.raws import prepared
 
 HOSTILE = (
     'max "weight"', "it's", "a.b", "select", "$", "*", "a/b~c", "007", "back\\slash", "ünï code",
-    "order by 1; --", "dataset", "ITEM", "", "x" * 300,
+    "order by 1; --", "line\nend", "dataset", "ITEM", "", "x" * 300,
 )  # fmt: skip
 
 
@@ -60,62 +62,37 @@ def test_values_have_the_type_that_holds_them_all(warehouse: Warehouse, tmp_path
     assert last["paths"] == [["a"], ["b", "c"]]
 
 
-def test_the_columns_of_a_csv_file(warehouse: Warehouse, tmp_path: Path) -> None:
-    content = {
-        "interactions.csv": "user_id,item_id\nu,a\n",
-        "items.csv": 'item_id,price,"say ""x.y""",text\na,9.50,1,Hat\nb,,2,Shoe\n',
-    }
-    prepared(warehouse, tmp_path, content)
-    table = query(warehouse, 'SELECT price, "say ""x.y""" AS n, raw_text FROM items ORDER BY item')
-    assert table.to_pydict() == {"price": [9.5, None], "n": [1, 2], "raw_text": ["Hat", "Shoe"]}
-
-
-def test_hostile_names_are_columns(warehouse: Warehouse, tmp_path: Path) -> None:
-    write(warehouse, tmp_path, [{name: number for number, name in enumerate(HOSTILE)}], "shop")
-    taken = {"dataset": "raw_dataset", "ITEM": "raw_ITEM", "": "raw_"}
-    names = [taken.get(name, name) for name in HOSTILE]
-    assert set(columns_of(warehouse)) == set(names)
-    table = query(warehouse, f"SELECT {', '.join(map(quote_identifier, names))} FROM items")
-    assert list(table.to_pylist()[0].values()) == list(range(len(HOSTILE)))
-
-
-def test_names_that_differ_by_case_alone(warehouse: Warehouse, tmp_path: Path) -> None:
-    write(warehouse, tmp_path, [{"Size": 1, "size": 2, "SIZE": 3, "raw_size": 4}], "shop")
-    table = query(
-        warehouse, "SELECT * EXCLUDE (dataset, item, item_id, text, image, video) FROM items"
-    )
-    values = {name: value for name, value in table.to_pylist()[0].items() if name != "attributes"}
-    assert sorted(values.values()) == [1, 2, 3, 4]
-    assert (values["SIZE"], values["raw_size"]) == (3, 4)
-    assert len({name.lower() for name in values}) == 4
-
-
-def test_several_datasets(warehouse: Warehouse, tmp_path: Path) -> None:
-    write(warehouse, tmp_path / "a", [{"price": 1, "size": 42, "Brand": "A"}], "a")
+def test_hostile_names_of_several_datasets(warehouse: Warehouse, tmp_path: Path) -> None:
+    hostile = {name: number for number, name in enumerate(HOSTILE)}
+    own = {"price": 1, "size": 42, "Brand": "A", "CASE": 1, "Case": 2, "case": 3, "raw_case": 4}
+    write(warehouse, tmp_path / "a", [{**hostile, **own}], "a")
     write(warehouse, tmp_path / "b", [{"price": 1.5, "size": "XL", "brand": "B"}], "b")
-    assert columns_of(warehouse) == {"Brand": "VARCHAR", "price": "DOUBLE", "raw_size": "VARCHAR"}
-    table = query(warehouse, "SELECT dataset, price, raw_size, brand FROM items ORDER BY 1")
-    assert [tuple(row.values()) for row in table.to_pylist()] == [
-        ("a", 1.0, "42", "A"), ("b", 1.5, "XL", "B")
-    ]  # fmt: skip
-    with pytest.raises(UserError, match=r'"size" not found.*"raw_size"'):
-        query(warehouse, "SELECT size FROM items")
-
-
-@pytest.mark.parametrize("count", [0, 501])
-def test_keys_that_are_data_are_no_columns(
-    warehouse: Warehouse, tmp_path: Path, count: int
-) -> None:
-    write(warehouse, tmp_path, [{f"k{number}": 1 for number in range(count)}], "shop")
-    assert columns_of(warehouse) == {}
-
-
-def test_datasets_of_earlier_versions_have_the_columns(
-    warehouse: Warehouse, tmp_path: Path
-) -> None:
-    write(warehouse, tmp_path, [{"price": 1}], "shop")
-    path = warehouse.dataset_dir("shop") / "dataset.json"
+    # Earlier versions wrote no types of columns.
+    path = warehouse.dataset_dir("b") / "dataset.json"
     document = json.loads(path.read_text())
     del document["item_columns"], document["checksum"]
     path.write_text(json.dumps(document))
-    assert columns_of(warehouse) == {"price": "BIGINT"}
+
+    taken = {"dataset": "raw_dataset", "ITEM": "raw_ITEM", "": "raw_"}
+    names = [taken.get(name, name) for name in HOSTILE]
+    columns = columns_of(warehouse)
+    assert {name: columns[name] for name in names} == dict.fromkeys(names, "BIGINT")
+    typed = {"Brand": "VARCHAR", "price": "DOUBLE", "raw_size": "VARCHAR"}
+    assert typed.items() <= columns.items()
+    assert len({name.lower() for name in columns}) == len(HOSTILE) + 7
+    selected = ", ".join(map(quote_identifier, [*names, "price", "raw_size", "brand"]))
+    first, second = query(warehouse, f"SELECT {selected} FROM items ORDER BY dataset").to_pylist()
+    assert list(first.values()) == [*range(len(HOSTILE)), 1.0, "42", "A"]
+    assert list(second.values()) == [*[None] * len(HOSTILE), 1.5, "XL", "B"]
+    with pytest.raises(UserError, match=r'"size" not found.*"raw_size"'):
+        query(warehouse, "SELECT size FROM items")
+    row = query(warehouse, "SELECT * FROM items WHERE dataset = 'a'").to_pylist()[0]
+    cases = [row[name] for name in columns if "case" in name.lower()]
+    assert (sorted(cases), row["CASE"], row["raw_case"]) == ([1, 2, 3, 4], 1, 4)
+
+
+def test_keys_that_are_data_are_no_columns() -> None:
+    text = json.dumps({f"k{number}": 1 for number in range(501)})
+    with database() as db:
+        assert own_columns(db, f"SELECT '{text}' AS attributes") == {}
+        assert own_columns(db, "SELECT NULL::VARCHAR AS attributes") == {}

@@ -29,35 +29,24 @@ def test_items_that_are_listed_twice_are_refused_with_examples(tmp_path: Path) -
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["items.csv", "items.jsonl"])
-@pytest.mark.parametrize(
-    ("choice", "texts"),
-    [("first", ["Apple", "Bread", "Cheese"]), ("last", ["Avocado", "Bread", "Cake"])],
-)
-def test_a_row_of_each_item_is_chosen(
-    warehouse: Warehouse, tmp_path: Path, name: str, choice: str, texts: list[str]
-) -> None:
-    items = TWICE
-    if name == "items.jsonl":
-        rows = [line.split(",") for line in TWICE.splitlines()[1:]]
-        items = "\n".join(json.dumps({"id": item, "title": title}) for item, title in rows)
+def test_the_last_row_of_each_item_is_chosen(warehouse: Warehouse, tmp_path: Path) -> None:
+    rows = [line.split(",") for line in TWICE.splitlines()[1:]]
+    lines = "\n".join(json.dumps({"id": item, "title": title}) for item, title in rows)
     notes: list[str] = []
-    content = {"interactions.csv": INTERACTIONS, name: items}
-    prepared(warehouse, tmp_path / "raw", content, duplicate_items=choice, notify=notes.append)
-    assert [item["text"] for item in items_of(warehouse)] == texts
-    assert any(re.search(rf"2 items.*'a', 'c'.*{choice}", note) for note in notes)
+    content = {"interactions.csv": INTERACTIONS, "items.jsonl": lines}
+    prepared(warehouse, tmp_path / "raw", content, duplicate_items="last", notify=notes.append)
+    assert [item["text"] for item in items_of(warehouse)] == ["Avocado", "Bread", "Cake"]
+    assert any(re.search(r"2 items.*'a', 'c'.*last", note) for note in notes)
 
 
-@pytest.mark.parametrize("choice", ["first", "last"])
-def test_images_are_of_the_chosen_row(warehouse: Warehouse, tmp_path: Path, choice: str) -> None:
+def test_images_are_of_the_chosen_row(warehouse: Warehouse, tmp_path: Path) -> None:
     images: list[bytes | None] = [b"1", b"2", b"3", None]
     table = pa.table({"item_id": ["a", "b", "a", "b"], "image": images})
     (tmp_path / "raw").mkdir()
     pq.write_table(table, tmp_path / "raw" / "items.parquet")
     content = {"interactions.csv": "user_id,item_id\nu,a\nu,b\n"}
-    prepared(warehouse, tmp_path / "raw", content, duplicate_items=choice)
-    has_image = [item["image"] is not None for item in items_of(warehouse)]
-    assert has_image == [True, choice == "first"]
+    prepared(warehouse, tmp_path / "raw", content, duplicate_items="last")
+    assert [item["image"] is not None for item in items_of(warehouse)] == [True, False]
 
 
 def test_copies_are_kept_and_the_targets_among_them_counted(
@@ -75,17 +64,14 @@ def test_copies_are_kept_and_the_targets_among_them_counted(
     assert "--duplicate-interactions drop" in note
 
 
-def test_the_first_of_each_copy_is_kept(warehouse: Warehouse, tmp_path: Path) -> None:
+def test_copies_are_dropped_before_the_core(warehouse: Warehouse, tmp_path: Path) -> None:
     notes: list[str] = []
     content = {"interactions.csv": COPIES, "items.csv": ITEMS + "d,Date\n"}
     options: dict[str, Any] = {"duplicate_interactions": "drop", "notify": notes.append}
-    info = prepared(warehouse, tmp_path / "raw", content, **options)
+    info = prepared(warehouse, tmp_path / "raw", content, min_user=3, **options)
     assert sequences_of(warehouse) == {"u": ["a", "b", "d"], "v": ["a", "c", "c"]}
     assert (info.copied_targets, info.tied, info.duplicate_interactions) == (0, 0.0, "drop")
     assert "3 interactions equal to another in user, item and time; dropped" in notes
-    # Copies do not count for the core: b has one user.
-    prepared(warehouse, tmp_path / "raw", {}, k_core=2, duplicate_interactions="drop")
-    assert sequences_of(warehouse) == {"v": ["c", "c"]}
 
 
 @pytest.mark.parametrize(

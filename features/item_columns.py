@@ -6,7 +6,7 @@ of its values: text of numbers alone, as CSV has it, is a number.
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from features.sql_text import pointer_sql
 
 _TEXT = "VARCHAR"
 _MOST_COLUMNS = 500  # keys that are data, such as dates, are no columns
+_MOST_SHAPES = 100  # of lists; lists of more forms are lists of text
 # A number as programs write it: text such as 007 or +1 is a code, and stays text.
 _INTEGER = "-?(0|[1-9][0-9]{0,17})"
 _DECIMAL = _INTEGER + r"(\.[0-9]+)?([eE][+-]?[0-9]+)?"
@@ -50,48 +51,80 @@ def own_columns(db: duckdb.DuckDBPyConnection, source: str) -> dict[str, str]:
         db: A connection.
         source: A query with the column ``attributes``.
     """
-    rows = f"(SELECT attributes FROM ({source}) WHERE attributes IS NOT NULL)"
-    ((structure,),) = db.sql(
-        f"SELECT json_group_structure(attributes::JSON) FROM {rows}"
-    ).fetchall()
-    shapes = json.loads(structure) if structure else {}
-    if not isinstance(shapes, dict) or len(shapes) > _MOST_COLUMNS:
+    kinds: dict[str, dict[str, tuple[bool, bool]]] = {}
+    for key, kind, is_integer, is_number in db.sql(_keys_sql(source)).fetchall():
+        kinds.setdefault(key, {})[kind] = (is_integer, is_number)
+    if len(kinds) > _MOST_COLUMNS:
         return {}
-    columns = {key: _type_of(shape) for key, shape in sorted(shapes.items())}
-    tested = [key for key, shape in shapes.items() if shape in (_TEXT, "UBIGINT", "BIGINT")]
-    for key, (is_integer, is_decimal) in zip(tested, _test_numbers(db, rows, tested), strict=True):
-        if is_integer:
-            columns[key] = "BIGINT"
-        elif is_decimal and shapes[key] == _TEXT:
-            columns[key] = "DOUBLE"
+    columns = {}
+    for key in sorted(kinds):
+        of_key = {kind: tests for kind, tests in kinds[key].items() if kind != "NULL"}
+        is_list = set(of_key) == {"ARRAY"}
+        columns[key] = _list_type(db, source, key) if is_list else _scalar_type(of_key)
     return columns
 
 
-def _test_numbers(
-    db: duckdb.DuckDBPyConnection, rows: str, keys: list[str]
-) -> Iterator[tuple[bool, bool]]:
-    """Yield whether all values of each key are integers, and whether all are numbers."""
-    if not keys:
-        return
-    # One list of pointers parses each object once.
-    pointers = ", ".join(map(pointer_sql, keys))
+def _keys_sql(source: str) -> str:
+    """Return a query of each key and kind of value, and whether all of them read as numbers."""
+    # The pointer of pointer_sql, for keys that are not known yet.
+    pointer = "'/' || replace(replace(key, '~', '~0'), '/', '~1')"
     tests = ", ".join(
-        f"coalesce(bool_and(regexp_full_match(nullif(part[{number}], ''), '{pattern}')), false)"
-        for number in range(1, len(keys) + 1)
+        f"coalesce(bool_and(regexp_full_match(nullif(text, ''), '{pattern}')), false)"
         for pattern in (_INTEGER, _DECIMAL)
     )
-    (results,) = db.sql(
-        f"SELECT {tests} FROM (SELECT json_extract_string(attributes, [{pointers}]) AS part"
-        f" FROM {rows})"
+    return (
+        f"SELECT key, kind, {tests} FROM (SELECT key, json_type(attributes, {pointer}) AS kind,"
+        f" json_extract_string(attributes, {pointer}) AS text FROM"
+        f" (SELECT attributes, unnest(json_keys(attributes)) AS key FROM ({source})"
+        " WHERE attributes IS NOT NULL)) GROUP BY key, kind"
+    )
+
+
+def _scalar_type(kinds: Mapping[str, tuple[bool, bool]]) -> str:
+    """Return the SQL type of a key.
+
+    Args:
+        kinds: Each kind of its values, as ``json_type`` names it, to whether all values of the kind
+            are integers of 64 bits and whether all are numbers.
+    """
+    if set(kinds) == {"BOOLEAN"}:
+        return "BOOLEAN"
+    if set(kinds) == {_TEXT}:
+        ((is_integer, is_number),) = kinds.values()
+        return "BIGINT" if is_integer else "DOUBLE" if is_number else _TEXT
+    if kinds and kinds.keys() <= {"UBIGINT", "BIGINT", "DOUBLE"}:
+        if "DOUBLE" in kinds:
+            return "DOUBLE"
+        # Integers beyond 64 bits are exact as text alone.
+        return "BIGINT" if all(is_integer for is_integer, _ in kinds.values()) else _TEXT
+    return _TEXT
+
+
+def _list_type(db: duckdb.DuckDBPyConnection, source: str, key: str) -> str:
+    """Return the SQL type of a key whose values are lists, also nested."""
+    shapes = db.sql(
+        f"SELECT DISTINCT json_structure(json_extract(attributes, {pointer_sql(key)}))::VARCHAR"
+        f" FROM ({source}) WHERE json_type(attributes, {pointer_sql(key)}) = 'ARRAY'"
+        f" LIMIT {_MOST_SHAPES}"
     ).fetchall()
-    yield from zip(results[::2], results[1::2], strict=True)
+    types = {_shape_type(json.loads(shape)) for (shape,) in shapes} - {"[]"}
+    numbers = {f"{kind}[]" for kind in ("BIGINT", "DOUBLE")}
+    if types == numbers:
+        return "DOUBLE[]"
+    (kind,) = types if len(types) == 1 else (f"{_TEXT}[]",)
+    return kind
 
 
-def _type_of(shape: Any) -> str:
-    """Return the SQL type of a shape of ``json_group_structure``."""
-    if isinstance(shape, list):
-        return f"{_type_of(shape[0]) if len(shape) == 1 else _TEXT}[]"
-    return shape if shape in ("DOUBLE", "BOOLEAN") else _TEXT
+def _shape_type(shape: Any) -> str:
+    """Return the SQL type of a list of ``json_structure``; ``[]`` for a list without values."""
+    depth = 0
+    while isinstance(shape, list) and len(shape) == 1:
+        shape, depth = shape[0], depth + 1
+    if not isinstance(shape, str):  # an object, or an empty list
+        return f"{_TEXT}[]" if shape else "[]"
+    leaf = {"UBIGINT": "BIGINT", "NULL": ""}.get(shape, shape)
+    known = ("BIGINT", "DOUBLE", "BOOLEAN", "")
+    return "[]" if not leaf else (leaf if leaf in known else _TEXT) + "[]" * depth
 
 
 def view_columns(datasets: Mapping[str, Mapping[str, str]], taken: Set[str]) -> list[ItemColumn]:
@@ -109,7 +142,8 @@ def view_columns(datasets: Mapping[str, Mapping[str, str]], taken: Set[str]) -> 
     for dataset, columns in datasets.items():
         repeats: Counter[str] = Counter()
         for key in columns:
-            lowered = key.lower()
+            # SQL ends a name at the null character.
+            lowered = key.lower().replace("\0", "\N{REPLACEMENT CHARACTER}")
             slots.setdefault((lowered, repeats[lowered]), {})[dataset] = key
             repeats[lowered] += 1
     plain, prefixed = [], []
@@ -117,7 +151,7 @@ def view_columns(datasets: Mapping[str, Mapping[str, str]], taken: Set[str]) -> 
         kinds = {datasets[dataset][key] for dataset, key in keys.items()}
         is_clash = len(kinds) > 1 and kinds != {"BIGINT", "DOUBLE"}
         kind = _TEXT if is_clash else max(kinds)  # DOUBLE holds BIGINT
-        name = next(iter(keys.values()))
+        name = next(iter(keys.values())).replace("\0", "\N{REPLACEMENT CHARACTER}")
         if is_clash or lowered in taken or repeat or not name:
             prefixed.append((name, kind, keys))
         else:

@@ -111,8 +111,9 @@ def _list_type(db: duckdb.DuckDBPyConnection, source: str, key: str) -> str:
     numbers = {f"{kind}[]" for kind in ("BIGINT", "DOUBLE")}
     if types == numbers:
         return "DOUBLE[]"
-    (kind,) = types if len(types) == 1 else (f"{_TEXT}[]",)
-    return kind
+    if len(types) != 1 or len(shapes) == _MOST_SHAPES:
+        return f"{_TEXT}[]"
+    return types.pop()
 
 
 def _shape_type(shape: Any) -> str:

@@ -192,13 +192,16 @@ def _user(user: GalleryUser, cards: _Cards) -> dict[str, Any]:
 
 def _map(gallery: Gallery, item_map: ItemMap, cards: _Cards, sprite: _Sprite) -> dict[str, Any]:
     """Return the points of the map with their groups, and what the script shows of each item."""
-    counts_S = gallery.train_counts[item_map.items]
+    # Later points are drawn over earlier ones: items that training has not seen are the last.
+    order_S = np.argsort(gallery.train_counts[item_map.items] == 0, kind="stable")
+    items_S, points_S2 = item_map.items[order_S], item_map.points[order_S]
+    counts_S = gallery.train_counts[items_S]
     seen = counts_S[counts_S > 0]
     bounds = np.unique(np.quantile(seen, [0.25, 0.5, 0.75, 0.95]).round()) if len(seen) else [0.0]
     levels_S = np.searchsorted(bounds, counts_S, side="left")
-    low_2, high_2 = item_map.points.min(0), item_map.points.max(0)
+    low_2, high_2 = points_S2.min(0), points_S2.max(0)
     size_2 = np.array([_MAP_WIDTH, _MAP_HEIGHT]) - 2 * _MARGIN
-    places_S2 = _MARGIN + (item_map.points - low_2) / np.maximum(high_2 - low_2, 1e-9) * size_2
+    places_S2 = _MARGIN + (points_S2 - low_2) / np.maximum(high_2 - low_2, 1e-9) * size_2
     texts = []
     edges = [int(bound) for bound in bounds]
     for level in range(len(edges) + 1):
@@ -219,7 +222,7 @@ def _map(gallery: Gallery, item_map: ItemMap, cards: _Cards, sprite: _Sprite) ->
         ],
         "entries": [
             [cards.title(item), int(count), *sprite.cells.get(item, (-1, -1))]
-            for item, count in zip(item_map.items.tolist(), counts_S, strict=True)
+            for item, count in zip(items_S.tolist(), counts_S, strict=True)
         ],
         "levels": list(zip(texts, numbers, strict=True)),
         "unseen": n_unseen,

@@ -196,7 +196,7 @@ def test_a_run_without_features_images_and_titles_has_a_page(
     page = Page(build_gallery(gallery, table([None] * N_ITEMS), lambda item, side: None))
     assert page.images == []
     assert page.cards
-    assert all(card["text"].startswith("no image") for card in page.cards)
+    assert all(card["text"].startswith("i") for card in page.cards)
     assert [text for level, text in page.headings if level == 2] == [
         "Users", "Neighbours of items", "Map of items",
     ]  # fmt: skip

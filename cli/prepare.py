@@ -44,6 +44,9 @@ DuplicateInteractionsOption = Annotated[
         "--duplicate-interactions", help="Rows equal in user, item and time: keep or drop."
     ),
 ]
+SplitOption = Annotated[
+    str, typer.Option("--split", help="leave-one-out, or time: all users by two dates.")
+]
 ImagesOption = Annotated[
     str | None, typer.Option("--images", help="Folder of images; as --file images=PATH.")
 ]
@@ -60,6 +63,13 @@ def prepare(
     file: Annotated[
         list[str] | None,
         typer.Option("--file", help="ROLE=PATH of a raw file, relative to --raw; repeatable."),
+    ] = None,
+    split: SplitOption = "leave-one-out",
+    valid_from: Annotated[
+        str | None, typer.Option("--valid-from", help="First date of validation, split by time.")
+    ] = None,
+    test_from: Annotated[
+        str | None, typer.Option("--test-from", help="First date of test, split by time.")
     ] = None,
     users: UsersOption = None,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the sample of users.")] = 0,
@@ -90,6 +100,9 @@ def prepare(
         name=name,
         raw=raw,
         k_core=k_core,
+        split=split,
+        valid_from=valid_from,
+        test_from=test_from,
         users=users,
         seed=seed,
         min_user=min_user,

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+import duckdb
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -17,7 +18,14 @@ import pyarrow.parquet as pq
 from features.atomic_files import database, open_table, read_errors, read_table
 from features.checksums import verify_files
 from features.errors import DamagedError, UserError
-from features.splits import COLD_BELOW, MIN_EVALUATED, train_counts_sql
+from features.splits import (
+    COLD_BELOW,
+    MIN_EVALUATED,
+    SPLITS,
+    TimeSplit,
+    split_sql,
+    train_counts_sql,
+)
 from features.sql_text import parquet_sql
 from features.warehouse import DatasetInfo, Warehouse
 
@@ -73,6 +81,9 @@ class Dataset:
     """(U + 1,) user u owns ``items[offsets[u]:offsets[u + 1]]``."""
     train_counts: Ints
     """(N,) training interactions of each item; the only counts that popularity may use."""
+    splits: npt.NDArray[np.int8] | None = None
+    """(I,) index in :data:`features.splits.SPLITS` of each interaction; ``None`` is leave-one-out,
+    whose splits follow from ``offsets``."""
     times: Ints | None = None
     """(I,) time of each interaction in the unit of the raw files; ``None`` if they are not loaded
     or the raw files have none."""
@@ -94,11 +105,18 @@ class Dataset:
         return self.train_counts < COLD_BELOW
 
     def digest(self) -> str:
-        """Return a hash of the sequences of all users."""
-        return hash_sequences(self.items, self.offsets)
+        """Return a hash of the sequences of all users, and of the splits if time decides them."""
+        digest = hash_sequences(self.items, self.offsets)
+        if self.splits is None:
+            return digest
+        return hashlib.sha256(digest.encode() + self.splits.tobytes()).hexdigest()[:16]
 
     def train_ends(self) -> Ints:
         """Return the flat position one past each user's last training interaction, (U,)."""
+        if self.splits is not None:
+            n_trained_I = np.concatenate([[0], np.cumsum(self.splits == SPLITS.index("train"))])
+            n_trained_U: Ints = np.diff(n_trained_I[self.offsets])
+            return self.offsets[:-1] + n_trained_U
         lengths = np.diff(self.offsets)
         return self.offsets[1:] - np.where(lengths >= MIN_EVALUATED, 2, 0)
 
@@ -130,6 +148,10 @@ class Dataset:
 
     def eval_split(self, split: str) -> EvalSplit:
         """Return the evaluated users of ``validation`` or ``test``."""
+        if self.splits is not None:
+            targets = np.flatnonzero(self.splits == SPLITS.index(split))
+            users = np.searchsorted(self.offsets, targets, side="right") - 1
+            return EvalSplit(users=users, starts=self.offsets[users], targets=targets)
         back = {"validation": 2, "test": 1}[split]
         users = np.flatnonzero(np.diff(self.offsets) >= MIN_EVALUATED)
         return EvalSplit(
@@ -161,8 +183,10 @@ def load_dataset(warehouse: Warehouse, name: str, *, with_times: bool = False) -
             f"SELECT {columns} FROM {interactions} ORDER BY user, position"
         ).fetchnumpy()
         counts = db.execute(
-            f"SELECT train_count FROM ({train_counts_sql(interactions, items)}) ORDER BY item"
+            f"SELECT train_count FROM ({train_counts_sql(interactions, items, info.dates)})"
+            " ORDER BY item"
         ).fetchnumpy()
+        splits = _read_splits(db, interactions, info.dates)
     lengths = np.bincount(flat["user"], minlength=info.users)
     item = np.ascontiguousarray(flat["item"], dtype=np.int32)
     counted = (len(item), len(lengths), len(counts["train_count"]))
@@ -185,8 +209,23 @@ def load_dataset(warehouse: Warehouse, name: str, *, with_times: bool = False) -
         items=item,
         offsets=offsets,
         train_counts=np.asarray(counts["train_count"], dtype=np.int64),
+        splits=splits,
         times=np.asarray(flat["timestamp"], dtype=np.int64) if has_times else None,
     )
+
+
+def _read_splits(
+    db: duckdb.DuckDBPyConnection, interactions: str, dates: TimeSplit | None
+) -> npt.NDArray[np.int8] | None:
+    """Return the index in :data:`SPLITS` of each interaction: (I,). None is leave-one-out."""
+    if dates is None:
+        return None
+    number = " ".join(f"WHEN '{name}' THEN {i}" for i, name in enumerate(SPLITS))
+    splits: npt.NDArray[np.int8] = db.execute(
+        f"SELECT (CASE split {number} END)::TINYINT AS split FROM"
+        f" ({split_sql(interactions, dates)}) ORDER BY user, position"
+    ).fetchnumpy()["split"]
+    return np.ascontiguousarray(splits, dtype=np.int8)
 
 
 def cold_counts(dataset: Dataset) -> tuple[int, int]:

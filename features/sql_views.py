@@ -245,8 +245,8 @@ def _create_dataset_views(
         sources = {
             "items": f"(SELECT *{values} FROM {items})",
             "interactions": interactions,
-            "splits": f"({split_sql(interactions)})",
-            "cold": f"({cold_sql(interactions, items)})",
+            "splits": f"({split_sql(interactions, datasets[name].dates)})",
+            "cold": f"({cold_sql(interactions, items, datasets[name].dates)})",
         }
         for view, source in sources.items():
             queries[view].append(f"SELECT {quoted(name)} AS dataset, * FROM {source}")

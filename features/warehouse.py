@@ -9,6 +9,7 @@ from typing import Any, get_args, get_origin
 
 from features.documents import read_json, read_toml
 from features.errors import DamagedError, UserError, unknown
+from features.splits import TimeSplit
 
 MARKER = ".mmrec-warehouse"
 RESERVED = ("runs", "raw")  # folders that are no datasets
@@ -67,6 +68,11 @@ class DatasetInfo:
     time_unit: str | None = None
     """Unit of the timestamps since 1970: ``days``, ``seconds``, ``milliseconds``, ``microseconds``
     or ``nanoseconds``; None if it is unknown."""
+    valid_from: int | None = None
+    """First time of validation of a split by time, in the unit of the timestamps; None is
+    leave-one-out."""
+    test_from: int | None = None
+    """First time of test of a split by time; None is leave-one-out."""
     duplicate_interactions: str = "keep"
     """Treatment of interactions that agree in user, item and time: ``keep`` or ``drop``."""
     copied_targets: int = 0
@@ -76,6 +82,13 @@ class DatasetInfo:
     from."""
     item_columns: dict[str, str] | None = None
     """Own columns of items to their SQL types; None in datasets of earlier versions."""
+
+    @property
+    def dates(self) -> TimeSplit | None:
+        """The dates of a split by time; None is leave-one-out."""
+        if self.valid_from is None or self.test_from is None:
+            return None
+        return TimeSplit(valid_from=self.valid_from, test_from=self.test_from)
 
     def inputs_of(self, modality: str) -> str:
         """Return the hash of the inputs of a feature table; ``joint`` has two."""
@@ -97,6 +110,8 @@ class DatasetInfo:
             "sampled_users": self.sampled_users,
             "seed": self.seed,
             "min_user": self.min_user,
+            "valid_from": self.valid_from,
+            "test_from": self.test_from,
             "tied": self.tied,
             "ties": self.ties,
             "tied_ascending": self.tied_ascending,

@@ -11,7 +11,7 @@ import duckdb
 
 from features.errors import UserError
 from features.registry import Registry
-from features.splits import split_sql
+from features.splits import TimeSplit, split_sql
 from pipeline.datasets.importers.messages import plural, quote_all
 from pipeline.datasets.importers.raw_sql import fetch_row
 
@@ -91,7 +91,7 @@ def drop_duplicate_interactions(
     )
 
 
-def count_copies(db: duckdb.DuckDBPyConnection) -> tuple[int, int]:
+def count_copies(db: duckdb.DuckDBPyConnection, dates: TimeSplit | None) -> tuple[int, int]:
     """Return the number of copies in ``ordered``, and of copies among the held-out targets.
 
     A held-out target that is a copy is a row of its own input: a model that repeats the last items
@@ -104,8 +104,8 @@ def count_copies(db: duckdb.DuckDBPyConnection) -> tuple[int, int]:
     )
     copies, targets = fetch_row(
         db,
-        "SELECT count(*), count(*) FILTER (WHERE split <> 'train') FROM"
-        f" (SELECT split FROM ({split_sql(tied)}) QUALIFY row_number() OVER"
+        "SELECT count(*), count(*) FILTER (split IN ('validation', 'test')) FROM"
+        f" (SELECT split FROM ({split_sql(tied, dates)}) QUALIFY row_number() OVER"
         " (PARTITION BY user, i, timestamp ORDER BY position) > 1)",
     )
     return copies, targets

@@ -40,6 +40,7 @@ from pipeline.datasets.importers.table import COLUMNS
 from pipeline.datasets.raw_files import RawFormat, locate_files, raw_format
 from pipeline.datasets.registry import DATASETS
 from pipeline.datasets.swap import finish_swap, hash_table, staging, swap_tables
+from pipeline.datasets.time_split import check_dates, describe_split, time_split
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,6 +84,12 @@ class PrepareOptions:
     duplicate_interactions: str = "keep"
     """Treatment of interactions that agree in user, item and time: ``keep``, or ``drop`` all but
     the first."""
+    split: str = "leave-one-out"
+    """``leave-one-out``, or ``time``: train before a date, see :mod:`features.splits`."""
+    valid_from: str | None = None
+    """First date of validation of a split by time, such as ``2026-03-01``."""
+    test_from: str | None = None
+    """First date of test of a split by time."""
     users: int | None = None
     """Number of users of a random sample that is drawn before the k-core; None: all users."""
     seed: int = 0
@@ -98,6 +105,7 @@ class PrepareOptions:
             raise UserError(
                 f"--k-core {self.k_core} is negative; give 0 for no filter, or 5 as most papers do"
             )
+        check_dates(self.split, self.valid_from, self.test_from)
         UNLISTED.find(self.unlisted)
         TIES.find(self.ties)
         DUPLICATE_ITEMS.find(self.duplicate_items)
@@ -161,7 +169,8 @@ def prepare_dataset(
             create_tables(db, k, options.ties)
             info, copies = _describe(db, source, options, result)
             write_tables(db, stage)
-            for note in data_notes(db, info, copies):
+            split_notes = describe_split(db, info.dates, info.time_unit) if info.dates else ()
+            for note in chain(data_notes(db, info, copies), split_notes):
                 notify(note)
         swap_tables(folder, stage, replace(info, **table_hashes(stage, info.users)))
     return warehouse.info(options.target)
@@ -256,12 +265,22 @@ def _describe(
         timestamps=result.timestamps,
         ties=options.ties,
     )
-    copies, copied_targets = count_copies(db)
+    dates = None
+    if options.valid_from is not None and options.test_from is not None:
+        dates = time_split(
+            options.valid_from,
+            options.test_from,
+            has_times=result.timestamps,
+            unit=result.time_unit,
+        )
+    copies, copied_targets = count_copies(db, dates)
     columns = result.text_columns
     kept = "SELECT attributes FROM items JOIN raw_items USING (item_id)"
     info = replace(
         info,
         time_unit=result.time_unit,
+        valid_from=dates.valid_from if dates else None,
+        test_from=dates.test_from if dates else None,
         duplicate_interactions=options.duplicate_interactions,
         copied_targets=copied_targets,
         text_columns=None if columns is None else list(columns),

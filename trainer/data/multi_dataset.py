@@ -20,6 +20,7 @@ from features.atomic_files import database
 from features.attributes import ItemAttributes, load_attributes
 from features.dataset import Dataset, Ints, load_dataset, load_items
 from features.errors import UserError
+from features.splits import SPLITS
 from features.store import FeatureStore, FeatureTable
 from features.warehouse import Warehouse
 from trainer.data.batches import ItemFeatures
@@ -292,8 +293,24 @@ def _concatenate(parts: Sequence[Dataset]) -> Dataset:
         ),
         offsets=np.concatenate([parts[0].offsets[:1], *offsets]),
         train_counts=np.concatenate([part.train_counts for part in parts]),
+        splits=_concatenate_splits(parts),
         times=_concatenate_times(parts),
     )
+
+
+def _concatenate_splits(parts: Sequence[Dataset]) -> npt.NDArray[np.int8] | None:
+    """Return the split of each interaction; ``None`` if all parts have leave-one-out."""
+    if all(part.splits is None for part in parts):
+        return None
+    splits = []
+    for part in parts:
+        of_part = part.splits
+        if of_part is None:
+            of_part = np.full(len(part.items), SPLITS.index("train"), np.int8)
+            for name in ("validation", "test"):
+                of_part[part.eval_split(name).targets] = SPLITS.index(name)
+        splits.append(of_part)
+    return np.concatenate(splits)
 
 
 def _concatenate_times(parts: Sequence[Dataset]) -> Ints | None:

@@ -1,6 +1,6 @@
 """Describe the protocol of an evaluation, for printing below every table."""
 
-from features.splits import COLD_BELOW
+from features.splits import COLD_BELOW, format_time
 from features.warehouse import DatasetInfo
 
 PROTOCOL = "2"
@@ -44,9 +44,9 @@ def protocol_lines(info: DatasetInfo, *, hold_out_cold: bool = False) -> list[st
         core += f", a sample of {info.sampled_users:,} users (seed {info.seed})"
     order = "by time" if info.timestamps else "in file order (no times)"
     return [
-        f"{core}; interactions {order}; leave-one-out: last item test, the one before validation",
+        f"{core}; interactions {order}; {_split(info)}",
         *ties_lines(info.tied, info.ties),
-        "full catalogue ranking, ties against the model; test input includes the validation item",
+        "full catalogue ranking, ties against the model; the input is all earlier interactions",
         "filtered: items the user has seen are out of the ranking; kept: they are in it",
         "repeated: targets that the user already had, misses when filtered; new: all others",
         "HR@k equals Recall@k with one target; 95% intervals: bootstrap over users",
@@ -57,6 +57,17 @@ def protocol_lines(info: DatasetInfo, *, hold_out_cold: bool = False) -> list[st
         f"{' and '.join(REFERENCES)}: counts of training interactions only",
         "the checkpoint is the best one by validation",
     ]
+
+
+def _split(info: DatasetInfo) -> str:
+    if info.dates is None:
+        return "leave-one-out: last item test, the one before validation"
+    dates = (info.dates.valid_from, info.dates.test_from)
+    valid, test = (format_time(date, info.time_unit) for date in dates)
+    return (
+        f"split by time: training before {valid}; validation: first interaction from then on; test:"
+        f" first one from {test} on"
+    )
 
 
 def ties_lines(tied: float, ties: str) -> list[str]:

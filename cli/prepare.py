@@ -47,6 +47,23 @@ DuplicateInteractionsOption = Annotated[
 SplitOption = Annotated[
     str, typer.Option("--split", help="leave-one-out, or time: all users by two dates.")
 ]
+ValidFromOption = Annotated[
+    str | None, typer.Option("--valid-from", help="First date of validation, split by time.")
+]
+TestFromOption = Annotated[
+    str | None, typer.Option("--test-from", help="First date of test, split by time.")
+]
+MinUserOption = Annotated[
+    int | None,
+    typer.Option("--min-user", help="Minimum interactions of users alone, in place of k-core."),
+]
+FormatOption = Annotated[
+    str | None, typer.Option("--format", help="Importer of your data; see: mmrec datasets.")
+]
+FileOption = Annotated[
+    list[str] | None,
+    typer.Option("--file", help="ROLE=PATH of a raw file, relative to --raw; repeatable."),
+]
 ImagesOption = Annotated[
     str | None, typer.Option("--images", help="Folder of images; as --file images=PATH.")
 ]
@@ -57,26 +74,14 @@ def prepare(
     raw: Annotated[Path | None, typer.Option("--raw", help="Folder of the raw files.")] = None,
     name: NameOption = None,
     k_core: CoreOption = None,
-    format: Annotated[
-        str | None, typer.Option("--format", help="Importer of your data; see: mmrec datasets.")
-    ] = None,
-    file: Annotated[
-        list[str] | None,
-        typer.Option("--file", help="ROLE=PATH of a raw file, relative to --raw; repeatable."),
-    ] = None,
+    format: FormatOption = None,
+    file: FileOption = None,
     split: SplitOption = "leave-one-out",
-    valid_from: Annotated[
-        str | None, typer.Option("--valid-from", help="First date of validation, split by time.")
-    ] = None,
-    test_from: Annotated[
-        str | None, typer.Option("--test-from", help="First date of test, split by time.")
-    ] = None,
+    valid_from: ValidFromOption = None,
+    test_from: TestFromOption = None,
     users: UsersOption = None,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the sample of users.")] = 0,
-    min_user: Annotated[
-        int | None,
-        typer.Option("--min-user", help="Minimum interactions of users alone, in place of k-core."),
-    ] = None,
+    min_user: MinUserOption = None,
     columns: ColumnsOption = None,
     text_columns: TextColumnsOption = None,
     images: ImagesOption = None,

@@ -29,7 +29,7 @@ NAME = "learned_interactions.parquet"
 
 _BITS = 48
 """Bits of a pair's hash. The differences of sorted hashes are stored: for 10 million pairs, this is
-about 31 MB, and one target in 28 million is taken for one of them."""
+about 35 MB, and one target in 28 million is taken for one of them."""
 _ODD = np.uint64(0x9E3779B97F4A7C15)
 
 Hashes = npt.NDArray[np.uint64]

@@ -51,7 +51,7 @@ def show(progress: TrainProgress) -> None:
 
 def train(warehouse: Warehouse, model: str, name: str, *settings: str) -> Path:
     """Train a model on the shop, evaluate it, and return the folder of the run."""
-    sources = SettingSources(pairs=["dim=32", "epochs=15", "device=cpu", *settings])
+    sources = SettingSources(pairs=["dim=32", "epochs=8", "device=cpu", *settings])
     spec = RunSpec.resolve(warehouse, model, ["shop"], sources=sources)
     run = create_run(warehouse, spec, name=name)
     train_run(run, on_progress=show)

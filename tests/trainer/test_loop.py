@@ -2,6 +2,7 @@ import math
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,10 @@ from trainer.tasks.next_item import NextItem, check_trainable
 
 N = 12
 SMALL: dict[str, Any] = {"dim": 8, "heads": 2, "hidden": 16, "length": 5, "dropout": 0.1}
+
+
+WholeRun = tuple[TrainState, Recommender, list[EpochRow], bytes]
+"""The result of :func:`train`, and the file of the best weights."""
 
 
 def world(name: str) -> tuple[Recommender, TrainingData]:
@@ -73,12 +78,24 @@ def train(
     return progress, model, rows
 
 
+@pytest.fixture(scope="module")
+def whole_runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], WholeRun]:
+    """Return the function that trains a model to the end, once for the tests of this file."""
+
+    @cache
+    def train_once(name: str) -> WholeRun:
+        folder = tmp_path_factory.mktemp("whole") / name
+        return (*train(name, folder), (folder / "model.safetensors").read_bytes())
+
+    return train_once
+
+
 @pytest.mark.parametrize("name", worlds.trained_models())
 @pytest.mark.parametrize("interrupt_at", [1, 7, 11])
 def test_a_resumed_run_ends_where_the_whole_one_does_to_the_bit(
-    name: str, interrupt_at: int, tmp_path: Path
+    name: str, interrupt_at: int, tmp_path: Path, whole_runs: Callable[[str], WholeRun]
 ) -> None:
-    whole, model, rows = train(name, tmp_path / "whole")
+    whole, model, rows, best = whole_runs(name)
     stopped, _, _ = train(name, tmp_path / "torn", interrupt_at=interrupt_at)
     assert not stopped.finished
     torch.manual_seed(99)  # whatever the process drew before
@@ -91,8 +108,7 @@ def test_a_resumed_run_ends_where_the_whole_one_does_to_the_bit(
         model.state_dict().items(), other.state_dict().values(), strict=True
     ):
         assert torch.equal(mine, theirs), key
-    best = [(tmp_path / f / "model.safetensors").read_bytes() for f in ("whole", "torn")]
-    assert best[0] == best[1]
+    assert best == (tmp_path / "torn" / "model.safetensors").read_bytes()
 
 
 def test_means_are_resumed_to_the_bit(tmp_path: Path) -> None:

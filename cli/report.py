@@ -82,13 +82,14 @@ def _write(
     from features.atomic_files import write_text
     from trainer.analysis.curves import read_curves
     from trainer.analysis.figures import check_image_path, draw_curves, save_figure
-    from trainer.analysis.report import build_report
     from trainer.runs.read import read_records
 
     if curves is not None:
         check_image_path(curves)
     metric, seen = metric_and_seen
     records = read_records(warehouse, runs)
+    from trainer.analysis.report import build_report  # imports torch
+
     curve_data = read_curves(records, metric=metric, seen=seen, labels=labels)
     if curves is not None:
         save_figure(draw_curves(curve_data), curves)

@@ -56,16 +56,18 @@ def time_split(valid_from: str, test_from: str, *, has_times: bool, unit: str | 
         test_from=_parse("--test-from", test_from, unit),
     )
     if dates.valid_from >= dates.test_from:
+        read = [format_time(time, unit) for time in (dates.valid_from, dates.test_from)]
         raise UserError(
-            f"--valid-from {valid_from} is not before --test-from {test_from}; exchange them or"
-            " give other dates"
+            f"--valid-from {valid_from} ({read[0]}) is not before --test-from {test_from}"
+            f" ({read[1]}); exchange them or give other dates, such as 2026-03-01"
         )
     return dates
 
 
 def _parse(option: str, text: str, unit: str | None) -> int:
     """Return a date in a unit of time."""
-    if text.strip().lstrip("-").isdecimal():
+    is_basic_date = unit is not None and len(text.strip()) == 8  # 20260301
+    if text.strip().lstrip("-").isdecimal() and not is_basic_date:
         return int(text)
     if unit is None:
         raise UserError(

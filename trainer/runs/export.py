@@ -37,6 +37,7 @@ FORMAT = 1
 """Version of the files; :mod:`trainer.runs.exported` reads this one."""
 MANIFEST, ITEMS, INDEX = "manifest.json", "items.parquet", "items.faiss"
 ITEM_ENCODER, SEQUENCE_ENCODER = "item_encoder.onnx", "sequence_encoder.onnx"
+README = "README.md"
 INSTALL = "pip install 'mmrec[export]'"
 """Command that installs the packages of the export."""
 OPSET = 20
@@ -96,13 +97,15 @@ def export_run(warehouse: Warehouse, run: Run, out: Path) -> ExportReport:
         warehouse: Warehouse with the run's dataset.
         run: The run on the CPU, as :func:`trainer.runs.later.open_current` returns it; its weights
             are loaded.
-        out: The folder, which may exist.
+        out: The folder. An export in it is replaced.
 
     Raises:
-        UserError: A package is not installed, the model or its features cannot be exported, or the
-            graphs differ from the recommender.
+        UserError: A package is not installed, the folder has other files of the same names, the
+            model or its features cannot be exported, or the graphs differ from the recommender.
     """
     require_packages()
+    readme = Path(__file__).with_name("export_readme.md").read_text("utf-8")
+    _check_folder(out, readme.partition("\n")[0])
     run.check_recommends()
     _check_features(run)
     item_graph, sequence_graph = make_graphs(run.model, run.spec.model)
@@ -110,6 +113,7 @@ def export_run(warehouse: Warehouse, run: Run, out: Path) -> ExportReport:
     items = _encode_items(predictor, item_graph)
     out.mkdir(parents=True, exist_ok=True)
     (out / MANIFEST).unlink(missing_ok=True)
+    write_text(out / README, readme)  # first: it marks the folder as an export
     features = run.data.features
     examples = item_graph.tensors(features, torch.arange(min(2, features.n_items)))
     width = items.inputs_NW.shape[1]
@@ -129,7 +133,6 @@ def export_run(warehouse: Warehouse, run: Run, out: Path) -> ExportReport:
     difference = _compare(predictor, item_graph, items, out)
     write_table(out / ITEMS, items.table, compression="zstd")
     _write_index(out / INDEX, items)
-    write_text(out / "README.md", Path(__file__).with_name("export_readme.md").read_text("utf-8"))
     write_json(out / MANIFEST, _manifest(run, item_graph, items, difference))
     return ExportReport(
         run=run.name,
@@ -142,6 +145,28 @@ def export_run(warehouse: Warehouse, run: Run, out: Path) -> ExportReport:
         opset=OPSET,
         difference=difference,
     )
+
+
+def _check_folder(out: Path, title: str) -> None:
+    """Check that a folder has no files of the names of an export that another program wrote.
+
+    Args:
+        out: The folder.
+        title: The first line of the README of an export.
+
+    Raises:
+        UserError: The folder has such files, or it is a file.
+    """
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file; give a new folder")
+    names = (README, MANIFEST, ITEMS, INDEX, ITEM_ENCODER, SEQUENCE_ENCODER)
+    present = [name for name in names if (out / name).exists()]
+    try:
+        is_export = (out / README).read_text("utf-8").startswith(title)
+    except (FileNotFoundError, UnicodeDecodeError):
+        is_export = False
+    if present and not is_export:
+        raise UserError(f"--out {out} has {present[0]}, which no export wrote; give a new folder")
 
 
 def _check_features(run: Run) -> None:

@@ -60,7 +60,7 @@ def create_raw_items(
         notes += _create_listing(db, root, role, files.get(role, ()))
         if role == "images" and image_names is not None:
             _rename_images(db, image_names)
-        notes += _listing_notes(db, role)
+        notes += _listing_notes(db, role, f"{column}_references")
         notes += _other_notes(db, role)
     # A join need not keep the order of the file, which decides between rows of one item.
     (is_listed_once,) = fetch_row(
@@ -91,8 +91,14 @@ def create_raw_items(
     return tuple(notes)
 
 
-def _listing_notes(db: duckdb.DuckDBPyConnection, role: str) -> Iterator[str]:
-    """Yield messages about items with several files, and files without an item."""
+def _listing_notes(db: duckdb.DuckDBPyConnection, role: str, references: str) -> Iterator[str]:
+    """Yield messages about items with several files, and files without an item.
+
+    Args:
+        db: A connection with the table of the role.
+        role: ``images`` or ``videos``.
+        references: Table of the files that the table of items names by their paths.
+    """
     ids = "SELECT nfc_normalize(item_id) AS item_id FROM described"
     count, examples = fetch_row(
         db,
@@ -107,7 +113,7 @@ def _listing_notes(db: duckdb.DuckDBPyConnection, role: str) -> Iterator[str]:
     total, count, examples = fetch_row(
         db,
         f"SELECT (SELECT sum(n) FROM {role}), sum(n), list(path ORDER BY path)[:3] FROM {role}"
-        f" ANTI JOIN ({ids}) USING (item_id)",
+        f" ANTI JOIN ({ids}) USING (item_id) ANTI JOIN {references} USING (path)",
     )
     if count:
         yield (

@@ -131,3 +131,17 @@ def test_a_model_without_graphs_is_refused(
     with pytest.raises(UserError, match=f"{model}.*mmrec recommend"):
         export_run(warehouse, run, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_files_of_others_are_kept(warehouse: Warehouse, tmp_path: Path) -> None:
+    run = open_current(warehouse, begin(warehouse, "sasrec"), device="cpu")
+    for name in ("README.md", "manifest.json", "items.parquet"):
+        file = tmp_path / name[0] / name
+        file.parent.mkdir(parents=True)
+        file.write_bytes(b"my own \xff")
+        with pytest.raises(UserError, match=f"{name}.*new folder"):
+            export_run(warehouse, run, tmp_path / name[0])
+        assert file.read_bytes() == b"my own \xff"
+        assert len(list((tmp_path / name[0]).iterdir())) == 1
+    with pytest.raises(UserError, match=r"README\.md is a file.*new folder"):
+        export_run(warehouse, run, tmp_path / "R" / "README.md")

@@ -416,6 +416,21 @@ def test_files_that_fit_no_item_are_counted(warehouse: Warehouse, tmp_path: Path
     assert "'images/1 .png', 'images/A.png', 'images/b_1.png'" in note
 
 
+@pytest.mark.parametrize(("column", "role"), ROLES.items())
+def test_files_that_the_table_of_items_names_fit_an_item(
+    warehouse: Warehouse, tmp_path: Path, column: str, role: str
+) -> None:
+    suffix = {"images": "png", "videos": "mp4"}[role]
+    files: dict[str, str | bytes] = {f"{role}/{name}.{suffix}": "x" for name in ("1", "2", "3")}
+    rows = f"item_id,{column}\na,{role}/1.{suffix}\nb,x/../{role}/2.{suffix}\nc,\n"
+    notes: list[str] = []
+    content = {"interactions.csv": INTERACTIONS, "items.csv": rows} | files
+    prepared(warehouse, tmp_path / "raw", content, notify=notes.append)
+    (note,) = [note for note in notes if "fit no item" in note]
+    assert note.startswith(f"1 of 3 files in {role}")
+    assert f"'{role}/3.{suffix}'" in note
+
+
 @pytest.mark.parametrize("url", ["https://x.org/a", "s3://x/a.jpg", "HTTP://x.org/a", "//x.org/a"])
 def test_urls_are_named_and_files_by_item_id_are_used(
     warehouse: Warehouse, tmp_path: Path, url: str

@@ -36,6 +36,7 @@ from trainer.runs.run import Run
 FORMAT = 1
 """Version of the files; :mod:`trainer.runs.exported` reads this one."""
 MANIFEST, ITEMS, INDEX = "manifest.json", "items.parquet", "items.faiss"
+ITEM_IDS, INPUTS = "item_ids.json", "inputs.npy"
 ITEM_ENCODER, SEQUENCE_ENCODER = "item_encoder.onnx", "sequence_encoder.onnx"
 README = "README.md"
 INSTALL = "pip install 'mmrec[export]'"
@@ -132,6 +133,9 @@ def export_run(warehouse: Warehouse, run: Run, out: Path) -> ExportReport:
     )
     difference = _compare(predictor, item_graph, items, out)
     write_table(out / ITEMS, items.table, compression="zstd")
+    write_json(out / ITEM_IDS, {"item_ids": items.table["item_id"].to_pylist()})
+    with atomic_write(out / INPUTS) as temporary, temporary.open("wb") as file:
+        np.save(file, items.inputs_NW)
     _write_index(out / INDEX, items)
     write_json(out / MANIFEST, _manifest(run, item_graph, items, difference))
     return ExportReport(
@@ -159,7 +163,7 @@ def _check_folder(out: Path, title: str) -> None:
     """
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; give a new folder")
-    names = (README, MANIFEST, ITEMS, INDEX, ITEM_ENCODER, SEQUENCE_ENCODER)
+    names = (README, MANIFEST, ITEMS, ITEM_IDS, INPUTS, INDEX, ITEM_ENCODER, SEQUENCE_ENCODER)
     present = [name for name in names if (out / name).exists()]
     try:
         is_export = (out / README).read_text("utf-8").startswith(title)

@@ -8,6 +8,7 @@ part of a history; it is not recommended.
 Legend: N items that the run has learned, U items of both catalogues, M items of the later one.
 """
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -19,10 +20,12 @@ from torch import Tensor
 
 from features.dataset import Dataset, EvalSplit, load_items
 from features.errors import UserError
+from features.provenance import IMPORTED
+from features.store import FeatureStore
 from features.warehouse import Warehouse
 from trainer.checkpoint import IdentityError, load_tensors, load_weights, read_tensors
 from trainer.data.batches import ItemFeatures, TrainingData
-from trainer.data.feature_tables import choose_device
+from trainer.data.feature_tables import choose_device, choose_tables
 from trainer.data.multi_dataset import load_data
 from trainer.finetune.load_checkpoint import read_blocks
 from trainer.models.base import Catalogue, Recommender
@@ -50,6 +53,7 @@ def open_current(
         UserError: As for :func:`open_later`, or the folder is damaged.
     """
     own = read_about(folder / "config.toml")["dataset"]
+    _check_extracted(warehouse, folder, dataset or own)
     if dataset in (None, own) and has_own_preparation(warehouse, folder):
         return open_run(warehouse, folder, device=device)
     return open_later(warehouse, folder, dataset or own, device=device)
@@ -122,6 +126,7 @@ def open_later(
         UserError: The run stored no item ids or has no weights yet, the features were made in
             another way, or the model has parameters of users.
     """
+    _check_extracted(warehouse, folder, dataset)
     spec = RunSpec.read(warehouse, folder, dataset=dataset)
     recommender = MODELS.find(spec.model).load()
     _check_model(folder, spec, recommender)
@@ -161,6 +166,39 @@ def open_later(
     task = TASKS.find(spec.task).build(model, data, warehouse, [dataset], spec.task_settings)
     own = Run(folder=folder, spec=spec, warehouse=warehouse, model=model, data=data, task=task)
     return replace(own, joint=joint, later=later)
+
+
+def _check_extracted(warehouse: Warehouse, folder: Path, dataset: str) -> None:
+    """Refuse feature tables of an earlier preparation, with one command for all of them.
+
+    Imported tables are left to :meth:`features.store.FeatureTable.check`.
+    """
+    labels = read_about(folder / "config.toml")["features"]
+    if not labels or not warehouse.is_prepared(dataset):
+        return
+    info = warehouse.info(dataset)
+    flags: dict[str, str] = {}
+    encoded = set()
+    for table in choose_tables(FeatureStore(warehouse), dataset, labels):
+        manifest, made = table.manifest(), table.provenance()
+        if manifest is None or made is None or made.compute == IMPORTED:
+            continue
+        inputs = manifest.get("inputs", "")
+        if (manifest["items"], inputs) != (info.fingerprint, info.inputs_of(table.modality)):
+            level = "" if table.level == "pooled" else f" --level {table.level}"
+            flag = f" --{table.modality} {shlex.quote(made.backbone)}"
+            flags[level] = flags.get(level, "") + flag
+        encoded |= set(table.small_columns(["item_id"])["item_id"].to_pylist())
+    if not flags:
+        return
+    items = load_items(warehouse, dataset, ["item_id"]).column("item_id").to_pylist()
+    n_new = len(set(items) - encoded)
+    commands = [f"mmrec extract --dataset {dataset}{flag}{level}" for level, flag in flags.items()]
+    raise UserError(
+        f"{dataset} was prepared after its features were extracted: {n_new:,} of {len(items):,}"
+        f" items have none, and others may have changed; run: {' and '.join(commands)}"
+        " (what is already encoded is reused)"
+    )
 
 
 def _check_model(folder: Path, spec: RunSpec, recommender: type[Recommender]) -> None:

@@ -239,3 +239,19 @@ def test_every_model_says_whether_it_encodes_new_items() -> None:
         if name not in SKIPPED and worlds.build(name, worlds.features(4)).encodes_new_items
     }
     assert ranked == {"mmsrec", "mmsr", "pmmrec", "unisrec", "vqrec", "morec", "fmrlrec"}
+
+
+def test_items_that_are_not_extracted_are_counted_with_one_command(warehouse: Warehouse) -> None:
+    folder = begin(warehouse, "mmsrec")
+    number = {name: item for item, name in enumerate(LATER)}
+    kept = [[number[name] for name in row if name in number] for row in histories()]
+    parts = sorted((warehouse.dataset_dir("world") / "features").rglob("*"))
+    copies = {path: path.read_bytes() for path in parts if path.is_file()}
+    prepare(warehouse, IDS, histories())
+    worlds.prepare(warehouse, kept, len(LATER), LATER)
+    for path, content in copies.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=r"2 of 13 items .*--image \S+ --text \S+ ") as caught:
+        open_current(warehouse, folder)
+    assert "\n" not in str(caught.value)

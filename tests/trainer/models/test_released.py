@@ -46,6 +46,23 @@ def test_the_released_form_has_the_parameters_of_the_released_code(model: str) -
     assert "item_encoder.fusion.types" not in names
 
 
+@pytest.mark.parametrize(
+    ("model", "preset"),
+    [
+        ("mmsr", "published"),
+        ("mmsr", "published-coarse"),
+        ("mmsr", "published-co-attention"),
+        ("mmsr", "released"),
+        ("pmmrec", "published"),
+        ("pmmrec", "released"),
+    ],
+)
+def test_the_encoders_have_the_learning_rate_of_the_other_modules(model: str, preset: str) -> None:
+    """MMSR, Table XII: the default of the other tables is the row with 1e-4 for all modules."""
+    values = MODELS.find(model).load().presets[preset]
+    assert values["tune_lr"] == values["lr"] == 1e-4
+
+
 def test_the_published_pmmrec_has_a_learned_token_besides() -> None:
     """Eq. 3 of the paper; the released code has the mean of the tokens instead."""
     assert count(published("pmmrec")) == RELEASED + 768

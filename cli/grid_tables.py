@@ -40,7 +40,8 @@ def list_recipes(name: str | None, json: bool) -> None:
             console.print_text(f"first: {command}", indent=4)
     console.print_text(
         "first: the feature tables that the recipe reads, of each dataset D, or of EACH dataset and"
-        f" source. A recipe with --level also takes pooled tables: {POOLED}"
+        f" source. A recipe with --level takes pooled tables by {POOLED}, unless its rows are"
+        " encoders"
     )
 
 

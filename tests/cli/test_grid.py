@@ -557,6 +557,37 @@ def test_a_figure_without_its_baseline_is_drawn_and_without_any_run_is_left_out(
 @pytest.mark.slow
 def test_a_run_and_a_pre_training_of_equal_settings_are_two_runs(root: str, tmp_path: Path) -> None:
     where = ("--warehouse", root, "--out", str(tmp_path / "result.parquet"), *TINY)
-    for recipe in ("pmmrec/table-6", "pmmrec/table-8", "pmmrec/table-6"):
+    file = tmp_path / "whole.toml"
+    file.write_text(
+        "[runs]\nmodel = 'pmmrec'\npreset = 'published'\nfeatures = 'image,text'\n"
+        "align = 'nicl'\nnid = true\nrcl = true\n"
+    )
+    for recipe in ("pmmrec/table-6", str(file), "pmmrec/table-6"):
         document = json.loads(run("grid", recipe, *where).stdout)
         assert all(entry["metrics"] for entry in document["runs"])
+
+
+@pytest.mark.parametrize(
+    "name", ["mmsr/table-5", "mmsr/table-8", "mmsr/table-10", "mmsr/figure-3", "pmmrec/table-4"]
+)
+def test_a_recipe_with_tuned_blocks_takes_pooled_tables(name: str, root: str) -> None:
+    pooled = ("--features", "image=toy,text=toy", "--set", "tune_blocks=0")
+    listed = run("grid", name, "--warehouse", root, *pooled, "--dry-run", "--json").stdout
+    assert {entry["state"].split(" ")[0] for entry in json.loads(listed)["runs"]} == {
+        "new", "after",
+    } - ({"after"} if name in ("mmsr/table-5", "mmsr/table-8") else set())  # fmt: skip
+
+
+def test_blocks_are_tuned_only_in_models_that_read_tokens(root: str, tmp_path: Path) -> None:
+    file = tmp_path / "table.toml"
+    file.write_text("[runs]\nmodel = ['idsr', 'mmsr']\ntune_blocks = 2\n")
+    plan = ("grid", str(file), "--warehouse", root, "--dry-run", "--json")
+    tuned, pooled = (
+        {entry["model"]: entry["run"] for entry in json.loads(run(*options).stdout)["runs"]}
+        for options in (plan, (*plan, "--set", "tune_blocks=0"))
+    )
+    assert tuned["idsr"] == pooled["idsr"]
+    assert tuned["mmsr"] != pooled["mmsr"]
+    file.write_text("[runs.method]\na = {model = 'idsr', tune_blocks = 2}\n")
+    refused = run(*plan, code=2).stderr
+    assert "tune_blocks=2 is for models that read tokens" in refused

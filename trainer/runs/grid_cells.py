@@ -143,11 +143,13 @@ def resolve_pretraining(
 
 
 def _setting_names(recommender: type[Recommender], *, is_pretraining: bool = False) -> set[str]:
+    """Return the settings of a model; those of tuned blocks only if the model reads tokens."""
     classes: list[type[Any]] = [TrainConfig, recommender.settings_class]
     task = pretraining_settings(recommender) if is_pretraining else None
     if task is not None:
         classes.append(task)
-    return {entry.name for cls in classes for entry in fields(cls)}
+    names = {entry.name for cls in classes for entry in fields(cls)}
+    return names if recommender.reads_tokens else names - _TUNED
 
 
 def _sources(
@@ -157,8 +159,15 @@ def _sources(
     known: set[str],
     varied: frozenset[str],
 ) -> SettingSources:
-    """Return the settings of a run; options win over the file, except over its axes."""
-    texts = {name: setting_text(value) for name, value in settings.items()}
+    """Return the settings of a run; options win over the file, except over its axes.
+
+    Settings of tuned blocks that hold for all runs are left out for models that read no tokens.
+    """
+    texts = {
+        name: setting_text(value)
+        for name, value in settings.items()
+        if name in known or name in varied or name not in _TUNED
+    }
     if overrides.quick:
         quick = {name: setting_text(value) for name, value in QUICK.items() if name in known}
         texts |= {name: v for name, v in quick.items() if name not in varied or name in _TINY}
@@ -171,6 +180,7 @@ def _sources(
 
 
 _TINY = ("epochs", "tune_blocks")  # quick even where an axis sets them
+_TUNED = {"tune_blocks", "tune_lr", "tune_weight_decay"}
 
 
 def _features(

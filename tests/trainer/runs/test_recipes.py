@@ -3,10 +3,30 @@ from pathlib import Path
 
 import pytest
 
+from features.encoder_blocks import block_count
 from features.errors import UserError
+from pipeline.backbones.registry import BACKBONES
+from trainer.models.registry import MODELS
+from trainer.runs.grid_axes import Combination
 from trainer.runs.recipes import fill_recipe, read_recipe, recipe_names
 
 GRIDS = [name for name in recipe_names() if not read_recipe(name).is_statistics]
+LIMITED = [name for name in GRIDS if not name.startswith("mmsrec/") and name != "mmsr/table-13"]
+"""Recipes of the papers that read at most 50 words of a text."""
+
+
+def combinations(name: str) -> list[Combination]:
+    recipe = read_recipe(name)
+    sources = ["s"] if "{source" in str(recipe.document.get("pretrain")) else []
+    return fill_recipe(recipe, ["a"], sources).combinations
+
+
+def tables(combination: Combination) -> dict[str, str]:
+    """Return modality -> ``BACKBONE[:LEVEL]`` of the feature tables of a run."""
+    entries = (combination.features or "").split(",")
+    named = dict(entry.split("=") for entry in entries if "=" in entry)
+    bare = {entry: combination.tables[entry] for entry in entries if entry in combination.tables}
+    return named | bare
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -79,8 +99,66 @@ def test_what_does_not_fit_a_recipe_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="unknown recipe 'pmmrec/table-99'"):
         read_recipe("pmmrec/table-99")
     with pytest.raises(UserError, match="no pre-training; leave --source out"):
-        fill_recipe(read_recipe("pmmrec/table-8"), ["a"], ["s"])
+        fill_recipe(read_recipe("pmmrec/table-7"), ["a"], ["s"])
     path = tmp_path / "own.toml"
     path.write_text('[runs]\nmodel = "sasrec"\ndataset = "a"\n')
     with pytest.raises(UserError, match=re.escape("sets its datasets itself; leave --dataset out")):
         fill_recipe(read_recipe(str(path)), ["b"])
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_a_recipe_trains_the_blocks_above_its_tables(name: str) -> None:
+    for combination in combinations(name):
+        recommender = MODELS.find(combination.model).load()
+        levels = {table.partition(":")[2] for table in tables(combination).values()}
+        preset = recommender.presets.get(combination.preset or "", {})
+        settings = {**preset, **combination.settings}
+        if not recommender.reads_tokens:
+            assert levels <= {""}, combination.label
+        elif any(level.startswith("layer-") for level in levels):
+            assert settings.get("tune_blocks"), combination.label
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_the_commands_of_a_recipe_make_its_tables(name: str) -> None:
+    commands = " ".join(read_recipe(name).first)
+    for combination in combinations(name):
+        for modality, table in tables(combination).items():
+            backbone, _, level = table.partition(":")
+            shown = re.sub(r"@\d+$", "", backbone)
+            assert re.search(rf"\b{re.escape(shown)}(?![-\w])", commands), table
+            assert f"--{modality} " in commands, table
+            assert level in commands, table
+
+
+@pytest.mark.parametrize("name", LIMITED)
+def test_texts_have_at_most_50_tokens_as_in_the_papers(name: str) -> None:
+    for combination in combinations(name):
+        for modality, table in tables(combination).items():
+            backbone = table.partition(":")[0]
+            if modality in ("text", "joint") and backbone != "vilt":  # its limit is 40 tokens
+                assert backbone.endswith("@50"), table
+
+
+@pytest.mark.parametrize("name", ["mmsr/table-2", "mmsr/table-6", "mmsr/table-11"])
+def test_the_levels_of_images_are_below_the_last_block_or_stage(name: str) -> None:
+    from transformers import GroupViTVisionConfig
+
+    stages = block_count(GroupViTVisionConfig())
+    for combination in combinations(name):
+        backbone, _, level = tables(combination).get("image", "").partition(":layer-")
+        if backbone == "groupvit":
+            assert int(level) in (0, stages - 1)
+        elif backbone:
+            assert 0 <= int(level) < BACKBONES.find(backbone).blocks
+
+
+@pytest.mark.parametrize("objective", ["w/o NICL", "only VCL", "only NCL", "w/o NID", "w/o RCL"])
+def test_the_ablation_changes_the_pre_training_and_not_the_fine_tuning(objective: str) -> None:
+    variants = {entry.keys["objectives"]: entry for entry in combinations("pmmrec/table-8")}
+    changed, whole = variants[objective], variants["PMMRec"]
+    assert changed.settings == whole.settings
+    assert changed.pretraining is not None
+    assert whole.pretraining is not None
+    assert changed.pretraining.settings != whole.pretraining.settings == {}
+    assert changed.pretraining.datasets == ["s"]

@@ -1,5 +1,6 @@
 """``mmrec report``: an HTML page about runs, their gallery, or an image of convergence curves."""
 
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -141,7 +142,7 @@ def write_gallery(
         )
         line.update("images of the gallery")
         items = load_items(warehouse, gallery.dataset, ["item_id", "text"])
-        with Thumbnails(warehouse, gallery.dataset) as thumbnails:
+        with closing(Thumbnails(warehouse, gallery.dataset)) as thumbnails:
             page = build_gallery(gallery, items, thumbnails.read)
     path = out or warehouse.choose_run(runs[0])[0] / "gallery.html"
     write_text(path, page)

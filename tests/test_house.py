@@ -38,7 +38,7 @@ TRAINER_ORDER = (
 TOP_LEVEL = {
     "pyproject.toml", "README.md", "pipeline", "features", "trainer", "retrieval", "cli", "tests",
     "warehouse", "LICENSE", "CHANGELOG.md", "Makefile", "constraints.txt", ".gitignore", ".ci",
-    ".github", ".pre-commit-config.yaml", "examples",
+    ".github", ".pre-commit-config.yaml",
 }  # fmt: skip
 
 

@@ -1,8 +1,6 @@
 """Small square images of the items of a prepared dataset, for pages."""
 
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from PIL import Image
 
@@ -33,15 +31,8 @@ class Thumbnails:
         raw = Path(warehouse.info(dataset).raw)
         self._media = MediaReader(raw, warehouse.dataset_dir(dataset))
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Close the files of images."""
         self._media.close()
 
     def read(self, item: int, side: int) -> Image.Image | None:

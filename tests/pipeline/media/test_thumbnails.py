@@ -1,5 +1,6 @@
 """Small images of items: fitted into a square, of a video where there is no image, or none."""
 
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ def test_an_image_or_a_frame_is_fitted_into_a_white_square(
     (raw / "items.csv").write_text(ITEMS)
     options = PrepareOptions(dataset="shop", format="table", raw=raw, k_core=0)
     prepare_dataset(warehouse, options, notify=lambda text: None)
-    with Thumbnails(warehouse, "shop") as thumbnails:
+    with closing(Thumbnails(warehouse, "shop")) as thumbnails:
         image, damaged, absent, *frames = (thumbnails.read(item, 20) for item in range(5))
     assert damaged is None
     assert absent is None

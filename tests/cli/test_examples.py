@@ -1,4 +1,4 @@
-"""The scripts of examples/ run as they are."""
+"""The scripts of cli/examples/ run as they are."""
 
 import os
 import subprocess
@@ -13,7 +13,7 @@ from tests.trainer import worlds
 from trainer.models.registry import MODELS, Model
 from trainer.runs.run import train_run
 
-FOLDER = Path(__file__).parents[1] / "examples"
+FOLDER = Path(__file__).parents[2] / "cli" / "examples"
 LONGEST = 80  # lines
 
 
@@ -27,7 +27,7 @@ def test_every_script_is_short() -> None:
 def test_a_catalogue_of_ones_own(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, str(FOLDER / "own_catalogue.py"), str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": str(FOLDER.parent)},
+        env={**os.environ, "PYTHONPATH": str(FOLDER.parents[1])},
         capture_output=True,
         text=True,
         check=False,

@@ -1,6 +1,6 @@
 """Train on a catalogue of one's own, compare two models, and recommend for a history of item ids.
 
-Run it with an empty folder: python examples/own_catalogue.py FOLDER
+Run it with an empty folder: python cli/examples/own_catalogue.py FOLDER
 Replace :func:`write_catalogue` by your own tables: items with an id and a title, and
 interactions with a user, an item and a time.
 """

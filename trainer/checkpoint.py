@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.optim import AdamW
+from torch.optim import Optimizer, SparseAdam
 
 from features.atomic_files import atomic_write, require_path
 from features.checksums import EMPTY_CHECKSUM, seal, verify
@@ -134,7 +134,7 @@ def _read_progress(path: Path) -> TrainState:
 def save_state(
     path: Path,
     model: nn.Module,
-    optimizer: AdamW,
+    optimizers: Mapping[str, Optimizer],
     progress: TrainState,
     identity: dict[str, Any],
     average: Mapping[str, Tensor],
@@ -144,16 +144,17 @@ def save_state(
     Args:
         path: The file.
         model: The model.
-        optimizer: The optimizer, after at least one step of every parameter.
+        optimizers: Name of an optimizer -> optimizer, after at least one step of every parameter.
         progress: The position in the training.
         identity: The identity of the run.
         average: Name of a parameter -> its average; empty without averaging.
     """
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     tensors |= {f"average.{name}": tensor for name, tensor in average.items()}
-    for index, state in optimizer.state_dict()["state"].items():
-        for key, value in state.items():
-            tensors[f"optimizer.{index}.{key}"] = torch.as_tensor(value)
+    for part, optimizer in optimizers.items():
+        for index, state in optimizer.state_dict()["state"].items():
+            for key, value in state.items():
+                tensors[f"{part}.{index}.{key}"] = torch.as_tensor(value)
     tensors["random.cpu"] = torch.get_rng_state()
     if torch.cuda.is_available():
         tensors["random.cuda"] = torch.cuda.get_rng_state()
@@ -165,7 +166,7 @@ def save_state(
 def load_state(
     path: Path,
     model: nn.Module,
-    optimizer: AdamW,
+    optimizers: Mapping[str, Optimizer],
     identity: dict[str, Any],
     average: Mapping[str, Tensor],
 ) -> TrainState:
@@ -185,17 +186,20 @@ def load_state(
     random = {name: value for name, value in tensors.items() if name.startswith("random.")}
     tensors = {name: value for name, value in tensors.items() if name not in random}
     averages = {f"average.{name}": value for name, value in average.items()}
-    _check_tensors(path, tensors, _expected(model, optimizer) | averages)
+    _check_tensors(path, tensors, _expected(model, optimizers) | averages)
     _check_random(path, random)
 
     model.load_state_dict(_with_prefix("model.", tensors))
     for name, value in averages.items():
         value.copy_(tensors[name])
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in _with_prefix("optimizer.", tensors).items():
-        index, key = name.split(".", 1)
-        state.setdefault(int(index), {})[key] = tensor
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+    for part, optimizer in optimizers.items():
+        state: dict[int, dict[str, Any]] = {}
+        for name, tensor in _with_prefix(f"{part}.", tensors).items():
+            index, key = name.split(".", 1)
+            # SparseAdam counts its steps in an integer, AdamW in a float32 scalar.
+            is_count = tensor.dtype == torch.int64
+            state.setdefault(int(index), {})[key] = tensor.item() if is_count else tensor
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
     torch.set_rng_state(random["random.cpu"])
     if "random.cuda" in random and torch.cuda.is_available():
         torch.cuda.set_rng_state(random["random.cuda"])
@@ -256,7 +260,7 @@ def _check_not_zero(path: Path, tensors: dict[str, Tensor]) -> None:
     matrices = [
         tensor
         for name, tensor in tensors.items()
-        if not name.startswith(("optimizer.", "random."))
+        if not name.startswith(("optimizer.", "rows.", "random."))
         and tensor.is_floating_point()
         and tensor.ndim > 1
         and tensor.shape[-1] > 1
@@ -277,14 +281,16 @@ def _check_tensors(path: Path, tensors: dict[str, Tensor], expected: dict[str, T
             raise _damaged(path, f"{name} is {actual}, not {wanted}")
 
 
-def _expected(model: nn.Module, optimizer: AdamW) -> dict[str, Tensor]:
+def _expected(model: nn.Module, optimizers: Mapping[str, Optimizer]) -> dict[str, Tensor]:
     """Return tensors of the names, shapes and dtypes that :func:`save_state` writes."""
     expected = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for index, parameter in enumerate(parameters):
-        expected[f"optimizer.{index}.step"] = torch.zeros(())
-        expected[f"optimizer.{index}.exp_avg"] = parameter
-        expected[f"optimizer.{index}.exp_avg_sq"] = parameter
+    for part, optimizer in optimizers.items():
+        steps = torch.zeros((), dtype=torch.int64 if isinstance(optimizer, SparseAdam) else None)
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        for index, parameter in enumerate(parameters):
+            expected[f"{part}.{index}.step"] = steps
+            expected[f"{part}.{index}.exp_avg"] = parameter
+            expected[f"{part}.{index}.exp_avg_sq"] = parameter
     return expected
 
 

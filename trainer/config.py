@@ -76,22 +76,28 @@ _NOT_NEGATIVE = Range(0, _END, "at least 0 and below 2**31")
 
 ALL_BLOCKS = "all"
 """Value of ``tune_blocks``: all blocks above the level of each table."""
+AUTO = "auto"
+"""Value of settings that the size of the catalogue determines, see
+:func:`trainer.runs.settings.resolve_automatic`."""
 
 
 @dataclass(frozen=True, slots=True)
-class _BlockLimit:
-    """Limit a number of blocks to a number of at least 0, or to :data:`ALL_BLOCKS`."""
+class _CountOr:
+    """Limit a setting to a number of at least 0, or to one word."""
+
+    word: str
 
     def check(self, name: str, value: int | str) -> None:
         """Refuse negative numbers and other words."""
         if isinstance(value, int):
             _NOT_NEGATIVE.check(name, value)
-        elif value != ALL_BLOCKS:
-            raise UserError(f"{name}={value!r} must be {_KINDS[int | str]}")
+        elif value != self.word:
+            raise UserError(f"{name}={value!r} must be a whole number, or {self.word}")
 
 
 PositiveInt = Annotated[int, _POSITIVE]
-BlockCount = Annotated[int | str, _BlockLimit()]
+BlockCount = Annotated[int | str, _CountOr(ALL_BLOCKS)]
+CandidateCount = Annotated[int | str, _CountOr(AUTO)]
 PositiveFloat = Annotated[float, _POSITIVE]
 NonNegativeInt = Annotated[int, _NOT_NEGATIVE]
 NonNegativeFloat = Annotated[float, _NOT_NEGATIVE]
@@ -164,6 +170,8 @@ def check_multiple(settings: Settings, name: str, divisor: str) -> None:
 
 # -- the settings of the loop ---------------------------------------------------------------
 
+ITEM_UPDATES = (AUTO, "all", "rows")
+"""Values of the setting ``item_updates``."""
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,2})?")
 
 
@@ -212,6 +220,10 @@ class TrainConfig(Settings):
     decay_to: Probability = 0.0
     """Share of the learning rate that remains at the end of the schedules ``cosine`` and
     ``linear``."""
+    item_updates: Annotated[str, Choice("item update", ITEM_UPDATES)] = AUTO
+    """Learned item vectors that a step changes, with a loss that reads only a part of them:
+    ``all``, by AdamW; ``rows``, those that the step reads, by Adam without weight decay, so that a
+    step does not depend on the size of the catalogue. ``auto``: ``rows`` above 50,000 items."""
     clip: NonNegativeFloat = 1.0
     """Largest norm of the gradient; 0 disables clipping."""
     average: Probability = 0.0
@@ -340,7 +352,7 @@ _KINDS: dict[Any, str] = {
     float: "a number",
     str: "text",
     bool: "true or false",
-    int | str: f"a whole number, or {ALL_BLOCKS}",
+    int | str: "a whole number or a word",
 }
 
 

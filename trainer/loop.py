@@ -108,7 +108,7 @@ def fit(
     optimizer = Optimizer(model, config)
     average = ExponentialMovingAverage(model, config.average)
     state = TrainState()
-    checkpoint = (folder / "resume.safetensors", model, optimizer.adamw)
+    checkpoint = (folder / "resume.safetensors", model, optimizer.parts)
     if resume:
         state = load_state(*checkpoint, identity, average.values)
         best = folder / "model.safetensors"
@@ -149,15 +149,14 @@ def fit(
                     with torch.autocast(device.type, torch.bfloat16, config.precision == "bf16"):
                         losses = forward(batch)
                     losses["loss"].backward()
-                    if config.clip:
-                        torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+                    optimizer.clip()
                     values = torch.stack([value.detach().float() for value in losses.values()])
                     means, stopped = all_reduce_mean(
                         values.tolist(), interruption.is_received, device
                     )
                     mean_losses = dict(zip(losses, means, strict=True))
                     _check_finite(mean_losses["loss"], config, state)
-                optimizer.adamw.step()
+                optimizer.step()
                 state.step += 1
                 state.steps += 1
                 average.update(state.steps)

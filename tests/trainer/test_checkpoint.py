@@ -67,7 +67,12 @@ def files(tmp_path: Path) -> Path:
     model, optimizer = trained(0)
     save_weights(tmp_path / "model.safetensors", model, IDENTITY)
     save_state(
-        tmp_path / "resume.safetensors", model, optimizer, TrainState(step=3), IDENTITY, means(5)
+        tmp_path / "resume.safetensors",
+        model,
+        {"optimizer": optimizer},
+        TrainState(step=3),
+        IDENTITY,
+        means(5),
     )
     return tmp_path
 
@@ -76,7 +81,9 @@ def test_what_was_saved_comes_back(files: Path) -> None:
     saved = contents(*trained(0))
     model, optimizer = trained(1)
     average = means(0)
-    progress = load_state(files / "resume.safetensors", model, optimizer, IDENTITY, average)
+    progress = load_state(
+        files / "resume.safetensors", model, {"optimizer": optimizer}, IDENTITY, average
+    )
     assert progress == TrainState(step=3)
     assert torch.equal(average["0.weight"], means(5)["0.weight"])
     assert all(map(torch.equal, contents(model, optimizer), saved))
@@ -90,8 +97,10 @@ def test_losses_come_back_in_their_order(tmp_path: Path) -> None:
     losses = {"loss": 3.0, "v-v": 1.0, "t-t": 2.0, "a": 0.5}
     model, optimizer = trained(seed=1)
     file = tmp_path / "resume.safetensors"
-    save_state(file, model, optimizer, TrainState(step=3, losses=losses), IDENTITY, {})
-    progress = load_state(file, model, optimizer, IDENTITY, {})
+    save_state(
+        file, model, {"optimizer": optimizer}, TrainState(step=3, losses=losses), IDENTITY, {}
+    )
+    progress = load_state(file, model, {"optimizer": optimizer}, IDENTITY, {})
     assert list(progress.losses.items()) == list(losses.items())
 
 
@@ -100,7 +109,7 @@ def test_equal_identities_give_equal_bytes(tmp_path: Path) -> None:
     contents = []
     for identity in ({"a": 1, "b": {"c": 2, "d": 3}}, {"b": {"d": 3, "c": 2}, "a": 1}):
         save_weights(tmp_path / "weights", model, identity)
-        save_state(tmp_path / "state", model, optimizer, TrainState(), identity, {})
+        save_state(tmp_path / "state", model, {"optimizer": optimizer}, TrainState(), identity, {})
         contents.append([(tmp_path / name).read_bytes() for name in ("weights", "state")])
     assert contents[0] == contents[1]
 
@@ -153,7 +162,7 @@ def test_a_damaged_state_is_one_line_and_loads_nothing(files: Path, how: str) ->
     model, optimizer = trained(1)
     average, before = means(0), contents(model, optimizer)
     with pytest.raises(UserError, match=rf"is damaged \(.*{BROKEN[how][1]}") as caught:
-        load_state(path, model, optimizer, IDENTITY, average)
+        load_state(path, model, {"optimizer": optimizer}, IDENTITY, average)
     assert "\n" not in str(caught.value)
     assert torch.equal(average["0.weight"], means(0)["0.weight"])
     assert all(map(torch.equal, contents(model, optimizer), before))
@@ -170,7 +179,7 @@ def test_a_file_that_does_not_say_what_it_is_for(
     model, optimizer = trained(1)
     loads: dict[str, Callable[[], object]] = {
         "model": lambda: load_weights(path, model, IDENTITY),
-        "resume": lambda: load_state(path, model, optimizer, IDENTITY, means(0)),
+        "resume": lambda: load_state(path, model, {"optimizer": optimizer}, IDENTITY, means(0)),
     }
     with pytest.raises(UserError, match="is damaged"):
         loads[name]()
@@ -179,7 +188,7 @@ def test_a_file_that_does_not_say_what_it_is_for(
 def test_one_kind_of_checkpoint_is_not_the_other(files: Path) -> None:
     model, optimizer = trained(1)
     with pytest.raises(UserError, match="state of a training"):
-        load_state(files / "model.safetensors", model, optimizer, IDENTITY, means(0))
+        load_state(files / "model.safetensors", model, {"optimizer": optimizer}, IDENTITY, means(0))
     with pytest.raises(UserError, match="no identity"):
         load_weights(files / "resume.safetensors", model, IDENTITY)
 
@@ -217,7 +226,9 @@ def test_a_checkpoint_of_version_0_1_is_refused_with_its_remedy(files: Path) -> 
     identity = {**IDENTITY, "recommender": "m"}
     loads: list[Callable[[], object]] = [
         lambda: load_weights(files / "model.safetensors", model, identity),
-        lambda: load_state(files / "resume.safetensors", model, optimizer, identity, means(0)),
+        lambda: load_state(
+            files / "resume.safetensors", model, {"optimizer": optimizer}, identity, means(0)
+        ),
     ]
     for load in loads:
         with pytest.raises(UserError, match=r"safetensors .*mmrec 0\.1; train again"):

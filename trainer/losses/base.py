@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from trainer.config import (
+    AUTO,
+    CandidateCount,
     Choice,
     NonNegativeFloat,
     NonNegativeInt,
@@ -42,9 +44,10 @@ class LossSettings(WidthSettings):
     length 1."""
     temperature: Temperature = 1.0
     """Divisor of the scores in the loss; with ``score=cosine``, about 0.07."""
-    candidates: NonNegativeInt = 0
+    candidates: CandidateCount = AUTO
     """With ``loss=softmax``: number of items in the softmax of a step. They are the targets and
-    uniformly drawn items, weighted to represent the rest of the catalogue. 0: all items."""
+    uniformly drawn items, weighted to represent the rest of the catalogue. 0: all items. ``auto``:
+    all items up to 50,000, and 4,096 candidates above."""
     debias: bool = True
     """With ``loss=in-batch``: subtract the log popularity of an item from its score, because
     popular items are more often in a batch."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from trainer.config import AUTO
 from trainer.data.batches import Batch
 from trainer.distributed import global_mean_rows
 from trainer.losses.base import DrawnItems, ItemVectors, Loss, Targets
@@ -157,15 +158,16 @@ class Softmax(Loss):
 
     @property
     def needs_catalogue(self) -> bool:
-        """True if ``candidates`` is 0."""
-        return not self.settings.candidates
+        """True if ``candidates`` is 0, or ``auto``, which only a run replaces by a number."""
+        return self.settings.candidates in (0, AUTO)
 
     def draw(self, targets: Targets, batch: Batch) -> Candidates | None:
         """Draw the candidates of the step, see :func:`draw_candidates`."""
         if self.needs_catalogue:
             return None
         n_items = batch.features.n_items
-        return draw_candidates(targets.item_M, n_items, self.settings.candidates, batch.generator)
+        most = int(self.settings.candidates)
+        return draw_candidates(targets.item_M, n_items, most, batch.generator)
 
     def __call__(
         self,

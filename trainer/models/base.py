@@ -217,6 +217,13 @@ class Recommender(nn.Module, ABC):
         """Sentences that ``mmrec train`` prints, such as a part that the data do not allow."""
         return ()
 
+    def row_tables(self) -> list[nn.Embedding]:
+        """Return the tables of which a step reads and changes only some rows; by default none.
+
+        ``item_updates=rows`` applies to these tables. A step must read them by calling the module.
+        """
+        return []
+
     def compiled_parts(self) -> list[nn.Module]:
         """Return the modules that ``compile=true`` compiles: those with a true ``can_compile``."""
         return [module for module in self.modules() if getattr(module, "can_compile", False)]

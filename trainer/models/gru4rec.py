@@ -129,6 +129,11 @@ class GRU4Rec(ItemIdRecommender):
             else:
                 nn.init.xavier_uniform_(parameter)
 
+    def row_tables(self) -> list[nn.Embedding]:
+        """Return the table of input vectors as well, which no loss reads."""
+        inputs = [] if self.input_vectors is None else [self.input_vectors]
+        return super().row_tables() + inputs
+
     def states(self, items: ItemVectors, sequences: Sequences) -> Tensor:
         """Return the state after each item: (B, L, D). Input vectors are not normalised."""
         if self.input_vectors is None:

@@ -7,8 +7,8 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from trainer.data.batches import Batch, ItemFeatures, Sequences
-from trainer.losses.base import DrawnItems, ItemVectors
+from trainer.data.batches import ItemFeatures, Sequences
+from trainer.losses.base import ItemVectors
 from trainer.models.base import Catalogue
 from trainer.models.causal import CausalRecommender, CausalSettings
 
@@ -35,9 +35,9 @@ class ItemIdRecommender(CausalRecommender):
         """Return the learned item vectors: (N, D); with ``score=cosine`` they have length 1."""
         return self.settings.normalise(self.item_encoder.weight)
 
-    def batch_items(self, batch: Batch, drawn: DrawnItems | None) -> ItemVectors:
-        """Return the whole table of learned vectors, which needs no encoding."""
-        return ItemVectors(vectors_KD=self.encode_items(batch.features))
+    def row_tables(self) -> list[nn.Embedding]:
+        """Return the table of item vectors if the loss reads a part of it."""
+        return [] if self.next_item_loss.needs_catalogue else [self.item_encoder]
 
     def states(self, items: ItemVectors, sequences: Sequences) -> Tensor:
         """Return the state after each item: (B, L, D). Input vectors are not normalised."""

@@ -99,6 +99,11 @@ class IDSR(CausalRecommender):
     def _item_encoder(self, catalogue: Catalogue) -> nn.Module:
         return nn.Embedding(catalogue.n_items, self.settings.dim)
 
+    def row_tables(self) -> list[nn.Embedding]:
+        """Return the table of item vectors if the loss reads a part of it."""
+        tables = [self.item_encoder] if isinstance(self.item_encoder, nn.Embedding) else []
+        return [] if self.next_item_loss.needs_catalogue else tables
+
     def encode_some(self, items_K: Tensor, features: ItemFeatures) -> Tensor:
         """Return the learned vectors of the given items: (K, D)."""
         vectors_KD: Tensor = self.item_encoder(items_K)

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from features.errors import UserError
@@ -261,6 +261,10 @@ class MMSRec(MultimodalEncoder, Recommender):
         valid_BL = shown.mask_BL
         query_MD, order_B = encode_slots_in_chunks(self, shown, batch.features, None, valid_BL)
         return query_MD, _targets(items_BL[:, 1:], valid_BL, order_B)
+
+    def row_tables(self) -> list[nn.Embedding]:
+        """Return the table of learned vectors if the loss reads a part of the catalogue."""
+        return [] if self.item_loss.needs_catalogue or not self.settings.ids else [self.id]
 
     @property
     def temperature(self) -> float:

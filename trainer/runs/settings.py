@@ -1,22 +1,30 @@
 """The settings of a run: defaults of the model and of its stage, a preset, a file and pairs."""
 
-from collections.abc import Mapping
-from dataclasses import asdict, fields
+from collections.abc import Mapping, Set
+from dataclasses import asdict, fields, replace
 from types import MappingProxyType
 from typing import Any
 
 from features.errors import UserError, unknown
 from trainer.config import (
+    AUTO,
     Settings,
     SettingSources,
     TrainConfig,
     build_settings,
 )
 from trainer.data.multi_dataset import AttributeColumns
+from trainer.losses.base import LossSettings
 from trainer.models.base import Recommender
 from trainer.models.registry import names_of
 from trainer.modules.attributes import AttributeSettings
 from trainer.tasks.registry import NEXT_ITEM, TASKS
+
+EXACT_ITEMS = 50_000
+"""Most items of a catalogue for which ``auto`` selects the exact softmax and updates of all
+items."""
+CANDIDATES = 4096
+"""Items in the softmax of a step that ``auto`` selects for larger catalogues."""
 
 
 def pretraining_settings(recommender: type[Recommender]) -> type[Settings] | None:
@@ -111,8 +119,35 @@ def stage_defaults(
     return defaults
 
 
+def resolve_automatic(
+    train: TrainConfig, settings: Any, n_items: int
+) -> tuple[TrainConfig, Any, frozenset[str]]:
+    """Replace the value ``auto`` by what the number of items determines.
+
+    Up to :data:`EXACT_ITEMS` items, a softmax is over all items, and a step changes all learned
+    item vectors. Above, a softmax is over :data:`CANDIDATES` items, and a step changes the vectors
+    that it reads. The memory of the machine plays no part.
+
+    Returns:
+        The settings of the loop and of the model, and the names of the replaced settings.
+    """
+    is_large = n_items > EXACT_ITEMS
+    replaced = set()
+    if train.item_updates == AUTO:
+        train = replace(train, item_updates="rows" if is_large else "all")
+        replaced.add("item_updates")
+    if isinstance(settings, LossSettings) and settings.candidates == AUTO:
+        is_softmax = getattr(settings, "loss", "softmax") == "softmax"
+        settings = replace(settings, candidates=CANDIDATES if is_large and is_softmax else 0)
+        replaced.add("candidates")
+    return train, settings, frozenset(replaced)
+
+
 def changed_settings(
-    recommender: type[Recommender], is_pretraining: bool, given: Mapping[str, Mapping[str, Any]]
+    recommender: type[Recommender],
+    is_pretraining: bool,
+    given: Mapping[str, Mapping[str, Any]],
+    automatic: Set[str] = frozenset(),
 ) -> list[str]:
     """Return the settings that are not the model's defaults, as ``NAME=VALUE``.
 
@@ -120,6 +155,7 @@ def changed_settings(
         recommender: The model.
         is_pretraining: Compare with the defaults of the pre-training.
         given: The tables of settings of :func:`trainer.config.settings_tables`.
+        automatic: Settings whose value ``auto`` was replaced.
     """
     # Defaults alone need not be valid: the pre-training of s3rec has no default of `attributes`.
     classes = settings_classes(recommender, is_pretraining)
@@ -129,7 +165,7 @@ def changed_settings(
         f"{name}={str(value).lower() if isinstance(value, bool) else value}"
         for values in given.values()
         for name, value in values.items()
-        if value != defaults[name]
+        if value != defaults[name] and name not in automatic
     ]
 
 

@@ -33,6 +33,7 @@ from trainer.runs.settings import (
     check_pretrains,
     given_weights_settings,
     preset_settings,
+    resolve_automatic,
     resolve_settings,
     task_name,
 )
@@ -42,7 +43,7 @@ from trainer.tasks.registry import NEXT_ITEM
 _MOST_REPEATED = 0.01
 """Largest share of repeated validation targets with which early stopping filters seen items."""
 
-_OF_EARLIER_RUNS = {"monitor_users": 0}
+_OF_EARLIER_RUNS = {"monitor_users": 0, "item_updates": "all"}
 """Values of settings that a run's ``config.toml`` does not name, where the default is not what the
 version did that wrote it."""
 
@@ -104,6 +105,8 @@ class RunSpec:
     """Hashes of the datasets and feature tables."""
     init: InitialWeights | None = None
     """The run whose weights are the initial weights; ``None``: random weights."""
+    automatic: frozenset[str] = frozenset()
+    """Settings whose value ``auto`` the number of items has replaced."""
     younger: frozenset[str] = frozenset()
     """Settings that the run's ``config.toml`` does not name: a later version added them. They have
     the values that repeat what the run's version did, and its checkpoints do not name them."""
@@ -148,6 +151,8 @@ class RunSpec:
         given = {*sources.names(), *preset_settings(recommender, sources.preset, is_pretraining)}
         if not is_pretraining and "monitor_seen" not in given:
             train = replace(train, monitor_seen=_monitored_ranking(warehouse, datasets[0]))
+        n_items = sum(warehouse.info(name).items for name in datasets)
+        train, settings, automatic = resolve_automatic(train, settings, n_items)
         tables = _choose_tables(warehouse, (model, recommender), datasets, features, train)
         spec = cls(
             model=model,
@@ -163,6 +168,7 @@ class RunSpec:
                 [table.label for table in tables],
                 attribute_columns(settings),
             ),
+            automatic=automatic,
         )
         return spec if init is None else spec.with_init(warehouse, init)
 
@@ -293,7 +299,9 @@ class RunSpec:
             about["init"] = self.init.document()
         tables = settings_tables(self.train, self.settings, self.task_settings)
         recommender = MODELS.find(self.model).load()
-        about["changed"] = changed_settings(recommender, self.is_pretraining, tables)
+        about["changed"] = changed_settings(
+            recommender, self.is_pretraining, tables, self.automatic
+        )
         return {"run": about, **tables}
 
 

@@ -28,7 +28,7 @@ TRAINER_ORDER = (
     {"modules"},
     {"finetune"},
     {"models"},
-    {"optimizer", "evaluation"},
+    {"optimizer", "step_losses", "evaluation"},
     {"tasks"},
     {"loop"},
     {"tracking"},

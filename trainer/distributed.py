@@ -80,16 +80,25 @@ def on_rank_zero(make: Callable[[], T]) -> T:
     return value
 
 
-def all_reduce_mean(
-    values: list[float], stop: bool, device: torch.device
-) -> tuple[list[float], bool]:
-    """Return the means of values over the processes, and True if any process wants to stop."""
+def all_reduce_mean(values: Tensor) -> Tensor:
+    """Return the means of values over the processes, float64 if there are several."""
     if world_size() == 1:
-        return values, stop
-    sums = torch.tensor([*values, float(stop)], dtype=torch.float64, device=device)
+        return values
+    sums = values.double()
     dist.all_reduce(sums)
-    *totals, stops = sums.tolist()
-    return [value / world_size() for value in totals], stops > 0
+    return sums / world_size()
+
+
+def any_process(condition: bool) -> bool:
+    """Return True if the condition is true in any process.
+
+    The hosts agree with each other: the call does not wait for a device.
+    """
+    if world_size() == 1:
+        return condition
+    count = torch.tensor(int(condition))
+    dist.all_reduce(count)
+    return bool(count)
 
 
 def global_mean_rows(rows: int, device: torch.device) -> float:

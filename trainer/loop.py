@@ -1,6 +1,5 @@
 """The training loop: optimizer steps, validation, checkpoints and early stopping."""
 
-import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -16,10 +15,11 @@ from features.errors import UserError
 from trainer.checkpoint import TrainState, load_state, save_state, save_weights
 from trainer.config import TrainConfig
 from trainer.data.batches import Shard, combine_seeds
-from trainer.distributed import all_reduce_mean, on_rank_zero, process_rank, world_size
+from trainer.distributed import any_process, on_rank_zero, process_rank, world_size
 from trainer.ema import ExponentialMovingAverage
 from trainer.interruption import Abandoned, Interruption, handle_interruption
 from trainer.optimizer import Optimizer
+from trainer.step_losses import StepLosses
 from trainer.tasks.base import Task, Validation
 
 _SECONDS_BETWEEN_SAVES = 300.0  # a killed run loses at most this much training
@@ -38,9 +38,10 @@ class TrainProgress:
     steps: int
     """All steps of this epoch."""
     loss: float
-    """Mean loss over the epoch so far."""
+    """Mean loss over the steps of the epoch whose losses are read, see
+    :class:`trainer.step_losses.StepLosses`."""
     loss_terms: dict[str, float]
-    """Means of the terms of the loss, by name; empty if the loss has a single term."""
+    """The same means of the terms of the loss, by name; empty if the loss has a single term."""
     unit: str
     """Unit of ``rate``: windows or items."""
     rate: float
@@ -117,11 +118,13 @@ def fit(
                 f"{best} is gone: the weights of epoch {state.best_epoch}, the best one, are lost;"
                 f" remove {folder} and train again"
             )
+    step_losses = StepLosses(state, config.lr)
     forward = _forward(task, config)
     shard = Shard(process_rank=process_rank(), world_size=world_size())
     is_alone = shard.world_size == 1  # the others would wait for a process that abandons its step
 
     def save() -> None:
+        step_losses.read()  # raises an error, and nothing is saved, if a loss is not finite
         if is_first:
             save_state(*checkpoint, state, identity, average.values)
 
@@ -150,31 +153,27 @@ def fit(
                         losses = forward(batch)
                     losses["loss"].backward()
                     optimizer.clip()
-                    values = torch.stack([value.detach().float() for value in losses.values()])
-                    means, stopped = all_reduce_mean(
-                        values.tolist(), interruption.is_received, device
-                    )
-                    mean_losses = dict(zip(losses, means, strict=True))
-                    _check_finite(mean_losses["loss"], config, state)
                 optimizer.step()
                 state.step += 1
                 state.steps += 1
+                step_losses.add(losses)
                 average.update(state.steps)
-                for name, value in mean_losses.items():
-                    state.losses[name] = state.losses.get(name, 0.0) + value
+                is_read = step_losses.read_if_due()
                 steps_done += 1
                 units += task.size(batch) * shard.world_size
                 now = time.monotonic()
                 pace = _Pace(total, units, steps_done, now - epoch_start)
                 if is_first:
-                    on_progress(_report(state, task, config, pace))
-                if stopped or (is_alone and interruption.is_received):
+                    on_progress(_report(state, task, config, pace, step_losses.means))
+                if any_process(interruption.is_received):
                     save()
                     return
-                if now - last_save > _SECONDS_BETWEEN_SAVES:
+                if is_read and now - last_save > _SECONDS_BETWEEN_SAVES:
                     save()
                     last_save = now
 
+            step_losses.read()
+            now = time.monotonic()
             if not checkpoint[0].exists():  # best weights without a state could not be resumed
                 save()
             pace = _Pace(total, units, steps_done, now - epoch_start)
@@ -186,11 +185,11 @@ def fit(
                 with average.applied():
                     save_weights(folder / "model.safetensors", model, identity)
             if is_first:
-                on_progress(_report(state, task, config, pace, validation))
+                on_progress(_report(state, task, config, pace, step_losses.means, validation))
             state.finished = state.waited >= config.patience or row.epoch == config.epochs
             state.epoch, state.step, state.losses = state.epoch + 1, 0, {}
             save()
-            if all_reduce_mean([], interruption.is_received, device)[1]:
+            if any_process(interruption.is_received):
                 return
 
     model.train()
@@ -219,17 +218,9 @@ def _fit_without_steps(
     if process_rank() == 0:
         on_epoch(row)
         save_weights(folder / "model.safetensors", task.model, identity)
-        on_progress(_report(state, task, config, pace, validation))
+        on_progress(_report(state, task, config, pace, {}, validation))
     state.epoch, state.finished = 1, True
     return state
-
-
-def _check_finite(loss: float, config: TrainConfig, state: TrainState) -> None:
-    if not math.isfinite(loss):
-        raise UserError(
-            f"the loss is {loss} in epoch {state.epoch + 1}, step {state.step + 1};"
-            f" train again with a lower lr than {config.lr}"
-        )
 
 
 def _update_best(state: TrainState, validation: Validation, epoch: int) -> bool:
@@ -307,17 +298,17 @@ def _report(
     task: Task[Any],
     config: TrainConfig,
     pace: _Pace,
+    losses: dict[str, float],
     validation: Validation | None = None,
 ) -> TrainProgress:
     seconds = max(pace.seconds, 1e-9)
-    step = max(1, state.step)
     return TrainProgress(
         epoch=state.epoch + 1,
         epochs=config.epochs,
         step=state.step,
         steps=pace.steps,
-        loss=state.losses.get("loss", 0.0) / step,
-        loss_terms={name: v / step for name, v in state.losses.items() if name != "loss"},
+        loss=losses.get("loss", 0.0),
+        loss_terms={name: mean for name, mean in losses.items() if name != "loss"},
         unit=task.unit,
         rate=pace.units / seconds,
         seconds_left=(pace.steps - state.step) * seconds / max(1, pace.steps_done),

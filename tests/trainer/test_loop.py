@@ -321,6 +321,28 @@ def test_a_loss_that_is_no_number_stops_in_one_line(
         train("sasrec", tmp_path / "run")
 
 
+@pytest.mark.parametrize("step", [2, 4])
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_a_loss_that_diverges_between_two_reads_is_named_and_nothing_is_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, interrupted: bool
+) -> None:
+    """The four losses of an epoch are read after its first step, and before its validation."""
+    real, calls, validated = SASRec.loss, 0, []
+
+    def loss(self: SASRec, batch: Batch) -> dict[str, Tensor]:
+        nonlocal calls
+        calls += 1
+        value = real(self, batch)["loss"]
+        return {"loss": value + (math.nan if calls == step else 0.0)}
+
+    monkeypatch.setattr(SASRec, "loss", loss)
+    monkeypatch.setattr(NextItem, "validate", lambda *args: validated.append(args))
+    with pytest.raises(UserError, match=f"loss .*nan.* epoch 1, step {step};.*lower lr"):
+        train("sasrec", tmp_path / "run", interrupt_at=step if interrupted else None)
+    assert not validated
+    assert not list((tmp_path / "run").iterdir())
+
+
 def test_weights_that_diverge_in_the_only_step_stop_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

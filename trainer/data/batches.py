@@ -1,4 +1,4 @@
-"""Training batches, gathered from flat interactions and feature matrices on one device.
+"""Training batches, gathered from flat interactions on the host and copied to one device.
 
 Legend: I interactions, T training interactions, J distinct training pairs of user and item, U
 users, N items, W windows of an epoch, B batch, L longest sequence of the batch, D_m width of
@@ -7,6 +7,7 @@ modality m.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -16,11 +17,12 @@ from torch import Tensor
 from features.dataset import Dataset, EvalSplit, Ints
 from features.errors import UserError
 from retrieval.seen_items import SeenItems
+from trainer.data.device_copy import DeviceCopy, to_device
 from trainer.data.token_features import TokenFeatures
 from trainer.data.windows import WindowSampling, cut_batches, cut_windows
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class ItemFeatures:
     """The features of the catalogue; without modalities for a model of ids alone."""
 
@@ -35,6 +37,11 @@ class ItemFeatures:
     attributes: Mapping[str, Tensor] = field(default_factory=dict)
     """Column of the items -> (N, P) int64 attributes of each item, padded with -1; only some models
     read attributes."""
+
+    @cached_property
+    def present_on_host(self) -> dict[str, Tensor]:
+        """``present`` on the CPU."""
+        return {name: present_N.cpu() for name, present_N in self.present.items()}
 
     @property
     def widths(self) -> dict[str, int]:
@@ -53,7 +60,7 @@ class ItemFeatures:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Sequences:
+class Sequences(DeviceCopy):
     """A batch of sequences, oldest item first, padded on the right."""
 
     items_BL: Tensor
@@ -76,8 +83,8 @@ class Sequences:
         return columns_L < self.lengths_B[:, None]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TrainSet:
+@dataclass(frozen=True, kw_only=True)
+class TrainSet(DeviceCopy):
     """The set of training interactions: the only data outside of its batch that a loss may read."""
 
     counts_N: Tensor
@@ -86,6 +93,11 @@ class TrainSet:
     """(J,) int64, ascending: user * N + item for each pair that occurs in training."""
     histories: SeenItems = field(default_factory=SeenItems.empty)
     """The training interactions of each user, oldest item first; for models that count them."""
+
+    @cached_property
+    def log_popularity_N(self) -> Tensor:
+        """The result of :func:`log_popularity`, computed once."""
+        return log_popularity(self.counts_N)
 
     def seen(self, users: Tensor, items: Tensor) -> Tensor:
         """Return whether each user has each item in training; int64 tensors that broadcast."""
@@ -109,6 +121,29 @@ class Batch:
     ends_B: Ints | None = None
     """(B,) position in ``train.histories.items`` one past the last item of each sequence; ``None``
     if the sequences are no windows of these histories."""
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the tensors."""
+        return self.users_B.device
+
+    @property
+    def users_on_host(self) -> Tensor:
+        """(B,) ``users_B`` on the CPU."""
+        users_B = self.sequences.on_host.users_B
+        return self.users_B.cpu() if users_B is None else users_B
+
+    def distinct_items(self, drawn_X: Tensor | None = None) -> Tensor:
+        """Return the distinct items of the batch and of drawn items: (K,) int64, ascending.
+
+        Args:
+            drawn_X: (X,) int64, on the CPU.
+        """
+        windows = self.sequences.on_host
+        ids = windows.items_BL[windows.mask_BL]
+        if drawn_X is not None:
+            ids = torch.cat([ids, drawn_X])
+        return to_device(ids.unique(), self.device)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -145,10 +180,10 @@ class TrainingData:
         positions = dataset.train_positions(hold_out_cold=hold_out_cold)
         self.train = _train_set(dataset, positions, device)
         self._train_positions = positions
-        self._positions_T = torch.from_numpy(positions).to(device)
-        self._flat_I = torch.from_numpy(dataset.items).to(device)
+        self._positions_T = torch.from_numpy(positions)
+        self._flat_I = torch.from_numpy(dataset.items)
         times = dataset.times
-        self._times_I = None if times is None else torch.from_numpy(times).to(device)
+        self._times_I = None if times is None else torch.from_numpy(times)
 
     def epoch(
         self,
@@ -215,26 +250,26 @@ class TrainingData:
         return self._sequences(index_BL, lengths_B, starts + lengths)
 
     def _slots(self, starts: Ints, lengths: Ints) -> tuple[Tensor, Tensor]:
-        """Return the positions (B, L) of sequences, and their lengths (B,)."""
-        starts_B = torch.from_numpy(starts).to(self.device, non_blocking=True)
-        lengths_B = torch.from_numpy(lengths).to(self.device, non_blocking=True)
-        columns_L = torch.arange(int(lengths.max()), device=self.device)
+        """Return the positions (B, L) of sequences, and their lengths (B,), on the CPU."""
+        starts_B, lengths_B = torch.from_numpy(starts), torch.from_numpy(lengths)
+        columns_L = torch.arange(int(lengths.max()))
         # Slots of padding repeat the last item: the array holds the next user's items there.
         return starts_B[:, None] + torch.minimum(columns_L, lengths_B[:, None] - 1), lengths_B
 
     def _sequences(self, index_BL: Tensor, lengths_B: Tensor, ends: Ints) -> Sequences:
-        """Return the sequences at some flat positions.
+        """Return the sequences at some flat positions. They are gathered on the host.
 
         Args:
-            index_BL: (B, L) flat positions.
-            lengths_B: (B,) lengths.
+            index_BL: (B, L) flat positions, on the CPU.
+            lengths_B: (B,) lengths, on the CPU.
             ends: (B,) flat position one past the last item of each sequence.
         """
         users = np.searchsorted(self.dataset.offsets, ends - 1, side="right") - 1
-        users_B = torch.from_numpy(users).to(self.device, non_blocking=True)
+        users_B = torch.from_numpy(users)
         items_BL = self._flat_I[index_BL].long()
         if self._times_I is None:
-            return Sequences(items_BL=items_BL, lengths_B=lengths_B, users_B=users_B)
+            sequences = Sequences(items_BL=items_BL, lengths_B=lengths_B, users_B=users_B)
+            return sequences.to(self.device)
         # The last history of a user has no interaction after it: the newest time is the next best.
         ends = np.minimum(ends, self.dataset.offsets[users + 1] - 1)
         return Sequences(
@@ -242,8 +277,8 @@ class TrainingData:
             lengths_B=lengths_B,
             users_B=users_B,
             times_BL=self._times_I[index_BL],
-            request_B=self._times_I[torch.from_numpy(ends).to(self.device)],
-        )
+            request_B=self._times_I[torch.from_numpy(ends)],
+        ).to(self.device)
 
     def histories(
         self, split: EvalSplit, *, length: int, batch_size: int
@@ -274,6 +309,14 @@ class TrainingData:
         return self.gather(targets - lengths, lengths)
 
 
+def log_popularity(counts_N: Tensor) -> Tensor:
+    """Return the log of each item's share of the training interactions: (N,) float32.
+
+    An item without training interactions counts as one with half an interaction.
+    """
+    return (counts_N.clamp_min(0.5) / counts_N.sum().clamp_min(1)).log()
+
+
 def _train_set(dataset: Dataset, positions: Ints, device: torch.device) -> TrainSet:
     """Return the training interactions at some flat positions (T,)."""
     n_items = len(dataset.train_counts)
@@ -281,10 +324,10 @@ def _train_set(dataset: Dataset, positions: Ints, device: torch.device) -> Train
     offsets = np.searchsorted(positions, dataset.offsets)
     users = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
     return TrainSet(
-        counts_N=torch.from_numpy(np.bincount(items, minlength=n_items)).to(device),
-        keys_J=torch.from_numpy(np.unique(users * n_items + items)).to(device),
+        counts_N=torch.from_numpy(np.bincount(items, minlength=n_items)),
+        keys_J=torch.from_numpy(np.unique(users * n_items + items)),
         histories=SeenItems(items=items, offsets=offsets),
-    )
+    ).to(device)
 
 
 def combine_seeds(*parts: int) -> int:

@@ -27,6 +27,7 @@ from trainer.config import (
     WidthSettings,
 )
 from trainer.data.batches import Batch
+from trainer.data.device_copy import DeviceCopy
 
 SCORES = ("dot", "scaled", "cosine")
 """Values of the setting ``score``."""
@@ -78,13 +79,28 @@ class LossSettings(WidthSettings):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Targets:
+class Targets(DeviceCopy):
     """The predicted positions of a batch."""
 
     item_M: Tensor
     """(M,) int64, the item to predict at each position."""
     row_M: Tensor
     """(M,) int64, the row of the batch that each position belongs to."""
+
+
+def targets_at(is_target_BL: Tensor, items_BL: Tensor) -> tuple[Targets, Tensor]:
+    """Return the targets at some slots, and the slots, row by row; all tensors are on the CPU.
+
+    Args:
+        is_target_BL: (B, L) bool, true at the slots.
+        items_BL: (B, L) int64, the item to predict at each slot.
+
+    Returns:
+        The targets, and (M,) int64, the index of each slot in the flattened B x L.
+    """
+    slot_M = is_target_BL.flatten().nonzero()[:, 0]
+    row_M = slot_M // is_target_BL.shape[1]
+    return Targets(item_M=items_BL.flatten()[slot_M], row_M=row_M), slot_M
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -115,8 +131,11 @@ class ItemVectors:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class DrawnItems:
-    """Items that a loss draws for a batch. Subclasses add fields that the loss needs."""
+class DrawnItems(DeviceCopy):
+    """Items that a loss draws for a batch. Subclasses add fields that the loss needs.
+
+    They are drawn on the host, and copied to the device of the batch by ``to``.
+    """
 
     items_X: Tensor
     """(X,) int64 ids, possibly repeated."""
@@ -140,7 +159,11 @@ class Loss(ABC):
         return False
 
     def draw(self, targets: Targets, batch: Batch) -> DrawnItems | None:
-        """Draw the items that the loss needs besides the items of the batch; by default None."""
+        """Draw the items that the loss needs besides the items of the batch; by default None.
+
+        The draw is made on the host, from ``targets.on_host`` and ``batch.sequences.on_host``: the
+        result is on the device of the batch, see :meth:`DrawnItems.to`.
+        """
         return None
 
     @abstractmethod

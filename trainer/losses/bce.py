@@ -18,6 +18,8 @@ def sampled_bce(
     negative_MD: Tensor,
     exists_M: Tensor,
     scale: float = 1.0,
+    *,
+    count: int | None = None,
 ) -> Tensor:
     """Return the binary cross-entropy of one positive and one negative per row (Eq. 6 of MMSR).
 
@@ -31,28 +33,31 @@ def sampled_bce(
         negative_MD: (M, D) vectors of the negatives.
         exists_M: (M,) bool, true for rows that have a negative.
         scale: s, which is 1 / temperature.
+        count: Number of rows that have a negative; ``None``: it is read from ``exists_M``.
     """
     positive_M = scale * (query_MD * positive_MD).sum(-1).float()
     negative_M = scale * (query_MD * negative_MD).sum(-1).float()
-    return logits_bce(positive_M, negative_M, exists_M)
+    return logits_bce(positive_M, negative_M, exists_M, count)
 
 
-def logits_bce(positive_M: Tensor, negative_M: Tensor, exists_M: Tensor) -> Tensor:
+def logits_bce(
+    positive_M: Tensor, negative_M: Tensor, exists_M: Tensor, count: int | None = None
+) -> Tensor:
     """Return the loss of :func:`sampled_bce` from the logits of positives and negatives.
 
     Args:
         positive_M: (M,) float32 logits of the targets.
         negative_M: (M,) float32 logits of the negatives.
         exists_M: (M,) bool, true for rows that have a negative.
+        count: Number of rows that have a negative; ``None``: it is read from ``exists_M``.
     """
     device = positive_M.device
+    count = int(exists_M.sum()) if count is None else count
     positive_loss = functional.softplus(-positive_M).sum() / (
         global_mean_rows(len(positive_M), device) or 1.0
     )
     negative_loss_M = torch.where(exists_M, functional.softplus(negative_M), 0)
-    return positive_loss + negative_loss_M.sum() / (
-        global_mean_rows(int(exists_M.sum()), device) or 1.0
-    )
+    return positive_loss + negative_loss_M.sum() / (global_mean_rows(count, device) or 1.0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,16 +67,20 @@ class SampledNegatives(DrawnItems):
     exists_X: Tensor
     """(X,) bool, false if the user has seen every item and has no negative."""
 
+    @property
+    def count(self) -> int:
+        """Number of negatives that exist."""
+        return int(self.on_host.exists_X.sum())
+
 
 class SampledBCE(Loss):
     """``loss=bce``: binary cross-entropy with one unseen item for each target (MMSR, Eq. 6)."""
 
     def draw(self, targets: Targets, batch: Batch) -> SampledNegatives:
         """Draw one item for each target, uniformly over those that its user has not seen."""
-        items_M, exists_M = sample_unseen(
-            batch.train, batch.users_B[targets.row_M], batch.generator
-        )
-        return SampledNegatives(items_X=items_M, exists_X=exists_M)
+        users_M = batch.users_on_host[targets.on_host.row_M]
+        items_M, exists_M = sample_unseen(batch.train, users_M, batch.generator)
+        return SampledNegatives(items_X=items_M, exists_X=exists_M).to(batch.device)
 
     def __call__(
         self,
@@ -84,4 +93,11 @@ class SampledBCE(Loss):
         """Return the loss; see :func:`sampled_bce`."""
         assert isinstance(drawn, SampledNegatives)
         positive_MD, negative_MD = items.gather(targets.item_M), items.gather(drawn.items_X)
-        return sampled_bce(query_MD, positive_MD, negative_MD, drawn.exists_X, self.settings.scale)
+        return sampled_bce(
+            query_MD,
+            positive_MD,
+            negative_MD,
+            drawn.exists_X,
+            self.settings.scale,
+            count=drawn.count,
+        )

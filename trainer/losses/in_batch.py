@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from trainer.data.batches import Batch
+from trainer.data.device_copy import to_device
 from trainer.distributed import gather_ids, gather_rows, rank_offset, scale_to_global_mean
 from trainer.losses.base import DrawnItems, ItemVectors, Loss, Targets
 from trainer.losses.chunked_scores import (
@@ -50,7 +51,7 @@ class ExcludedLabels:
     own_UJ: Tensor
     """(U, J) int64, the labels of each owner, padded with -1."""
     owner_M: Tensor | None = None
-    """(M,) int64 in [0, U), the owner of each row; ``None``: row m has owner m."""
+    """(M,) int64 in [0, U), on the CPU, the owner of each row; ``None``: row m has owner m."""
 
 
 def in_batch(
@@ -138,13 +139,8 @@ def batch_columns(items: ItemVectors, batch: Batch) -> BatchColumns:
         items: Vectors that include all items of the batch.
         batch: The batch.
     """
-    windows = batch.sequences
-    item_K = items.ids_K
-    if item_K is None:
-        item_K = windows.items_BL[windows.mask_BL].unique()
-    counts_K = torch.bincount(
-        torch.searchsorted(item_K, windows.items_BL[windows.mask_BL]), minlength=len(item_K)
-    )
+    item_K = batch.distinct_items() if items.ids_K is None else items.ids_K
+    counts_K = count_items(item_K, batch)
     return BatchColumns(
         key_CD=gather_rows(items.gather(item_K)),
         item_C=gather_ids(item_K),
@@ -152,6 +148,20 @@ def batch_columns(items: ItemVectors, batch: Batch) -> BatchColumns:
         own_K=item_K,
         begin=rank_offset(len(item_K), item_K.device),
     )
+
+
+def count_items(item_K: Tensor, batch: Batch) -> Tensor:
+    """Return the number of times that each item occurs in a batch: (K,) int64.
+
+    Args:
+        item_K: (K,) int64, ascending; it includes all items of the batch.
+        batch: The batch.
+    """
+    windows = batch.sequences
+    # Padding, whose value can be any, counts as 0.
+    row_BL = torch.searchsorted(item_K, windows.items_BL).clamp_max(len(item_K) - 1)
+    zero_K = torch.zeros_like(item_K)
+    return zero_K.scatter_add_(0, row_BL.flatten(), windows.mask_BL.flatten().to(item_K.dtype))
 
 
 def own_items(batch: Batch, exclude: str = "history") -> Tensor:
@@ -167,20 +177,14 @@ def own_items(batch: Batch, exclude: str = "history") -> Tensor:
     """
     if exclude == "window":
         return torch.where(batch.sequences.mask_BL, batch.sequences.items_BL, -1)
-    keys_J, items = batch.train.keys_J, len(batch.train.counts_N)
-    starts_B = torch.searchsorted(keys_J, batch.users_B * items)
-    lengths_B = torch.searchsorted(keys_J, (batch.users_B + 1) * items) - starts_B
-    columns = torch.arange(max(1, int(lengths_B.max())), device=keys_J.device)
+    keys_J, items = batch.train.on_host.keys_J, len(batch.train.counts_N)
+    users_B = batch.users_on_host
+    starts_B = torch.searchsorted(keys_J, users_B * items)
+    lengths_B = torch.searchsorted(keys_J, (users_B + 1) * items) - starts_B
+    columns = torch.arange(max(1, int(lengths_B.max())))
     at_BJ = (starts_B[:, None] + columns).clamp_max(len(keys_J) - 1)
-    return torch.where(columns < lengths_B[:, None], keys_J[at_BJ] % items, -1)
-
-
-def log_popularity(counts_N: Tensor) -> Tensor:
-    """Return the log of each item's share of the training interactions: (N,) float32.
-
-    An item without training interactions counts as one with half an interaction.
-    """
-    return (counts_N.clamp_min(0.5) / counts_N.sum().clamp_min(1)).log()
+    own_BJ = torch.where(columns < lengths_B[:, None], keys_J[at_BJ] % items, -1)
+    return to_device(own_BJ, batch.device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,28 +193,25 @@ class ExcludedColumns:
 
     label_C: Tensor
     """Labels of the columns, ascending."""
-    order_C: Tensor
-    """The column of each of these labels."""
+    first_C: Tensor
+    """(C,) for each column, the index in ``label_C`` of the first column with its label."""
     own_UJ: Tensor
     """(U, J) int64, the labels of each owner, padded with -1."""
     owner_M: Tensor
-    """(M,) int64 in [0, U), the owner of each row."""
+    """(M,) int64 in [0, U), on the CPU, the owner of each row."""
 
     def mask(self, rows: slice) -> Tensor:
         """Return (R, C) bool, true where a column is excluded."""
-        owner_V, row_R = self.owner_M[rows].unique(return_inverse=True)
-        own_VJ = self.own_UJ[owner_V]
-        first_VJ = torch.searchsorted(self.label_C, own_VJ)
-        counts_VJ = torch.searchsorted(self.label_C, own_VJ, right=True) - first_VJ
-        # The columns of one label are a run of the sorted columns; list the columns of all runs.
-        counts = counts_VJ.flatten()
-        run = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
-        within = torch.arange(len(run), device=counts.device) - (counts.cumsum(0) - counts)[run]
-        column = self.order_C[first_VJ.flatten()[run] + within]
+        owners = self.owner_M[rows].unique(return_inverse=True)
+        owner_V, row_R = (to_device(x, self.label_C.device) for x in owners)
+        own_VJ = self.own_UJ.index_select(0, owner_V)
         C = len(self.label_C)
-        mask_VC = torch.zeros(len(owner_V), C, dtype=torch.bool, device=counts.device)
-        mask_VC.view(-1).index_fill_(0, run // own_VJ.shape[1] * C + column, True)
-        return mask_VC[row_R]
+        # Mark the first column of each label that an owner has; C collects the other labels.
+        first_VJ = torch.searchsorted(self.label_C, own_VJ)
+        is_label_VJ = self.label_C[first_VJ.clamp_max(C - 1)] == own_VJ
+        marked_VE = torch.zeros(len(own_VJ), C + 1, dtype=torch.bool, device=own_VJ.device)
+        marked_VE.scatter_(1, torch.where(is_label_VJ, first_VJ, C), True)
+        return marked_VE.index_select(1, self.first_C).index_select(0, row_R)
 
 
 def excluded_columns(
@@ -228,9 +229,10 @@ def excluded_columns(
     if excluded is None:
         excluded = ExcludedLabels(own_UJ=label_C[positive_MP])
     owner_M = excluded.owner_M
-    if owner_M is None:
-        owner_M = torch.arange(len(positive_MP), device=positive_MP.device)
-    return ExcludedColumns(*label_C.sort(stable=True), excluded.own_UJ, owner_M)
+    owner_M = torch.arange(len(positive_MP)) if owner_M is None else owner_M.cpu()
+    ascending_C = label_C.sort().values
+    first_C = torch.searchsorted(ascending_C, label_C)
+    return ExcludedColumns(ascending_C, first_C, excluded.own_UJ, owner_M)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -362,7 +364,7 @@ class InBatch(Loss):
     ) -> Tensor:
         """Return the loss; see :func:`in_batch`."""
         columns = batch_columns(items, batch)
-        popularity_N = log_popularity(batch.train.counts_N) if self.settings.debias else None
+        popularity_N = batch.train.log_popularity_N if self.settings.debias else None
         own_UJ = own_items(batch, self.settings.exclude)
         loss = in_batch(
             query_MD,
@@ -374,6 +376,6 @@ class InBatch(Loss):
                 correction_C=None if popularity_N is None else popularity_N[columns.item_C],
                 count_C=columns.count_C,
             ),
-            excluded=ExcludedLabels(own_UJ=own_UJ, owner_M=targets.row_M),
+            excluded=ExcludedLabels(own_UJ=own_UJ, owner_M=targets.on_host.row_M),
         )
         return scale_to_global_mean(loss, query_MD)

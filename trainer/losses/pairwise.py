@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from trainer.data.batches import Batch
+from trainer.data.batches import Batch, TrainSet
 from trainer.distributed import gather_ids, gather_rows, scale_to_global_mean
-from trainer.losses.base import DrawnItems, ItemVectors, Loss, Targets
+from trainer.losses.base import DrawnItems, ItemVectors, Loss, LossSettings, Targets
 from trainer.losses.chunked_scores import (
     ScoreBlocks,
     accumulate_dtype,
@@ -194,19 +194,29 @@ class PairwiseLoss(Loss):
     often as it occurs in the batch.
     """
 
+    def __init__(self, settings: LossSettings) -> None:
+        super().__init__(settings)
+        self._train: TrainSet | None = None
+        self._total_N = torch.empty(0)
+
     def draw(self, targets: Targets, batch: Batch) -> DrawnItems | None:
         """Draw ``negatives`` items, with repetition; ``None`` if it is 0."""
         if not self.settings.negatives:
             return None
-        counts_N = batch.train.counts_N
-        size, power = self.settings.negatives, self.settings.negatives_power
+        size, n_items = self.settings.negatives, len(batch.train.counts_N)
         share_X = torch.rand(size, dtype=torch.float64, generator=batch.generator)
-        share_X = share_X.to(counts_N.device)
-        if power == 0:
-            return DrawnItems(items_X=(share_X * len(counts_N)).long())
-        total_N = counts_N.double().pow(power).cumsum(0)
+        if self.settings.negatives_power == 0:
+            return DrawnItems(items_X=(share_X * n_items).long()).to(batch.device)
+        total_N = self._cumulated(batch.train)
         items_X = torch.searchsorted(total_N, share_X * total_N[-1], right=True)
-        return DrawnItems(items_X=items_X.clamp_max(len(counts_N) - 1))
+        return DrawnItems(items_X=items_X.clamp_max(n_items - 1)).to(batch.device)
+
+    def _cumulated(self, train: TrainSet) -> Tensor:
+        """Return the cumulated powers of the counts of the items (N,), computed once."""
+        if self._train is not train:
+            powers_N = train.on_host.counts_N.double().pow(self.settings.negatives_power)
+            self._train, self._total_N = train, powers_N.cumsum(0)
+        return self._total_N
 
     def __call__(
         self,
@@ -233,7 +243,7 @@ class PairwiseLoss(Loss):
             count_C=count_C,
             label_C=item_C,
             excluded=ExcludedLabels(
-                own_UJ=own_items(batch, self.settings.exclude), owner_M=targets.row_M
+                own_UJ=own_items(batch, self.settings.exclude), owner_M=targets.on_host.row_M
             ),
         )
         return scale_to_global_mean(loss, query_MD)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from trainer.data.device_copy import to_device
 from trainer.distributed import gather_ids, gather_rows, rank_offset, scale_to_global_mean
 from trainer.losses.in_batch import Columns, ExcludedLabels, in_batch
 
@@ -40,7 +41,10 @@ class Positions:
     own_UJ: Tensor
     """(U, J) int64, ids of the items of each user that are no negatives, padded with -1."""
     owner_M: Tensor
-    """(M,) int64 in [0, U), the user of each position."""
+    """(M,) int64 in [0, U), on the CPU, the user of each position."""
+    has_modality: Sequence[Tensor] | None = None
+    """For each modality (M,) bool, on the CPU, true where the item at a position has it; ``None``:
+    it is read from the modalities."""
 
 
 def dap(
@@ -111,8 +115,14 @@ def align(
     """
     assert kind in ALIGNMENTS
     sides = [
-        _Side(unit_CD=functional.normalize(x_CD, dim=-1), present_C=present_C)
-        for x_CD, present_C in modalities
+        _Side(
+            unit_CD=functional.normalize(x_CD, dim=-1),
+            present_C=present_C,
+            has_M=(
+                present_C[at.anchor_M].cpu() if at.has_modality is None else at.has_modality[number]
+            ),
+        )
+        for number, (x_CD, present_C) in enumerate(modalities)
     ]
     losses = [
         _align_pair(kind, sides[a], sides[b], at, scale=scale, literal=literal)
@@ -131,6 +141,8 @@ class _Side:
     """Vectors of length 1."""
     present_C: Tensor
     """(C,) bool, which items have the modality."""
+    has_M: Tensor
+    """(M,) bool, on the CPU, true where the item at a position has the modality."""
 
 
 def _align_pair(
@@ -138,7 +150,8 @@ def _align_pair(
 ) -> Tensor:
     """Return the loss of the anchors in modality a against modality b, see :func:`align`."""
     with_a, with_next = kind in ("icl", "nicl"), kind in ("ncl", "nicl")
-    chosen_M = (a.present_C & b.present_C)[at.anchor_M]
+    host_chosen_M = (a.has_M & b.has_M).nonzero()[:, 0]
+    chosen_M = to_device(host_chosen_M, at.anchor_M.device)
     anchor_M, next_M = at.anchor_M[chosen_M], at.next_M[chosen_M]
     positives, keys, counts = [anchor_M], [b.unit_CD], [at.count_C * b.present_C]
     if with_next:
@@ -153,7 +166,7 @@ def _align_pair(
         torch.stack(positives, dim=1),
         scale=scale,
         columns=Columns(label_C=at.item_C.repeat(len(keys)), count_C=torch.cat(counts)),
-        excluded=ExcludedLabels(own_UJ=at.own_UJ, owner_M=at.owner_M[chosen_M]),
+        excluded=ExcludedLabels(own_UJ=at.own_UJ, owner_M=at.owner_M[host_chosen_M]),
         counted=1 if literal else None,
     )
     return scale_to_global_mean(loss, anchor_M)
@@ -175,21 +188,21 @@ def corrupt(
     that receives the same item again is unchanged.
 
     Args:
-        item_BL: (B, L) int64.
-        lengths_B: (B,) int64, at least 1.
+        item_BL: (B, L) int64, on the CPU.
+        lengths_B: (B,) int64, on the CPU, at least 1.
         generator: On the CPU.
         shuffle: Share of the items of a sequence that change places.
         replace: Share of the items that are replaced by the item of a random slot of the batch.
 
     Returns:
-        (B, L) the corrupted items and (B, L) ``UNCHANGED``, ``SHUFFLED`` or ``REPLACED``.
+        (B, L) the corrupted items and (B, L) ``UNCHANGED``, ``SHUFFLED`` or ``REPLACED``, both on
+        the CPU.
     """
     B, L = item_BL.shape
-    device = item_BL.device
-    column_L = torch.arange(L, device=device)
+    column_L = torch.arange(L)
     valid_BL = column_L < lengths_B[:, None]
     noise_BL, chance_B3, any_BL = (
-        torch.rand(shape, generator=generator).to(device) for shape in ((B, L), (B, 3), (B, L))
+        torch.rand(shape, generator=generator) for shape in ((B, L), (B, 3), (B, L))
     )
     moved_B = (shuffle * lengths_B + chance_B3[:, 0]).floor().long()
     moved_B = torch.where(moved_B == 1, 2 * (chance_B3[:, 1] < 0.5).long(), moved_B)

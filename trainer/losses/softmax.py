@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from trainer.config import AUTO
 from trainer.data.batches import Batch
+from trainer.data.negative_sampling import draw_others
 from trainer.distributed import global_mean_rows
 from trainer.losses.base import DrawnItems, ItemVectors, Loss, Targets
 
@@ -75,22 +76,22 @@ def draw_candidates(
     over the catalogue (Horvitz and Thompson, 1952).
 
     Args:
-        target_M: (M,) int64.
+        target_M: (M,) int64, on the CPU.
         n_items: N.
         most: Largest number of candidates K; exceeded if needed to draw one item for two targets.
         generator: Generator on the CPU.
+
+    Returns:
+        The candidates, on the CPU. The costs are proportional to their number, not to N.
     """
     targets_K, where_M = target_M.unique(return_inverse=True)
-    other_N = torch.ones(n_items, dtype=torch.bool, device=target_M.device)
-    other_N[targets_K] = False
-    others = other_N.nonzero()[:, 0]
-    count = min(len(others), max(most - len(targets_K), (len(targets_K) + 1) // 2))
-    drawn = torch.randperm(len(others), generator=generator)[:count].to(others.device)
-    offset_K = torch.zeros(len(targets_K) + count, device=target_M.device)
+    n_others = n_items - len(targets_K)
+    count = min(n_others, max(most - len(targets_K), (len(targets_K) + 1) // 2))
+    offset_K = torch.zeros(len(targets_K) + count)
     if count:
-        offset_K[len(targets_K) :] = math.log(len(others) / count)
-    items_K = torch.cat([targets_K, others[drawn]])
-    return Candidates(items_X=items_K, target_M=where_M, offset_X=offset_K)
+        offset_K[len(targets_K) :] = math.log(n_others / count)
+    drawn = draw_others(targets_K, n_items, count, generator)
+    return Candidates(items_X=torch.cat([targets_K, drawn]), target_M=where_M, offset_X=offset_K)
 
 
 def part_softmax(query_MD: Tensor, item_KD: Tensor, part: Candidates, scale: float = 1.0) -> Tensor:
@@ -167,7 +168,8 @@ class Softmax(Loss):
             return None
         n_items = batch.features.n_items
         most = int(self.settings.candidates)
-        return draw_candidates(targets.item_M, n_items, most, batch.generator)
+        drawn = draw_candidates(targets.on_host.item_M, n_items, most, batch.generator)
+        return drawn.to(batch.device)
 
     def __call__(
         self,

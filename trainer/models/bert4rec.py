@@ -24,12 +24,14 @@ from torch.nn import functional
 
 from trainer.config import Choice, LayerCount, PositiveInt, Probability, Range
 from trainer.data.batches import Batch, ItemFeatures, Sequences
+from trainer.data.device_copy import to_device
 from trainer.data.windows import WindowSampling
 from trainer.kernels.elementwise import dropout
-from trainer.losses.base import ItemVectors, Loss, LossSettings, Targets
+from trainer.losses.base import ItemVectors, Loss, LossSettings, targets_at
 from trainer.losses.registry import LOSSES
 from trainer.models.base import Catalogue, Recommender
-from trainer.modules.sequence_encoders import SequenceSettings, last_state
+from trainer.modules.sequence_encoders import SequenceSettings, last_state, take_slots
+from trainer.modules.tokens import all_exist
 from trainer.modules.transformer import initialise, positions_from_end
 
 
@@ -139,22 +141,23 @@ class BERT4Rec(Recommender):
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """Return the loss of the masked items."""
-        sequences = batch.sequences
-        is_masked_BL = self._draw_masks(sequences, batch.generator)
-        targets = Targets(
-            item_M=sequences.items_BL[is_masked_BL], row_M=is_masked_BL.nonzero()[:, 0]
-        )
+        windows = batch.sequences.on_host
+        is_masked_BL = self._draw_masks(windows, batch.generator)
+        targets, slot_M = targets_at(is_masked_BL, windows.items_BL)
+        targets = targets.to(batch.device)
+        is_masked_BL, slot_M = (to_device(x, batch.device) for x in (is_masked_BL, slot_M))
         drawn = self.masked_loss.draw(targets, batch)
         items = ItemVectors(vectors_KD=self.encode_items(batch.features))
-        query_ME = self._queries(self._states(sequences, is_masked_BL)[is_masked_BL])
+        states_BLD = self._states(batch.sequences, is_masked_BL)
+        query_ME = self._queries(take_slots(states_BLD, slot_M))
         return {"loss": self.masked_loss(query_ME, items, targets, batch, drawn)}
 
     def _draw_masks(self, sequences: Sequences, generator: torch.Generator) -> Tensor:
         """Return (B, L) bool, true at the items to predict; each row has at least one."""
         valid_BL = sequences.mask_BL
-        random_BL = torch.rand(valid_BL.shape, generator=generator).to(valid_BL.device)
-        only_last_B1 = torch.rand(len(valid_BL), 1, generator=generator).to(valid_BL.device)
-        columns_L = torch.arange(valid_BL.shape[1], device=valid_BL.device)
+        random_BL = torch.rand(valid_BL.shape, generator=generator)
+        only_last_B1 = torch.rand(len(valid_BL), 1, generator=generator)
+        columns_L = torch.arange(valid_BL.shape[1])
         is_last_BL = columns_L == sequences.lengths_B[:, None] - 1
         # The item with the smallest number is masked in every row.
         random_BL = random_BL.masked_fill(~valid_BL, 2.0)
@@ -169,7 +172,7 @@ class BERT4Rec(Recommender):
         x_BLD = torch.where(is_masked_BL[..., None], self.mask_D, self.item(items_BL))
         x_BLD = x_BLD + self.position(positions_from_end(sequences.lengths_B, valid_BL.shape[1]))
         x_BLD = dropout(self.norm(x_BLD), self.settings.dropout, self.training)
-        states_BLD: Tensor = self.transformer(x_BLD, None if bool(valid_BL.all()) else valid_BL)
+        states_BLD: Tensor = self.transformer(x_BLD, None if all_exist(valid_BL) else valid_BL)
         return states_BLD
 
     def _queries(self, states_MD: Tensor) -> Tensor:

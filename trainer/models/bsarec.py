@@ -138,9 +138,9 @@ class _Block(TransformerBlock):
     ) -> Tensor:
         """Apply the block to sequences whose empty slots are at the end: (B, T, D)."""
         probability = self.config.dropout if self.training else 0.0
-        kernel_TT = low_pass(self.slots, self.cutoff, x_BTD.shape[1], is_causal=self.is_causal).to(
-            x_BTD
-        )
+        kernel_TT = low_pass(
+            self.slots, self.cutoff, x_BTD.shape[1], is_causal=self.is_causal, device=x_BTD.device
+        ).to(x_BTD.dtype)
         low_BTD = kernel_TT @ x_BTD.masked_fill(~exists_BT1, 0)
         filtered_BTD = low_BTD + self.beta_D.square() * (x_BTD - low_BTD)
         filtered_BTD = add_norm(x_BTD, filtered_BTD, self.norm_filter, probability)
@@ -152,7 +152,9 @@ class _Block(TransformerBlock):
         return self.feed_forward(self.alpha * filtered_BTD + (1 - self.alpha) * attended_BTD)
 
 
-def low_pass(slots: int, cutoff: int, width: int, *, is_causal: bool) -> Tensor:
+def low_pass(
+    slots: int, cutoff: int, width: int, *, is_causal: bool, device: torch.device | None = None
+) -> Tensor:
     """Return the low-pass filter as a matrix (T, T) that multiplies a sequence (T, D).
 
     The filter is ``irfft(rfft(x, n=slots)[: cutoff // 2 + 1], n=slots)`` for a sequence that zeros
@@ -164,10 +166,12 @@ def low_pass(slots: int, cutoff: int, width: int, *, is_causal: bool) -> Tensor:
         cutoff: Frequencies 0 to ``cutoff`` // 2 are kept.
         width: Number of slots T that the sequence has, at most ``slots``.
         is_causal: If true, the elements with j > i are 0.
+        device: Device of the matrix; ``None``: the CPU.
     """
-    slots_T = torch.arange(width, dtype=torch.float64)
+    slots_T = torch.arange(width, dtype=torch.float64, device=device)
     distance_TT = slots_T[:, None] - slots_T
-    frequencies = torch.arange(1, min(cutoff // 2, slots // 2) + 1, dtype=torch.float64)
+    highest = min(cutoff // 2, slots // 2)
+    frequencies = torch.arange(1, highest + 1, dtype=torch.float64, device=device)
     # Each frequency has a mirror image, but for the last one of an even number of slots.
     weights = 2 - (2 * frequencies == slots).double()
     waves_TTM = torch.cos(2 * math.pi / slots * distance_TT[..., None] * frequencies)

@@ -22,7 +22,7 @@ Legend: B batch, L sequence length, N items, C candidates, D width, W width of a
 heads, E width of a head, S dates of a moment (6), M predicted positions.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar
 
 import numpy as np
@@ -40,13 +40,14 @@ from trainer.config import (
     check_multiple,
 )
 from trainer.data.batches import Batch, ItemFeatures, Sequences
+from trainer.data.device_copy import to_device
 from trainer.data.negative_sampling import sample_unseen
 from trainer.data.windows import WindowSampling
 from trainer.kernels.elementwise import dropout
 from trainer.losses.bce import logits_bce
 from trainer.models.base import Catalogue, Recommender
 from trainer.models.causal import ROWS, next_item_targets, row_windows
-from trainer.modules.sequence_encoders import last_state
+from trainer.modules.sequence_encoders import last_state, take_slots
 
 _DATES = 6
 _EXPANSION = 5  # the width of joined features and dates is 5 D
@@ -168,8 +169,9 @@ class CARCA(Recommender):
         exists_BL = sequences.mask_BL
         items_BL = torch.where(exists_BL, sequences.items_BL, sequences.items_BL[:1, :1])
         x_BLD = functional.embedding(items_BL, item_vectors_ND)
-        if sequences.times_BL is not None:
-            x_BLD = x_BLD + self._date_vectors(sequences.times_BL)
+        times_BL = sequences.on_host.times_BL
+        if times_BL is not None:
+            x_BLD = x_BLD + self._date_vectors(times_BL)
         x_BLD = dropout(x_BLD * exists_BL[..., None], self.settings.dropout, self.training)
         mask_BLL = self._reads(exists_BL)
         for block in self.blocks:
@@ -186,8 +188,9 @@ class CARCA(Recommender):
         for begin in range(0, len(states_BLD), rows):
             part = slice(begin, begin + rows)
             candidate_BCD = candidate_CD.expand(len(states_BLD[part]), -1, -1)
-            if sequences.request_B is not None:
-                request_B1D = self._date_vectors(sequences.request_B[part, None])
+            request_B = sequences.on_host.request_B
+            if request_B is not None:
+                request_B1D = self._date_vectors(request_B[part, None])
                 candidate_BCD = candidate_BCD + request_B1D
             mask_B1L = sequences.mask_BL[part, None]
             blocks.append(self._logits(candidate_BCD, states_BLD[part], mask_B1L))
@@ -195,33 +198,30 @@ class CARCA(Recommender):
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """Return the binary cross-entropy with one sampled negative for each target."""
-        windows = batch.sequences
-        inputs, targets, is_target_BL = next_item_targets(
+        times_BL = batch.sequences.on_host.times_BL
+        inputs, targets, slot_M = next_item_targets(
             batch, only_last=self.settings.rows == "prefixes"
         )
         item_vectors_ND = self.encode_items(batch.features)
         dates_BLD = None
-        if windows.times_BL is not None:
-            dates_BLD = self._date_vectors(windows.times_BL[:, 1:])
-            inputs = Sequences(
-                items_BL=inputs.items_BL,
-                lengths_B=inputs.lengths_B,
-                times_BL=windows.times_BL[:, :-1],
-            )
+        if times_BL is not None:
+            dates_BLD = self._date_vectors(times_BL[:, 1:])
+            inputs = replace(inputs.on_host, times_BL=times_BL[:, :-1]).to(batch.device)
         states_BLD = self.states(item_vectors_ND, inputs)
-        negative_M, exists_M = sample_unseen(
-            batch.train, batch.users_B[targets.row_M], batch.generator
-        )
+        users_M = batch.users_on_host[targets.on_host.row_M]
+        unseen = sample_unseen(batch.train, users_M, batch.generator)
+        negative_M, exists_M = (to_device(x, batch.device) for x in unseen)
         logits = []
         for items_M in (targets.item_M, negative_M):
             candidate_BL = torch.zeros_like(inputs.items_BL)
-            candidate_BL[is_target_BL] = items_M
+            candidate_BL.view(-1)[slot_M] = items_M
             candidate_BLD = functional.embedding(candidate_BL, item_vectors_ND)
             if dates_BLD is not None:
                 candidate_BLD = candidate_BLD + dates_BLD
             mask_BLL = torch.ones_like(self._reads(inputs.mask_BL)).tril() & inputs.mask_BL[:, None]
-            logits.append(self._logits(candidate_BLD, states_BLD, mask_BLL)[is_target_BL].float())
-        return {"loss": logits_bce(logits[0], logits[1], exists_M)}
+            logits_BL = self._logits(candidate_BLD, states_BLD, mask_BLL)
+            logits.append(take_slots(logits_BL, slot_M).float())
+        return {"loss": logits_bce(logits[0], logits[1], exists_M, int(unseen[1].sum()))}
 
     def _reads(self, exists_BL: Tensor) -> Tensor:
         """Return (B, L, L) bool, true where an item of a history may attend to another one."""
@@ -237,10 +237,11 @@ class CARCA(Recommender):
         return logits_BC
 
     def _date_vectors(self, times: Tensor) -> Tensor:
-        """Return what dates add to the vectors of items: (..., D)."""
+        """Return what dates add to the vectors of items: (..., D); ``times`` are on the CPU."""
         assert self.context_map is not None
         assert self.time_unit is not None
-        context = self.context_map(dates(times, self.time_unit).to(self.join.weight.dtype))
+        date_values = to_device(dates(times, self.time_unit), self.join.weight.device)
+        context = self.context_map(date_values.to(self.join.weight.dtype))
         return functional.linear(context, self.join.weight[:, self.settings.dim :])
 
 
@@ -297,10 +298,10 @@ def dates(times: Tensor, unit: str) -> Tensor:
     the year and the week of the year.
 
     Args:
-        times: int64 times since 1970.
+        times: int64 times since 1970, on the CPU.
         unit: Unit of the times as numpy names it.
     """
-    day = times.cpu().numpy().astype(f"datetime64[{unit}]").astype("datetime64[D]")
+    day = times.numpy().astype(f"datetime64[{unit}]").astype("datetime64[D]")
     month, year = day.astype("datetime64[M]"), day.astype("datetime64[Y]")
     day_of_year = (day - year).astype(np.int64)
     values = np.stack(
@@ -314,4 +315,4 @@ def dates(times: Tensor, unit: str) -> Tensor:
         ],
         axis=-1,
     )
-    return torch.from_numpy(values.astype(np.float32)).to(times.device)
+    return torch.from_numpy(values.astype(np.float32))

@@ -13,11 +13,24 @@ from torch.nn import functional
 
 from trainer.config import Choice
 from trainer.data.batches import Batch, ItemFeatures, Sequences
+from trainer.data.device_copy import to_device
 from trainer.data.windows import WindowSampling
-from trainer.losses.base import DrawnItems, ItemVectors, Loss, LossSettings, Targets
+from trainer.losses.base import (
+    DrawnItems,
+    ItemVectors,
+    Loss,
+    LossSettings,
+    Targets,
+    targets_at,
+)
 from trainer.losses.registry import LOSSES
 from trainer.models.base import Catalogue, Recommender
-from trainer.modules.sequence_encoders import SequenceEncoder, SequenceSettings, last_state
+from trainer.modules.sequence_encoders import (
+    SequenceEncoder,
+    SequenceSettings,
+    last_state,
+    take_slots,
+)
 
 ROWS = ("windows", "prefixes")
 """Values of the setting ``rows``."""
@@ -92,10 +105,10 @@ class CausalRecommender(Recommender):
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """Return the next-item loss over the predicted positions."""
-        inputs, targets, is_target_BL = self.targets(batch)
+        inputs, targets, slot_M = self.targets(batch)
         drawn = self.next_item_loss.draw(targets, batch)
         items = self.batch_items(batch, drawn)
-        query_MD = self.settings.normalise(self.states(items, inputs)[is_target_BL])
+        query_MD = self.settings.normalise(take_slots(self.states(items, inputs), slot_M))
         return {"loss": self.next_item_loss(query_MD, items, targets, batch, drawn)}
 
     def targets(self, batch: Batch) -> tuple[Sequences, Targets, Tensor]:
@@ -109,10 +122,7 @@ class CausalRecommender(Recommender):
         """
         if self.next_item_loss.needs_catalogue:
             return ItemVectors(vectors_KD=self.encode_items(batch.features))
-        ids = batch.sequences.items_BL[batch.sequences.mask_BL]
-        if drawn is not None:
-            ids = torch.cat([ids, drawn.items_X])
-        ids_K = ids.unique()
+        ids_K = batch.distinct_items(None if drawn is None else drawn.on_host.items_X)
         vectors_KD = self.settings.normalise(self.encode_some(ids_K, batch.features))
         return ItemVectors(vectors_KD=vectors_KD, ids_K=ids_K)
 
@@ -151,10 +161,10 @@ def next_item_targets(
         only_last: If true, the last item of each window is its only target.
 
     Returns:
-        The inputs (all items of a window but the last), the targets, and (B, L) bool, true at the
-        positions of the inputs that have a target.
+        The inputs (all items of a window but the last), the targets, and (M,) int64, the slots of
+        the inputs that have a target, as :func:`take_slots` takes them.
     """
-    windows = batch.sequences
+    windows = batch.sequences.on_host
     # Padding becomes an item of the batch, so that no other item has to be encoded.
     items_BL = torch.where(windows.mask_BL, windows.items_BL, windows.items_BL[0, 0])
     is_target_BL = windows.mask_BL[:, 1:]
@@ -165,5 +175,5 @@ def next_item_targets(
         lengths_B=(windows.lengths_B - 1).clamp_min(1),
         users_B=windows.users_B,
     )
-    targets = Targets(item_M=items_BL[:, 1:][is_target_BL], row_M=is_target_BL.nonzero()[:, 0])
-    return inputs, targets, is_target_BL
+    targets, slot_M = targets_at(is_target_BL, items_BL[:, 1:])
+    return inputs.to(batch.device), targets.to(batch.device), to_device(slot_M, batch.device)

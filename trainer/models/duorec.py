@@ -85,10 +85,10 @@ class DuoRec(SASRec):
         """Return the next-item loss, the contrastive loss, and their weighted sum as ``loss``."""
         next_item = super().loss(batch)["loss"]
         items = ItemVectors(vectors_KD=self.encode_items(batch.features))
-        windows = batch.sequences
+        windows = batch.sequences.on_host
         inputs = Sequences(
             items_BL=windows.items_BL, lengths_B=(windows.lengths_B - 1).clamp_min(1)
-        )
+        ).to(batch.device)
         other = self.same_target(batch.train).draw(batch, self.settings.length)
         views_BD = [self._encode(items, view) for view in (inputs, other)]
         contrast = info_nce(*views_BD)
@@ -102,7 +102,7 @@ class DuoRec(SASRec):
         """Return the number of rows divided by that of targets: 1 with ``rows=prefixes``."""
         if self.settings.rows == "prefixes":
             return 1.0
-        lengths_B = batch.sequences.lengths_B
+        lengths_B = batch.sequences.on_host.lengths_B
         rows = global_mean_rows(len(lengths_B), lengths_B.device)
         targets = global_mean_rows(int((lengths_B - 1).sum()), lengths_B.device)
         return rows / max(1.0, targets)
@@ -145,21 +145,20 @@ class SameTarget:
             (B, L) histories without the target. A row whose target has no other occurrence gets its
             own history.
         """
-        windows = batch.sequences
-        rows_B = torch.arange(len(windows.lengths_B), device=windows.lengths_B.device)
+        windows = batch.sequences.on_host
+        rows_B = torch.arange(len(windows.lengths_B))
         lengths_B = (windows.lengths_B - 1).clamp_min(1)
         if batch.ends_B is None:
-            return Sequences(items_BL=windows.items_BL, lengths_B=lengths_B)
-        targets = windows.items_BL[rows_B, windows.lengths_B - 1].cpu().numpy()
+            return Sequences(items_BL=windows.items_BL, lengths_B=lengths_B).to(batch.device)
+        targets = windows.items_BL[rows_B, windows.lengths_B - 1].numpy()
         ends = self._other(targets, batch.ends_B - 1, batch.generator)
         starts = np.maximum(self._starts_I[ends], ends - length)
         columns = np.arange(int((ends - starts).max()))
         index_BL = starts[:, None] + np.minimum(columns, (ends - starts)[:, None] - 1)
-        device = windows.items_BL.device
         return Sequences(
-            items_BL=torch.from_numpy(self.histories.items[index_BL]).to(device),
-            lengths_B=torch.from_numpy(ends - starts).to(device),
-        )
+            items_BL=torch.from_numpy(self.histories.items[index_BL]),
+            lengths_B=torch.from_numpy(ends - starts),
+        ).to(batch.device)
 
     def _other(self, targets: Ints, own: Ints, generator: torch.Generator) -> Ints:
         """Return the position of another occurrence of each target, or its own position."""

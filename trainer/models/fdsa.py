@@ -21,12 +21,13 @@ from torch.nn import functional
 from features.errors import UserError
 from trainer.config import Choice, LayerCount, PositiveInt, Probability
 from trainer.data.batches import Batch, ItemFeatures, Sequences
+from trainer.data.device_copy import to_device
 from trainer.kernels.elementwise import dropout
 from trainer.models.base import Catalogue
 from trainer.models.causal import CausalSettings
 from trainer.models.item_ids import ItemIdRecommender
 from trainer.modules.attributes import AttributeSettings, attribute_means
-from trainer.modules.sequence_encoders import SASRecEncoder, last_state
+from trainer.modules.sequence_encoders import SASRecEncoder, last_state, take_slots
 from trainer.modules.transformer import initialise
 
 
@@ -118,18 +119,19 @@ class FDSA(ItemIdRecommender):
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """Return the next-item loss over the predicted positions."""
-        inputs, targets, is_target_BL = self.targets(batch)
+        inputs, targets, slot_M = self.targets(batch)
         drawn = self.next_item_loss.draw(targets, batch)
         items = self.batch_items(batch, drawn)
         states_BLD = self.both_states(inputs, batch.features)
-        query_MD = self.settings.normalise(states_BLD[is_target_BL])
+        query_MD = self.settings.normalise(take_slots(states_BLD, slot_M))
         return {"loss": self.next_item_loss(query_MD, items, targets, batch, drawn)}
 
     def both_states(self, sequences: Sequences, features: ItemFeatures) -> Tensor:
         """Return the mapped states of both streams after each item: (B, L, D)."""
-        padding = sequences.items_BL[0, 0]
-        items_BL = torch.where(sequences.mask_BL, sequences.items_BL, padding)
-        ids_K, row_BL = items_BL.unique(return_inverse=True)
+        rows, device = sequences.on_host, sequences.items_BL.device
+        items_BL = torch.where(rows.mask_BL, rows.items_BL, rows.items_BL[0, 0])
+        distinct = items_BL.unique(return_inverse=True)
+        ids_K, row_BL, items_BL = (to_device(x, device) for x in (*distinct, items_BL))
         feature_BLD = functional.embedding(row_BL, self.item_features(ids_K, features))
         states_BLE = torch.cat(
             [

@@ -29,7 +29,7 @@ from trainer.losses.base import ItemVectors
 from trainer.models.base import Catalogue
 from trainer.models.causal import CausalSettings
 from trainer.models.item_features import FeatureRecommender
-from trainer.modules.sequence_encoders import SequenceEncoder
+from trainer.modules.sequence_encoders import SequenceEncoder, take_slots
 
 _LARGEST_RADIUS = 0.1  # of the initial recurrence: a memory of about one step
 
@@ -100,10 +100,10 @@ class FMRLRec(FeatureRecommender):
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """Return the mean of the next-item losses at all widths."""
         settings = self.settings
-        inputs, targets, is_target_BL = self.targets(batch)
+        inputs, targets, slot_M = self.targets(batch)
         drawn = self.next_item_loss.draw(targets, batch)
         items = self.batch_items(batch, drawn)
-        state_MD = self.states(items, inputs)[is_target_BL]
+        state_MD = take_slots(self.states(items, inputs), slot_M)
         losses = []
         for width in settings.widths:
             vectors = settings.normalise(items.vectors_KD[:, :width])

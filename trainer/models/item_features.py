@@ -10,10 +10,11 @@ from torch import Tensor
 
 from features.errors import UserError
 from trainer.data.batches import Batch, ItemFeatures, Sequences
+from trainer.data.device_copy import to_device
 from trainer.losses.base import DrawnItems, ItemVectors
 from trainer.models.base import Catalogue
 from trainer.models.causal import CausalRecommender
-from trainer.modules.sequence_encoders import last_state
+from trainer.modules.sequence_encoders import last_state, take_slots
 
 _ITEMS_PER_CHUNK = 2**15  # of the catalogue; bounds the activations without gradients
 
@@ -46,16 +47,16 @@ class FeatureRecommender(CausalRecommender):
         The items of the histories are encoded again, because ``item_vectors_ND`` is normalised.
         """
         sequences = without_padding(sequences)
-        ids_K = sequences.items_BL.unique()
+        ids_K = to_device(sequences.on_host.items_BL.unique(), sequences.items_BL.device)
         items = ItemVectors(vectors_KD=self.encode_some(ids_K, features), ids_K=ids_K)
         return self.settings.normalise(last_state(self.states(items, sequences), sequences))
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """Return the next-item loss over the predicted positions."""
-        inputs, targets, is_target_BL = self.targets(batch)
+        inputs, targets, slot_M = self.targets(batch)
         drawn = self.next_item_loss.draw(targets, batch)
         items = self.batch_items(batch, drawn)
-        query_MD = self.settings.normalise(self.states(items, inputs)[is_target_BL])
+        query_MD = self.settings.normalise(take_slots(self.states(items, inputs), slot_M))
         scored = self.normalised(items)
         return {"loss": self.next_item_loss(query_MD, scored, targets, batch, drawn)}
 
@@ -67,10 +68,7 @@ class FeatureRecommender(CausalRecommender):
 
     def distinct_items(self, batch: Batch, drawn: DrawnItems | None = None) -> ItemVectors:
         """Encode each distinct item of a batch and of the drawn items, without normalisation."""
-        ids = batch.sequences.items_BL[batch.sequences.mask_BL]
-        if drawn is not None:
-            ids = torch.cat([ids, drawn.items_X])
-        ids_K = ids.unique()
+        ids_K = batch.distinct_items(None if drawn is None else drawn.on_host.items_X)
         return ItemVectors(vectors_KD=self.encode_some(ids_K, batch.features), ids_K=ids_K)
 
     def normalised(self, items: ItemVectors) -> ItemVectors:
@@ -94,5 +92,7 @@ def check_features(name: str, catalogue: Catalogue) -> None:
 
 def without_padding(sequences: Sequences) -> Sequences:
     """Return sequences whose padding repeats the first item of its row."""
-    items_BL = torch.where(sequences.mask_BL, sequences.items_BL, sequences.items_BL[:, :1])
-    return Sequences(items_BL=items_BL, lengths_B=sequences.lengths_B, users_B=sequences.users_B)
+    rows = sequences.on_host
+    items_BL = torch.where(rows.mask_BL, rows.items_BL, rows.items_BL[:, :1])
+    inside = Sequences(items_BL=items_BL, lengths_B=rows.lengths_B, users_B=rows.users_B)
+    return inside.to(sequences.items_BL.device)

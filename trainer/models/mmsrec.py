@@ -25,7 +25,7 @@ Legend: B batch, L sequence length, N items, K of them, D width, M predicted pos
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -35,8 +35,9 @@ from torch.nn import functional
 from features.errors import UserError
 from trainer.config import Choice, NonNegativeInt, Probability
 from trainer.data.batches import Batch, ItemFeatures, Sequences
+from trainer.data.device_copy import to_device
 from trainer.data.windows import WindowSampling
-from trainer.losses.base import DrawnItems, ItemVectors, Loss, Targets
+from trainer.losses.base import DrawnItems, ItemVectors, Loss, Targets, targets_at
 from trainer.losses.registry import LOSSES
 from trainer.models.base import Catalogue, Pretraining, Recommender
 from trainer.modules.chunked_encoding import encode_items_in_chunks, encode_slots_in_chunks
@@ -200,13 +201,14 @@ class MMSRec(MultimodalEncoder, Recommender):
         With ``objective=next``, encode the last item of each history.
         """
         if not self.causal:
+            device, sequences = sequences.items_BL.device, sequences.on_host
             items_BL = functional.pad(sequences.items_BL, (0, 1))
-            sequences = Sequences(items_BL=items_BL, lengths_B=sequences.lengths_B + 1)
-        last_BL = _last_slots(sequences)
+            sequences = Sequences(items_BL=items_BL, lengths_B=sequences.lengths_B + 1).to(device)
+        last_BL = _last_slots(sequences.on_host)
         query_BD, order_B = encode_slots_in_chunks(
             self, sequences, features, None if self.causal else last_BL, last_BL
         )
-        return query_BD[order_B.argsort()]
+        return query_BD[to_device(order_B.argsort(), query_BD.device)]
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """Return the loss of the predicted items."""
@@ -222,8 +224,7 @@ class MMSRec(MultimodalEncoder, Recommender):
         if drawn is not None and drawn.includes_targets:
             ids_K = drawn.items_X
         else:
-            ids = batch.sequences.items_BL[batch.sequences.mask_BL]
-            ids_K = (ids if drawn is None else torch.cat([ids, drawn.items_X])).unique()
+            ids_K = batch.distinct_items(None if drawn is None else drawn.on_host.items_X)
         vectors_KD = encode_items_in_chunks(self, ids_K, batch.features)
         return ItemVectors(vectors_KD=vectors_KD, ids_K=ids_K)
 
@@ -237,30 +238,30 @@ class MMSRec(MultimodalEncoder, Recommender):
         Returns:
             (M, D) queries, and the items to predict.
         """
-        sequences, generator = batch.sequences, batch.generator
+        sequences, generator = batch.sequences.on_host, batch.generator
         items_BL, last_BL = sequences.items_BL, _last_slots(sequences)
-        chosen_BL = torch.rand(items_BL.shape, generator=generator).to(items_BL.device)
+        chosen_BL = torch.rand(items_BL.shape, generator=generator)
         chosen_BL = ((chosen_BL < self.settings.mask_ratio) & sequences.mask_BL) | last_BL
-        uniform_BL = torch.rand(items_BL.shape, generator=generator).to(items_BL.device)
+        uniform_BL = torch.rand(items_BL.shape, generator=generator)
         masked, swapped, left_out = _CORRUPTIONS[self.settings.corruption]
         n_random = max(1, batch.features.n_items - left_out)
         random_BL = torch.randint(n_random, items_BL.shape, generator=generator)
         hidden_BL = chosen_BL & ((uniform_BL < masked) | last_BL)
         swapped_BL = chosen_BL & ~hidden_BL & (uniform_BL < swapped)
-        shown_BL = torch.where(swapped_BL, random_BL.to(items_BL.device), items_BL)
-        shown = Sequences(items_BL=shown_BL, lengths_B=sequences.lengths_B)
+        shown_BL = torch.where(swapped_BL, random_BL, items_BL)
+        shown = Sequences(items_BL=shown_BL, lengths_B=sequences.lengths_B).to(batch.device)
         query_MD, order_B = encode_slots_in_chunks(
             self, shown, batch.features, hidden_BL, chosen_BL
         )
-        return query_MD, _targets(items_BL, chosen_BL, order_B)
+        return query_MD, _targets(items_BL, chosen_BL, order_B).to(batch.device)
 
     def _next_items(self, batch: Batch) -> tuple[Tensor, Targets]:
         """Return the queries (M, D) of all items but the last, and the item after each of them."""
-        items_BL = batch.sequences.items_BL
-        shown = Sequences(items_BL=items_BL[:, :-1], lengths_B=batch.sequences.lengths_B - 1)
-        valid_BL = shown.mask_BL
+        windows = batch.sequences.on_host
+        shown = Sequences(items_BL=windows.items_BL[:, :-1], lengths_B=windows.lengths_B - 1)
+        valid_BL, shown = shown.mask_BL, shown.to(batch.device)
         query_MD, order_B = encode_slots_in_chunks(self, shown, batch.features, None, valid_BL)
-        return query_MD, _targets(items_BL[:, 1:], valid_BL, order_B)
+        return query_MD, _targets(windows.items_BL[:, 1:], valid_BL, order_B).to(batch.device)
 
     def row_tables(self) -> list[nn.Embedding]:
         """Return the table of learned vectors if the loss reads a part of the catalogue."""
@@ -286,9 +287,8 @@ class MMSRec(MultimodalEncoder, Recommender):
 
 def _targets(items_BL: Tensor, is_target_BL: Tensor, order_B: Tensor) -> Targets:
     """Return the targets, with the rows of the batch in the order of the queries."""
-    is_target_BL = is_target_BL[order_B]
-    rows_M = order_B[is_target_BL.nonzero()[:, 0]]
-    return Targets(item_M=items_BL[order_B][is_target_BL], row_M=rows_M)
+    targets, _ = targets_at(is_target_BL[order_B], items_BL[order_B])
+    return replace(targets, row_M=order_B[targets.row_M])
 
 
 def _last_slots(sequences: Sequences) -> Tensor:

@@ -25,10 +25,11 @@ from torch.nn import functional
 from features.errors import UserError
 from trainer.config import Choice, PositiveInt, Probability, Temperature
 from trainer.data.batches import Batch, ItemFeatures
+from trainer.data.device_copy import to_device
 from trainer.distributed import gather_ids, gather_rows, rank_offset
 from trainer.finetune.upper_blocks import item_tokens
-from trainer.losses.base import ItemVectors
-from trainer.losses.in_batch import own_items
+from trainer.losses.base import ItemVectors, targets_at
+from trainer.losses.in_batch import count_items, own_items
 from trainer.losses.pmmrec import (
     ALIGNMENTS,
     Positions,
@@ -47,7 +48,7 @@ from trainer.modules.fusion import FusionSettings
 from trainer.modules.item_encoder import EncodedItems, ItemEncoder
 from trainer.modules.registry import FUSIONS
 from trainer.modules.released_weights import InitialisationSettings, initialise_released
-from trainer.modules.sequence_encoders import SASRecEncoder
+from trainer.modules.sequence_encoders import SASRecEncoder, take_slots
 from trainer.modules.transformer import initialise
 
 _PUBLISHED: Mapping[str, Any] = {
@@ -193,10 +194,9 @@ class PMMRec(CausalRecommender):
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """Return each objective that is switched on, and their sum as ``loss`` (Eq. 12)."""
         settings = self.settings
-        inputs, targets, is_target_BL = self.targets(batch)
+        inputs, targets, slot_M = self.targets(batch)
         drawn = self.next_item_loss.draw(targets, batch) if settings.dap else None
-        ids = batch.sequences.items_BL[batch.sequences.mask_BL]
-        ids_K = (ids if drawn is None else torch.cat([ids, drawn.items_X])).unique()
+        ids_K = batch.distinct_items(None if drawn is None else drawn.on_host.items_X)
         encoded = self._encode(ids_K, batch.features)
         items = ItemVectors(vectors_KD=settings.normalise(encoded.fused_KD), ids_K=ids_K)
         losses: dict[str, Tensor] = {}
@@ -206,24 +206,23 @@ class PMMRec(CausalRecommender):
             scored = items
             if self.next_item_loss.needs_catalogue:
                 scored = ItemVectors(vectors_KD=self.encode_items(batch.features))
-            query_MD = settings.normalise(state_BLD[is_target_BL])
+            query_MD = settings.normalise(take_slots(state_BLD, slot_M))
             losses["dap"] = self.next_item_loss(query_MD, scored, targets, batch, drawn)
         if settings.align != "none":
             losses[settings.align] = self._alignment(batch, encoded, ids_K)
         if settings.nid or settings.rcl:
-            row_BL = items.rows(inputs.items_BL)
-            noisy_BL, label_BL = corrupt(
-                row_BL,
-                inputs.lengths_B,
+            noisy = corrupt(
+                inputs.on_host.items_BL,
+                inputs.on_host.lengths_B,
                 batch.generator,
                 shuffle=settings.shuffle,
                 replace=settings.replace,
             )
-            x_BLD = functional.embedding(noisy_BL, items.vectors_KD)
-            noisy_BLD: Tensor = self.sequence_encoder(x_BLD, inputs.lengths_B)
+            noisy_BL, label_BL = (to_device(x, batch.device) for x in noisy)
+            noisy_BLD: Tensor = self.sequence_encoder(items.gather(noisy_BL), inputs.lengths_B)
         if settings.nid:
-            logits_M3 = self.nid(noisy_BLD[is_target_BL])
-            losses["nid"] = nid(logits_M3, label_BL[is_target_BL], relu=settings.nid_relu)
+            logits_M3 = self.nid(take_slots(noisy_BLD, slot_M))
+            losses["nid"] = nid(logits_M3, take_slots(label_BL, slot_M), relu=settings.nid_relu)
         if settings.rcl:
             losses["rcl"] = rcl(
                 self._pooled(state_BLD, inputs.lengths_B),
@@ -239,20 +238,23 @@ class PMMRec(CausalRecommender):
 
     def _alignment(self, batch: Batch, encoded: EncodedItems, ids_K: Tensor) -> Tensor:
         """Return the contrastive loss of the modalities of the items of the batch (Eq. 6 to 9)."""
-        windows = batch.sequences
-        is_target_BL = windows.mask_BL[:, 1:]
-        row_BL = torch.searchsorted(
-            ids_K, torch.where(windows.mask_BL, windows.items_BL, windows.items_BL[0, 0])
+        windows = batch.sequences.on_host
+        anchors, following = (
+            targets_at(windows.mask_BL[:, 1:], items_BL)[0].to(batch.device)
+            for items_BL in (windows.items_BL[:, :-1], windows.items_BL[:, 1:])
         )
-        counts_K = torch.bincount(row_BL[windows.mask_BL], minlength=len(ids_K))
         begin = rank_offset(len(ids_K), ids_K.device)
         positions = Positions(
             item_C=gather_ids(ids_K),
-            count_C=gather_ids(counts_K),
-            anchor_M=begin + row_BL[:, :-1][is_target_BL],
-            next_M=begin + row_BL[:, 1:][is_target_BL],
+            count_C=gather_ids(count_items(ids_K, batch)),
+            anchor_M=begin + torch.searchsorted(ids_K, anchors.item_M),
+            next_M=begin + torch.searchsorted(ids_K, following.item_M),
             own_UJ=own_items(batch, self.settings.exclude),
-            owner_M=is_target_BL.nonzero()[:, 0],
+            owner_M=anchors.on_host.row_M,
+            has_modality=[
+                batch.features.present_on_host[name][anchors.on_host.item_M]
+                for name in self.item_encoder.inputs
+            ],
         )
         modalities = [
             (gather_rows(x_KD), gather_ids(has_K)) for x_KD, has_K in encoded.modality_vectors()

@@ -24,12 +24,14 @@ from torch.nn import functional
 from features.errors import UserError
 from trainer.config import Choice, NonNegativeFloat, Probability
 from trainer.data.batches import Batch, ItemFeatures, Sequences
+from trainer.data.device_copy import to_device
+from trainer.losses.base import Targets, targets_at
 from trainer.losses.s3rec import attribute_loss, ranking_loss
 from trainer.models.base import Catalogue, Pretraining
 from trainer.models.item_ids import ItemIdRecommender
 from trainer.models.sasrec import SASRec, SASRecConfig
 from trainer.modules.attributes import AttributeSettings, multi_hot
-from trainer.modules.sequence_encoders import SASRecEncoder, last_state
+from trainer.modules.sequence_encoders import SASRecEncoder, last_state, take_slots
 from trainer.modules.transformer import initialise
 
 _HEADS = ("aap", "mip", "map", "sp")
@@ -133,22 +135,26 @@ class S3Rec(ItemIdRecommender):
         """Return the next-item loss, or the four objectives and their weighted sum as ``loss``."""
         if self.settings.objective == "next":
             return super().loss(batch)
-        windows = self._inputs(batch.sequences)
+        device, windows = batch.device, self._inputs(batch.sequences.on_host)
         is_masked_BL = self._draw_masks(windows, batch.generator)
-        states_BLD = self._encode(windows, is_masked_BL)
-        shown_BL = windows.mask_BL & ~is_masked_BL
-        masked_items_M = windows.items_BL[is_masked_BL]
-        negatives_M = self._other_items(masked_items_M, windows, is_masked_BL, batch)
+        masked, masked_slot_M = targets_at(is_masked_BL, windows.items_BL)
+        shown, shown_slot_M = targets_at(windows.mask_BL & ~is_masked_BL, windows.items_BL)
+        negatives_M = self._other_items(masked, windows, batch)
+        states_BLD = self._encode(windows.to(device), to_device(is_masked_BL, device))
+        masked, shown = masked.to(device), shown.to(device)
+        masked_slot_M, shown_slot_M, negatives_M = (
+            to_device(x, device) for x in (masked_slot_M, shown_slot_M, negatives_M)
+        )
         mapped = {name: self.heads[name](states_BLD) for name in ("aap", "mip", "map")}
         terms = {
-            "aap": self._attributes(mapped["aap"][shown_BL], windows.items_BL[shown_BL], batch),
+            "aap": self._attributes(take_slots(mapped["aap"], shown_slot_M), shown.item_M, batch),
             "mip": ranking_loss(
-                mapped["mip"][is_masked_BL],
-                self.item_encoder(masked_items_M),
+                take_slots(mapped["mip"], masked_slot_M),
+                self.item_encoder(masked.item_M),
                 self.item_encoder(negatives_M),
             ),
-            "map": self._attributes(mapped["map"][is_masked_BL], masked_items_M, batch),
-            "sp": self._segments(windows, batch.generator),
+            "map": self._attributes(take_slots(mapped["map"], masked_slot_M), masked.item_M, batch),
+            "sp": self._segments(windows, device, batch.generator),
         }
         losses = {name: term / len(windows.lengths_B) for name, term in terms.items()}
         weights = {name: getattr(self.settings, name) for name in losses}
@@ -161,7 +167,7 @@ class S3Rec(ItemIdRecommender):
         if windows.items_BL.shape[1] <= longest:
             return windows
         excess_B = (windows.lengths_B - longest).clamp_min(0)
-        columns_L = torch.arange(longest, device=windows.items_BL.device)
+        columns_L = torch.arange(longest)
         return Sequences(
             items_BL=windows.items_BL.gather(1, columns_L + excess_B[:, None]),
             lengths_B=windows.lengths_B - excess_B,
@@ -171,8 +177,8 @@ class S3Rec(ItemIdRecommender):
     def _draw_masks(self, windows: Sequences, generator: torch.Generator) -> Tensor:
         """Return (B, L) bool: a share of the items, and the last item of each row."""
         valid_BL = windows.mask_BL
-        random_BL = torch.rand(valid_BL.shape, generator=generator).to(valid_BL.device)
-        columns_L = torch.arange(valid_BL.shape[1], device=valid_BL.device)
+        random_BL = torch.rand(valid_BL.shape, generator=generator)
+        columns_L = torch.arange(valid_BL.shape[1])
         is_last_BL = columns_L == windows.lengths_B[:, None] - 1
         return ((random_BL < self.settings.mask_ratio) & valid_BL) | is_last_BL
 
@@ -188,37 +194,36 @@ class S3Rec(ItemIdRecommender):
         has_attribute_MA = multi_hot(items_M, batch.features, self.n_attributes)
         return attribute_loss(state_MD, self.attribute.weight, has_attribute_MA.to(state_MD))
 
-    def _other_items(
-        self, items_M: Tensor, windows: Sequences, is_masked_BL: Tensor, batch: Batch
-    ) -> Tensor:
-        """Draw for each masked item an item that is not in its row: (M,)."""
+    def _other_items(self, masked: Targets, windows: Sequences, batch: Batch) -> Tensor:
+        """Draw for each masked item an item that is not in its row: (M,), on the CPU."""
         n_items = batch.features.n_items
-        row_M = is_masked_BL.nonzero()[:, 0]
-        own_ML = torch.where(windows.mask_BL, windows.items_BL, -1)[row_M]
-        drawn_M = torch.randint(n_items, items_M.shape, generator=batch.generator)
-        drawn_M = drawn_M.to(items_M.device)
+        own_ML = torch.where(windows.mask_BL, windows.items_BL, -1)[masked.row_M]
+        drawn_M = torch.randint(n_items, masked.item_M.shape, generator=batch.generator)
         for _ in range(_REDRAWS):
-            again_M = torch.randint(n_items, items_M.shape, generator=batch.generator)
+            again_M = torch.randint(n_items, masked.item_M.shape, generator=batch.generator)
             is_own_M = (drawn_M[:, None] == own_ML).any(1)
-            drawn_M = torch.where(is_own_M, again_M.to(items_M.device), drawn_M)
+            drawn_M = torch.where(is_own_M, again_M, drawn_M)
         return drawn_M
 
-    def _segments(self, windows: Sequences, generator: torch.Generator) -> Tensor:
+    def _segments(
+        self, windows: Sequences, device: torch.device, generator: torch.Generator
+    ) -> Tensor:
         """Return the loss of the masked segments (SP, Eq. 11).
 
         A segment of 1 to half of the items is masked. Its own vector is that of the sequence in
         which all other items are masked; the negative has a segment of other rows in its place.
         """
         valid_BL, lengths_B = windows.mask_BL, windows.lengths_B
-        random_B2 = torch.rand(len(lengths_B), 2, generator=generator).to(lengths_B.device)
+        random_B2 = torch.rand(len(lengths_B), 2, generator=generator)
         size_B = 1 + (random_B2[:, 0] * (lengths_B // 2).clamp_min(1)).long()
         start_B = (random_B2[:, 1] * (lengths_B - size_B + 1)).long()
-        columns_L = torch.arange(valid_BL.shape[1], device=lengths_B.device)
+        columns_L = torch.arange(valid_BL.shape[1])
         inside_BL = (columns_L >= start_B[:, None]) & (columns_L < (start_B + size_B)[:, None])
         flat_I = windows.items_BL[valid_BL]
         shift_B = torch.randint(len(flat_I), (len(lengths_B),), generator=generator)
-        other_BL = flat_I[(shift_B.to(lengths_B.device)[:, None] + columns_L) % len(flat_I)]
-        others = Sequences(items_BL=other_BL, lengths_B=lengths_B)
+        other_BL = flat_I[(shift_B[:, None] + columns_L) % len(flat_I)]
+        others = Sequences(items_BL=other_BL, lengths_B=lengths_B).to(device)
+        windows, inside_BL = windows.to(device), to_device(inside_BL, device)
         context_BD, own_BD, other_BD = (
             last_state(self._encode(sequences, is_masked_BL), sequences)
             for sequences, is_masked_BL in (

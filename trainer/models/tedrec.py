@@ -41,7 +41,7 @@ from trainer.models.item_ids import ItemIdRecommender
 from trainer.models.text_transfer import RECBOLE
 from trainer.modules.adaptor import MixtureAdaptor
 from trainer.modules.fusion import learned
-from trainer.modules.sequence_encoders import SASRecEncoder, last_state
+from trainer.modules.sequence_encoders import SASRecEncoder, last_state, take_slots
 from trainer.modules.transformer import initialise, positions_from_end
 
 
@@ -100,11 +100,11 @@ class TedRec(ItemIdRecommender):
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """Return the next-item loss over the predicted positions."""
-        inputs, targets, is_target_BL = self.targets(batch)
+        inputs, targets, slot_M = self.targets(batch)
         drawn = self.next_item_loss.draw(targets, batch)
         items = self.batch_items(batch, drawn)
         states_BLD = self.fused_states(inputs, batch.features)
-        query_MD = self.settings.normalise(states_BLD[is_target_BL])
+        query_MD = self.settings.normalise(take_slots(states_BLD, slot_M))
         return {"loss": self.next_item_loss(query_MD, items, targets, batch, drawn)}
 
     def fused_states(self, sequences: Sequences, features: ItemFeatures) -> Tensor:

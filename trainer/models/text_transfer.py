@@ -17,6 +17,7 @@ from torch import Tensor
 
 from trainer.config import Choice, PositiveInt, Probability, Temperature
 from trainer.data.batches import Batch
+from trainer.data.device_copy import to_device
 from trainer.losses.base import SCORES, ItemVectors, Targets
 from trainer.models.base import Catalogue, Pretraining
 from trainer.models.causal import CausalSettings
@@ -98,7 +99,8 @@ class TargetColumns:
     @classmethod
     def of(cls, items: ItemVectors, targets: Targets) -> "TargetColumns":
         """Select the vectors of the distinct targets."""
-        ids_C, counts_C = targets.item_M.unique(return_counts=True)
+        distinct = targets.on_host.item_M.unique(return_counts=True)
+        ids_C, counts_C = (to_device(x, targets.item_M.device) for x in distinct)
         columns = ItemVectors(vectors_KD=items.gather(ids_C), ids_K=ids_C)
         return cls(items=columns, counts_C=counts_C)
 

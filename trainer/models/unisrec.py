@@ -41,7 +41,7 @@ from trainer.models.text_transfer import (
 )
 from trainer.modules.adaptor import MixtureAdaptor
 from trainer.modules.fusion import learned
-from trainer.modules.sequence_encoders import last_state
+from trainer.modules.sequence_encoders import last_state, take_slots
 from trainer.modules.transformer import initialise
 
 
@@ -108,11 +108,11 @@ class UniSRec(TextTransferRecommender):
     def contrast(self, batch: Batch) -> dict[str, Tensor]:
         """Return the two contrasts of the pre-training, and their weighted sum as ``loss``."""
         settings = self.settings
-        inputs, targets, is_target_BL = self.targets(batch)
+        inputs, targets, slot_M = self.targets(batch)
         items = self.distinct_items(batch)
         states_BLD = self.states(items, inputs)
         columns = TargetColumns.of(self.normalised(items), targets)
-        query_MD = settings.normalise(states_BLD[is_target_BL])
+        query_MD = settings.normalise(take_slots(states_BLD, slot_M))
         next_item = contrast_next_items(query_MD, columns, targets, settings.scale)
         copies = drop_items(inputs, settings.drop, batch.generator)
         history_BD, copy_BD = (
@@ -220,14 +220,14 @@ def drop_items(sequences: Sequences, share: float, generator: torch.Generator) -
         share: Probability that an item is dropped.
         generator: Generator on the CPU.
     """
-    valid_BL = sequences.mask_BL
-    random_BL = torch.rand(valid_BL.shape, generator=generator).to(valid_BL.device)
-    kept_BL = random_BL >= share
+    rows = sequences.on_host
+    kept_BL = torch.rand(rows.items_BL.shape, generator=generator) >= share
     kept_BL[:, 0] = True
-    kept_BL &= valid_BL
+    kept_BL &= rows.mask_BL
     order_BL = (~kept_BL).to(torch.uint8).argsort(dim=1, stable=True)
-    return Sequences(
-        items_BL=sequences.items_BL.gather(1, order_BL),
+    copies = Sequences(
+        items_BL=rows.items_BL.gather(1, order_BL),
         lengths_B=kept_BL.sum(1),
-        users_B=sequences.users_B,
+        users_B=rows.users_B,
     )
+    return copies.to(sequences.items_BL.device)

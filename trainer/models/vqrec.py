@@ -39,6 +39,7 @@ from torch.nn import functional
 from features.schema import FEATURE_MODALITIES
 from trainer.config import PositiveInt, Probability, Range
 from trainer.data.batches import Batch, ItemFeatures, TrainSet
+from trainer.data.device_copy import to_device
 from trainer.distributed import gather_ids, gather_rows, global_mean_rows
 from trainer.losses.base import Targets
 from trainer.models.base import Catalogue
@@ -48,6 +49,7 @@ from trainer.models.text_transfer import (
     TextTransferSettings,
 )
 from trainer.modules.product_codes import CodeEmbedding
+from trainer.modules.sequence_encoders import take_slots
 from trainer.modules.transformer import initialise
 
 
@@ -131,10 +133,10 @@ class VQRec(TextTransferRecommender):
 
     def contrast(self, batch: Batch) -> dict[str, Tensor]:
         """Return the contrast of histories with their next items (Eq. 7 of the paper)."""
-        inputs, targets, is_target_BL = self.targets(batch)
+        inputs, targets, slot_M = self.targets(batch)
         items = self.distinct_items(batch)
         columns = TargetColumns.of(self.normalised(items), targets)
-        query_MD = self.settings.normalise(self.states(items, inputs)[is_target_BL])
+        query_MD = self.settings.normalise(take_slots(self.states(items, inputs), slot_M))
         synthetic_MD = self.encode_codes(self._synthetic_codes(targets, batch.generator))
         loss = contrast_with_synthetic(
             query_MD, columns, targets, self.settings.normalise(synthetic_MD), self.settings.scale
@@ -160,8 +162,10 @@ class VQRec(TextTransferRecommender):
                 embedding.size, codes_MC.shape, generator=generator, dtype=torch.int32
             )
             replaced_MC = torch.rand(codes_MC.shape, generator=generator) < self.settings.synthetic
-            device = codes_MC.device
-            mixed[name] = torch.where(replaced_MC.to(device), random_MC.to(device), codes_MC)
+            random_MC, replaced_MC = (
+                to_device(x, codes_MC.device) for x in (random_MC, replaced_MC)
+            )
+            mixed[name] = torch.where(replaced_MC, random_MC, codes_MC)
         return mixed
 
 

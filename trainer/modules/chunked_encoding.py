@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from trainer.data.batches import ItemFeatures, Sequences
+from trainer.data.device_copy import to_device
 from trainer.kernels.activation_checkpoint import checkpoint_elementwise, tokens_per_chunk
 from trainer.modules.multimodal_encoder import MultimodalEncoder
 
@@ -30,32 +31,37 @@ def encode_slots_in_chunks(
         encoder: The encoder.
         sequences: Items of the slots.
         features: Features of the whole catalogue.
-        hidden_BL: (B, L) bool, true where the slot gets the mask token; ``None``: no slot.
-        selected_BL: (B, L) bool, true for the slots to encode.
+        hidden_BL: (B, L) bool, on the CPU, true where the slot gets the mask token; ``None``: no
+            slot.
+        selected_BL: (B, L) bool, on the CPU, true for the slots to encode.
 
     Returns:
-        (M, D) vectors of the selected slots, sequence by sequence, and (B,) int64, the order of the
-        sequences in these vectors.
+        (M, D) vectors of the selected slots, sequence by sequence, and (B,) int64, on the CPU, the
+        order of the sequences in these vectors.
     """
-    item_K, row_BL = sequences.items_BL.unique(return_inverse=True)
-    items = encoder.embed_items(item_K, features)
-    lengths_B = sequences.lengths_B
+    device = sequences.items_BL.device
+    rows = sequences.on_host
+    item_K, row_BL = rows.items_BL.unique(return_inverse=True)
+    items = encoder.embed_items(to_device(item_K, device), features)
+    lengths_B = rows.lengths_B
     if hidden_BL is None:
         hidden_BL = torch.zeros_like(selected_BL)
 
     def encode(order_B: Tensor) -> Tensor:
         items_BL, rows_BL, hides_BL, selects_BL = (
             x_BL[order_B, : int(lengths_B[order_B].max())]
-            for x_BL in (sequences.items_BL, row_BL, hidden_BL, selected_BL)
+            for x_BL in (rows.items_BL, row_BL, hidden_BL, selected_BL)
         )
-        chunk = Sequences(items_BL=items_BL, lengths_B=lengths_B[order_B])
+        slot_M = selects_BL.flatten().nonzero()[:, 0]
+        rows_BL, hides_BL, slot_M = (to_device(x, device) for x in (rows_BL, hides_BL, slot_M))
+        chunk = Sequences(items_BL=items_BL, lengths_B=lengths_B[order_B]).to(device)
         tokens = encoder.embed_slots(chunk, rows_BL, items, features, hides_BL)
-        return encoder.encode_slots(*tokens, selects_BL)
+        return encoder.encode_slots(*tokens, slot_M)
 
     width = len(encoder.names) * sequences.items_BL.shape[1]  # tokens of a sequence
     size = _tokens_per_chunk(encoder, len(lengths_B) * width)
     if not size:
-        order_B = torch.arange(len(lengths_B), device=lengths_B.device)
+        order_B = torch.arange(len(lengths_B))
         return encode(order_B), order_B
     order_B = lengths_B.argsort(stable=True)
     chunks = order_B.split(max(1, size // width))

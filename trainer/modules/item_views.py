@@ -13,6 +13,7 @@ from torch.nn import functional
 from trainer.data.batches import ItemFeatures
 from trainer.kernels.elementwise import dropout
 from trainer.modules.multimodal_encoder import MultimodalEncoder
+from trainer.modules.tokens import all_exist
 
 View = tuple[Sequence[str], Tensor]
 """The modalities that a view encodes, and (M,) int64, the indices of its items in ``item_K``."""
@@ -61,7 +62,7 @@ def encode_views(
         x_MCD = torch.cat([tokens[number].x_MCD for number in group])
         exists_MC = torch.cat([tokens[number].exists_MC for number in group])
         x_MCD = dropout(x_MCD, encoder.settings.embed_dropout, encoder.training)
-        states_MCD = encoder.transformer(x_MCD, None if bool(exists_MC.all()) else exists_MC)
+        states_MCD = encoder.transformer(x_MCD, None if all_exist(exists_MC) else exists_MC)
         sizes = [len(tokens[number].x_MCD) for number in group]
         for number, state_MCD in zip(group, states_MCD.split(sizes), strict=True):
             view = tokens[number]

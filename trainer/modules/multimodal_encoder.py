@@ -22,7 +22,7 @@ from trainer.config import Choice, PositiveInt, Probability, Temperature
 from trainer.data.batches import ItemFeatures, Sequences, TrainSet
 from trainer.kernels.elementwise import dropout
 from trainer.losses.base import SCORES, LossSettings
-from trainer.modules.sequence_encoders import SequenceSettings
+from trainer.modules.sequence_encoders import SequenceSettings, take_slots
 from trainer.modules.tokens import all_exist
 from trainer.modules.transformer import initialise, positions_from_end
 from trainer.modules.whitening import Whitening
@@ -206,22 +206,23 @@ class MultimodalEncoder(nn.Module):
         tokens_BLCD = dropout(self.norm(tokens_BLCD), self.settings.embed_dropout, self.training)
         return tokens_BLCD, (present_BLC | replaced_BLC) & valid_BL[..., None]
 
-    def encode_slots(self, tokens_BLCD: Tensor, exists_BLC: Tensor, selected_BL: Tensor) -> Tensor:
+    def encode_slots(self, tokens_BLCD: Tensor, exists_BLC: Tensor, slot_M: Tensor) -> Tensor:
         """Encode tokens, and return the vectors of the selected slots.
 
         Args:
             tokens_BLCD: Tokens, as :meth:`embed_slots` returns them.
             exists_BLC: Bool, true where a token exists.
-            selected_BL: Bool, true for the slots to return.
+            slot_M: (M,) int64, the slots to return, as indices in the flattened B x L.
 
         Returns:
-            (M, D), sequence by sequence; with ``score=cosine`` of length 1.
+            (M, D); with ``score=cosine`` of length 1.
         """
         B, L, C, D = tokens_BLCD.shape
         mask = self.attention_mask(exists_BLC)
-        selected_BT = selected_BL[..., None].expand(B, L, C).reshape(B, L * C)
-        states = self.transformer(tokens_BLCD.view(B, L * C, D), mask, selected_BT)
-        vectors_MD = self.pool(states.view(-1, C, D), exists_BLC[selected_BL], self.names)
+        token_MC = slot_M[:, None] * C + torch.arange(C, device=slot_M.device)
+        states = self.transformer(tokens_BLCD.view(B, L * C, D), mask, token_MC.flatten())
+        exists_MC = take_slots(exists_BLC, slot_M)
+        vectors_MD = self.pool(states.view(-1, C, D), exists_MC, self.names)
         return self.settings.normalise(vectors_MD)
 
     def attention_mask(self, exists_BLC: Tensor) -> Tensor | None:
@@ -274,7 +275,7 @@ class MultimodalEncoder(nn.Module):
         row_K1 = torch.arange(len(item_K), device=item_K.device)[:, None]
         items = self.embed_items(item_K, features, identity_KD)
         tokens = self.embed_slots(sequences, row_K1, items, features)
-        vectors_KD = self.encode_slots(*tokens, sequences.mask_BL)
+        vectors_KD = self.encode_slots(*tokens, row_K1[:, 0])
         if items.identity_KD is not None:
             vectors_KD = self.settings.normalise(vectors_KD + items.identity_KD)
         return vectors_KD

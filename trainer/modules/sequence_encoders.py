@@ -214,3 +214,13 @@ def last_state(states_BLD: Tensor, sequences: Sequences) -> Tensor:
     """Return the state at the last item of each sequence: (B, D)."""
     rows_B = torch.arange(len(states_BLD), device=states_BLD.device)
     return states_BLD[rows_B, sequences.lengths_B - 1]
+
+
+def take_slots(x_BLD: Tensor, slot_M: Tensor) -> Tensor:
+    """Return the vectors of some slots: (M, D).
+
+    Args:
+        x_BLD: A vector for each slot.
+        slot_M: (M,) int64, indices of slots in the flattened B x L.
+    """
+    return x_BLD.flatten(0, 1).index_select(0, slot_M)

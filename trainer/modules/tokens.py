@@ -12,11 +12,13 @@ Tokens = tuple[Tensor, Tensor]
 
 
 def all_exist(mask: Tensor) -> bool:
-    """Return whether a mask is true everywhere, so that it can be left out.
+    """Return True if a mask is true everywhere, so that it can be left out.
 
-    In a graph that is exported, where the values are unknown, the result is False.
+    Only a mask on the CPU is read. The result is False for a mask on another device, where reading
+    would wait, and in a graph that is exported, where the values are unknown.
     """
-    return not torch.compiler.is_exporting() and bool(mask.all())
+    is_readable = mask.device.type == "cpu" and not torch.compiler.is_exporting()
+    return is_readable and bool(mask.all())
 
 
 def masked_mean(x_KTD: Tensor, mask_KT: Tensor) -> Tensor:

@@ -118,7 +118,7 @@ class Transformer(nn.Module):
         return self._compiled_call_impl is not None
 
     def forward(
-        self, x_BTD: Tensor, mask: Tensor | None = None, selected_BT: Tensor | None = None
+        self, x_BTD: Tensor, mask: Tensor | None = None, selected_M: Tensor | None = None
     ) -> Tensor:
         """Encode tokens.
 
@@ -127,13 +127,12 @@ class Transformer(nn.Module):
             mask: True where a token may be attended to, (B, T) or (B or 1, T, T), see
                 :func:`trainer.kernels.attention.self_attention`. A causal stack takes no mask: with
                 padding on the right, no token attends to padding.
-            selected_BT: (B, T) bool. The last block computes only the outputs of the M tokens where
-                it is true; ``None``: those of all tokens.
+            selected_M: Indices of tokens in the flattened B x T. The last block computes only the
+                outputs of these tokens; ``None``: those of all tokens.
 
         Returns:
-            (B, T, D), or with ``selected_BT`` (M, D), row by row.
+            (B, T, D), or (M, D) with ``selected_M``.
         """
-        selected_M = None if selected_BT is None else selected_BT.flatten().nonzero()[:, 0]
         *first, last = self.blocks
         for block in first:
             x_BTD = block(x_BTD, mask)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainer.data.batches import TrainSet
-from trainer.data.negative_sampling import sample_unseen
+from trainer.data.negative_sampling import draw_others, sample_unseen
 from trainer.losses.bce import sampled_bce
 
 
@@ -65,3 +65,20 @@ def test_the_loss_by_hand() -> None:
     assert halved.item() == pytest.approx(expected)
     none = sampled_bce(query, positive, negative, torch.zeros(2, dtype=torch.bool))
     assert none.item() == pytest.approx(expected - math.log1p(math.exp(-1)))
+
+
+@pytest.mark.parametrize(("taken", "count"), [([], 3), ([0, 9], 4), ([2], 4), ([2, 5, 8], 7)])
+def test_others_are_drawn_evenly_in_each_place(taken: list[int], count: int) -> None:
+    """Each item that is not taken is as often the first, the second and so on as any other."""
+    n_items, rounds = 10, 3000
+    others = [item for item in range(n_items) if item not in taken]
+    generator = torch.Generator().manual_seed(2)
+    drawn = torch.stack(
+        [draw_others(torch.tensor(taken).long(), n_items, count, generator) for _ in range(rounds)]
+    )
+    assert all(len(row.unique()) == count for row in drawn)
+    for place in range(count):
+        counts = drawn[:, place].bincount(minlength=n_items)
+        assert counts[taken].sum() == 0
+        expected = rounds / len(others)
+        assert ((counts[others] - expected).abs() < 5 * expected**0.5).all()

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.trainer import worlds
 from tests.trainer.losses import in_batch_reference as reference
-from trainer.data.batches import Sequences
+from trainer.data.batches import Sequences, log_popularity
 from trainer.losses import chunked_scores, clip
 from trainer.losses.base import ItemVectors, LossSettings, Targets
 from trainer.losses.clip import in_batch_symmetric
@@ -21,7 +21,6 @@ from trainer.losses.in_batch import (
     ExcludedLabels,
     InBatch,
     in_batch,
-    log_popularity,
     own_items,
 )
 

@@ -127,3 +127,26 @@ def test_the_estimate_is_right_in_the_mean() -> None:
         sums.append((item[part.items_X] @ query[0] + part.offset_X).exp().sum())
     expected = (item @ query[0]).exp().sum().item()
     assert torch.stack(sums).mean().item() == pytest.approx(expected, rel=0.05)
+
+
+def test_candidates_cost_nothing_for_the_other_items() -> None:
+    """Anything of the size of this catalogue would not fit into memory."""
+    items, generator = 10**12, torch.Generator().manual_seed(0)
+    part = draw_candidates(torch.tensor([5, 10**11, 5]), items, 1000, generator)
+    assert len(part.items_X.unique()) == len(part.items_X) == 1000
+    assert part.items_X[part.target_M].tolist() == [5, 10**11, 5]
+    assert part.offset_X[2:].double().exp().sum().item() == pytest.approx(items, rel=1e-4)
+    assert part.items_X.double().mean().item() == pytest.approx(items / 2, rel=0.1)
+
+
+@pytest.mark.parametrize("items", [20, 100])
+def test_the_estimate_is_right_in_the_mean_with_rejected_draws(items: int) -> None:
+    """Of 20 items most are taken, so the others are permuted; of 100 items draws are rejected."""
+    generator = torch.Generator().manual_seed(1)
+    score = torch.randn(items, generator=generator)
+    target = torch.tensor([3, 7, 3, 0])
+    sums = []
+    for _ in range(3000):
+        part = draw_candidates(target, items, 13, generator)
+        sums.append((score[part.items_X] + part.offset_X).exp().sum())
+    assert torch.stack(sums).mean().item() == pytest.approx(float(score.exp().sum()), rel=0.03)

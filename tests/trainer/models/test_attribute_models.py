@@ -148,7 +148,7 @@ def test_pretraining_is_the_sum_of_the_four_objectives(monkeypatch: pytest.Monke
     rows = [[0, 1, 2, 3], [5, 6]]
     is_masked = torch.tensor([[False, True, False, True], [False, True, False, False]])
     monkeypatch.setattr(model, "_draw_masks", lambda *args: is_masked)
-    monkeypatch.setattr(model, "_other_items", lambda items, *args: (items + 5) % N)
+    monkeypatch.setattr(model, "_other_items", lambda masked, *args: (masked.item_M + 5) % N)
     batch = worlds.batch(sequences(rows), features(), torch.Generator().manual_seed(1))
     losses = model.loss(batch)
 

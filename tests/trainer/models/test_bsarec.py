@@ -87,9 +87,9 @@ def test_a_row_for_each_prefix_predicts_only_its_last_item() -> None:
     model: Any = worlds.build("bsarec", features, rows="prefixes").eval()
     rows = Sequences(items_BL=torch.tensor([[1, 2, 3], [4, 5, 0]]), lengths_B=torch.tensor([3, 2]))
     batch = worlds.batch(rows, features, torch.Generator())
-    _, targets, is_target_BL = model.targets(batch)
+    _, targets, slot_M = model.targets(batch)
     assert targets.item_M.tolist() == [3, 5]
-    assert is_target_BL.tolist() == [[False, True], [True, False]]
+    assert slot_M.tolist() == [1, 2]
 
 
 def test_each_prefix_of_a_training_history_is_one_row() -> None:

@@ -1,0 +1,175 @@
+"""A training step never waits for its device.
+
+The steps run on torch's ``meta`` device, whose tensors have shapes and no values. What needs a
+value there raises an error: ``item``, ``tolist``, ``bool``, ``numpy``, ``cpu``, and operators whose
+shapes depend on values, such as ``nonzero``, ``unique`` and an index by a mask. A dispatch mode
+adds what the meta device does not check: where an index is, and how a tensor of the host is copied.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from tests.trainer import worlds
+from trainer import loop, step_losses
+from trainer.config import TrainConfig
+from trainer.data.batches import Batch, ItemFeatures, TrainingData
+from trainer.loop import fit
+from trainer.models.sasrec import SASRec
+from trainer.step_losses import StepLosses
+from trainer.tasks.base import Validation
+from trainer.tasks.next_item import NextItem
+
+N = 12
+META = torch.device("meta")
+CASES: list[tuple[str, dict[str, Any]]] = [
+    *((name, {}) for name in worlds.trained_models()),
+    *(("sasrec", {"loss": loss}) for loss in ("in-batch", "bce", "bpr", "top1-max")),
+    ("sasrec", {"loss": "in-batch", "exclude": "window"}),
+    ("sasrec", {"loss": "bpr-max", "negatives": 4, "negatives_power": 0.5}),
+    ("sasrec", {"candidates": 4}),
+    ("sasrec", {"rows": "prefixes", "score": "cosine"}),
+    ("mmsrec", {"candidates": 4, "ids": True}),
+    ("mmsrec", {"loss": "in-batch", "missing": "mask"}),
+    ("mmsrec", {"objective": "next", "loss": "bce"}),
+    ("bert4rec", {"loss": "in-batch"}),
+    ("carca", {"rows": "prefixes"}),
+    ("duorec", {"rows": "prefixes"}),
+    ("fmrlrec", {"loss": "bce"}),
+    ("mmsr", {"loss": "bce", "fusion": "co-attention"}),
+    ("mmsr", {"sequence_encoder": "gru", "fusion": "film", "dnn": True}),
+    ("pmmrec", {"align": "nicl", "nid": True, "rcl": True}),
+    ("pmmrec", {"align": "vcl", "dap": False}),
+    ("unisrec", {"objective": "contrast"}),
+    ("vqrec", {"objective": "contrast"}),
+]
+
+
+class Copies(TorchDispatchMode):
+    """Raises an error for an operator that reads two devices, or a copy that waits."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        on_host = [x for x in tensors if x.device.type == "cpu" and x.dim()]
+        on_device = [x for x in tensors if x.device.type == "meta"]
+        name = func._schema.name
+        if name == "aten::_to_copy" and on_host and kwargs.get("device") == META:
+            assert kwargs.get("non_blocking"), "a copy to the device waits"
+        elif name == "aten::copy_" and on_host and on_device:
+            assert kwargs.get("non_blocking") or args[2:] == (True,), "a copy to the device waits"
+        else:
+            assert not (on_host and on_device), f"{name} reads tensors of the host and the device"
+        return func(*args, **kwargs)
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Replace what reads or saves results; return the steps after which losses are read."""
+    steps: list[int] = []
+
+    def read(self: StepLosses) -> None:
+        if self._unread:
+            steps.append(self._state.step)
+            assert {values.device for values in self._unread} == {META}
+            self._unread.clear()
+
+    validation = Validation(metrics={}, users=1, monitored=0.0, shown={})
+    monkeypatch.setattr(StepLosses, "read", read)
+    monkeypatch.setattr(step_losses, "_SECONDS_BETWEEN_READS", math.inf)
+    monkeypatch.setattr(NextItem, "validate", lambda *args: validation)
+    monkeypatch.setattr(loop, "save_state", lambda *args: None)
+    monkeypatch.setattr(loop, "save_weights", lambda *args: None)
+    # The meta device has no autocast.
+    for name in ("is_autocast_enabled", "get_autocast_dtype"):
+        real = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda device, real=real: real("cpu"))
+    autocast = torch.autocast
+    monkeypatch.setattr(
+        torch, "autocast", lambda device, *args, **options: autocast("cpu", *args, **options)
+    )
+    return steps
+
+
+def features_on_device(features: ItemFeatures) -> ItemFeatures:
+    copies = ItemFeatures(
+        n_items=N,
+        vectors={name: x.to(META) for name, x in features.vectors.items()},
+        present={name: x.to(META) for name, x in features.present.items()},
+        attributes={name: x.to(META) for name, x in features.attributes.items()},
+    )
+    vars(copies)["present_on_host"] = features.present  # a training reads it once
+    return copies
+
+
+def train(name: str, folder: Path, **settings: Any) -> None:
+    """Train an epoch on the meta device by ``fit``."""
+    model = worlds.build(name, worlds.features(N), **settings).to(META)
+    features = features_on_device(worlds.features(N))
+    data = TrainingData(worlds.cycles(n_items=N), features, META)
+    config = TrainConfig(epochs=1, batch_size=16, device="cpu")
+    with Copies():  # type: ignore[no-untyped-call]
+        state = fit(
+            NextItem(model, data), config, folder, {},
+            on_epoch=lambda row: None, on_progress=lambda progress: None,
+        )  # fmt: skip
+    assert state.steps > 2
+
+
+@pytest.mark.parametrize(("name", "settings"), CASES, ids=str)
+def test_a_step_reads_nothing_back(
+    name: str, settings: dict[str, Any], tmp_path: Path, reads: list[int]
+) -> None:
+    train(name, tmp_path, **settings)
+    assert reads[0] == 1
+
+
+WAITS: dict[str, Any] = {
+    "item": lambda x: x.sum().item(),
+    "tolist": lambda x: x.tolist(),
+    "bool": lambda x: bool((x > 0).any()),
+    "cpu": lambda x: x.cpu(),
+    "numpy": lambda x: x.detach().numpy(),
+    "nonzero": lambda x: x.nonzero(),
+    "unique": lambda x: x.unique(),
+    "mask": lambda x: x[x > 0],
+    "masked_select": lambda x: x.masked_select(x > 0),
+    "repeat_interleave": lambda x: x.repeat_interleave(torch.ones(N, dtype=torch.int64)),
+    "counts of repeat_interleave": lambda x: x[:, 0].repeat_interleave(x[:, 0].long()),
+    "bincount": lambda x: x[:, 0].long().bincount(),
+    "index of the host": lambda x: x[torch.zeros(2, dtype=torch.int64)],
+    "copy": lambda x: torch.ones(2).to(x.device),
+    "copy into": lambda x: torch.empty(2, device=x.device).copy_(torch.ones(2)),
+}
+
+
+@pytest.mark.parametrize("wait", WAITS)
+def test_a_step_that_waits_is_refused(
+    wait: str, tmp_path: Path, reads: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = SASRec.loss
+
+    def loss(self: SASRec, batch: Batch) -> dict[str, Tensor]:
+        WAITS[wait](self.item_encoder.weight)
+        return real(self, batch)
+
+    monkeypatch.setattr(SASRec, "loss", loss)
+    with pytest.raises((RuntimeError, TypeError, AssertionError)):
+        train("sasrec", tmp_path)
+
+
+def test_losses_are_read_every_twenty_steps(tmp_path: Path, reads: list[int]) -> None:
+    model = worlds.build("sasrec", worlds.features(N)).to(META)
+    data = TrainingData(worlds.cycles(n_items=N), features_on_device(worlds.features(N)), META)
+    config = TrainConfig(epochs=1, batch_size=1, device="cpu")
+    fit(
+        NextItem(model, data), config, tmp_path, {},
+        on_epoch=lambda row: None, on_progress=lambda progress: None,
+    )  # fmt: skip
+    assert reads == [1, 21, 41, 61, 70]

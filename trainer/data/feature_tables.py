@@ -96,7 +96,7 @@ def load_features(
         )
         if table.level == "pooled":
             matrix = table.read(*expected)
-            vectors[name] = torch.from_numpy(matrix.vectors).to(device).float()
+            vectors[name] = torch.from_numpy(matrix.vectors).to(device)
             present[name] = torch.from_numpy(matrix.present).to(device)
             provenance = matrix.provenance
         else:

@@ -154,7 +154,7 @@ def _hash_rows(x_ND: Tensor) -> Tensor:
     """Return (N,) int64 hashes of rows; different rows have equal hashes with low probability."""
     factors = np.random.default_rng(0).integers(-(2**62), 2**62, x_ND.shape[1])
     factor_D = torch.from_numpy(factors * 2 + 1).to(x_ND.device)
-    blocks = x_ND.view(torch.int32).split(2**16)
+    blocks = (block.float().view(torch.int32) for block in x_ND.split(2**16))
     return torch.cat([(block.long() * factor_D).sum(1) for block in blocks])
 
 
@@ -199,6 +199,6 @@ def raw_sides(features: ItemFeatures, pool_K: Tensor) -> tuple[Tensor, Tensor] |
     for name in sides.vision:
         vision_ND, text_ND = features.vectors[name], features.vectors[sides.text[0]]
         if vision_ND.shape == text_ND.shape and bool(features.present[name][pool_K].all()):
-            vision_KD, text_KD = vision_ND[pool_K], text_ND[pool_K]
+            vision_KD, text_KD = vision_ND[pool_K].float(), text_ND[pool_K].float()
             return torch.nn.functional.normalize(vision_KD), torch.nn.functional.normalize(text_KD)
     return None

@@ -184,6 +184,6 @@ def item_tokens(
                 x_KTD, mask_KT = backbones[name](x_KTD, mask_KT)
             tokens[name] = x_KTD, mask_KT
         else:
-            vector_K1D = features.vectors[name][item_K][:, None]
+            vector_K1D = features.rows(name, item_K)[:, None]
             tokens[name] = vector_K1D, features.present[name][item_K][:, None]
     return tokens

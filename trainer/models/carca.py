@@ -153,7 +153,7 @@ class CARCA(Recommender):
 
     def encode_items(self, features: ItemFeatures) -> Tensor:
         """Return the vectors of all items without a date: (N, D)."""
-        feature_NW = torch.cat([features.vectors[name] for name in self.names], dim=1)
+        feature_NW = torch.cat([features.vectors[name].float() for name in self.names], dim=1)
         joined = torch.cat([self.item.weight, self.features_map(feature_NW)], dim=1)
         vectors_ND: Tensor = self.join(joined)
         return vectors_ND

@@ -146,7 +146,7 @@ class FDSA(ItemIdRecommender):
     def item_features(self, items_K: Tensor, features: ItemFeatures) -> Tensor:
         """Return the attention over the fields of each item: (K, D); zero without any field."""
         fields = [
-            (self.projections[name](features.vectors[name][items_K]), present_N[items_K])
+            (self.projections[name](features.rows(name, items_K)), present_N[items_K])
             for name, present_N in features.present.items()
             if name in self.names
         ]

@@ -130,7 +130,7 @@ class _Projection(nn.Module):
         """Return the item vectors: (K, D)."""
         vectors_KD = self.bias_D.expand(len(items_K), -1)
         for name, project in self.inputs.items():
-            unit_KW = functional.normalize(features.vectors[name][items_K], dim=-1)
+            unit_KW = functional.normalize(features.rows(name, items_K), dim=-1)
             vectors_KD = vectors_KD + project(unit_KW) * features.present[name][items_K, None]
         return vectors_KD
 

@@ -144,7 +144,7 @@ class _TextEncoder(nn.Module):
         mapped = [
             torch.where(
                 features.present[name][items_BL][..., None],
-                adaptor(features.vectors[name][items_BL], positions_BL),
+                adaptor(features.rows(name, items_BL), positions_BL),
                 self.absent[number],
             )
             for number, (name, adaptor) in enumerate(self.adaptors.items())

@@ -155,7 +155,7 @@ class _Adaptors(nn.Module):
         adapted = [
             torch.where(
                 features.present[name][items_K, None],
-                adaptor(features.vectors[name][items_K]),
+                adaptor(features.rows(name, items_K)),
                 self.absent[number],
             )
             for number, (name, adaptor) in enumerate(self.adaptors.items())

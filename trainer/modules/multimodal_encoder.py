@@ -129,7 +129,7 @@ class MultimodalEncoder(nn.Module):
 
     def embed_modality(self, name: str, item_K: Tensor, features: ItemFeatures) -> Tensor:
         """Return the projected features of one modality: (K, D)."""
-        x_KW = features.vectors[name][item_K]
+        x_KW = features.rows(name, item_K)
         if self.settings.whiten:
             x_KW = self.whitening[name](x_KW)
         projected_KD: Tensor = self.inputs[name](x_KW)

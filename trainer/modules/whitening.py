@@ -10,6 +10,7 @@ Legend: K items, W width of the features.
 import torch
 from torch import Tensor, nn
 
+_ITEMS_PER_CHUNK = 2**16  # that are converted to float64 together
 _LEAST_VARIANCE = 1e-3  # relative to the mean variance; bounds the scale of nearly constant axes
 
 
@@ -36,14 +37,17 @@ class Whitening(nn.Module):
         identity. If all items have equal features, they are only centred.
 
         Args:
-            x_KW: Features of the K items to fit.
+            x_KW: (K, W) features of the items to fit, in any precision.
         """
         if not len(x_KW):
             return
-        x_KW = x_KW.double()
-        mean_W = x_KW.mean(0)
-        centred_KW = x_KW - mean_W
-        variances_W, axes_WW = torch.linalg.eigh(centred_KW.T @ centred_KW / len(x_KW))
+        chunks = x_KW.split(_ITEMS_PER_CHUNK)
+        mean_W = torch.stack([x.double().sum(0) for x in chunks]).sum(0) / len(x_KW)
+        covariance_WW = x_KW.new_zeros((x_KW.shape[1],) * 2, dtype=torch.float64)
+        for x in chunks:
+            centred = x.double() - mean_W
+            covariance_WW += centred.T @ centred
+        variances_W, axes_WW = torch.linalg.eigh(covariance_WW / len(x_KW))
         variances_W = variances_W.clamp_min(0)
         self.mean_W.copy_(mean_W)
         if spread := float(variances_W.mean()):

@@ -1,5 +1,6 @@
 """Options that several commands share."""
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -48,6 +49,27 @@ DeviceOption = Annotated[
     str | None,
     typer.Option("--device", help="auto, cpu, cuda or cuda:N; default: the device of the run."),
 ]
+
+
+_SIZE = re.compile(r"(?P<number>\d+(\.\d+)?) ?(?P<unit>[KMGT])(?P<binary>i?)B?", re.IGNORECASE)
+
+
+def parse_size(text: str) -> int:
+    """Return a size in bytes.
+
+    Raises:
+        UserError: The text is no size.
+
+    Examples:
+        >>> parse_size("8GB"), parse_size("512MiB"), parse_size("1.5g")
+        (8000000000, 536870912, 1500000000)
+    """
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise UserError(f"--memory {text!r} is no size; give a number and a unit, such as 8GB")
+    base = 1024 if match["binary"] else 1000
+    power = 1 + "KMGT".index(match["unit"].upper())
+    return int(float(match["number"]) * base**power)
 
 
 def choose_run(warehouse: Warehouse, name: str | None, option: str | None = None) -> Path:

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 from cli import console
-from cli.options import JsonOption, WarehouseOption
+from cli.options import JsonOption, WarehouseOption, parse_size
 from features.errors import UserError
+from features.memory import format_size
 from features.signals import exit_code
 from features.warehouse import Warehouse
 from trainer.tracking.registry import check_trackers
@@ -68,6 +69,17 @@ TrackOption = Annotated[
     ),
 ]
 RunOption = Annotated[str | None, typer.Option("--run", help="Run to resume.")]
+MemoryOption = Annotated[
+    str | None,
+    typer.Option(
+        "--memory",
+        metavar="SIZE",
+        help="Most memory of the training, such as 8GB; default: what is free.",
+    ),
+]
+DryRunOption = Annotated[
+    bool, typer.Option("--dry-run", help="Print what the training takes, and train nothing.")
+]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,11 +98,15 @@ class NewRun:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainOutput:
-    """The options on where a training is shown; they do not change it."""
+    """The options on how a training is checked and shown; they do not change it."""
 
     track: list[str]
     """Names of trackers."""
     json: bool
+    memory: int | None = None
+    """Most bytes that the training may take; ``None``: what is free."""
+    is_dry_run: bool = False
+    """Build the model, print the estimate, and stop."""
 
 
 def training_command(
@@ -112,13 +128,20 @@ def training_command(
         resume: bool,
         run: str | None,
         track: list[str] | None,
+        memory: str | None,
+        dry_run: bool,
         json: bool,
         root: Path | None,
         **options: Any,
     ) -> None:
         new = NewRun(**options)
         datasets = [dataset] if isinstance(dataset, str) else dataset or []
-        output = TrainOutput(track=track or [], json=json)
+        output = TrainOutput(
+            track=track or [],
+            json=json,
+            memory=None if memory is None else parse_size(memory),
+            is_dry_run=dry_run,
+        )
         check_trackers(output.track)
         if resume:
             resume_training(
@@ -135,6 +158,8 @@ def training_command(
         "resume": ResumeOption,
         "run": RunOption,
         "track": TrackOption,
+        "memory": MemoryOption,
+        "dry_run": DryRunOption,
         "json": JsonOption,
         "root": WarehouseOption,
     }
@@ -147,7 +172,7 @@ def training_command(
 
 def _signature(annotations: Mapping[str, Any]) -> Signature:
     """Return the signature of a command: optional options, given by name."""
-    flags = ("resume", "json")
+    flags = ("resume", "dry_run", "json")
     return Signature(
         [
             Parameter(
@@ -194,7 +219,7 @@ def start_training(
     names = [_choose_dataset(warehouse, name) for name in wanted or [None]]
 
     def create() -> "Run":
-        from trainer.runs.run import create_run
+        from trainer.runs.run import create_run, plan_run
         from trainer.runs.spec import InitialWeights, RunSpec
         from trainer.runs.transfer import FULL
 
@@ -210,7 +235,11 @@ def start_training(
             sources=sources,
             init=init,
         )
-        return create_run(warehouse, spec, name=new.name)
+        if output.is_dry_run:
+            run = plan_run(warehouse, spec)
+            _announce(run, output)
+            return run
+        return create_run(warehouse, spec, name=new.name, check=lambda run: _announce(run, output))
 
     _train(warehouse, root, create, resume=False, output=output)
 
@@ -260,6 +289,7 @@ def resume_training(
                 raise UserError(
                     f"run {folder.name!r} is of {own!r}, not {given!r}; choose by --run"
                 )
+        _announce(run, output)
         return run
 
     _train(warehouse, root, reopen, resume=True, output=output)
@@ -302,7 +332,8 @@ def _train(
 
         folder = on_rank_zero(first)
         run = opened[0] if opened else open_run(warehouse, folder)
-        _describe(run)
+        if output.is_dry_run:
+            return
         watch = TrainWatch()
         tracking = Tracking(run, output.track if is_first else [], console.notify)
         report = None
@@ -316,16 +347,47 @@ def _train(
         _conclude(run, report, root, was_trained=watch.called)
 
 
-def _describe(run: "Run") -> None:
+def _announce(run: "Run", output: TrainOutput) -> None:
+    """Print what is trained, and what it takes if it has steps and a single process.
+
+    Raises:
+        OutOfMemoryError: The training does not fit into memory.
+    """
+    from trainer.distributed import world_size
+    from trainer.runs.estimate import estimate_training
+
+    _describe(run, output.is_dry_run)
+    estimate = estimate_training(run, output.memory) if world_size() == 1 else None
+    if estimate is not None:
+        of_epoch = console.format_duration(estimate.epoch_seconds)
+        console.notify(
+            f"memory: about {format_size(estimate.peak_bytes)} of"
+            f" {format_size(estimate.budget_bytes)}, features"
+            f" {format_size(estimate.feature_bytes)}; a step: about {estimate.step_seconds:.2g} s,"
+            f" an epoch of {estimate.steps:,}: {of_epoch}"
+        )
+    if output.json and output.is_dry_run:
+        console.emit_json({} if estimate is None else asdict(estimate))
+
+
+def _describe(run: "Run", is_dry_run: bool) -> None:
     """Print what is trained on what, how many items have no features, and the initial weights."""
     from trainer.evaluation.encode import repeated_share
 
     spec = run.spec
     reads = f" with {', '.join(spec.features)}" if spec.features else ""
+    name = "dry run" if is_dry_run else f"run {run.name}"
     console.notify(
-        f"run {run.name}: {spec.model} on {spec.dataset}{reads},"
+        f"{name}: {spec.model} on {spec.dataset}{reads},"
         f" {run.parameters:,} parameters, {run.data.device}"
     )
+    if spec.automatic and spec.train.item_updates == "rows":
+        candidates = getattr(spec.settings, "candidates", 0)
+        softmax = f"; softmax over {candidates:,} candidates" if candidates else ""
+        console.notify(
+            f"{run.data.features.n_items:,} items: a step updates the item vectors that it reads"
+            f"{softmax}; see candidates and item_updates in mmrec models {spec.model}"
+        )
     if spec.features:
         counts, bare = run.data.features.coverage()
         have = ", ".join(f"{modality} {count:,}" for modality, count in counts.items())

@@ -109,7 +109,7 @@ def check_memory(place: str, needed: int = 0, root: Path = Path("/")) -> None:
     """
     limit = _address_limit()
     if limit is not None:
-        used = int(_STATM.read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+        used = _pages(0)
         threads = _SPACE_PER_THREAD * (os.cpu_count() or 1)
         _check_left(
             place, limit, used, needed + _SPACE + threads,
@@ -145,6 +145,26 @@ def available_memory(root: Path = Path("/")) -> int:
         if name == "MemAvailable":
             available.append(int(value.split()[0]) * 1024)
     return min(available, default=sys.maxsize)
+
+
+def resident_memory() -> int:
+    """Return the bytes of memory that the process uses now; 0 if the system does not report it."""
+    return _pages(1) if _STATM.exists() else 0
+
+
+def format_size(size: float) -> str:
+    """Return a size in bytes for people.
+
+    Examples:
+        >>> format_size(8_400_000_000), format_size(23_000_000), format_size(0)
+        ('8.4 GB', '23 MB', '0 MB')
+    """
+    return f"{size / 1e9:,.1f} GB" if size >= 1e8 else f"{size / 1e6:,.0f} MB"
+
+
+def _pages(column: int) -> int:
+    """Return a figure of the process in bytes: 0 its address space, 1 its resident memory."""
+    return int(_STATM.read_text().split()[column]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _address_limit() -> int | None:

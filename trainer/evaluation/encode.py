@@ -16,6 +16,8 @@ from retrieval.seen_items import SeenItems
 from trainer.data.batches import TrainingData
 from trainer.models.base import Recommender
 
+_ROWS_PER_CHECK = 2**16  # vectors that are checked together, because the check copies them
+
 
 @contextmanager
 def evaluation_mode(model: Recommender) -> Iterator[None]:
@@ -65,7 +67,7 @@ def encode_histories(
 
 
 def _check_finite(vectors: Tensor, kind: str) -> Tensor:
-    if not vectors.isfinite().all():
+    if not all(bool(block.isfinite().all()) for block in vectors.split(_ROWS_PER_CHECK)):
         raise UserError(
             f"the vectors of {kind} are not finite: the training diverged;"
             " train again with a lower lr"

@@ -153,7 +153,8 @@ class CARCA(Recommender):
 
     def encode_items(self, features: ItemFeatures) -> Tensor:
         """Return the vectors of all items without a date: (N, D)."""
-        feature_NW = torch.cat([features.vectors[name].float() for name in self.names], dim=1)
+        items_N = torch.arange(features.n_items, device=self.item.weight.device)
+        feature_NW = torch.cat([features.rows(name, items_N) for name in self.names], dim=1)
         joined = torch.cat([self.item.weight, self.features_map(feature_NW)], dim=1)
         vectors_ND: Tensor = self.join(joined)
         return vectors_ND

@@ -25,6 +25,7 @@ from trainer.losses.base import (
 )
 from trainer.losses.registry import LOSSES
 from trainer.models.base import Catalogue, Recommender
+from trainer.modules.chunked_encoding import encode_blocks
 from trainer.modules.sequence_encoders import (
     SequenceEncoder,
     SequenceSettings,
@@ -92,9 +93,12 @@ class CausalRecommender(Recommender):
         """Encode the whole catalogue: (N, D); with ``score=cosine`` the vectors have length 1."""
         longest = max([1, *(tokens.longest for tokens in features.tokens.values())])
         items_N = torch.arange(features.n_items, device=next(self.parameters()).device)
-        chunks = items_N.split(max(1, _TOKENS_PER_CHUNK // longest))
-        vectors = [self.settings.normalise(self.encode_some(c, features)) for c in chunks]
-        return torch.cat(vectors)
+        size = max(1, _TOKENS_PER_CHUNK // longest)
+        return encode_blocks(
+            lambda items_K: self.settings.normalise(self.encode_some(items_K, features)),
+            items_N,
+            size,
+        )
 
     def encode_sequences(
         self, item_vectors_ND: Tensor, sequences: Sequences, features: ItemFeatures

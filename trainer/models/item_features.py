@@ -14,6 +14,7 @@ from trainer.data.device_copy import to_device
 from trainer.losses.base import DrawnItems, ItemVectors
 from trainer.models.base import Catalogue
 from trainer.models.causal import CausalRecommender
+from trainer.modules.chunked_encoding import encode_blocks
 from trainer.modules.sequence_encoders import last_state, take_slots
 
 _ITEMS_PER_CHUNK = 2**15  # of the catalogue; bounds the activations without gradients
@@ -78,8 +79,10 @@ class FeatureRecommender(CausalRecommender):
 
     def _encode_catalogue(self, features: ItemFeatures) -> Tensor:
         device = next(self.parameters()).device
-        chunks = torch.arange(features.n_items, device=device).split(_ITEMS_PER_CHUNK)
-        return torch.cat([self.encode_some(items_K, features) for items_K in chunks])
+        items_N = torch.arange(features.n_items, device=device)
+        return encode_blocks(
+            lambda items_K: self.encode_some(items_K, features), items_N, _ITEMS_PER_CHUNK
+        )
 
 
 def check_features(name: str, catalogue: Catalogue) -> None:

@@ -40,7 +40,11 @@ from trainer.data.windows import WindowSampling
 from trainer.losses.base import DrawnItems, ItemVectors, Loss, Targets, targets_at
 from trainer.losses.registry import LOSSES
 from trainer.models.base import Catalogue, Pretraining, Recommender
-from trainer.modules.chunked_encoding import encode_items_in_chunks, encode_slots_in_chunks
+from trainer.modules.chunked_encoding import (
+    encode_blocks,
+    encode_items_in_chunks,
+    encode_slots_in_chunks,
+)
 from trainer.modules.item_views import View, encode_views
 from trainer.modules.multimodal_encoder import MultimodalEncoder, MultimodalSettings
 from trainer.modules.released_weights import (
@@ -190,8 +194,9 @@ class MMSRec(MultimodalEncoder, Recommender):
         item_N = torch.arange(features.n_items, device=self.mask_token_D.device)
         if torch.is_grad_enabled():
             return encode_items_in_chunks(self, item_N, features)
-        blocks = item_N.split(_ITEMS_PER_BLOCK)
-        return torch.cat([encode_items_in_chunks(self, item_K, features) for item_K in blocks])
+        return encode_blocks(
+            lambda item_K: encode_items_in_chunks(self, item_K, features), item_N, _ITEMS_PER_BLOCK
+        )
 
     def encode_sequences(
         self, item_vectors_ND: Tensor, sequences: Sequences, features: ItemFeatures

@@ -7,7 +7,7 @@ Legend: B batch, L sequence length, K items to encode, D width, M selected slots
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -16,6 +16,28 @@ from trainer.data.batches import ItemFeatures, Sequences
 from trainer.data.device_copy import to_device
 from trainer.kernels.activation_checkpoint import checkpoint_elementwise, tokens_per_chunk
 from trainer.modules.multimodal_encoder import MultimodalEncoder
+
+
+def encode_blocks(encode: Callable[[Tensor], Tensor], items_N: Tensor, size: int) -> Tensor:
+    """Encode items in blocks: (N, D).
+
+    Without gradients, each block is written into one matrix, so that the vectors are never in
+    memory twice.
+
+    Args:
+        encode: Function of (K,) int64 items that returns their vectors (K, D).
+        items_N: (N,) int64 item ids.
+        size: Items of a block.
+    """
+    blocks = items_N.split(size)
+    if torch.is_grad_enabled() or len(blocks) == 1:
+        return torch.cat([encode(items_K) for items_K in blocks])
+    first_KD = encode(blocks[0])
+    vectors_ND = first_KD.new_empty(len(items_N), first_KD.shape[1])
+    vectors_ND[:size] = first_KD
+    for number, items_K in enumerate(blocks[1:], 1):
+        vectors_ND[number * size : (number + 1) * size] = encode(items_K)
+    return vectors_ND
 
 
 def encode_slots_in_chunks(

@@ -150,7 +150,13 @@ class TrainReport:
     """False after an interrupt."""
 
 
-def create_run(warehouse: Warehouse, spec: RunSpec, *, name: str | None = None) -> Run:
+def create_run(
+    warehouse: Warehouse,
+    spec: RunSpec,
+    *,
+    name: str | None = None,
+    check: Callable[[Run], object] = lambda run: None,
+) -> Run:
     """Create a run's folder and build its model and data, without training.
 
     The folder is created before the data are loaded, so that no other run can take its name. A
@@ -160,6 +166,7 @@ def create_run(warehouse: Warehouse, spec: RunSpec, *, name: str | None = None) 
         warehouse: Warehouse with the data; the run is written to it.
         spec: The run.
         name: Name of the run; by default made of time, dataset and model.
+        check: Called with the run; if it raises an exception, the run is not created.
 
     Raises:
         UserError: The name is taken, or the data cannot be used. The folder is removed.
@@ -178,6 +185,7 @@ def create_run(warehouse: Warehouse, spec: RunSpec, *, name: str | None = None) 
         if spec.init is not None:
             remedy = "wait until its training has ended, and try again"
             run = replace(run, copied_weights=_copy_initial_weights(warehouse, run, remedy))
+        check(run)
         if spec.attributes.columns:
             write_attributes(folder, run.attribute_names)
         item_ids = write_catalogue(folder, warehouse, spec.datasets)
@@ -187,6 +195,17 @@ def create_run(warehouse: Warehouse, spec: RunSpec, *, name: str | None = None) 
         document["run"]["parameters"] = run.parameters
         write_toml(folder / "config.toml", document)
     return run
+
+
+def plan_run(warehouse: Warehouse, spec: RunSpec) -> Run:
+    """Build the model and data of a run that is not created. Nothing is written.
+
+    Raises:
+        UserError: The data cannot be used.
+    """
+    spec.check_given_weights()
+    folder = warehouse.runs_dir / "planned"
+    return _build_run(warehouse, folder, spec, _load_backbones(warehouse, spec))
 
 
 def open_run(warehouse: Warehouse, folder: Path, *, device: str | None = None) -> Run:

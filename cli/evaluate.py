@@ -200,6 +200,8 @@ def show_evaluated(report: "EvalReport") -> None:
     mark = "" if report.later is None else f", {report.later.kind}"
     place = f"{report.dataset}{mark}{features}; index {report.index}"
     console.print_text(f"run {report.run}: {report.model} on {place}")
+    if report.search.line:
+        console.print_text(f"index {report.index}: {report.search.line}")
     cells = {
         (r["split"], r["targets"], r["metric"], r["ranker"], r["seen"]): r for r in report.rows
     }

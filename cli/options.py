@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from cli import console
-from features.errors import UserError, unknown
+from features.errors import UserError
 from features.warehouse import Warehouse
 
 WarehouseOption = Annotated[
@@ -29,17 +29,24 @@ TrainedRunOption = Annotated[str | None, typer.Option("--run", help="The same as
 
 
 def _check_index(name: str) -> str:
-    from retrieval.indexes import INDEXES
+    from retrieval.index_options import IndexNameError
+    from retrieval.registry import parse_index
 
-    if name not in INDEXES:
-        raise unknown("index", name, list(INDEXES))
+    try:
+        parse_index(name)
+    except IndexNameError as error:
+        raise UserError(str(error)) from None
     return name
 
 
 IndexOption = Annotated[
     str,
     typer.Option(
-        "--index", callback=_check_index, help="Search index: faiss or torch; both are exact."
+        "--index",
+        callback=_check_index,
+        help="Search index. Exact: faiss (takes the faster way), torch, faiss:flat, faiss:gpu."
+        " Approximate, each with parameters: faiss:ivf,nlist=4096,nprobe=32, faiss:ivfpq,M=16,"
+        "nbits=8,k_factor=10, faiss:hnsw,M=32,efConstruction=80,efSearch=64.",
     ),
 ]
 JsonOption = Annotated[

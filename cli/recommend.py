@@ -21,6 +21,7 @@ from features.errors import UserError
 from features.warehouse import Warehouse
 
 if TYPE_CHECKING:
+    from trainer.evaluation.search import SearchFacts
     from trainer.runs.exported import ExportedRun
     from trainer.runs.recommend import Predictor, Suggestion
 
@@ -83,7 +84,8 @@ def recommend(
             console.emit_json(document)
     elif similar is not None:
         suggestions = predictor.named(predictor.similar(predictor.item(similar), k))
-        _print({**document, "similar": similar}, suggestions, k, json=json, score="cosine")
+        document |= {"similar": similar} | _tell_search(index, predictor.similar_facts(k))
+        _print(document, suggestions, k, json=json, score="cosine")
     else:
         items = _history(predictor, history or []) if user is None else _own_items(predictor, user)
         _recommend_one(predictor, document, user, items, k, keep_seen=keep_seen, json=json)
@@ -102,7 +104,15 @@ def _recommend_one(
     """Recommend for the items of a history, and print the list."""
     document |= _describe_history(predictor, user, items)
     suggestions = predictor.named(predictor.for_history(items, k, keep_seen=keep_seen))
+    document |= _tell_search(predictor.index, predictor.search_facts(k))
     _print(document, suggestions, k, json=json)
+
+
+def _tell_search(index: str, facts: "SearchFacts") -> dict[str, Any]:
+    """Tell the user how the index searched, and return the same facts for the JSON document."""
+    if facts.line:
+        console.notify(f"index {index}: {facts.line}")
+    return {"index": index, "search": facts.line, "recall": facts.recall}
 
 
 def _check_request(requests: tuple[bool, ...], k: int) -> None:
@@ -235,4 +245,5 @@ def _write_all(predictor: "Predictor", out: Path, k: int, keep_seen: bool) -> di
         rows = write_all(predictor, out, k, keep_seen=keep_seen, on_users=show_progress)
     users = predictor.dataset.info.users
     console.notify(f"{rows:,} recommendations for {users:,} users: {out}")
-    return {"out": str(out), "users": users, "rows": rows}
+    facts = _tell_search(predictor.index, predictor.search_facts(k))
+    return {"out": str(out), "users": users, "rows": rows, **facts}

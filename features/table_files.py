@@ -11,6 +11,7 @@ import pyarrow.csv as pa_csv
 from features.atomic_files import atomic_write, parquet_writer
 from features.errors import UserError
 
+_ROWS_AT_ONCE = 4096  # rows that are Python objects at once
 ENDINGS = (".parquet", ".csv", ".jsonl")
 """Endings of the formats, in lower case; a name may have capitals."""
 
@@ -41,7 +42,9 @@ def table_file_writer(path: Path, schema: pa.Schema) -> Iterator[Callable[[pa.Ta
     elif ending == ".jsonl":
         with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8") as stream:
             yield lambda rows: stream.writelines(
-                json.dumps(row, ensure_ascii=False) + "\n" for row in rows.to_pylist()
+                json.dumps(row, ensure_ascii=False) + "\n"
+                for batch in rows.to_batches(max_chunksize=_ROWS_AT_ONCE)
+                for row in batch.to_pylist()
             )
     else:
         with parquet_writer(path, schema, compression="zstd") as writer:

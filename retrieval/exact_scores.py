@@ -5,6 +5,7 @@ Shape suffixes: U users, B users of one block, N items, D dimensions, P pairs of
 
 from __future__ import annotations
 
+from copy import copy
 from functools import cached_property
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -205,6 +206,17 @@ class TargetScores:
                 self.score_U[part] += self.target_value_U[part]
 
         for_each_block(score, users, 512 if self.device.type == "cpu" else 2**20, self.device)
+
+    def take(self, users: npt.NDArray[np.int64]) -> TargetScores:
+        """Return the scores of these users, in this order, over the same items."""
+        import torch
+
+        part, row_U = copy(self), torch.from_numpy(users).to(self.device)
+        part.query_UD, part.target_U = self.query_UD[row_U], self.target_U[row_U]
+        part.query_length_U, part.score_U = self.query_length_U[row_U], self.score_U[row_U]
+        if self.target_value_U is not None:
+            part.target_value_U = self.target_value_U[row_U]
+        return part
 
     def margin(self, users: slice, longest: torch.Tensor, roundoff: float) -> torch.Tensor:
         """Return a bound on the error of the difference of an item's and the target's score.

@@ -1,7 +1,7 @@
-"""Indexes over a catalogue: the best items of each query.
+"""The index of torch, and what all indexes over a catalogue share: the best items of each query.
 
-Every index is exact, and all indexes return the same bits. An index selects candidates by fp32
-scores. An error bound keeps the candidates that can be among the best, and canonical float64 scores
+All exact indexes return the same bits. An index selects candidates by fp32 scores. An error bound
+keeps the candidates that can be among the best, and canonical float64 scores
 (`retrieval.exact_scores.exact_scores`) give their order.
 
 Shape suffixes: U users, B users of one block, N items, D dimensions, F fetched candidates,
@@ -10,7 +10,6 @@ K items returned, P pairs of a user and an item, W corrected items per user.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -25,7 +24,7 @@ from retrieval.exact_scores import (
     exact_scores,
     row_norms,
 )
-from retrieval.pairs import CorrectedPairs, contains, corrected_pairs, most_pairs, seen_pairs
+from retrieval.pairs import CorrectedPairs, corrected_pairs, seen_pairs
 from retrieval.seen_items import SeenItems
 from retrieval.sparse_scores import SparseScores
 
@@ -39,13 +38,20 @@ TopItems = tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]
 """(U, k) scores, descending, and (U, k) items."""
 
 _SPARE = 16  # candidates beyond k, so that items with nearly the k-th score are among them
-LONGEST_LIST = 2048
-"""Most candidates per query that FAISS fetches; for more, a matrix product and a top-k are faster.
-"""
 
 
 class Index(Protocol):
     """A catalogue that returns the best items of a query."""
+
+    @property
+    def is_exact(self) -> bool:
+        """False if the index can miss items."""
+        ...
+
+    @property
+    def item_count(self) -> int:
+        """Number of items N."""
+        ...
 
     def search(
         self,
@@ -54,7 +60,9 @@ class Index(Protocol):
         exclude: SeenItems | None = None,
         correction: SparseScores | None = None,
     ) -> TopItems:
-        """Return the k items with the highest scores of each query, exactly.
+        """Return the k items with the highest scores of each query.
+
+        An approximate index can miss some of them; the scores that it returns are exact.
 
         A score is the float64 inner product of the fp32 vectors, summed in a fixed order, plus the
         float64 correction. Items are in descending order of the score; items with equal scores are
@@ -81,7 +89,7 @@ class Index(Protocol):
 class TorchIndex:
     """Index that finds candidates by matrix products, tile by tile, on the device of the items.
 
-    A subclass that overrides `candidates` is an exact index as well.
+    A subclass that overrides `candidates` is exact if the bounds that it returns are correct.
 
     Args:
         items: (N, D) fp32, torch or numpy; not copied.
@@ -90,11 +98,18 @@ class TorchIndex:
         ValueError: The items are empty, not a (N, D) fp32 matrix, or not finite.
     """
 
+    is_exact = True
+
     def __init__(self, items: Matrix) -> None:
         self.item_ND = as_matrix("items", items)
         if not len(self.item_ND):
             raise ValueError("items are empty: there is nothing to search")
         self._length_N = row_norms("items", self.item_ND)
+
+    @property
+    def item_count(self) -> int:
+        """Number of items N."""
+        return len(self.item_ND)
 
     def search(
         self,
@@ -262,72 +277,3 @@ def _write_best(exact_BF: torch.Tensor, item_BF: torch.Tensor, out: TopItems) ->
     width = min(out[1].shape[1], item_BF.shape[1])
     out[0][:, :width] = exact_BF[:, :width].float().cpu().numpy()
     out[1][:, :width] = item_BF[:, :width].cpu().numpy()
-
-
-class FaissIndex(TorchIndex):
-    """Index that finds candidates with a flat FAISS index (`IndexFlatIP`), on the CPU.
-
-    The index fetches k items and a few more, plus the largest number of items that one user of the
-    block has seen or a correction lowers. If these are more than `LONGEST_LIST`, the candidates
-    come from `TorchIndex`.
-
-    Args:
-        items: (N, D) fp32, torch or numpy; copied to FAISS.
-
-    Raises:
-        ValueError: As `TorchIndex`.
-    """
-
-    def __init__(self, items: Matrix) -> None:
-        import faiss
-
-        super().__init__(items)
-        self._flat = faiss.IndexFlatIP(self.item_ND.shape[1])
-        self._flat.add(self.item_ND.cpu().contiguous().numpy())
-
-    def fetch(self, query_BD: torch.Tensor, fetch: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the (B, fetch) highest scores, descending, and their items; fetch <= N."""
-        import faiss
-        import torch
-
-        # FAISS has a separate OpenMP runtime: set the number of threads that torch uses.
-        faiss.omp_set_num_threads(torch.get_num_threads())
-        score_BF, item_BF = self._flat.search(query_BD.cpu().contiguous().numpy(), fetch)
-        device = query_BD.device
-        return torch.from_numpy(score_BF).to(device), torch.from_numpy(item_BF).to(device)
-
-    def candidates(
-        self, query_BD: torch.Tensor, fetch: int, left_out: Pairs, may_lead: Pairs
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return the items with the highest inner products; see `TorchIndex.candidates`."""
-        import torch
-
-        count = len(self.item_ND)
-        enough = min(fetch + most_pairs(may_lead[0]), count)
-        if enough > LONGEST_LIST:
-            return super().candidates(query_BD, fetch, left_out, may_lead)
-        score_BF, item_BF = self.fetch(query_BD, enough)
-        bound_B = score_BF[:, -1] - (torch.inf if enough == count else 0.0)
-        score_BF = score_BF.masked_fill(contains(left_out, item_BF, count), -torch.inf)
-        score_BF, order = score_BF.sort(1, descending=True)
-        return score_BF, item_BF.gather(1, order), bound_B
-
-
-INDEXES: dict[str, Callable[[Matrix], Index]] = {"faiss": FaissIndex, "torch": TorchIndex}
-"""Name to class of an index."""
-
-
-def make_index(name: str, items: Matrix) -> Index:
-    """Return the index of this name over (N, D) fp32 items.
-
-    Raises:
-        ValueError: The name is unknown, or the items are not a finite fp32 matrix.
-    """
-    return find_index(name)(items)
-
-
-def find_index(name: str) -> Callable[[Matrix], Index]:
-    """Return the class of the index of this name; raise ValueError if there is none."""
-    if name not in INDEXES:
-        raise ValueError(f"unknown index {name!r}; known: {', '.join(sorted(INDEXES))}")
-    return INDEXES[name]

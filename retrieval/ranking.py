@@ -18,7 +18,6 @@ from retrieval.exact_scores import (
     FP32_ROUNDOFF,
     FP64_ROUNDOFF,
     TargetScores,
-    as_indices,
 )
 from retrieval.metrics import UNRANKED
 from retrieval.pairs import CorrectedPairs, Pairs, corrected_pairs, seen_pairs
@@ -105,9 +104,19 @@ def rank(
         ValueError: Shapes, dtypes, devices, targets, excluded or corrected items do not match, a
             vector has NaN or infinity, or scores can exceed the range of fp32.
     """
+    target_scores = TargetScores(queries, items, targets, correction)
+    return count_ranks(target_scores, exclude, correction, block)
+
+
+def count_ranks(
+    target_scores: TargetScores,
+    exclude: SeenItems | None,
+    correction: SparseScores | None,
+    block: tuple[int, int] | None = None,
+) -> Ranks:
+    """Rank the targets of `target_scores` by counting; see `rank`."""
     import torch
 
-    target_scores = TargetScores(queries, items, targets, correction)
     users, count = len(target_scores.query_UD), len(target_scores.item_ND)
     if exclude is not None:
         exclude.check(users, count)
@@ -132,7 +141,7 @@ def rank(
         for_each_block(count_block, users, block[0], target_scores.device)
     kept = 1 + above_U.cpu().numpy()
     filtered = kept - seen_above_U.cpu().numpy()
-    return Ranks.of(kept, filtered, as_indices("targets", targets), exclude)
+    return Ranks.of(kept, filtered, target_scores.target_U.cpu().numpy(), exclude)
 
 
 def _default_block(users: int, device: torch.device) -> tuple[int, int]:

@@ -21,8 +21,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from retrieval.index_ranking import rank_with
-from retrieval.indexes import make_index
 from retrieval.ranking import rank
+from retrieval.registry import make_index
 from retrieval.seen_items import SeenItems
 
 BLOCK = 512

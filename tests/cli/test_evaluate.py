@@ -42,7 +42,8 @@ def test_an_evaluation_on_a_later_preparation_is_marked(
 ) -> None:
     """Half of the users have two more interactions, and there is one item more."""
     monkeypatch.setattr(
-        "trainer.runs.evaluate.bootstrap", lambda matrix, groups: (matrix.min(0), matrix.max(0))
+        "trainer.runs.evaluation_rows.bootstrap",
+        lambda matrix, groups: (matrix.min(0), matrix.max(0)),
     )
     sequences = [[(u + k) % 17 for k in range(6 + 2 * (u % 2))] for u in range(30)]
     worlds.prepare(warehouse, [*sequences, [0, 1, 2, 17]], 18, [f"i{item}" for item in range(18)])

@@ -82,7 +82,8 @@ def test_new_products_reach_the_users_whose_taste_they_fit(
 
     refuse_steps(monkeypatch)
     monkeypatch.setattr(
-        "trainer.runs.evaluate.bootstrap", lambda matrix, groups: (matrix.min(0), matrix.max(0))
+        "trainer.runs.evaluation_rows.bootstrap",
+        lambda matrix, groups: (matrix.min(0), matrix.max(0)),
     )
     added = np.arange(OLD, OLD + NEW)
     for user in range(ACTIVE):

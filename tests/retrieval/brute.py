@@ -11,6 +11,9 @@ import numpy.typing as npt
 from retrieval.metrics import UNRANKED
 from retrieval.seen_items import SeenItems
 
+EXACT = ["torch", "faiss", "faiss:flat"]
+"""Names of the exact indexes of a CPU."""
+
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 

@@ -7,9 +7,10 @@ import torch
 
 from retrieval.blocks import for_each_block
 from retrieval.index_ranking import rank_with
-from retrieval.indexes import INDEXES, make_index
 from retrieval.ranking import rank
+from retrieval.registry import make_index
 from tests.retrieval import brute
+from tests.retrieval.brute import EXACT
 
 CPU = torch.device("cpu")
 
@@ -69,7 +70,7 @@ def test_threads_and_inference_mode_change_nothing() -> None:
     with torch.inference_mode():
         vectors = torch.from_numpy(queries) + 0, torch.from_numpy(items) + 0
         assert vectors[0].is_inference()
-        for name in INDEXES:
+        for name in EXACT:
             found = rank_with(name, *vectors, targets, seen)
             np.testing.assert_array_equal(found.kept, expected.kept)
             np.testing.assert_array_equal(found.filtered, expected.filtered)

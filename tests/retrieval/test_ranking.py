@@ -9,13 +9,12 @@ from hypothesis import strategies as st
 from retrieval.blocks import strict_fp32
 from retrieval.exact_scores import TargetScores, error_bound, exact_scores, row_norms
 from retrieval.index_ranking import rank_with
-from retrieval.indexes import INDEXES
 from retrieval.metrics import UNRANKED, per_user
 from retrieval.ranking import Ranks, rank
 from retrieval.score_blocks import rank_scores
 from retrieval.seen_items import SeenItems
 from tests.retrieval import brute
-from tests.retrieval.brute import Floats, Ints, make_seen
+from tests.retrieval.brute import EXACT, Floats, Ints, make_seen
 
 
 def same(found: Ranks, expected: tuple[Ints, Ints]) -> None:
@@ -49,7 +48,7 @@ def test_a_target_that_the_user_has_seen_is_unranked_when_seen_items_are_filtere
     expected = (np.array([4, 1, 5, 2]), np.array([UNRANKED, UNRANKED, 3, 2]))
     queries = np.ones((4, 1), np.float32)
     same(rank(queries, items, targets, seen), expected)
-    for name in INDEXES:
+    for name in EXACT:
         same(rank_with(name, queries, items, targets, seen), expected)
     scores = queries @ items.T
     same(rank_scores(lambda rows, begin, end: scores[rows, begin:end], targets, 5, seen), expected)

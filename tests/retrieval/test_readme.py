@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from retrieval.index_ranking import rank_with
-from retrieval.indexes import INDEXES, make_index
 from retrieval.ranking import rank
+from retrieval.registry import INDEXES, make_index
 from retrieval.sparse_scores import SparseScores
 from tests.retrieval import brute
 
@@ -26,7 +26,7 @@ def test_the_table_lists_every_file() -> None:
 @pytest.mark.parametrize("kind", brute.KINDS)
 def test_the_example_index_is_exact(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     (code,) = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
-    monkeypatch.setattr("retrieval.indexes.INDEXES", dict(INDEXES))
+    monkeypatch.setattr("retrieval.registry.INDEXES", dict(INDEXES))
     names: dict[str, Any] = {"__name__": "example"}
     exec(compile(code, "README.md", "exec"), names)
     rng = np.random.default_rng(3)

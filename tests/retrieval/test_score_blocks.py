@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retrieval.indexes import make_index
 from retrieval.ranking import rank
+from retrieval.registry import make_index
 from retrieval.score_blocks import rank_scores, top_scores
 from tests.retrieval import brute
 from tests.retrieval.brute import make_seen

@@ -12,11 +12,11 @@ from torch.utils._pytree import tree_leaves
 
 from retrieval.exact_scores import exact_scores
 from retrieval.index_ranking import rank_with
-from retrieval.indexes import INDEXES, make_index
 from retrieval.ranking import rank
+from retrieval.registry import make_index
 from retrieval.sparse_scores import SparseScores
 from tests.retrieval import brute
-from tests.retrieval.brute import Floats, Ints, make_seen
+from tests.retrieval.brute import EXACT, Floats, Ints, make_seen
 
 Scores = npt.NDArray[np.float64]
 
@@ -66,13 +66,13 @@ def check(
     nothing: list[set[int]] = [set() for _ in lists]
     for seen, gone in [(make_seen(lists), [*map(set, lists)]), (None, nothing)]:
         kept, filtered = brute.ranks(scores_UN, targets, gone)
-        found = [rank_with(name, queries, items, targets, seen, correction) for name in INDEXES]
+        found = [rank_with(name, queries, items, targets, seen, correction) for name in EXACT]
         found.append(rank(queries, items, targets, seen, correction=correction, block=(3, 37)))
         for ranks in found:
             np.testing.assert_array_equal(ranks.kept, kept)
             np.testing.assert_array_equal(ranks.filtered, filtered)
         expected_items, expected_scores = brute.top(scores_UN, k, gone)
-        for name in INDEXES:
+        for name in EXACT:
             found_scores, found_items = make_index(name, items).search(queries, k, seen, correction)
             assert found_items.tolist() == expected_items
             np.testing.assert_array_equal(found_scores, expected_scores)
@@ -144,7 +144,7 @@ def test_equal_vectors_tie_only_with_equal_values() -> None:
     check(queries, items, targets, [[]] * 40, values_UN, 5)
 
 
-@pytest.mark.parametrize("name", list(INDEXES))
+@pytest.mark.parametrize("name", EXACT)
 def test_an_empty_correction_changes_nothing(name: str) -> None:
     rng = np.random.default_rng(2)
     queries, items = brute.vectors("gauss", rng, 30, 8), brute.vectors("near", rng, 500, 8)
@@ -211,7 +211,7 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("name", list(INDEXES))
+@pytest.mark.parametrize("name", EXACT)
 def test_memory_does_not_grow_with_users_times_items(name: str) -> None:
     rng = np.random.default_rng(5)
     users, count = 2000, 20_000
@@ -294,7 +294,7 @@ def test_malformed_rows_are_refused(
         SparseScores(items=np.array(items), offsets=np.array(offsets), values=np.asarray(values))
 
 
-@pytest.mark.parametrize("name", list(INDEXES))
+@pytest.mark.parametrize("name", EXACT)
 def test_a_correction_that_does_not_fit_is_refused(name: str) -> None:
     outside = SparseScores.from_dense(np.array([[0, 0, 1.0], [0, 0, 0]]))
     huge = SparseScores.from_dense(np.array([[0, 1e39], [0, 0]]))

@@ -7,10 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from features.dataset import EvalSplit, Ints
+from retrieval.approximate_indexes import IndexStore
+from retrieval.list_metrics import LIST_LENGTH
 from retrieval.ranking import Ranks
 from trainer.data.batches import TrainingData
 from trainer.evaluation.encode import targets_of
-from trainer.evaluation.search import CatalogueSearch
+from trainer.evaluation.search import CatalogueSearch, SearchFacts
 from trainer.models.base import Catalogue, Recommender
 from trainer.models.registry import MODELS
 
@@ -28,6 +30,8 @@ class SplitRanks:
     recommended: Mapping[str, Ints] = field(default_factory=dict)
     """``filtered`` and ``kept`` -> (N,) number of lists of 10 items that recommend each item;
     empty if the lists were not counted."""
+    facts: SearchFacts | None = None
+    """How the index searched; ``None`` if the lists were not counted."""
 
 
 def rank_split(
@@ -39,6 +43,7 @@ def rank_split(
     index: str = "torch",
     users: EvalSplit | None = None,
     count_lists: bool = False,
+    store: IndexStore | None = None,
 ) -> SplitRanks:
     """Rank the target of every evaluated user in the full catalogue.
 
@@ -47,9 +52,10 @@ def rank_split(
         data: Data with the histories.
         split: ``validation`` or ``test``.
         batch_size: Histories encoded together.
-        index: Name in :data:`retrieval.indexes.INDEXES`; all give the same ranks.
+        index: Kind and parameters; all exact indexes give the same ranks.
         users: A sample of the users of the split; all of them by default.
-        count_lists: Count the recommended items as well.
+        count_lists: Count the recommended items as well, and tell how the index searched.
+        store: Where trained approximate indexes are read and saved.
 
     Raises:
         UserError: A vector is not finite.
@@ -57,12 +63,18 @@ def rank_split(
     if users is None:
         users = data.dataset.eval_split(split)
     targets_E = targets_of(data.dataset, users)
-    search = CatalogueSearch(model, data, index=index, batch_size=batch_size)
+    search = CatalogueSearch(model, data, index=index, batch_size=batch_size, store=store)
     if not count_lists:
         ranks = search.rank(users, targets_E)
         return SplitRanks(users=users, targets_E=targets_E, ranks=ranks)
     ranks, recommended = search.rank_and_count(users, targets_E)
-    return SplitRanks(users=users, targets_E=targets_E, ranks=ranks, recommended=recommended)
+    return SplitRanks(
+        users=users,
+        targets_E=targets_E,
+        ranks=ranks,
+        recommended=recommended,
+        facts=search.facts(LIST_LENGTH),
+    )
 
 
 def build_reference(name: str, data: TrainingData) -> Recommender:

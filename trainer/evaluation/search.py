@@ -11,18 +11,27 @@ Legend: N items, S listed items, D width, E users, K items of a list.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import copy
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from features.dataset import EvalSplit, Ints
+from features.errors import UserError
+from retrieval.approximate_indexes import ApproximateIndex, IndexStore, recall
+from retrieval.default_index import DefaultIndex
+from retrieval.flat_index import FaissIndex
+from retrieval.index_options import IndexNameError
 from retrieval.index_ranking import rank_with
-from retrieval.indexes import Index, TopItems, make_index
+from retrieval.indexes import Index, TopItems
 from retrieval.list_metrics import SearchLists, count_recommended, search_both
 from retrieval.listed_items import ListedItems
+from retrieval.listed_ranks import rank_listed
 from retrieval.ranking import Ranks
+from retrieval.registry import make_index, parse_index
 from retrieval.score_blocks import rank_scores, top_scores
 from retrieval.seen_items import SeenItems
 from retrieval.sparse_ranking import rank_sparse, top_sparse
@@ -40,6 +49,49 @@ SequenceBatches = Callable[[slice], Sequences]
 """Function that returns the histories of a slice of users."""
 
 _USERS_PER_BLOCK = 2048  # users whose lists are in memory
+_RECALL_USERS = 100  # users whose lists of an approximate index are compared with exact ones
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SearchFacts:
+    """How an index searched."""
+
+    line: str
+    """One line for people; empty if there is nothing to tell."""
+    recall: dict[str, float] = field(default_factory=dict)
+    """``recall@K`` -> share of the K best items that an approximate index finds, on a sample; empty
+    for an exact index."""
+
+
+@contextmanager
+def unusable_index() -> Iterator[None]:
+    """Turn the name of an index that cannot be used into an error of the user.
+
+    Raises:
+        UserError: The index is unknown, or a parameter does not fit the catalogue.
+    """
+    try:
+        yield
+    except IndexNameError as error:
+        raise UserError(str(error)) from None
+
+
+def describe_approximate(index: Index, queries: Tensor, k: int) -> SearchFacts:
+    """Return the parameters of an approximate index and its recall@k on some queries.
+
+    Args:
+        index: An :class:`retrieval.approximate_indexes.ApproximateIndex`.
+        queries: (U, D) fp32, at least one.
+        k: Length of the lists; at most the number of items counts.
+    """
+    assert isinstance(index, ApproximateIndex)
+    k = min(k, index.item_count)
+    share = recall(index, FaissIndex(index.item_ND), queries, k)
+    values = ", ".join(f"{key}={value}" for key, value in index.values.items())
+    origin = "read from the run's folder" if index.is_reused else "trained now"
+    measured = f"recall@{k} {share:.3f} against flat search on {len(queries)} queries"
+    line = f"{values}; {measured}; {origin}"
+    return SearchFacts(line=line, recall={f"recall@{k}": share})
 
 
 class CatalogueSearch:
@@ -48,12 +100,14 @@ class CatalogueSearch:
     Args:
         model: The recommender. Its mode is restored.
         data: Data with the histories and the features.
-        index: Name in :data:`retrieval.indexes.INDEXES`; all give the same results.
+        index: Kind and parameters, see :func:`retrieval.registry.make_index`; all exact indexes
+            give the same results.
         batch_size: Histories encoded together.
         listed: The items that are ranked and listed; ``None``: the whole catalogue.
+        store: Where trained approximate indexes are read and saved; ``None``: in memory alone.
 
     Raises:
-        UserError: An item vector is not finite.
+        UserError: An item vector is not finite, or the index is not known.
     """
 
     def __init__(
@@ -64,7 +118,12 @@ class CatalogueSearch:
         index: str,
         batch_size: int,
         listed: ListedItems | None = None,
+        store: IndexStore | None = None,
     ) -> None:
+        with unusable_index():
+            self._is_exact = parse_index(index).is_exact
+        self._store = store
+        self._rank_choice = ""
         self.model = model
         self.data = data
         self.items_ND = encode_catalogue(model, data)
@@ -78,6 +137,7 @@ class CatalogueSearch:
         is_whole = len(listed) == len(self.items_ND)
         self.listed_SD = self.items_ND if is_whole else self.items_ND[rows_S]
         self._index: Index | None = None
+        self._facts: dict[int, SearchFacts] = {}
 
     def restricted(self, listed: ListedItems) -> "CatalogueSearch":
         """Return a search of the same vectors in another part of the catalogue."""
@@ -144,13 +204,21 @@ class CatalogueSearch:
 
     def _rank_vectors(self, users: EvalSplit, numbers_E: Ints, queries_ED: Tensor) -> Ranks:
         histories = histories_of(self.data.dataset, users)
+        seen, correction = self.listed.seen(histories), self._correction(histories)
+        if not self._is_exact:
+            return rank_listed(self._made_index(), queries_ED, numbers_E, seen, correction)
+
+        def keep_choice(choice: str) -> None:
+            self._rank_choice = choice
+
         return rank_with(
             self._index_name,
             queries_ED,
             self.listed_SD,
             numbers_E,
-            self.listed.seen(histories),
-            self._correction(histories),
+            seen,
+            correction,
+            on_choice=keep_choice,
         )
 
     def _rank_scores(self, users: EvalSplit, numbers_E: Ints) -> Ranks:
@@ -224,9 +292,37 @@ class CatalogueSearch:
         self, queries_ED: Tensor, histories: SeenItems, exclude: SeenItems | None, k: int
     ) -> TopItems:
         """Return the best listed items, numbered among the listed ones, as ``exclude`` is."""
+        return self._made_index().search(queries_ED, k, exclude, self._correction(histories))
+
+    def _made_index(self) -> Index:
         if self._index is None:
-            self._index = make_index(self._index_name, self.listed_SD)
-        return self._index.search(queries_ED, k, exclude, self._correction(histories))
+            with unusable_index():
+                self._index = make_index(self._index_name, self.listed_SD, self._store)
+        return self._index
+
+    def facts(self, k: int) -> SearchFacts:
+        """Return how the index has searched, and recall@k of an approximate one on a sample."""
+        if not self.model.has_vectors or self.model.is_sparse:
+            return SearchFacts(line="not used: the scores are not inner products")
+        if not self._is_exact:
+            if k not in self._facts:
+                index, queries = self._made_index(), self._sample_queries()
+                self._facts[k] = describe_approximate(index, queries, k)
+            return self._facts[k]
+        lists = self._index.choice if isinstance(self._index, DefaultIndex) else ""
+        return SearchFacts(line="; ".join(filter(None, (self._rank_choice, lists))))
+
+    def _sample_queries(self) -> Tensor:
+        """Return the queries of up to 100 users with all their interactions."""
+        offsets = self.data.dataset.offsets
+        users = np.flatnonzero(np.diff(offsets) > 0)
+        if not len(users):
+            return self.listed_SD[:_RECALL_USERS]
+        chosen = users[np.linspace(0, len(users) - 1, _RECALL_USERS).astype(np.int64)]
+        chosen = np.unique(chosen)
+        return self._queries(
+            EvalSplit(users=chosen, starts=offsets[chosen], targets=offsets[chosen + 1])
+        )
 
     def _restored(self, top: TopItems) -> TopItems:
         return top[0], self.listed.restored(top[1])

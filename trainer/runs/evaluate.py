@@ -13,15 +13,14 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from features.atomic_files import write_table
-from features.dataset import Dataset, EvalSplit, load_items, load_user_ids
+from features.dataset import EvalSplit, load_items, load_user_ids
 from features.memory import memory_errors
 from features.result_tables import PROTOCOL_KEY
 from features.schema import PREDICTIONS_SCHEMA
 from features.warehouse import Warehouse
-from retrieval.list_metrics import list_metrics
-from retrieval.metrics import UNRANKED, per_user
+from retrieval.listed_ranks import LIST_LENGTH
 from retrieval.ranking import Ranks
-from retrieval.significance import bootstrap
+from retrieval.registry import parse_index
 from trainer.evaluation.protocol import (
     OCCURRENCES,
     PROTOCOL,
@@ -31,7 +30,10 @@ from trainer.evaluation.protocol import (
     protocol_lines,
 )
 from trainer.evaluation.ranking import SplitRanks, build_reference, rank_split
+from trainer.evaluation.saved_indexes import INDEXES, SavedIndexes
+from trainer.evaluation.search import SearchFacts
 from trainer.models.base import Recommender
+from trainer.runs.evaluation_rows import list_rows, metric_rows, prediction_columns, subsets
 from trainer.runs.folder import replace_metrics, run_lock, stored_metrics
 from trainer.runs.later import load_as_trained
 from trainer.runs.run import Run
@@ -83,6 +85,9 @@ class EvalReport:
     model: str
     features: list[str]
     index: str
+    """Kind and parameters of the index."""
+    search: SearchFacts
+    """How the index searched, and the recall of an approximate one."""
     protocol: list[str]
     """The protocol, one statement a line."""
     references: list[str]
@@ -113,7 +118,8 @@ def evaluate(
     Args:
         warehouse: Warehouse with the run's dataset.
         run: The run; its weights are loaded here.
-        index: Name in :data:`retrieval.indexes.INDEXES`; every exact index gives the same ranks.
+        index: Kind and parameters; every exact index gives the same ranks. Results of an
+            approximate one are not written.
         sample: The test users to rank for; all users of both splits by default.
         on_stage: Called with the name of each stage.
 
@@ -130,7 +136,7 @@ def evaluate(
         load_as_trained(run)
         stored_metrics(run.folder / "metrics.parquet")  # report a damaged table first
         evaluation = rank_run(run, index, sample, on_stage)
-        if sample is None:
+        if sample is None and parse_index(index).is_exact:
             _write(warehouse, run, evaluation)
     report = report_of(run, evaluation, index)
     if sample is not None:
@@ -145,13 +151,15 @@ def report_of(run: Run, evaluation: "Evaluation", index: str) -> EvalReport:
     sample = evaluation.sample
     if sample is not None and sample.users >= len(run.data.dataset.eval_split("test").users):
         sample = None
+    protocol = protocol_lines(run.data.dataset.info, hold_out_cold=run.config.hold_out_cold)
     return EvalReport(
         run=run.name,
         dataset=run.spec.dataset,
         model=run.spec.model,
         features=list(run.spec.features),
         index=index,
-        protocol=protocol_lines(run.data.dataset.info, hold_out_cold=run.config.hold_out_cold),
+        search=evaluation.search,
+        protocol=protocol + approximate_lines(index),
         references=references(run),
         rows=evaluation.rows,
         sample=sample,
@@ -168,6 +176,25 @@ class Evaluation:
     """Predictions without the ids of users and items."""
     sample: Sample | None
     """The sample of test users that was ranked; ``None``: all users."""
+    search: SearchFacts
+    """How the index searched for the model of the run."""
+
+
+def approximate_lines(index: str) -> list[str]:
+    """Return what the ranks of an approximate index mean; no lines for an exact one."""
+    if parse_index(index).is_exact:
+        return []
+    return [
+        f"approximate index {index}: a target that is not among the first {LIST_LENGTH} items that"
+        " it finds has the last place",
+        "results of an approximate index are not stored: mmrec compare, report and grid use exact"
+        " ranks alone",
+    ]
+
+
+def exact_name(index: str) -> str:
+    """Return the index that ranks the reference models: the given one if it is exact."""
+    return index if parse_index(index).is_exact else "faiss"
 
 
 def references(run: Run) -> list[str]:
@@ -182,13 +209,15 @@ def rank_run(
 
     Args:
         run: The run.
-        index: Name in :data:`retrieval.indexes.INDEXES`.
+        index: Kind and parameters.
         sample: The test users to rank for; ``None``: all users of both splits.
         on_stage: Called with the name of each stage.
     """
     dataset = run.data.dataset
     rows: list[dict[str, Any]] = []
     predictions: list[pa.Table] = []
+    facts: list[SearchFacts] = []
+    store = SavedIndexes(run.folder / INDEXES, on_stage)
     rankers: dict[str, Recommender] = {run.spec.model: run.model}
     rankers |= {name: build_reference(name, run.data) for name in references(run)}
     for split in SPLITS if sample is None else ("test",):
@@ -196,8 +225,9 @@ def rank_run(
         users = dataset.eval_split(split)
         if sample is not None:
             users = users.sample(sample.users, sample.seed)
-        by_ranker = _rank_by_all(run, rankers, split, users, index, count_lists=True)
+        by_ranker = _rank_by_all(run, rankers, split, users, index, store, count_lists=True)
         own = by_ranker[run.spec.model]
+        facts += [] if own.facts is None else [own.facts]
         is_cold = dataset.cold[own.targets_E]
         on_stage(f"intervals of {split}")
         for targets, subset in subsets(own.ranks, {"cold": is_cold}).items():
@@ -211,12 +241,14 @@ def rank_run(
         occurrences = dataset.cold_occurrences()
         if sample is not None:
             occurrences = occurrences.take(np.flatnonzero(np.isin(occurrences.users, users.users)))
-        in_train = _rank_by_all(run, rankers, TRAIN, occurrences, index)
+        in_train = _rank_by_all(run, rankers, TRAIN, occurrences, index, store)
         rows += _occurrence_rows(by_ranker, in_train, is_cold)
         own = in_train[run.spec.model]
         all_cold = np.ones(len(occurrences.users), bool)
         predictions.append(prediction_columns(dataset, TRAIN, own, all_cold))
-    return Evaluation(rows=rows, predictions=pa.concat_tables(predictions), sample=sample)
+    return Evaluation(
+        rows=rows, predictions=pa.concat_tables(predictions), sample=sample, search=facts[0]
+    )
 
 
 def _rank_by_all(
@@ -225,6 +257,7 @@ def _rank_by_all(
     split: str,
     users: EvalSplit,
     index: str,
+    store: SavedIndexes,
     *,
     count_lists: bool = False,
 ) -> dict[str, SplitRanks]:
@@ -232,7 +265,14 @@ def _rank_by_all(
     batch_size = run.config.eval_batch
     return {
         name: rank_split(
-            model, run.data, split, batch_size, index=index, users=users, count_lists=count_lists
+            model,
+            run.data,
+            split,
+            batch_size,
+            index=index if model is run.model else exact_name(index),
+            users=users,
+            count_lists=count_lists,
+            store=store,
         )
         for name, model in rankers.items()
     }
@@ -278,112 +318,6 @@ def _write(warehouse: Warehouse, run: Run, evaluation: Evaluation) -> None:
     )
     table = table.replace_schema_metadata({PROTOCOL_KEY: PROTOCOL})
     write_table(path, table, compression="zstd")
-
-
-def subsets(
-    ranks: Ranks, others: Mapping[str, npt.NDArray[np.bool_]]
-) -> dict[str, npt.NDArray[np.bool_]]:
-    """Return the users of each subset of targets that is not empty.
-
-    Without repeated targets, ``new`` would equal ``all`` and is left out.
-
-    Args:
-        ranks: (E,) ranks of all evaluated users.
-        others: Name of a further subset -> (E,) its users.
-    """
-    is_repeated = ranks.filtered == UNRANKED
-    every = {"all": np.ones_like(is_repeated)}
-    if is_repeated.any():
-        every |= {"new": ~is_repeated, "repeated": is_repeated}
-    return {name: subset for name, subset in {**every, **others}.items() if subset.any()}
-
-
-def metric_rows(
-    split: str,
-    targets: str,
-    ranker: str,
-    ranks: Ranks,
-    subset: npt.NDArray[np.bool_],
-    *,
-    users: npt.NDArray[np.int64] | None = None,
-) -> list[dict[str, Any]]:
-    """Return rows of the metrics table for some users of one split.
-
-    Repeated targets have rows with seen items kept only: filtered, they are all missed.
-
-    Args:
-        split: ``validation`` or ``test``.
-        targets: Name of the subset.
-        ranker: Name of the model that ranked.
-        ranks: (E,) ranks of all evaluated users.
-        subset: (E,) bool, the users to average over, at least one.
-        users: (E,) user of each rank if users have several; the intervals resample the users.
-    """
-    rows = []
-    for seen, seen_ranks in (("filtered", ranks.filtered), ("kept", ranks.kept)):
-        if targets == "repeated" and seen == "filtered":
-            continue
-        values = per_user(seen_ranks[subset])
-        matrix = np.stack(list(values.values()), axis=1)
-        low, high = bootstrap(matrix, groups=None if users is None else users[subset])
-        rows += [
-            {
-                "phase": "eval", "epoch": 0, "split": split, "targets": targets, "ranker": ranker,
-                "seen": seen, "metric": metric, "value": float(matrix[:, i].mean()),
-                "low": float(low[i]), "high": float(high[i]), "users": len(matrix),
-            }
-            for i, metric in enumerate(values)
-        ]  # fmt: skip
-    return rows
-
-
-def list_rows(
-    dataset: Dataset,
-    split: str,
-    ranker: str,
-    ranked: SplitRanks,
-    is_current_N: npt.NDArray[np.bool_] | None = None,
-) -> list[dict[str, Any]]:
-    """Return the rows about the items of all users' lists; they have no intervals.
-
-    Args:
-        dataset: The dataset, for the training interactions of the items.
-        split: ``validation`` or ``test``.
-        ranker: Name of the model that ranked.
-        ranked: The ranks of the split, with counted lists.
-        is_current_N: The items of the catalogue; ``None``: all N items of the dataset.
-    """
-    rows = slice(None) if is_current_N is None else is_current_N
-    counts_N, cold_N = dataset.train_counts[rows], dataset.cold[rows]
-    return [
-        {
-            "phase": "eval", "epoch": 0, "split": split, "targets": "all", "ranker": ranker,
-            "seen": seen, "metric": metric, "value": value, "low": None, "high": None,
-            "users": len(ranked.users.users),
-        }
-        for seen, lists_N in ranked.recommended.items()
-        for metric, value in list_metrics(lists_N[rows], counts_N, cold_N).items()
-    ]  # fmt: skip
-
-
-def prediction_columns(
-    dataset: Dataset, split: str, ranked: SplitRanks, is_cold: npt.NDArray[np.bool_]
-) -> pa.Table:
-    """Return the predictions of one split, without the ids of users and items."""
-    users = ranked.users
-    return pa.table(
-        {
-            "split": pa.array([split] * len(users.users)),
-            "user": pa.array(users.users, pa.int32()),
-            "item": pa.array(dataset.items[users.targets]),
-            "history": pa.array(users.targets - users.starts, pa.int32()),
-            "cold": pa.array(is_cold),
-            "rank_kept": pa.array(ranked.ranks.kept, pa.int32()),
-            "rank_filtered": pa.array(
-                ranked.ranks.filtered, pa.int32(), mask=ranked.ranks.filtered == UNRANKED
-            ),
-        }
-    )
 
 
 def _with_ids(warehouse: Warehouse, name: str, table: pa.Table) -> pa.Table:

@@ -27,9 +27,11 @@ from features.memory import memory_errors
 from features.result_tables import PROTOCOL_KEY
 from features.schema import LATER_PREDICTIONS_SCHEMA, METRICS_SCHEMA
 from features.warehouse import Warehouse
+from retrieval.list_metrics import LIST_LENGTH
 from retrieval.listed_items import ListedItems
 from retrieval.metrics import UNRANKED
 from retrieval.ranking import Ranks
+from retrieval.registry import parse_index
 from trainer.data.batches import TrainingData
 from trainer.evaluation.encode import histories_of, targets_of
 from trainer.evaluation.protocol import (
@@ -40,18 +42,18 @@ from trainer.evaluation.protocol import (
     protocol_lines,
 )
 from trainer.evaluation.ranking import SplitRanks, build_reference
+from trainer.evaluation.saved_indexes import INDEXES, SavedIndexes
 from trainer.evaluation.search import CatalogueSearch
 from trainer.runs.evaluate import (
     SPLITS,
     EvalReport,
     LaterFacts,
     Sample,
-    list_rows,
-    metric_rows,
-    prediction_columns,
+    approximate_lines,
+    exact_name,
     references,
-    subsets,
 )
+from trainer.runs.evaluation_rows import list_rows, metric_rows, prediction_columns, subsets
 from trainer.runs.folder import LATER, run_lock
 from trainer.runs.later import joint_and_later, open_later, readable_histories
 from trainer.runs.learned_interactions import hash_ids, hash_pairs, read_learned
@@ -110,7 +112,8 @@ def evaluate_later(
         warehouse: Warehouse with the run and the dataset.
         folder: Folder of the run.
         dataset: The dataset; its feature tables have the provenance of the run's.
-        index: Name in :data:`retrieval.indexes.INDEXES`; every exact index gives the same ranks.
+        index: Kind and parameters; every exact index gives the same ranks. Results of an
+            approximate one are not written.
         sample: The test users to rank for; all users of both splits by default.
         device: Device of model and data; by default the device that it was trained on.
         on_stage: Called with the name of each stage.
@@ -125,9 +128,11 @@ def evaluate_later(
         on_stage("loading")
         run = open_later(warehouse, folder, dataset, device=device)
         targets = _targets_left(run, SPLITS if sample is None else ("test",), sample)
-        evaluation = _rank_run(run, index, targets, on_stage)
+        searches = _searches(run, index, SavedIndexes(run.folder / INDEXES, on_stage))
+        evaluation = _rank_run(run, searches, targets, on_stage)
+        search = searches[run.spec.model].facts(LIST_LENGTH)
         facts = _facts(run, dataset, targets, evaluation.unranked)
-        if sample is None:
+        if sample is None and parse_index(index).is_exact:
             _write(run, dataset, facts, evaluation)
     return EvalReport(
         run=run.name,
@@ -135,7 +140,10 @@ def evaluate_later(
         model=run.spec.model,
         features=list(run.spec.features),
         index=index,
-        protocol=protocol_lines(run.data.dataset.info) + later_lines(run, facts, sample),
+        search=search,
+        protocol=protocol_lines(run.data.dataset.info)
+        + later_lines(run, facts, sample)
+        + approximate_lines(index),
         references=references(run),
         rows=evaluation.rows,
         sample=sample,
@@ -196,13 +204,15 @@ def _earlier_occurrences(dataset: Dataset, users: EvalSplit, items_E: Ints) -> I
 
 
 def _rank_run(
-    run: Run, index: str, targets: Mapping[str, _Targets], on_stage: Callable[[str], None]
+    run: Run,
+    searches: Mapping[str, CatalogueSearch],
+    targets: Mapping[str, _Targets],
+    on_stage: Callable[[str], None],
 ) -> _Evaluation:
     """Rank the targets with the model and with each reference."""
     joint, later = joint_and_later(run)
     is_current_U, is_learned_U = joint.is_current_U, joint.is_learned_U
     evaluation = _Evaluation()
-    searches = _searches(run, index)
     for split, part in targets.items():
         if not len(part.items_E):
             continue
@@ -229,7 +239,7 @@ def _rank_run(
     return evaluation
 
 
-def _searches(run: Run, index: str) -> dict[str, CatalogueSearch]:
+def _searches(run: Run, index: str, store: SavedIndexes) -> dict[str, CatalogueSearch]:
     """Return a search of the items that the model can rank, and of all items for each reference.
 
     Raises:
@@ -253,9 +263,10 @@ def _searches(run: Run, index: str) -> dict[str, CatalogueSearch]:
         name: CatalogueSearch(
             model,
             source,
-            index=index,
+            index=index if model is run.model else exact_name(index),
             batch_size=run.config.eval_batch,
             listed=ListedItems.of(is_ranked_U),
+            store=store,
         )
         for name, (model, source, is_ranked_U) in rankers.items()
     }

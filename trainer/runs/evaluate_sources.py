@@ -36,7 +36,7 @@ def evaluate_sources(
     Args:
         warehouse: Warehouse with the datasets.
         run: A pre-training on histories; its weights are loaded here.
-        index: Name in :data:`retrieval.indexes.INDEXES`.
+        index: Kind and parameters, see :func:`retrieval.registry.make_index`.
         sample: The test users of each dataset to rank for; all users of both splits by default.
         on_stage: Called with the name of each stage.
 

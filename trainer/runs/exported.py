@@ -9,18 +9,24 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 
 from features.atomic_files import read_errors, read_table
 from features.dataset import Ints
 from features.documents import read_json
 from features.errors import DamagedError, UserError
-from retrieval.indexes import TopItems, make_index
+from retrieval.approximate_indexes import ApproximateIndex
+from retrieval.default_index import DefaultIndex
+from retrieval.indexes import TopItems
 from retrieval.listed_items import ListedItems
+from retrieval.registry import make_index
 from retrieval.seen_items import SeenItems
+from trainer.evaluation.search import SearchFacts, describe_approximate, unusable_index
 from trainer.runs.choice import Choice
 from trainer.runs.export import FORMAT, ITEMS, MANIFEST, SEQUENCE_ENCODER, require_packages
 from trainer.runs.recommend import Suggestion, index_of, name_examples
 
+_RECALL_ITEMS = 100  # items whose lists of an approximate index are compared with exact ones
 _REMEDY = "export the run again: mmrec export RUN --out DIR"
 
 
@@ -29,7 +35,7 @@ class ExportedRun:
 
     Args:
         folder: The folder.
-        index: Name in :data:`retrieval.indexes.INDEXES`.
+        index: Kind and parameters, see :func:`retrieval.registry.make_index`.
         choice: The items that can be recommended; by default all that are listed.
 
     Raises:
@@ -57,7 +63,10 @@ class ExportedRun:
         if not is_listed_N.any():
             raise UserError("no item is left to recommend; allow more items")
         self._listed = ListedItems.of(is_listed_N)
-        self._index = make_index(index, _matrix(table, "vector")[self._listed.rows_S])
+        self.index = index
+        self._listed_SD = _matrix(table, "vector")[self._listed.rows_S]
+        with unusable_index():
+            self._index = make_index(index, self._listed_SD)
         self._session = _open_session(folder / SEQUENCE_ENCODER)
 
     @property
@@ -100,6 +109,13 @@ class ExportedRun:
         exclude = None if keep_seen else self._listed.seen(seen)
         top = self._index.search(query_1D, min(k, len(self._listed)), exclude)
         return top[0], self._listed.restored(top[1])
+
+    def search_facts(self, k: int) -> SearchFacts:
+        """Return how the index searched; an approximate one is measured with items as queries."""
+        if isinstance(self._index, ApproximateIndex):
+            queries = torch.from_numpy(self._listed_SD[:_RECALL_ITEMS])
+            return describe_approximate(self._index, queries, k)
+        return SearchFacts(line=self._index.choice if isinstance(self._index, DefaultIndex) else "")
 
     def named(self, top: TopItems) -> list[Suggestion]:
         """Return the first list with ids and texts, for people."""

@@ -7,6 +7,7 @@ interactions: a model of features has a vector for each of them.
 Legend: N items, U users, B users of one block, L items of a history, K recommendations of a user.
 """
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,16 +20,27 @@ from features.dataset import EvalSplit, Ints, load_items, load_user_ids
 from features.errors import UserError
 from features.table_files import table_file_writer
 from features.warehouse import Warehouse
-from retrieval.indexes import TopItems, make_index
+from retrieval.approximate_indexes import ApproximateIndex
+from retrieval.default_index import DefaultIndex
+from retrieval.indexes import Index, TopItems
 from retrieval.listed_items import ListedItems
+from retrieval.registry import make_index, parse_index
 from retrieval.seen_items import SeenItems
 from trainer.checkpoint import load_weights
 from trainer.data.batches import Sequences
-from trainer.evaluation.search import CatalogueSearch
+from trainer.evaluation.saved_indexes import INDEXES, SavedIndexes
+from trainer.evaluation.search import (
+    CatalogueSearch,
+    SearchFacts,
+    describe_approximate,
+    unusable_index,
+)
 from trainer.runs.choice import Choice, with_new_items
 from trainer.runs.run import Run
 
-_BLOCK = 4096  # users encoded, searched and written together
+_BLOCK = 4096  # most users encoded, searched and written together
+_ROWS_PER_BLOCK = 2**17  # most rows of them, but for a list that is longer
+_RECALL_ITEMS = 100  # items whose lists of an approximate index are compared with exact ones
 _EXAMPLES = 3  # ids that an error names
 
 RECOMMENDATIONS = pa.schema(
@@ -63,7 +75,8 @@ class Predictor:
     Args:
         warehouse: Warehouse with the run's dataset.
         run: The run; its weights are loaded.
-        index: Name in :data:`retrieval.indexes.INDEXES`.
+        index: Kind and parameters, see :func:`retrieval.registry.make_index`. Trained approximate
+            indexes are kept in the run's folder.
         choice: The items that can be recommended; by default all that the run can rank.
 
     Raises:
@@ -80,7 +93,9 @@ class Predictor:
         self.warehouse = warehouse
         self.run = run
         self.dataset = run.data.dataset
-        self._index_name = index
+        self.index = index
+        self._store = SavedIndexes(run.folder / INDEXES)
+        self._similar_index: Index | None = None
         table = load_items(warehouse, run.spec.dataset, ["item_id", "text"])
         self.item_ids = table.column("item_id").combine_chunks()
         self.texts = table.column("text")
@@ -97,6 +112,7 @@ class Predictor:
             index=index,
             batch_size=run.config.eval_batch,
             listed=ListedItems.of(is_listed_N),
+            store=self._store,
         )
         self._choice = choice
         self._is_rare_N = is_listed_N & (self.dataset.train_counts < choice.new_below)
@@ -227,13 +243,30 @@ class Predictor:
                 f"{self.run.spec.model} has no item vectors, so --similar compares nothing;"
                 " give --user or --history"
             )
-        unit_ND = torch.nn.functional.normalize(self.search.items_ND, dim=1)
         listed = self.search.listed
         itself = listed.seen(SeenItems(items=np.array([item]), offsets=np.array([0, 1])))
-        query_1D = unit_ND[item : item + 1]
-        index = make_index(self._index_name, unit_ND[torch.from_numpy(listed.rows_S)])
+        query_1D = torch.nn.functional.normalize(self.search.items_ND[item : item + 1])
+        index = self._index_of_cosines()
         scores, numbers = index.search(query_1D, self._list_length(k), itself)
         return scores, listed.restored(numbers)
+
+    def _index_of_cosines(self) -> Index:
+        if self._similar_index is None:
+            unit_SD = torch.nn.functional.normalize(self.search.listed_SD, dim=1)
+            with unusable_index():
+                self._similar_index = make_index(self.index, unit_SD, self._store)
+        return self._similar_index
+
+    def similar_facts(self, k: int) -> SearchFacts:
+        """Return how :meth:`similar` searched, and recall@k of an approximate index on a sample."""
+        index = self._index_of_cosines()
+        if isinstance(index, ApproximateIndex):
+            return describe_approximate(index, index.item_ND[:_RECALL_ITEMS], k)
+        return SearchFacts(line=index.choice if isinstance(index, DefaultIndex) else "")
+
+    def search_facts(self, k: int) -> SearchFacts:
+        """Return how lists were searched, and recall@k of an approximate index on a sample."""
+        return self.search.facts(self._list_length(k))
 
     def named(self, top: TopItems) -> list[Suggestion]:
         """Return the first list with ids and texts, for people."""
@@ -267,7 +300,8 @@ def write_all(
     """Write the lists of every user into one file, whole or not at all.
 
     Users are encoded and searched block by block, and each block is a row group: apart from the
-    user ids, memory does not grow with the number of users.
+    user ids, memory grows neither with the number of users nor with the length of the lists. A
+    Parquet file contains the index, and the recall of an approximate one, in its metadata.
 
     Args:
         predictor: The run.
@@ -281,9 +315,13 @@ def write_all(
         The number of rows.
     """
     total, rows = predictor.dataset.info.users, 0
-    with table_file_writer(path, RECOMMENDATIONS) as write:
+    metadata = {"index": predictor.index}
+    if not parse_index(predictor.index).is_exact:
+        metadata["recall"] = json.dumps(predictor.search_facts(k).recall)
+    schema = RECOMMENDATIONS.with_metadata(metadata)
+    with table_file_writer(path, schema) as write:
         for done, block in _blocks(predictor, k, keep_seen):
-            write(block)
+            write(block.cast(schema))
             rows += len(block)
             on_users(done, total)
     return rows
@@ -293,8 +331,9 @@ def _blocks(predictor: Predictor, k: int, keep_seen: bool) -> Iterator[tuple[int
     user_ids = load_user_ids(predictor.warehouse, predictor.run.spec.dataset)
     total = predictor.dataset.info.users
     has_history = np.diff(predictor.dataset.offsets) > 0
-    for start in range(0, total, _BLOCK):
-        stop = min(start + _BLOCK, total)
+    step = max(1, min(_BLOCK, _ROWS_PER_BLOCK // min(k, len(predictor.item_ids))))
+    for start in range(0, total, step):
+        stop = min(start + step, total)
         users = start + np.flatnonzero(has_history[start:stop])
         scores_BK, items_BK = predictor.for_users(users, k, keep_seen=keep_seen)
         is_item_BK = items_BK >= 0

@@ -4,7 +4,7 @@ import pytest
 from retrieval.ranking import Ranks
 from tests.trainer import worlds
 from trainer.evaluation.encode import histories_of, targets_of
-from trainer.runs.evaluate import metric_rows
+from trainer.runs.evaluation_rows import metric_rows
 
 WORLD = worlds.dataset([[0, 1, 2, 3], [1, 1], [4, 1, 0], [1, 2, 5, 0]], 6)
 

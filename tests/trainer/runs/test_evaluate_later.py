@@ -34,7 +34,8 @@ BOUGHT = ["new1", "i0", "new2"]
 def no_bootstrap(monkeypatch: pytest.MonkeyPatch) -> None:
     """Resampling the users takes most of the time, and the intervals are tested elsewhere."""
     monkeypatch.setattr(
-        "trainer.runs.evaluate.bootstrap", lambda matrix, groups: (matrix.min(0), matrix.max(0))
+        "trainer.runs.evaluation_rows.bootstrap",
+        lambda matrix, groups: (matrix.min(0), matrix.max(0)),
     )
 
 

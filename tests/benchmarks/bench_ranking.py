@@ -1,18 +1,21 @@
-"""What a full-catalogue evaluation costs: counting, against sorting and against FAISS.
+"""Measure ranking and search in the full catalogue, as ratios of CPU time in one run.
 
-    python tests/benchmarks/bench_ranking.py [--users 4096] [--items 100000] [--dim 512]
+    python -m tests.benchmarks.bench_ranking exact [--items 12000 --dim 64]
+    python -m tests.benchmarks.bench_ranking approximate [--items 1000000 --kinds ivf hnsw]
 
-All in one process, the ways taking turns, each measured by its best round. "product" is the bare
-blocked matrix product that every exact way has to do; ratios are to counting. On two cores that
-other programs use as well, set OMP_NUM_THREADS=1: the threads of one product wait for each other.
+`exact` compares the default index with torch: ranks and lists of 512 users, one of whom has seen
+many items, for a model that ranks most targets near the top and for a random one. `approximate`
+searches for one query at a time. The ways take turns; a ratio is the median of the ratios of the
+rounds. Measurements of the default are made anew in each first round and are part of its time.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,92 +23,168 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from retrieval import default_index
+from retrieval.approximate_indexes import recall
 from retrieval.index_ranking import rank_with
-from retrieval.ranking import rank
+from retrieval.indexes import Index
 from retrieval.registry import make_index
 from retrieval.seen_items import SeenItems
 
-BLOCK = 512
+USERS, GROUPS, SEEN, HEAVY = 512, 1000, 10, 50_000
+World = tuple[torch.Tensor, torch.Tensor, torch.Tensor, SeenItems]
 
 
-def world(
-    users: int, items: int, dim: int, trained: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, SeenItems]:
-    """Vectors in clusters, ten seen items a user, targets at random or near the query."""
+def clustered_items(items: int, dim: int, generator: torch.Generator) -> torch.Tensor:
+    """Return unit vectors of 1,000 groups: the vector of the group and noise."""
+    group = torch.randint(0, GROUPS, (items,), generator=generator)
+    centre_GD = torch.randn(GROUPS, dim, generator=generator)
+    noise_ND = torch.randn(items, dim, generator=generator)
+    return torch.nn.functional.normalize(centre_GD[group] + 0.5 * noise_ND, dim=1)
+
+
+def world(items: int, dim: int, *, is_trained: bool, is_heavy: bool) -> World:
+    """Return queries, items, targets and seen items.
+
+    Args:
+        items: Number of items.
+        dim: Dimensions.
+        is_trained: Queries are near their targets, else random.
+        is_heavy: The first user has seen 50,000 items, or half of the catalogue if that is less.
+    """
     generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator)
-
-    centre = normal(2000, dim)[torch.randint(0, 2000, (items,), generator=generator)]
-    item_ND = torch.nn.functional.normalize(centre + 0.5 * normal(items, dim), dim=1)
-    target_U = torch.randint(0, items, (users,), generator=generator)
-    query_UD = item_ND[target_U] + 0.05 * normal(users, dim) if trained else normal(users, dim)
-    seen = torch.randint(0, items, (users * 10,), generator=generator)
-    return (
-        query_UD,
-        item_ND,
-        target_U,
-        SeenItems(items=seen.numpy(), offsets=np.arange(users + 1, dtype=np.int64) * 10),
-    )
+    item_ND = clustered_items(items, dim, generator)
+    target_U = torch.randint(0, items, (USERS,), generator=generator)
+    query_UD = torch.randn(USERS, dim, generator=generator)
+    if is_trained:
+        query_UD = item_ND[target_U] + 0.02 * query_UD
+    counts = np.full(USERS, SEEN)
+    if is_heavy:
+        counts[0] = min(HEAVY, items // 2)
+    offsets = np.concatenate([[0], counts.cumsum()])
+    seen = torch.randint(0, items, (int(offsets[-1]),), generator=generator).numpy()
+    return query_UD, item_ND, target_U, SeenItems(items=seen, offsets=offsets)
 
 
-def product(query_UD: torch.Tensor, item_ND: torch.Tensor) -> None:
-    """The scores and nothing else, through the same tiles as counting."""
-    scores = torch.empty(BLOCK * 4096)
-    for query_BD in query_UD.split(BLOCK):
-        for item_CD in item_ND.split(4096):
-            out = scores[: len(query_BD) * len(item_CD)].view(len(query_BD), len(item_CD))
-            torch.mm(query_BD, item_CD.T, out=out)
+def cpu_seconds(call: Callable[[], object]) -> float:
+    """Return the CPU time of all threads of this process."""
+    start = time.process_time()
+    call()
+    return time.process_time() - start
 
 
-def argsort(query_UD: torch.Tensor, item_ND: torch.Tensor, target_U: torch.Tensor) -> torch.Tensor:
-    """The usual way: sort every score of every user, look the target up; kept only."""
-    ranks = []
-    for query_BD, target_B in zip(query_UD.split(BLOCK), target_U.split(BLOCK), strict=True):
-        order_BN = torch.argsort(query_BD @ item_ND.T, dim=1, descending=True)
-        ranks.append(1 + (order_BN == target_B[:, None]).long().argmax(1))
-    return torch.cat(ranks)
+def paired(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, tuple[float, float]]:
+    """Return the best CPU time of each way, and the median of its ratios to the first way."""
+    for way in ways.values():
+        way()
+    seconds = np.array([[cpu_seconds(way) for way in ways.values()] for _ in range(rounds)])
+    ratios = np.median(seconds / seconds[:, :1], axis=0)
+    return dict(zip(ways, zip(seconds.min(0), ratios, strict=True), strict=True))
 
 
-def ways_to_rank(
-    query_UD: torch.Tensor, item_ND: torch.Tensor, target_U: torch.Tensor, seen: SeenItems
-) -> dict[str, Callable[[], object]]:
-    """What is compared; FAISS's times include filling the index, as an evaluation must."""
+def forget_measurements(call: Callable[[], object]) -> Callable[[], object]:
+    """Return a call that measures anew what the default index measures once in a process."""
+
+    def fresh() -> object:
+        default_index._measured.clear()
+        return call()
+
+    return fresh
+
+
+def exact_ways(given: World, work: str, choices: list[str]) -> dict[str, Callable[[], object]]:
+    """Return the same work with each exact index.
+
+    Args:
+        given: Queries, items, targets and seen items.
+        work: ``ranks`` or ``lists of 20``.
+        choices: The choices of the default are added to it.
+    """
+    query_UD, item_ND, _, seen = given
+
+    def ranks(name: str) -> object:
+        return rank_with(name, *given, on_choice=choices.append)
+
+    def lists(name: str) -> object:
+        index = make_index(name, item_ND)
+        index.search(query_UD, 20, seen)
+        choices.append(getattr(index, "choice", ""))
+        return index
+
+    way = ranks if work == "ranks" else lists
     return {
-        "counting, both masks": lambda: rank(query_UD, item_ND, target_U, seen),
-        "product": lambda: product(query_UD, item_ND),
-        "faiss, both masks": lambda: rank_with("faiss", query_UD, item_ND, target_U, seen),
-        "argsort, kept": lambda: argsort(query_UD, item_ND, target_U),
-        "search 50, torch": lambda: make_index("torch", item_ND).search(query_UD, 50, seen),
-        "search 50, faiss": lambda: make_index("faiss", item_ND).search(query_UD, 50, seen),
+        "torch": lambda: way("torch"),
+        "faiss": forget_measurements(lambda: way("faiss")),
+        "faiss:flat": lambda: way("faiss:flat"),
     }
 
 
+def exact(items: int, dim: int, rounds: int) -> Iterator[str]:
+    """Yield a row of the table for each work: ratios to torch."""
+    for is_trained, is_heavy in itertools.product((True, False), (False, True)):
+        given = world(items, dim, is_trained=is_trained, is_heavy=is_heavy)
+        for work in ("ranks", "lists of 20"):
+            choices: list[str] = []
+            measured = paired(exact_ways(given, work, choices), rounds)
+            columns = [
+                f"{items:,} x {dim}",
+                "near the top" if is_trained else "random",
+                "yes" if is_heavy else "no",
+                work,
+                f"{measured['torch'][0]:.3f}",
+                f"{measured['faiss'][1]:.2f}",
+                f"{measured['faiss:flat'][1]:.2f}",
+                next(text for text in reversed(choices) if text),
+            ]
+            yield f"| {' | '.join(columns)} |"
+
+
+def approximate(items: int, dim: int, kinds: list[str], queries: int) -> Iterator[str]:
+    """Yield a row of the table for each index: recall and speed of one query at a time."""
+    generator = torch.Generator().manual_seed(1)
+    item_ND = clustered_items(items, dim, generator)
+    chosen = torch.randint(0, items, (queries,), generator=generator)
+    noise_UD = torch.randn(queries, dim, generator=generator)
+    query_UD = torch.nn.functional.normalize(item_ND[chosen] + 0.5 * noise_UD / dim**0.5, dim=1)
+    flat = make_index("faiss:flat", item_ND)
+
+    def one_by_one(index: Index) -> Callable[[], object]:
+        return lambda: [index.search(query_UD[row : row + 1], 10) for row in range(queries)]
+
+    for kind in kinds:
+        start = time.process_time()
+        index = make_index(f"faiss:{kind}", item_ND)
+        build = time.process_time() - start
+        ways = {"approximate": one_by_one(index), "flat": one_by_one(flat)}
+        (seconds, _), (flat_seconds, ratio) = paired(ways, 3).values()
+        columns = [
+            f"`faiss:{kind}`",
+            f"{items:,} x {dim}",
+            f"{build:.0f}",
+            f"{1000 * flat_seconds / queries:.2f}",
+            f"{1000 * seconds / queries:.3f}",
+            f"{ratio:.1f}",
+            f"{recall(index, flat, query_UD, 10):.3f}",
+        ]
+        yield f"| {' | '.join(columns)} |"
+
+
 def main() -> None:
-    """Measure and print."""
+    """Measure and print the rows of a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    for name, default in (("users", 4096), ("items", 100_000), ("dim", 512), ("rounds", 3)):
-        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("part", choices=("exact", "approximate"))
+    parser.add_argument("--items", type=int, default=300_000)
+    parser.add_argument("--dim", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--queries", type=int, default=100)
+    parser.add_argument("--kinds", nargs="+", default=["ivf", "ivfpq", "hnsw"])
     given = parser.parse_args()
-    print(
-        f"{given.users:,} users x {given.items:,} items x {given.dim} dimensions, fp32, "
-        f"{torch.get_num_threads()} threads, best of {given.rounds}"
-    )
-    for trained in (False, True):
-        ways = ways_to_rank(*world(given.users, given.items, given.dim, trained))
-        seconds = {name: [float("inf")] * 2 for name in ways}
-        for _ in range(given.rounds):
-            for name, way in ways.items():
-                wall, cpu = time.perf_counter(), time.process_time()
-                way()
-                spent = time.perf_counter() - wall, time.process_time() - cpu
-                seconds[name] = [min(pair) for pair in zip(seconds[name], spent, strict=True)]
-        print(f"\ntargets {'near the query' if trained else 'at random'}")
-        print(f"{'':24}{'wall s':>8}{'CPU s':>8}{'x counting':>12}")
-        base = seconds["counting, both masks"][0]
-        for name, (wall, cpu) in seconds.items():
-            print(f"{name:24}{wall:8.2f}{cpu:8.2f}{wall / base:12.2f}")
+    torch.set_num_threads(1)
+    if given.part == "exact":
+        rows = exact(given.items, given.dim, given.rounds)
+    else:
+        rows = approximate(given.items, given.dim, given.kinds, given.queries)
+    for row in rows:
+        print(row, flush=True)
 
 
 if __name__ == "__main__":

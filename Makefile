@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
-.PHONY: demo test lint check heavy clean
+.PHONY: demo test lint check heavy gpu clean
 .DEFAULT_GOAL := demo
 
 demo: $(READY)
@@ -23,6 +23,9 @@ check: $(READY)
 
 heavy: $(READY)
 	$(BIN)/pytest -q -m heavy -n auto --dist loadfile --no-loadscope-reorder
+
+gpu: $(READY)
+	$(BIN)/python -m tests.gpu --out gpu-results.json
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \

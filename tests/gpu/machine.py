@@ -1,0 +1,39 @@
+"""The card, its memory and the versions of the libraries."""
+
+import os
+import platform
+from importlib import metadata
+
+import numpy as np
+import torch
+
+from tests.gpu import stand_ins
+from tests.gpu.parts import Report, Setup
+
+_LIBRARIES = ("pytest", "triton", "transformers", "torchvision", "liger-kernel", "inf-cl")
+
+
+def run(setup: Setup, report: Report) -> None:
+    """Report what the figures of the other parts depend on."""
+    report("python", platform.python_version())
+    report("torch", torch.__version__)
+    report("numpy", np.__version__)
+    report("cores", len(os.sched_getaffinity(0)))
+    for library in _LIBRARIES:
+        try:
+            report(library, metadata.version(library))
+        except metadata.PackageNotFoundError:
+            report(library, "not installed")
+    for package in stand_ins.PACKAGES:
+        try:
+            __import__(package)
+        except ImportError:
+            continue
+    report("not installed", ", ".join(stand_ins.missing()) or "nothing that mmrec needs")
+    if setup.device == "cuda":
+        card = torch.cuda.get_device_properties(0)
+        report("card", card.name)
+        report("GiB of the card", round(card.total_memory / 2**30, 1))
+        report("CUDA", torch.version.cuda)
+    else:
+        report("card", f"CPU {platform.machine()}")

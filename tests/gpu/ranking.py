@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from retrieval.blocks import strict_fp32
-from retrieval.indexes import make_index
 from retrieval.ranking import rank
+from retrieval.registry import make_index
 from retrieval.seen_items import SeenItems
 from tests.gpu.parts import Report, Setup
 from tests.gpu.timing import best_seconds, peak_bytes, rounded

@@ -430,10 +430,17 @@ class TrainWatch:
     def __init__(self) -> None:
         self.line = console.ProgressLine()
         self.called = False
+        self._chunks = 1
 
     def __call__(self, progress: "TrainProgress") -> None:
         """Show one report of the loop."""
         self.called = True
+        if progress.chunks > self._chunks:
+            self._chunks = progress.chunks
+            console.notify(
+                f"a step ran out of memory: steps are computed in {progress.chunks} chunks from now"
+                " on, with the same loss and in more time; a smaller batch_size is faster"
+            )
         # A model without gradients has no loss and reads no windows.
         loss = f"  loss {progress.loss:.4f}" if progress.rate else ""
         rate = f"  {progress.rate:,.0f} {progress.unit}/s" if progress.rate else ""

@@ -28,7 +28,7 @@ TRAINER_ORDER = (
     {"modules"},
     {"finetune"},
     {"models"},
-    {"optimizer", "step_losses", "evaluation"},
+    {"optimizer", "step_losses", "step_memory", "evaluation"},
     {"tasks"},
     {"loop"},
     {"tracking"},

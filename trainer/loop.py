@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from trainer.ema import ExponentialMovingAverage
 from trainer.interruption import Abandoned, Interruption, handle_interruption
 from trainer.optimizer import Optimizer
 from trainer.step_losses import StepLosses
+from trainer.step_memory import StepMemory
 from trainer.tasks.base import Task, Validation
 
 _SECONDS_BETWEEN_SAVES = 300.0  # a killed run loses at most this much training
@@ -52,6 +54,8 @@ class TrainProgress:
     """Validation metrics, at the end of an epoch that was validated."""
     best_epoch: int
     """Epoch with the best validation, from 1; -1 before the first validation."""
+    chunks: int = 1
+    """Chunks in which a step is computed: more than 1 after a step that ran out of memory."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,6 +124,7 @@ def fit(
             )
     step_losses = StepLosses(state, config.lr)
     forward = _forward(task, config)
+    memory = StepMemory(model, is_alone=world_size() == 1)
     shard = Shard(process_rank=process_rank(), world_size=world_size())
     is_alone = shard.world_size == 1  # the others would wait for a process that abandons its step
 
@@ -149,9 +154,7 @@ def fit(
                     if not is_first:  # dropout differs between processes; equal after a resume
                         seed = combine_seeds(config.seed, shard.process_rank, state.steps)
                         torch.manual_seed(seed)
-                    with torch.autocast(device.type, torch.bfloat16, config.precision == "bf16"):
-                        losses = forward(batch)
-                    losses["loss"].backward()
+                    losses = memory.run(partial(_gradients, forward, batch, config), batch)
                     optimizer.clip()
                 optimizer.step()
                 state.step += 1
@@ -293,6 +296,15 @@ def _forward(task: Task[Any], config: TrainConfig) -> nn.Module:
     return DistributedDataParallel(forward) if world_size() > 1 else forward
 
 
+def _gradients(forward: nn.Module, batch: Any, config: TrainConfig) -> dict[str, Tensor]:
+    """Return the losses of a step, and compute the gradients."""
+    device = next(forward.parameters()).device
+    with torch.autocast(device.type, torch.bfloat16, config.precision == "bf16"):
+        losses: dict[str, Tensor] = forward(batch)
+    losses["loss"].backward()
+    return losses
+
+
 def _report(
     state: TrainState,
     task: Task[Any],
@@ -314,4 +326,5 @@ def _report(
         seconds_left=(pace.steps - state.step) * seconds / max(1, pace.steps_done),
         metrics=validation.shown if validation else {},
         best_epoch=state.best_epoch,
+        chunks=task.model.chunks,
     )

@@ -110,9 +110,15 @@ class Recommender(nn.Module, ABC):
     """Tables of positions whose row 0 is the newest slot. They are copied to a model of another
     length row by row."""
 
+    takes_chunks: ClassVar[bool] = False
+    """True if a step encodes items and sequences in :attr:`chunks`."""
+
     def __init__(self, settings: Any, catalogue: Catalogue) -> None:
         super().__init__()
         self.settings = settings
+        self.chunks = 1
+        """Number of chunks in which a step encodes items and sequences, and which its backward pass
+        recomputes. The training loop doubles it if a step runs out of memory."""
 
     def fit_buffers(self, features: ItemFeatures, train: TrainSet) -> None:
         """Compute the buffers that depend on the training data; by default there are none.

@@ -4,6 +4,7 @@ Legend: B batch, L sequence length, N items, K distinct items, M predicted posit
 """
 
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
@@ -25,7 +26,7 @@ from trainer.losses.base import (
 )
 from trainer.losses.registry import LOSSES
 from trainer.models.base import Catalogue, Recommender
-from trainer.modules.chunked_encoding import encode_blocks
+from trainer.modules.chunked_encoding import encode_blocks, encode_in_chunks
 from trainer.modules.sequence_encoders import (
     SequenceEncoder,
     SequenceSettings,
@@ -59,6 +60,7 @@ class CausalRecommender(Recommender):
     :meth:`encode_some`.
     """
 
+    takes_chunks = True
     transfer_groups: ClassVar = {"items": ("item_encoder.",), "users": ("sequence_encoder.",)}
     reverse_positions: ClassVar[tuple[str, ...]] = ("sequence_encoder.position.weight",)
 
@@ -98,6 +100,7 @@ class CausalRecommender(Recommender):
             lambda items_K: self.settings.normalise(self.encode_some(items_K, features)),
             items_N,
             size,
+            chunks=self.chunks,
         )
 
     def encode_sequences(
@@ -127,8 +130,14 @@ class CausalRecommender(Recommender):
         if self.next_item_loss.needs_catalogue:
             return ItemVectors(vectors_KD=self.encode_items(batch.features))
         ids_K = batch.distinct_items(None if drawn is None else drawn.on_host.items_X)
-        vectors_KD = self.settings.normalise(self.encode_some(ids_K, batch.features))
+        vectors_KD = self.settings.normalise(self.encode_distinct(ids_K, batch.features))
         return ItemVectors(vectors_KD=vectors_KD, ids_K=ids_K)
+
+    def encode_distinct(self, items_K: Tensor, features: ItemFeatures) -> Tensor:
+        """Encode items as :meth:`encode_some`, in ``chunks``: (K, D)."""
+        return encode_in_chunks(
+            lambda chunk_K: self.encode_some(chunk_K, features), self.chunks, items_K
+        )
 
     def states(self, items: ItemVectors, sequences: Sequences) -> Tensor:
         """Return the state after each item: (B, L, D), before normalisation.
@@ -137,10 +146,21 @@ class CausalRecommender(Recommender):
             items: Vectors that include all items of the sequences.
             sequences: The sequences.
         """
-        states_BLD: Tensor = self.sequence_encoder(
-            items.gather(sequences.items_BL), sequences.lengths_B
+        return self.encode_rows(items.gather, sequences)
+
+    def encode_rows(self, embed: Callable[[Tensor], Tensor], sequences: Sequences) -> Tensor:
+        """Return the states of the sequence encoder (B, L, D), computed in ``chunks`` of rows.
+
+        Args:
+            embed: Function of (B, L) items that returns their vectors (B, L, D).
+            sequences: The sequences.
+        """
+        return encode_in_chunks(
+            lambda items_BL, lengths_B: self.sequence_encoder(embed(items_BL), lengths_B),
+            self.chunks,
+            sequences.items_BL,
+            sequences.lengths_B,
         )
-        return states_BLD
 
 
 def row_windows(rows: str, length: int) -> WindowSampling:

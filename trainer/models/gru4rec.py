@@ -138,10 +138,7 @@ class GRU4Rec(ItemIdRecommender):
         """Return the state after each item: (B, L, D). Input vectors are not normalised."""
         if self.input_vectors is None:
             return super().states(items, sequences)
-        states_BLD: Tensor = self.sequence_encoder(
-            self.input_vectors(sequences.items_BL), sequences.lengths_B
-        )
-        return states_BLD
+        return self.encode_rows(self.input_vectors, sequences)
 
 
 class _Encoder(SequenceEncoder):

@@ -70,7 +70,7 @@ class FeatureRecommender(CausalRecommender):
     def distinct_items(self, batch: Batch, drawn: DrawnItems | None = None) -> ItemVectors:
         """Encode each distinct item of a batch and of the drawn items, without normalisation."""
         ids_K = batch.distinct_items(None if drawn is None else drawn.on_host.items_X)
-        return ItemVectors(vectors_KD=self.encode_some(ids_K, batch.features), ids_K=ids_K)
+        return ItemVectors(vectors_KD=self.encode_distinct(ids_K, batch.features), ids_K=ids_K)
 
     def normalised(self, items: ItemVectors) -> ItemVectors:
         """Return item vectors as the loss takes them: of length 1 with ``score=cosine``."""
@@ -81,7 +81,10 @@ class FeatureRecommender(CausalRecommender):
         device = next(self.parameters()).device
         items_N = torch.arange(features.n_items, device=device)
         return encode_blocks(
-            lambda items_K: self.encode_some(items_K, features), items_N, _ITEMS_PER_CHUNK
+            lambda items_K: self.encode_some(items_K, features),
+            items_N,
+            _ITEMS_PER_CHUNK,
+            chunks=self.chunks,
         )
 
 

@@ -41,6 +41,4 @@ class ItemIdRecommender(CausalRecommender):
 
     def states(self, items: ItemVectors, sequences: Sequences) -> Tensor:
         """Return the state after each item: (B, L, D). Input vectors are not normalised."""
-        x_BLD = self.item_encoder(sequences.items_BL)
-        states_BLD: Tensor = self.sequence_encoder(x_BLD, sequences.lengths_B)
-        return states_BLD
+        return self.encode_rows(self.item_encoder, sequences)

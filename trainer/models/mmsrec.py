@@ -104,6 +104,7 @@ class MMSRec(MultimodalEncoder, Recommender):
 
     settings_class: ClassVar[type[Any]] = MMSRecConfig
     needs_features = True
+    takes_chunks = True
     # Each step encodes the whole catalogue, so larger batches make an epoch faster.
     train_defaults: ClassVar = {"batch_size": 256}
     variants: ClassVar = {

@@ -24,7 +24,7 @@ from torch.nn import functional
 
 from features.errors import UserError
 from trainer.config import Choice, PositiveInt, Probability, Temperature
-from trainer.data.batches import Batch, ItemFeatures
+from trainer.data.batches import Batch, ItemFeatures, Sequences
 from trainer.data.device_copy import to_device
 from trainer.distributed import gather_ids, gather_rows, rank_offset
 from trainer.finetune.upper_blocks import item_tokens
@@ -44,6 +44,7 @@ from trainer.losses.registry import LOSSES
 from trainer.models.base import Catalogue, Pretraining
 from trainer.models.causal import CausalRecommender, CausalSettings
 from trainer.models.released import RELEASED_ATTENTION, RELEASED_ENCODER
+from trainer.modules.chunked_encoding import recomputed
 from trainer.modules.fusion import FusionSettings
 from trainer.modules.item_encoder import EncodedItems, ItemEncoder
 from trainer.modules.registry import FUSIONS
@@ -211,15 +212,16 @@ class PMMRec(CausalRecommender):
         if settings.align != "none":
             losses[settings.align] = self._alignment(batch, encoded, ids_K)
         if settings.nid or settings.rcl:
-            noisy = corrupt(
+            corrupted = corrupt(
                 inputs.on_host.items_BL,
                 inputs.on_host.lengths_B,
                 batch.generator,
                 shuffle=settings.shuffle,
                 replace=settings.replace,
             )
-            noisy_BL, label_BL = (to_device(x, batch.device) for x in noisy)
-            noisy_BLD: Tensor = self.sequence_encoder(items.gather(noisy_BL), inputs.lengths_B)
+            noisy_BL, label_BL = (to_device(x, batch.device) for x in corrupted)
+            noisy = Sequences(items_BL=noisy_BL, lengths_B=inputs.lengths_B)
+            noisy_BLD = self.states(items, noisy)
         if settings.nid:
             logits_M3 = self.nid(take_slots(noisy_BLD, slot_M))
             losses["nid"] = nid(logits_M3, take_slots(label_BL, slot_M), relu=settings.nid_relu)
@@ -233,8 +235,15 @@ class PMMRec(CausalRecommender):
         return total(losses)
 
     def _encode(self, items_K: Tensor, features: ItemFeatures) -> EncodedItems:
-        encoded: EncodedItems = self.item_encoder(item_tokens(items_K, features, self.backbones))
-        return encoded
+        def encode(chunk_K: Tensor) -> EncodedItems:
+            encoded: EncodedItems = self.item_encoder(
+                item_tokens(chunk_K, features, self.backbones)
+            )
+            return encoded
+
+        if self.chunks == 1 or not torch.is_grad_enabled():
+            return encode(items_K)
+        return EncodedItems.concatenate(recomputed(encode, self.chunks, items_K))
 
     def _alignment(self, batch: Batch, encoded: EncodedItems, ids_K: Tensor) -> Tensor:
         """Return the contrastive loss of the modalities of the items of the batch (Eq. 6 to 9)."""

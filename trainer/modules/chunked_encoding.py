@@ -7,18 +7,47 @@ Legend: B batch, L sequence length, K items to encode, D width, M selected slots
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from trainer.data.batches import ItemFeatures, Sequences
 from trainer.data.device_copy import to_device
 from trainer.kernels.activation_checkpoint import checkpoint_elementwise, tokens_per_chunk
 from trainer.modules.multimodal_encoder import MultimodalEncoder
 
+T = TypeVar("T")
 
-def encode_blocks(encode: Callable[[Tensor], Tensor], items_N: Tensor, size: int) -> Tensor:
+
+def recomputed(encode: Callable[..., T], chunks: int, *inputs: Tensor) -> list[T]:
+    """Call a function on chunks of its inputs; the backward pass computes each chunk again.
+
+    Only the results and one chunk's activations are in memory at a time.
+
+    Args:
+        encode: Function of chunks of ``inputs``. It can read other tensors and parameters, and all
+            of them get their gradients.
+        chunks: Number of chunks.
+        inputs: Tensors of equal length.
+    """
+    parts = zip(*(x.chunk(chunks) for x in inputs), strict=True)
+    return [checkpoint(encode, *part, use_reentrant=False) for part in parts]
+
+
+def encode_in_chunks(encode: Callable[..., Tensor], chunks: int, *inputs: Tensor) -> Tensor:
+    """Return ``encode(*inputs)``, computed by :func:`recomputed` with more than one chunk."""
+    if chunks == 1 or not torch.is_grad_enabled():
+        return encode(*inputs)
+    return torch.cat(recomputed(encode, chunks, *inputs))
+
+
+def encode_blocks(
+    encode: Callable[[Tensor], Tensor], items_N: Tensor, size: int, *, chunks: int = 1
+) -> Tensor:
     """Encode items in blocks: (N, D).
 
     Without gradients, each block is written into one matrix, so that the vectors are never in
@@ -28,8 +57,11 @@ def encode_blocks(encode: Callable[[Tensor], Tensor], items_N: Tensor, size: int
         encode: Function of (K,) int64 items that returns their vectors (K, D).
         items_N: (N,) int64 item ids.
         size: Items of a block.
+        chunks: More than 1: with gradients, compute each block again in the backward pass.
     """
     blocks = items_N.split(size)
+    if chunks > 1 and torch.is_grad_enabled():
+        return torch.cat(recomputed(encode, max(chunks, len(blocks)), items_N))
     if torch.is_grad_enabled() or len(blocks) == 1:
         return torch.cat([encode(items_K) for items_K in blocks])
     first_KD = encode(blocks[0])
@@ -87,7 +119,8 @@ def encode_slots_in_chunks(
         return encode(order_B), order_B
     order_B = lengths_B.argsort(stable=True)
     chunks = order_B.split(max(1, size // width))
-    return torch.cat([checkpoint_elementwise(encode, chunk_B) for chunk_B in chunks]), order_B
+    run = _checkpoint(encoder)
+    return torch.cat([run(encode, chunk_B) for chunk_B in chunks]), order_B
 
 
 def encode_items_in_chunks(
@@ -116,8 +149,9 @@ def encode_items_in_chunks(
     identities: Sequence[Tensor | None] = [None] * len(chunks)
     if encoder.settings.ids:
         identities = encoder.embed_identity(item_K[order_K]).split([len(c) for c in chunks])
+    run = _checkpoint(encoder)
     vectors = [
-        checkpoint_elementwise(
+        run(
             functools.partial(
                 encoder.encode_single_items, features=features, identity_KD=identity_KD
             ),
@@ -129,6 +163,15 @@ def encode_items_in_chunks(
 
 
 def _tokens_per_chunk(encoder: MultimodalEncoder, tokens: int) -> int:
+    if encoder.chunks > 1 and torch.is_grad_enabled():
+        return math.ceil(tokens / encoder.chunks)
     if encoder.transformer.compiled:
         return 0
     return tokens_per_chunk(encoder.mask_token_D, tokens)
+
+
+def _checkpoint(encoder: MultimodalEncoder) -> Callable[..., Tensor]:
+    """Return the function that recomputes a chunk: all of it if memory has run out before."""
+    if encoder.chunks > 1:
+        return functools.partial(checkpoint, use_reentrant=False)
+    return checkpoint_elementwise

@@ -6,7 +6,9 @@ Legend: K items, T tokens of a modality, D width, D_m width of modality m.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from features.errors import UserError
 from trainer.modules.fusion import DNN, FusionSettings, Pooled, learned
@@ -27,6 +29,30 @@ class EncodedItems:
     """For each modality (K,) bool, true for the items that have it."""
     modality_pool: str = "mean"
     """Vector of a modality: the ``mean`` of its tokens, or its first token (``cls``)."""
+
+    @classmethod
+    def concatenate(cls, parts: Sequence["EncodedItems"]) -> "EncodedItems":
+        """Return the items of several results as one result."""
+        modalities = []
+        for tokens in zip(*(part.modalities for part in parts), strict=True):
+            longest = max(x_KTD.shape[1] for x_KTD, _ in tokens)
+            padded = [
+                (
+                    functional.pad(x_KTD, (0, 0, 0, longest - x_KTD.shape[1])),
+                    functional.pad(mask_KT, (0, longest - mask_KT.shape[1])),
+                )
+                for x_KTD, mask_KT in tokens
+            ]
+            x, mask = (torch.cat(tensors) for tensors in zip(*padded, strict=True))
+            modalities.append((x, mask))
+        return cls(
+            fused_KD=torch.cat([part.fused_KD for part in parts]),
+            modalities=modalities,
+            has_modality=[
+                torch.cat(has) for has in zip(*(part.has_modality for part in parts), strict=True)
+            ],
+            modality_pool=parts[0].modality_pool,
+        )
 
     def modality_vectors(self) -> list[tuple[Tensor, Tensor]]:
         """Return the vector of each modality (K, D), with its ``has_modality`` (K,)."""

@@ -88,6 +88,8 @@ class MultimodalEncoder(nn.Module):
     ) -> None:
         nn.Module.__init__(self)  # not super(): a subclass can also be a Recommender
         self.settings = settings
+        self.chunks = 1
+        """See :attr:`trainer.models.base.Recommender.chunks`."""
         self.causal = causal
         self.names = tuple(widths)
         dim = settings.dim

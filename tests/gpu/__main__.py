@@ -1,6 +1,6 @@
 """Check and measure mmrec on a GPU, in one command of at most nine minutes.
 
-    python -m tests.gpu --out results.json [--seconds 540] [--parts NAME ...]
+    python -m tests.gpu --out results.json [--seconds 520] [--parts NAME ...]
     python -m tests.gpu --device cpu --small --out results.json
 
 The command needs torch and NumPy, and no internet. A part that needs more is skipped, and the
@@ -82,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.gpu", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("gpu-results.json"), help="JSON file")
-    parser.add_argument("--seconds", type=float, default=540.0, help="time of all parts")
+    parser.add_argument("--seconds", type=float, default=520.0, help="time of all parts")
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--small", action="store_true", help="tiny sizes")

@@ -23,7 +23,7 @@ _SMALL = ("dim=16", "hidden=16", "heads=2")
 def run(setup: Setup, report: Report) -> None:
     """Report the pairs a second in bfloat16 and in float32, and the hours of 15 epochs."""
     width = setup.size(world.WIDTH, 8)
-    fitting = _SHARE_OF_FEATURES * free_bytes(setup.device) / (2 * 4 * width)
+    fitting = _SHARE_OF_FEATURES * free_bytes(setup.device) / (2 * 2 * width)
     pairs = int(min(setup.size(PAIRS, 600), fitting))
     report("pairs on the device", pairs)
     features = world.random_features(pairs, width, setup.device)

@@ -1,5 +1,7 @@
 """Full ranking and search of the best items, against their bare product."""
 
+from functools import partial
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -36,11 +38,16 @@ def run(setup: Setup, report: Report) -> None:
 
     bare = best_seconds(setup, lambda: _product(near_UD, item_ND))
     report("bare product, seconds", rounded(bare))
-    index = make_index("torch", item_ND)
+    indexes = {"torch": make_index("torch", item_ND)}
+    if setup.device == "cuda":
+        try:
+            indexes["faiss:gpu"] = make_index("faiss:gpu", item_ND)
+        except (ImportError, ValueError) as error:
+            report("faiss:gpu", f"not measured: {error}")
     for what, query_UD in (("random", normal(users, dim)), ("nearly perfect", near_UD)):
-        ways = {
-            "rank": lambda query_UD=query_UD: rank(query_UD, item_ND, target_U, seen),
-            f"best {_BEST}": lambda query_UD=query_UD: index.search(query_UD, _BEST, seen),
+        ways = {"rank": partial(rank, query_UD, item_ND, target_U, seen)} | {
+            f"best {_BEST}, {name}": partial(index.search, query_UD, _BEST, seen)
+            for name, index in indexes.items()
         }
         for way, work in ways.items():
             peak = peak_bytes(setup.device, work)

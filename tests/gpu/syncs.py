@@ -14,6 +14,7 @@ from trainer.tasks.next_item import NextItem
 
 MODELS = ("sasrec", "mmsrec", "mmsr", "pmmrec")
 _WARM, _COUNTED = 5, 40  # steps; losses are read every 20
+_WARNING = "called a synchronizing CUDA operation"
 _PLACES = 8  # most lines of code that are reported
 _ROOT = Path(__file__).parents[2]
 
@@ -47,7 +48,7 @@ def count_waits(setup: Setup, task: NextItem, config: TrainConfig) -> dict[str, 
         finally:
             if is_on_gpu:
                 torch.cuda.set_sync_debug_mode("default")
-    waits = [entry for entry in caught if "synchroniz" in str(entry.message)]
+    waits = [entry for entry in caught if _WARNING in str(entry.message)]
     places = Counter(_place(entry) for entry in waits)
     return {
         "steps": finished,

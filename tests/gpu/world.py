@@ -31,11 +31,13 @@ class _EnoughError(Exception):
 
 
 def random_features(n_items: int, width: int, device: str) -> ItemFeatures:
-    """Return random images and texts of all items, made on the device."""
+    """Return random images and texts of all items, in the float16 of feature tables."""
     generator = torch.Generator(device).manual_seed(0)
     vectors, present = {}, {}
     for name in ("image", "text"):
-        vectors[name] = torch.randn(n_items, width, device=device, generator=generator)
+        vectors[name] = torch.randn(
+            n_items, width, device=device, dtype=torch.float16, generator=generator
+        )
         present[name] = torch.ones(n_items, dtype=torch.bool, device=device)
     return ItemFeatures(n_items=n_items, vectors=vectors, present=present)
 

@@ -16,8 +16,6 @@
 ``memory``
     Peak memory and time for ten times the items, without weights and with those of ViT-B/32 (only
     the first batches are run; the others have no effect on memory).
-``gpu``
-    Images a second on a CUDA device, and the time of each step.
 
 Architectures are the true ones, weights random. Figures are CPU seconds of all threads where other
 work on the machine would disturb the clock, and the better of several alternating rounds.
@@ -32,7 +30,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -50,7 +47,6 @@ from pipeline.backbones.base import Backbone, InputBatch
 from pipeline.backbones.image_transforms import ImageTransform, of_open_clip, of_processor
 from pipeline.backbones.loading import load_backbone
 from pipeline.backbones.registry import BACKBONES
-from pipeline.extraction import loading
 from pipeline.extraction.batching import token_batches
 from pipeline.extraction.encoder import TOKENS_PER_TEXT
 from pipeline.extraction.job import extract_features
@@ -324,84 +320,10 @@ def run_process(warehouse: Warehouse, modality: str, backbone: str) -> tuple[flo
     return float(out[0]), float(out[1])
 
 
-class _Clock:
-    """Sum the seconds of watched functions by name."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._lock = threading.Lock()
-
-    def watch(self, name: str, work: Any, now: Callable[[], float], sync: bool = False) -> Any:
-        def watched(*args: Any, **options: Any) -> Any:
-            if sync:
-                torch.cuda.synchronize()
-            start = now()
-            result = work(*args, **options)
-            if sync:
-                torch.cuda.synchronize()
-            with self._lock:
-                self.seconds[name] = self.seconds.get(name, 0.0) + now() - start
-            return result
-
-        return watched
-
-
-def gpu(root: Path, n: int = 6000) -> None:
-    """Measure images a second on a CUDA device, and the time of each step."""
-    if not torch.cuda.is_available():
-        print_figure("gpu", "no CUDA device here", "")
-        return
-    warehouse = inputs.make_warehouse(root, images=500)
-    from tests.pipeline.backbones.tiny import prepare
-
-    # The same files many times; bytes appended after an image's end make the contents differ.
-    for i in range(500, n):
-        same = (root / "raw" / f"{i % 500}.jpg").read_bytes()
-        (root / "raw" / f"{i}.jpg").write_bytes(same + i.to_bytes(4))
-    names = [str(i) for i in range(n)]
-    prepare(warehouse, root / "raw", ids=names, image=[f"{name}.jpg" for name in names])
-    for compute in ("float32", "bfloat16"):
-        backbone: Any = load_backbone(str(inputs.clip_b32(root / compute)), compute=compute)
-        data = [(root / "raw" / f"{i}.jpg").read_bytes() for i in range(512)]
-        bare = bare_images(backbone, [backbone.image(decode_image(file)) for file in data])
-        bare()
-        ((_, wall),) = best(bare)
-        print_figure(
-            "gpu", f"CLIP ViT-B/32 {compute}: bare forward and copies", f"{512 / wall:.0f}/s"
-        )
-        loaded(backbone)
-        for decode in ("exact", "draft"):
-            ((cpu, wall),) = best(job(warehouse, "image", decode))
-            figure = f"{n / wall:.0f}/s clock, {n / cpu:.0f}/s a CPU second"
-            print_figure("gpu", f"CLIP ViT-B/32 {compute}: extract, {decode}", figure)
-    clock = _Clock()
-    plain = vars(loading)["decode_image"], backbone.image, backbone.embed
-    vars(loading)["decode_image"] = clock.watch("decode", plain[0], time.thread_time)
-    backbone.image = clock.watch("resize", plain[1], time.thread_time)
-    backbone.embed = clock.watch("copy, forward, copy back", plain[2], time.perf_counter, sync=True)
-    try:
-        start = time.perf_counter()
-        job(warehouse, "image")()
-        wall = time.perf_counter() - start
-    finally:
-        vars(loading)["decode_image"], backbone.image, backbone.embed = plain
-    cores = len(os.sched_getaffinity(0))
-    for what, seconds in clock.seconds.items():
-        if what in ("decode", "resize"):
-            print_figure(
-                "gpu", f"of {wall:.2f} s: {what}, of {cores} cores", f"{seconds / cores:.2f} s"
-            )
-        else:
-            print_figure("gpu", f"of {wall:.2f} s: {what}", f"{seconds:.2f} s")
-            print_figure(
-                "gpu", "waiting for images, deduplication and writing", f"{wall - seconds:.2f} s"
-            )
-
-
 SECTIONS: dict[str, Callable[..., None]] = {
     section.__name__: section
-    for section in (images, texts, videos, ceiling, startup, sampling, memory, gpu)
-}  # fmt: skip
+    for section in (images, texts, videos, ceiling, startup, sampling, memory)
+}
 
 
 def main() -> None:

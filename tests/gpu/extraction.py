@@ -41,6 +41,7 @@ MODELS: dict[str, dict[str, int]] = {
     "ViT-L/14": {**_LARGE, "intermediate_size": 4096, "patch_size": 14},
 }
 _SMALL = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 32}
+DECODE = ("exact", "draft")
 COMPUTE = ("bfloat16", "float32")
 _PHOTOS = 64  # different images; the others are copies with bytes after their end
 
@@ -58,8 +59,10 @@ def run(setup: Setup, report: Report) -> None:
                 key = f"{name}, random weights, {compute}"
                 backbone: Any = load_backbone(str(weights), device=setup.device, compute=compute)
                 report(f"{key}: stages alone", _stages(setup, backbone, photos))
-                if setup.seconds_left:
-                    report(f"{key}: extraction", _extraction(warehouse, backbone, count))
+                for decode in DECODE:
+                    if setup.seconds_left:
+                        figures = _extraction(warehouse, backbone, decode, count)
+                        report(f"{key}: extraction, {decode} decoding", figures)
                 del backbone
                 free_bytes(setup.device)
             shutil.rmtree(weights)
@@ -139,7 +142,7 @@ class _Clock:
         return watched
 
 
-def _extraction(warehouse: Warehouse, backbone: Any, count: int) -> dict[str, float]:
+def _extraction(warehouse: Warehouse, backbone: Any, decode: str, count: int) -> dict[str, float]:
     """Return images a second of a whole extraction, and the seconds of its stages.
 
     Decoding and resizing run in threads: their seconds are those of all cores. The vectors are
@@ -159,7 +162,7 @@ def _extraction(warehouse: Warehouse, backbone: Any, count: int) -> dict[str, fl
         mock.patch.object(FeatureTable, "append", clock.watch("write", FeatureTable.append)),
     ):
         began = time.perf_counter()
-        report = extract_features(warehouse, "tiny", ExtractOptions(image="loaded"))
+        report = extract_features(warehouse, "tiny", ExtractOptions(image="loaded", decode=decode))
         seconds = time.perf_counter() - began
     if report.tables[0].encoded != count:
         raise AssertionError(f"{report.tables[0].encoded} of {count} images have a vector")

@@ -80,7 +80,7 @@ def test_torch_and_numpy_are_enough(tmp_path: Path) -> None:
 def test_images_are_extracted_without_a_database(tmp_path: Path) -> None:
     results = run_command(tmp_path, ["av", "duckdb", "faiss", "tomli_w"], "extraction")
     assert results["extraction"]["outcome"] == "done"
-    figures = results["extraction"]["tiny, random weights, bfloat16: extraction"]
+    figures = results["extraction"]["tiny, random weights, bfloat16: extraction, draft decoding"]
     assert figures["images a second"] > 0
     assert {"decode", "resize", "copy and forward", "write"} == {
         name.removeprefix("seconds of ") for name in figures if name.startswith("seconds of ")

@@ -4,7 +4,7 @@ Shape suffixes in descriptions: N items of the dataset, K tokens of all items, D
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,28 @@ def read_vectors(parts: Sequence[Path], n_items: int, provenance: Provenance) ->
     return FeatureMatrix(vectors=vectors, present=present, provenance=provenance)
 
 
+def map_vectors(
+    path: Path, parts: Sequence[Path], n_items: int, provenance: Provenance
+) -> npt.NDArray[Any]:
+    """Map the vectors of a pooled table into memory: (N, D); absent items are zero.
+
+    Args:
+        path: The mapped file, as for :func:`map_tokens`.
+        parts: Parts of the table.
+        n_items: N.
+        provenance: Provenance that the parts share.
+
+    Raises:
+        UserError: A part or the file cannot be read, or has an item outside 0..N-1.
+        OSError: The disk is full.
+    """
+
+    def fill(rows: pa.Table, values: npt.NDArray[Any], part: Path) -> None:
+        values[items_of(rows, n_items, part)] = vectors_of(rows, provenance.dim)
+
+    return _map(path, parts, (n_items, provenance.dim), provenance, fill)
+
+
 def map_tokens(
     path: Path, parts: Sequence[Path], offsets: npt.NDArray[np.int64], provenance: Provenance
 ) -> TokenMatrix:
@@ -85,7 +107,30 @@ def map_tokens(
         UserError: A part or the file cannot be read, or a row has another number of tokens.
         OSError: The disk is full.
     """
-    shape = (int(offsets[-1]), provenance.dim)
+
+    def fill(rows: pa.Table, values: npt.NDArray[Any], part: Path) -> None:
+        copy_tokens(rows, offsets, values, part)
+
+    values = _map(path, parts, (int(offsets[-1]), provenance.dim), provenance, fill)
+    return TokenMatrix(values=values, offsets=offsets, provenance=provenance)
+
+
+def _map(
+    path: Path,
+    parts: Sequence[Path],
+    shape: tuple[int, int],
+    provenance: Provenance,
+    fill: Callable[[pa.Table, npt.NDArray[Any], Path], None],
+) -> npt.NDArray[Any]:
+    """Return the matrix of a mapped file; write the file first if it is missing or damaged.
+
+    Args:
+        path: The file.
+        parts: Parts of the table.
+        shape: Shape of the matrix.
+        provenance: Provenance that the parts share.
+        fill: Function that writes the rows of a part into the matrix.
+    """
     if not _is_intact(path):
         with atomic_write(path) as temporary:
             values = np.lib.format.open_memmap(temporary, "w+", provenance.dtype, shape)
@@ -94,7 +139,7 @@ def map_tokens(
                 os.posix_fallocate(stream.fileno(), 0, temporary.stat().st_size)
             for part in parts:
                 for rows in _row_groups(part):
-                    copy_tokens(rows, offsets, values, part)
+                    fill(rows, values, part)
             values.flush()
             del values
             with temporary.open("ab") as stream:  # NumPy reads nothing after the values
@@ -105,10 +150,10 @@ def map_tokens(
             if older != path:
                 older.unlink()
     with read_errors(path, "remove it; it is made again"):
-        mapped = np.load(path, mmap_mode="r")
+        mapped: npt.NDArray[Any] = np.load(path, mmap_mode="r")
         if mapped.shape != shape or mapped.dtype != provenance.dtype:
             raise UserError(f"{path} is damaged; remove it; it is made again")
-    return TokenMatrix(values=mapped, offsets=offsets, provenance=provenance)
+    return mapped
 
 
 def _is_intact(path: Path) -> bool:

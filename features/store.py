@@ -5,6 +5,7 @@ A table is the folder ``<dataset>/features/<backbone>/<modality>/<level>``.
 
 import hashlib
 import json
+import math
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from features.arrow_columns import items_of
 from features.atomic_files import atomic_write
 from features.dataset import load_items
 from features.errors import UserError
-from features.matrices import FeatureMatrix, TokenMatrix, map_tokens, read_vectors
+from features.matrices import FeatureMatrix, TokenMatrix, map_tokens, map_vectors, read_vectors
 from features.provenance import EXTRACT_AGAIN, IMPORTED, Provenance
 from features.table_parts import TableParts
 from features.warehouse import DatasetInfo, Warehouse, slug
@@ -103,13 +104,19 @@ class FeatureTable(TableParts):
         provenance = self.provenance()
         return {**(provenance.identity() if provenance else {}), "content": self.digest()}
 
-    def read(self, n_items: int, fingerprint: str, inputs: str = "") -> FeatureMatrix:
+    def read(
+        self, n_items: int, fingerprint: str, inputs: str = "", *, most_bytes: float = math.inf
+    ) -> FeatureMatrix:
         """Read a pooled table into one matrix.
+
+        A larger matrix than ``most_bytes`` is mapped from a file next to the table's folder. The
+        first call writes this file.
 
         Args:
             n_items: N, the number of the dataset's items.
             fingerprint: As for :meth:`check`.
             inputs: As for :meth:`check`.
+            most_bytes: Largest size of a matrix in memory.
 
         Raises:
             UserError: The table does not exist, is unfinished, mixed, damaged, or of another
@@ -117,9 +124,21 @@ class FeatureTable(TableParts):
         """
         assert self.level == "pooled"
         manifest, provenance = self._complete(fingerprint, inputs)
-        matrix = read_vectors(self.parts(), n_items, provenance)
+        if n_items * provenance.dim * np.dtype(provenance.dtype).itemsize > most_bytes:
+            present = np.zeros(n_items, dtype=np.bool_)
+            present[items_of(self.small_columns(["item"]), n_items, self.path)] = True
+            vectors = map_vectors(self._mapped_file(provenance), self.parts(), n_items, provenance)
+            matrix = FeatureMatrix(vectors=vectors, present=present, provenance=provenance)
+        else:
+            matrix = read_vectors(self.parts(), n_items, provenance)
         self._check_rows(int(matrix.present.sum()), manifest)
         return matrix
+
+    def _mapped_file(self, provenance: Provenance) -> Path:
+        """Return the file of the mapped matrix, named after the level and the content."""
+        identity = json.dumps([self.digest(), provenance.identity()], sort_keys=True)
+        digest = hashlib.sha256(identity.encode()).hexdigest()[:16]
+        return self.path.with_name(f"{self.level}-{digest}.npy")
 
     def read_tokens(self, n_items: int, fingerprint: str, inputs: str = "") -> TokenMatrix:
         """Map a table of tokens into memory.
@@ -144,11 +163,9 @@ class FeatureTable(TableParts):
         lengths[item] = pc.fill_null(rows["n_tokens"], 0).to_numpy()
         self._check_rows(len(np.unique(item)), manifest)
         offsets = np.concatenate([[0], np.cumsum(lengths)])
-        identity = json.dumps([self.digest(), provenance.identity()], sort_keys=True)
-        name = f"{self.level}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.npy"
         for earlier in self.path.glob("tokens-*.npy"):  # of earlier versions
             earlier.unlink()
-        return map_tokens(self.path.with_name(name), self.parts(), offsets, provenance)
+        return map_tokens(self._mapped_file(provenance), self.parts(), offsets, provenance)
 
     def _complete(self, fingerprint: str, inputs: str) -> tuple[dict[str, Any], Provenance]:
         """Return the manifest and the provenance of a table that can be read."""

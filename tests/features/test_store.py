@@ -386,3 +386,21 @@ def test_a_table_is_read_by_its_modality(warehouse: Warehouse, tmp_path: Path) -
     assert store.read("tiny", "image", "other").present.all()
     with pytest.raises(UserError, match="none"):
         store.read("tiny", "text")
+
+
+def test_a_mapped_matrix_equals_the_one_in_memory(table: FeatureTable) -> None:
+    vectors = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float16)
+    table.append(rows([7, 1, 3, 0, 5], vectors), MADE)
+    table.finish("f1", MADE)
+    matrix = table.read(9, "f1")
+    for _ in range(2):  # the second call reads the file of the first one
+        mapped = table.read(9, "f1", most_bytes=0)
+        assert isinstance(mapped.vectors, np.memmap)
+        assert np.array_equal(mapped.vectors, matrix.vectors)
+        assert np.array_equal(mapped.present, matrix.present)
+    file = next(table.path.parent.glob("pooled-*.npy"))
+    content = bytearray(file.read_bytes())
+    content[-60] ^= 1
+    file.write_bytes(content)
+    again = table.read(9, "f1", most_bytes=0)  # a damaged file is made again
+    assert np.array_equal(again.vectors, matrix.vectors)

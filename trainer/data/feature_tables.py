@@ -1,17 +1,23 @@
 """Choose the feature tables of a run, and load them onto a device."""
 
+import math
 import re
+import warnings
 from collections.abc import Sequence
+from typing import Any
 
+import numpy.typing as npt
 import torch
 
 from features.errors import UserError
+from features.memory import available_memory
 from features.schema import FEATURE_MODALITIES
 from features.store import FeatureStore, FeatureTable
 from features.warehouse import DatasetInfo, slug
 from trainer.data.batches import ItemFeatures
 from trainer.data.token_features import TokenFeatures
 
+_SHARE_IN_MEMORY = 0.25  # of the free memory, that the matrix of one table takes at most
 _REQUEST = re.compile(
     r"(?P<modality>[^=:]*)(=(?P<backbone>.*?))?(:(?P<level>pooled|tokens|layer-\d+))?"
 )
@@ -82,6 +88,8 @@ def load_features(
 ) -> tuple[ItemFeatures, list[dict[str, object]]]:
     """Read pooled tables into matrices on the device; tables of tokens stay on disk.
 
+    On a CPU, a pooled table that takes more than a quarter of the free memory stays on disk too.
+
     Returns:
         The features, and the identity of each table, which a checkpoint stores.
 
@@ -89,14 +97,15 @@ def load_features(
         UserError: A table is unfinished, mixed, or belongs to another preparation of the dataset.
     """
     vectors, present, tokens, identities = {}, {}, {}, []
+    most_bytes = _SHARE_IN_MEMORY * available_memory() if device.type == "cpu" else math.inf
     for table in tables:
         name, expected = (
             table.modality,
             (info.items, info.fingerprint, info.inputs_of(table.modality)),
         )
         if table.level == "pooled":
-            matrix = table.read(*expected)
-            vectors[name] = torch.from_numpy(matrix.vectors).to(device)
+            matrix = table.read(*expected, most_bytes=most_bytes)
+            vectors[name] = _as_tensor(matrix.vectors).to(device)
             present[name] = torch.from_numpy(matrix.present).to(device)
             provenance = matrix.provenance
         else:
@@ -109,6 +118,14 @@ def load_features(
         identities.append({**provenance.identity(), "content": table.digest()})
     features = ItemFeatures(n_items=info.items, vectors=vectors, present=present, tokens=tokens)
     return features, identities
+
+
+def _as_tensor(vectors: npt.NDArray[Any]) -> torch.Tensor:
+    """Return a tensor that shares the memory of an array, or its file."""
+    with warnings.catch_warnings():
+        # The file is mapped for reading, and nothing writes to features.
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        return torch.from_numpy(vectors)
 
 
 def choose_device(name: str) -> torch.device:

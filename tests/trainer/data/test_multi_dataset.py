@@ -8,8 +8,10 @@ import torch
 
 from features.documents import write_json
 from features.errors import UserError
+from features.store import FeatureStore
 from features.warehouse import Warehouse
 from tests.trainer import worlds
+from trainer.data import feature_tables
 from trainer.data.batches import ItemFeatures
 from trainer.data.multi_dataset import (
     ConcatenatedTokens,
@@ -115,3 +117,20 @@ def test_joined_tokens_are_those_of_each_table() -> None:
             joined.gather(torch.tensor(items)), single.gather(torch.tensor(items)), strict=True
         ):
             assert torch.equal(mine, theirs)
+
+
+def test_features_on_disk_are_those_in_memory(
+    warehouse: Warehouse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worlds.prepare(warehouse, [[0, 1, 2, 3, 4, 5]], 8)
+    worlds.extract(warehouse, worlds.features(8))
+    tables = feature_tables.choose_tables(FeatureStore(warehouse), "world", None)
+    info, cpu = warehouse.info("world"), torch.device("cpu")
+    in_memory, _ = feature_tables.load_features(tables, info, cpu)
+    monkeypatch.setattr(feature_tables, "available_memory", lambda: 0)
+    on_disk, _ = feature_tables.load_features(tables, info, cpu)
+    items = torch.tensor([3, 0, 7])
+    assert list(warehouse.root.rglob("pooled-*.npy"))
+    for name in in_memory.vectors:
+        assert torch.equal(on_disk.rows(name, items), in_memory.rows(name, items))
+        assert torch.equal(on_disk.present[name], in_memory.present[name])

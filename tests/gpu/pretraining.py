@@ -45,15 +45,18 @@ def run(setup: Setup, report: Report) -> None:
                 preset="published",
             )
             task = Alignment(model, features, splits, align)
+            if setup.device == "cuda":
+                torch.cuda.reset_peak_memory_stats()
             try:
                 step = world.seconds_of_step(setup, task, config, 0.7 * seconds)
-            except RuntimeError as error:
+            except Exception as error:
                 if not is_out_of_memory(error):
                     raise
                 report(key, "out of memory")
                 batch_size //= 2
             else:
-                report(key, _figures(setup, batch_size, step))
+                chunks = {"chunks of a step": model.chunks}
+                report(key, _figures(setup, batch_size, step) | chunks)
                 break
             finally:
                 del model, task

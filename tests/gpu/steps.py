@@ -47,6 +47,7 @@ def measure(
     busy = _busy_seconds(task, config) if setup.device == "cuda" else None
     return {
         "batch size": config.batch_size,
+        "chunks of a step": task.model.chunks,
         "steps a second": rounded(1 / step),
         "milliseconds a step": rounded(1e3 * step),
         "milliseconds of the bare products": rounded(1e3 * products_seconds),

@@ -7,9 +7,12 @@ adds what the meta device does not check: where an index is, and how a tensor of
 """
 
 import math
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -18,15 +21,18 @@ from torch.utils._pytree import tree_leaves
 
 from tests.trainer import worlds
 from trainer import loop, step_losses
+from trainer.checkpoint import TrainState
 from trainer.config import TrainConfig
 from trainer.data.batches import Batch, ItemFeatures, TrainingData
 from trainer.loop import fit
 from trainer.models.sasrec import SASRec
+from trainer.optimizer import Optimizer
 from trainer.step_losses import StepLosses
 from trainer.tasks.base import Validation
 from trainer.tasks.next_item import NextItem
 
 N = 12
+MANY = 100_003
 META = torch.device("meta")
 CASES: list[tuple[str, dict[str, Any]]] = [
     *((name, {}) for name in worlds.trained_models()),
@@ -128,6 +134,68 @@ def test_a_step_reads_nothing_back(
 ) -> None:
     train(name, tmp_path, **settings)
     assert reads[0] == 1
+
+
+SAMPLED = [
+    *((name, {"candidates": 8, "loss": "softmax"}) for name in worlds.models_with("candidates")),
+    *((name, settings) for name, settings in CASES if settings.get("loss", "softmax") != "softmax"),
+    ("carca", {}),
+    ("carca", {"rows": "prefixes"}),
+    ("mmsrec", {"candidates": 8, "ids": True}),
+    ("gru4rec", {"candidates": 8, "tied": False}),
+    ("duorec", {"candidates": 8, "score": "cosine"}),
+    ("pmmrec", {"align": "nicl", "nid": True, "rcl": True}),
+    ("unisrec", {"objective": "contrast", "ids": True}),
+    ("vqrec", {"objective": "contrast"}),
+]
+# The bias of each item is one number: the gradient of all biases is one vector.
+WHOLE_TABLES = {"bert4rec": {"embedding_dense_backward": 1}}
+
+
+class Catalogues(TorchDispatchMode):
+    """Counts the operators whose result has a row for each item of the catalogue."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if func.is_view:
+            return output
+        for x in tree_leaves(output):
+            if isinstance(x, Tensor) and not x.is_sparse and MANY in x.shape:
+                self.counts[func._schema.name.partition("::")[2]] += 1
+        return output
+
+
+@pytest.mark.parametrize(("name", "settings"), SAMPLED, ids=str)
+def test_a_step_computes_nothing_for_the_other_items(
+    name: str, settings: dict[str, Any], reads: list[int]
+) -> None:
+    """Without a loss over the catalogue, loss and gradients have no row for each item."""
+    few = worlds.features(4)
+    features = ItemFeatures(
+        n_items=MANY,
+        vectors={key: torch.empty(MANY, x.shape[1], device=META) for key, x in few.vectors.items()},
+        present={key: torch.empty(MANY, dtype=torch.bool, device=META) for key in few.present},
+    )
+    vars(features)["present_on_host"] = {
+        key: torch.ones(MANY, dtype=torch.bool) for key in few.present
+    }
+    with META:
+        model = worlds.build(name, features, **settings)
+    model = model.to(META).train()
+    world = replace(worlds.cycles(n_items=N), train_counts=np.zeros(MANY, np.int64))
+    data = TrainingData(world, features, META)
+    optimizer = Optimizer(model, TrainConfig(item_updates="rows"))
+    _, batches = data.epoch(model.window_sampling, batch_size=16, seed=0, epoch=0)
+    model.loss(next(batches))  # computes the popularity of items once
+    batch = next(batches)
+    optimizer.prepare(TrainState(), 4)
+    with Catalogues() as catalogues:
+        model.loss(batch)["loss"].backward()
+    assert catalogues.counts == WHOLE_TABLES.get(name, {})
 
 
 WAITS: dict[str, Any] = {

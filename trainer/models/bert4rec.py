@@ -27,7 +27,7 @@ from trainer.data.batches import Batch, ItemFeatures, Sequences
 from trainer.data.device_copy import to_device
 from trainer.data.windows import WindowSampling
 from trainer.kernels.elementwise import dropout
-from trainer.losses.base import ItemVectors, Loss, LossSettings, targets_at
+from trainer.losses.base import DrawnItems, ItemVectors, Loss, LossSettings, targets_at
 from trainer.losses.registry import LOSSES
 from trainer.models.base import Catalogue, Recommender
 from trainer.modules.sequence_encoders import SequenceSettings, last_state, take_slots
@@ -147,10 +147,23 @@ class BERT4Rec(Recommender):
         targets = targets.to(batch.device)
         is_masked_BL, slot_M = (to_device(x, batch.device) for x in (is_masked_BL, slot_M))
         drawn = self.masked_loss.draw(targets, batch)
-        items = ItemVectors(vectors_KD=self.encode_items(batch.features))
+        items = self._loss_items(batch, drawn)
         states_BLD = self._states(batch.sequences, is_masked_BL)
         query_ME = self._queries(take_slots(states_BLD, slot_M))
         return {"loss": self.masked_loss(query_ME, items, targets, batch, drawn)}
+
+    def _loss_items(self, batch: Batch, drawn: DrawnItems | None) -> ItemVectors:
+        """Return the vectors of the items that the loss scores."""
+        if self.masked_loss.needs_catalogue:
+            return ItemVectors(vectors_KD=self.encode_items(batch.features))
+        ids_K = batch.distinct_items(None if drawn is None else drawn.on_host.items_X)
+        vectors_KD = self.settings.normalise(self.item(ids_K))
+        bias_K1 = functional.embedding(ids_K, self.bias_N1)
+        return ItemVectors(vectors_KD=torch.cat([vectors_KD, bias_K1], dim=1), ids_K=ids_K)
+
+    def row_tables(self) -> list[nn.Embedding]:
+        """Return the table of item vectors if the loss reads a part of it."""
+        return [] if self.masked_loss.needs_catalogue else [self.item]
 
     def _draw_masks(self, sequences: Sequences, generator: torch.Generator) -> Tensor:
         """Return (B, L) bool, true at the items to predict; each row has at least one."""

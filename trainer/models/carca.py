@@ -44,6 +44,7 @@ from trainer.data.device_copy import to_device
 from trainer.data.negative_sampling import sample_unseen
 from trainer.data.windows import WindowSampling
 from trainer.kernels.elementwise import dropout
+from trainer.losses.base import ItemVectors
 from trainer.losses.bce import logits_bce
 from trainer.models.base import Catalogue, Recommender
 from trainer.models.causal import ROWS, next_item_targets, row_windows
@@ -153,11 +154,20 @@ class CARCA(Recommender):
 
     def encode_items(self, features: ItemFeatures) -> Tensor:
         """Return the vectors of all items without a date: (N, D)."""
-        items_N = torch.arange(features.n_items, device=self.item.weight.device)
-        feature_NW = torch.cat([features.rows(name, items_N) for name in self.names], dim=1)
-        joined = torch.cat([self.item.weight, self.features_map(feature_NW)], dim=1)
-        vectors_ND: Tensor = self.join(joined)
-        return vectors_ND
+        return self.encode_some(
+            torch.arange(features.n_items, device=self.item.weight.device), features
+        )
+
+    def encode_some(self, items_K: Tensor, features: ItemFeatures) -> Tensor:
+        """Return the vectors of the given items without a date: (K, D)."""
+        feature_KW = torch.cat([features.rows(name, items_K) for name in self.names], dim=1)
+        joined = torch.cat([self.item(items_K), self.features_map(feature_KW)], dim=1)
+        vectors_KD: Tensor = self.join(joined)
+        return vectors_KD
+
+    def row_tables(self) -> list[nn.Embedding]:
+        """Return the table of item vectors, of which a step reads the items of its batch."""
+        return [self.item]
 
     def encode_sequences(
         self, item_vectors_ND: Tensor, sequences: Sequences, features: ItemFeatures
@@ -203,20 +213,22 @@ class CARCA(Recommender):
         inputs, targets, slot_M = next_item_targets(
             batch, only_last=self.settings.rows == "prefixes"
         )
-        item_vectors_ND = self.encode_items(batch.features)
+        users_M = batch.users_on_host[targets.on_host.row_M]
+        unseen = sample_unseen(batch.train, users_M, batch.generator)
+        negative_M, exists_M = (to_device(x, batch.device) for x in unseen)
+        ids_K = batch.distinct_items(unseen[0])
+        items = ItemVectors(vectors_KD=self.encode_some(ids_K, batch.features), ids_K=ids_K)
         dates_BLD = None
         if times_BL is not None:
             dates_BLD = self._date_vectors(times_BL[:, 1:])
             inputs = replace(inputs.on_host, times_BL=times_BL[:, :-1]).to(batch.device)
-        states_BLD = self.states(item_vectors_ND, inputs)
-        users_M = batch.users_on_host[targets.on_host.row_M]
-        unseen = sample_unseen(batch.train, users_M, batch.generator)
-        negative_M, exists_M = (to_device(x, batch.device) for x in unseen)
+        row_BL = items.rows(inputs.items_BL)
+        states_BLD = self.states(items.vectors_KD, replace(inputs, items_BL=row_BL))
         logits = []
         for items_M in (targets.item_M, negative_M):
             candidate_BL = torch.zeros_like(inputs.items_BL)
-            candidate_BL.view(-1)[slot_M] = items_M
-            candidate_BLD = functional.embedding(candidate_BL, item_vectors_ND)
+            candidate_BL.view(-1)[slot_M] = items.rows(items_M)
+            candidate_BLD = functional.embedding(candidate_BL, items.vectors_KD)
             if dates_BLD is not None:
                 candidate_BLD = candidate_BLD + dates_BLD
             mask_BLL = torch.ones_like(self._reads(inputs.mask_BL)).tril() & inputs.mask_BL[:, None]

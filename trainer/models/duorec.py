@@ -84,7 +84,7 @@ class DuoRec(SASRec):
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """Return the next-item loss, the contrastive loss, and their weighted sum as ``loss``."""
         next_item = super().loss(batch)["loss"]
-        items = ItemVectors(vectors_KD=self.encode_items(batch.features))
+        items = ItemVectors(vectors_KD=self.item_encoder.weight)
         windows = batch.sequences.on_host
         inputs = Sequences(
             items_BL=windows.items_BL, lengths_B=(windows.lengths_B - 1).clamp_min(1)

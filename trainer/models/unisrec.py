@@ -93,6 +93,11 @@ class UniSRec(TextTransferRecommender):
         if self.settings.ids:
             self.known_N.copy_(train.counts_N > 0)
 
+    def row_tables(self) -> list[nn.Embedding]:
+        """Return the table of learned vectors if a step reads a part of it."""
+        reads_all = self.settings.objective == "next" and self.next_item_loss.needs_catalogue
+        return [] if reads_all or not self.settings.ids else [self.id]
+
     def encode_some(self, items_K: Tensor, features: ItemFeatures) -> Tensor:
         """Encode the given items: (K, D)."""
         vectors_KD: Tensor = self.item_encoder(items_K, features)

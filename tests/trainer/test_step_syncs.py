@@ -25,15 +25,19 @@ from trainer.checkpoint import TrainState
 from trainer.config import TrainConfig
 from trainer.data.batches import Batch, ItemFeatures, TrainingData
 from trainer.loop import fit
+from trainer.models.base import Catalogue
+from trainer.models.registry import MODELS
 from trainer.models.sasrec import SASRec
 from trainer.optimizer import Optimizer
 from trainer.step_losses import StepLosses
+from trainer.tasks.alignment import AlignConfig, Alignment
 from trainer.tasks.base import Validation
 from trainer.tasks.next_item import NextItem
 
 N = 12
 MANY = 100_003
 META = torch.device("meta")
+VALIDATION = Validation(metrics={}, users=1, monitored=0.0, shown={})
 CASES: list[tuple[str, dict[str, Any]]] = [
     *((name, {}) for name in worlds.trained_models()),
     *(("sasrec", {"loss": loss}) for loss in ("in-batch", "bce", "bpr", "top1-max")),
@@ -86,10 +90,9 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
             assert {values.device for values in self._unread} == {META}
             self._unread.clear()
 
-    validation = Validation(metrics={}, users=1, monitored=0.0, shown={})
     monkeypatch.setattr(StepLosses, "read", read)
     monkeypatch.setattr(step_losses, "_SECONDS_BETWEEN_READS", math.inf)
-    monkeypatch.setattr(NextItem, "validate", lambda *args: validation)
+    monkeypatch.setattr(NextItem, "validate", lambda *args: VALIDATION)
     monkeypatch.setattr(loop, "save_state", lambda *args: None)
     monkeypatch.setattr(loop, "save_weights", lambda *args: None)
     # The meta device has no autocast.
@@ -105,7 +108,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def features_on_device(features: ItemFeatures) -> ItemFeatures:
     copies = ItemFeatures(
-        n_items=N,
+        n_items=features.n_items,
         vectors={name: x.to(META) for name, x in features.vectors.items()},
         present={name: x.to(META) for name, x in features.present.items()},
         attributes={name: x.to(META) for name, x in features.attributes.items()},
@@ -114,11 +117,26 @@ def features_on_device(features: ItemFeatures) -> ItemFeatures:
     return copies
 
 
-def train(name: str, folder: Path, **settings: Any) -> None:
-    """Train an epoch on the meta device by ``fit``."""
-    model = worlds.build(name, worlds.features(N), **settings).to(META)
-    features = features_on_device(worlds.features(N))
-    data = TrainingData(worlds.cycles(n_items=N), features, META)
+def train(name: str, folder: Path, *, has_more: bool = False, **settings: Any) -> None:
+    """Train an epoch on the meta device by ``fit``.
+
+    Args:
+        name: Name of the model.
+        folder: Folder of the run.
+        has_more: Whether the items have attributes and the interactions times.
+        **settings: Settings of the model.
+    """
+    features, world = worlds.features(N), worlds.cycles(n_items=N)
+    if has_more:
+        genres = torch.arange(N)[:, None] % torch.tensor([2, 3])
+        features = replace(features, attributes={"genre": genres})
+        world = replace(world, times=np.arange(len(world.items)) * 100_000)
+    catalogue = Catalogue(
+        n_items=N, n_users=worlds.USERS, widths=features.widths,
+        n_attributes=3 * has_more, time_unit="s" if has_more else None,
+    )  # fmt: skip
+    model = MODELS.find(name).load()(worlds.small_settings(name, **settings), catalogue).to(META)
+    data = TrainingData(world, features_on_device(features), META)
     config = TrainConfig(epochs=1, batch_size=16, device="cpu")
     with Copies():  # type: ignore[no-untyped-call]
         state = fit(
@@ -134,6 +152,49 @@ def test_a_step_reads_nothing_back(
 ) -> None:
     train(name, tmp_path, **settings)
     assert reads[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("s3rec", {"objective": "pretrain", "attributes": "genre"}),
+        ("fdsa", {"fields": "both", "attributes": "genre"}),
+        ("carca", {}),
+        ("carca", {"rows": "prefixes"}),
+    ],
+    ids=str,
+)
+def test_a_step_with_attributes_and_times_reads_nothing_back(
+    name: str, settings: dict[str, Any], tmp_path: Path, reads: list[int]
+) -> None:
+    train(name, tmp_path, has_more=True, **settings)
+
+
+@pytest.mark.parametrize("settings", [{}, {"missing": "mask"}, {"ids": True}], ids=str)
+@pytest.mark.parametrize("duplicates", ["mask", "keep"])
+def test_a_step_of_the_alignment_reads_nothing_back(
+    settings: dict[str, Any], duplicates: str, tmp_path: Path, reads: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    features = worlds.features(2 * N)
+    model = worlds.build("mmsrec", features, **settings)
+    splits = {
+        name: np.arange(2 * N) % 6 == number + 2
+        for number, name in enumerate(("validation", "test"))
+    }
+    task = Alignment(model, features, splits, AlignConfig(duplicates=duplicates))
+    monkeypatch.setattr(Alignment, "validate", lambda *args: VALIDATION)
+    model.to(META)
+    task.features = features_on_device(features)
+    task._present = {side: x.to(META) for side, x in task._present.items()}
+    task._labels = {side: x.to(META) for side, x in task._labels.items()}
+    config = TrainConfig(epochs=1, batch_size=4, device="cpu")
+    with Copies():  # type: ignore[no-untyped-call]
+        state = fit(
+            task, config, tmp_path, {},
+            on_epoch=lambda row: None, on_progress=lambda progress: None,
+        )  # fmt: skip
+    assert state.steps >= 2
 
 
 SAMPLED = [

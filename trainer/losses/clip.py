@@ -29,7 +29,12 @@ _KEPT_BYTES = 64 * 2**20  # most memory for scores that are kept for the second 
 
 
 def in_batch_symmetric(
-    x_BD: Tensor, y_BD: Tensor, *, scale: float = 1.0, label_B: Tensor | None = None
+    x_BD: Tensor,
+    y_BD: Tensor,
+    *,
+    scale: float = 1.0,
+    label_B: Tensor | None = None,
+    are_units: bool = False,
 ) -> Tensor:
     """Return the mean of the losses of x_i to y_i among all y, and of y_i to x_i among all x.
 
@@ -42,14 +47,24 @@ def in_batch_symmetric(
         y_BD: (B, D), same dtype.
         scale: Factor on inner products: 1 / temperature.
         label_B: (B,) int64; pairs with equal labels are not negatives of each other.
+        are_units: Whether all vectors have length 1. Otherwise the largest length is read, which
+            waits for the device.
 
     Returns:
         A scalar, float32 or float64; 0 without pairs.
     """
     product_dtype = matmul_dtype(x_BD)  # of autocast, which is off inside
     with torch.autocast(x_BD.device.type, enabled=False):
-        loss: Tensor = _Symmetric.apply(x_BD, y_BD, label_B, scale, product_dtype)
+        length = 1.0 if are_units else _largest_product(x_BD, y_BD)
+        is_small = scale * length <= _SMALL_SCORE
+        loss: Tensor = _Symmetric.apply(x_BD, y_BD, label_B, scale, is_small, product_dtype)
     return loss
+
+
+def _largest_product(x_BD: Tensor, y_BD: Tensor) -> float:
+    """Return the product of the largest lengths; 1 without pairs."""
+    lengths = (part.detach().norm(dim=1).amax() for part in (x_BD, y_BD) if len(x_BD))
+    return math.prod(float(length) for length in lengths)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,14 +90,14 @@ class _Pairs:
         y_BD: Tensor,
         label_B: Tensor | None,
         scale: float,
+        is_small: bool,
         product_dtype: torch.dtype,
     ) -> None:
         self.x_BD, self.y_BD, self.label_B, self.scale = x_BD, y_BD, label_B, scale
         self.product_dtype = product_dtype
         self.dtype = accumulate_dtype(x_BD)
         self.blocks = ScoreBlocks(y_BD.to(product_dtype), None, self.dtype, len(x_BD))
-        lengths = (part.detach().norm(dim=1).amax() for part in (x_BD, y_BD) if len(x_BD))
-        self.small = scale * math.prod(float(length) for length in lengths) <= _SMALL_SCORE
+        self.small = is_small
         """True if no score can overflow an exponential: then one exponential serves rows and
         columns."""
 
@@ -168,9 +183,10 @@ class _Symmetric(torch.autograd.Function):
         y_BD: Tensor,
         label_B: Tensor | None,
         scale: float,
+        is_small: bool,
         product_dtype: torch.dtype,
     ) -> Tensor:
-        pairs = _Pairs(x_BD, y_BD, label_B, scale, product_dtype)
+        pairs = _Pairs(x_BD, y_BD, label_B, scale, is_small, product_dtype)
         need_x, need_y = ctx.needs_input_grad[:2]
         B = len(x_BD)
         keep = (need_x or need_y) and B * B * pairs.dtype.itemsize <= _KEPT_BYTES
@@ -185,4 +201,4 @@ class _Symmetric(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return *scale_gradients(ctx.saved_tensors, grad), None, None, None
+        return *scale_gradients(ctx.saved_tensors, grad), None, None, None, None

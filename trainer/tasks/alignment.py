@@ -28,6 +28,7 @@ from features.errors import UserError
 from features.warehouse import Warehouse
 from trainer.config import Choice, NonNegativeFloat, Range, Settings, TrainConfig
 from trainer.data.batches import ItemFeatures, Shard, TrainingData
+from trainer.data.device_copy import to_device
 from trainer.data.multi_dataset import item_splits
 from trainer.distributed import gather_ids, gather_rows, global_mean_rows, rank_offset, world_size
 from trainer.evaluation.cross_modal import Sides, copies, recalls, retrieve
@@ -131,6 +132,7 @@ class Alignment(Task[Tensor]):
         self.sides = Sides.of(features)
         vision_N, text_N = self.sides.present(features)
         self._present = {"v": vision_N, "t": text_N, "vt": vision_N & text_N}
+        self._present_on_host = {side: has_N.cpu() for side, has_N in self._present.items()}
         self._names = {
             "v": self.sides.vision,
             "t": self.sides.text,
@@ -164,12 +166,11 @@ class Alignment(Task[Tensor]):
     def epoch(
         self, config: TrainConfig, epoch: int, *, skip: int, shard: Shard
     ) -> tuple[int, Iterator[Tensor]]:
-        """Return all training items, shuffled, in batches of nearly equal size."""
+        """Return all training items, shuffled, in batches of nearly equal size, on the CPU."""
         order = np.random.default_rng([config.seed, epoch]).permutation(self._training_items)
         batches = np.array_split(order, -(-len(order) // config.batch_size))
-        device = self._present["vt"].device
         remaining = (
-            torch.from_numpy(batch[shard.process_rank :: shard.world_size]).to(device)
+            torch.from_numpy(batch[shard.process_rank :: shard.world_size])
             for batch in batches[skip:]
         )
         return len(batches), remaining
@@ -179,11 +180,23 @@ class Alignment(Task[Tensor]):
         return len(batch)
 
     def loss(self, batch: Tensor) -> dict[str, Tensor]:
-        """Return the loss of Eq. 5, and its terms by name."""
-        rows = {side: has_N[batch].nonzero()[:, 0] for side, has_N in self._present.items()}
+        """Return the loss of Eq. 5, and its terms by name.
+
+        Args:
+            batch: (K,) int64 items, best on the CPU: which modalities they have is read there.
+        """
+        device, host_K = self._present["vt"].device, batch.cpu()
+        host_rows = {
+            side: has_N[host_K].nonzero()[:, 0] for side, has_N in self._present_on_host.items()
+        }
+        both_v, both_t = (
+            to_device(self._present_on_host["vt"][host_K[host_rows[side]]].nonzero()[:, 0], device)
+            for side in ("v", "t")
+        )
+        batch = to_device(host_K, device)
+        rows = {side: to_device(row_M, device) for side, row_M in host_rows.items()}
         views = [(self._names[side], rows[side]) for side in ("v", "v", "t", "t", "vt", "vt")]
         v, v2, t, t2, vt, vt2 = self.aligned.encode_views(batch, views, self.features)
-        both_v, both_t = (self._present["vt"][batch[rows[side]]] for side in ("v", "t"))
         config = self.config
         terms = {
             "v-v": (config.weight_vv, "v", v, v2),
@@ -259,7 +272,7 @@ def contrast(x_MD: Tensor, y_MD: Tensor, scale: float, label_M: Tensor | None) -
         label_M: (M,) int64; rows with equal labels are not negatives of each other.
     """
     if world_size() == 1:
-        return 2 * in_batch_symmetric(x_MD, y_MD, scale=scale, label_B=label_M)
+        return 2 * in_batch_symmetric(x_MD, y_MD, scale=scale, label_B=label_M, are_units=True)
     rows, device = len(x_MD), x_MD.device
     begin, mean = rank_offset(rows, device), global_mean_rows(rows, device) or 1.0
     label_C = None if label_M is None else gather_ids(label_M)

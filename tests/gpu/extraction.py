@@ -1,7 +1,7 @@
 """Images a second through ViT-B/32 and ViT-L/14, and the time of each stage.
 
-The architectures are those of CLIP's image encoders as transformers builds them; the weights are
-random. mmrec computes in float32 or in bfloat16.
+The models are ViT of transformers with the sizes of CLIP's image encoders and random weights. mmrec
+computes in float32 or in bfloat16.
 """
 
 import io

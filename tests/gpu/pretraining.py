@@ -48,7 +48,7 @@ def run(setup: Setup, report: Report) -> None:
             if setup.device == "cuda":
                 torch.cuda.reset_peak_memory_stats()
             try:
-                step = world.seconds_of_step(setup, task, config, 0.7 * seconds)
+                step, _ = world.time_steps(setup, task, config, 0.7 * seconds, setup.size(100, 2))
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise

@@ -58,19 +58,32 @@ class RecordedProducts(TorchDispatchMode):
         return sum(2 * G * M * K * N * n for (G, M, K, N, _), n in self.counts.items())
 
     def alone(self, device: str) -> Callable[[], None]:
-        """Return a function that computes these products, of random factors, and nothing else."""
-        factors = []
-        for (G, M, K, N, dtype), count in self.counts.items():
-            left = torch.randn(G, M, K, device=device).to(dtype)
-            right = torch.randn(G, K, N, device=device).to(dtype)
-            factors.append((left, right, left.new_empty(G, M, N), count))
+        """Return a function that computes these products, of random factors, and nothing else.
+
+        Factors and results of all products share memory.
+        """
+        memory: dict[torch.dtype, list[Tensor]] = {}
+        for dtype in {product[-1] for product in self.counts}:
+            sizes = [
+                (G * M * K, G * K * N, G * M * N)
+                for G, M, K, N, used in self.counts
+                if used == dtype
+            ]
+            memory[dtype] = [
+                torch.randn(max(of_part), device=device).to(dtype)
+                for of_part in zip(*sizes, strict=True)
+            ]
 
         def compute() -> None:
-            for left, right, out, count in factors:
+            for (G, M, K, N, dtype), count in self.counts.items():
+                left, right, out = memory[dtype]
+                left_GMK = left[: G * M * K].view(G, M, K)
+                right_GKN = right[: G * K * N].view(G, K, N)
+                out_GMN = out[: G * M * N].view(G, M, N)
                 for _ in range(count):
-                    if len(left) == 1:
-                        torch.mm(left[0], right[0], out=out[0])
+                    if G == 1:
+                        torch.mm(left_GMK[0], right_GKN[0], out=out_GMN[0])
                     else:
-                        torch.bmm(left, right, out=out)
+                        torch.bmm(left_GMK, right_GKN, out=out_GMN)
 
         return compute

@@ -1,5 +1,6 @@
 """Steps a second of the training loop, the idle share of the GPU, and the bare products."""
 
+from itertools import islice
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from trainer.tasks.next_item import NextItem
 
 MODELS = ("sasrec", "mmsrec", "pmmrec")
 PRECISIONS = ("float32", "bf16")
-_WARM, _PROFILED = 5, 10  # steps
+_MOST = 64  # steps; all figures are of the same batches, whose windows differ in length
 
 
 def run(setup: Setup, report: Report) -> None:
@@ -41,46 +42,48 @@ def measure(
         seconds: Time for the steps.
     """
     task, config = world.next_item(name, data, pairs)
-    step = world.seconds_of_step(setup, task, config, seconds)
-    products = _products(task, config)
-    products_seconds = best_seconds(setup, products.alone(setup.device))
-    busy = _busy_seconds(task, config) if setup.device == "cuda" else None
+    first = world.warm_steps(setup)
+    step, count = world.time_steps(setup, task, config, seconds, setup.size(_MOST, 2))
+    products = _products(task, config, first, count)
+    products_seconds = best_seconds(setup, products.alone(setup.device)) / count
+    busy = _busy_seconds(task, config, first, count) if setup.device == "cuda" else None
     return {
         "batch size": config.batch_size,
+        "steps": count,
         "chunks of a step": task.model.chunks,
         "steps a second": rounded(1 / step),
         "milliseconds a step": rounded(1e3 * step),
         "milliseconds of the bare products": rounded(1e3 * products_seconds),
         "step over products": rounded(step / products_seconds),
-        "TFLOP a step": rounded(products.flops / 1e12),
+        "TFLOP a step": rounded(products.flops / count / 1e12),
         "idle share of the GPU": None if busy is None else rounded(max(0.0, 1 - busy / step)),
     }
 
 
-def _products(task: NextItem, config: TrainConfig) -> RecordedProducts:
-    """Return the products of the loss of a batch and of its gradients."""
-    _, batches = task.epoch(config, 1, skip=0, shard=Shard())
-    batch = next(batches)
+def _products(task: NextItem, config: TrainConfig, first: int, count: int) -> RecordedProducts:
+    """Return the products of losses and gradients, over the batches of the measured steps."""
+    _, batches = task.epoch(config, 0, skip=first, shard=Shard())
     products = RecordedProducts()
-    with products:
-        with torch.autocast(task.data.device.type, torch.bfloat16, config.precision == "bf16"):
-            loss = task.loss(batch)["loss"]
-        loss.backward()
-    task.model.zero_grad()
+    for batch in islice(batches, count):
+        with products:
+            with torch.autocast(task.data.device.type, torch.bfloat16, config.precision == "bf16"):
+                loss = task.loss(batch)["loss"]
+            loss.backward()
+        task.model.zero_grad()
     return products
 
 
-def _busy_seconds(task: NextItem, config: TrainConfig) -> float:
+def _busy_seconds(task: NextItem, config: TrainConfig, first: int, count: int) -> float:
     """Return the mean seconds of a step in which the GPU computes or copies."""
     from torch.profiler import ProfilerActivity, profile
 
     profiler = profile(activities=[ProfilerActivity.CUDA])
 
     def on_step(step: int, steps: int) -> bool:
-        if step == _WARM:
+        if step == first:
             torch.cuda.synchronize()
             profiler.start()
-        return step < _WARM + _PROFILED
+        return step < first + count
 
     world.train(task, config, on_step)
     torch.cuda.synchronize()
@@ -90,7 +93,7 @@ def _busy_seconds(task: NextItem, config: TrainConfig) -> float:
         for event in profiler.events() or ()
         if str(event.device_type).endswith("CUDA")
     )
-    return covered(spans) * 1e-6 / _PROFILED
+    return covered(spans) * 1e-6 / count
 
 
 def covered(spans: list[tuple[float, float]]) -> float:

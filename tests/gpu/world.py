@@ -22,7 +22,6 @@ from trainer.tasks.base import Task
 from trainer.tasks.next_item import NextItem
 
 WIDTH = 512  # of the features of an image and of a text, as CLIP ViT-B/32 has
-_WARM, _MOST = 5, 2000  # steps
 SMALL_PAIRS = ("dim=16", "batch_size=8")
 
 
@@ -122,16 +121,24 @@ def train(task: Task[Any], config: TrainConfig, on_step: Callable[[int, int], bo
             return
 
 
-def seconds_of_step(setup: Setup, task: Task[Any], config: TrainConfig, seconds: float) -> float:
-    """Return the mean wall seconds of a step of the training loop, after some that warm up.
+def warm_steps(setup: Setup) -> int:
+    """Return the number of steps before the first one that is measured."""
+    return setup.size(5, 1)
+
+
+def time_steps(
+    setup: Setup, task: Task[Any], config: TrainConfig, seconds: float, most: int
+) -> tuple[float, int]:
+    """Return the mean wall seconds of the steps after those that warm up, and their number.
 
     Args:
         setup: The machine.
         task: What is trained. The steps end before its first epoch does.
         config: Settings of the loop.
         seconds: Time after which no further step starts.
+        most: Most steps that are measured.
     """
-    began, first, last = 0.0, setup.size(_WARM, 1), 0
+    began, first, last = 0.0, warm_steps(setup), 0
 
     def on_step(step: int, steps: int) -> bool:
         nonlocal began, last
@@ -140,8 +147,9 @@ def seconds_of_step(setup: Setup, task: Task[Any], config: TrainConfig, seconds:
             began = time.perf_counter()
         last = step
         is_late = step > first and time.perf_counter() - began > seconds
-        return not is_late and step < min(steps - 1, first + setup.size(_MOST, 2))
+        return not is_late and step < min(steps - 1, first + most)
 
     train(task, config, on_step)
     synchronize(setup.device)
-    return (time.perf_counter() - began) / max(1, last - first)
+    steps = max(1, last - first)
+    return (time.perf_counter() - began) / steps, steps

@@ -13,9 +13,6 @@ import numpy.typing as npt
 
 from retrieval.blocks import for_each_block, strict_fp32
 from retrieval.default_index import (
-    MEASURED_ITEMS,
-    MEASURED_QUERIES,
-    WORTH_MEASURING,
     DefaultIndex,
     measured_ratio,
 )
@@ -36,6 +33,12 @@ if TYPE_CHECKING:
 
 _CUTOFF = 50  # the largest default cut-off of the metrics
 _SAVED = 0.1  # least share of the time that flat search must save
+_LEAST_SHARE = 0.6  # of the ranks that flat search must decide, or it cannot save time
+_SAMPLED_USERS = 64
+_MEASURED_USERS, _MEASURED_ITEMS = 256, 2**15  # counting is slower for fewer users at once
+WORTH_MEASURING = 4 * 10**8
+"""Least number of scores for which the ways to rank are measured, which takes up to 4% of the time
+of so many scores."""
 
 
 def rank_with(
@@ -132,34 +135,34 @@ class _Ranking:
             on_choice(f"ranks by counting ({'few scores' if is_on_cpu else 'on a GPU'})")
             self.count(users)
             return
-        ratio = self._measure()
-        if ratio > 1 - _SAVED:
-            on_choice(f"ranks by counting (flat search takes {ratio:.2f} of its time)")
+        share = self._share_near_top()
+        if share < _LEAST_SHARE:
+            on_choice(f"ranks by counting (flat search would decide about {share:.0%} of them)")
             self.count(users)
             return
-        # Flat search saves time if its lists decide most ranks: count those of a few users first.
-        is_first_U = np.zeros(len(users), bool)
-        is_first_U[np.linspace(0, len(users) - 1, MEASURED_QUERIES).astype(np.int64)] = True
-        first, others = users[is_first_U], users[~is_first_U]
-        self.count(first)
-        share = float((self.kept[first] <= _CUTOFF).mean())
-        facts = f"flat search takes {ratio:.2f} of its time and decides {share:.0%} of the ranks"
+        ratio = self._measure()
+        facts = f"flat search takes {ratio:.2f} of its time and decides about {share:.0%}"
         if share < ratio + _SAVED:
             on_choice(f"ranks by counting ({facts})")
-            self.count(others)
+            self.count(users)
         else:
-            on_choice(f"ranks by flat search ({facts.replace('its time', 'that of counting')})")
-            self.rank_by_lists(others, FaissIndex(self._target_scores.item_ND))
+            on_choice(f"ranks by flat search ({facts.replace('its time', 'the time of counting')})")
+            self.rank_by_lists(users, FaissIndex(self._target_scores.item_ND))
+
+    def _share_near_top(self) -> float:
+        """Return the estimated share of targets among the first items, by a sample of items."""
+        users = np.linspace(0, len(self.kept) - 1, _SAMPLED_USERS).astype(np.int64)
+        part = self._target_scores.take(users)
+        sample = part.item_ND[:: -(-self._count // _MEASURED_ITEMS)]
+        above_U = (part.query_UD @ sample.T > part.score_U[:, None]).sum(1)
+        return float((above_U * (self._count / len(sample)) <= _CUTOFF).double().mean())
 
     def _measure(self) -> float:
         """Return the time of flat search over that of counting."""
-        items = self._target_scores.item_ND[:MEASURED_ITEMS]
-        part = TargetScores(
-            self._target_scores.query_UD[:MEASURED_QUERIES],
-            items,
-            np.zeros(min(MEASURED_QUERIES, len(self.kept)), np.int64),
-        )
-        index, everyone = FaissIndex(items), slice(0, len(part.query_UD))
+        items = self._target_scores.item_ND[:_MEASURED_ITEMS]
+        query_UD = self._target_scores.query_UD[:_MEASURED_USERS]
+        part = TargetScores(query_UD, items, np.zeros(len(query_UD), np.int64))
+        index, everyone = FaissIndex(items), slice(0, len(query_UD))
         none = seen_pairs(None, everyone, len(items), part.device)
         with strict_fp32(part.device):
             return measured_ratio(
@@ -167,6 +170,7 @@ class _Ranking:
                 part.dim,
                 lambda: _ranks_from_lists(part, index, everyone, none, None),
                 lambda: count_ranks(part, None, None),
+                rounds=1,
             )
 
     def rank_by_lists(self, users: Ints, index: FaissIndex) -> None:

@@ -104,7 +104,7 @@ class TorchIndex:
         self.item_ND = as_matrix("items", items)
         if not len(self.item_ND):
             raise ValueError("items are empty: there is nothing to search")
-        self._length_N = row_norms("items", self.item_ND)
+        self._longest_1 = row_norms("items", self.item_ND).max().reshape(1)
 
     @property
     def item_count(self) -> int:
@@ -137,7 +137,7 @@ class TorchIndex:
             query_BD = query_UD[part]
             length_B = row_norms("queries", query_BD)
             rows = None if correction is None else correction.rows(part.start, part.stop)
-            check_overflow(length_B, self._length_N, rows)
+            check_overflow(length_B, self._longest_1, rows)
             seen = seen_pairs(exclude, part, count, query_UD.device)
             corrected = corrected_pairs(correction, part, seen, count)
             self._search_block(query_BD, length_B, seen, corrected, (scores[part], items[part]))
@@ -166,8 +166,7 @@ class TorchIndex:
             best = self._best_corrected(query_BD, corrected, k)
         score_BF, item_BF, bound_B = self.candidates(query_BD, k + _SPARE, left_out, may_lead)
         # The errors of the k-th candidate's score and of another score can add up: twice the bound.
-        longest = self._length_N.max()
-        margin_B = 2 * error_bound(query_BD.shape[1], length_B, longest, FP32_ROUNDOFF)
+        margin_B = 2 * error_bound(query_BD.shape[1], length_B, self._longest_1, FP32_ROUNDOFF)
         floor_B = _kth_score(score_BF, k, best) - margin_B
         kept_BF = (score_BF >= floor_B[:, None]) & (score_BF > -torch.inf)
         row_P, column_P = kept_BF.nonzero(as_tuple=True)

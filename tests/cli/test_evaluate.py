@@ -37,6 +37,31 @@ def test_a_sample_of_users_is_named_and_not_stored(small: str, users: int, shown
     assert (document["sample"] is None) == (not shown)
 
 
+@pytest.mark.parametrize("index", ["faiss:ivf,nprobe=1", "faiss:ivfpq", "faiss:hnsw"])
+def test_results_of_an_approximate_index_show_its_recall_and_are_not_stored(
+    small: str, index: str
+) -> None:
+    run("train", "--model", "sasrec", "--name", "s", "--set", "device=cpu", "--set", "epochs=1",
+        "--set", "dim=8", "--set", "heads=2", "--warehouse", small)  # fmt: skip
+    folder = Path(small) / "runs" / "s"
+    command = ("eval", "s", "--index", index, "--warehouse", small)
+    run("eval", "s", "--warehouse", small)
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    printed = run(*command).stdout
+    assert "recall@10" in printed
+    assert "not stored" in printed
+    document = json.loads(run(*command, "--json").stdout)
+    assert document["index"] == index
+    assert 0 < document["search"]["recall"]["recall@10"] <= 1
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+    assert len(list((folder / "indexes").iterdir())) == 1
+    listed = json.loads(
+        run("recommend", "s", "--user", "u1", "--index", index, "--json", "--warehouse", small)
+        .stdout
+    )  # fmt: skip
+    assert listed["recall"].keys() == {"recall@10"}
+
+
 def test_an_evaluation_on_a_later_preparation_is_marked(
     warehouse: Warehouse, small: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,14 +1,17 @@
 """Recommendations against scores in plain numpy, for users, histories and everybody."""
 
+import gc
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 
 from features.errors import UserError
 from features.warehouse import Warehouse
+from retrieval.indexes import TopItems
 from tests.trainer import worlds
 from trainer.checkpoint import save_weights
 from trainer.data.batches import Sequences
@@ -105,6 +108,62 @@ def test_everybody_in_one_file(
     with pytest.raises(KeyboardInterrupt):
         write_all(adviser, tmp_path / "torn.parquet", 3, on_users=fail)
     assert list(tmp_path.glob("*torn*")) == []
+
+
+def test_lists_of_everybody_are_written_in_bounded_blocks(
+    warehouse: Warehouse, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A block has a bounded number of rows for any length, and no block outlives the next."""
+    predictor = Predictor(warehouse, begin(warehouse, "sasrec", "r"), index="faiss")
+    monkeypatch.setattr(recommend, "_ROWS_PER_BLOCK", 3 * N)
+    searched: list[int] = []
+    allocated: list[int] = []
+    for_users = Predictor.for_users
+
+    def watched(self: Predictor, users: np.ndarray, k: int, **options: bool) -> TopItems:
+        gc.collect()
+        searched.append(len(users))
+        allocated.append(pa.total_allocated_bytes())
+        return for_users(self, users, k, **options)
+
+    monkeypatch.setattr(Predictor, "for_users", watched)
+    for k, block in ((N, 3), (10**9, 3), (4, 9)):
+        searched.clear()
+        write_all(predictor, tmp_path / "all.parquet", k)
+        assert searched == [block] * (20 // block) + [20 % block]
+    write_all(predictor, tmp_path / "one.jsonl", N)
+    allocated.clear()
+    write_all(predictor, tmp_path / "all.parquet", N)
+    assert max(allocated[1:]) - min(allocated[1:]) < 4096
+
+
+@pytest.mark.parametrize("index", ["faiss", "faiss:ivf,nprobe=1"])
+def test_a_table_of_recommendations_names_its_index(
+    warehouse: Warehouse, tmp_path: Path, index: str
+) -> None:
+    predictor = Predictor(warehouse, begin(warehouse, "sasrec", "r"), index=index)
+    write_all(predictor, tmp_path / "all.parquet", 3)
+    metadata = pq.read_schema(tmp_path / "all.parquet").metadata
+    assert metadata[b"index"].decode() == index
+    assert (b"recall" in metadata) == (index != "faiss")
+
+
+def test_an_index_is_trained_again_for_other_weights(warehouse: Warehouse) -> None:
+    run = begin(warehouse, "sasrec", "r")
+
+    def search_line() -> str:
+        opened = open_run(warehouse, run.folder)
+        predictor = Predictor(warehouse, opened, index="faiss:hnsw")
+        predictor.for_users(np.arange(3), 3)
+        return predictor.search_facts(3).line
+
+    assert "trained now" in search_line()
+    assert "read from" in search_line()
+    with torch.no_grad():
+        for parameter in run.model.parameters():
+            parameter.mul_(1.5)
+    save_weights(run.weights, run.model, run.spec.identity())
+    assert "trained now" in search_line()
 
 
 def test_what_cannot_be_asked(warehouse: Warehouse) -> None:

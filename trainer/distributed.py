@@ -101,7 +101,7 @@ def any_process(condition: bool) -> bool:
     return bool(count)
 
 
-def global_mean_rows(rows: int, device: torch.device) -> float:
+def global_mean_rows(rows: int) -> float:
     """Return the mean number of rows of a process: the divisor of a local sum."""
     if world_size() == 1:
         return float(rows)
@@ -112,20 +112,20 @@ def global_mean_rows(rows: int, device: torch.device) -> float:
 
 def scale_to_global_mean(loss: Tensor, rows: Tensor) -> Tensor:
     """Turn a mean over the rows of this process into its share of the mean over all rows."""
-    mean = global_mean_rows(len(rows), rows.device)
+    mean = global_mean_rows(len(rows))
     return loss if len(rows) == mean else loss * (len(rows) / mean)
 
 
-def rank_offset(rows: int, device: torch.device) -> int:
+def rank_offset(rows: int) -> int:
     """Return the position of this process's first row in the result of :func:`gather_rows`."""
-    return sum(_counts(rows, device)[: process_rank()])
+    return sum(_counts(rows)[: process_rank()])
 
 
 def gather_ids(ids_M: Tensor) -> Tensor:
     """Return the ids of the rows of all processes, in the order of the processes."""
     if world_size() == 1:
         return ids_M
-    return _gathered(ids_M, _counts(len(ids_M), ids_M.device))
+    return _gathered(ids_M, _counts(len(ids_M)))
 
 
 def gather_rows(x_MD: Tensor) -> Tensor:
@@ -139,7 +139,7 @@ def gather_rows(x_MD: Tensor) -> Tensor:
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_MD: Tensor) -> Tensor:
-        ctx.counts = _counts(len(x_MD), x_MD.device)
+        ctx.counts = _counts(len(x_MD))
         return _gathered(x_MD, ctx.counts)
 
     @staticmethod
@@ -153,11 +153,12 @@ class _Gather(torch.autograd.Function):
         return parts[process_rank()]
 
 
-def _counts(rows: int, device: torch.device) -> list[int]:
+def _counts(rows: int) -> list[int]:
+    """Return the number of rows of each process. The hosts exchange them, no device waits."""
     if world_size() == 1:
         return [rows]
-    counts = [torch.zeros((), dtype=torch.int64, device=device) for _ in range(world_size())]
-    dist.all_gather(counts, torch.tensor(rows, device=device))
+    counts = [torch.zeros((), dtype=torch.int64) for _ in range(world_size())]
+    dist.all_gather(counts, torch.tensor(rows))
     return [int(count) for count in counts]
 
 

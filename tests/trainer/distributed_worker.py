@@ -144,10 +144,10 @@ def gathered(folder: Path) -> dict[str, Tensor]:
     weight = torch.eye(2).add(0.1).requires_grad_()
     local = mine @ weight
     everyone = gather_rows(local)
-    begin = rank_offset(len(mine), mine.device)
+    begin = rank_offset(len(mine))
     assert torch.equal(everyone[begin : begin + len(mine)], local)
     scores = local @ everyone.T
-    loss = scores.logsumexp(1).sum() / global_mean_rows(len(mine), mine.device)
+    loss = scores.logsumexp(1).sum() / global_mean_rows(len(mine))
     loss.backward()
     assert weight.grad is not None
     values = torch.cat([loss.detach()[None], weight.grad.flatten()])

@@ -51,13 +51,12 @@ def logits_bce(
         exists_M: (M,) bool, true for rows that have a negative.
         count: Number of rows that have a negative; ``None``: it is read from ``exists_M``.
     """
-    device = positive_M.device
     count = int(exists_M.sum()) if count is None else count
     positive_loss = functional.softplus(-positive_M).sum() / (
-        global_mean_rows(len(positive_M), device) or 1.0
+        global_mean_rows(len(positive_M)) or 1.0
     )
     negative_loss_M = torch.where(exists_M, functional.softplus(negative_M), 0)
-    return positive_loss + negative_loss_M.sum() / (global_mean_rows(count, device) or 1.0)
+    return positive_loss + negative_loss_M.sum() / (global_mean_rows(count) or 1.0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -146,7 +146,7 @@ def batch_columns(items: ItemVectors, batch: Batch) -> BatchColumns:
         item_C=gather_ids(item_K),
         count_C=gather_ids(counts_K),
         own_K=item_K,
-        begin=rank_offset(len(item_K), item_K.device),
+        begin=rank_offset(len(item_K)),
     )
 
 

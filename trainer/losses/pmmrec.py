@@ -246,7 +246,7 @@ def rcl(clean_BD: Tensor, noisy_BD: Tensor, user_B: Tensor, *, scale: float) -> 
         user_B: (B,) int64, at least 0: sequences of the same user are not negatives of each other.
         scale: Factor on inner products; the equation has 1.
     """
-    begin = rank_offset(len(user_B), user_B.device)
+    begin = rank_offset(len(user_B))
     loss = in_batch(
         clean_BD,
         gather_rows(noisy_BD),

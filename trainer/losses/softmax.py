@@ -49,7 +49,7 @@ def full_softmax(query_MD: Tensor, item_ND: Tensor, target_M: Tensor, scale: flo
         A scalar in float32; zero rows give zero. In one of several processes it is the share of
         the mean over all of their rows, see :mod:`trainer.distributed`.
     """
-    rows = global_mean_rows(len(query_MD), query_MD.device)
+    rows = global_mean_rows(len(query_MD))
     loss: Tensor = _FullSoftmax.apply(query_MD, item_ND, target_M, scale, rows or 1.0)
     return loss
 

@@ -103,8 +103,8 @@ class DuoRec(SASRec):
         if self.settings.rows == "prefixes":
             return 1.0
         lengths_B = batch.sequences.on_host.lengths_B
-        rows = global_mean_rows(len(lengths_B), lengths_B.device)
-        targets = global_mean_rows(int((lengths_B - 1).sum()), lengths_B.device)
+        rows = global_mean_rows(len(lengths_B))
+        targets = global_mean_rows(int((lengths_B - 1).sum()))
         return rows / max(1.0, targets)
 
     def _encode(self, items: ItemVectors, sequences: Sequences) -> Tensor:
@@ -193,7 +193,7 @@ def info_nce(first_BD: Tensor, second_BD: Tensor) -> Tensor:
         second_BD: Second view of each row.
     """
     rows = len(first_BD)
-    begin = rank_offset(rows, first_BD.device)
+    begin = rank_offset(rows)
     own_B = torch.arange(begin, begin + rows, device=first_BD.device)
     all_B = gather_ids(own_B)
     keys_CD = torch.cat([gather_rows(first_BD), gather_rows(second_BD)])

@@ -252,7 +252,7 @@ class PMMRec(CausalRecommender):
             targets_at(windows.mask_BL[:, 1:], items_BL)[0].to(batch.device)
             for items_BL in (windows.items_BL[:, :-1], windows.items_BL[:, 1:])
         )
-        begin = rank_offset(len(ids_K), ids_K.device)
+        begin = rank_offset(len(ids_K))
         positions = Positions(
             item_C=gather_ids(ids_K),
             count_C=gather_ids(count_items(ids_K, batch)),

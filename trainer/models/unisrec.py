@@ -182,7 +182,7 @@ def contrast_next_items(
         targets: The predicted positions.
         scale: 1 / temperature.
     """
-    begin = rank_offset(len(columns.ids_C), query_MD.device)
+    begin = rank_offset(len(columns.ids_C))
     loss = in_batch(
         query_MD,
         gather_rows(columns.items.vectors_KD),
@@ -206,7 +206,7 @@ def contrast_sequences(
         label_B: (B,) int64, the item after each history.
         scale: 1 / temperature.
     """
-    begin = rank_offset(len(first_BD), first_BD.device)
+    begin = rank_offset(len(first_BD))
     loss = in_batch(
         first_BD,
         gather_rows(second_BD),

@@ -191,6 +191,6 @@ def contrast_with_synthetic(
     positive_M = scale * (query_MD * columns.items.gather(targets.item_M)).sum(-1)
     synthetic_M = scale * (query_MD * synthetic_MD).sum(-1)
     logits = torch.cat([positive_M[:, None], synthetic_M[:, None], negative_MC], dim=1)
-    mean = global_mean_rows(len(query_MD), query_MD.device) or 1.0
+    mean = global_mean_rows(len(query_MD)) or 1.0
     labels_M = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
     return functional.cross_entropy(logits, labels_M, reduction="sum") / mean

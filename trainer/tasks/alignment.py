@@ -274,7 +274,7 @@ def contrast(x_MD: Tensor, y_MD: Tensor, scale: float, label_M: Tensor | None) -
     if world_size() == 1:
         return 2 * in_batch_symmetric(x_MD, y_MD, scale=scale, label_B=label_M, are_units=True)
     rows, device = len(x_MD), x_MD.device
-    begin, mean = rank_offset(rows, device), global_mean_rows(rows, device) or 1.0
+    begin, mean = rank_offset(rows), global_mean_rows(rows) or 1.0
     label_C = None if label_M is None else gather_ids(label_M)
     positive_M = torch.arange(begin, begin + rows, device=device)
     both = [

@@ -3,7 +3,7 @@
 import shlex
 from typing import TYPE_CHECKING, Any
 
-from cli import console, evaluate, extract, prepare, training_options
+from cli import console, evaluate, extract, prepare, training_lines
 from cli.options import JsonOption, WarehouseOption
 from cli.report import write_gallery
 from features.signals import raise_received
@@ -99,7 +99,7 @@ def _train(warehouse: Warehouse, model: str, features: list[str] | None) -> "Run
     sources = SettingSources(pairs=_TRAININGS[model])
     spec = RunSpec.resolve(warehouse, model, ["demo"], features=features, sources=sources)
     run = create_run(warehouse, spec)
-    watching = training_options.TrainWatch()
+    watching = training_lines.TrainWatch()
     try:
         ended = train_run(run, on_progress=watching)
     finally:

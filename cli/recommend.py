@@ -21,7 +21,7 @@ from features.errors import UserError
 from features.warehouse import Warehouse
 
 if TYPE_CHECKING:
-    from trainer.evaluation.search import SearchFacts
+    from trainer.evaluation.search_facts import SearchFacts
     from trainer.runs.exported import ExportedRun
     from trainer.runs.recommend import Predictor, Suggestion
 
@@ -83,12 +83,19 @@ def recommend(
         if json:
             console.emit_json(document)
     elif similar is not None:
-        suggestions = predictor.named(predictor.similar(predictor.item(similar), k))
-        document |= {"similar": similar} | _tell_search(index, predictor.similar_facts(k))
-        _print(document, suggestions, k, json=json, score="cosine")
+        _recommend_similar(predictor, document | {"similar": similar}, k, json=json)
     else:
         items = _history(predictor, history or []) if user is None else _own_items(predictor, user)
         _recommend_one(predictor, document, user, items, k, keep_seen=keep_seen, json=json)
+
+
+def _recommend_similar(
+    predictor: "Predictor", document: dict[str, Any], k: int, *, json: bool
+) -> None:
+    """Find the items like the item ``similar`` of the document, and print the list."""
+    suggestions = predictor.named(predictor.similar(predictor.item(document["similar"]), k))
+    document |= _tell_search(predictor.index, predictor.similar_facts(k))
+    _print(document, suggestions, k, json=json, score="cosine")
 
 
 def _recommend_one(

@@ -1,6 +1,5 @@
 """The options and the course of ``mmrec train`` and ``mmrec pretrain``."""
 
-import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from inspect import Parameter, Signature
@@ -11,15 +10,13 @@ import typer
 
 from cli import console
 from cli.options import JsonOption, WarehouseOption, parse_size
+from cli.training_lines import TrainWatch, announce, conclude
 from features.errors import UserError
-from features.memory import format_size
-from features.signals import exit_code
 from features.warehouse import Warehouse
 from trainer.tracking.registry import check_trackers
 
 if TYPE_CHECKING:
-    from trainer.loop import TrainProgress
-    from trainer.runs.run import Run, TrainReport
+    from trainer.runs.run import Run
 
 ModelOption = Annotated[str | None, typer.Option("--model", help="Model; see mmrec models.")]
 FeaturesOption = Annotated[
@@ -107,6 +104,10 @@ class TrainOutput:
     """Most bytes that the training may take; ``None``: what is free."""
     is_dry_run: bool = False
     """Build the model, print the estimate, and stop."""
+
+    def announce(self, run: "Run") -> None:
+        """Print what is trained and what it takes; see :func:`cli.training_lines.announce`."""
+        announce(run, memory=self.memory, is_dry_run=self.is_dry_run, json=self.json)
 
 
 def training_command(
@@ -237,9 +238,9 @@ def start_training(
         )
         if output.is_dry_run:
             run = plan_run(warehouse, spec)
-            _announce(run, output)
+            output.announce(run)
             return run
-        return create_run(warehouse, spec, name=new.name, check=lambda run: _announce(run, output))
+        return create_run(warehouse, spec, name=new.name, check=lambda run: output.announce(run))
 
     _train(warehouse, root, create, resume=False, output=output)
 
@@ -289,7 +290,7 @@ def resume_training(
                 raise UserError(
                     f"run {folder.name!r} is of {own!r}, not {given!r}; choose by --run"
                 )
-        _announce(run, output)
+        output.announce(run)
         return run
 
     _train(warehouse, root, reopen, resume=True, output=output)
@@ -344,124 +345,4 @@ def _train(
             tracking.finish(report)
         if output.json and is_first:
             console.emit_json(asdict(report))
-        _conclude(run, report, root, was_trained=watch.called)
-
-
-def _announce(run: "Run", output: TrainOutput) -> None:
-    """Print what is trained, and what it takes if it has steps and a single process.
-
-    Raises:
-        OutOfMemoryError: The training does not fit into memory.
-    """
-    from trainer.distributed import world_size
-    from trainer.runs.estimate import estimate_training
-
-    _describe(run, output.is_dry_run)
-    estimate = estimate_training(run, output.memory) if world_size() == 1 else None
-    if estimate is not None:
-        of_epoch = console.format_duration(estimate.epoch_seconds)
-        console.notify(
-            f"memory: about {format_size(estimate.peak_bytes)} of"
-            f" {format_size(estimate.budget_bytes)}, features"
-            f" {format_size(estimate.feature_bytes)}; a step: about {estimate.step_seconds:.2g} s,"
-            f" an epoch of {estimate.steps:,}: {of_epoch}"
-        )
-    if output.json and output.is_dry_run:
-        console.emit_json({} if estimate is None else asdict(estimate))
-
-
-def _describe(run: "Run", is_dry_run: bool) -> None:
-    """Print what is trained on what, how many items have no features, and the initial weights."""
-    from trainer.evaluation.encode import repeated_share
-
-    spec = run.spec
-    reads = f" with {', '.join(spec.features)}" if spec.features else ""
-    name = "dry run" if is_dry_run else f"run {run.name}"
-    console.notify(
-        f"{name}: {spec.model} on {spec.dataset}{reads},"
-        f" {run.parameters:,} parameters, {run.data.device}"
-    )
-    if spec.automatic and spec.train.item_updates == "rows":
-        candidates = getattr(spec.settings, "candidates", 0)
-        softmax = f"; softmax over {candidates:,} candidates" if candidates else ""
-        console.notify(
-            f"{run.data.features.n_items:,} items: a step updates the item vectors that it reads"
-            f"{softmax}; see candidates and item_updates in mmrec models {spec.model}"
-        )
-    if spec.features:
-        counts, bare = run.data.features.coverage()
-        have = ", ".join(f"{modality} {count:,}" for modality, count in counts.items())
-        console.notify(f"of {run.data.features.n_items:,} items: {have}, none of these {bare:,}")
-    if spec.is_pretraining:
-        console.notify(f"validated on {run.task.split(run.config)}")
-    elif run.config.monitor_seen == "kept":
-        share = repeated_share(run.data.dataset, "validation")
-        because = f"; {share:.1%} of the validation targets are repeated" if share else ""
-        console.notify(
-            f"early stopping follows the ranking that keeps seen items (monitor_seen=kept){because}"
-        )
-    for remark in run.model.remarks:
-        console.notify(remark)
-    if run.copied_weights:
-        for line in run.copied_weights.lines():
-            console.notify(line)
-
-
-def _conclude(run: "Run", report: "TrainReport", root: Path | None, *, was_trained: bool) -> None:
-    command = "pretrain" if run.spec.is_pretraining else "train"
-    if report.finished and not was_trained:
-        console.notify(f"run {report.run} is finished already; nothing was trained{_best(report)}")
-    elif report.finished:
-        console.notify(f"finished: {_trained(report)}")
-        if run.spec.is_pretraining:
-            console.notify(f"start from it: mmrec train --model {report.model} --init {report.run}")
-    else:
-        place = f" --warehouse {shlex.quote(str(root))}" if root else ""
-        console.notify(
-            f"stopped: {_trained(report)};"
-            f" continue with: mmrec {command} --resume --run {report.run}{place}"
-        )
-        raise typer.Exit(exit_code())
-
-
-class TrainWatch:
-    """The live line of a training. The lines of validated epochs and of loss terms stay."""
-
-    def __init__(self) -> None:
-        self.line = console.ProgressLine()
-        self.called = False
-        self._chunks = 1
-
-    def __call__(self, progress: "TrainProgress") -> None:
-        """Show one report of the loop."""
-        self.called = True
-        if progress.chunks > self._chunks:
-            self._chunks = progress.chunks
-            console.notify(
-                f"a step ran out of memory: steps are computed in {progress.chunks} chunks from now"
-                " on, with the same loss and in more time; a smaller batch_size is faster"
-            )
-        # A model without gradients has no loss and reads no windows.
-        loss = f"  loss {progress.loss:.4f}" if progress.rate else ""
-        rate = f"  {progress.rate:,.0f} {progress.unit}/s" if progress.rate else ""
-        text = f"epoch {progress.epoch}/{progress.epochs}{loss}"
-        if progress.metrics:
-            figures = "  ".join(f"{name} {value:.4f}" for name, value in progress.metrics.items())
-            self.line.update(f"{text}  {figures}  best {progress.best_epoch}{rate}", keep=True)
-            if progress.loss_terms:
-                terms = (f"{name} {value:.4f}" for name, value in progress.loss_terms.items())
-                self.line.update(f"  loss: {', '.join(terms)}", keep=True)
-        else:
-            left = console.format_duration(progress.seconds_left)
-            self.line.update(f"{text}  step {progress.step}/{progress.steps}{rate}  {left} left")
-
-
-def _trained(report: "TrainReport") -> str:
-    epochs = "1 epoch" if report.epochs == 1 else f"{report.epochs} epochs"
-    return f"{epochs} in {console.format_duration(report.seconds)}{_best(report)}"
-
-
-def _best(report: "TrainReport") -> str:
-    if report.best_epoch < 0:
-        return ", none validated yet"
-    return f", best epoch {report.best_epoch} with {report.best:.4f} ({report.monitor})"
+        conclude(run, report, root, was_trained=watch.called)

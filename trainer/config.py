@@ -59,7 +59,7 @@ class Choice:
     """Limit a text to the names of a registry, or to a fixed list."""
 
     kind: str
-    """What is chosen, in the singular."""
+    """Kind of the chosen thing, in the singular."""
     names: Mapping[str, Any] | Iterable[str]
 
     def check(self, name: str, value: str) -> None:

@@ -209,7 +209,7 @@ class TransformersBackbone(TorchBackbone):
 
     @property
     def has_parts(self) -> bool:
-        """Whether :meth:`parts` is available."""
+        """True if :meth:`parts` is available."""
         return "image" in self._encoders
 
     def parts(self, images: Sequence[Any], level: str = TOKENS) -> torch.Tensor:

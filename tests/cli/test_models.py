@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from cli import training_options
+from cli import training_lines
 from tests.cli.invoke import run
 
 ROOT = Path(__file__).parents[2]
@@ -22,14 +22,14 @@ SETS = [word for setting in SMALL for word in ("--set", setting)]
 def test_an_interrupted_training_names_the_command_that_continues_it(
     root: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    show = training_options.TrainWatch.__call__
+    show = training_lines.TrainWatch.__call__
 
-    def interrupt(self: training_options.TrainWatch, tick: Any) -> None:
+    def interrupt(self: training_lines.TrainWatch, tick: Any) -> None:
         show(self, tick)
         signal.raise_signal(signal.SIGINT)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training_options.TrainWatch, "__call__", interrupt)
+        patch.setattr(training_lines.TrainWatch, "__call__", interrupt)
         train = ("train", "--model", "sasrec", "--name", "r", *SETS, "--warehouse", root, "--json")
         stopped = run(*train, code=130)
     assert not json.loads(stopped.stdout)["finished"]

@@ -12,7 +12,8 @@ from retrieval.list_metrics import LIST_LENGTH
 from retrieval.ranking import Ranks
 from trainer.data.batches import TrainingData
 from trainer.evaluation.encode import targets_of
-from trainer.evaluation.search import CatalogueSearch, SearchFacts
+from trainer.evaluation.search import CatalogueSearch
+from trainer.evaluation.search_facts import SearchFacts
 from trainer.models.base import Catalogue, Recommender
 from trainer.models.registry import MODELS
 
@@ -31,7 +32,7 @@ class SplitRanks:
     """``filtered`` and ``kept`` -> (N,) number of lists of 10 items that recommend each item;
     empty if the lists were not counted."""
     facts: SearchFacts | None = None
-    """How the index searched; ``None`` if the lists were not counted."""
+    """The way in which the index searched; ``None`` if the lists were not counted."""
 
 
 def rank_split(

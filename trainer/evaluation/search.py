@@ -11,20 +11,15 @@ Legend: N items, S listed items, D width, E users, K items of a list.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from copy import copy
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from features.dataset import EvalSplit, Ints
-from features.errors import UserError
-from retrieval.approximate_indexes import ApproximateIndex, IndexStore, recall
+from retrieval.approximate_indexes import IndexStore
 from retrieval.default_index import DefaultIndex
-from retrieval.flat_index import FaissIndex
-from retrieval.index_options import IndexNameError
 from retrieval.index_ranking import rank_with
 from retrieval.indexes import Index, TopItems
 from retrieval.list_metrics import SearchLists, count_recommended, search_both
@@ -43,55 +38,19 @@ from trainer.evaluation.encode import (
     evaluation_mode,
     histories_of,
 )
+from trainer.evaluation.search_facts import (
+    SAMPLE_SIZE,
+    SearchFacts,
+    describe_approximate,
+    sample_users,
+    unusable_index,
+)
 from trainer.models.base import Recommender
 
 SequenceBatches = Callable[[slice], Sequences]
 """Function that returns the histories of a slice of users."""
 
 _USERS_PER_BLOCK = 2048  # users whose lists are in memory
-_RECALL_USERS = 100  # users whose lists of an approximate index are compared with exact ones
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SearchFacts:
-    """How an index searched."""
-
-    line: str
-    """One line for people; empty if there is nothing to tell."""
-    recall: dict[str, float] = field(default_factory=dict)
-    """``recall@K`` -> share of the K best items that an approximate index finds, on a sample; empty
-    for an exact index."""
-
-
-@contextmanager
-def unusable_index() -> Iterator[None]:
-    """Turn the name of an index that cannot be used into an error of the user.
-
-    Raises:
-        UserError: The index is unknown, or a parameter does not fit the catalogue.
-    """
-    try:
-        yield
-    except IndexNameError as error:
-        raise UserError(str(error)) from None
-
-
-def describe_approximate(index: Index, queries: Tensor, k: int) -> SearchFacts:
-    """Return the parameters of an approximate index and its recall@k on some queries.
-
-    Args:
-        index: An :class:`retrieval.approximate_indexes.ApproximateIndex`.
-        queries: (U, D) fp32, at least one.
-        k: Length of the lists; at most the number of items counts.
-    """
-    assert isinstance(index, ApproximateIndex)
-    k = min(k, index.item_count)
-    share = recall(index, FaissIndex(index.item_ND), queries, k)
-    values = ", ".join(f"{key}={value}" for key, value in index.values.items())
-    origin = "read from the run's folder" if index.is_reused else "trained now"
-    measured = f"recall@{k} {share:.3f} against flat search on {len(queries)} queries"
-    line = f"{values}; {measured}; {origin}"
-    return SearchFacts(line=line, recall={f"recall@{k}": share})
 
 
 class CatalogueSearch:
@@ -233,7 +192,7 @@ class CatalogueSearch:
                 seen,
             )
         with evaluation_mode(self.model):
-            return rank_scores(self._scorer(self._batches(users)), numbers_E, n_items, seen)
+            return rank_scores(_scorer(self, self._batches(users)), numbers_E, n_items, seen)
 
     def best_for_users(self, users: EvalSplit, k: int, *, keep_seen: bool) -> TopItems:
         """Return the best items of users of the dataset: (E, K) scores and (E, K) items.
@@ -251,7 +210,7 @@ class CatalogueSearch:
         if self.model.has_vectors:
             return self._restored(self._search(self._queries(users), histories, exclude, k))
         with evaluation_mode(self.model):
-            scorer = self._scorer(self._batches(users))
+            scorer = _scorer(self, self._batches(users))
             top = top_scores(scorer, len(users.users), len(self.listed), k, exclude)
         return self._restored(top)
 
@@ -264,7 +223,7 @@ class CatalogueSearch:
     def _score_lists(self, users: EvalSplit) -> SearchLists:
         def search(rows: Ints, exclude: SeenItems | None, k: int) -> Ints:
             with evaluation_mode(self.model):
-                scorer = self._scorer(self._batches(users.take(rows)))
+                scorer = _scorer(self, self._batches(users.take(rows)))
                 return top_scores(scorer, len(rows), len(self.listed), k, exclude)[1]
 
         return search
@@ -285,7 +244,7 @@ class CatalogueSearch:
             if self.model.has_vectors:
                 query_1D = self.model.encode_sequences(self.items_ND, sequences, self.data.features)
                 return self._restored(self._search(query_1D.float(), history, exclude, k))
-            scorer = self._scorer(lambda rows: sequences)
+            scorer = _scorer(self, lambda rows: sequences)
             return self._restored(top_scores(scorer, 1, len(self.listed), k, exclude))
 
     def _search(
@@ -306,23 +265,12 @@ class CatalogueSearch:
             return SearchFacts(line="not used: the scores are not inner products")
         if not self._is_exact:
             if k not in self._facts:
-                index, queries = self._made_index(), self._sample_queries()
-                self._facts[k] = describe_approximate(index, queries, k)
+                users = sample_users(self.data.dataset)
+                queries = self._queries(users) if len(users.users) else self.listed_SD[:SAMPLE_SIZE]
+                self._facts[k] = describe_approximate(self._made_index(), queries, k)
             return self._facts[k]
         lists = self._index.choice if isinstance(self._index, DefaultIndex) else ""
         return SearchFacts(line="; ".join(filter(None, (self._rank_choice, lists))))
-
-    def _sample_queries(self) -> Tensor:
-        """Return the queries of up to 100 users with all their interactions."""
-        offsets = self.data.dataset.offsets
-        users = np.flatnonzero(np.diff(offsets) > 0)
-        if not len(users):
-            return self.listed_SD[:_RECALL_USERS]
-        chosen = users[np.linspace(0, len(users) - 1, _RECALL_USERS).astype(np.int64)]
-        chosen = np.unique(chosen)
-        return self._queries(
-            EvalSplit(users=chosen, starts=offsets[chosen], targets=offsets[chosen + 1])
-        )
 
     def _restored(self, top: TopItems) -> TopItems:
         return top[0], self.listed.restored(top[1])
@@ -341,23 +289,26 @@ class CatalogueSearch:
         scores = self._correction(histories)
         return SparseScores.empty(len(histories)) if scores is None else scores
 
-    def _scorer(self, batches: SequenceBatches) -> Callable[[slice, int, int], Tensor]:
-        """Return a callback of :mod:`retrieval.score_blocks` that caches the sequences."""
-        cached: dict[tuple[int, int], Sequences] = {}
-        rows_S = self.listed.rows_S
 
-        def score(rows: slice, first: int, last: int) -> Tensor:
-            key = (rows.start, rows.stop)
-            if key not in cached:
-                cached.clear()
-                cached[key] = batches(rows)
-            begin, end = int(rows_S[first]), int(rows_S[last - 1]) + 1
-            score_BC = self.model.score(self.items_ND, cached[key], begin, end)
-            if end - begin == last - first:
-                return score_BC
-            return score_BC[:, torch.from_numpy(rows_S[first:last] - begin).to(score_BC.device)]
+def _scorer(
+    search: CatalogueSearch, batches: SequenceBatches
+) -> Callable[[slice, int, int], Tensor]:
+    """Return a callback of :mod:`retrieval.score_blocks` that caches the sequences."""
+    cached: dict[tuple[int, int], Sequences] = {}
+    rows_S = search.listed.rows_S
 
-        return score
+    def score(rows: slice, first: int, last: int) -> Tensor:
+        key = (rows.start, rows.stop)
+        if key not in cached:
+            cached.clear()
+            cached[key] = batches(rows)
+        begin, end = int(rows_S[first]), int(rows_S[last - 1]) + 1
+        score_BC = search.model.score(search.items_ND, cached[key], begin, end)
+        if end - begin == last - first:
+            return score_BC
+        return score_BC[:, torch.from_numpy(rows_S[first:last] - begin).to(score_BC.device)]
+
+    return score
 
 
 def _sparse_lists(scores: SparseScores, n_items: int) -> SearchLists:

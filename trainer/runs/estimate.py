@@ -35,7 +35,7 @@ _BYTES = 4  # of a float32
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingEstimate:
-    """What a training takes, by an estimate."""
+    """The estimated memory and time of a training."""
 
     parameters: int
     """Number of parameters."""

@@ -31,7 +31,7 @@ from trainer.evaluation.protocol import (
 )
 from trainer.evaluation.ranking import SplitRanks, build_reference, rank_split
 from trainer.evaluation.saved_indexes import INDEXES, SavedIndexes
-from trainer.evaluation.search import SearchFacts
+from trainer.evaluation.search_facts import SearchFacts
 from trainer.models.base import Recommender
 from trainer.runs.evaluation_rows import list_rows, metric_rows, prediction_columns, subsets
 from trainer.runs.folder import replace_metrics, run_lock, stored_metrics
@@ -87,7 +87,7 @@ class EvalReport:
     index: str
     """Kind and parameters of the index."""
     search: SearchFacts
-    """How the index searched, and the recall of an approximate one."""
+    """The way in which the index searched, with the recall of an approximate one."""
     protocol: list[str]
     """The protocol, one statement a line."""
     references: list[str]

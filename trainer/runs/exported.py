@@ -21,7 +21,7 @@ from retrieval.indexes import TopItems
 from retrieval.listed_items import ListedItems
 from retrieval.registry import make_index
 from retrieval.seen_items import SeenItems
-from trainer.evaluation.search import SearchFacts, describe_approximate, unusable_index
+from trainer.evaluation.search_facts import SearchFacts, describe_approximate, unusable_index
 from trainer.runs.choice import Choice
 from trainer.runs.export import FORMAT, ITEMS, MANIFEST, SEQUENCE_ENCODER, require_packages
 from trainer.runs.recommend import Suggestion, index_of, name_examples

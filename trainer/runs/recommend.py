@@ -29,12 +29,8 @@ from retrieval.seen_items import SeenItems
 from trainer.checkpoint import load_weights
 from trainer.data.batches import Sequences
 from trainer.evaluation.saved_indexes import INDEXES, SavedIndexes
-from trainer.evaluation.search import (
-    CatalogueSearch,
-    SearchFacts,
-    describe_approximate,
-    unusable_index,
-)
+from trainer.evaluation.search import CatalogueSearch
+from trainer.evaluation.search_facts import SearchFacts, describe_approximate, unusable_index
 from trainer.runs.choice import Choice, with_new_items
 from trainer.runs.run import Run
 

@@ -53,7 +53,7 @@ class ImportResult:
     """Facts about the two tables that an importer made."""
 
     timestamps: bool
-    """Whether interactions have a time."""
+    """True if interactions have a time."""
     time_unit: str | None = None
     """Unit of the times since 1970, such as ``seconds``; None if it is unknown."""
     notes: tuple[str, ...] = ()

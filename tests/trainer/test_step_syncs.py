@@ -117,6 +117,19 @@ def features_on_device(features: ItemFeatures) -> ItemFeatures:
     return copies
 
 
+@pytest.mark.parametrize("name", ["mmsr", "pmmrec", "morec"])
+def test_tables_of_tokens_are_the_exception(name: str, tmp_path: Path, reads: list[int]) -> None:
+    """The tokens of a batch are read from disk by item number: the step waits for the numbers."""
+    features = worlds.token_features(N)
+    model = worlds.build(name, features).to(META)
+    tokens = {key: replace(table, device=META) for key, table in features.tokens.items()}
+    on_device = replace(features_on_device(features), tokens=tokens)
+    data = TrainingData(worlds.cycles(n_items=N), on_device, META)
+    batch = next(data.epoch(model.window_sampling, batch_size=16, seed=0, epoch=0)[1])
+    with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
+        model.loss(batch)
+
+
 def train(name: str, folder: Path, *, has_more: bool = False, **settings: Any) -> None:
     """Train an epoch on the meta device by ``fit``.
 

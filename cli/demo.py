@@ -92,9 +92,10 @@ def _train(warehouse: Warehouse, model: str, features: list[str] | None) -> "Run
     Raises:
         KeyboardInterrupt: A signal was received.
     """
-    from trainer.config import SettingSources
-    from trainer.runs.run import create_run, train_run
+    from trainer.runs.run import create_run
     from trainer.runs.spec import RunSpec
+    from trainer.runs.train import train_run
+    from trainer.setting_sources import SettingSources
 
     sources = SettingSources(pairs=_TRAININGS[model])
     spec = RunSpec.resolve(warehouse, model, ["demo"], features=features, sources=sources)

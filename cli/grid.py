@@ -164,9 +164,9 @@ def _plan(
     warehouse.require()
     if given.quick:
         warehouse, spec = _shrink(warehouse, spec)
-    from trainer.config import SettingSources
     from trainer.runs.grid import plan_grid
     from trainer.runs.grid_cells import Overrides
+    from trainer.setting_sources import SettingSources
 
     overrides = Overrides(
         features=[part.strip() for entry in given.features for part in entry.split(",")],

@@ -13,7 +13,8 @@ from features.signals import exit_code
 
 if TYPE_CHECKING:
     from trainer.loop import TrainProgress
-    from trainer.runs.run import Run, TrainReport
+    from trainer.runs.run import Run
+    from trainer.runs.train import TrainReport
 
 
 def announce(run: "Run", *, memory: int | None, is_dry_run: bool, json: bool) -> None:

@@ -202,8 +202,8 @@ def start_training(
         UserError: An option does not fit.
         typer.Exit: Code 130 if the training was interrupted.
     """
-    from trainer.config import SettingSources
     from trainer.models.registry import MODELS
+    from trainer.setting_sources import SettingSources
 
     if model is None:
         raise UserError("give --model (see mmrec models), or --resume")
@@ -319,8 +319,9 @@ def _train(
 ) -> None:
     """Open a run in the first process and then in the others, and train it."""
     from trainer.distributed import on_rank_zero, process_group, process_rank
-    from trainer.runs.run import open_run, train_run
+    from trainer.runs.run import open_run
     from trainer.runs.track import Tracking
+    from trainer.runs.train import train_run
 
     with process_group():
         is_first = process_rank() == 0

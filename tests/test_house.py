@@ -22,7 +22,7 @@ PACKAGES = {
 }
 # The folders and files of trainer. Each imports only from the lines above its own line.
 TRAINER_ORDER = (
-    {"config", "distributed", "checkpoint", "ema", "interruption", "kernels"},
+    {"config", "setting_sources", "distributed", "checkpoint", "ema", "interruption", "kernels"},
     {"data"},
     {"losses"},
     {"modules"},

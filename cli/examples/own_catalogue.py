@@ -15,13 +15,14 @@ from pipeline.datasets.prepare import PrepareOptions, prepare_dataset
 from pipeline.extraction.job import extract_features
 from pipeline.extraction.options import ExtractOptions
 from trainer.analysis.compare import compare
-from trainer.config import SettingSources
 from trainer.loop import TrainProgress
 from trainer.runs.evaluate import evaluate
 from trainer.runs.later import open_current
 from trainer.runs.recommend import Predictor
-from trainer.runs.run import create_run, train_run
+from trainer.runs.run import create_run
 from trainer.runs.spec import RunSpec
+from trainer.runs.train import train_run
+from trainer.setting_sources import SettingSources
 
 COLOURS = ("red", "blue", "green", "black", "white")
 THINGS = ("shoe", "hat", "scarf", "coat", "glove", "belt", "shirt", "sock", "boot", "cap")

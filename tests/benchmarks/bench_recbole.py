@@ -31,7 +31,7 @@ from retrieval.metrics import per_user
 from tests.trainer import worlds
 from trainer.evaluation.ranking import rank_split
 from trainer.loop import TrainProgress
-from trainer.runs.run import train_run
+from trainer.runs.train import train_run
 
 USERS, ITEMS, EACH = 4096, 100_000, 25
 

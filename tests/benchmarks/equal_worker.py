@@ -64,9 +64,9 @@ class CurrentVersion:
     def build(self, root: Path, job: Job) -> Any:
         """Begin a run by ``trainer.runs.run``."""
         from features.warehouse import Warehouse
-        from trainer.config import SettingSources
         from trainer.runs.run import create_run
         from trainer.runs.spec import RunSpec
+        from trainer.setting_sources import SettingSources
 
         warehouse = Warehouse(root)
         spec = RunSpec.resolve(
@@ -81,7 +81,7 @@ class CurrentVersion:
 
     def train(self, run: Any, on_step: Callable[[object], None]) -> None:
         """Train by ``trainer.runs.run``."""
-        from trainer.runs.run import train_run
+        from trainer.runs.train import train_run
 
         train_run(run, on_progress=on_step)
 

@@ -11,7 +11,7 @@ import pytest
 from features.warehouse import Warehouse
 from tests.trainer import worlds
 from trainer.models.registry import MODELS, Model
-from trainer.runs.run import train_run
+from trainer.runs.train import train_run
 
 FOLDER = Path(__file__).parents[2] / "cli" / "examples"
 LONGEST = 80  # lines

@@ -31,7 +31,7 @@ from trainer.runs import grid as runs_grid
 from trainer.runs.grid_file import read_grid
 from trainer.runs.grid_table import pivot
 from trainer.runs.recipes import recipe_names
-from trainer.runs.run import train_run
+from trainer.runs.train import train_run
 
 GRID = """
 rows = ["fusion"]

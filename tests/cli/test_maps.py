@@ -10,7 +10,7 @@ from PIL import Image
 from features.warehouse import Warehouse
 from tests.cli.invoke import run
 from tests.trainer import worlds
-from trainer.runs.run import train_run
+from trainer.runs.train import train_run
 
 pytest.importorskip("sklearn", reason="the extra map is not installed")
 

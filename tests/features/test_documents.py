@@ -5,8 +5,8 @@ import pytest
 
 from features.documents import read_user_toml
 from features.errors import UserError
-from trainer.config import read_flat
 from trainer.runs.grid_file import read_grid
+from trainer.setting_sources import read_flat
 
 BROKEN = {
     "not UTF-8": b"epochs = 1 # \xff",

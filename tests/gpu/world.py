@@ -12,12 +12,13 @@ from tests.benchmarks.bench_training import histories
 from tests.gpu.parts import Setup
 from tests.gpu.timing import synchronize
 from tests.trainer import worlds
-from trainer.config import SettingSources, TrainConfig
+from trainer.config import TrainConfig
 from trainer.data.batches import ItemFeatures, TrainingData
 from trainer.loop import TrainProgress, fit
 from trainer.models.base import Catalogue, Recommender
 from trainer.models.registry import MODELS
 from trainer.runs.settings import resolve_automatic, resolve_settings
+from trainer.setting_sources import SettingSources
 from trainer.tasks.base import Task
 from trainer.tasks.next_item import NextItem
 

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 
 from features.errors import UserError
-from trainer.config import SettingSources, TrainConfig, build_settings
+from trainer.config import TrainConfig
 from trainer.models.mmsrec import MMSRecConfig
 from trainer.models.registry import MODELS
 from trainer.models.sasrec import SASRecConfig
+from trainer.setting_sources import SettingSources, build_settings
 from trainer.tasks.registry import TASKS
 
 

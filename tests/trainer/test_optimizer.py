@@ -13,8 +13,9 @@ from trainer.config import TrainConfig
 from trainer.models.base import Recommender
 from trainer.optimizer import Optimizer
 from trainer.runs import settings as run_settings
-from trainer.runs.run import open_run, train_run
+from trainer.runs.run import open_run
 from trainer.runs.spec import RunSpec
+from trainer.runs.train import train_run
 
 N = 40
 MODELS_WITH_ROWS: list[tuple[str, dict[str, Any]]] = [

@@ -12,10 +12,10 @@ from features.errors import UserError
 from features.warehouse import Warehouse
 from tests.trainer import worlds
 from trainer.checkpoint import read_tensors, save_weights
-from trainer.config import read_flat
 from trainer.runs.folder import read_about, stored_metrics
 from trainer.runs.grid_file import read_grid
 from trainer.runs.read import read_record
+from trainer.setting_sources import read_flat
 
 
 def _deny(monkeypatch: pytest.MonkeyPatch, denied: Path) -> None:

@@ -19,7 +19,7 @@ from tests.trainer import worlds
 from trainer.losses.registry import LOSSES
 from trainer.models.registry import MODELS, Model
 from trainer.modules.registry import FUSIONS, SEQUENCE_ENCODERS
-from trainer.runs.run import train_run
+from trainer.runs.train import train_run
 from trainer.tasks.registry import TASKS
 
 ROOT = Path(__file__).parents[2]

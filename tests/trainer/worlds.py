@@ -19,7 +19,6 @@ from features.splits import MIN_EVALUATED
 from features.store import FeatureStore
 from features.warehouse import DatasetInfo, Warehouse
 from retrieval.ranking import Ranks
-from trainer.config import SettingSources
 from trainer.data.batches import Batch, ItemFeatures, Sequences, TrainingData, TrainSet
 from trainer.data.token_features import TokenFeatures
 from trainer.evaluation.ranking import build_reference, rank_split
@@ -28,6 +27,7 @@ from trainer.models.registry import MODELS
 from trainer.runs.run import Run, create_run
 from trainer.runs.spec import InitialWeights, RunSpec
 from trainer.runs.transfer import FULL
+from trainer.setting_sources import SettingSources
 
 
 def dataset(sequences: list[list[int]], n_items: int) -> Dataset:

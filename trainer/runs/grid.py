@@ -27,8 +27,9 @@ from trainer.runs.grid_axes import RANKERS, RETRIEVAL, Combination
 from trainer.runs.grid_cells import Overrides, resolve_combination, resolve_pretraining
 from trainer.runs.grid_file import Grid
 from trainer.runs.read import has_current_protocol
-from trainer.runs.run import Run, TrainReport, create_run, open_run, train_run
+from trainer.runs.run import Run, create_run, open_run
 from trainer.runs.spec import InitialWeights, RunSpec
+from trainer.runs.train import TrainReport, train_run
 from trainer.runs.transfer import FULL
 
 _DONE = "grid.json"  # written last: the run is trained to its end and evaluated
@@ -365,7 +366,7 @@ def train_to_end(
         warehouse: Warehouse of the run.
         spec: The run.
         folder: Its folder, which may exist.
-        on_epoch: Called with each finished epoch, see :func:`trainer.runs.run.train_run`.
+        on_epoch: Called with each finished epoch, see :func:`trainer.runs.train.train_run`.
         on_progress: Called after each step.
 
     Raises:

@@ -9,13 +9,14 @@ from features.errors import UserError, unknown
 from features.schema import FEATURE_MODALITIES
 from features.store import FeatureStore
 from features.warehouse import Warehouse
-from trainer.config import SettingSources, TrainConfig
+from trainer.config import TrainConfig
 from trainer.models.base import Recommender
 from trainer.models.registry import MODELS
 from trainer.runs.grid_axes import Combination, Scalar, setting_text
 from trainer.runs.settings import pretraining_settings
 from trainer.runs.spec import InitialWeights, RunSpec
 from trainer.runs.transfer import FULL, check_transfer
+from trainer.setting_sources import SettingSources
 
 QUICK: Mapping[str, Scalar] = MappingProxyType(
     {

@@ -5,19 +5,17 @@ from dataclasses import asdict, fields, replace
 from types import MappingProxyType
 from typing import Any
 
+from features.dataset import load_dataset
 from features.errors import UserError, unknown
-from trainer.config import (
-    AUTO,
-    Settings,
-    SettingSources,
-    TrainConfig,
-    build_settings,
-)
+from features.warehouse import Warehouse
+from trainer.config import AUTO, Settings, TrainConfig
 from trainer.data.multi_dataset import AttributeColumns
+from trainer.evaluation.encode import repeated_share
 from trainer.losses.base import LossSettings
 from trainer.models.base import Recommender
 from trainer.models.registry import names_of
 from trainer.modules.attributes import AttributeSettings
+from trainer.setting_sources import SettingSources, build_settings
 from trainer.tasks.registry import NEXT_ITEM, TASKS
 
 EXACT_ITEMS = 50_000
@@ -25,6 +23,9 @@ EXACT_ITEMS = 50_000
 items."""
 CANDIDATES = 4096
 """Items in the softmax of a step that ``auto`` selects for larger catalogues."""
+
+_MOST_REPEATED = 0.01
+"""Largest share of repeated validation targets with which early stopping filters seen items."""
 
 
 def pretraining_settings(recommender: type[Recommender]) -> type[Settings] | None:
@@ -141,6 +142,15 @@ def resolve_automatic(
         settings = replace(settings, candidates=CANDIDATES if is_large and is_softmax else 0)
         replaced.add("candidates")
     return train, settings, frozenset(replaced)
+
+
+def monitored_ranking(warehouse: Warehouse, dataset: str) -> str:
+    """Return ``kept`` if more than 1% of the validation targets are repeated, else ``filtered``.
+
+    The filtered ranking counts repeated targets as misses, so it says little about such data.
+    """
+    share = repeated_share(load_dataset(warehouse, dataset), "validation")
+    return "kept" if share > _MOST_REPEATED else "filtered"
 
 
 def changed_settings(

@@ -11,18 +11,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
-from features.dataset import load_dataset
 from features.errors import UserError
 from features.store import FeatureTable
 from features.warehouse import Warehouse
-from trainer.config import Settings, SettingSources, TrainConfig, settings_tables
+from trainer.config import Settings, TrainConfig
 from trainer.data.multi_dataset import (
     AttributeColumns,
     DataIdentity,
     choose_common_tables,
     identify_data,
 )
-from trainer.evaluation.encode import repeated_share
 from trainer.models.base import Recommender
 from trainer.models.registry import MODELS, names_of
 from trainer.runs.folder import FORMAT, check_format, read_about
@@ -32,16 +30,15 @@ from trainer.runs.settings import (
     changed_settings,
     check_pretrains,
     given_weights_settings,
+    monitored_ranking,
     preset_settings,
     resolve_automatic,
     resolve_settings,
     task_name,
 )
 from trainer.runs.transfer import FULL, check_source, check_transfer, hash_tensors, read_source
+from trainer.setting_sources import SettingSources, settings_tables
 from trainer.tasks.registry import NEXT_ITEM
-
-_MOST_REPEATED = 0.01
-"""Largest share of repeated validation targets with which early stopping filters seen items."""
 
 _OF_EARLIER_RUNS = {"monitor_users": 0, "item_updates": "all"}
 """Values of settings that a run's ``config.toml`` does not name, where the default is not what the
@@ -150,7 +147,7 @@ class RunSpec:
         train, settings, *task_settings = resolve_settings(recommender, is_pretraining, sources)
         given = {*sources.names(), *preset_settings(recommender, sources.preset, is_pretraining)}
         if not is_pretraining and "monitor_seen" not in given:
-            train = replace(train, monitor_seen=_monitored_ranking(warehouse, datasets[0]))
+            train = replace(train, monitor_seen=monitored_ranking(warehouse, datasets[0]))
         n_items = sum(warehouse.info(name).items for name in datasets)
         train, settings, automatic = resolve_automatic(train, settings, n_items)
         tables = _choose_tables(warehouse, (model, recommender), datasets, features, train)
@@ -320,15 +317,6 @@ def _check_preparation(folder: Path, about: Mapping[str, Any], data: DataIdentit
             f"run {folder.name!r} was trained on another preparation of"
             f" {about['dataset']!r}{order}; prepare it as it was, or train again"
         )
-
-
-def _monitored_ranking(warehouse: Warehouse, dataset: str) -> str:
-    """Return ``kept`` if more than 1% of the validation targets are repeated, else ``filtered``.
-
-    The filtered ranking counts repeated targets as misses, so it says little about such data.
-    """
-    share = repeated_share(load_dataset(warehouse, dataset), "validation")
-    return "kept" if share > _MOST_REPEATED else "filtered"
 
 
 def _choose_tables(

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from trainer.config import settings_tables
 from trainer.loop import EpochRow
 from trainer.runs.folder import SECONDS, read_about, stored_metrics
-from trainer.runs.run import Run, TrainReport
+from trainer.runs.run import Run
+from trainer.runs.train import TrainReport
+from trainer.setting_sources import settings_tables
 from trainer.tracking.base import Scalar, TrackedRun
 from trainer.tracking.registry import TRACKERS
 

@@ -38,8 +38,8 @@ from trainer.runs.folder import check_run_name, delete_runs, stored_metrics
 from trainer.runs.grid import Stopped, train_to_end
 from trainer.runs.grid_axes import ABOUT
 from trainer.runs.grid_cells import Overrides, resolve_combination
-from trainer.runs.run import TrainReport
 from trainer.runs.spec import RunSpec
+from trainer.runs.train import TrainReport
 from trainer.runs.tune_file import Search, SettingRange
 
 FOLDER = ".tune"

@@ -27,7 +27,8 @@ from trainer.analysis.gallery_page import MAX_BYTES, build_gallery
 from trainer.analysis.item_neighbours import ItemNeighbours
 from trainer.checkpoint import load_weights
 from trainer.evaluation.encode import encode_catalogue, encode_histories
-from trainer.runs.run import Run, open_run, train_run
+from trainer.runs.run import Run, open_run
+from trainer.runs.train import train_run
 
 N_ITEMS = 40
 SEQUENCES = [

@@ -16,7 +16,7 @@ from trainer.analysis.figures import save_figure
 from trainer.analysis.maps import MapOptions, RunMap, draw_maps, map_runs
 from trainer.analysis.report import build_report
 from trainer.runs.read import read_records
-from trainer.runs.run import train_run
+from trainer.runs.train import train_run
 
 pytest.importorskip("sklearn", reason="the extra map is not installed")
 

@@ -19,8 +19,8 @@ from trainer.analysis.compare import compare
 from trainer.analysis.curves import read_curves
 from trainer.analysis.report import build_report
 from trainer.checkpoint import read_tensors
-from trainer.config import SettingSources
 from trainer.runs.read import read_records
+from trainer.setting_sources import SettingSources
 
 evaluated = test_compare.evaluated
 

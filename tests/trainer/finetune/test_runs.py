@@ -30,7 +30,8 @@ from trainer.loop import TrainProgress
 from trainer.models.registry import MODELS
 from trainer.optimizer import Optimizer
 from trainer.runs.evaluate import evaluate
-from trainer.runs.run import Run, open_run, train_run
+from trainer.runs.run import Run, open_run
+from trainer.runs.train import train_run
 
 
 def small(folder: Path, **changed: Any) -> Path:

@@ -27,7 +27,8 @@ from tests.trainer.finetune.test_upper_blocks import (
 from tests.trainer.models.test_recommenders import sequences
 from trainer.evaluation.encode import encode_catalogue
 from trainer.finetune import upper_blocks
-from trainer.runs.run import open_run, train_run
+from trainer.runs.run import open_run
+from trainer.runs.train import train_run
 
 __all__ = ["prepared"]
 

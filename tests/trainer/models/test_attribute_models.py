@@ -21,7 +21,7 @@ from trainer.data.batches import ItemFeatures, Sequences, Shard
 from trainer.losses.s3rec import attribute_loss, ranking_loss
 from trainer.models.base import Catalogue
 from trainer.models.registry import MODELS
-from trainer.runs.run import train_run
+from trainer.runs.train import train_run
 
 N, A = 12, 7
 ATTRIBUTES = {"attributes": "genre,brand"}

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from features.errors import UserError
-from trainer.config import SettingSources, TrainConfig, build_settings
+from trainer.config import TrainConfig
 from trainer.models.base import Catalogue, Recommender
 from trainer.models.registry import MODELS
 from trainer.runs.settings import preset_settings, pretraining_settings
+from trainer.setting_sources import SettingSources, build_settings
 from trainer.tasks.registry import TASKS
 
 WIDTHS = {"image": 768, "text": 768}

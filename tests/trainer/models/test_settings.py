@@ -8,9 +8,9 @@ import torch
 
 from features.errors import UserError
 from tests.trainer import worlds
-from trainer.config import SettingSources
 from trainer.models.registry import MODELS
 from trainer.runs.settings import resolve_settings
+from trainer.setting_sources import SettingSources
 
 N = 12
 OTHER: dict[str, Any] = {

@@ -27,7 +27,8 @@ from trainer.evaluation.protocol import OCCURRENCES
 from trainer.runs.evaluate import EvalReport, Sample, evaluate
 from trainer.runs.grid_file import parse_grid
 from trainer.runs.recipes import fill_recipe, read_recipe
-from trainer.runs.run import Run, train_run
+from trainer.runs.run import Run
+from trainer.runs.train import train_run
 
 SEQUENCES = [
     *[[0, 1, 0, 1]] * 10,

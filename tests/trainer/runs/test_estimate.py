@@ -9,11 +9,11 @@ import torch
 from features.errors import OutOfMemoryError
 from features.warehouse import Warehouse
 from tests.trainer import worlds
-from trainer.config import SettingSources
 from trainer.data.batches import Batch
 from trainer.runs.estimate import estimate_training
 from trainer.runs.run import Run, plan_run
 from trainer.runs.spec import RunSpec
+from trainer.setting_sources import SettingSources
 
 N = 300
 

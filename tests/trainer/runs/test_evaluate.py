@@ -18,8 +18,9 @@ from trainer.analysis.report import build_report
 from trainer.evaluation.search import CatalogueSearch
 from trainer.runs.evaluate import Sample, evaluate
 from trainer.runs.read import has_current_protocol, read_records
-from trainer.runs.run import Run, open_run, train_run
+from trainer.runs.run import Run, open_run
 from trainer.runs.spec import RunSpec
+from trainer.runs.train import train_run
 
 SEQUENCES = [[(user * 3 + k * k) % 17 for k in range(4 + user % 4)] for user in range(30)]
 FILES = ("metrics.parquet", "predictions.parquet")

@@ -25,7 +25,7 @@ from trainer.runs.later import load_as_trained, open_as_trained, open_current
 from trainer.runs.learned_interactions import LearnedInteractions, read_learned
 from trainer.runs.read import read_metrics, read_record
 from trainer.runs.recommend import Predictor
-from trainer.runs.run import train_run
+from trainer.runs.train import train_run
 
 BOUGHT = ["new1", "i0", "new2"]
 

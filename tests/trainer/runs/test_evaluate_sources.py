@@ -13,7 +13,8 @@ from tests.trainer import worlds
 from trainer.data.batches import Sequences, Shard
 from trainer.runs.evaluate import Sample
 from trainer.runs.evaluate_sources import evaluate_sources
-from trainer.runs.run import Run, open_run, train_run
+from trainer.runs.run import Run, open_run
+from trainer.runs.train import train_run
 
 SMALL = ["dim=8", "heads=2", "hidden=8", "length=5", "epochs=1", "batch_size=64", "device=cpu"]
 OWN = {

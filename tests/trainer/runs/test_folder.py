@@ -18,7 +18,8 @@ from trainer.loop import TrainProgress
 from trainer.runs import evaluate as evaluation
 from trainer.runs.evaluate import evaluate
 from trainer.runs.folder import create_run_dir
-from trainer.runs.run import Run, train_run
+from trainer.runs.run import Run
+from trainer.runs.train import train_run
 
 STAMP = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 SMALL = ["dim=8", "hidden=8", "length=5", "epochs=2", "batch_size=4", "device=cpu"]

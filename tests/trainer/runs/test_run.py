@@ -27,8 +27,9 @@ from trainer.runs import evaluate as evaluation
 from trainer.runs.evaluate import evaluate
 from trainer.runs.folder import create_run_dir, record, replace_metrics, run_lock
 from trainer.runs.read import read_metrics, read_record
-from trainer.runs.run import Run, open_run, train_run
+from trainer.runs.run import Run, open_run
 from trainer.runs.spec import RunSpec
+from trainer.runs.train import train_run
 
 STAMP = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 SMALL = ["dim=8", "hidden=8", "length=5", "epochs=2", "batch_size=4", "device=cpu"]

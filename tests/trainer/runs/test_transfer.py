@@ -12,7 +12,8 @@ from features.warehouse import Warehouse
 from tests.trainer import worlds
 from trainer.checkpoint import read_tensors
 from trainer.data.batches import ItemFeatures
-from trainer.runs.run import Run, open_run, train_run
+from trainer.runs.run import Run, open_run
+from trainer.runs.train import train_run
 from trainer.runs.transfer import copy_weights
 
 N = 12

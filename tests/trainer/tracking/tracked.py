@@ -7,8 +7,9 @@ import torch
 from features.warehouse import Warehouse
 from tests.trainer import worlds
 from trainer.checkpoint import read_tensors
-from trainer.runs.run import Run, TrainReport, train_run
+from trainer.runs.run import Run
 from trainer.runs.track import Tracking
+from trainer.runs.train import TrainReport, train_run
 
 WORLD = [[0, 1, 2, 3, target, 3] for target in (0, 2) * 6]
 SMALL = ["dim=8", "hidden=8", "length=5", "epochs=3", "batch_size=4", "device=cpu", "warmup=100"]

@@ -1,0 +1,146 @@
+"""Train a run, and record its epochs."""
+
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+from features.errors import UserError
+from features.memory import memory_errors
+from features.store import FeatureStore
+from trainer.data.feature_tables import choose_tables
+from trainer.distributed import process_rank
+from trainer.loop import EpochRow, TrainProgress, fit
+from trainer.runs.folder import record, recorded_seconds, run_lock
+from trainer.runs.run import Run
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainReport:
+    """Result of a training, printed as text or with ``--json``."""
+
+    run: str
+    dataset: str
+    model: str
+    features: list[str]
+    """Labels of the feature tables."""
+    parameters: int
+    """Number of parameters."""
+    device: str
+    epochs: int
+    """Finished epochs."""
+    best_epoch: int
+    """Epoch with the best validation, from 1; -1 before the first validation."""
+    monitor: str
+    """The monitored metric and the split that it is measured on."""
+    best: float
+    """Best value of the monitored metric."""
+    seconds: float
+    """Wall time of the training: of this call, and after a resume of the epochs before it."""
+    finished: bool
+    """False after an interrupt."""
+
+
+def train_run(
+    run: Run,
+    *,
+    resume: bool = False,
+    on_epoch: Callable[[EpochRow], None] = lambda row: None,
+    on_progress: Callable[[TrainProgress], None] = lambda progress: None,
+) -> TrainReport:
+    """Train a run until its end or an interrupt, and add each epoch to the metrics table.
+
+    The first epoch removes the rows of an evaluation, which belong to older weights. A finished run
+    is not trained and keeps the rows. With ``resume``, a run that was stopped before its first save
+    starts again and gives the same weights, bit for bit.
+
+    Args:
+        run: The run, as :func:`create_run` or :func:`open_run` returns it.
+        resume: Continue from the last saved state.
+        on_epoch: Called with each finished epoch; an exception in it ends the training.
+        on_progress: Called after each step.
+
+    Raises:
+        UserError: Another process trains the run, its checkpoint cannot be used, or it diverges.
+            The folder of the run, of its dataset or of a feature table was removed meanwhile.
+        OutOfMemoryError: A step or a validation does not fit into memory.
+    """
+    resume = resume and _has_resume_state(run)
+    earlier = recorded_seconds(run.folder / "metrics.parquet") if resume else 0.0
+    began = time.monotonic()
+    with (
+        run_lock(run.folder) if process_rank() == 0 else nullcontext(),
+        memory_errors(
+            f"training of {run.spec.model} on {run.spec.dataset}"
+            f" (batch_size={run.config.batch_size}, {run.parameters:,} parameters)"
+            f" on {run.data.device}",
+            f"train again with a smaller batch_size or model: mmrec models {run.spec.model}",
+        ),
+    ):
+        state = fit(
+            run.task,
+            run.config,
+            run.folder,
+            run.spec.identity(),
+            resume=resume,
+            on_epoch=_record_first(run, on_epoch),
+            on_progress=on_progress,
+        )
+    _check_sources(run)
+    return TrainReport(
+        run=run.name,
+        dataset=run.spec.dataset,
+        model=run.spec.model,
+        features=list(run.spec.features),
+        parameters=run.parameters,
+        device=str(run.data.device),
+        epochs=state.epoch,
+        best_epoch=state.best_epoch,
+        monitor=f"{run.config.monitor} on {run.task.split(run.config)}",
+        best=state.best,
+        seconds=earlier + time.monotonic() - began,
+        finished=state.finished,
+    )
+
+
+def _record_first(run: Run, on_epoch: Callable[[EpochRow], None]) -> Callable[[EpochRow], None]:
+    """Return a callback that adds an epoch to the metrics table, and then calls ``on_epoch``."""
+
+    def record_epoch(row: EpochRow) -> None:
+        record(run.folder / "metrics.parquet", run.spec.model, row)
+        on_epoch(row)
+
+    return record_epoch
+
+
+def _has_resume_state(run: Run) -> bool:
+    """Return whether the run has a state to continue from; False before its first save.
+
+    A model without parameters has no state: resuming fits it again.
+
+    Raises:
+        UserError: The state is gone, and the best weights are not.
+    """
+    if (run.folder / "resume.safetensors").exists():
+        return True
+    if run.weights.exists() and run.parameters:
+        raise UserError(
+            f"{run.folder}/resume.safetensors is gone, so the run cannot be resumed; its best"
+            f" weights are intact: mmrec eval --run {run.name}, or train from them by --init"
+        )
+    return False
+
+
+def _check_sources(run: Run) -> None:
+    """Raise a UserError if a dataset or feature table of a trained run was removed."""
+    store = FeatureStore(run.warehouse)
+    try:
+        for dataset in run.spec.datasets:
+            run.warehouse.info(dataset)
+            if run.spec.features:
+                choose_tables(store, dataset, run.spec.features)
+    except UserError as error:
+        raise UserError(
+            f"run {run.name} is saved, but its data were removed during the training, and without"
+            f" them it cannot be evaluated: {error}"
+        ) from None

@@ -57,13 +57,15 @@ def _describe(run: "Run", is_dry_run: bool) -> None:
         f"{name}: {spec.model} on {spec.dataset}{reads},"
         f" {run.parameters:,} parameters, {run.data.device}"
     )
-    if spec.automatic and spec.train.item_updates == "rows":
-        candidates = getattr(spec.settings, "candidates", 0)
-        softmax = f"; softmax over {candidates:,} candidates" if candidates else ""
-        console.notify(
-            f"{run.data.features.n_items:,} items: a step updates the item vectors that it reads"
-            f"{softmax}; see candidates and item_updates in mmrec models {spec.model}"
-        )
+    candidates = getattr(spec.settings, "candidates", 0)
+    chosen = []
+    if "candidates" in spec.automatic and candidates:
+        chosen.append(f"softmax over {candidates:,} candidates (candidates=auto)")
+    updates_rows = spec.train.item_updates == "rows" and run.model.row_tables()
+    if "item_updates" in spec.automatic and updates_rows:
+        chosen.append("a step updates the item vectors that it reads (item_updates=auto)")
+    if chosen:
+        console.notify(f"{run.data.features.n_items:,} items: {'; '.join(chosen)}")
     if spec.features:
         counts, bare = run.data.features.coverage()
         have = ", ".join(f"{modality} {count:,}" for modality, count in counts.items())

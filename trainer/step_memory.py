@@ -39,6 +39,8 @@ class StepMemory:
         Raises:
             Exception: The error of a library that has no memory left, if more chunks do not help.
         """
+        if not self._can_retry:
+            return step()
         generator = getattr(batch, "generator", None)
         drawn = None if generator is None else generator.get_state()
         random = torch.get_rng_state()
@@ -46,8 +48,7 @@ class StepMemory:
             try:
                 return step()
             except Exception as error:
-                has_more = self._can_retry and self._model.chunks < _MOST_CHUNKS
-                if not has_more or not is_out_of_memory(error):
+                if self._model.chunks >= _MOST_CHUNKS or not is_out_of_memory(error):
                     raise
                 traceback.clear_frames(error.__traceback__)  # their variables keep tensors alive
             self._model.zero_grad(set_to_none=True)

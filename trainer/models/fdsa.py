@@ -66,6 +66,7 @@ class FDSA(ItemIdRecommender):
     settings_class = FDSAConfig
     settings: FDSAConfig
     needs_features = True
+    takes_chunks = False  # both streams are encoded at once
     train_defaults: ClassVar = {"monitor": "NDCG@10"}
     presets: ClassVar = {
         "released": {

@@ -71,6 +71,7 @@ class TedRec(ItemIdRecommender):
     settings_class = TedRecConfig
     settings: TedRecConfig
     needs_features = True
+    takes_chunks = False  # both streams are encoded at once
     train_defaults: ClassVar = {"monitor": "NDCG@10"}
     presets: ClassVar = {"published": RECBOLE}
     transfer_groups: ClassVar = {

@@ -30,13 +30,17 @@ from trainer.checkpoint import load_weights
 from trainer.data.batches import Sequences
 from trainer.evaluation.saved_indexes import INDEXES, SavedIndexes
 from trainer.evaluation.search import CatalogueSearch
-from trainer.evaluation.search_facts import SearchFacts, describe_approximate, unusable_index
+from trainer.evaluation.search_facts import (
+    SAMPLE_SIZE,
+    SearchFacts,
+    describe_approximate,
+    unusable_index,
+)
 from trainer.runs.choice import Choice, with_new_items
 from trainer.runs.run import Run
 
 _BLOCK = 4096  # most users encoded, searched and written together
 _ROWS_PER_BLOCK = 2**17  # most rows of them, but for a list that is longer
-_RECALL_ITEMS = 100  # items whose lists of an approximate index are compared with exact ones
 _EXAMPLES = 3  # ids that an error names
 
 RECOMMENDATIONS = pa.schema(
@@ -257,7 +261,7 @@ class Predictor:
         """Return how :meth:`similar` searched, and recall@k of an approximate index on a sample."""
         index = self._index_of_cosines()
         if isinstance(index, ApproximateIndex):
-            return describe_approximate(index, index.item_ND[:_RECALL_ITEMS], k)
+            return describe_approximate(index, index.item_ND[:SAMPLE_SIZE], k)
         return SearchFacts(line=index.choice if isinstance(index, DefaultIndex) else "")
 
     def search_facts(self, k: int) -> SearchFacts:

@@ -24,6 +24,7 @@ from features.errors import DamagedError, UserError, no_permission
 
 _MOST_DIFFERENCES = 3  # that an error message names
 _ABSENT = object()
+_SAFETENSORS_TEMPORARY = ".tmp??????"  # names of the temporary files of safetensors
 _CHECKSUM = "checksum"  # entry of the document in the header of a file
 
 
@@ -66,11 +67,17 @@ def _sorted(identity: dict[str, Any]) -> dict[str, Any]:
 def _save(path: Path, tensors: dict[str, Tensor], document: dict[str, Any]) -> None:
     """Write a file whole or not at all.
 
+    safetensors writes a temporary file of its own next to ours. A process that was killed meanwhile
+    leaves it, and the next save in the folder removes it: the lock of a run, under which its
+    weights are saved, admits one process.
+
     Raises:
         OSError: The disk is full, or the folder is not writable.
         UserError: The folder was removed.
     """
     require_path(path.parent)
+    for leftover in path.parent.glob(_SAFETENSORS_TEMPORARY):
+        leftover.unlink(missing_ok=True)
     with atomic_write(path) as temporary:
         try:
             text = json.dumps({_CHECKSUM: EMPTY_CHECKSUM, **document})

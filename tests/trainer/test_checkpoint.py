@@ -1,6 +1,8 @@
 """Checkpoints with valid syntax and wrong content: refused in one line, and nothing is loaded."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -270,3 +272,29 @@ def test_an_unreadable_file_is_not_called_damaged(
     with pytest.raises(UserError, match="permission") as error:
         read_tensors(path, "train again")
     assert "damaged" not in str(error.value)
+
+
+def test_a_killed_save_leaves_nothing_after_the_next_one(files: Path) -> None:
+    """safetensors is killed while it writes its own temporary file."""
+    script = (
+        "import os, sys, threading, time, torch\n"
+        "from pathlib import Path\n"
+        "from torch import nn\n"
+        "from trainer.checkpoint import save_weights\n"
+        "folder = Path(sys.argv[1])\n"
+        "def kill() -> None:\n"
+        "    while not list(folder.glob('.tmp*')):\n"
+        "        time.sleep(0)\n"
+        "    os.kill(os.getpid(), 9)\n"
+        "threading.Thread(target=kill, daemon=True).start()\n"
+        "model = nn.Linear(4000, 4000)\n"
+        "while True:\n"
+        "    save_weights(folder / 'model.safetensors', model, {})\n"
+    )
+    subprocess.run([sys.executable, "-c", script, str(files)], check=False, timeout=120)
+    assert list(files.glob(".tmp*"))
+    save_weights(files / "model.safetensors", trained(0)[0], IDENTITY)
+    assert sorted(path.name for path in files.iterdir()) == [
+        "model.safetensors",
+        "resume.safetensors",
+    ]

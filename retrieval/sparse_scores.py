@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from retrieval.compressed_rows import Ints, check_rows, check_shape, take_rows
+from retrieval.seen_items import SeenItems
 
 Values = npt.NDArray[np.float64]
 
@@ -80,6 +81,19 @@ class SparseScores:
         counts = np.bincount(row, minlength=len(values_UN))
         offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
         return cls(items=item, offsets=offsets, values=values_UN[row, item].astype(np.float64))
+
+    @classmethod
+    def of_seen(cls, seen: SeenItems, value: float) -> SparseScores:
+        """Return one value for each item that a user has seen.
+
+        Examples:
+            >>> seen = SeenItems(items=np.array([4, 1, 4]), offsets=np.array([0, 3]))
+            >>> SparseScores.of_seen(seen, -7.0).items
+            array([1, 4])
+        """
+        row, item = seen.pairs(0, len(seen), int(seen.items.max(initial=0)) + 1)
+        offsets = np.searchsorted(row, np.arange(len(seen) + 1))
+        return cls(items=item, offsets=offsets, values=np.full(len(item), value))
 
     def __len__(self) -> int:
         """Return the number of users."""

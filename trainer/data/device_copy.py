@@ -31,21 +31,25 @@ class DeviceCopy:
         """Return the copy of tensors of the host on a device; on the CPU the tensors themselves."""
         if device.type == "cpu":
             return self
-        tensors: dict[str, Any] = {
-            field.name: to_device(value, device)
-            for field in fields(self)
-            if isinstance(value := getattr(self, field.name), Tensor)
-        }
-        return replace(self, host=self, **tensors)
+        copies: dict[str, Any] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                copies[field.name] = to_device(value, device)
+            elif isinstance(value, DeviceCopy) and field.name != "host":
+                copies[field.name] = value.to(device)
+        return replace(self, host=self, **copies)
 
     @property
     def on_host(self) -> Self:
         """The values on the CPU. Without ``host``, tensors of a device are read, which waits."""
         if self.host is not None:
             return self.host
-        tensors: dict[str, Any] = {
-            field.name: value.cpu()
-            for field in fields(self)
-            if isinstance(value := getattr(self, field.name), Tensor) and value.device.type != "cpu"
-        }
-        return replace(self, **tensors) if tensors else self
+        copies: dict[str, Any] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor) and value.device.type != "cpu":
+                copies[field.name] = value.cpu()
+            elif isinstance(value, DeviceCopy):
+                copies[field.name] = value.on_host
+        return replace(self, **copies) if copies else self

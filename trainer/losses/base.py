@@ -4,7 +4,7 @@ A loss reads query and item vectors, never a model. A model asks the loss which 
 encodes them together with the items of the batch, and calls the loss.
 
 Legend: B batch, M predicted positions, K encoded items, X drawn items, N items of the catalogue,
-D width.
+D width, P pairs of a position and an item of its history.
 """
 
 import math
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from trainer.config import (
@@ -66,6 +66,10 @@ class LossSettings(WidthSettings):
     score_penalty: NonNegativeFloat = 1.0
     """With ``loss=bpr-max``: weight of the squared scores of the negatives (``bpreg`` of
     GRU4Rec)."""
+    history_bias: bool = False
+    """Add one learned number to the scores of the items of a history, in the softmax and in the
+    ranking. It starts at the log of the share of training targets that repeat an item of their
+    history. Other losses than ``softmax`` do not change it."""
 
     @property
     def scale(self) -> float:
@@ -79,6 +83,16 @@ class LossSettings(WidthSettings):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class HistoryPairs(DeviceCopy):
+    """The distinct items of the history at each predicted position."""
+
+    row_P: Tensor
+    """(P,) int64, the predicted position, ascending."""
+    item_P: Tensor
+    """(P,) int64, the item. No pair occurs twice."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Targets(DeviceCopy):
     """The predicted positions of a batch."""
 
@@ -86,21 +100,57 @@ class Targets(DeviceCopy):
     """(M,) int64, the item to predict at each position."""
     row_M: Tensor
     """(M,) int64, the row of the batch that each position belongs to."""
+    history: HistoryPairs | None = None
+    """The history at each position; ``None`` if the loss does not read it."""
 
 
-def targets_at(is_target_BL: Tensor, items_BL: Tensor) -> tuple[Targets, Tensor]:
+def targets_at(
+    is_target_BL: Tensor,
+    items_BL: Tensor,
+    *,
+    history_BL: Tensor | None = None,
+    includes_slot: bool = True,
+) -> tuple[Targets, Tensor]:
     """Return the targets at some slots, and the slots, row by row; all tensors are on the CPU.
 
     Args:
         is_target_BL: (B, L) bool, true at the slots.
         items_BL: (B, L) int64, the item to predict at each slot.
+        history_BL: (B, L) int64, the items that a history consists of, oldest first; ``None``: the
+            targets have no history.
+        includes_slot: If true, a history ends at the column of its slot, else one column before.
 
     Returns:
         The targets, and (M,) int64, the index of each slot in the flattened B x L.
     """
     slot_M = is_target_BL.flatten().nonzero()[:, 0]
-    row_M = slot_M // is_target_BL.shape[1]
-    return Targets(item_M=items_BL.flatten()[slot_M], row_M=row_M), slot_M
+    row_M, column_M = slot_M // is_target_BL.shape[1], slot_M % is_target_BL.shape[1]
+    history = None
+    if history_BL is not None:
+        last_M = column_M if includes_slot else column_M - 1
+        history = history_pairs(history_BL, row_M, last_M)
+    item_M = items_BL.flatten()[slot_M]
+    return Targets(item_M=item_M, row_M=row_M, history=history), slot_M
+
+
+def history_pairs(items_BL: Tensor, row_M: Tensor, last_M: Tensor) -> HistoryPairs:
+    """Return the distinct items of each predicted position's history; all tensors are on the CPU.
+
+    Args:
+        items_BL: (B, L) int64, the items of each row, oldest first.
+        row_M: (M,) int64, the row of each position.
+        last_M: (M,) int64, the column of the last item of its history; -1: there is none.
+    """
+    columns_L = torch.arange(items_BL.shape[1])
+    sorted_BL, order_BL = items_BL.sort(dim=1, stable=True)
+    is_repeated_BL = sorted_BL[:, 1:] == sorted_BL[:, :-1]
+    later_BL = torch.full_like(items_BL, len(columns_L))
+    later_BL[:, :-1] = torch.where(is_repeated_BL, order_BL[:, 1:], len(columns_L))
+    next_BL = torch.empty_like(items_BL).scatter_(1, order_BL, later_BL)
+    # The last occurrence of an item in the history stands for all of them.
+    is_last_ML = (columns_L <= last_M[:, None]) & (next_BL[row_M] > last_M[:, None])
+    position_P, column_P = is_last_ML.nonzero(as_tuple=True)
+    return HistoryPairs(row_P=position_P, item_P=items_BL[row_M[position_P], column_P])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -143,15 +193,39 @@ class DrawnItems(DeviceCopy):
     """True if the loss scores the drawn items only."""
 
 
-class Loss(ABC):
+class Loss(nn.Module, ABC):
     """Base class of next-item losses.
 
     Args:
         settings: Settings of the loss; ``settings.scale`` is the factor on inner products.
     """
 
+    learns_history_bias: ClassVar[bool] = False
+    """True if the loss scores items of the history, so that its gradients change their bias."""
+    history_bias: Tensor | None
+    """Scalar, added to the scaled scores of the items of a history; ``None`` without
+    ``history_bias``."""
+
     def __init__(self, settings: LossSettings) -> None:
+        super().__init__()
         self.settings = settings
+        bias = nn.Parameter(torch.zeros(()), self.learns_history_bias)
+        self.register_parameter("history_bias", bias if settings.history_bias else None)
+
+    @property
+    def reads_history(self) -> bool:
+        """True if the loss reads ``Targets.history``."""
+        return self.settings.history_bias and self.learns_history_bias
+
+    def start_history_bias(self, repeated: int, targets: int) -> None:
+        """Set the bias to the log of the share of targets that repeat an item of their history.
+
+        Args:
+            repeated: Number of these training targets.
+            targets: Number of all training targets.
+        """
+        if self.history_bias is not None:
+            nn.init.constant_(self.history_bias, math.log((repeated + 1) / (targets + 2)))
 
     @property
     def needs_catalogue(self) -> bool:
@@ -167,7 +241,7 @@ class Loss(ABC):
         return None
 
     @abstractmethod
-    def __call__(
+    def forward(
         self,
         query_MD: Tensor,
         items: ItemVectors,

@@ -81,7 +81,7 @@ class SampledBCE(Loss):
         items_M, exists_M = sample_unseen(batch.train, users_M, batch.generator)
         return SampledNegatives(items_X=items_M, exists_X=exists_M).to(batch.device)
 
-    def __call__(
+    def forward(
         self,
         query_MD: Tensor,
         items: ItemVectors,

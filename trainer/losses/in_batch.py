@@ -354,7 +354,7 @@ class InBatch(Loss):
     the batch. This is DAP of PMMRec (Eq. 5) and the in-batch loss of MMSR.
     """
 
-    def __call__(
+    def forward(
         self,
         query_MD: Tensor,
         items: ItemVectors,

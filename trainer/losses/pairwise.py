@@ -218,7 +218,7 @@ class PairwiseLoss(Loss):
             self._train, self._total_N = train, powers_N.cumsum(0)
         return self._total_N
 
-    def __call__(
+    def forward(
         self,
         query_MD: Tensor,
         items: ItemVectors,

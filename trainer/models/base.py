@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import numpy as np
 from torch import Tensor, nn
 
 from retrieval.seen_items import SeenItems
@@ -18,6 +19,7 @@ from retrieval.sparse_scores import SparseScores
 from trainer.config import TrainConfig
 from trainer.data.batches import Batch, ItemFeatures, Sequences, TrainSet
 from trainer.data.windows import WindowSampling
+from trainer.losses.base import Loss
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -177,10 +179,25 @@ class Recommender(nn.Module, ABC):
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """Return scalars of one batch by name. ``loss`` is minimised; the others are reported."""
 
-    def correction(self, histories: SeenItems) -> SparseScores | None:
-        """Return scores to add to the inner products of E users; by default None.
+    @property
+    def history_bias(self) -> Tensor | None:
+        """Return the scalar that the loss adds to the scaled scores of the items of a history."""
+        losses = [child for child in self.children() if isinstance(child, Loss)]
+        return losses[0].history_bias if losses else None
 
-        Ranking, search, recommendation and the stored predictions add these scores exactly.
+    def start_history_bias(self, train: TrainSet) -> None:
+        """Set the history bias by the training targets that repeat an item of their history."""
+        interactions, lengths = len(train.histories.items), np.diff(train.histories.offsets)
+        targets = interactions - int(np.count_nonzero(lengths))
+        for child in self.children():
+            if isinstance(child, Loss):
+                child.start_history_bias(interactions - len(train.keys_J), targets)
+
+    def correction(self, histories: SeenItems) -> SparseScores | None:
+        """Return scores to add to the inner products of E users.
+
+        By default they are ``history_bias`` for each item of a history. Ranking, search,
+        recommendation and the stored predictions add these scores exactly.
 
         Args:
             histories: The whole histories of E users, oldest item first.
@@ -188,7 +205,9 @@ class Recommender(nn.Module, ABC):
         Returns:
             Additive scores (E, N), in units of the inner product; ``None`` adds nothing.
         """
-        return None
+        if self.history_bias is None:
+            return None
+        return SparseScores.of_seen(histories, self.history_bias.item() / self.settings.scale)
 
     def score(self, item_vectors_ND: Tensor, sequences: Sequences, first: int, last: int) -> Tensor:
         """Score a block of items for each history: (B, C).

@@ -143,7 +143,10 @@ class BERT4Rec(Recommender):
         """Return the loss of the masked items."""
         windows = batch.sequences.on_host
         is_masked_BL = self._draw_masks(windows, batch.generator)
-        targets, slot_M = targets_at(is_masked_BL, windows.items_BL)
+        history_BL = windows.items_BL if self.masked_loss.reads_history else None
+        targets, slot_M = targets_at(
+            is_masked_BL, windows.items_BL, history_BL=history_BL, includes_slot=False
+        )
         targets = targets.to(batch.device)
         is_masked_BL, slot_M = (to_device(x, batch.device) for x in (is_masked_BL, slot_M))
         drawn = self.masked_loss.draw(targets, batch)

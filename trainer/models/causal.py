@@ -120,7 +120,11 @@ class CausalRecommender(Recommender):
 
     def targets(self, batch: Batch) -> tuple[Sequences, Targets, Tensor]:
         """Split windows into inputs and targets; see :func:`next_item_targets`."""
-        return next_item_targets(batch, only_last=self.settings.rows == "prefixes")
+        return next_item_targets(
+            batch,
+            only_last=self.settings.rows == "prefixes",
+            with_history=self.next_item_loss.reads_history,
+        )
 
     def batch_items(self, batch: Batch, drawn: DrawnItems | None) -> ItemVectors:
         """Encode each distinct item of the batch and of the drawn items.
@@ -176,13 +180,14 @@ def row_windows(rows: str, length: int) -> WindowSampling:
 
 
 def next_item_targets(
-    batch: Batch, *, only_last: bool = False
+    batch: Batch, *, only_last: bool = False, with_history: bool = False
 ) -> tuple[Sequences, Targets, Tensor]:
     """Split windows into inputs and targets.
 
     Args:
         batch: The batch.
         only_last: If true, the last item of each window is its only target.
+        with_history: If true, the targets hold the inputs up to each predicted position.
 
     Returns:
         The inputs (all items of a window but the last), the targets, and (M,) int64, the slots of
@@ -199,5 +204,7 @@ def next_item_targets(
         lengths_B=(windows.lengths_B - 1).clamp_min(1),
         users_B=windows.users_B,
     )
-    targets, slot_M = targets_at(is_target_BL, items_BL[:, 1:])
+    targets, slot_M = targets_at(
+        is_target_BL, items_BL[:, 1:], history_BL=inputs.items_BL if with_history else None
+    )
     return inputs.to(batch.device), targets.to(batch.device), to_device(slot_M, batch.device)

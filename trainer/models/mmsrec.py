@@ -259,7 +259,9 @@ class MMSRec(MultimodalEncoder, Recommender):
         query_MD, order_B = encode_slots_in_chunks(
             self, shown, batch.features, hidden_BL, chosen_BL
         )
-        return query_MD, _targets(items_BL, chosen_BL, order_B).to(batch.device)
+        history_BL = items_BL if self.item_loss.reads_history else None
+        targets = _targets(items_BL, chosen_BL, order_B, history_BL, includes_slot=False)
+        return query_MD, targets.to(batch.device)
 
     def _next_items(self, batch: Batch) -> tuple[Tensor, Targets]:
         """Return the queries (M, D) of all items but the last, and the item after each of them."""
@@ -267,7 +269,9 @@ class MMSRec(MultimodalEncoder, Recommender):
         shown = Sequences(items_BL=windows.items_BL[:, :-1], lengths_B=windows.lengths_B - 1)
         valid_BL, shown = shown.mask_BL, shown.to(batch.device)
         query_MD, order_B = encode_slots_in_chunks(self, shown, batch.features, None, valid_BL)
-        return query_MD, _targets(windows.items_BL[:, 1:], valid_BL, order_B).to(batch.device)
+        history_BL = windows.items_BL[:, :-1] if self.item_loss.reads_history else None
+        targets = _targets(windows.items_BL[:, 1:], valid_BL, order_B, history_BL)
+        return query_MD, targets.to(batch.device)
 
     def row_tables(self) -> list[nn.Embedding]:
         """Return the table of learned vectors if the loss reads a part of the catalogue."""
@@ -291,9 +295,21 @@ class MMSRec(MultimodalEncoder, Recommender):
         return encode_views(self, items_K, views, features)
 
 
-def _targets(items_BL: Tensor, is_target_BL: Tensor, order_B: Tensor) -> Targets:
+def _targets(
+    items_BL: Tensor,
+    is_target_BL: Tensor,
+    order_B: Tensor,
+    history_BL: Tensor | None,
+    *,
+    includes_slot: bool = True,
+) -> Targets:
     """Return the targets, with the rows of the batch in the order of the queries."""
-    targets, _ = targets_at(is_target_BL[order_B], items_BL[order_B])
+    targets, _ = targets_at(
+        is_target_BL[order_B],
+        items_BL[order_B],
+        history_BL=None if history_BL is None else history_BL[order_B],
+        includes_slot=includes_slot,
+    )
     return replace(targets, row_M=order_B[targets.row_M])
 
 

@@ -233,6 +233,8 @@ def _build_run(
     # Saved weights hold the fitted buffers, and loading the weights replaces them.
     if not (is_saved and model.learns_by_gradients and model.fitted_buffers):
         model.fit_buffers(source.features, data.train)
+    if not is_saved:
+        model.start_history_bias(data.train)
     task = TASKS.find(spec.task).build(model, data, warehouse, spec.datasets, spec.task_settings)
     return Run(
         folder=folder,

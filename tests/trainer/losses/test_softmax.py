@@ -6,7 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainer.losses import softmax
+from trainer.losses.base import HistoryPairs
 from trainer.losses.softmax import (
+    Candidates,
+    HistoryBias,
     cross_entropy_reference,
     draw_candidates,
     full_softmax,
@@ -46,6 +49,59 @@ def test_full_softmax_equals_the_formula_in_float64(
         assert tensor.grad is not None
         assert other.grad is not None
         torch.testing.assert_close(tensor.grad.double(), other.grad, rtol=1e-4, atol=1e-5 * scale)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    rows=st.integers(1, 30),
+    items=st.integers(2, 20),
+    block=st.integers(1, 7),
+    everything=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+def test_a_history_bias_equals_the_formula_in_float64(
+    rows: int, items: int, block: int, everything: bool, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    query, item = (torch.randn(n, 4, generator=generator) for n in (rows, items))
+    target = torch.randint(items, (rows,), generator=generator)
+    is_history = torch.rand(rows, items, generator=generator) < 0.3
+    row, column = is_history.nonzero(as_tuple=True)
+    pairs = HistoryPairs(row_P=row, item_P=column)
+    inputs = [query, item, torch.tensor(-1.5)]
+    mine = [x.clone().requires_grad_() for x in inputs]
+    theirs = [x.double().requires_grad_() for x in inputs]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(softmax, "_BLOCK_BYTES", 4 * items * block)
+        patch.setattr(softmax, "_FEWEST_ROWS", 1)
+        if everything:
+            history = HistoryBias(bias=mine[2], pairs=pairs)
+            loss = full_softmax(mine[0], mine[1], target, 2.0, history)
+        else:  # all items are candidates, in another order
+            part = draw_candidates(target, items, items, generator)
+            history = HistoryBias(bias=mine[2], pairs=part.columns_of(pairs))
+            loss = part_softmax(mine[0], mine[1][part.items_X], part, 2.0, history)
+    (3 * loss).backward()
+    bias_MN = is_history * theirs[2]
+    expected = cross_entropy_reference(theirs[0], theirs[1], target, 2.0, bias_MN)
+    (3 * expected).backward()
+
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
+    for tensor, other in zip(mine, theirs, strict=True):
+        assert tensor.grad is not None
+        assert other.grad is not None
+        torch.testing.assert_close(tensor.grad.double(), other.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_history_items_that_are_no_candidates_have_no_column() -> None:
+    part = Candidates(
+        items_X=torch.tensor([7, 2, 9]), target_M=torch.tensor([0]), offset_X=torch.zeros(3)
+    )
+    pairs = HistoryPairs(row_P=torch.tensor([0, 0, 0, 1]), item_P=torch.tensor([1, 2, 7, 9]))
+    columns = part.columns_of(pairs)
+    assert columns.row_P.tolist() == [0, 0, 1]
+    assert columns.item_P.tolist() == [1, 0, 2]
 
 
 def test_full_softmax_by_hand() -> None:

@@ -96,6 +96,8 @@ def conclude(run: "Run", report: "TrainReport", root: Path | None, *, was_traine
         console.notify(f"run {report.run} is finished already; nothing was trained{_best(report)}")
     elif report.finished:
         console.notify(f"finished: {_trained(report)}")
+        if report.prior is not None:
+            console.notify(report.prior.line)
         if run.spec.is_pretraining:
             console.notify(f"start from it: mmrec train --model {report.model} --init {report.run}")
     else:

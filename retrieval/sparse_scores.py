@@ -95,6 +95,33 @@ class SparseScores:
         offsets = np.searchsorted(row, np.arange(len(seen) + 1))
         return cls(items=item, offsets=offsets, values=np.full(len(item), value))
 
+    @classmethod
+    def of_keys(cls, key_P: Ints, value_P: Values, users: int, items: int) -> SparseScores:
+        """Return the scores of the entries with the keys user * items + item, ascending."""
+        offsets = np.searchsorted(key_P, np.arange(users + 1) * items)
+        return cls(items=key_P % items, offsets=offsets, values=value_P)
+
+    def __add__(self, other: SparseScores) -> SparseScores:
+        """Return the sums of the scores of equally many users.
+
+        Examples:
+            >>> one = SparseScores.from_dense(np.array([[0.5, 0.0]]))
+            >>> two = SparseScores.from_dense(np.array([[1.0, -1.0]]))
+            >>> (one + two).values
+            array([ 1.5, -1. ])
+        """
+        if len(self) != len(other):
+            raise ValueError(f"scores of {len(self)} users and of {len(other)} cannot be added")
+        items = 1 + max(int(self.items.max(initial=0)), int(other.items.max(initial=0)))
+        keys, values = [], []
+        for scores in (self, other):
+            row, item, value = scores.entries(0, len(scores))
+            keys.append(row * items + item)
+            values.append(value)
+        key_P, place = np.unique(np.concatenate(keys), return_inverse=True)
+        sums = np.bincount(place, np.concatenate(values), len(key_P)).astype(np.float64)
+        return SparseScores.of_keys(key_P, sums, len(self), items)
+
     def __len__(self) -> int:
         """Return the number of users."""
         return len(self.offsets) - 1

@@ -167,6 +167,8 @@ def check_multiple(settings: Settings, name: str, divisor: str) -> None:
 
 # -- the settings of the loop ---------------------------------------------------------------
 
+PRIORS = ("none", "transitions")
+"""Values of the setting ``prior``."""
 ITEM_UPDATES = (AUTO, "all", "rows")
 """Values of the setting ``item_updates``."""
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,2})?")
@@ -238,6 +240,10 @@ class TrainConfig(Settings):
     """Validations without a better value before training stops."""
     validate_every: PositiveInt = 1
     """Epochs between two validations."""
+    prior: Annotated[str, Choice("prior", PRIORS)] = "none"
+    """``transitions``: after the training, add counts of the items that followed the last items of
+    a history in training to the scores; see :mod:`trainer.evaluation.transition_prior`. The weight
+    of the counts is chosen by ``monitor`` on validation, and may be 0."""
     eval_batch: PositiveInt = 512
     """Users encoded together in an evaluation."""
     device: str = "auto"

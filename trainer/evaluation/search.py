@@ -1,6 +1,6 @@
 """Rank targets and search the best items in the whole catalogue with a recommender.
 
-Models with vectors are ranked by an index and the model's sparse correction. Models whose score is
+Models with vectors are ranked by an index and the model's added scores. Models whose score is
 not an inner product are ranked by blocks of scores.
 
 A search can be restricted to a part of the catalogue. Vectors, histories and sparse scores are then
@@ -143,7 +143,8 @@ class CatalogueSearch:
             ranks = []
             for rows in blocks:
                 histories = histories_of(self.data.dataset, users.take(rows))
-                scores, seen = self._sparse_scores(histories), self.listed.seen(histories)
+                scores = self._sparse_scores(histories, users.users[rows])
+                seen = self.listed.seen(histories)
                 ranks.append(rank_sparse(_part_of(scores), numbers_E[rows], n_items, seen))
                 count(_sparse_lists(scores, n_items), seen)
             return Ranks.concatenate(ranks), counts
@@ -152,7 +153,8 @@ class CatalogueSearch:
             joined = self._rank_vectors(users, numbers_E, queries_ED)
             for rows in blocks:
                 histories = histories_of(self.data.dataset, users.take(rows))
-                count(self._vector_lists(queries_ED[rows], histories), self.listed.seen(histories))
+                search = self._vector_lists(queries_ED[rows], histories, users.users[rows])
+                count(search, self.listed.seen(histories))
             return joined, counts
         joined = self._rank_scores(users, numbers_E)
         for rows in blocks:
@@ -162,10 +164,19 @@ class CatalogueSearch:
         return joined, counts
 
     def _rank_vectors(self, users: EvalSplit, numbers_E: Ints, queries_ED: Tensor) -> Ranks:
+        if self.model.prior is None:
+            return self._rank_block(users, numbers_E, queries_ED)
+        # The scores of a prior take far more memory than the queries.
+        blocks = _blocks(len(users.users))
+        return Ranks.concatenate(
+            [self._rank_block(users.take(b), numbers_E[b], queries_ED[b]) for b in blocks]
+        )
+
+    def _rank_block(self, users: EvalSplit, numbers_E: Ints, queries_ED: Tensor) -> Ranks:
         histories = histories_of(self.data.dataset, users)
-        seen, correction = self.listed.seen(histories), self._correction(histories)
+        seen, added = self.listed.seen(histories), self._added(histories, users.users)
         if not self._is_exact:
-            return rank_listed(self._made_index(), queries_ED, numbers_E, seen, correction)
+            return rank_listed(self._made_index(), queries_ED, numbers_E, seen, added)
 
         def keep_choice(choice: str) -> None:
             self._rank_choice = choice
@@ -176,7 +187,7 @@ class CatalogueSearch:
             self.listed_SD,
             numbers_E,
             seen,
-            correction,
+            added,
             on_choice=keep_choice,
         )
 
@@ -186,7 +197,7 @@ class CatalogueSearch:
         if self.model.is_sparse:
             rows_E = np.arange(len(histories))
             return rank_sparse(
-                lambda rows: self._sparse_scores(histories.take(rows_E[rows])),
+                lambda rows: self._sparse_scores(histories.take(rows_E[rows]), users.users[rows]),
                 numbers_E,
                 n_items,
                 seen,
@@ -208,15 +219,17 @@ class CatalogueSearch:
         histories = histories_of(self.data.dataset, users)
         exclude = None if keep_seen else self.listed.seen(histories)
         if self.model.has_vectors:
-            return self._restored(self._search(self._queries(users), histories, exclude, k))
+            top = self._search(self._queries(users), histories, users.users, exclude, k)
+            return self._restored(top)
         with evaluation_mode(self.model):
             scorer = _scorer(self, self._batches(users))
             top = top_scores(scorer, len(users.users), len(self.listed), k, exclude)
         return self._restored(top)
 
-    def _vector_lists(self, queries_BD: Tensor, histories: SeenItems) -> SearchLists:
+    def _vector_lists(self, queries_BD: Tensor, histories: SeenItems, users_B: Ints) -> SearchLists:
         def search(rows: Ints, exclude: SeenItems | None, k: int) -> Ints:
-            return self._search(queries_BD[rows], histories.take(rows), exclude, k)[1]
+            taken = histories.take(rows)
+            return self._search(queries_BD[rows], taken, users_B[rows], exclude, k)[1]
 
         return search
 
@@ -243,15 +256,22 @@ class CatalogueSearch:
         with evaluation_mode(self.model):
             if self.model.has_vectors:
                 query_1D = self.model.encode_sequences(self.items_ND, sequences, self.data.features)
-                return self._restored(self._search(query_1D.float(), history, exclude, k))
+                top = self._search(query_1D.float(), history, np.full(1, -1), exclude, k)
+                return self._restored(top)
             scorer = _scorer(self, lambda rows: sequences)
             return self._restored(top_scores(scorer, 1, len(self.listed), k, exclude))
 
     def _search(
-        self, queries_ED: Tensor, histories: SeenItems, exclude: SeenItems | None, k: int
+        self,
+        queries_ED: Tensor,
+        histories: SeenItems,
+        users_E: Ints,
+        exclude: SeenItems | None,
+        k: int,
     ) -> TopItems:
         """Return the best listed items, numbered among the listed ones, as ``exclude`` is."""
-        return self._made_index().search(queries_ED, k, exclude, self._correction(histories))
+        added = self._added(histories, users_E)
+        return self._made_index().search(queries_ED, k, exclude, added)
 
     def _made_index(self) -> Index:
         if self._index is None:
@@ -275,8 +295,8 @@ class CatalogueSearch:
     def _restored(self, top: TopItems) -> TopItems:
         return top[0], self.listed.restored(top[1])
 
-    def _correction(self, histories: SeenItems) -> SparseScores | None:
-        scores = self.model.correction(histories)
+    def _added(self, histories: SeenItems, users_E: Ints) -> SparseScores | None:
+        scores = self.model.added_scores(histories, users_E)
         return None if scores is None else self.listed.scores(scores)
 
     def _queries(self, users: EvalSplit) -> Tensor:
@@ -285,8 +305,8 @@ class CatalogueSearch:
     def _batches(self, users: EvalSplit) -> SequenceBatches:
         return lambda rows: self.data.history_batch(users, rows, length=self.model.history)
 
-    def _sparse_scores(self, histories: SeenItems) -> SparseScores:
-        scores = self._correction(histories)
+    def _sparse_scores(self, histories: SeenItems, users_E: Ints) -> SparseScores:
+        scores = self._added(histories, users_E)
         return SparseScores.empty(len(histories)) if scores is None else scores
 
 

@@ -9,11 +9,12 @@ shared space.
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from torch import Tensor, nn
 
+from features.dataset import Ints
 from retrieval.seen_items import SeenItems
 from retrieval.sparse_scores import SparseScores
 from trainer.config import TrainConfig
@@ -53,6 +54,19 @@ class Pretraining:
     """Settings of the loop and of the recommender whose defaults differ in pre-training."""
     presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Presets of ``mmrec pretrain``, see :attr:`Recommender.presets`."""
+
+
+class Prior(Protocol):
+    """Scores that are added to those of a trained model."""
+
+    def scores(self, histories: SeenItems, users_E: Ints) -> SparseScores:
+        """Return additive scores (E, N), in units of the inner product.
+
+        Args:
+            histories: The whole histories of E users, oldest item first.
+            users_E: (E,) the users; -1 for a user who is not in the dataset.
+        """
+        ...
 
 
 class Recommender(nn.Module, ABC):
@@ -112,6 +126,8 @@ class Recommender(nn.Module, ABC):
     """Tables of positions whose row 0 is the newest slot. They are copied to a model of another
     length row by row."""
 
+    prior: Prior | None = None
+    """Scores that were chosen after the training; ``None`` without ``prior=transitions``."""
     takes_chunks: ClassVar[bool] = False
     """True if a step encodes items and sequences in :attr:`chunks`."""
 
@@ -208,6 +224,17 @@ class Recommender(nn.Module, ABC):
         if self.history_bias is None:
             return None
         return SparseScores.of_seen(histories, self.history_bias.item() / self.settings.scale)
+
+    def added_scores(self, histories: SeenItems, users_E: Ints) -> SparseScores | None:
+        """Return the sum of the correction and of the prior; ``None`` if there is neither.
+
+        The arguments are those of :meth:`Prior.scores`.
+        """
+        correction = self.correction(histories)
+        if self.prior is None:
+            return correction
+        prior = self.prior.scores(histories, users_E)
+        return prior if correction is None else correction + prior
 
     def score(self, item_vectors_ND: Tensor, sequences: Sequences, first: int, last: int) -> Tensor:
         """Score a block of items for each history: (B, C).

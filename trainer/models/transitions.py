@@ -7,7 +7,8 @@ history of the item's entry in their rows, the newest row with weight 1, the one
 so on. The own transitions of a training user are among the counts; those of the held-out items are
 not.
 
-Legend: N items, E users, X entries of the counts, P entries of the scores.
+Legend: N items, E users, I interactions, X entries of the counts, Q items of histories that scores
+read, P entries of the scores.
 """
 
 from dataclasses import dataclass
@@ -47,17 +48,11 @@ class Transitions(SparseRecommender):
 
     def __init__(self, settings: TransitionsConfig, catalogue: Catalogue) -> None:
         super().__init__(settings, catalogue)
-        self._counts = _Rows.from_pairs(np.zeros(0, np.int64), np.zeros(0), catalogue.n_items)
+        self._counts = CountedTransitions.of(SeenItems.empty(), catalogue.n_items, settings)
 
     def fit_buffers(self, features: ItemFeatures, train: TrainSet) -> None:
         """Count the transitions of the training histories."""
-        n_items = len(self.zero_N1)
-        counts = count_transitions(train.histories, n_items, self.settings.window)
-        totals = np.bincount(
-            np.repeat(np.arange(n_items), np.diff(counts.offsets)), counts.values, n_items
-        )
-        divisor = np.repeat(totals + self.settings.smoothing, np.diff(counts.offsets))
-        self._counts = _Rows(counts.items, counts.offsets, counts.values / divisor)
+        self._counts = CountedTransitions.of(train.histories, len(self.zero_N1), self.settings)
 
     @property
     def window_sampling(self) -> WindowSampling:
@@ -72,26 +67,15 @@ class Transitions(SparseRecommender):
 
     def correction(self, histories: SeenItems) -> SparseScores:
         """Return the scores of the items that followed one of the last items of each history."""
-        n_items = len(self.zero_N1)
-        keys, values = [], []
-        ends, lengths = histories.offsets[1:], np.diff(histories.offsets)
-        for age in range(self.settings.length):
-            users = np.flatnonzero(lengths > age)
-            rows = self._counts.take(histories.items[ends[users] - 1 - age])
-            row_users = np.repeat(users, np.diff(rows.offsets))
-            keys.append(row_users * n_items + rows.items)
-            values.append(rows.values / (age + 1))
-        key_P, value_P = sum_by_key(np.concatenate(keys), np.concatenate(values))
-        counts = np.bincount(key_P // n_items, minlength=len(histories))
-        return SparseScores(
-            items=key_P % n_items,
-            offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
-            values=value_P,
-        )
+        counts, n_items = self._counts, self._counts.n_items
+        key_Q, weight_Q = counts.newest(histories)
+        factor_Q = weight_Q * counts.shares(counts.totals_N[key_Q % n_items])
+        key_P, value_P = sum_by_key(*counts.expand(key_Q, factor_Q))
+        return SparseScores.of_keys(key_P, value_P, len(histories), n_items)
 
 
 @dataclass(frozen=True, slots=True)
-class _Rows:
+class CountRows:
     """A sparse matrix (N x N) as compressed rows."""
 
     items: Ints
@@ -99,41 +83,104 @@ class _Rows:
     values: Floats
 
     @classmethod
-    def from_pairs(cls, key_X: Ints, value_X: Floats, n_items: int) -> "_Rows":
+    def from_pairs(cls, key_X: Ints, value_X: Floats, n_items: int) -> "CountRows":
         """Return the matrix of entries with the keys row * N + column, ascending."""
         counts = np.bincount(key_X // n_items, minlength=n_items)
         offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         return cls(key_X % n_items, offsets, value_X)
 
-    def take(self, rows: Ints) -> "_Rows":
+    def take(self, rows: Ints) -> "CountRows":
         """Return some rows, one after the other."""
         lengths = np.diff(self.offsets)[rows]
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         index = np.repeat(self.offsets[rows] - offsets[:-1], lengths) + np.arange(offsets[-1])
-        return _Rows(self.items[index], offsets, self.values[index])
+        return CountRows(self.items[index], offsets, self.values[index])
 
 
-def count_transitions(histories: SeenItems, n_items: int, window: int) -> _Rows:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CountedTransitions:
+    """The transitions of the training histories."""
+
+    rows: CountRows
+    """(N x N) sums of 1 / distance: row of the earlier item, column of the later item."""
+    totals_N: Floats
+    """(N,) sum of each row."""
+    settings: TransitionsConfig
+
+    @classmethod
+    def of(
+        cls, histories: SeenItems, n_items: int, settings: TransitionsConfig
+    ) -> "CountedTransitions":
+        """Count the transitions of histories, oldest item first."""
+        nobody = np.zeros(len(histories), np.int64)
+        key_X, value_X = count_pairs(histories, nobody, n_items, settings.window)
+        rows = CountRows.from_pairs(key_X, value_X, n_items)
+        totals_N = np.bincount(key_X // n_items, value_X, n_items).astype(np.float64)
+        return cls(rows=rows, totals_N=totals_N, settings=settings)
+
+    @property
+    def n_items(self) -> int:
+        """Number of items N."""
+        return len(self.totals_N)
+
+    def newest(self, histories: SeenItems) -> tuple[Ints, Floats]:
+        """Return the items that the scores of E histories read, and their weights.
+
+        Returns:
+            (Q,) keys row of the history * N + item, ascending, and (Q,) the sums of 1 / (age + 1).
+        """
+        ends, lengths = histories.offsets[1:], np.diff(histories.offsets)
+        keys, weights = [np.zeros(0, np.int64)], [np.zeros(0)]
+        for age in range(self.settings.length):
+            users = np.flatnonzero(lengths > age)
+            keys.append(users * self.n_items + histories.items[ends[users] - 1 - age])
+            weights.append(np.full(len(users), 1 / (age + 1)))
+        return sum_by_key(np.concatenate(keys), np.concatenate(weights))
+
+    def expand(self, key_Q: Ints, factor_Q: Floats) -> tuple[Ints, Floats]:
+        """Return the rows of the items of ``newest``, times a factor.
+
+        Returns:
+            (P,) keys row of the history * N + later item, and (P,) products; a key can repeat.
+        """
+        rows = self.rows.take(key_Q % self.n_items)
+        lengths_Q = np.diff(rows.offsets)
+        keys = np.repeat(key_Q // self.n_items, lengths_Q) * self.n_items + rows.items
+        return keys, np.repeat(factor_Q, lengths_Q) * rows.values
+
+    def shares(self, total_Q: Floats) -> Floats:
+        """Return 1 / (sum of a row + the smoothing); 0 for an empty row."""
+        divisor_Q = total_Q + self.settings.smoothing
+        return np.divide(1.0, divisor_Q, out=np.zeros_like(divisor_Q), where=divisor_Q > 0)
+
+
+def count_pairs(
+    histories: SeenItems, rows_E: Ints, n_items: int, window: int
+) -> tuple[Ints, Floats]:
     """Count the pairs of items of each history that are at most ``window`` positions apart.
 
     Args:
-        histories: Items of each user, oldest first.
+        histories: Items of E users, oldest first.
+        rows_E: (E,) the row that a history counts in; several histories can share a row.
         n_items: Number of items N.
         window: Largest distance.
 
     Returns:
-        (N x N) sums of 1 / distance: row of the earlier item, column of the later item.
+        (X,) keys (row * N + earlier item) * N + later item, ascending, and (X,) the sums of
+        1 / distance.
     """
+    row_I = np.repeat(rows_E, np.diff(histories.offsets))
     user_I = np.repeat(np.arange(len(histories)), np.diff(histories.offsets))
     key_X, value_X = np.zeros(0, np.int64), np.zeros(0)
     for distance in range(1, window + 1):
         same_I = user_I[distance:] == user_I[:-distance]
         earlier = histories.items[:-distance][same_I]
         later = histories.items[distance:][same_I]
-        keys = np.concatenate([key_X, earlier * n_items + later])
+        row = row_I[distance:][same_I]
+        keys = np.concatenate([key_X, (row * n_items + earlier) * n_items + later])
         values = np.concatenate([value_X, np.full(len(earlier), 1 / distance)])
         key_X, value_X = sum_by_key(keys, values)
-    return _Rows.from_pairs(key_X, value_X, n_items)
+    return key_X, value_X
 
 
 def sum_by_key(keys: Ints, values: Floats) -> tuple[Ints, Floats]:

@@ -36,6 +36,7 @@ from trainer.models.base import Recommender
 from trainer.runs.evaluation_rows import list_rows, metric_rows, prediction_columns, subsets
 from trainer.runs.folder import replace_metrics, run_lock, stored_metrics
 from trainer.runs.later import load_as_trained
+from trainer.runs.prior import read_prior
 from trainer.runs.run import Run
 
 SPLITS = ("validation", "test")
@@ -152,6 +153,7 @@ def report_of(run: Run, evaluation: "Evaluation", index: str) -> EvalReport:
     if sample is not None and sample.users >= len(run.data.dataset.eval_split("test").users):
         sample = None
     protocol = protocol_lines(run.data.dataset.info, hold_out_cold=run.config.hold_out_cold)
+    protocol += prior_lines(run)
     return EvalReport(
         run=run.name,
         dataset=run.spec.dataset,
@@ -178,6 +180,16 @@ class Evaluation:
     """The sample of test users that was ranked; ``None``: all users."""
     search: SearchFacts
     """How the index searched for the model of the run."""
+
+
+def prior_lines(run: Run) -> list[str]:
+    """Return the line about the prior of a run; no line without one."""
+    if run.config.prior == "none":
+        return []
+    choice = read_prior(run.folder)
+    if choice is None:
+        return [f"transition prior: none yet; mmrec train --resume --run {run.name} chooses it"]
+    return [f"{choice.line}; figures on validation are fitted ones"]
 
 
 def approximate_lines(index: str) -> list[str]:

@@ -51,6 +51,7 @@ from trainer.runs.evaluate import (
     Sample,
     approximate_lines,
     exact_name,
+    prior_lines,
     references,
 )
 from trainer.runs.evaluation_rows import list_rows, metric_rows, prediction_columns, subsets
@@ -142,6 +143,7 @@ def evaluate_later(
         index=index,
         search=search,
         protocol=protocol_lines(run.data.dataset.info)
+        + prior_lines(run)
         + later_lines(run, facts, sample)
         + approximate_lines(index),
         references=references(run),

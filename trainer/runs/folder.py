@@ -228,7 +228,8 @@ def record(path: Path, model: str, row: "EpochRow") -> None:
         for split, targets, seen, metric, value, users in values
     ]  # fmt: skip
     require_path(path.parent)
-    path.with_name("predictions.parquet").unlink(missing_ok=True)
+    for name in ("predictions.parquet", "prior.json"):
+        path.with_name(name).unlink(missing_ok=True)
     shutil.rmtree(path.with_name(LATER), ignore_errors=True)
     replace_metrics(path, rows, lambda old: old["phase"] == "eval" or old["epoch"] >= row.epoch)
 

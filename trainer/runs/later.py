@@ -32,6 +32,7 @@ from trainer.models.base import Catalogue, Recommender
 from trainer.models.registry import MODELS
 from trainer.runs.catalogue import JointCatalogue, read_attributes, read_catalogue
 from trainer.runs.folder import read_about
+from trainer.runs.prior import add_prior
 from trainer.runs.read import read_record
 from trainer.runs.run import Run, build_model, open_run
 from trainer.runs.spec import PRETRAIN, PreparationError, RunSpec
@@ -163,6 +164,7 @@ def open_later(
         model.extend_buffers(features, joint.learned)
     else:
         model.fit_buffers(features, data.train)
+    add_prior(folder, model, data)
     task = TASKS.find(spec.task).build(model, data, warehouse, [dataset], spec.task_settings)
     own = Run(folder=folder, spec=spec, warehouse=warehouse, model=model, data=data, task=task)
     return replace(own, joint=joint, later=later)

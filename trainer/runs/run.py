@@ -30,6 +30,7 @@ from trainer.runs.folder import (
     create_run_dir,
 )
 from trainer.runs.learned_interactions import write_learned
+from trainer.runs.prior import add_prior
 from trainer.runs.spec import PRETRAIN, RunSpec
 from trainer.runs.transfer import CopiedWeights, copy_weights
 from trainer.tasks.base import Task
@@ -235,6 +236,7 @@ def _build_run(
         model.fit_buffers(source.features, data.train)
     if not is_saved:
         model.start_history_bias(data.train)
+    add_prior(folder, model, data)
     task = TASKS.find(spec.task).build(model, data, warehouse, spec.datasets, spec.task_settings)
     return Run(
         folder=folder,

@@ -189,3 +189,18 @@ def check_pretrains(name: str, recommender: type[Recommender]) -> None:
     if recommender.pretraining is None:
         able = ", ".join(names_of(lambda model: model.pretraining is not None))
         raise UserError(f"{name} has no pre-training; known: {able}")
+
+
+def check_prior(
+    prior: str, name: str, recommender: type[Recommender], *, is_pretraining: bool
+) -> None:
+    """Raise a UserError if a prior is set and cannot be added to the scores of the model."""
+    if prior == "none":
+        return
+    reason = ""
+    if is_pretraining:
+        reason = "a pre-training recommends nothing"
+    elif not (recommender.has_vectors and issubclass(recommender.settings_class, LossSettings)):
+        reason = f"the scores of {name} are not the inner products of a trained model"
+    if reason:
+        raise UserError(f"prior={prior} cannot be added: {reason}; leave it out")

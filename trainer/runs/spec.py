@@ -29,6 +29,7 @@ from trainer.runs.settings import (
     attribute_columns,
     changed_settings,
     check_pretrains,
+    check_prior,
     given_weights_settings,
     monitored_ranking,
     preset_settings,
@@ -150,6 +151,7 @@ class RunSpec:
             train = replace(train, monitor_seen=monitored_ranking(warehouse, datasets[0]))
         n_items = sum(warehouse.info(name).items for name in datasets)
         train, settings, automatic = resolve_automatic(train, settings, n_items)
+        check_prior(train.prior, model, recommender, is_pretraining=is_pretraining)
         tables = _choose_tables(warehouse, (model, recommender), datasets, features, train)
         spec = cls(
             model=model,

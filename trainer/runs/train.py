@@ -8,11 +8,15 @@ from dataclasses import dataclass
 from features.errors import UserError
 from features.memory import memory_errors
 from features.store import FeatureStore
+from trainer.checkpoint import load_weights
 from trainer.data.feature_tables import choose_tables
 from trainer.distributed import process_rank
+from trainer.evaluation.transition_prior import PriorChoice, choose_prior
 from trainer.loop import EpochRow, TrainProgress, fit
 from trainer.runs.folder import record, recorded_seconds, run_lock
+from trainer.runs.prior import read_prior, write_prior
 from trainer.runs.run import Run
+from trainer.tasks.next_item import validation_users
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,6 +43,8 @@ class TrainReport:
     """Wall time of the training: of this call, and after a resume of the epochs before it."""
     finished: bool
     """False after an interrupt."""
+    prior: PriorChoice | None = None
+    """The prior that was chosen on validation; ``None`` without ``prior``."""
 
 
 def train_run(
@@ -66,6 +72,7 @@ def train_run(
         OutOfMemoryError: A step or a validation does not fit into memory.
     """
     resume = resume and _has_resume_state(run)
+    run.model.prior = None
     earlier = recorded_seconds(run.folder / "metrics.parquet") if resume else 0.0
     began = time.monotonic()
     with (
@@ -86,6 +93,7 @@ def train_run(
             on_epoch=_record_first(run, on_epoch),
             on_progress=on_progress,
         )
+        prior = _prior(run) if state.finished else None
     _check_sources(run)
     return TrainReport(
         run=run.name,
@@ -100,7 +108,27 @@ def train_run(
         best=state.best,
         seconds=earlier + time.monotonic() - began,
         finished=state.finished,
+        prior=prior,
     )
+
+
+def _prior(run: Run) -> PriorChoice | None:
+    """Return the prior of a trained run. It is chosen with the best weights if it has none yet."""
+    if run.config.prior == "none" or process_rank() != 0:
+        return None
+    choice = read_prior(run.folder)
+    if choice is None:
+        load_weights(run.weights, run.model, run.spec.identity())
+        choice = choose_prior(
+            run.model,
+            run.data,
+            validation_users(run.data.dataset, run.config),
+            metric=run.config.metric,
+            seen=run.config.monitor_seen,
+            batch_size=run.config.eval_batch,
+        )
+        write_prior(run.folder, choice)
+    return choice
 
 
 def _record_first(run: Run, on_epoch: Callable[[EpochRow], None]) -> Callable[[EpochRow], None]:

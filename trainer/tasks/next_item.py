@@ -6,7 +6,7 @@ from typing import Any, Self
 import numpy as np
 from torch import Tensor
 
-from features.dataset import Dataset
+from features.dataset import Dataset, EvalSplit
 from features.errors import UserError
 from features.splits import MIN_EVALUATED
 from features.warehouse import Warehouse
@@ -76,9 +76,7 @@ class NextItem(Task[Batch]):
         Of more than ``monitor_users`` users, a sample is ranked: the same one in every epoch and in
         every run on the dataset.
         """
-        users = self.data.dataset.eval_split("validation")
-        if config.monitor_users:
-            users = users.sample(config.monitor_users, _SAMPLE_SEED)
+        users = validation_users(self.data.dataset, config)
         split_ranks = rank_split(
             self.model, self.data, "validation", config.eval_batch, users=users
         )
@@ -96,6 +94,12 @@ class NextItem(Task[Batch]):
             monitored=metrics[config.monitor_seen, config.metric],
             shown={name: metrics[config.monitor_seen, name] for name in ("HR@10", "NDCG@10")},
         )
+
+
+def validation_users(dataset: Dataset, config: TrainConfig) -> EvalSplit:
+    """Return the users of the validation, or the sample of ``monitor_users`` of them."""
+    users = dataset.eval_split("validation")
+    return users.sample(config.monitor_users, _SAMPLE_SEED) if config.monitor_users else users
 
 
 def check_trainable(dataset: Dataset, *, hold_out_cold: bool = False) -> None:

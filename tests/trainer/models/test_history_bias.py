@@ -16,8 +16,8 @@ from tests.trainer import worlds
 from trainer.config import TrainConfig
 from trainer.data.batches import Batch
 from trainer.evaluation.ranking import rank_split
-from trainer.losses.base import history_pairs, targets_at
 from trainer.loop import fit
+from trainer.losses.base import history_pairs, targets_at
 from trainer.models.causal import next_item_targets
 from trainer.modules.sequence_encoders import take_slots
 from trainer.tasks.next_item import NextItem
@@ -98,7 +98,7 @@ def test_the_bias_of_every_model_learns(name: str) -> None:
 @pytest.mark.parametrize("score", ["dot", "cosine"])
 def test_the_ranking_adds_it_to_each_item_of_the_whole_history(score: str) -> None:
     features = worlds.features(N)
-    options = {"score": score, "temperature": 0.5, "length": 2}
+    options: dict[str, Any] = {"score": score, "temperature": 0.5, "length": 2}
     model = worlds.build("sasrec", features, history_bias=True, **options)
     model.start_history_bias(worlds.training_data(worlds.cycles(), features).train)
     assert model.history_bias is not None

@@ -1,0 +1,42 @@
+"""The prior of a run: chosen when the training has ended, and added when the run is opened."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+from features.atomic_files import read_errors
+from features.documents import read_json, write_json
+from trainer.data.batches import TrainingData
+from trainer.evaluation.transition_prior import PriorChoice, TransitionPrior
+from trainer.models.base import Recommender
+
+PRIOR = "prior.json"
+"""File of the weight and eps, in a run's folder."""
+_REMEDY = "remove it, and choose the prior again: mmrec train --resume --run NAME"
+
+
+def write_prior(folder: Path, choice: PriorChoice) -> None:
+    """Write the prior that was chosen for a run into its folder."""
+    write_json(folder / PRIOR, asdict(choice))
+
+
+def read_prior(folder: Path) -> PriorChoice | None:
+    """Return the prior that was chosen for a run; ``None`` if there is none.
+
+    Raises:
+        UserError: The file is damaged.
+    """
+    path = folder / PRIOR
+    if not path.exists():
+        return None
+    document = read_json(path, _REMEDY)
+    with read_errors(path, _REMEDY):
+        return PriorChoice(**document)
+
+
+def add_prior(folder: Path, model: Recommender, data: TrainingData) -> None:
+    """Add the prior of a run to its model; the transitions are counted in the training data."""
+    choice = read_prior(folder)
+    if choice is not None and choice.weight:
+        model.prior = TransitionPrior.of(
+            data, weight=choice.weight, eps=choice.eps, scale=model.settings.scale
+        )

@@ -118,7 +118,7 @@ PAPER_TABLES = {
     ),
     "pmmrec/table-4": by_metric(
         "SASRec", "UniSRec w/o PT", "UniSRec w. PT", "VQRec w/o PT", "VQRec w. PT",
-        "MoRec++ w/o PT", "PMMRec w/o PT", "PMMRec w. PT", IMPROVED,
+        "MoRec++ w/o PT", "MoRec++ w. PT", "PMMRec w/o PT", "PMMRec w. PT", IMPROVED,
     ),
     "pmmrec/table-5": by_metric("T w/o PT", "T w. PT", "V w/o PT", "V w. PT", *_TRANSFERS),
     "pmmrec/table-6": by_metric("ID", "w/o PT", "demo"),

@@ -7,15 +7,16 @@ concatenated and mapped by a linear layer. A learned vector replaces a modality 
 
 The frozen lower blocks of the encoders are a ``layer-K`` table, the upper blocks are trained with
 ``tune_blocks`` (:mod:`trainer.finetune.upper_blocks`). On pooled vectors the model is the two-stage
-form of MoRec. The loss is the in-batch softmax, debiased by popularity. The equations were checked
-against westlake-repl/IDvs.MoRec, ce372cf; no code of MoRec++ is released.
+form of MoRec. The loss is the in-batch softmax, debiased by popularity. Pre-training
+(``mmrec pretrain``) has the same loss, on the histories of several datasets (PMMRec, Table IV). The
+equations were checked against westlake-repl/IDvs.MoRec, ce372cf; no code of MoRec++ is released.
 
 Legend: K distinct items, T tokens, D width.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ from trainer.config import Choice, PositiveInt
 from trainer.data.batches import ItemFeatures
 from trainer.finetune.upper_blocks import item_tokens
 from trainer.losses.registry import LOSSES
-from trainer.models.base import Catalogue
+from trainer.models.base import Catalogue, Pretraining
 from trainer.models.causal import CausalRecommender, CausalSettings
 from trainer.models.item_features import check_features
 from trainer.models.released import RELEASED_ENCODER
@@ -34,6 +35,14 @@ from trainer.modules.released_weights import InitialisationSettings, initialise_
 from trainer.modules.sequence_encoders import SASRecEncoder
 from trainer.modules.tokens import Tokens, averaged
 from trainer.modules.transformer import initialise_glorot
+
+_PUBLISHED: Mapping[str, Any] = {
+    **RELEASED_ENCODER,
+    "token": "first",
+    "exclude": "window",
+    "weight_decay": 0.01,
+}
+"""The runs of PMMRec; MoRec alone has the width 512 with texts and 2048 with images."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,13 +72,12 @@ class MoRec(CausalRecommender):
     needs_features = True
     reads_tokens = True
     train_defaults: ClassVar = {"lr": 1e-4, "monitor": "Recall@10"}
-    presets: ClassVar = {
-        "published": {  # of the runs of PMMRec; MoRec alone: 512 with texts, 2048 with images
-            **RELEASED_ENCODER,
-            "token": "first",
-            "weight_decay": 0.01,
-        }
-    }
+    presets: ClassVar = {"published": _PUBLISHED}
+    pretraining = Pretraining(
+        task="next-item",
+        settings={"batch_size": 512},
+        presets={"published": {**_PUBLISHED, "batch_size": 512}},
+    )
     variants: ClassVar = {
         "top blocks fine-tuned": "--set tune_blocks=2, tables layer-K, K = blocks - 2",
         "binary cross-entropy": "--set loss=bce",

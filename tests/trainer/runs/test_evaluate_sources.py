@@ -18,6 +18,7 @@ from trainer.runs.train import train_run
 
 SMALL = ["dim=8", "heads=2", "hidden=8", "length=5", "epochs=1", "batch_size=64", "device=cpu"]
 OWN = {
+    "morec": [],
     "pmmrec": ["fusion_heads=2"],
     "unisrec": ["experts=2"],
     "vqrec": ["codes=2", "code_bits=2"],

@@ -162,3 +162,25 @@ def test_the_ablation_changes_the_pre_training_and_not_the_fine_tuning(objective
     assert whole.pretraining is not None
     assert changed.pretraining.settings != whole.pretraining.settings == {}
     assert changed.pretraining.datasets == ["s"]
+
+
+def test_a_recipe_with_masked_images_says_that_the_patches_never_change() -> None:
+    masked = [name for name in GRIDS if "mae-b-mask" in str(read_recipe(name).document["runs"])]
+    assert "mmsr/table-3" in masked
+    for name in masked:
+        assert "patches that MAE sees are the same in every epoch" in read_recipe(name).departs
+
+
+@pytest.mark.parametrize(
+    ("name", "of", "over"),
+    [
+        ("pmmrec/table-4", ["PMMRec w. PT"], ["PMMRec w/o PT"]),  # 43.78 / 40.42 = 1 + 8.31%
+        ("mmsr/table-10", ["Transfer"], ["Scratch"]),
+    ],
+)
+def test_an_improvement_is_over_the_form_that_the_paper_divides_by(
+    name: str, of: list[str], over: list[str]
+) -> None:
+    improvement = fill_recipe(read_recipe(name), ["a"], ["s"]).improvement
+    assert improvement is not None
+    assert (improvement.of, improvement.over) == (of, over)

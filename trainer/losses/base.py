@@ -54,9 +54,9 @@ class LossSettings(WidthSettings):
     popular items are more often in a batch."""
     exclude: Annotated[str, Choice("exclude", EXCLUDED)] = "history"
     """Items of the batch that are no negatives of a user: with ``history`` all training items of
-    the user (PMMRec, Eq. 5); with ``window`` those of the row's window (the released code), so that
-    other items that the user has are negatives. Read by ``loss=in-batch``, by the pairwise losses
-    and by ``align``."""
+    the user; with ``window`` those of the row's window, so that other items that the user has are
+    negatives (PMMRec, Eq. 5, as released). Read by ``loss=in-batch``, by the pairwise losses and by
+    ``align``."""
     negatives: NonNegativeInt = 0
     """With a pairwise loss: number of items drawn in each step, which are negatives of all rows
     besides the items of the batch (``n_sample`` of GRU4Rec)."""

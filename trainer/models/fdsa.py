@@ -5,7 +5,8 @@ vanilla attention over the fields gives the feature vector of the item (Eq. 2 an
 The last states of both streams are concatenated and mapped to a query (Eq. 8), which is compared
 with learned item vectors, so an item without training interactions cannot be found by its features.
 
-RecBole shares one LayerNorm among the inputs and the output; here each has its own. The paper
+RecBole shares one LayerNorm among the inputs and the output, and one table of positions among the
+streams; here each has its own. The paper
 trains with one sampled negative (``loss=bce``), RecBole and mmrec with a softmax.
 
 Legend: B batch, L sequence length, K items, F fields, D width.
@@ -26,6 +27,7 @@ from trainer.kernels.elementwise import dropout
 from trainer.models.base import Catalogue
 from trainer.models.causal import CausalSettings
 from trainer.models.item_ids import ItemIdRecommender
+from trainer.models.text_transfer import RECBOLE
 from trainer.modules.attributes import AttributeSettings, attribute_means
 from trainer.modules.sequence_encoders import SASRecEncoder, last_state, take_slots
 from trainer.modules.transformer import initialise
@@ -68,18 +70,7 @@ class FDSA(ItemIdRecommender):
     needs_features = True
     takes_chunks = False  # both streams are encoded at once
     train_defaults: ClassVar = {"monitor": "NDCG@10"}
-    presets: ClassVar = {
-        "released": {
-            "rows": "prefixes",
-            "batch_size": 2048,
-            "final_norm": False,
-            "norm_eps": 1e-12,
-            "inner_dropout": False,
-            "weight_decay": 0.0,
-            "clip": 0.0,
-            "monitor": "MRR",
-        }
-    }
+    presets: ClassVar = {"released": {**RECBOLE, "monitor": "MRR"}}
     transfer_groups: ClassVar = {
         "items": ("item_encoder.", "projections.", "attribute.", "field_attention."),
         "users": ("sequence_encoder.", "feature_stream.", "out.", "norm."),

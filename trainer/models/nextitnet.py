@@ -46,7 +46,17 @@ class NextItNet(ItemIdRecommender):
         "inner_dropout",
     )
     train_defaults: ClassVar = SASRec.train_defaults
-    presets: ClassVar = {"published": {"layers": 5, "dropout": 0.0, "weight_decay": 0.0}}
+    presets: ClassVar = {
+        "published": {
+            "layers": 5,
+            "dropout": 0.0,
+            "lr": 1e-3,  # this and what follows: the optimizer of RecBole
+            "schedule": "constant",
+            "epochs": 300,
+            "weight_decay": 0.0,
+            "clip": 0.0,
+        }
+    }
 
     def __init__(self, settings: NextItNetConfig, catalogue: Catalogue) -> None:
         super().__init__(settings, catalogue)

@@ -9,13 +9,14 @@ The attributes are the columns of the items that the setting ``attributes`` name
 ``attributes=categories``. In the released code, segments of other users are cut from whole
 histories, test items included; here they are cut from the training windows of the batch. The
 released code pre-trains for a fixed number of epochs; here validation ranks the next item at an
-appended mask token.
+appended mask token, and the best epoch is kept.
 
 Legend: B batch, L sequence length, M masked positions, A attributes, D width.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,16 @@ from trainer.modules.attributes import AttributeSettings, multi_hot
 from trainer.modules.sequence_encoders import SASRecEncoder, last_state, take_slots
 from trainer.modules.transformer import initialise
 
+_RELEASED: Mapping[str, Any] = {
+    "lr": 1e-3,
+    "schedule": "constant",
+    "norm_eps": 1e-12,
+    "final_norm": False,
+    "inner_dropout": False,
+    "weight_decay": 0.0,
+    "clip": 0.0,
+}
+"""What the pre-training and the fine-tuning of the released code share."""
 _HEADS = ("aap", "mip", "map", "sp")
 _REDRAWS = 4  # of negatives that are in the row; few are drawn again
 
@@ -78,19 +89,22 @@ class S3Rec(ItemIdRecommender):
     pretraining = Pretraining(
         task="next-item",
         settings={"objective": "pretrain", "epochs": 100, "schedule": "constant"},
+        presets={
+            "released": {
+                **_RELEASED,
+                "rows": "prefixes",
+                "batch_size": 100,
+                "epochs": 300,
+                "patience": 300,
+            }
+        },
     )
     presets: ClassVar = {
         "released": {
+            **_RELEASED,
             "loss": "bce",
             "batch_size": 256,
-            "lr": 1e-3,
-            "norm_eps": 1e-12,
-            "final_norm": False,
-            "inner_dropout": False,
-            "schedule": "constant",
             "epochs": 200,
-            "weight_decay": 0.0,
-            "clip": 0.0,
             "monitor": "NDCG@20",
         }
     }

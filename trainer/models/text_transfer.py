@@ -35,7 +35,7 @@ RECBOLE: Mapping[str, Any] = {
     "epochs": 300,
 }
 """Rows, sequence encoder and optimizer of RecBole, which the released code of UniSRec, VQ-Rec and
-TedRec uses."""
+TedRec uses; RecBole has the code of FDSA."""
 
 
 @dataclass(frozen=True, kw_only=True)

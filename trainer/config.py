@@ -241,9 +241,9 @@ class TrainConfig(Settings):
     validate_every: PositiveInt = 1
     """Epochs between two validations."""
     prior: Annotated[str, Choice("prior", PRIORS)] = "none"
-    """``transitions``: after the training, add counts of the items that followed the last items of
-    a history in training to the scores; see :mod:`trainer.evaluation.transition_prior`. The weight
-    of the counts is chosen by ``monitor`` on validation, and may be 0."""
+    """``transitions``: after the training, add to the scores how often an item followed the last
+    items of the history in the training of other users. ``monitor`` on validation chooses the
+    weight of these counts, which may be 0."""
     eval_batch: PositiveInt = 512
     """Users encoded together in an evaluation."""
     device: str = "auto"

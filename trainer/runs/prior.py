@@ -1,5 +1,6 @@
 """The prior of a run: chosen when the training has ended, and added when the run is opened."""
 
+import math
 from dataclasses import asdict
 from pathlib import Path
 
@@ -30,7 +31,10 @@ def read_prior(folder: Path) -> PriorChoice | None:
         return None
     document = read_json(path, _REMEDY)
     with read_errors(path, _REMEDY):
-        return PriorChoice(**document)
+        choice = PriorChoice(**document)
+        if not (0 <= choice.weight < math.inf and 0 < choice.eps < math.inf):
+            raise ValueError(f"weight {choice.weight}, eps {choice.eps}")
+        return choice
 
 
 def add_prior(folder: Path, model: Recommender, data: TrainingData) -> None:

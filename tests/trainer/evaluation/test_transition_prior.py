@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from features.errors import UserError
+from features.errors import DamagedError, UserError
 from features.warehouse import Warehouse
 from retrieval.seen_items import SeenItems
 from tests.trainer import worlds
@@ -137,3 +137,13 @@ def test_training_again_removes_the_prior_of_the_old_weights(tmp_path: Path) -> 
 def test_models_of_counts_refuse_it(model: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="prior=transitions"):
         begin(tmp_path, model)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"weight": 1}', "null", '{"weight": "a", "eps": 0.1}', "{'"]
+)
+def test_a_damaged_prior_is_one_line(text: str, tmp_path: Path) -> None:
+    run = begin(tmp_path)
+    (run.folder / PRIOR).write_text(text)
+    with pytest.raises(DamagedError, match=PRIOR):
+        open_run(run.warehouse, run.folder)

@@ -27,6 +27,8 @@ from cli import (
     models,
     prepare,
     pretrain,
+    pull_features,
+    push_features,
     recommend,
     report,
     runs,
@@ -162,6 +164,8 @@ app.command("backbones")(backbones.backbones)
 app.command("extract")(extract.extract)
 app.command("import-features")(import_features.import_features)
 app.command("export-features")(export_features.export_features)
+app.command("push-features")(push_features.push_features)
+app.command("pull-features")(pull_features.pull_features)
 app.command("models")(models.models)
 app.command("train")(train.train)
 app.command("pretrain")(pretrain.pretrain)

@@ -1,6 +1,5 @@
 """``mmrec prepare``."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -71,7 +70,9 @@ ImagesOption = Annotated[
 
 def prepare(
     dataset: Annotated[str, typer.Option("--dataset", help="A known dataset, or a new name.")],
-    raw: Annotated[Path | None, typer.Option("--raw", help="Folder of the raw files.")] = None,
+    raw: Annotated[
+        str | None, typer.Option("--raw", help="Folder of the raw files, or s3://BUCKET/PREFIX.")
+    ] = None,
     name: NameOption = None,
     k_core: CoreOption = None,
     format: FormatOption = None,

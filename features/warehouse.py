@@ -33,7 +33,8 @@ class DatasetInfo:
     format: str
     """The importer that read the raw files."""
     raw: str
-    """The raw root, to which the paths of items are relative."""
+    """The raw root, to which the paths of items are relative: a path, or a URL of a folder in
+    object storage."""
     k_core: int
     """Least number of interactions of each user and item; 0 if not filtered."""
     users: int
@@ -173,6 +174,10 @@ class Warehouse:
     def raw_dir(self, name: str) -> Path:
         """Return the default folder of a known dataset's raw files."""
         return self.root / "raw" / name
+
+    def copies_dir(self, bucket: str, prefix: str) -> Path:
+        """Return the folder of the copies of raw files that are in object storage."""
+        return self.root / "raw" / ".s3" / bucket / prefix
 
     def datasets(self) -> list[str]:
         """Return the names of the prepared datasets, in alphabetical order."""

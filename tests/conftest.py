@@ -1,6 +1,7 @@
 import gc
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # the hub's client looks once, when it is imported
@@ -9,6 +10,7 @@ import hypothesis
 import pytest
 
 from features.warehouse import Warehouse
+from tests.object_store import LocalStorage, local_storage
 
 
 @pytest.fixture
@@ -49,6 +51,13 @@ def real_data() -> Path:
     if not path.is_dir():
         pytest.skip(f"no real data in {path}; set MMREC_TEST_DATA")
     return path
+
+
+@pytest.fixture(scope="module")
+def storage() -> Iterator[LocalStorage]:
+    """A local S3 server with an empty bucket, for all tests of a file."""
+    with local_storage() as server:
+        yield server
 
 
 # On a machine that others use too, how long one example takes says nothing.

@@ -18,7 +18,7 @@ _WRONG_STATEMENTS = (duckdb.ParserException, duckdb.BinderException, duckdb.Cata
 
 
 @contextmanager
-def preparation_database(stage: Path, root: Path) -> Iterator[duckdb.DuckDBPyConnection]:
+def preparation_database(stage: Path, root: Path | str) -> Iterator[duckdb.DuckDBPyConnection]:
     """Open DuckDB in bounded memory; it spills into ``stage`` and loads no extensions.
 
     Args:

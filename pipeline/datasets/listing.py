@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from features.errors import UserError
+from features.object_storage import is_storage_url
 from features.warehouse import Warehouse
 from pipeline.datasets.raw_files import locate_files, raw_format
 from pipeline.datasets.registry import DATASETS
@@ -14,8 +15,9 @@ def list_datasets(warehouse: Warehouse) -> list[dict[str, Any]]:
 
     The keys of a row: ``dataset``, ``format`` (its importer), ``source``, ``origin`` (the package
     that registers it; None for one's own data), ``raw`` (the raw folder), ``expected`` (required
-    role to file name patterns), ``raw_found``, ``prepared``, ``damaged``, ``users``, ``items``,
-    ``interactions``, ``k_core``, and ``error`` (the reason why the entry cannot be used, or None).
+    role to file name patterns), ``raw_found`` (True for object storage, which is not asked),
+    ``prepared``, ``damaged``, ``users``, ``items``, ``interactions``, ``k_core``, and ``error``
+    (the reason why the entry cannot be used, or None).
     """
     prepared = set(warehouse.datasets())
     names = [*DATASETS, *sorted(prepared - set(DATASETS))]
@@ -29,15 +31,16 @@ def _row(warehouse: Warehouse, name: str) -> dict[str, Any]:
             info = warehouse.info(name)
         except UserError as damage:
             error = str(damage)
+    is_stored = info is not None and is_storage_url(info.raw)
     root = Path(info.raw) if info else warehouse.raw_dir(name)
     row: dict[str, Any] = {
         "dataset": name,
         "format": info.format if info else "",
         "source": "your own",
         "origin": None,
-        "raw": str(root),
+        "raw": info.raw if info else str(root),
         "expected": {},
-        "raw_found": root.is_dir(),
+        "raw_found": is_stored or root.is_dir(),
         "prepared": info is not None,
         "damaged": error is not None,
         "error": error,
@@ -49,6 +52,7 @@ def _row(warehouse: Warehouse, name: str) -> dict[str, Any]:
         row.update(format=known.importer, source=known.source, origin=DATASETS.origin(name))
         row["k_core"] = info.k_core if info else known.k_core
         row.update(_expected(name, root))
+        row["raw_found"] |= is_stored
     return row
 
 

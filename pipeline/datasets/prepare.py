@@ -37,10 +37,12 @@ from pipeline.datasets.importers.image_column import MEDIA, copy_image_column
 from pipeline.datasets.importers.messages import quote_all
 from pipeline.datasets.importers.registry import IMPORTERS
 from pipeline.datasets.importers.table import COLUMNS
+from pipeline.datasets.raw_copies import RawSource, raw_copies
 from pipeline.datasets.raw_files import RawFormat, locate_files, raw_format
 from pipeline.datasets.registry import DATASETS
 from pipeline.datasets.swap import finish_swap, hash_table, staging, swap_tables
 from pipeline.datasets.time_split import check_dates, describe_split, time_split
+from pipeline.media.raw_storage import raw_folder
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,8 +57,9 @@ class PrepareOptions:
     """A known dataset, or any name together with ``format``."""
     name: str | None = None
     """Name of the prepared dataset, to keep several preparations; None: as ``dataset``."""
-    raw: Path | None = None
-    """The raw folder; None: that of the last preparation, else the one in the warehouse."""
+    raw: Path | str | None = None
+    """The raw folder, or its URL, such as ``s3://bucket/prefix``; None: that of the last
+    preparation, else the one in the warehouse."""
     k_core: int | None = None
     """Minimum interactions of every user and item. 1 removes items without an interaction, 0 keeps
     them. None: as the dataset is registered, or 0 for a given format."""
@@ -149,51 +152,45 @@ def prepare_dataset(
     format = options.format or _own_format(options.dataset, earlier)
     layout = raw_format(options.dataset, format)
     k = _choose_core(options, layout.k_core)
-    root = options.raw or (Path(earlier.raw) if earlier else warehouse.raw_dir(options.dataset))
-    if format is None and not root.exists():
-        _generate(options.dataset, root, notify)
-    files = locate_files(options.dataset, layout, root, options.files)
-    importer_options = _importer_options(options, layout)
-    source = _RawSource(root=root, files=files, layout=layout, k_core=k)
+    default = earlier.raw if earlier else warehouse.raw_dir(options.dataset)
+    raw = raw_folder(warehouse, options.raw or default)
+    if format is None and isinstance(raw, Path) and not raw.exists():
+        _generate(options.dataset, raw, notify)
+    with raw_copies(raw, notify) as copies:
+        files = locate_files(options.dataset, layout, copies.root, options.files)
+        copies.fetch(files)
+        source = RawSource(copies=copies, files=files, layout=layout, k_core=k)
+        _write_tables(warehouse, source, options, notify)
+    return warehouse.info(options.target)
+
+
+def _write_tables(
+    warehouse: Warehouse,
+    source: RawSource,
+    options: PrepareOptions,
+    notify: Callable[[str], None],
+) -> None:
+    """Read the raw files and write the canonical tables."""
+    importer_options = _importer_options(options, source.layout)
     text_columns = _earlier_text_columns(warehouse, options.target)
     with staging(warehouse, options.target) as stage:
-        with preparation_database(stage, root) as db:
-            result = layout.importer.read(db, root, files, **importer_options)
-            check_raw_tables(db, files)
+        with preparation_database(stage, source.root) as db:
+            result = source.layout.importer.read(db, source.root, source.files, **importer_options)
+            check_raw_tables(db, source.files)
             for note in chain(result.notes, _text_notes(result.text_columns, text_columns)):
                 notify(note)
             for note in _filter_rows(db, source, options, result.timestamps):
                 notify(note)
             for note in _copy_images(db, source, options, result.images, stage):
                 notify(note)
-            create_tables(db, k, options.ties)
+            create_tables(db, source.k_core, options.ties)
             info, copies = _describe(db, source, options, result)
             write_tables(db, stage)
             split_notes = describe_split(db, info.dates, info.time_unit) if info.dates else ()
             for note in chain(data_notes(db, info, copies), split_notes):
                 notify(note)
+        folder = warehouse.dataset_dir(options.target)
         swap_tables(folder, stage, replace(info, **table_hashes(stage, info.users)))
-    return warehouse.info(options.target)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _RawSource:
-    """The raw files of a preparation."""
-
-    root: Path
-    files: Files
-    layout: RawFormat
-    k_core: int
-
-    @property
-    def interactions(self) -> Path:
-        """The file of interactions; that of items in a layout without users."""
-        return next(iter((*self.files.get("interactions", ()), *self.files.get("items", ()))))
-
-    @property
-    def items(self) -> Path:
-        """The file of items; that of interactions if the raw folder has none."""
-        return next(iter((*self.files.get("items", ()), *self.files.get("interactions", ()))))
 
 
 def _earlier_text_columns(warehouse: Warehouse, target: str) -> list[str] | None:
@@ -217,7 +214,7 @@ def _text_notes(columns: Sequence[str] | None, earlier: Sequence[str] | None) ->
 
 
 def _filter_rows(
-    db: duckdb.DuckDBPyConnection, source: _RawSource, options: PrepareOptions, timestamps: bool
+    db: duckdb.DuckDBPyConnection, source: RawSource, options: PrepareOptions, timestamps: bool
 ) -> Iterator[str]:
     """Create ``core`` without duplicates, unlisted items and filtered users; yield messages."""
     yield from handle_duplicate_items(db, options.duplicate_items, source.items)
@@ -231,7 +228,7 @@ def _filter_rows(
 
 def _copy_images(
     db: duckdb.DuckDBPyConnection,
-    source: _RawSource,
+    source: RawSource,
     options: PrepareOptions,
     images: ImageColumn | None,
     stage: Path,
@@ -251,7 +248,7 @@ def _copy_images(
 
 def _describe(
     db: duckdb.DuckDBPyConnection,
-    source: _RawSource,
+    source: RawSource,
     options: PrepareOptions,
     result: ImportResult,
 ) -> tuple[DatasetInfo, int]:
@@ -260,7 +257,7 @@ def _describe(
         db,
         name=options.target,
         format=source.layout.name,
-        raw=str(source.root.resolve()),
+        raw=source.copies.place,
         k=source.k_core,
         timestamps=result.timestamps,
         ties=options.ties,

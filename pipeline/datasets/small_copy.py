@@ -72,7 +72,7 @@ def _copy_tables(warehouse: Warehouse, small: Warehouse, name: str) -> DatasetIn
     folder = small.dataset_dir(name)
     finish_swap(folder, name)
     with staging(small, name) as stage:
-        with preparation_database(stage, Path(info.raw)) as db:
+        with preparation_database(stage, info.raw) as db:
             _read_part(db, warehouse.dataset_dir(name), info)
             index_ids(db)
             create_tables(db, 0, "file")

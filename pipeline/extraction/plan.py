@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from features.errors import UserError
+from features.object_storage import is_storage_url
 from features.provenance import Provenance
 from features.registry import Registry
 from features.schema import MODALITIES
@@ -26,7 +27,11 @@ from pipeline.extraction.loading import MAX_TEXT_CHARS
 from pipeline.extraction.options import ExtractOptions
 from pipeline.extraction.tasks import EncodeOptions, EncodeTask
 from pipeline.media.images import DRAFT_PREPROCESSING, IMAGE_PREPROCESSING
+from pipeline.media.raw_storage import RawStorage, raw_folder
 from pipeline.media.video import describe_sampling
+
+STORAGE_THREADS = 16
+"""Least number of threads that read from object storage."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,16 +66,27 @@ class ExtractionPlan:
                 modality=modality,
                 level=self.options.level,
                 batch_size=self.options.batch_size or backbone.batch_size,
-                threads=_count_cores(),
+                threads=self.threads,
                 draft=backbone.input_size if self.options.decode == "draft" else None,
                 frames=self.options.frames,
             ),
             device=self.options.device,
             compute=self.options.compute,
             workers=self.options.workers,
-            raw=Path(self.info.raw),
+            raw=self.raw,
             prepared=self.warehouse.dataset_dir(self.info.name),
         )
+
+    @property
+    def raw(self) -> Path | RawStorage:
+        """Folder of the raw files."""
+        return raw_folder(self.warehouse, self.info.raw)
+
+    @property
+    def threads(self) -> int:
+        """Number of threads that read and decode; more for object storage, which answers late."""
+        cores = _count_cores()
+        return max(cores, STORAGE_THREADS) if is_storage_url(self.info.raw) else cores
 
     def item_id(self, item: int) -> str:
         """Return the id of an item."""
@@ -89,7 +105,8 @@ def plan_extraction(warehouse: Warehouse, dataset: str, options: ExtractOptions)
     names = _choose_backbones(info.name, items, options.backbones())
     names = _with_max_tokens(names, options.max_tokens)
     names = _with_mask(names, options.mask_ratio)
-    if set(names) - {"text"} and not Path(info.raw).is_dir():
+    is_local = not is_storage_url(info.raw)
+    if set(names) - {"text"} and is_local and not Path(info.raw).is_dir():
         raise UserError(
             f"the raw files of {dataset} are no longer in {info.raw}; put them back or run:"
             f" mmrec prepare --dataset {dataset} --raw DIR"

@@ -39,6 +39,7 @@ from pipeline.extraction.loading import hash_video, read_image
 from pipeline.extraction.tasks import EncodeOptions, EncodeTask, Input, split_input
 from pipeline.media.errors import MediaError
 from pipeline.media.images import quiet_decoders
+from pipeline.media.raw_storage import RawStorage
 from pipeline.media.reader import MediaReader
 
 INPUTS_PER_HASH_SHARD = 512
@@ -71,7 +72,7 @@ class WorkerConfig:
     device: str | None
     compute: str
     options: EncodeOptions
-    raw: Path
+    raw: Path | RawStorage
     prepared: Path
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.backbones.base import POOLED, Backbone
+from pipeline.media.raw_storage import RawStorage
 
 Input = str | tuple[str, str]
 """A reference or a text; for a joint input, the reference of the image and the text."""
@@ -53,7 +54,7 @@ class EncodeTask:
     """Arithmetic of the forward pass."""
     workers: int | None
     """Number of processes of a distributed engine. None lets the engine choose."""
-    raw: Path
+    raw: Path | RawStorage
     """Folder of the raw files."""
     prepared: Path
     """Folder of the prepared dataset."""

@@ -15,6 +15,7 @@ from typing import Any
 from features.errors import UserError
 from features.store import FeatureStore, FeatureTable
 from pipeline.backbones.base import Backbone
+from pipeline.extraction.batching import prefetch
 from pipeline.extraction.deduplication import content_hash
 from pipeline.extraction.loading import hash_video, read_image
 from pipeline.extraction.plan import ExtractionPlan
@@ -137,10 +138,14 @@ def _hashes(plan: ExtractionPlan, modality: str) -> Iterator[tuple[int, str]]:
     Raises:
         MediaError: An input cannot be read.
     """
-    media = MediaReader(Path(plan.info.raw), plan.warehouse.dataset_dir(plan.info.name))
+    media = MediaReader(plan.raw, plan.warehouse.dataset_dir(plan.info.name))
+
+    def hash_pair(pair: tuple[int, Input]) -> tuple[int, str]:
+        return pair[0], _hash_input(media, modality, pair[1])
+
     with closing(media):
-        for item, value in plan.items.inputs(modality):
-            yield item, _hash_input(media, modality, value)
+        inputs = plan.items.inputs(modality)
+        yield from prefetch(hash_pair, inputs, threads=plan.threads, ahead=2 * plan.threads)
 
 
 def _hash_input(media: MediaReader, modality: str, value: Input) -> str:

@@ -12,6 +12,7 @@ from PIL import Image
 from features.errors import DamagedError, UserError
 from pipeline.media.errors import ContainerError, MediaError, media_errors, one_line
 from pipeline.media.lmdb import LmdbImages
+from pipeline.media.raw_storage import RawStorage
 from pipeline.media.references import (
     OUTSIDE,
     PREPARED,
@@ -33,13 +34,14 @@ class MediaReader:
     Containers are opened once and shared by all threads.
 
     Args:
-        raw: The folder of the raw files. No file outside it is read.
+        raw: The folder of the raw files, here or in object storage. No file outside it is read.
         prepared: The dataset's own folder, which holds the images that preparation copied from a
             table.
     """
 
-    def __init__(self, raw: Path, prepared: Path | None = None) -> None:
-        self.raw = raw
+    def __init__(self, raw: Path | RawStorage, prepared: Path | None = None) -> None:
+        self._storage = None if isinstance(raw, Path) else raw
+        self.raw = raw if isinstance(raw, Path) else raw.copies
         self._prepared = prepared
         self._containers: dict[Path, LmdbImages | TarImages | MediaError] = {}
         self._opening = threading.Lock()
@@ -53,6 +55,7 @@ class MediaReader:
         Raises:
             DamagedError: The image is one that preparation copied, and its bytes have changed.
             MediaError: The image cannot be read, or is larger than :data:`MAX_FILE_BYTES`.
+            UserError: The object storage cannot be read.
         """
         if reference.startswith(PREPARED):
             return self._read_prepared(reference)
@@ -82,6 +85,11 @@ class MediaReader:
         if member is not None:
             return _read_member(*member)
         path = _require_path(path)
+        if self._storage is not None and (name := self._stored_name(path)) is not None:
+            with media_errors():
+                data = self._storage.folder.read(name, MAX_FILE_BYTES + 1)
+            _check_bytes(len(data), MAX_FILE_BYTES)
+            return data
         _check_file(path, MAX_FILE_BYTES)
         with media_errors():
             return path.read_bytes()
@@ -102,8 +110,14 @@ class MediaReader:
 
         Raises:
             MediaError: The file cannot be read.
+            UserError: The object storage cannot be read.
         """
         path = _require_path(self._path(reference))
+        if self._storage is not None and (name := self._stored_name(path)) is not None:
+            with media_errors():
+                stream = self._storage.open(name)
+            _check_bytes(os.fstat(stream.fileno()).st_size, None)
+            return stream
         _check_file(path)
         with media_errors():
             return path.open("rb")
@@ -130,7 +144,7 @@ class MediaReader:
     ) -> tuple[LmdbImages | TarImages, str] | None:
         """Return the container and the part that a reference names; None for a plain file."""
         # The name of a plain file may look like a reference into a container.
-        if "#" in reference and (path is None or not os.path.isfile(path)):
+        if "#" in reference and (path is None or not self._is_plain_file(path)):
             end = reference.find("#")
             while end != -1:
                 prefix = self._path(reference[:end])
@@ -139,10 +153,20 @@ class MediaReader:
                 end = reference.find("#", end + 1)
         return None
 
+    def _stored_name(self, path: Path) -> str | None:
+        """Return the name of the object at a path; None if the path is not of the raw folder."""
+        return path.relative_to(self.raw).as_posix() if path.is_relative_to(self.raw) else None
+
+    def _is_plain_file(self, path: Path) -> bool:
+        """Return True for a file on this machine; of objects, containers have precedence."""
+        return self._storage is None and os.path.isfile(path)
+
     def _container(self, path: Path) -> LmdbImages | TarImages | None:
         """Return the open container at a path, or None if the path is not a container."""
         with self._opening:
             if path not in self._containers:
+                if self._storage is not None and (name := self._stored_name(path)) is not None:
+                    self._storage.fetch_container(name)
                 kind = container_kind(path)
                 if kind is None:
                     return None

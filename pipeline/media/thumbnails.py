@@ -1,13 +1,12 @@
 """Small square images of the items of a prepared dataset, for pages."""
 
-from pathlib import Path
-
 from PIL import Image
 
 from features.dataset import load_items
 from features.warehouse import Warehouse
 from pipeline.media.errors import MediaError
 from pipeline.media.images import decode_image, quiet_decoders
+from pipeline.media.raw_storage import raw_folder
 from pipeline.media.reader import MediaReader
 from pipeline.media.video import sample_frames
 
@@ -28,7 +27,7 @@ class Thumbnails:
     def __init__(self, warehouse: Warehouse, dataset: str) -> None:
         table = load_items(warehouse, dataset, ["image", "video"])
         self._images, self._videos = table["image"], table["video"]
-        raw = Path(warehouse.info(dataset).raw)
+        raw = raw_folder(warehouse, warehouse.info(dataset).raw)
         self._media = MediaReader(raw, warehouse.dataset_dir(dataset))
 
     def close(self) -> None:

@@ -102,7 +102,8 @@ class MortalWorker(EncodeWorker):
 
     def __init__(self, config: WorkerConfig) -> None:
         super().__init__(config)
-        self.raw = config.raw
+        assert isinstance(config.raw, Path)
+        self.raw: Path = config.raw
 
     def __call__(self, shard: pa.Table) -> pa.Table:
         mark = self.raw / "died"

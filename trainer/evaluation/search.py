@@ -12,6 +12,7 @@ Legend: N items, S listed items, D width, E users, K items of a list.
 
 from collections.abc import Callable, Iterator
 from copy import copy
+from functools import partial
 
 import numpy as np
 import torch
@@ -167,20 +168,15 @@ class CatalogueSearch:
         if self.model.prior is None:
             return self._rank_block(users, numbers_E, queries_ED)
         # The scores of a prior take far more memory than the queries.
-        blocks = _blocks(len(users.users))
-        return Ranks.concatenate(
-            [self._rank_block(users.take(b), numbers_E[b], queries_ED[b]) for b in blocks]
-        )
+        parts = _blocks(len(users.users))
+        ranks = [self._rank_block(users.take(p), numbers_E[p], queries_ED[p]) for p in parts]
+        return Ranks.concatenate(ranks)
 
     def _rank_block(self, users: EvalSplit, numbers_E: Ints, queries_ED: Tensor) -> Ranks:
         histories = histories_of(self.data.dataset, users)
         seen, added = self.listed.seen(histories), self._added(histories, users.users)
         if not self._is_exact:
             return rank_listed(self._made_index(), queries_ED, numbers_E, seen, added)
-
-        def keep_choice(choice: str) -> None:
-            self._rank_choice = choice
-
         return rank_with(
             self._index_name,
             queries_ED,
@@ -188,7 +184,7 @@ class CatalogueSearch:
             numbers_E,
             seen,
             added,
-            on_choice=keep_choice,
+            on_choice=partial(setattr, self, "_rank_choice"),
         )
 
     def _rank_scores(self, users: EvalSplit, numbers_E: Ints) -> Ranks:

@@ -19,7 +19,7 @@ from typing import Annotated, Any, ClassVar
 from torch import Tensor, nn
 
 from features.errors import UserError
-from trainer.config import Choice, PositiveInt
+from trainer.config import Choice, PositiveInt, Temperature
 from trainer.data.batches import ItemFeatures
 from trainer.finetune.upper_blocks import item_tokens
 from trainer.losses.base import SCORES
@@ -37,6 +37,7 @@ PUBLISHED: Mapping[str, Any] = {
     **RELEASED_ENCODER,
     "loss": "bce",
     "score": "dot",
+    "temperature": 1.0,
     "lr": 1e-4,
     "weight_decay": 0.1,
     "batch_size": 512,
@@ -70,9 +71,12 @@ class IDSRConfig(CausalSettings, InitialisationSettings):
     loss: Annotated[str, Choice("loss", LOSSES)] = "in-batch"
     """Next-item loss: ``bce`` with one sampled negative (the paper), ``in-batch`` over the items of
     the batch, ``softmax`` over the catalogue."""
-    score: Annotated[str, Choice("score", SCORES)] = "scaled"
+    score: Annotated[str, Choice("score", SCORES)] = "cosine"
     """``dot``: inner product (the paper); ``scaled``: inner product / sqrt(``dim``) in the loss, so
-    that initial scores are of equal size at any width; ``cosine``: vectors of length 1."""
+    that initial scores are of equal size at any width; ``cosine``: vectors of length 1. The first
+    two learn slowly from the small initial weights."""
+    temperature: Temperature = 0.07
+    """Divisor of the scores in the loss (the paper: 1)."""
 
 
 class IDSR(CausalRecommender):

@@ -58,7 +58,8 @@ def train_run(
 
     The first epoch removes the rows of an evaluation, which belong to older weights. A finished run
     is not trained and keeps the rows. With ``resume``, a run that was stopped before its first save
-    starts again and gives the same weights, bit for bit.
+    starts again and gives the same weights, bit for bit. With ``prior``, the end of the training
+    chooses the prior on validation.
 
     Args:
         run: The run, as :func:`create_run` or :func:`open_run` returns it.
@@ -73,16 +74,12 @@ def train_run(
     """
     resume = resume and _has_resume_state(run)
     run.model.prior = None
-    earlier = recorded_seconds(run.folder / "metrics.parquet") if resume else 0.0
     began = time.monotonic()
+    if resume:
+        began -= recorded_seconds(run.folder / "metrics.parquet")
     with (
         run_lock(run.folder) if process_rank() == 0 else nullcontext(),
-        memory_errors(
-            f"training of {run.spec.model} on {run.spec.dataset}"
-            f" (batch_size={run.config.batch_size}, {run.parameters:,} parameters)"
-            f" on {run.data.device}",
-            f"train again with a smaller batch_size or model: mmrec models {run.spec.model}",
-        ),
+        memory_errors(*_out_of_memory(run)),
     ):
         state = fit(
             run.task,
@@ -99,16 +96,26 @@ def train_run(
         run=run.name,
         dataset=run.spec.dataset,
         model=run.spec.model,
-        features=list(run.spec.features),
+        features=[*run.spec.features],
         parameters=run.parameters,
         device=str(run.data.device),
         epochs=state.epoch,
         best_epoch=state.best_epoch,
         monitor=f"{run.config.monitor} on {run.task.split(run.config)}",
         best=state.best,
-        seconds=earlier + time.monotonic() - began,
+        seconds=time.monotonic() - began,
         finished=state.finished,
         prior=prior,
+    )
+
+
+def _out_of_memory(run: Run) -> tuple[str, str]:
+    """Return the place and the remedy of a training that does not fit into memory."""
+    return (
+        f"training of {run.spec.model} on {run.spec.dataset}"
+        f" (batch_size={run.config.batch_size}, {run.parameters:,} parameters)"
+        f" on {run.data.device}",
+        f"train again with a smaller batch_size or model: mmrec models {run.spec.model}",
     )
 
 

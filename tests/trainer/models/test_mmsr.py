@@ -106,7 +106,7 @@ def test_the_in_batch_loss_by_its_formula(score: str, debias: bool, divisor: flo
 
 def test_the_binary_loss_by_its_formula(monkeypatch: pytest.MonkeyPatch) -> None:
     features = worlds.features(N)
-    model = build(features, loss="bce", score="dot")
+    model = build(features, loss="bce", score="dot", temperature=1.0)
     drawn = torch.tensor([6, 7, 8, 9, 10, 0, 1, 2, 3])
     monkeypatch.setattr(bce, "sample_unseen", lambda *_: (drawn, torch.ones(9).bool()))
     items = model.encode_items(features)
@@ -251,7 +251,8 @@ def test_taste_in_the_texts_is_learned_from_the_texts_alone(
     means = []
     for features in (both, images):
         torch.manual_seed(0)
-        config = MMSRConfig(**small, fusion=fusion, sequence_encoder=encoder, loss=loss)
+        form: dict[str, Any] = {"fusion": fusion, "sequence_encoder": encoder, "loss": loss}
+        config = MMSRConfig(**small, **form, score="scaled", temperature=1.0)
         model = MMSR(config, Catalogue(n_items=planted.N, n_users=1, widths=features.widths))
         data = worlds.training_data(dataset, features)
         optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)

@@ -167,7 +167,7 @@ def check_multiple(settings: Settings, name: str, divisor: str) -> None:
 
 # -- the settings of the loop ---------------------------------------------------------------
 
-PRIORS = ("none", "transitions")
+PRIORS = ("none", "repeats", "transitions")
 """Values of the setting ``prior``."""
 ITEM_UPDATES = (AUTO, "all", "rows")
 """Values of the setting ``item_updates``."""
@@ -241,9 +241,10 @@ class TrainConfig(Settings):
     validate_every: PositiveInt = 1
     """Epochs between two validations."""
     prior: Annotated[str, Choice("prior", PRIORS)] = "none"
-    """``transitions``: after the training, add to the scores how often an item followed the last
-    items of the history in the training of other users. ``monitor`` on validation chooses the
-    weight of these counts, which may be 0."""
+    """Scores that are added after the training. ``repeats``: one number for the items of the
+    history, for the ranking that keeps seen items; ``transitions``: this number, and how often an
+    item followed the last items of the history in the training of other users. The number and the
+    weight of the counts are chosen on validation, and may be 0."""
     eval_batch: PositiveInt = 512
     """Users encoded together in an evaluation."""
     device: str = "auto"

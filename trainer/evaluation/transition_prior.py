@@ -1,12 +1,15 @@
-"""The transition prior: counts of later items, added to the scores of a trained model.
+"""The prior: scores that are added to those of a trained model, and chosen on validation.
 
-score(item) / T + weight * log(1 + P(item) / eps), in units of the loss with the temperature T. P is
-what the model ``transitions`` counts (:mod:`trainer.models.transitions`), without the transitions
-of the user's own training history: the user's next item is not among these. A network that learns
-with the prior memorises what the counts tell it, so the prior is added after the training. The
-weight and eps are chosen on the validation targets; a weight of 0 is one of the choices.
+score(item) / T + weight * log(1 + P(item) / eps) + bias * [item is in the history], in units of the
+loss with the temperature T. P is what the model ``transitions`` counts
+(:mod:`trainer.models.transitions`), without the transitions of the user's own training history: the
+user's next item is not among these. A network that learns with the counts memorises what they tell
+it, so they are added after the training. The bias is for the ranking that keeps seen items. Where
+users do not repeat items, it makes that ranking equal to the filtered one. A weight and a bias of 0
+are among the choices.
 
-Legend: E users, N items, P entries of the scores, X counted pairs of items.
+Legend: E users, N items, P entries of the scores, Q items that the counts are read for, X counted
+pairs of items.
 """
 
 from collections.abc import Iterator
@@ -34,45 +37,49 @@ WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)
 """Weights that are compared on validation."""
 EPS = (0.01, 0.001, 0.003, 0.03, 0.1)
 """Values of eps that are compared on validation; the weights are compared with the first one."""
+BIASES = (0.0, -1.0, -2.0, -4.0, -8.0, -16.0)
+"""Biases on the items of the history that are compared on validation, seen items kept."""
 _ROUNDING = 1e-9  # largest error of a sum of shares
 _USERS_AT_ONCE = 4096  # users whose scores are in memory while the prior is chosen
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PriorChoice:
-    """The weight and eps of a run's prior, and what they are worth on validation."""
+    """The prior of a run, and what it is worth on validation."""
 
     weight: float
-    """Factor on the logarithm; 0: the run has no prior."""
+    """Factor on the logarithm of the transitions; 0: they are not added."""
     eps: float
     """Probability of a transition at which the logarithm is log 2."""
+    bias: float
+    """Added to the items of the history."""
     monitor: str
-    """The metric that chose them, with its split and ranking."""
+    """The metric that chose the weight and eps, with its split and ranking. The bias was chosen by
+    the same metric with seen items kept."""
     without: float
     """The metric of the model alone."""
     best: float
-    """The metric with the prior. The prior was chosen by it, so it is a fitted figure."""
+    """The metric with the prior, a fitted figure: the prior was chosen by it."""
 
     @property
     def line(self) -> str:
         """Describe the choice in one line."""
-        figures = f"{self.monitor} {self.without:.4f} without"
-        if not self.weight:
-            return f"transition prior: weight 0, because no other is better ({figures})"
+        counts = f"weight {self.weight:g}, eps {self.eps:g}" if self.weight else "weight 0"
         return (
-            f"transition prior: weight {self.weight:g}, eps {self.eps:g}, chosen by {figures},"
-            f" {self.best:.4f} with it"
+            f"prior: bias {self.bias:g} on seen items, {counts} of transitions;"
+            f" {self.monitor}: {self.without:.4f} without, {self.best:.4f} with it"
         )
 
 
 class TransitionPrior:
-    """Scores of later items by counts of transitions; see the documentation of this module.
+    """Scores by counts of transitions and repeats; see the documentation of this module.
 
     Args:
         counts: The transitions of the training histories.
         training: The training histories, oldest item first. Row u is that of user u.
         weight: Factor on the logarithm.
         eps: Added probability.
+        bias: Added to the items of the history.
         scale: Factor on inner products in the loss of the model, 1 / temperature.
     """
 
@@ -83,30 +90,37 @@ class TransitionPrior:
         *,
         weight: float,
         eps: float,
+        bias: float,
         scale: float,
     ) -> None:
         self._counts = counts
         self._training = training
-        self.weight, self.eps, self.scale = weight, eps, scale
+        self.weight, self.eps, self.bias, self.scale = weight, eps, bias, scale
 
     @classmethod
     def of(
-        cls, data: TrainingData, *, weight: float, eps: float, scale: float
+        cls, data: TrainingData, *, weight: float, eps: float, bias: float, scale: float
     ) -> "TransitionPrior":
         """Count the transitions of the training histories of a dataset."""
         training, n_items = data.train.histories, data.dataset.info.items
         counts = CountedTransitions.of(training, n_items, TransitionsConfig())
-        return cls(counts, training, weight=weight, eps=eps, scale=scale)
+        return cls(counts, training, weight=weight, eps=eps, bias=bias, scale=scale)
 
     def scores(self, histories: SeenItems, users_E: Ints) -> SparseScores:
-        """Return weight * log(1 + P / eps) / scale: scores in units of the inner product.
+        """Return (weight * log(1 + P / eps) + bias of seen items) / scale: in inner products.
 
         Args:
             histories: The whole histories of E users, oldest item first.
             users_E: (E,) the users, whose own training transitions do not count; -1 for a user
                 without a training history.
         """
-        return self.scaled(self.probabilities(histories, users_E), self.weight, self.eps)
+        if self.bias:
+            scores = SparseScores.of_seen(histories, self.bias / self.scale)
+        else:
+            scores = SparseScores.empty(len(histories))
+        if not self.weight:
+            return scores
+        return scores + self.scaled(self.probabilities(histories, users_E), self.weight, self.eps)
 
     def scaled(self, probabilities: SparseScores, weight: float, eps: float) -> SparseScores:
         """Return the scores of P for a weight and eps."""
@@ -156,63 +170,70 @@ def choose_prior(
     data: TrainingData,
     users: EvalSplit,
     *,
+    with_transitions: bool,
     metric: str,
     seen: str,
     batch_size: int,
 ) -> PriorChoice:
-    """Choose the weight and eps that rank the validation targets best.
+    """Choose the prior that ranks the validation targets best.
 
-    First the weights are compared with one eps, then the values of eps with the best weight.
+    First the biases are compared with seen items kept, then the weights with one eps, then the
+    values of eps with the best weight.
 
     Args:
         model: The trained model, with vectors. Its own prior is not read.
         data: Data with the histories.
         users: The validation users, or a sample of them.
+        with_transitions: If false, the weight is 0.
         metric: Name of the metric, such as ``NDCG@10``.
-        seen: ``filtered`` or ``kept``, the ranking of the metric.
+        seen: ``filtered`` or ``kept``, the ranking by which weight and eps are chosen.
         batch_size: Histories encoded together.
     """
-    prior = TransitionPrior.of(data, weight=0.0, eps=EPS[0], scale=model.settings.scale)
+    scale = model.settings.scale
+    prior = TransitionPrior.of(data, weight=0.0, eps=EPS[0], bias=0.0, scale=scale)
     items_ND = encode_catalogue(model, data)
     queries_ED = encode_histories(model, data, items_ND, users, batch_size)
-    targets_E, histories = targets_of(data.dataset, users), histories_of(data.dataset, users)
+    targets_E = targets_of(data.dataset, users)
+    blocks = list(_blocks(data, users, model, prior))
 
-    def measure(candidates: list[tuple[float, float]]) -> dict[tuple[float, float], float]:
-        parts: dict[tuple[float, float], list[Ranks]] = {pair: [] for pair in candidates}
-        for rows in _blocks(len(targets_E)):
-            history = histories.take(np.arange(rows.start, rows.stop))
-            own = model.correction(history)
-            probabilities = prior.probabilities(history, users.users[rows])
-            for weight, eps in candidates:
-                added = prior.scaled(probabilities, weight, eps)
-                parts[weight, eps].append(
-                    rank(
-                        queries_ED[rows],
-                        items_ND,
-                        targets_E[rows],
-                        history,
-                        correction=added if own is None else own + added,
-                    )
-                )
-        return {
-            pair: float(per_user(getattr(Ranks.concatenate(ranks), seen))[metric].mean())
-            for pair, ranks in parts.items()
-        }
+    def measure(weight: float, eps: float, bias: float, ranking: str) -> float:
+        ranks = []
+        for rows, history, own, probabilities in blocks:
+            added = SparseScores.of_seen(history, bias / scale)
+            if weight:
+                added = added + prior.scaled(probabilities, weight, eps)
+            if own is not None:
+                added = added + own
+            ranks.append(
+                rank(queries_ED[rows], items_ND, targets_E[rows], history, correction=added)
+            )
+        values = per_user(getattr(Ranks.concatenate(ranks), ranking))[metric]
+        return float(values.mean())
 
-    values = measure([(weight, EPS[0]) for weight in WEIGHTS])
-    weight = max(values, key=lambda pair: values[pair])[0]
+    without = measure(0.0, EPS[0], 0.0, seen)
+    bias = max(BIASES, key=lambda bias: measure(0.0, EPS[0], bias, "kept"))
+    choices = [(weight, EPS[0]) for weight in (WEIGHTS if with_transitions else (0.0,))]
+    values = {choice: measure(*choice, bias, seen) for choice in choices}
+    weight = max(values, key=lambda choice: values[choice])[0]
     if weight:
-        values |= measure([(weight, eps) for eps in EPS[1:]])
-    best = max(values, key=lambda pair: values[pair])
+        values |= {(weight, eps): measure(weight, eps, bias, seen) for eps in EPS[1:]}
+    best = max(values, key=lambda choice: values[choice])
     return PriorChoice(
         weight=best[0],
         eps=best[1],
+        bias=bias,
         monitor=f"{metric} on validation, {seen}",
-        without=values[0.0, EPS[0]],
+        without=without,
         best=values[best],
     )
 
 
-def _blocks(users: int) -> Iterator[slice]:
-    for start in range(0, users, _USERS_AT_ONCE):
-        yield slice(start, min(start + _USERS_AT_ONCE, users))
+def _blocks(
+    data: TrainingData, users: EvalSplit, model: Recommender, prior: TransitionPrior
+) -> Iterator[tuple[slice, SeenItems, SparseScores | None, SparseScores]]:
+    """Yield rows of users, their histories, the scores that the model adds itself, and P."""
+    for start in range(0, len(users.users), _USERS_AT_ONCE):
+        rows = slice(start, min(start + _USERS_AT_ONCE, len(users.users)))
+        history = histories_of(data.dataset, users.take(rows))
+        probabilities = prior.probabilities(history, users.users[rows])
+        yield rows, history, model.correction(history), probabilities

@@ -188,7 +188,7 @@ def prior_lines(run: Run) -> list[str]:
         return []
     choice = read_prior(run.folder)
     if choice is None:
-        return [f"transition prior: none yet; mmrec train --resume --run {run.name} chooses it"]
+        return [f"prior: none yet; mmrec train --resume --run {run.name} chooses it"]
     return [f"{choice.line}; figures on validation are fitted ones"]
 
 

@@ -124,7 +124,7 @@ def make_graphs(model: Recommender, name: str) -> tuple[ItemGraph, SequenceGraph
     if kind.correction is not Recommender.correction:
         reason = "a part of its score is no inner product of vectors but counted from histories"
     elif model.prior is not None:
-        reason = "its transition prior is counted from histories, which an index does not add"
+        reason = "its prior depends on the history, and an index does not add it"
     elif not model.has_vectors:
         reason = "its score is no inner product of vectors, which an index needs"
     elif isinstance(model, MMSRec) and kind.encode_sequences is MMSRec.encode_sequences:

@@ -32,15 +32,20 @@ def read_prior(folder: Path) -> PriorChoice | None:
     document = read_json(path, _REMEDY)
     with read_errors(path, _REMEDY):
         choice = PriorChoice(**document)
-        if not (0 <= choice.weight < math.inf and 0 < choice.eps < math.inf):
-            raise ValueError(f"weight {choice.weight}, eps {choice.eps}")
+        is_valid = 0 <= choice.weight < math.inf and 0 < choice.eps < math.inf
+        if not (is_valid and math.isfinite(choice.bias)):
+            raise ValueError(f"weight {choice.weight}, eps {choice.eps}, bias {choice.bias}")
         return choice
 
 
 def add_prior(folder: Path, model: Recommender, data: TrainingData) -> None:
     """Add the prior of a run to its model; the transitions are counted in the training data."""
     choice = read_prior(folder)
-    if choice is not None and choice.weight:
+    if choice is not None and (choice.weight or choice.bias):
         model.prior = TransitionPrior.of(
-            data, weight=choice.weight, eps=choice.eps, scale=model.settings.scale
+            data,
+            weight=choice.weight,
+            eps=choice.eps,
+            bias=choice.bias,
+            scale=model.settings.scale,
         )

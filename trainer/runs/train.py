@@ -130,6 +130,7 @@ def _prior(run: Run) -> PriorChoice | None:
             run.model,
             run.data,
             validation_users(run.data.dataset, run.config),
+            with_transitions=run.config.prior == "transitions",
             metric=run.config.metric,
             seen=run.config.monitor_seen,
             batch_size=run.config.eval_batch,

@@ -7,19 +7,24 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
+from features.dataset import Dataset
 from features.errors import DamagedError, UserError
 from features.warehouse import Warehouse
+from retrieval.ranking import Ranks
 from retrieval.seen_items import SeenItems
 from tests.trainer import worlds
 from tests.trainer.models.test_transitions import N, histories
+from trainer.config import TrainConfig
 from trainer.data.batches import ItemFeatures
 from trainer.evaluation.encode import histories_of
 from trainer.evaluation.ranking import rank_split
-from trainer.evaluation.transition_prior import TransitionPrior, choose_prior
+from trainer.evaluation.transition_prior import PriorChoice, TransitionPrior, choose_prior
+from trainer.loop import fit
 from trainer.runs.evaluate import evaluate
 from trainer.runs.prior import PRIOR, read_prior
 from trainer.runs.run import Run, open_run
 from trainer.runs.train import train_run
+from trainer.tasks.next_item import NextItem
 
 NO_FEATURES = ItemFeatures(n_items=N, vectors={}, present={})
 
@@ -40,7 +45,7 @@ def test_it_leaves_out_the_transitions_of_the_user(sequences: list[list[int]]) -
     data = worlds.training_data(dataset, NO_FEATURES)
     ends = dataset.train_ends() - dataset.offsets[:-1]
     train = [items[:end] for items, end in zip(sequences, ends, strict=True)]
-    prior = TransitionPrior.of(data, weight=1.5, eps=0.1, scale=2.0)
+    prior = TransitionPrior.of(data, weight=1.5, eps=0.1, bias=-3.0, scale=2.0)
     users = dataset.eval_split("test")
     scores = prior.scores(histories_of(dataset, users), users.users)
     for row, user in enumerate(users.users):
@@ -52,12 +57,14 @@ def test_it_leaves_out_the_transitions_of_the_user(sequences: list[list[int]]) -
         part = scores.rows(row, row + 1)
         dense = np.zeros(N)
         dense[part.items] = part.values
-        np.testing.assert_allclose(dense, 1.5 / 2 * np.log1p(expected / 0.1), atol=1e-7)
+        expected = 1.5 / 2 * np.log1p(expected / 0.1)
+        expected[list(set(sequences[user][:-1]))] += -3.0 / 2
+        np.testing.assert_allclose(dense, expected, atol=1e-7)
 
 
 def test_a_user_who_is_not_in_the_dataset_gets_all_transitions() -> None:
     data = worlds.training_data(worlds.dataset([[0, 1, 2, 3]], N), NO_FEATURES)
-    prior = TransitionPrior.of(data, weight=1.0, eps=1.0, scale=1.0)
+    prior = TransitionPrior.of(data, weight=1.0, eps=1.0, bias=0.0, scale=1.0)
     history = SeenItems(items=np.array([0]), offsets=np.array([0, 1]))
     assert prior.scores(history, np.array([-1])).items.tolist() == [1]
     assert prior.scores(history, np.array([0])).items.tolist() == []
@@ -69,11 +76,13 @@ def test_an_untrained_model_takes_the_prior_of_an_ordered_world() -> None:
     model = worlds.build("sasrec", features)
     users = world.eval_split("validation")
     before = rank_split(model, data, "validation", 64).ranks.filtered
-    choice = choose_prior(model, data, users, metric="NDCG@10", seen="filtered", batch_size=64)
+    choice = choose_prior(
+        model, data, users, with_transitions=True, metric="NDCG@10", seen="filtered", batch_size=64
+    )
     assert choice.weight > 0
     assert choice.best > 0.9 > choice.without
     model.prior = TransitionPrior.of(
-        data, weight=choice.weight, eps=choice.eps, scale=model.settings.scale
+        data, weight=choice.weight, eps=choice.eps, bias=choice.bias, scale=model.settings.scale
     )
     after = rank_split(model, data, "validation", 64).ranks.filtered
     assert after.mean() < before.mean()
@@ -140,10 +149,43 @@ def test_models_of_counts_refuse_it(model: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", "{}", '{"weight": 1}', "null", '{"weight": "a", "eps": 0.1}', "{'"]
+    "text",
+    ["", "[]", "{}", '{"weight": 1}', "null", '{"weight": "a", "eps": 0.1, "bias": 0}', "{'"],
 )
 def test_a_damaged_prior_is_one_line(text: str, tmp_path: Path) -> None:
     run = begin(tmp_path)
     (run.folder / PRIOR).write_text(text)
     with pytest.raises(DamagedError, match=PRIOR):
         open_run(run.warehouse, run.folder)
+
+
+def choose_bias(world: Dataset, tmp_path: Path) -> tuple[PriorChoice, Ranks]:
+    features = worlds.features(world.info.items)
+    data = worlds.training_data(world, features)
+    model = worlds.build("sasrec", features)
+    config = TrainConfig(epochs=4, batch_size=16, lr=3e-3)
+    task = NextItem(model, data)
+    fit(task, config, tmp_path, {}, on_epoch=lambda row: None, on_progress=lambda tick: None)
+    users = world.eval_split("validation")
+    choice = choose_prior(
+        model, data, users, with_transitions=False, metric="MRR", seen="kept", batch_size=64
+    )
+    model.prior = TransitionPrior.of(
+        data, weight=choice.weight, eps=choice.eps, bias=choice.bias, scale=model.settings.scale
+    )
+    return choice, rank_split(model, data, "test", 64).ranks
+
+
+def test_seen_items_are_last_where_users_do_not_repeat_items(tmp_path: Path) -> None:
+    choice, ranks = choose_bias(worlds.cycles(n_items=24), tmp_path)
+    assert choice.weight == 0
+    assert choice.bias < 0
+    assert choice.best > choice.without
+    assert (ranks.kept == ranks.filtered).all()
+
+
+def test_seen_items_stay_first_where_users_repeat_them(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    sequences = [rng.choice(24, 2, replace=False).tolist() * 4 for _ in range(60)]
+    choice, _ = choose_bias(worlds.dataset(sequences, 24), tmp_path)
+    assert choice.bias == 0

@@ -53,7 +53,7 @@ class MultimodalSettings(SequenceSettings, LossSettings):
     interactions has no learned vector and is encoded from its features alone."""
     whiten: bool = False
     """Whiten the features of each modality. The whitening is fitted on the items that have training
-    interactions."""
+    interactions, and keeps at most one direction for every 10 of them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,6 +113,18 @@ class MultimodalEncoder(nn.Module):
     def mask_token_D(self) -> Tensor:
         """(D,) mask token, which replaces each token of a hidden item."""
         return self.instead.weight[0]
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """A sentence about the directions that the whitening keeps; none without ``whiten``."""
+        if not self.settings.whiten:
+            return ()
+        kept = [
+            f"{part.directions:,} of {len(part.mean_W):,} directions of {name}"
+            for name, part in self.whitening.items()
+            if isinstance(part, Whitening)
+        ]
+        return (f"whiten=true keeps {', '.join(kept)}: at most one for every 10 items",)
 
     def fit_buffers(self, features: ItemFeatures, train: TrainSet) -> None:
         """Fit the whitening, and store the items that have a learned vector.

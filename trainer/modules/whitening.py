@@ -4,6 +4,11 @@ A few directions hold most of the variance of the vectors of a pre-trained encod
 any two vectors is high. WhitenRec (Zhang et al., ICDE 2024) shows that whitening
 them before the first layer improves sequential recommendation.
 
+The covariance of W directions is estimated from K items. With K below W, every item can be
+separated from all others by directions that hold noise alone, and a whitening of all directions
+makes the vectors orthogonal: similar items are no longer near each other. The map therefore keeps
+the leading directions only, at most one for every 10 items, and removes the others.
+
 Legend: K items, W width of the features.
 """
 
@@ -11,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 _ITEMS_PER_CHUNK = 2**16  # that are converted to float64 together
+_ITEMS_PER_DIRECTION = 10  # that are needed to estimate its variance
 _LEAST_VARIANCE = 1e-3  # relative to the mean variance; bounds the scale of nearly constant axes
+_LEAST_SCALE = 1e-4  # relative to the largest; kept directions have larger scales in float32
 
 
 class Whitening(nn.Module):
@@ -33,8 +40,9 @@ class Whitening(nn.Module):
     def fit(self, x_KW: Tensor) -> None:
         """Fit ZCA whitening, (C + eps)^(-1/2): mean 0 and a covariance of about 1 on ``x_KW``.
 
-        Of all whitening maps, ZCA changes the features least. Without items the map stays the
-        identity. If all items have equal features, they are only centred.
+        Of all whitening maps, ZCA changes the features least. With fewer than 10 W items, the map
+        also projects on the K / 10 directions of the largest variance, at least one. Without items
+        the map stays the identity. If all items have equal features, they are only centred.
 
         Args:
             x_KW: (K, W) features of the items to fit, in any precision.
@@ -52,7 +60,14 @@ class Whitening(nn.Module):
         self.mean_W.copy_(mean_W)
         if spread := float(variances_W.mean()):
             scales_W = (variances_W + _LEAST_VARIANCE * spread).rsqrt()
+            scales_W[: -max(1, len(x_KW) // _ITEMS_PER_DIRECTION)] = 0  # variances ascend
             self.matrix_WW.copy_(axes_WW * scales_W @ axes_WW.T)
+
+    @property
+    def directions(self) -> int:
+        """Number of directions that the map keeps, at most W."""
+        scales_W = torch.linalg.eigvalsh(self.matrix_WW.double()).abs()
+        return int((scales_W > _LEAST_SCALE * scales_W.max()).sum())
 
     def forward(self, x: Tensor) -> Tensor:
         """Whiten features of shape (..., W)."""

@@ -1,3 +1,4 @@
+import pytest
 import torch
 
 from tests.trainer import worlds
@@ -30,10 +31,76 @@ def test_mean_0_and_covariance_1() -> None:
 
 def test_by_hand_the_axes_stay() -> None:
     white = Whitening(2)
-    x = torch.tensor([[3.0, 1.0], [-1.0, 1.0], [1.0, 2.0], [1.0, 0.0]])
+    x = torch.tensor([[3.0, 1.0], [-1.0, 1.0], [1.0, 2.0], [1.0, 0.0]]).repeat(5, 1)
     white.fit(x)  # variances 2 and 1/2 about (1, 1), no correlation; 0.00125 is added to each
     expected = (x - 1) / torch.tensor([2.00125, 0.50125]).sqrt()
     torch.testing.assert_close(white(x), expected)
+
+
+def test_by_hand_the_directions_that_the_items_do_not_support_are_removed() -> None:
+    white = Whitening(2)
+    x = torch.tensor([[3.0, 1.0], [-1.0, 1.0], [1.0, 2.0], [1.0, 0.0]])
+    white.fit(x)  # 4 items support one direction: that of the variance 2
+    expected = torch.stack([(x[:, 0] - 1) / 2.00125**0.5, torch.zeros(4)], 1)
+    torch.testing.assert_close(white(x), expected)
+    assert white.directions == 1
+
+
+@pytest.mark.parametrize(("items", "kept"), [(200, 20), (209, 20), (640, 64), (5000, 64)])
+def test_at_most_one_direction_for_every_10_items(items: int, kept: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    scales = torch.logspace(0, -3, 64)  # variances over six orders of magnitude
+    x = torch.randn(items, 64, generator=generator) * scales
+    white = Whitening(64)
+    assert white.directions == 64  # the identity
+    white.fit(x)
+    assert white.directions == kept
+    assert int(torch.linalg.matrix_rank(white(x) - white(x).mean(0), rtol=1e-3)) == kept
+
+
+def test_with_10_items_for_each_dimension_no_bit_of_the_map_depends_on_the_limit() -> None:
+    x, white = cone(40), Whitening(4)
+    white.fit(x)
+    centred = x.double() - x.double().sum(0) / 40
+    variances, axes = torch.linalg.eigh(centred.T @ centred / 40)
+    scales = (variances + 1e-3 * float(variances.mean())).rsqrt()
+    assert torch.equal(white.matrix_WW, (axes * scales @ axes.T).float())
+
+
+def groups(items: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return features of 8 groups of items in noise of many directions, and the group of each."""
+    generator = torch.Generator().manual_seed(0)
+    group = torch.arange(items) % 8
+    centres = torch.randn(8, width, generator=generator)
+    return 0.5 * centres[group] + torch.randn(items, width, generator=generator), group
+
+
+def test_with_more_dimensions_than_items_similar_items_stay_near_each_other() -> None:
+    x, group = groups(items=160, width=400)
+    white = Whitening(400)
+    white.fit(x)
+    units = torch.nn.functional.normalize(white(x), dim=1)
+    cosines = units @ units.T
+    other = ~torch.eye(160, dtype=torch.bool)
+    same = group == group[:, None]
+    # A whitening of all directions makes every vector orthogonal to all others: its cosines are
+    # -1 / 159 with a standard deviation below .001, whatever the groups are.
+    assert cosines[other].std() > 0.1
+    assert cosines[same & other].mean() > 0.3
+    assert abs(cosines[~same].mean()) < 0.1
+    cosines[~other] = -1
+    assert (group[cosines.argmax(1)] == group).float().mean() > 0.95
+
+
+def test_a_model_says_how_many_directions_it_keeps() -> None:
+    features = worlds.features(12)
+    train = TrainSet(counts_N=torch.ones(12, dtype=torch.int64), keys_J=torch.arange(12))
+    model = build("mmsrec", features, whiten=True)
+    model.fit_buffers(features, train)
+    widths = features.widths
+    kept = ", ".join(f"1 of {width} directions of {name}" for name, width in widths.items())
+    assert model.remarks == (f"whiten=true keeps {kept}: at most one for every 10 items",)
+    assert build("mmsrec", features).remarks == ()
 
 
 def test_nothing_to_fit_on() -> None:

@@ -26,8 +26,8 @@ def compare(
         str,
         typer.Option(
             "--targets",
-            help="all, new, repeated (the user had it), cold (fewer than 10 interactions), or"
-            " cold-occurrences (cold items at all positions).",
+            help="all, new, repeated (the user had it), cold (fewer than 10 interactions), hidden"
+            " (items of --hide-items), or cold-occurrences (cold items at all positions).",
         ),
     ] = "all",
     metric: Annotated[

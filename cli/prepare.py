@@ -43,6 +43,10 @@ DuplicateInteractionsOption = Annotated[
         "--duplicate-interactions", help="Rows equal in user, item and time: keep or drop."
     ),
 ]
+HideItemsOption = Annotated[
+    float | None,
+    typer.Option("--hide-items", help="Share of items that are test targets only: 0.1."),
+]
 SplitOption = Annotated[
     str, typer.Option("--split", help="leave-one-out, or time: all users by two dates.")
 ]
@@ -81,7 +85,8 @@ def prepare(
     valid_from: ValidFromOption = None,
     test_from: TestFromOption = None,
     users: UsersOption = None,
-    seed: Annotated[int, typer.Option("--seed", help="Seed of the sample of users.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of --users and --hide-items.")] = 0,
+    hide_items: HideItemsOption = None,
     min_user: MinUserOption = None,
     columns: ColumnsOption = None,
     text_columns: TextColumnsOption = None,
@@ -111,6 +116,7 @@ def prepare(
         test_from=test_from,
         users=users,
         seed=seed,
+        hide_items=hide_items,
         min_user=min_user,
         format=format,
         files=_files(file, images),

@@ -104,6 +104,12 @@ class Dataset:
         """(N,) items with fewer than 10 training interactions."""
         return self.train_counts < COLD_BELOW
 
+    @property
+    def hidden(self) -> npt.NDArray[np.bool_]:
+        """(N,) items that are test targets only, see :attr:`DatasetInfo.hidden_items`."""
+        n_items = len(self.train_counts)
+        return np.arange(n_items) >= n_items - self.info.hidden_items
+
     def digest(self) -> str:
         """Return a hash of the sequences of all users, and of the splits if time decides them."""
         digest = hash_sequences(self.items, self.offsets)

@@ -63,7 +63,10 @@ class DatasetInfo:
     sampled_users: int | None = None
     """Number of users of the random sample of ``mmrec prepare --users``; None: all users."""
     seed: int | None = None
-    """Seed of the sample; None without one."""
+    """Seed of the samples of users and of hidden items; None without one."""
+    hidden_items: int = 0
+    """Number of items that ``mmrec prepare --hide-items`` keeps out of training: the last ones of
+    the catalogue. They are test targets only."""
     min_user: int = 0
     """Least number of interactions of users alone; 0 if not given."""
     time_unit: str | None = None
@@ -111,6 +114,7 @@ class DatasetInfo:
             "sampled_users": self.sampled_users,
             "seed": self.seed,
             "min_user": self.min_user,
+            "hidden_items": self.hidden_items,
             "valid_from": self.valid_from,
             "test_from": self.test_from,
             "tied": self.tied,

@@ -167,13 +167,13 @@ the same for any order of the raw file and on any machine.
 def create_tables(db: duckdb.DuckDBPyConnection, k: int, ties: str) -> None:
     """Create ``users`` (u, user_id, user), ``items`` (i, item_id, item) and ``ordered``.
 
-    ``user`` and ``item`` are dense. ``ordered`` (u, i, timestamp, position, tie, ascends) has the
-    interactions of each user in the order of time. ``tie`` marks those with the time of the one
-    before in the raw file. ``ascends`` compares the items of these two and is NULL if the items are
-    equal.
+    ``user`` and ``item`` are dense, and hidden items are the last ones. ``ordered`` (u, i,
+    timestamp, position, tie, ascends) has the interactions of each user in the order of time.
+    ``tie`` marks those with the time of the one before in the raw file. ``ascends`` compares the
+    items of these two and is NULL if the items are equal.
 
     Args:
-        db: A connection with the table ``core``.
+        db: A connection with the tables ``core`` and ``hidden``.
         k: The k-core; 0 keeps the items without an interaction.
         ties: A name in ``TIES``.
     """
@@ -182,10 +182,11 @@ def create_tables(db: duckdb.DuckDBPyConnection, k: int, ties: str) -> None:
         " AS user FROM user_ids SEMI JOIN core USING (u)"
     )
     # Without a filter the whole catalogue remains, including items without an interaction.
-    core_only = "" if k == 0 else " SEMI JOIN core USING (i)"
+    core_only = "" if k == 0 else " WHERE i IN (FROM core SELECT i) OR i IN (FROM hidden)"
     db.execute(
-        "CREATE TABLE items AS SELECT i, item_id, (row_number() OVER (ORDER BY i) - 1)::INTEGER"
-        f" AS item FROM item_ids{core_only}"
+        "CREATE TABLE items AS SELECT i, item_id, (row_number() OVER"
+        " (ORDER BY i IN (FROM hidden), i) - 1)::INTEGER AS item"
+        f" FROM item_ids{core_only}"
     )
     ids = " JOIN user_ids USING (u) JOIN item_ids USING (i)" if ties == "hash" else ""
     db.execute(
@@ -260,7 +261,8 @@ def data_notes(db: duckdb.DuckDBPyConnection, info: DatasetInfo, copies: int = 0
     texts, images, videos, without = fetch_row(
         db,
         "SELECT count(text), count(image), count(video), count(*) FILTER (WHERE i NOT IN"
-        " (SELECT i FROM ordered)) FROM items JOIN raw_items USING (item_id)",
+        " (SELECT i FROM ordered) AND i NOT IN (FROM hidden)) FROM items"
+        " JOIN raw_items USING (item_id)",
     )
     yield (
         f"of {plural(info.items, 'item')}, {texts} with text, {images} with an image,"

@@ -11,6 +11,7 @@ import duckdb
 from features.checksums import read_checksums
 from features.errors import UserError
 from features.item_columns import own_columns
+from features.splits import TimeSplit
 from features.warehouse import DatasetInfo, Warehouse
 from pipeline.datasets.canonical_sql import (
     TIES,
@@ -32,9 +33,11 @@ from pipeline.datasets.duplicates import (
     drop_duplicate_interactions,
     handle_duplicate_items,
 )
+from pipeline.datasets.hidden_items import check_share, hide_items
 from pipeline.datasets.importers.base import Files, ImageColumn, ImportResult, check_raw_tables
 from pipeline.datasets.importers.image_column import MEDIA, copy_image_column
 from pipeline.datasets.importers.messages import quote_all
+from pipeline.datasets.importers.raw_sql import fetch_row
 from pipeline.datasets.importers.registry import IMPORTERS
 from pipeline.datasets.importers.table import COLUMNS
 from pipeline.datasets.raw_copies import RawSource, raw_copies
@@ -96,7 +99,10 @@ class PrepareOptions:
     users: int | None = None
     """Number of users of a random sample that is drawn before the k-core; None: all users."""
     seed: int = 0
-    """Seed of the sample of users."""
+    """Seed of the samples of users and of hidden items."""
+    hide_items: float | None = None
+    """Share of the items that are hidden: they are test targets only, see
+    :mod:`pipeline.datasets.hidden_items`. None hides none."""
     min_user: int | None = None
     """Minimum interactions of users alone. Without ``k_core``, items are not filtered by it."""
 
@@ -108,6 +114,7 @@ class PrepareOptions:
             raise UserError(
                 f"--k-core {self.k_core} is negative; give 0 for no filter, or 5 as most papers do"
             )
+        check_share(self.hide_items)
         check_dates(self.split, self.valid_from, self.test_from)
         UNLISTED.find(self.unlisted)
         TIES.find(self.ties)
@@ -179,12 +186,17 @@ def _write_tables(
             check_raw_tables(db, source.files)
             for note in chain(result.notes, _text_notes(result.text_columns, text_columns)):
                 notify(note)
+            given = options.valid_from, options.test_from
+            dates = time_split(*given, has_times=result.timestamps, unit=result.time_unit)
             for note in _filter_rows(db, source, options, result.timestamps):
+                notify(note)
+            order = TIES.find(options.ties)
+            for note in hide_items(db, options.hide_items, options.seed, order, dates):
                 notify(note)
             for note in _copy_images(db, source, options, result.images, stage):
                 notify(note)
             create_tables(db, source.k_core, options.ties)
-            info, copies = _describe(db, source, options, result)
+            info, copies = _describe(db, source, options, result, dates)
             write_tables(db, stage)
             split_notes = describe_split(db, info.dates, info.time_unit) if info.dates else ()
             for note in chain(data_notes(db, info, copies), split_notes):
@@ -251,6 +263,7 @@ def _describe(
     source: RawSource,
     options: PrepareOptions,
     result: ImportResult,
+    dates: TimeSplit | None,
 ) -> tuple[DatasetInfo, int]:
     """Return the content of ``dataset.json``, and the number of copies of interactions."""
     info = describe_tables(
@@ -262,14 +275,6 @@ def _describe(
         timestamps=result.timestamps,
         ties=options.ties,
     )
-    dates = None
-    if options.valid_from is not None and options.test_from is not None:
-        dates = time_split(
-            options.valid_from,
-            options.test_from,
-            has_times=result.timestamps,
-            unit=result.time_unit,
-        )
     copies, copied_targets = count_copies(db, dates)
     columns = result.text_columns
     kept = "SELECT attributes FROM items JOIN raw_items USING (item_id)"
@@ -282,7 +287,8 @@ def _describe(
         copied_targets=copied_targets,
         text_columns=None if columns is None else list(columns),
         item_columns=own_columns(db, kept),
-        **_user_filters(options),
+        hidden_items=fetch_row(db, "SELECT count(*) FROM hidden")[0],
+        **_samples(options),
     )
     return info, copies
 
@@ -349,9 +355,10 @@ def _filter(db: duckdb.DuckDBPyConnection, files: Files, options: PrepareOptions
     filter_core(db, k, options.dataset, options.min_user or 0)
 
 
-def _user_filters(options: PrepareOptions) -> dict[str, Any]:
-    """Return the fields of ``DatasetInfo`` about the choice of users."""
-    seed = None if options.users is None else options.seed
+def _samples(options: PrepareOptions) -> dict[str, Any]:
+    """Return the fields of ``DatasetInfo`` about the choice of users and of hidden items."""
+    is_sampled = options.users is not None or options.hide_items is not None
+    seed = options.seed if is_sampled else None
     return {"sampled_users": options.users, "seed": seed, "min_user": options.min_user or 0}
 
 

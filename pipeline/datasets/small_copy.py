@@ -75,6 +75,7 @@ def _copy_tables(warehouse: Warehouse, small: Warehouse, name: str) -> DatasetIn
         with preparation_database(stage, info.raw) as db:
             _read_part(db, warehouse.dataset_dir(name), info)
             index_ids(db)
+            db.execute("CREATE TABLE hidden (i INTEGER)")
             create_tables(db, 0, "file")
             copied = describe_tables(
                 db,

@@ -34,8 +34,10 @@ def check_dates(kind: str, valid_from: str | None, test_from: str | None) -> Non
         )
 
 
-def time_split(valid_from: str, test_from: str, *, has_times: bool, unit: str | None) -> TimeSplit:
-    """Return two dates in the unit of a dataset's timestamps.
+def time_split(
+    valid_from: str | None, test_from: str | None, *, has_times: bool, unit: str | None
+) -> TimeSplit | None:
+    """Return two dates in the unit of a dataset's timestamps; None without dates.
 
     Args:
         valid_from: ISO date or time; without a zone it is in UTC. Or a whole number in the unit.
@@ -46,6 +48,8 @@ def time_split(valid_from: str, test_from: str, *, has_times: bool, unit: str | 
     Raises:
         UserError: There are no times, a date cannot be read, or the dates are not in order.
     """
+    if valid_from is None or test_from is None:
+        return None
     if not has_times:
         raise UserError(
             "--split time needs times, and the interactions have none; give a file with times, or"

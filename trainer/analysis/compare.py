@@ -21,6 +21,7 @@ from features.warehouse import Warehouse
 from retrieval.metrics import METRIC_NAMES, UNRANKED, per_user
 from retrieval.significance import PairedTest, paired_test
 from trainer.evaluation.protocol import (
+    HIDDEN,
     OCCURRENCES,
     TARGETS,
     TRAIN,
@@ -112,8 +113,8 @@ def compare(
         split: ``test`` or ``validation``.
         targets: ``all``; ``cold``: users whose target has fewer than 10 training interactions;
             ``repeated``: users who already had the target, with seen items kept only; ``new``: all
-            others; ``cold-occurrences``: every occurrence of a cold item at training positions and
-            at the test position, for runs trained with ``hold_out_cold``.
+            others; ``hidden``: users whose target is a hidden item; ``cold-occurrences``: all
+            occurrences of cold items but in validation, for runs trained with ``hold_out_cold``.
         metrics: Names such as ``NDCG@10``.
         by: Name of a grouping in :data:`GROUPINGS`; runs with one key form one system.
         on_stage: Receives the name of each step.
@@ -134,7 +135,7 @@ def compare(
     if targets == OCCURRENCES:
         _check_occurrences(records, split)
     users, ranks = _read_ranks(records, split, with_train=targets == OCCURRENCES)
-    chosen = _choose_users(users, split, targets)
+    chosen = _choose_users(users, split, targets, _first_hidden(warehouse, records[0], targets))
     lines = []
     for seen in SEEN if targets != "repeated" else ("kept",):
         values = {
@@ -165,13 +166,42 @@ def _protocol_lines(records: Sequence[Record]) -> list[str]:
     ]
 
 
-def _choose_users(users: "_Users", split: str, targets: str) -> npt.NDArray[np.bool_]:
-    """Return the users whose targets belong to a subset, (E,); at least one user."""
+def _first_hidden(warehouse: Warehouse, record: Record, targets: str) -> int | None:
+    """Return the first hidden item of the dataset of a run, which must be as it was evaluated.
+
+    ``None`` if ``targets`` is another subset.
+    """
+    if targets != HIDDEN:
+        return None
+    info = warehouse.info(record.about["dataset"])
+    if info.fingerprint != record.identity["items"]:
+        raise UserError(
+            f"dataset {info.name!r} has other items than run {record.name!r}, so its hidden items"
+            " are not known; prepare it as before, or leave --targets hidden out"
+        )
+    return info.items - info.hidden_items
+
+
+def _choose_users(
+    users: "_Users", split: str, targets: str, hidden_from: int | None
+) -> npt.NDArray[np.bool_]:
+    """Return the users whose targets belong to a subset, (E,); at least one user.
+
+    Args:
+        users: The evaluated users.
+        split: Name of the split, for an error.
+        targets: The subset.
+        hidden_from: The first hidden item; ``None``: no item is hidden.
+    """
+    is_hidden = np.zeros(len(users.cold), bool)
+    if hidden_from is not None:
+        is_hidden = users.target[:, 1] >= hidden_from
     chosen: npt.NDArray[np.bool_] = {
         "all": np.ones(len(users.cold), bool),
         "new": ~users.repeated,
         "repeated": users.repeated,
         "cold": users.cold,
+        HIDDEN: is_hidden,
         OCCURRENCES: users.cold,
     }[targets]
     if not chosen.any():

@@ -104,6 +104,14 @@ class TrainSet(DeviceCopy):
     """(J,) int64, ascending: user * N + item for each pair that occurs in training."""
     histories: SeenItems = field(default_factory=SeenItems.empty)
     """The training interactions of each user, oldest item first; for models that count them."""
+    hidden: int = 0
+    """Number of items at the end of the catalogue that are no negatives: hidden items, see
+    :attr:`features.warehouse.DatasetInfo.hidden_items`."""
+
+    @property
+    def n_items(self) -> int:
+        """Number of items that a loss may read or draw: the first ones of the catalogue."""
+        return len(self.counts_N) - self.hidden
 
     @cached_property
     def log_popularity_N(self) -> Tensor:
@@ -339,6 +347,7 @@ def _train_set(dataset: Dataset, positions: Ints, device: torch.device) -> Train
         counts_N=torch.from_numpy(np.bincount(items, minlength=n_items)),
         keys_J=torch.from_numpy(keys[np.diff(keys, prepend=-1) > 0]),
         histories=SeenItems(items=items, offsets=offsets),
+        hidden=dataset.info.hidden_items,
     ).to(device)
 
 

@@ -274,6 +274,12 @@ class ConcatenatedTokens(TokenFeatures):
 
 def _concatenate(parts: Sequence[Dataset]) -> Dataset:
     infos = [part.info for part in parts]
+    for info in infos:
+        if info.hidden_items:
+            raise UserError(
+                f"dataset {info.name!r} has {info.hidden_items:,} hidden items, so it cannot be"
+                " joined with others; give it alone, or prepare it without --hide-items"
+            )
     items = np.cumsum([0, *(info.items for info in infos)])
     rows = np.cumsum([0, *(info.interactions for info in infos)])
     offsets = [part.offsets[1:] + row for part, row in zip(parts, rows, strict=False)]

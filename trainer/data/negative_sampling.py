@@ -15,8 +15,8 @@ def sample_unseen(
 ) -> tuple[Tensor, Tensor]:
     """Draw one item for each row, uniformly from the items that the row's user has not seen.
 
-    The draw is exact, without rejection: a rank among the user's unseen items is drawn, and a
-    bisection of the user's seen items finds the item of that rank.
+    Hidden items are not drawn. The draw is exact, without rejection: a rank among the user's unseen
+    items is drawn, and a bisection of the user's seen items finds the item of that rank.
 
     Args:
         train: The training set.
@@ -30,7 +30,7 @@ def sample_unseen(
     items, keys_J = len(train.counts_N), train.on_host.keys_J
     first_M = torch.searchsorted(keys_J, users_M * items)
     seen_M = torch.searchsorted(keys_J, (users_M + 1) * items) - first_M
-    unseen_M = items - seen_M
+    unseen_M = train.n_items - seen_M
     share_M = torch.rand(len(users_M), dtype=torch.float64, generator=generator)
     rank_M = (share_M * unseen_M).long()
     # The j-th seen item has item_j - j unseen items before it. The seen items before the unseen

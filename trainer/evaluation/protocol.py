@@ -8,9 +8,11 @@ PROTOCOL = "2"
 rank repeated targets among the items that the user has not seen."""
 
 OCCURRENCES = "cold-occurrences"
-TARGETS = ("all", "new", "repeated", "cold", OCCURRENCES)
+HIDDEN = "hidden"
+TARGETS = ("all", "new", "repeated", "cold", HIDDEN, OCCURRENCES)
 """Subsets of targets. ``repeated``: the user already had the target; ``new``: all others; ``cold``:
-held-out targets with fewer than 10 training interactions; ``cold-occurrences``: the cold test
+held-out targets with fewer than 10 training interactions; ``hidden``: test targets that are hidden
+items, see :attr:`features.warehouse.DatasetInfo.hidden_items`; ``cold-occurrences``: the cold test
 targets and the occurrences of cold items at training positions, for runs that were trained with
 ``hold_out_cold``."""
 NEW_ITEM, KNOWN_ITEM = "new-item", "known-item"
@@ -51,11 +53,23 @@ def protocol_lines(info: DatasetInfo, *, hold_out_cold: bool = False) -> list[st
         "repeated: targets that the user already had, misses when filtered; new: all others",
         "HR@k equals Recall@k with one target; 95% intervals: bootstrap over users",
         f"cold: targets with fewer than {COLD_BELOW} training interactions",
+        *hidden_lines(info),
         *(_OCCURRENCE_LINES if hold_out_cold else ()),
         "coverage@10: share of the catalogue in the lists of all users; cold_share@10: cold items"
         " in them; novelty@10: mean -log2 of their items' share of training interactions",
         f"{' and '.join(REFERENCES)}: counts of training interactions only",
         "the checkpoint is the best one by validation",
+    ]
+
+
+def hidden_lines(info: DatasetInfo) -> list[str]:
+    """Return the line about the hidden items of a dataset; no line without any."""
+    if not info.hidden_items:
+        return []
+    return [
+        f"hidden: test targets among {info.hidden_items:,} of {info.items:,} items (seed"
+        f" {info.seed}) that are in no history and no negatives; their other interactions are"
+        " dropped"
     ]
 
 

@@ -203,7 +203,7 @@ class PairwiseLoss(Loss):
         """Draw ``negatives`` items, with repetition; ``None`` if it is 0."""
         if not self.settings.negatives:
             return None
-        size, n_items = self.settings.negatives, len(batch.train.counts_N)
+        size, n_items = self.settings.negatives, batch.train.n_items
         share_X = torch.rand(size, dtype=torch.float64, generator=batch.generator)
         if self.settings.negatives_power == 0:
             return DrawnItems(items_X=(share_X * n_items).long()).to(batch.device)

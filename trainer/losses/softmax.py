@@ -235,7 +235,7 @@ class Softmax(Loss):
         """Draw the candidates of the step, see :func:`draw_candidates`."""
         if self.needs_catalogue:
             return None
-        n_items = batch.features.n_items
+        n_items = batch.features.n_items - batch.train.hidden
         most = int(self.settings.candidates)
         on_host = targets.on_host
         drawn = draw_candidates(on_host.item_M, n_items, most, batch.generator)
@@ -255,7 +255,10 @@ class Softmax(Loss):
         scale = self.settings.scale
         if drawn is None:
             history = self._history(targets.history)
-            return full_softmax(query_MD, items.vectors_KD, targets.item_M, scale, history)
+            item_ND, hidden = items.vectors_KD, batch.train.hidden
+            # A slice of all items would cost a copy of the gradient.
+            shown_ND = item_ND[: len(item_ND) - hidden] if hidden else item_ND
+            return full_softmax(query_MD, shown_ND, targets.item_M, scale, history)
         assert isinstance(drawn, Candidates)
         item_XD = items.gather(drawn.items_X)
         return part_softmax(query_MD, item_XD, drawn, scale, self._history(drawn.history))

@@ -261,7 +261,7 @@ class MMSRec(MultimodalEncoder, Recommender):
         chosen_BL = ((chosen_BL < self.settings.mask_ratio) & sequences.mask_BL) | last_BL
         uniform_BL = torch.rand(items_BL.shape, generator=generator)
         masked, swapped, left_out = _CORRUPTIONS[self.settings.corruption]
-        n_random = max(1, batch.features.n_items - left_out)
+        n_random = max(1, batch.features.n_items - batch.train.hidden - left_out)
         random_BL = torch.randint(n_random, items_BL.shape, generator=generator)
         hidden_BL = chosen_BL & ((uniform_BL < masked) | last_BL)
         swapped_BL = chosen_BL & ~hidden_BL & (uniform_BL < swapped)

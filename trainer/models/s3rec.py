@@ -210,7 +210,7 @@ class S3Rec(ItemIdRecommender):
 
     def _other_items(self, masked: Targets, windows: Sequences, batch: Batch) -> Tensor:
         """Draw for each masked item an item that is not in its row: (M,), on the CPU."""
-        n_items = batch.features.n_items
+        n_items = batch.features.n_items - batch.train.hidden
         own_ML = torch.where(windows.mask_BL, windows.items_BL, -1)[masked.row_M]
         drawn_M = torch.randint(n_items, masked.item_M.shape, generator=batch.generator)
         for _ in range(_REDRAWS):

@@ -22,6 +22,7 @@ from retrieval.listed_ranks import LIST_LENGTH
 from retrieval.ranking import Ranks
 from retrieval.registry import parse_index
 from trainer.evaluation.protocol import (
+    HIDDEN,
     OCCURRENCES,
     PROTOCOL,
     REFERENCES,
@@ -242,7 +243,8 @@ def rank_run(
         facts += [] if own.facts is None else [own.facts]
         is_cold = dataset.cold[own.targets_E]
         on_stage(f"intervals of {split}")
-        for targets, subset in subsets(own.ranks, {"cold": is_cold}).items():
+        others = {"cold": is_cold, HIDDEN: dataset.hidden[own.targets_E]}
+        for targets, subset in subsets(own.ranks, others).items():
             for name, split_ranks in by_ranker.items():
                 rows += metric_rows(split, targets, name, split_ranks.ranks, subset)
                 if targets == "all":

@@ -94,6 +94,7 @@ class Alignment(Task[Tensor]):
             Training uses no item of a split. Items with the same image and video are in the split
             of the first of them.
         config: Settings.
+        hidden: Number of items at the end of the catalogue that take no part.
 
     Raises:
         UserError: There is no text or no vision, or too few items have both.
@@ -113,7 +114,8 @@ class Alignment(Task[Tensor]):
     ) -> Self:
         """Create the task. A hash of the item ids chooses the held-out items."""
         splits = item_splits(warehouse, datasets, settings.holdout)
-        return cls(model, data.features, splits, settings)
+        hidden = data.dataset.info.hidden_items
+        return cls(model, data.features, splits, settings, hidden=hidden)
 
     def __init__(
         self,
@@ -121,6 +123,8 @@ class Alignment(Task[Tensor]):
         features: ItemFeatures,
         splits: Mapping[str, npt.NDArray[np.bool_]],
         config: AlignConfig,
+        *,
+        hidden: int = 0,
     ) -> None:
         super().__init__(model)
         assert isinstance(model, Aligned)
@@ -130,7 +134,8 @@ class Alignment(Task[Tensor]):
         self.features = features
         self.config = config
         self.sides = Sides.of(features)
-        vision_N, text_N = self.sides.present(features)
+        shown_N = torch.arange(features.n_items) < features.n_items - hidden
+        vision_N, text_N = (has_N & shown_N.to(has_N) for has_N in self.sides.present(features))
         self._present = {"v": vision_N, "t": text_N, "vt": vision_N & text_N}
         self._present_on_host = {side: has_N.cpu() for side, has_N in self._present.items()}
         self._names = {

@@ -1,12 +1,16 @@
 """``mmrec compare``: metrics of several runs, with paired tests of their differences."""
 
+import shlex
+from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cli import console
 from cli.options import JsonOption, WarehouseOption
+from features.errors import UserError
 from features.warehouse import Warehouse
 
 if TYPE_CHECKING:
@@ -43,11 +47,21 @@ def compare(
             "--by", help="Runs averaged as one: run (none), model, or settings (all but the seed)."
         ),
     ] = "run",
+    control: Annotated[
+        bool,
+        typer.Option(
+            "--control",
+            help="Compare one run, or runs of several seeds, with their controls: the same"
+            " trainings on features without content. A missing one is named with its command.",
+        ),
+    ] = False,
     json: JsonOption = False,
     root: WarehouseOption = None,
 ) -> None:
     """Compare runs on the same users: difference, confidence interval, paired test."""
     warehouse = Warehouse(root)
+    if control:
+        runs, by = _with_controls(warehouse, runs, by, root), "settings"
     from trainer.analysis.compare import DEFAULT_METRICS
     from trainer.analysis.compare import compare as compare_runs
 
@@ -67,29 +81,41 @@ def compare(
         show_comparison(comparison)
 
 
+def _with_controls(warehouse: Warehouse, runs: list[str], by: str, root: Path | None) -> list[str]:
+    """Return the runs after their controls."""
+    from trainer.runs.control import with_controls
+
+    if by not in ("run", "settings"):
+        raise UserError(f"--control averages the seeds of one system; leave --by {by} out")
+    place = f" --warehouse {shlex.quote(str(root))}" if root else ""
+    return with_controls(warehouse, runs, place)
+
+
 def show_comparison(comparison: "Comparison") -> None:
     """Print a table for each ranking; the reference is the first row of each metric."""
     from trainer.analysis.compare import SEEN, SIGNS
+    from trainer.data.control import NONE, control_line
 
     reference = comparison.systems[0].label
+    shown = _shown_labels(comparison)
     subset = "" if comparison.targets == "all" else f", {comparison.targets} targets only"
     unit = "users"
     if comparison.targets == "cold-occurrences":
         subset, unit = f", {comparison.targets}", "sequences"
     console.print_text(
         f"{comparison.dataset}, {comparison.split}{subset}: {comparison.users:,} {unit};"
-        f" differences to {reference}"
+        f" differences to {shown[reference]}"
     )
     for system in comparison.systems:
         runs = f"runs {', '.join(system.runs)}" if len(system.runs) > 1 else ""
         facts = "; ".join(filter(None, (system.settings, runs)))
         if facts:
-            console.print_text(f"{system.label}: {facts}", indent=2)
+            console.print_text(f"{shown[system.label]}: {facts}", indent=2)
     for seen in [seen for seen in SEEN if any(line.seen == seen for line in comparison.lines)]:
         console.out.print()
         console.table(
             ["metric", "run", "value", "difference", "p"],
-            [_row(line, reference) for line in comparison.lines if line.seen == seen],
+            [_row(line, reference, shown) for line in comparison.lines if line.seen == seen],
             title=_TITLES[seen],
         )
     console.out.print()
@@ -98,6 +124,9 @@ def show_comparison(comparison: "Comparison") -> None:
         " filtered, they are misses.",
         indent=2,
     )
+    for control in dict.fromkeys(system.control for system in comparison.systems):
+        if control != NONE:
+            console.print_text(control_line(control), indent=2)
     for fact in comparison.protocol:
         console.print_text(fact, indent=2)
     if any(line.spread is not None for line in comparison.lines):
@@ -114,11 +143,23 @@ def show_comparison(comparison: "Comparison") -> None:
     )
 
 
-def _row(line: "SystemMetric", reference: str) -> list[str | None]:
+def _shown_labels(comparison: "Comparison") -> dict[str, str]:
+    """Return the label of each system with the mark of its control."""
+    from trainer.data.control import marked
+
+    return {
+        system.label: system.label
+        if "control:" in system.label
+        else marked(system.label, system.control)
+        for system in comparison.systems
+    }
+
+
+def _row(line: "SystemMetric", reference: str, shown: Mapping[str, str]) -> list[str | None]:
     spread = "" if line.spread is None else f" {console.format_spread(line.spread)}"
     return [
         line.metric if line.system == reference else "",
-        line.system,
+        shown[line.system],
         f"{line.value:.4f}{spread}",
         None if line.test is None else _difference(line.test),
         None if line.test is None else f"{line.test.p_value:.4f}",

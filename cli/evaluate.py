@@ -89,6 +89,7 @@ def evaluate(
 def _retrieve(
     warehouse: Warehouse, folder: Path, dataset: str | None, device: str | None, json: bool
 ) -> None:
+    from trainer.data.control import marked
     from trainer.runs.evaluate_cross_modal import evaluate_retrieval
     from trainer.runs.run import open_run
 
@@ -99,7 +100,8 @@ def _retrieve(
         console.emit_json(asdict(report))
         return
     features = ", ".join(report.features)
-    console.print_text(f"run {report.run}: {report.model}, {features}; {report.dataset}")
+    model = marked(report.model, report.control)
+    console.print_text(f"run {report.run}: {model}, {features}; {report.dataset}")
     cells = {(r["split"], r["targets"], r["metric"], r["ranker"]): r for r in report.rows}
     rankers = list(dict.fromkeys(r["ranker"] for r in report.rows))
     metrics = list(dict.fromkeys(r["metric"] for r in report.rows))
@@ -197,9 +199,11 @@ def show_evaluated(report: "EvalReport") -> None:
     The tables of an evaluation on a later preparation are marked.
     """
     features = f", {', '.join(report.features)}" if report.features else ""
+    from trainer.data.control import marked
+
     mark = "" if report.later is None else f", {report.later.kind}"
     place = f"{report.dataset}{mark}{features}; index {report.index}"
-    console.print_text(f"run {report.run}: {report.model} on {place}")
+    console.print_text(f"run {report.run}: {marked(report.model, report.control)} on {place}")
     if report.search.line:
         console.print_text(f"index {report.index}: {report.search.line}")
     cells = {
@@ -215,7 +219,8 @@ def show_evaluated(report: "EvalReport") -> None:
     def column(group: tuple[str, str], ranker: str, seen: str) -> console.Column:
         rows = [cells[*group, metric, ranker, seen] for metric in metrics[group]]
         values = map(format_figure, rows) if ranker == report.model else (r["value"] for r in rows)
-        return f"{ranker}\n{seen}", list(values)
+        title = marked(ranker, report.control) if ranker == report.model else ranker
+        return f"{title}\n{seen}", list(values)
 
     sample = "" if report.sample is None else "sample of "
     for split, targets, users in groups:

@@ -242,11 +242,12 @@ def _show_result(
     quick: bool,
 ) -> None:
     """Print the table, and what a reader must know about its figures."""
+    from trainer.data.control import control_line
     from trainer.evaluation.protocol import ties_lines
 
     datasets = {entry.dataset: entry.spec.data for entry in planned}
     show_pivot(spec, table, list(datasets))
-    notes = []
+    notes = [control_line(kind) + _of_runs(runs, planned) for kind, runs in _controls(planned)]
     if quick:
         notes.append("quick: tiny models after one epoch, on a few users; the figures mean nothing")
     if spec.departs:
@@ -263,6 +264,22 @@ def _show_result(
     ]
     for note in notes:
         console.print_text(note, indent=2)
+
+
+def _controls(planned: "Sequence[Planned]") -> "list[tuple[str, list[Planned]]]":
+    """Return each kind of control with its runs."""
+    from trainer.data.control import MEANINGS
+
+    kinds = [(kind, [p for p in planned if p.spec.control.kind == kind]) for kind in MEANINGS]
+    return [(kind, runs) for kind, runs in kinds if runs]
+
+
+def _of_runs(runs: "Sequence[Planned]", planned: "Sequence[Planned]") -> str:
+    """Return the labels of the runs; nothing if they are all runs of the grid."""
+    if len(runs) == len(planned):
+        return ""
+    labels = dict.fromkeys(entry.combination.label for entry in runs)
+    return f" (runs {'; '.join(labels)})"
 
 
 def _conclude(
@@ -345,6 +362,7 @@ def _document(
         outcome = ended.get(number)
         runs.append(
             {
+                "control": entry.spec.control.kind,
                 **entry.combination.keys,
                 "run": outcome.planned.run if outcome else entry.run,
                 "state": outcome.state if outcome else "left",

@@ -78,6 +78,7 @@ def recommend(
         "only": only, "exclude": exclude, "new_share": new_share, "new_below": new_below,
     })  # fmt: skip
     document = {"run": predictor.run.name, "dataset": predictor.run.spec.dataset}
+    document |= {"control": predictor.run.config.control}
     if out is not None:
         document |= _write_all(predictor, out, k, keep_seen)
         if json:
@@ -169,6 +170,7 @@ def _open(
     choice: dict[str, Any],
 ) -> "Predictor":
     """Open the run on the catalogue as it is now, and tell the user what has changed."""
+    from trainer.data.control import NONE, control_line
     from trainer.runs.choice import Choice
     from trainer.runs.later import open_current
     from trainer.runs.recommend import Predictor
@@ -178,6 +180,8 @@ def _open(
     predictor = Predictor(warehouse, run, index=index, choice=items)
     for text in run.catalogue_lines():
         console.notify(text)
+    if run.config.control != NONE:
+        console.notify(control_line(run.config.control))
     return predictor
 
 

@@ -10,7 +10,7 @@ from cli.options import JsonOption, WarehouseOption
 from features.warehouse import Warehouse
 
 _RUNS = """
-SELECT r.run, r.model, r.dataset, r.created, m.value AS "NDCG@10", r.settings
+SELECT r.run, r.model, r.dataset, r.created, m.value AS "NDCG@10", r.control, r.settings
 FROM runs r LEFT JOIN metrics m ON m.run = r.run AND m.ranker = r.model AND m.phase = 'eval'
     AND m.split = 'test' AND m.targets = 'all' AND m.seen = 'filtered' AND m.metric = 'NDCG@10'
 ORDER BY r.created, r.run
@@ -45,6 +45,10 @@ def runs(
 
 
 def _shown(row: dict[str, Any], column: str) -> Any:
+    from trainer.data.control import marked
+
+    if column == "model":
+        return marked(row["model"], row["control"])
     if column == "created":
         return f"{row[column]:%Y-%m-%d %H:%M}"
     if column == "MB":

@@ -48,15 +48,18 @@ def announce(run: "Run", *, memory: int | None, is_dry_run: bool, json: bool) ->
 
 def _describe(run: "Run", is_dry_run: bool) -> None:
     """Print what is trained on what, how many items have no features, and the initial weights."""
+    from trainer.data.control import NONE, control_line, marked
     from trainer.evaluation.encode import repeated_share
 
-    spec = run.spec
+    spec, control = run.spec, run.config.control
     reads = f" with {', '.join(spec.features)}" if spec.features else ""
     name = "dry run" if is_dry_run else f"run {run.name}"
     console.notify(
-        f"{name}: {spec.model} on {spec.dataset}{reads},"
+        f"{name}: {marked(spec.model, control)} on {spec.dataset}{reads},"
         f" {run.parameters:,} parameters, {run.data.device}"
     )
+    if control != NONE:
+        console.notify(control_line(control))
     candidates = getattr(spec.settings, "candidates", 0)
     chosen = []
     if "candidates" in spec.automatic and candidates:

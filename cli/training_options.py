@@ -55,6 +55,13 @@ TuneOption = Annotated[
         help="Upper blocks of backbones to train, on layer-K tables; all: those above the table.",
     ),
 ]
+ControlOption = Annotated[
+    str | None,
+    typer.Option(
+        "--control",
+        help="Train a control without content: permute the rows of features, or random ones.",
+    ),
+]
 ResumeOption = Annotated[
     bool, typer.Option("--resume", help="Continue --run, by default the last run.")
 ]
@@ -91,6 +98,7 @@ class NewRun:
     init: InitOption = None
     transfer: TransferOption = None
     tune_blocks: TuneOption = None
+    control: ControlOption = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -213,6 +221,8 @@ def start_training(
     pairs = list(new.set or [])
     if new.tune_blocks is not None:
         pairs.append(f"tune_blocks={new.tune_blocks}")
+    if new.control is not None:
+        pairs.append(f"control={new.control}")
     sources = SettingSources(preset=new.preset, file=new.config, pairs=pairs)
     sources.parsed_pairs()
     warehouse = Warehouse(root)
@@ -265,7 +275,7 @@ def resume_training(
         raise UserError(
             "--resume continues a run as it is;"
             " leave --features, --set, --config, --preset, --name, --init, --transfer,"
-            " --tune-blocks out"
+            " --tune-blocks, --control out"
         )
     warehouse = Warehouse(root)
     folder, reason = warehouse.choose_run(name)

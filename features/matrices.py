@@ -43,13 +43,19 @@ class TokenMatrix:
     provenance: Provenance
 
 
-def read_vectors(parts: Sequence[Path], n_items: int, provenance: Provenance) -> FeatureMatrix:
+def read_vectors(
+    parts: Sequence[Path],
+    n_items: int,
+    provenance: Provenance,
+    place_N: npt.NDArray[np.int64] | None = None,
+) -> FeatureMatrix:
     """Read the vectors of a pooled table, part by part.
 
     Args:
         parts: Parts of the table.
         n_items: N.
         provenance: Provenance that the parts share.
+        place_N: (N,) the item that gets the vector of each item; ``None``: the item itself.
 
     Raises:
         UserError: A part cannot be read, or has an item outside 0..N-1.
@@ -62,13 +68,21 @@ def read_vectors(parts: Sequence[Path], n_items: int, provenance: Provenance) ->
     for part in parts:
         for rows in _row_groups(part):
             item = items_of(rows, n_items, part)
-            vectors[item] = vectors_of(rows, provenance.dim)
+            vectors[_places(item, place_N)] = vectors_of(rows, provenance.dim)
             present[item] = True
     return FeatureMatrix(vectors=vectors, present=present, provenance=provenance)
 
 
+def _places(item: npt.NDArray[Any], place_N: npt.NDArray[np.int64] | None) -> npt.NDArray[Any]:
+    return item if place_N is None else place_N[item]
+
+
 def map_vectors(
-    path: Path, parts: Sequence[Path], n_items: int, provenance: Provenance
+    path: Path,
+    parts: Sequence[Path],
+    n_items: int,
+    provenance: Provenance,
+    place_N: npt.NDArray[np.int64] | None = None,
 ) -> npt.NDArray[Any]:
     """Map the vectors of a pooled table into memory: (N, D); absent items are zero.
 
@@ -77,6 +91,7 @@ def map_vectors(
         parts: Parts of the table.
         n_items: N.
         provenance: Provenance that the parts share.
+        place_N: As for :func:`read_vectors`.
 
     Raises:
         UserError: A part or the file cannot be read, or has an item outside 0..N-1.
@@ -84,7 +99,8 @@ def map_vectors(
     """
 
     def fill(rows: pa.Table, values: npt.NDArray[Any], part: Path) -> None:
-        values[items_of(rows, n_items, part)] = vectors_of(rows, provenance.dim)
+        item = items_of(rows, n_items, part)
+        values[_places(item, place_N)] = vectors_of(rows, provenance.dim)
 
     return _map(path, parts, (n_items, provenance.dim), provenance, fill)
 

@@ -20,7 +20,8 @@ from features.warehouse import DatasetInfo, Warehouse
 _SELECTS = {"metrics": metrics_sql, "predictions": predictions_sql}
 _SCHEMAS = {"metrics": METRICS_SCHEMA, "predictions": PREDICTIONS_SCHEMA}
 _RUN_COLUMNS = (
-    *("run", "dataset", "model", "created", "seed", "features", "parameters", "settings"),
+    *("run", "dataset", "model", "created", "seed", "features", "parameters", "control"),
+    "settings",
 )
 
 
@@ -78,7 +79,8 @@ def _create_runs(db: duckdb.DuckDBPyConnection, rows: list[dict[str, Any]]) -> N
     columns = ", ".join(f"unnest(${key}::VARCHAR[]) AS {key}" for key in _RUN_COLUMNS)
     db.execute(
         "CREATE TABLE runs AS SELECT run, dataset, model, created::TIMESTAMP AS created,"
-        " seed::BIGINT AS seed, features, parameters::BIGINT AS parameters, settings"
+        " seed::BIGINT AS seed, features, parameters::BIGINT AS parameters, control,"
+        " settings"
         f" FROM (SELECT {columns})",
         {key: [row[key] for row in rows] for key in _RUN_COLUMNS},
     )
@@ -116,6 +118,7 @@ def _run_row(folder: Path) -> dict[str, Any]:
             "fingerprint": str(run["fingerprint"]),
             "features": ", ".join(run["features"]),
             "parameters": str(int(run["parameters"])),
+            "control": str(document["train"].get("control", "none")),
             "settings": ", ".join(run["changed"]) if "changed" in run else None,
         }
     except (OSError, KeyError, TypeError, ValueError) as error:

@@ -19,6 +19,7 @@ from features.atomic_files import atomic_write
 from features.dataset import load_items
 from features.errors import UserError
 from features.matrices import FeatureMatrix, TokenMatrix, map_tokens, map_vectors, read_vectors
+from features.permutation import permuted_items
 from features.provenance import EXTRACT_AGAIN, IMPORTED, Provenance
 from features.table_parts import TableParts
 from features.warehouse import DatasetInfo, Warehouse, slug
@@ -105,18 +106,26 @@ class FeatureTable(TableParts):
         return {**(provenance.identity() if provenance else {}), "content": self.digest()}
 
     def read(
-        self, n_items: int, fingerprint: str, inputs: str = "", *, most_bytes: float = math.inf
+        self,
+        n_items: int,
+        fingerprint: str,
+        inputs: str = "",
+        *,
+        most_bytes: float = math.inf,
+        permutation_seed: int | None = None,
     ) -> FeatureMatrix:
         """Read a pooled table into one matrix.
 
         A larger matrix than ``most_bytes`` is mapped from a file next to the table's folder. The
-        first call writes this file.
+        first call writes this file. A permuted matrix has a file of its own.
 
         Args:
             n_items: N, the number of the dataset's items.
             fingerprint: As for :meth:`check`.
             inputs: As for :meth:`check`.
             most_bytes: Largest size of a matrix in memory.
+            permutation_seed: Permute the rows among the items that have one, see
+                :func:`features.permutation.permuted_items`; ``None``: do not.
 
         Raises:
             UserError: The table does not exist, is unfinished, mixed, damaged, or of another
@@ -124,21 +133,31 @@ class FeatureTable(TableParts):
         """
         assert self.level == "pooled"
         manifest, provenance = self._complete(fingerprint, inputs)
-        if n_items * provenance.dim * np.dtype(provenance.dtype).itemsize > most_bytes:
+        is_mapped = n_items * provenance.dim * np.dtype(provenance.dtype).itemsize > most_bytes
+        place_N = None
+        if is_mapped or permutation_seed is not None:
             present = np.zeros(n_items, dtype=np.bool_)
             present[items_of(self.small_columns(["item"]), n_items, self.path)] = True
-            vectors = map_vectors(self._mapped_file(provenance), self.parts(), n_items, provenance)
+        if permutation_seed is not None:
+            place_N = permuted_items(present, permutation_seed, self.label)
+        if is_mapped:
+            path = self._mapped_file(provenance, permutation_seed)
+            vectors = map_vectors(path, self.parts(), n_items, provenance, place_N)
             matrix = FeatureMatrix(vectors=vectors, present=present, provenance=provenance)
         else:
-            matrix = read_vectors(self.parts(), n_items, provenance)
+            matrix = read_vectors(self.parts(), n_items, provenance, place_N)
         self._check_rows(int(matrix.present.sum()), manifest)
         return matrix
 
-    def _mapped_file(self, provenance: Provenance) -> Path:
+    def _mapped_file(self, provenance: Provenance, permutation_seed: int | None = None) -> Path:
         """Return the file of the mapped matrix, named after the level and the content."""
-        identity = json.dumps([self.digest(), provenance.identity()], sort_keys=True)
+        content: list[object] = [self.digest(), provenance.identity()]
+        name = self.level
+        if permutation_seed is not None:
+            content, name = [*content, permutation_seed], f"{name}.permuted"
+        identity = json.dumps(content, sort_keys=True)
         digest = hashlib.sha256(identity.encode()).hexdigest()[:16]
-        return self.path.with_name(f"{self.level}-{digest}.npy")
+        return self.path.with_name(f"{name}-{digest}.npy")
 
     def read_tokens(self, n_items: int, fingerprint: str, inputs: str = "") -> TokenMatrix:
         """Map a table of tokens into memory.

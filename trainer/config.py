@@ -167,6 +167,8 @@ def check_multiple(settings: Settings, name: str, divisor: str) -> None:
 
 # -- the settings of the loop ---------------------------------------------------------------
 
+CONTROLS = ("none", "permute", "random")
+"""Values of the setting ``control``."""
 PRIORS = ("none", "repeats", "transitions")
 """Values of the setting ``prior``."""
 ITEM_UPDATES = (AUTO, "all", "rows")
@@ -191,6 +193,10 @@ class TrainConfig(Settings):
     hold_out_cold: bool = False
     """Leave the interactions with cold items (fewer than 10 training interactions) out of training,
     so that ``mmrec eval`` can rank every occurrence of a cold item."""
+    control: Annotated[str, Choice("control", CONTROLS)] = "none"
+    """Train a control that reads no content: ``permute``: with the rows of each feature table
+    permuted among the items that have one; ``random``: with Gaussian rows of the same mean and
+    covariance. The seed decides the permutation; see ``mmrec compare --control``."""
     tune_blocks: BlockCount = 0
     """Upper blocks of the backbones to train as well, on ``layer-K`` tables with K = number of
     blocks - ``tune_blocks`` (PMMRec and MMSR: 2). ``all``: every block above the table, for any K.

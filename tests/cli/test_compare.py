@@ -19,7 +19,7 @@ def test_the_table_the_document_and_the_mistakes(warehouse: Warehouse) -> None:
     assert printed[5].split()[-1] == "0.5000"
     document = json.loads(run("compare", "a", "b", "--json", *option).stdout)
     assert document["systems"] == [
-        {"label": name, "runs": [name], "settings": ""} for name in ("a", "b")
+        {"label": name, "runs": [name], "settings": "", "control": "none"} for name in ("a", "b")
     ]
     assert len(document["lines"]) == 2 * 2 * 5
     assert document["lines"][1]["test"]["p_value"] == 1.0

@@ -20,6 +20,7 @@ from features.result_tables import read_predictions_table
 from features.warehouse import Warehouse
 from retrieval.metrics import METRIC_NAMES, UNRANKED, per_user
 from retrieval.significance import PairedTest, paired_test
+from trainer.data.control import NONE, marked
 from trainer.evaluation.protocol import (
     HIDDEN,
     OCCURRENCES,
@@ -39,7 +40,7 @@ DEFAULT_METRICS = ("HR@10", "HR@50", "NDCG@10", "NDCG@50", "MRR")
 Values = npt.NDArray[np.float64]
 
 
-def _settings_key(record: Record) -> str:
+def settings_key(record: Record) -> str:
     """Return everything that decides the result of a run except its seed."""
     settings = {key: value for key, value in record.settings.items() if key != "seed"}
     init = record.about.get("init", {})
@@ -48,8 +49,8 @@ def _settings_key(record: Record) -> str:
 
 GROUPINGS: dict[str, Callable[[Record], str]] = {
     "run": lambda record: record.name,
-    "model": lambda record: str(record.about["model"]),
-    "settings": _settings_key,
+    "model": lambda record: marked(str(record.about["model"]), record.control),
+    "settings": settings_key,
 }
 """Name of a grouping -> the key that all runs of one system share."""
 
@@ -63,6 +64,8 @@ class System:
     settings: str
     """Settings of the first run that are not its model's defaults; of several runs without the
     seed."""
+    control: str = NONE
+    """Control of the features of the runs, see :mod:`trainer.data.control`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -221,10 +224,11 @@ def _group(records: Sequence[Record], by: str) -> list[System]:
     systems = []
     for members in groups.values():
         names = [record.name for record in members]
-        label = str(members[0].about["model"]) if by == "model" else names[0]
+        label = GROUPINGS[by](members[0]) if by == "model" else names[0]
         label = f"{label} x{len(names)}" if len(names) > 1 else label
         settings = _changed(members[0], is_single=len(names) == 1)
-        systems.append(System(label=label, runs=names, settings=settings))
+        control = members[0].control
+        systems.append(System(label=label, runs=names, settings=settings, control=control))
     return systems
 
 

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from features.errors import UserError, unknown
 from retrieval.metrics import METRIC_NAMES
 from trainer.analysis.compare import SEEN
+from trainer.data.control import marked
 from trainer.runs.folder import SECONDS
 from trainer.runs.read import Record, read_metrics
 
@@ -137,7 +138,7 @@ def _read_curve(record: Record, label: str, metric: str, seen: str) -> Curve:
     validated = sorted(values)
     is_retrieval = any(row["seen"] == "none" for row in validation)
     return Curve(
-        label=label,
+        label=marked(label, record.control),
         dataset=record.about["dataset"],
         metric=(
             f"{metric}, text to vision and back"

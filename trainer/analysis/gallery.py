@@ -27,6 +27,7 @@ from trainer.analysis.item_neighbours import (
 )
 from trainer.analysis.maps import INSTALL, LIBRARY, Points, tsne_points
 from trainer.checkpoint import load_weights
+from trainer.data.control import marked
 from trainer.evaluation.encode import targets_of
 from trainer.evaluation.search import CatalogueSearch
 from trainer.runs.run import Run, open_run
@@ -167,6 +168,7 @@ def collect_gallery(
     """
     labels = list(names) if labels is None else list(labels)
     runs = _open_runs(warehouse, names, labels, device)
+    labels = [marked(label, run.config.control) for label, run in zip(labels, runs, strict=True)]
     main = next((i for i, run in enumerate(runs) if run.spec.features), 0)
     dataset = runs[0].data.dataset
     sample = dataset.eval_split("test").sample(options.ranked_users, options.seed)

@@ -21,6 +21,7 @@ from features.memory import memory_errors
 from features.warehouse import Warehouse
 from trainer.analysis.figures import STYLE
 from trainer.checkpoint import load_weights
+from trainer.data.control import marked
 from trainer.evaluation.encode import encode_catalogue, encode_histories
 from trainer.runs.run import Run, open_run
 
@@ -128,6 +129,7 @@ def map_runs(
     if len(labels) != len(names):
         raise UserError(f"{len(labels)} labels for {len(names)} runs; give one for each run")
     runs = [_open(warehouse, name, device) for name in names]
+    labels = [marked(label, run.config.control) for label, run in zip(labels, runs, strict=True)]
     maps = []
     for run, label in zip(runs, labels, strict=True):
         alike = [other for other in runs if other.spec.dataset == run.spec.dataset]

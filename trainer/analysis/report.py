@@ -22,6 +22,7 @@ from trainer.analysis.compare import SEEN, SIGNS, Comparison, compare
 from trainer.analysis.curves import Curve
 from trainer.analysis.figures import draw_curves, image_data, inline_svg
 from trainer.analysis.maps import RunMap, draw_maps
+from trainer.data.control import MEANINGS
 from trainer.evaluation.protocol import (
     REFERENCES,
     TARGETS,
@@ -120,6 +121,7 @@ def _overview(records: Sequence[Record], curves: Sequence[Curve]) -> PageTable:
         "stage": lambda record, curve: record.about.get("stage"),
         "dataset": lambda record, curve: record.about["dataset"],
         "features": lambda record, curve: ", ".join(record.about["features"]) or "item ids",
+        "control": lambda record, curve: MEANINGS.get(record.control),
         "initial weights": lambda record, curve: _initial_weights(record),
         "begun (UTC)": lambda record, curve: str(record.about.get("created", ""))[:19],
         "parameters": lambda record, curve: record.about.get("parameters"),

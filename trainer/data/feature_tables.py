@@ -11,10 +11,12 @@ import torch
 
 from features.errors import UserError
 from features.memory import available_memory
+from features.permutation import permuted_items
 from features.schema import FEATURE_MODALITIES
 from features.store import FeatureStore, FeatureTable
 from features.warehouse import DatasetInfo, slug
 from trainer.data.batches import ItemFeatures
+from trainer.data.control import NO_CONTROL, Control
 from trainer.data.token_features import TokenFeatures
 
 _SHARE_IN_MEMORY = 0.25  # of the free memory, that the matrix of one table takes at most
@@ -84,17 +86,28 @@ def choose_tables(
 
 
 def load_features(
-    tables: Sequence[FeatureTable], info: DatasetInfo, device: torch.device
+    tables: Sequence[FeatureTable],
+    info: DatasetInfo,
+    device: torch.device,
+    control: Control = NO_CONTROL,
 ) -> tuple[ItemFeatures, list[dict[str, object]]]:
     """Read pooled tables into matrices on the device; tables of tokens stay on disk.
 
     On a CPU, a pooled table that takes more than a quarter of the free memory stays on disk too.
+    Rows of tables on disk are permuted on disk, in a copy, and tokens by their row numbers.
+
+    Args:
+        tables: The tables.
+        info: The prepared dataset.
+        device: Device of the features.
+        control: The treatment of the rows.
 
     Returns:
         The features, and the identity of each table, which a checkpoint stores.
 
     Raises:
-        UserError: A table is unfinished, mixed, or belongs to another preparation of the dataset.
+        UserError: A table is unfinished, mixed, or belongs to another preparation of the dataset;
+            or the control cannot replace its rows.
     """
     vectors, present, tokens, identities = {}, {}, {}, []
     most_bytes = _SHARE_IN_MEMORY * available_memory() if device.type == "cpu" else math.inf
@@ -104,16 +117,23 @@ def load_features(
             (info.items, info.fingerprint, info.inputs_of(table.modality)),
         )
         if table.level == "pooled":
-            matrix = table.read(*expected, most_bytes=most_bytes)
+            matrix = table.read(
+                *expected, most_bytes=most_bytes, permutation_seed=control.permutation_seed
+            )
+            control.replace_rows(matrix, table.label)
             vectors[name] = _as_tensor(matrix.vectors).to(device)
             present[name] = torch.from_numpy(matrix.present).to(device)
             provenance = matrix.provenance
         else:
+            control.check_tokens(table.label)
             mapped = table.read_tokens(*expected)
-            tokens[name] = TokenFeatures(
-                values=mapped.values, offsets=mapped.offsets, device=device
-            )
-            present[name] = tokens[name].present_N
+            of_table = TokenFeatures(values=mapped.values, offsets=mapped.offsets, device=device)
+            present[name] = of_table.present_N
+            if control.permutation_seed is not None:
+                present_N = present[name].cpu().numpy()
+                place_N = permuted_items(present_N, control.permutation_seed, table.label)
+                of_table = of_table.renumbered(place_N, info.items)
+            tokens[name] = of_table
             provenance = mapped.provenance
         identities.append({**provenance.identity(), "content": table.digest()})
     features = ItemFeatures(n_items=info.items, vectors=vectors, present=present, tokens=tokens)

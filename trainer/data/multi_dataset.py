@@ -24,6 +24,7 @@ from features.splits import SPLITS
 from features.store import FeatureStore, FeatureTable
 from features.warehouse import Warehouse
 from trainer.data.batches import ItemFeatures
+from trainer.data.control import NO_CONTROL, Control
 from trainer.data.feature_tables import choose_tables, load_features
 from trainer.data.token_features import TokenFeatures
 
@@ -124,6 +125,7 @@ def load_data(
     attributes: AttributeColumns = AttributeColumns(),
     *,
     with_times: bool = False,
+    control: Control = NO_CONTROL,
 ) -> LoadedData:
     """Load datasets with the feature tables of these labels, and concatenate them.
 
@@ -134,6 +136,7 @@ def load_data(
         device: Device of the features.
         attributes: Columns of the items to load as attributes.
         with_times: If true, load the times of the interactions, if all datasets have times.
+        control: The treatment of the rows of the feature tables, in each dataset by itself.
 
     Raises:
         UserError: A dataset or a table cannot be read, or two tables were encoded differently.
@@ -142,7 +145,8 @@ def load_data(
     loaded = [load_dataset(warehouse, name, with_times=with_times) for name in datasets]
     parts, identities = [], []
     for name, dataset in zip(datasets, loaded, strict=True):
-        features, tables = load_features(choose_tables(store, name, labels), dataset.info, device)
+        of_dataset = choose_tables(store, name, labels)
+        features, tables = load_features(of_dataset, dataset.info, device, control)
         parts.append(features)
         identities.append(tables)
     dataset = loaded[0] if len(loaded) == 1 else _concatenate(loaded)

@@ -21,6 +21,7 @@ from features.warehouse import Warehouse
 from retrieval.listed_ranks import LIST_LENGTH
 from retrieval.ranking import Ranks
 from retrieval.registry import parse_index
+from trainer.data.control import NONE, control_line
 from trainer.evaluation.protocol import (
     HIDDEN,
     OCCURRENCES,
@@ -98,6 +99,8 @@ class EvalReport:
     """Rows of the metrics table, see :data:`features.schema.METRICS_SCHEMA`."""
     sample: Sample | None
     """The sample of test users that was ranked; ``None``: all users."""
+    control: str = NONE
+    """Control of the features of the run, see :mod:`trainer.data.control`."""
     later: LaterFacts | None = None
     """The facts of an evaluation on a preparation that is not that of the training."""
 
@@ -155,6 +158,9 @@ def report_of(run: Run, evaluation: "Evaluation", index: str) -> EvalReport:
         sample = None
     protocol = protocol_lines(run.data.dataset.info, hold_out_cold=run.config.hold_out_cold)
     protocol += prior_lines(run)
+    control = run.config.control
+    if control != NONE:
+        protocol.insert(0, control_line(control))
     return EvalReport(
         run=run.name,
         dataset=run.spec.dataset,
@@ -166,6 +172,7 @@ def report_of(run: Run, evaluation: "Evaluation", index: str) -> EvalReport:
         references=references(run),
         rows=evaluation.rows,
         sample=sample,
+        control=control,
     )
 
 

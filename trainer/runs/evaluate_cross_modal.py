@@ -10,6 +10,7 @@ from features.errors import UserError
 from features.warehouse import Warehouse
 from trainer.checkpoint import load_weights
 from trainer.data.batches import ItemFeatures
+from trainer.data.control import NONE, control_line
 from trainer.data.multi_dataset import load_data
 from trainer.evaluation.cross_modal import (
     TO_TEXT,
@@ -40,6 +41,8 @@ class RetrievalReport:
     protocol: list[str]
     rows: list[dict[str, Any]]
     """Rows of the metrics table, see :data:`features.schema.METRICS_SCHEMA`."""
+    control: str = NONE
+    """Control of the features of the run, see :mod:`trainer.data.control`."""
 
 
 def evaluate_retrieval(
@@ -85,9 +88,8 @@ def evaluate_retrieval(
             sides = raw_sides(features, pool_K)
             if sides is not None:
                 raw = True
-                rows += retrieval_rows(
-                    split, "features", both_ways(*sides, same_vision(features, pool_K))
-                )
+                by_features = both_ways(*sides, same_vision(features, pool_K))
+                rows += retrieval_rows(split, "features", by_features)
         if dataset is None:
             replace_metrics(
                 run.folder / "metrics.parquet",
@@ -99,8 +101,9 @@ def evaluate_retrieval(
         dataset=dataset or run.spec.dataset,
         model=run.spec.model,
         features=list(run.spec.features),
-        protocol=_protocol(list(pools), raw),
+        protocol=_protocol(list(pools), raw, run.config.control),
         rows=rows,
+        control=run.config.control,
     )
 
 
@@ -109,7 +112,8 @@ def _pools(
 ) -> tuple[ItemFeatures, dict[str, Tensor]]:
     features = run.data.features
     if dataset is not None:
-        source = load_data(warehouse, [dataset], run.spec.features, run.data.device)
+        device, control = run.data.device, run.spec.control
+        source = load_data(warehouse, [dataset], run.spec.features, device, control=control)
         features = source.features
         pairs = zip(run.spec.data.features, source.identity.features, strict=True)
         for mine, other in pairs:
@@ -129,7 +133,7 @@ def _pools(
     return features, {_ALL: pool_K}
 
 
-def _protocol(splits: list[str], raw: bool) -> list[str]:
+def _protocol(splits: list[str], raw: bool, control: str) -> list[str]:
     if splits == [_ALL]:
         pool = "pool: all items with text and vision"
     else:
@@ -137,7 +141,8 @@ def _protocol(splits: list[str], raw: bool) -> list[str]:
             "validation and test: items with text and vision that training never saw, each ranked"
             " among its own; the best epoch was chosen on validation"
         )
-    lines = [
+    lines = [] if control == NONE else [control_line(control)]
+    lines += [
         f"{pool}; each is a query in both directions",
         "exact ranks, ties against the model; 95% intervals: bootstrap over queries",
         "untrained: the same model with random weights",

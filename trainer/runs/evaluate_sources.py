@@ -15,7 +15,7 @@ from features.memory import memory_errors
 from features.warehouse import Warehouse
 from trainer.checkpoint import load_weights
 from trainer.data.batches import Batch, ItemFeatures, Sequences, TrainingData
-from trainer.data.multi_dataset import load_data
+from trainer.data.multi_dataset import LoadedData, load_data
 from trainer.data.windows import WindowSampling
 from trainer.models.base import Catalogue, Recommender
 from trainer.runs.evaluate import EvalReport, Sample, rank_run, report_of
@@ -55,10 +55,7 @@ def evaluate_sources(
         load_weights(run.weights, run.model, run.spec.identity())
         for name in run.spec.datasets:
             on_stage(f"loading {name}")
-            device = run.data.device
-            source = load_data(
-                warehouse, [name], run.spec.features, device, with_times=run.model.reads_times
-            )
+            source = _load_source(run, name)
             info = source.dataset.info
             view = _SourceModel(run, info.items, first_item, first_user)
             on_source = replace(
@@ -67,7 +64,7 @@ def evaluate_sources(
                 data=TrainingData(
                     source.dataset,
                     source.features,
-                    device,
+                    run.data.device,
                     hold_out_cold=run.config.hold_out_cold,
                 ),
                 spec=replace(run.spec, datasets=(name,)),
@@ -80,6 +77,18 @@ def evaluate_sources(
             reports.append(report)
             first_item, first_user = first_item + info.items, first_user + info.users
     return reports
+
+
+def _load_source(run: Run, name: str) -> LoadedData:
+    """Load one of the datasets of a pre-training."""
+    return load_data(
+        run.warehouse,
+        [name],
+        run.spec.features,
+        run.data.device,
+        with_times=run.model.reads_times,
+        control=run.spec.control,
+    )
 
 
 class _SourceModel(Recommender):

@@ -29,6 +29,7 @@ from features.documents import write_json
 from features.errors import UserError
 from features.warehouse import Warehouse
 from trainer.data.batches import ItemFeatures
+from trainer.data.control import NONE
 from trainer.runs.export_graphs import ItemGraph, SequenceGraph, make_graphs
 from trainer.runs.recommend import Predictor
 from trainer.runs.run import Run
@@ -175,6 +176,11 @@ def _check_folder(out: Path, title: str) -> None:
 
 def _check_features(run: Run) -> None:
     """Raise a UserError if the items of a run are not encoded from pooled vectors."""
+    if run.config.control != NONE:
+        raise UserError(
+            f"run {run.name!r} is a control (control={run.config.control}), whose features are not"
+            " those of the items; export the run without control"
+        )
     reason = ""
     if run.config.tune_blocks:
         reason = f"has trained {run.config.tune_blocks} blocks of its backbones (tune_blocks)"

@@ -253,6 +253,7 @@ def write_result(path: Path, grid: Grid, outcomes: Sequence[Outcome]) -> None:
             "model": outcome.planned.spec.model,
             "dataset": outcome.planned.dataset,
             "features": outcome.planned.combination.features,
+            "control": outcome.planned.spec.control.kind,
             **outcome.planned.combination.keys,
             "run": outcome.planned.run,
             **{key: row[key] for key in _MEASURED},
@@ -260,7 +261,8 @@ def write_result(path: Path, grid: Grid, outcomes: Sequence[Outcome]) -> None:
         for outcome in outcomes
         for row in outcome.rows
     ]
-    about = [(name, pa.string()) for name in dict.fromkeys(("model", "dataset", "features", *axes))]
+    columns = ("model", "dataset", "features", "control", *axes)
+    about = [(name, pa.string()) for name in dict.fromkeys(columns)]
     measured = [METRICS_SCHEMA.field(key) for key in _MEASURED]
     schema = pa.schema([*about, ("run", pa.string()), *measured])
     with table_file_writer(path, schema) as write:

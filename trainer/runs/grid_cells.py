@@ -144,12 +144,17 @@ def resolve_pretraining(
 
 
 def _setting_names(recommender: type[Recommender], *, is_pretraining: bool = False) -> set[str]:
-    """Return the settings of a model; those of tuned blocks only if the model reads tokens."""
+    """Return the settings of a model.
+
+    Those of tuned blocks only if the model reads tokens, a control only if it reads features.
+    """
     classes: list[type[Any]] = [TrainConfig, recommender.settings_class]
     task = pretraining_settings(recommender) if is_pretraining else None
     if task is not None:
         classes.append(task)
     names = {entry.name for cls in classes for entry in fields(cls)}
+    if not recommender.needs_features:
+        names.discard("control")
     return names if recommender.reads_tokens else names - _TUNED
 
 
@@ -162,12 +167,13 @@ def _sources(
 ) -> SettingSources:
     """Return the settings of a run; options win over the file, except over its axes.
 
-    Settings of tuned blocks that hold for all runs are left out for models that read no tokens.
+    Settings of tuned blocks that hold for all runs are left out for models that read no tokens, and
+    a control for models that read no features.
     """
     texts = {
         name: setting_text(value)
         for name, value in settings.items()
-        if name in known or name in varied or name not in _TUNED
+        if name in known or name in varied or name not in {*_TUNED, "control"}
     }
     if overrides.quick:
         quick = {name: setting_text(value) for name, value in QUICK.items() if name in known}

@@ -25,6 +25,7 @@ from features.store import FeatureStore
 from features.warehouse import Warehouse
 from trainer.checkpoint import IdentityError, load_tensors, load_weights, read_tensors
 from trainer.data.batches import ItemFeatures, TrainingData
+from trainer.data.control import NONE
 from trainer.data.feature_tables import choose_device, choose_tables
 from trainer.data.multi_dataset import load_data
 from trainer.finetune.load_checkpoint import read_blocks
@@ -209,6 +210,12 @@ def _check_model(folder: Path, spec: RunSpec, recommender: type[Recommender]) ->
         raise UserError(
             f"run {folder.name!r} is a pre-training and recommends nothing; start one from it:"
             f" mmrec train --model {spec.model} --init {folder.name}"
+        )
+    if spec.train.control != NONE:
+        raise UserError(
+            f"run {folder.name!r} is a control (control={spec.train.control}): the rows of its"
+            " features belong to the items of its own preparation; prepare the dataset as it was,"
+            " or train again"
         )
     if recommender.user_tables:
         raise UserError(

@@ -13,6 +13,7 @@ from features.documents import read_toml
 from features.errors import DamagedError, UserError, no_permission
 from features.result_tables import read_protocol
 from features.warehouse import Warehouse
+from trainer.data.control import NONE
 from trainer.evaluation.protocol import PROTOCOL
 from trainer.runs.folder import read_about, stored_metrics
 
@@ -40,6 +41,11 @@ class Record:
         return float(self.about.get("tied", 0.0)), str(self.about.get("ties", "file"))
 
     @property
+    def control(self) -> str:
+        """Value of the setting ``control``; ``none`` in runs of versions without it."""
+        return str(self.settings.get("control", NONE))
+
+    @property
     def pretraining(self) -> bool:
         """True if the run is a pre-training, which recommends nothing."""
         return bool(self.about.get("stage"))
@@ -52,6 +58,21 @@ def read_record(warehouse: Warehouse, name: str) -> Record:
         UserError: No run has the name, or the run is damaged.
     """
     folder, _ = warehouse.choose_run(name)
+    about, settings = read_config(folder)
+    return Record(
+        folder=folder,
+        about=about,
+        settings=settings,
+        identity=_identity(folder / "model.safetensors"),
+    )
+
+
+def read_config(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the table ``[run]`` and all settings of a run's ``config.toml``.
+
+    Raises:
+        UserError: The file is damaged.
+    """
     path = folder / "config.toml"
     about = read_about(path)
     document = read_toml(path, "train again")
@@ -60,13 +81,7 @@ def read_record(warehouse: Warehouse, name: str) -> Record:
         raise DamagedError(
             f"{path} is damaged ([train], [model] or [task] is not a table); train again"
         )
-    settings = {key: value for table in tables for key, value in table.items()}
-    return Record(
-        folder=folder,
-        about=about,
-        settings=settings,
-        identity=_identity(folder / "model.safetensors"),
-    )
+    return about, {key: value for table in tables for key, value in table.items()}
 
 
 def read_records(warehouse: Warehouse, names: Sequence[str]) -> list[Record]:

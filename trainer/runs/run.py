@@ -215,7 +215,13 @@ def _build_run(
             load_dataset(warehouse, spec.datasets[0]), hold_out_cold=spec.train.hold_out_cold
         )
     source = load_data(
-        warehouse, spec.datasets, spec.features, device, spec.attributes, with_times=reads_times
+        warehouse,
+        spec.datasets,
+        spec.features,
+        device,
+        spec.attributes,
+        with_times=reads_times,
+        control=spec.control,
     )
     # The weights are drawn on the CPU, so that they are equal on all devices.
     torch.manual_seed(spec.train.seed)

@@ -1,6 +1,6 @@
 """The settings of a run: defaults of the model and of its stage, a preset, a file and pairs."""
 
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict, fields, replace
 from types import MappingProxyType
 from typing import Any
@@ -9,6 +9,7 @@ from features.dataset import load_dataset
 from features.errors import UserError, unknown
 from features.warehouse import Warehouse
 from trainer.config import AUTO, Settings, TrainConfig
+from trainer.data.control import NONE, Control
 from trainer.data.multi_dataset import AttributeColumns
 from trainer.evaluation.encode import repeated_share
 from trainer.losses.base import LossSettings
@@ -189,6 +190,25 @@ def check_pretrains(name: str, recommender: type[Recommender]) -> None:
     if recommender.pretraining is None:
         able = ", ".join(names_of(lambda model: model.pretraining is not None))
         raise UserError(f"{name} has no pre-training; known: {able}")
+
+
+def check_control(control: str, name: str, labels: Sequence[str]) -> None:
+    """Raise a UserError if a control is set that cannot change the features of a run.
+
+    Args:
+        control: Value of the setting ``control``.
+        name: Name of the model.
+        labels: Labels of the feature tables of the run.
+    """
+    if control == NONE:
+        return
+    if not labels:
+        raise UserError(
+            f"control={control} changes feature tables, and {name} reads none here; leave it out"
+        )
+    for label in labels:
+        if ":" in label:
+            Control(kind=control).check_tokens(label)
 
 
 def check_prior(

@@ -15,6 +15,7 @@ from features.errors import UserError
 from features.store import FeatureTable
 from features.warehouse import Warehouse
 from trainer.config import Settings, TrainConfig
+from trainer.data.control import Control
 from trainer.data.multi_dataset import (
     AttributeColumns,
     DataIdentity,
@@ -28,6 +29,7 @@ from trainer.runs.read import read_record
 from trainer.runs.settings import (
     attribute_columns,
     changed_settings,
+    check_control,
     check_pretrains,
     check_prior,
     given_weights_settings,
@@ -41,7 +43,7 @@ from trainer.runs.transfer import FULL, check_source, check_transfer, hash_tenso
 from trainer.setting_sources import SettingSources, settings_tables
 from trainer.tasks.registry import NEXT_ITEM
 
-_OF_EARLIER_RUNS = {"monitor_users": 0, "item_updates": "all"}
+OF_EARLIER_RUNS = {"monitor_users": 0, "item_updates": "all"}
 """Values of settings that a run's ``config.toml`` does not name, where the default is not what the
 version did that wrote it."""
 
@@ -153,20 +155,17 @@ class RunSpec:
         train, settings, automatic = resolve_automatic(train, settings, n_items)
         check_prior(train.prior, model, recommender, is_pretraining=is_pretraining)
         tables = _choose_tables(warehouse, (model, recommender), datasets, features, train)
+        labels = [table.label for table in tables]
+        check_control(train.control, model, labels)
         spec = cls(
             model=model,
             datasets=tuple(datasets),
-            features=tuple(table.label for table in tables),
+            features=tuple(labels),
             is_pretraining=is_pretraining,
             train=train,
             settings=settings,
             task_settings=task_settings[0] if task_settings else None,
-            data=identify_data(
-                warehouse,
-                datasets,
-                [table.label for table in tables],
-                attribute_columns(settings),
-            ),
+            data=identify_data(warehouse, datasets, labels, attribute_columns(settings)),
             automatic=automatic,
         )
         return spec if init is None else spec.with_init(warehouse, init)
@@ -218,7 +217,7 @@ class RunSpec:
             raise UserError(f"{path}: {error}") from None
         sources = SettingSources(file=path)
         train, settings, *task_settings = resolve_settings(
-            recommender, is_pretraining, sources, _OF_EARLIER_RUNS
+            recommender, is_pretraining, sources, OF_EARLIER_RUNS
         )
         tables = settings_tables(train, settings, *task_settings)
         data = identify_data(warehouse, datasets, about["features"], attribute_columns(settings))
@@ -246,6 +245,11 @@ class RunSpec:
     def attributes(self) -> AttributeColumns:
         """Columns of the items that the model reads as attributes."""
         return attribute_columns(self.settings)
+
+    @property
+    def control(self) -> Control:
+        """The treatment of the rows of the feature tables."""
+        return Control(kind=self.train.control, seed=self.train.seed)
 
     @property
     def task(self) -> str:

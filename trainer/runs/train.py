@@ -9,6 +9,7 @@ from features.errors import UserError
 from features.memory import memory_errors
 from features.store import FeatureStore
 from trainer.checkpoint import load_weights
+from trainer.data.control import NONE
 from trainer.data.feature_tables import choose_tables
 from trainer.distributed import process_rank
 from trainer.evaluation.transition_prior import PriorChoice, choose_prior
@@ -43,6 +44,8 @@ class TrainReport:
     """Wall time of the training: of this call, and after a resume of the epochs before it."""
     finished: bool
     """False after an interrupt."""
+    control: str = NONE
+    """Control of the features, see :mod:`trainer.data.control`."""
     prior: PriorChoice | None = None
     """The prior that was chosen on validation; ``None`` without ``prior``."""
 
@@ -77,10 +80,8 @@ def train_run(
     began = time.monotonic()
     if resume:
         began -= recorded_seconds(run.folder / "metrics.parquet")
-    with (
-        run_lock(run.folder) if process_rank() == 0 else nullcontext(),
-        memory_errors(*_out_of_memory(run)),
-    ):
+    lock = run_lock(run.folder) if process_rank() == 0 else nullcontext()
+    with lock, memory_errors(*_out_of_memory(run)):
         state = fit(
             run.task,
             run.config,
@@ -105,6 +106,7 @@ def train_run(
         best=state.best,
         seconds=time.monotonic() - began,
         finished=state.finished,
+        control=run.config.control,
         prior=prior,
     )
 

@@ -71,7 +71,7 @@ def test_a_control_has_all_settings_of_its_run_but_one(planted: Warehouse) -> No
     begin(planted, "random", "control=random", "eval_batch=8")
     assert with_controls(planted, ["real"]) == ["random", "real"]
     begin(planted, "real-1", "seed=1")
-    with pytest.raises(UserError, match=r"run 'real-1' has no control.*--control random"):
+    with pytest.raises(UserError, match=r"run 'real' has no control.*--control permute"):
         with_controls(planted, ["real", "real-1"])
     assert with_controls(planted, ["real-1"]) == ["other-seed", "real-1"]
     for names, message in (

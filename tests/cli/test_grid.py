@@ -105,10 +105,11 @@ def test_a_stopped_grid_goes_on_and_prints_the_table(
     shown = float(table[3][1].removeprefix("*"))
     assert document["runs"][0]["metrics"]["HR@10"] == pytest.approx(shown, abs=1e-4)
     result = pq.read_table(document["result"])
-    assert result.column_names[:6] == [
+    assert result.column_names[:7] == [
         "model",
         "dataset",
         "features",
+        "control",
         "fusion",
         "sequence_encoder",
         "run",

@@ -207,8 +207,7 @@ def choose_prior(
             ranks.append(
                 rank(queries_ED[rows], items_ND, targets_E[rows], history, correction=added)
             )
-        values = per_user(getattr(Ranks.concatenate(ranks), ranking))[metric]
-        return float(values.mean())
+        return float(per_user(getattr(Ranks.concatenate(ranks), ranking))[metric].mean())
 
     without = measure(0.0, EPS[0], 0.0, seen)
     bias = max(BIASES, key=lambda bias: measure(0.0, EPS[0], bias, "kept"))

@@ -71,8 +71,7 @@ def recommend(
         _check_export(others, history)
         exported = _open_export(export, index, {"only": only, "exclude": exclude})
         items = _history(exported, history or [])
-        source = {**exported.source, "control": "none"}  # controls are not exported
-        _recommend_one(exported, source, None, items, k, keep_seen=keep_seen, json=json)
+        _recommend_one(exported, exported.source, None, items, k, keep_seen=keep_seen, json=json)
         return
     warehouse = Warehouse(root)
     predictor = _open(warehouse, choose_run(warehouse, name, run), dataset, device, index, {

@@ -71,8 +71,8 @@ class ExportedRun:
 
     @property
     def source(self) -> dict[str, Any]:
-        """Names of the run and of its dataset."""
-        return {key: self.manifest[key] for key in ("run", "dataset")}
+        """Names of the run and of its dataset, and ``none``: controls are not exported."""
+        return {key: self.manifest[key] for key in ("run", "dataset")} | {"control": "none"}
 
     def item(self, item_id: str) -> int:
         """Return the row of an item.

@@ -101,9 +101,10 @@ class TransitionPrior:
     def of(
         cls, data: TrainingData, *, weight: float, eps: float, bias: float, scale: float
     ) -> "TransitionPrior":
-        """Count the transitions of the training histories of a dataset."""
+        """Count the transitions of the training histories of a dataset, unless the weight is 0."""
         training, n_items = data.train.histories, data.dataset.info.items
-        counts = CountedTransitions.of(training, n_items, TransitionsConfig())
+        counted = training if weight else SeenItems.empty()
+        counts = CountedTransitions.of(counted, n_items, TransitionsConfig())
         return cls(counts, training, weight=weight, eps=eps, bias=bias, scale=scale)
 
     def scores(self, histories: SeenItems, users_E: Ints) -> SparseScores:
@@ -189,8 +190,8 @@ def choose_prior(
         seen: ``filtered`` or ``kept``, the ranking by which weight and eps are chosen.
         batch_size: Histories encoded together.
     """
-    scale = model.settings.scale
-    prior = TransitionPrior.of(data, weight=0.0, eps=EPS[0], bias=0.0, scale=scale)
+    scale, counted = model.settings.scale, float(with_transitions)
+    prior = TransitionPrior.of(data, weight=counted, eps=EPS[0], bias=0.0, scale=scale)
     items_ND = encode_catalogue(model, data)
     queries_ED = encode_histories(model, data, items_ND, users, batch_size)
     targets_E = targets_of(data.dataset, users)
@@ -204,9 +205,8 @@ def choose_prior(
                 added = added + prior.scaled(probabilities, weight, eps)
             if own is not None:
                 added = added + own
-            ranks.append(
-                rank(queries_ED[rows], items_ND, targets_E[rows], history, correction=added)
-            )
+            given = queries_ED[rows], items_ND, targets_E[rows], history
+            ranks.append(rank(*given, correction=added))
         return float(per_user(getattr(Ranks.concatenate(ranks), ranking))[metric].mean())
 
     without = measure(0.0, EPS[0], 0.0, seen)
@@ -234,5 +234,7 @@ def _blocks(
     for start in range(0, len(users.users), _USERS_AT_ONCE):
         rows = slice(start, min(start + _USERS_AT_ONCE, len(users.users)))
         history = histories_of(data.dataset, users.take(rows))
-        probabilities = prior.probabilities(history, users.users[rows])
+        probabilities = SparseScores.empty(len(history))
+        if prior.weight:
+            probabilities = prior.probabilities(history, users.users[rows])
         yield rows, history, model.correction(history), probabilities

@@ -36,6 +36,8 @@ _ABOUT: dict[str, type] = {"model": str, "dataset": str, "features": list, "fing
 _RESULTS = ("model.safetensors", "resume.safetensors", "metrics.parquet", "predictions.parquet")
 """Files that are written after ``config.toml``. A folder that holds one of them is not one of a
 process that was killed while it created the run."""
+PRIOR = "prior.json"
+"""File of the weight and eps of a prior, in a run's folder."""
 LATER = "later"
 """Folder of the evaluations on later preparations, in a run's folder."""
 _LOCK = ".lock"
@@ -228,7 +230,7 @@ def record(path: Path, model: str, row: "EpochRow") -> None:
         for split, targets, seen, metric, value, users in values
     ]  # fmt: skip
     require_path(path.parent)
-    for name in ("predictions.parquet", "prior.json"):
+    for name in ("predictions.parquet", PRIOR):
         path.with_name(name).unlink(missing_ok=True)
     shutil.rmtree(path.with_name(LATER), ignore_errors=True)
     replace_metrics(path, rows, lambda old: old["phase"] == "eval" or old["epoch"] >= row.epoch)

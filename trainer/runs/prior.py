@@ -9,9 +9,8 @@ from features.documents import read_json, write_json
 from trainer.data.batches import TrainingData
 from trainer.evaluation.transition_prior import PriorChoice, TransitionPrior
 from trainer.models.base import Recommender
+from trainer.runs.folder import PRIOR
 
-PRIOR = "prior.json"
-"""File of the weight and eps, in a run's folder."""
 _REMEDY = "remove it, and choose the prior again: mmrec train --resume --run NAME"
 
 

@@ -15,7 +15,7 @@ from trainer.distributed import process_rank
 from trainer.evaluation.transition_prior import PriorChoice, choose_prior
 from trainer.loop import EpochRow, TrainProgress, fit
 from trainer.runs.folder import record, recorded_seconds, run_lock
-from trainer.runs.prior import read_prior, write_prior
+from trainer.runs.prior import add_prior, read_prior, write_prior
 from trainer.runs.run import Run
 from trainer.tasks.next_item import validation_users
 
@@ -122,7 +122,10 @@ def _out_of_memory(run: Run) -> tuple[str, str]:
 
 
 def _prior(run: Run) -> PriorChoice | None:
-    """Return the prior of a trained run. It is chosen with the best weights if it has none yet."""
+    """Add the prior of a trained run to its model, and return it.
+
+    If the run has no prior yet, it is chosen with the best weights.
+    """
     if run.config.prior == "none" or process_rank() != 0:
         return None
     choice = read_prior(run.folder)
@@ -138,6 +141,7 @@ def _prior(run: Run) -> PriorChoice | None:
             batch_size=run.config.eval_batch,
         )
         write_prior(run.folder, choice)
+    add_prior(run.folder, run.model, run.data)
     return choice
 
 

@@ -21,7 +21,8 @@ from trainer.evaluation.ranking import rank_split
 from trainer.evaluation.transition_prior import PriorChoice, TransitionPrior, choose_prior
 from trainer.loop import fit
 from trainer.runs.evaluate import evaluate
-from trainer.runs.prior import PRIOR, read_prior
+from trainer.runs.folder import PRIOR
+from trainer.runs.prior import read_prior
 from trainer.runs.run import Run, open_run
 from trainer.runs.train import train_run
 from trainer.tasks.next_item import NextItem
@@ -107,15 +108,15 @@ def test_a_training_chooses_it_once_and_every_evaluation_adds_it(tmp_path: Path)
     assert report.prior == read_prior(run.folder)
     assert report.prior.weight > 0
 
-    opened = open_run(run.warehouse, run.folder)
-    rows = evaluate(run.warehouse, opened, index="torch").rows
-    (value,) = [
-        row["value"]
-        for row in rows
-        if (row["split"], row["targets"], row["ranker"], row["seen"], row["metric"])
-        == ("validation", "all", "sasrec", "filtered", run.config.metric)
-    ]
-    assert value == pytest.approx(report.prior.best)
+    for evaluated in (run, open_run(run.warehouse, run.folder)):  # as a grid does, and mmrec eval
+        rows = evaluate(run.warehouse, evaluated, index="torch").rows
+        (value,) = [
+            row["value"]
+            for row in rows
+            if (row["split"], row["targets"], row["ranker"], row["seen"], row["metric"])
+            == ("validation", "all", "sasrec", "filtered", run.config.metric)
+        ]
+        assert value == pytest.approx(report.prior.best)
 
     again = open_run(run.warehouse, run.folder)
     assert train_run(again, resume=True).prior == report.prior

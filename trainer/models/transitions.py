@@ -12,6 +12,7 @@ read, P entries of the scores.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +27,8 @@ from trainer.models.sparse import SparseRecommender
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
+
+_POSITIONS_AT_ONCE = 2**20  # positions of earlier items whose pairs are counted together
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,16 +81,9 @@ class Transitions(SparseRecommender):
 class CountRows:
     """A sparse matrix (N x N) as compressed rows."""
 
-    items: Ints
+    items: npt.NDArray[np.integer[Any]]
     offsets: Ints
     values: Floats
-
-    @classmethod
-    def from_pairs(cls, key_X: Ints, value_X: Floats, n_items: int) -> "CountRows":
-        """Return the matrix of entries with the keys row * N + column, ascending."""
-        counts = np.bincount(key_X // n_items, minlength=n_items)
-        offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-        return cls(key_X % n_items, offsets, value_X)
 
     def take(self, rows: Ints) -> "CountRows":
         """Return some rows, one after the other."""
@@ -112,10 +108,27 @@ class CountedTransitions:
         cls, histories: SeenItems, n_items: int, settings: TransitionsConfig
     ) -> "CountedTransitions":
         """Count the transitions of histories, oldest item first."""
-        nobody = np.zeros(len(histories), np.int64)
-        key_X, value_X = count_pairs(histories, nobody, n_items, settings.window)
-        rows = CountRows.from_pairs(key_X, value_X, n_items)
-        totals_N = np.bincount(key_X // n_items, value_X, n_items).astype(np.float64)
+        user_I = np.repeat(np.arange(len(histories)), np.diff(histories.offsets))
+        nobody_I = np.zeros(len(user_I), np.int64)
+        order_I = np.argsort(histories.items, kind="stable")
+        ends_N = np.cumsum(np.bincount(histories.items, minlength=n_items))
+        parts = [(np.zeros(0, np.int32), np.zeros(0))]
+        lengths_N, totals_N = np.zeros(n_items, np.int64), np.zeros(n_items)
+        start = 0
+        for end in _block_ends(ends_N, _POSITIONS_AT_ONCE):
+            key_X, value_X = _sum_pairs(
+                histories.items, user_I, nobody_I, order_I[start:end], n_items, settings.window
+            )
+            row_X = key_X // n_items
+            lengths_N += np.bincount(row_X, minlength=n_items)
+            totals_N += np.bincount(row_X, value_X, n_items)
+            parts.append(((key_X % n_items).astype(np.int32), value_X))
+            start = end
+        rows = CountRows(
+            items=np.concatenate([items for items, _ in parts]),
+            offsets=np.concatenate([[0], np.cumsum(lengths_N)]).astype(np.int64),
+            values=np.concatenate([values for _, values in parts]),
+        )
         return cls(rows=rows, totals_N=totals_N, settings=settings)
 
     @property
@@ -169,18 +182,30 @@ def count_pairs(
         (X,) keys (row * N + earlier item) * N + later item, ascending, and (X,) the sums of
         1 / distance.
     """
-    row_I = np.repeat(rows_E, np.diff(histories.offsets))
-    user_I = np.repeat(np.arange(len(histories)), np.diff(histories.offsets))
+    lengths_E = np.diff(histories.offsets)
+    row_I, user_I = np.repeat(rows_E, lengths_E), np.repeat(np.arange(len(histories)), lengths_E)
+    return _sum_pairs(histories.items, user_I, row_I, np.arange(len(user_I)), n_items, window)
+
+
+def _sum_pairs(
+    items_I: Ints, user_I: Ints, row_I: Ints, positions: Ints, n_items: int, window: int
+) -> tuple[Ints, Floats]:
+    """Return the counts of :func:`count_pairs` whose earlier item has one of some positions."""
     key_X, value_X = np.zeros(0, np.int64), np.zeros(0)
     for distance in range(1, window + 1):
-        same_I = user_I[distance:] == user_I[:-distance]
-        earlier = histories.items[:-distance][same_I]
-        later = histories.items[distance:][same_I]
-        row = row_I[distance:][same_I]
-        keys = np.concatenate([key_X, (row * n_items + earlier) * n_items + later])
+        inside = positions[positions < len(user_I) - distance]
+        earlier = inside[user_I[inside] == user_I[inside + distance]]
+        keys = (row_I[earlier] * n_items + items_I[earlier]) * n_items + items_I[earlier + distance]
         values = np.concatenate([value_X, np.full(len(earlier), 1 / distance)])
-        key_X, value_X = sum_by_key(keys, values)
+        key_X, value_X = sum_by_key(np.concatenate([key_X, keys]), values)
     return key_X, value_X
+
+
+def _block_ends(ends_N: Ints, size: int) -> Ints:
+    """Return the ends of blocks of whole items, each of about ``size`` positions."""
+    last = len(ends_N) - 1
+    borders = np.arange(size, ends_N[last] + size, size)
+    return np.unique(ends_N[np.minimum(np.searchsorted(ends_N, borders), last)])
 
 
 def sum_by_key(keys: Ints, values: Floats) -> tuple[Ints, Floats]:

@@ -1,6 +1,7 @@
 """Transition counts against the definition, written as loops over histories."""
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -8,7 +9,8 @@ from retrieval.seen_items import SeenItems
 from tests.trainer import worlds
 from trainer.data.batches import ItemFeatures
 from trainer.evaluation.encode import histories_of
-from trainer.models.transitions import Transitions
+from trainer.models import transitions
+from trainer.models.transitions import CountedTransitions, Transitions, TransitionsConfig
 
 N = 6
 histories = st.lists(
@@ -31,16 +33,23 @@ def naive(train: list[list[int]], history: list[int], window: int, length: int) 
 
 
 @settings(max_examples=40, deadline=None)
-@given(sequences=histories, window=st.integers(1, 4), length=st.integers(1, 4))
+@given(
+    sequences=histories,
+    window=st.integers(1, 4),
+    length=st.integers(1, 4),
+    block=st.sampled_from([1, 3, 2**20]),
+)
 def test_scores_are_those_of_the_definition(
-    sequences: list[list[int]], window: int, length: int
+    sequences: list[list[int]], window: int, length: int, block: int
 ) -> None:
     dataset = worlds.dataset(sequences, N)
     features = ItemFeatures(n_items=N, vectors={}, present={})
     model = worlds.build("transitions", features, window=window, length=length)
     assert isinstance(model, Transitions)
     data = worlds.training_data(dataset, features)
-    model.fit_buffers(features, data.train)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transitions, "_POSITIONS_AT_ONCE", block)
+        model.fit_buffers(features, data.train)
     train = [items[: int(end - start)] for items, start, end in zip(
         sequences, dataset.offsets[:-1], dataset.train_ends(), strict=True
     )]  # fmt: skip
@@ -64,3 +73,17 @@ def test_the_held_out_items_are_not_counted() -> None:
     assert len(model.correction(after_one).items) == 0
     after_zero = SeenItems(items=np.array([0]), offsets=np.array([0, 1]))
     assert model.correction(after_zero).items.tolist() == [1]
+
+
+def test_counts_do_not_depend_on_the_size_of_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    random = np.random.default_rng(0)
+    offsets = np.concatenate([[0], np.cumsum(random.integers(0, 30, 300))])
+    items = (50 * random.random(offsets[-1]) ** 2).astype(np.int64)
+    histories = SeenItems(items=items, offsets=offsets)
+    whole = CountedTransitions.of(histories, 50, TransitionsConfig())
+    monkeypatch.setattr(transitions, "_POSITIONS_AT_ONCE", 100)
+    parts = CountedTransitions.of(histories, 50, TransitionsConfig())
+    np.testing.assert_array_equal(parts.rows.items, whole.rows.items)
+    np.testing.assert_array_equal(parts.rows.offsets, whole.rows.offsets)
+    np.testing.assert_array_equal(parts.rows.values, whole.rows.values)
+    np.testing.assert_array_equal(parts.totals_N, whole.totals_N)

@@ -56,7 +56,7 @@ class Optimizer:
         groups += own_groups
         self._config = config
         self._parameters = list(model.parameters())
-        self.adamw = AdamW(groups)
+        self.adamw = AdamW(groups, fused=True)
         self.rows: SparseAdam | None = None
         """Optimizer of the tables of ``row_tables``; ``None`` without one."""
         if tables:

@@ -16,11 +16,12 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.optim import AdamW
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tests.trainer import worlds
-from trainer import loop, step_losses
+from trainer import loop, optimizer, step_losses
 from trainer.checkpoint import TrainState
 from trainer.config import TrainConfig
 from trainer.data.batches import Batch, ItemFeatures, TrainingData
@@ -95,7 +96,8 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setattr(NextItem, "validate", lambda *args: VALIDATION)
     monkeypatch.setattr(loop, "save_state", lambda *args: None)
     monkeypatch.setattr(loop, "save_weights", lambda *args: None)
-    # The meta device has no autocast.
+    # The meta device has no fused optimizer and no autocast.
+    monkeypatch.setattr(optimizer, "AdamW", lambda groups, fused: AdamW(groups))
     for name in ("is_autocast_enabled", "get_autocast_dtype"):
         real = getattr(torch, name)
         monkeypatch.setattr(torch, name, lambda device, real=real: real("cpu"))
@@ -262,11 +264,11 @@ def test_a_step_computes_nothing_for_the_other_items(
     model = model.to(META).train()
     world = replace(worlds.cycles(n_items=N), train_counts=np.zeros(MANY, np.int64))
     data = TrainingData(world, features, META)
-    optimizer = Optimizer(model, TrainConfig(item_updates="rows"))
+    rows = Optimizer(model, TrainConfig(item_updates="rows"))
     _, batches = data.epoch(model.window_sampling, batch_size=16, seed=0, epoch=0)
     model.loss(next(batches))  # computes the popularity of items once
     batch = next(batches)
-    optimizer.prepare(TrainState(), 4)
+    rows.prepare(TrainState(), 4)
     with Catalogues() as catalogues:
         model.loss(batch)["loss"].backward()
     assert catalogues.counts == WHOLE_TABLES.get(name, {})

@@ -36,7 +36,7 @@ from cli import (
     train,
     tune,
 )
-from cli.console import notify
+from cli.console import err, notify
 from features.errors import UserError, shorten
 from features.memory import memory_errors
 from features.signals import exit_code, handle_signals
@@ -93,6 +93,9 @@ class Group(TyperGroup):
             with memory_errors("mmrec", _MEMORY_REMEDY):
                 return super().invoke(ctx)
         except UserError as error:
+            if error.is_reported:
+                raise typer.Exit(error.exit_code) from None
+            err.quiet = False  # processes of torchrun other than the first are quiet
             _fail(str(error), error.exit_code)
         except _UsageError as error:
             _fail(_usage_message(error))

@@ -59,14 +59,11 @@ def evaluate(
     A pre-training on histories is evaluated on each of its datasets. With --dataset, the targets
     that the run has trained on are left out, and the results are stored apart.
     """
+    from trainer.distributed import is_later_process, process_group
     from trainer.runs.folder import read_about
 
-    if protocol not in _PROTOCOLS:
-        raise unknown("protocol", protocol, list(_PROTOCOLS))
-    if users is not None and protocol == "retrieval":
-        raise UserError(f"--users {users} goes with --protocol ranking; leave it out")
-    if users is None and seed:
-        raise UserError(f"--seed {seed} is the seed of a sample; give --users N with it")
+    _check_options(protocol, users, seed)
+    console.err.quiet = is_later_process()
     warehouse = Warehouse(root)
     folder = choose_run(warehouse, name, run)
     if protocol == "retrieval":
@@ -79,20 +76,34 @@ def evaluate(
         _evaluate_sources(warehouse, folder, index, device, sample, json=json)
         return
     else:
-        report = run_evaluate(warehouse, folder, index, device, sample)
+        with process_group():
+            report = run_evaluate(warehouse, folder, index, device, sample)
+    if is_later_process():
+        return
     if json:
         console.emit_json(asdict(report))
     else:
         show_evaluated(report)
 
 
+def _check_options(protocol: str, users: int | None, seed: int) -> None:
+    if protocol not in _PROTOCOLS:
+        raise unknown("protocol", protocol, list(_PROTOCOLS))
+    if users is not None and protocol == "retrieval":
+        raise UserError(f"--users {users} goes with --protocol ranking; leave it out")
+    if users is None and seed:
+        raise UserError(f"--seed {seed} is the seed of a sample; give --users N with it")
+
+
 def _retrieve(
     warehouse: Warehouse, folder: Path, dataset: str | None, device: str | None, json: bool
 ) -> None:
     from trainer.data.control import marked
+    from trainer.distributed import check_single_process
     from trainer.runs.evaluate_cross_modal import evaluate_retrieval
     from trainer.runs.run import open_run
 
+    check_single_process("mmrec eval --protocol retrieval")
     with console.ProgressLine(interval=0.0) as line:
         run = open_run(warehouse, folder, device=device)
         report = evaluate_retrieval(warehouse, run, dataset=dataset, on_stage=line.update)
@@ -131,9 +142,11 @@ def _evaluate_sources(
     json: bool,
 ) -> None:
     """Evaluate a pre-training on each of its datasets, and print the reports."""
+    from trainer.distributed import check_single_process
     from trainer.runs.evaluate_sources import evaluate_sources
     from trainer.runs.run import open_run
 
+    check_single_process("mmrec eval of a pre-training")
     with console.ProgressLine(interval=0.0) as line:
         run = open_run(warehouse, folder, device=device)
         sample = _sample(users_and_seed)
@@ -154,8 +167,10 @@ def _evaluate_later(
     users_and_seed: tuple[int, int] | None,
 ) -> "EvalReport":
     """Evaluate a run on a dataset as it is prepared now."""
+    from trainer.distributed import check_single_process
     from trainer.runs.evaluate_later import evaluate_later
 
+    check_single_process("mmrec eval --dataset")
     with console.ProgressLine(interval=0.0) as line:
         return evaluate_later(
             warehouse,

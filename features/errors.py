@@ -16,6 +16,8 @@ class UserError(ValueError):
 
     exit_code: ClassVar[int] = 2
     """Exit code of the command line."""
+    is_reported: bool = False
+    """True in the processes of a group in which another process prints the line."""
 
 
 class OutOfMemoryError(UserError):

@@ -10,7 +10,7 @@ Legend: M rows of this process, R rows of the largest share, W processes, D widt
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -18,14 +18,32 @@ from torch import Tensor
 from torch import distributed as dist
 
 from features.errors import UserError
+from features.process_watch import (
+    LostProcessError,
+    Meeting,
+    ProcessWatch,
+    lost_line,
+    watch_processes,
+)
 from features.signals import Interrupted
 
+P = TypeVar("P")
 T = TypeVar("T")
+
+_SECONDS_TO_NAME = 2.0  # after a collective failed, for the watch to learn which process ended
 
 
 def is_distributed() -> bool:
     """Return True if ``torchrun`` started this process as one of several."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def is_later_process() -> bool:
+    """Return True if ``torchrun`` started this process, and not as process 0.
+
+    Unlike :func:`process_rank`, it needs no process group.
+    """
+    return is_distributed() and int(os.environ.get("RANK", "0")) > 0
 
 
 def world_size() -> int:
@@ -40,7 +58,13 @@ def process_rank() -> int:
 
 @contextmanager
 def process_group() -> Iterator[None]:
-    """Join the process group if ``torchrun`` has started several processes."""
+    """Join the process group if ``torchrun`` has started several processes.
+
+    Raises:
+        LostProcessError: A collective failed because another process has ended. A process that
+            reaches no collective within 4 s of the loss of another one prints the same line, and
+            ends with the same exit code.
+    """
     if not is_distributed():
         yield
         return
@@ -49,9 +73,42 @@ def process_group() -> Iterator[None]:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     try:
-        yield
+        with (
+            watch_processes(
+                dist.get_rank(),
+                dist.get_world_size(),
+                os.environ["MASTER_ADDR"],
+                _shared_meeting,
+                _gathered_flags,
+            ) as watch,
+            _collective_errors(watch),
+        ):
+            yield
     finally:
         dist.destroy_process_group()
+
+
+def _shared_meeting(meeting: Meeting | None) -> Meeting:
+    values = [meeting]
+    dist.broadcast_object_list(values)
+    assert values[0] is not None
+    return values[0]
+
+
+def _gathered_flags(flag: bool) -> list[bool]:
+    return [bool(count) for count in _counts(int(flag))]
+
+
+@contextmanager
+def _collective_errors(watch: ProcessWatch) -> Iterator[None]:
+    """Turn the error of a collective that lacks a process into one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        process = watch.ended_process(_SECONDS_TO_NAME)
+        raise LostProcessError(lost_line(process, dist.get_world_size())) from None
 
 
 def on_rank_zero(make: Callable[[], T]) -> T:
@@ -75,9 +132,83 @@ def on_rank_zero(make: Callable[[], T]) -> T:
             raise
     dist.broadcast_object_list(outcome)
     if outcome[1] is not None:
+        if isinstance(outcome[1], UserError) and process_rank() > 0:
+            outcome[1].is_reported = True
         raise outcome[1]
     value: T = outcome[0]
     return value
+
+
+@contextmanager
+def held_by_rank_zero(make: Callable[[], AbstractContextManager[object]]) -> Iterator[None]:
+    """Hold a context of process 0, such as a lock, in the bodies of all processes.
+
+    Args:
+        make: Creates the context; called in process 0.
+
+    Raises:
+        UserError: Entering the context raised it; it is raised in all processes.
+    """
+    with ExitStack() as stack:
+
+        def enter() -> None:
+            stack.enter_context(make())
+
+        on_rank_zero(enter)
+        yield
+
+
+def check_single_process(work: str) -> None:
+    """Raise a UserError if ``torchrun`` started several processes, which ``work`` does not share.
+
+    Args:
+        work: A command or option, which begins the line.
+    """
+    if is_distributed():
+        raise UserError(
+            f"{work} runs in one process, not in {os.environ['WORLD_SIZE']}; start it without"
+            " torchrun (WORLD_SIZE is set)"
+        )
+
+
+def on_all_ranks(make: Callable[[], P], join: Callable[[list[P]], T]) -> T:
+    """Call a function in every process, join the results in process 0, and return what it returns.
+
+    Args:
+        make: Returns the part of this process.
+        join: Called in process 0 with the parts of all processes, in their order.
+
+    Raises:
+        UserError: One of the functions raised it; it is raised in all processes.
+        Interrupted: As UserError.
+    """
+    if world_size() == 1:
+        return join([make()])
+    outcome: list[Any] = [None, None]  # part, error
+    failure: BaseException | None = None
+    try:
+        outcome[0] = make()
+    except (UserError, Interrupted) as error:
+        outcome[1] = error
+    except BaseException as error:
+        failure = error
+        outcome[1] = UserError(f"process {process_rank()} failed; see its message")
+    outcomes: list[Any] | None = [None] * world_size() if process_rank() == 0 else None
+    dist.gather_object(outcome, outcomes)
+
+    def joined() -> T:
+        assert outcomes is not None
+        for _, error in outcomes:
+            if error is not None:
+                raise error
+        return join([part for part, _ in outcomes])
+
+    try:
+        return on_rank_zero(joined)
+    except (UserError, Interrupted):
+        if failure is not None:
+            raise failure from None
+        raise
 
 
 def all_reduce_mean(values: Tensor) -> Tensor:

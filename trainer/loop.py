@@ -16,7 +16,7 @@ from features.errors import UserError
 from trainer.checkpoint import TrainState, load_state, save_state, save_weights
 from trainer.config import TrainConfig
 from trainer.data.batches import Shard, combine_seeds
-from trainer.distributed import any_process, on_rank_zero, process_rank, world_size
+from trainer.distributed import any_process, on_all_ranks, process_rank, world_size
 from trainer.ema import ExponentialMovingAverage
 from trainer.interruption import Abandoned, Interruption, handle_interruption
 from trainer.optimizer import Optimizer
@@ -258,16 +258,20 @@ def _validate(
 ) -> tuple[EpochRow, Validation | None]:
     """Return the values of the epoch, and the validation if this epoch is validated."""
 
-    def validate() -> Validation:
+    def measure() -> Any:
         with interruption.abandoned_on_signal() if interruption else nullcontext():
-            return task.validate(config)
+            return task.measure(config, shard)
+
+    def join(measures: list[Any]) -> Validation:
+        return task.join_measures(config, measures)
 
     began = time.monotonic()
+    shard = Shard(process_rank=process_rank(), world_size=world_size())
     epoch = state.epoch + 1
     losses = {name: total / pace.steps for name, total in state.losses.items()}
     validation, metrics, users = None, {}, 0
     if epoch % config.validate_every == 0 or epoch == config.epochs:
-        validation = on_rank_zero(validate)
+        validation = on_all_ranks(measure, join)
         metrics, users = validation.metrics, validation.users
     seconds = 0.0
     if pace.steps_done:

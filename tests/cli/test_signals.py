@@ -193,6 +193,7 @@ def two_processes(command: Sequence[str], plant: str = "") -> list[subprocess.Po
         subprocess.Popen(
             [sys.executable, "-c", (plant if rank == "0" else "") + START, *command],
             env={**os.environ, **address, "RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )

@@ -3,26 +3,31 @@
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from features.errors import UserError
 from tests.trainer import worlds
 from trainer.config import TrainConfig
-from trainer.data.batches import TrainSet
+from trainer.data.batches import Batch, Shard, TrainSet
 from trainer.distributed import (
     gather_rows,
     global_mean_rows,
+    on_all_ranks,
     process_group,
     process_rank,
     rank_offset,
     world_size,
 )
+from trainer.evaluation.ranking import RankShare
 from trainer.loop import TrainProgress, fit
 from trainer.losses import bce
 from trainer.models.base import Catalogue
@@ -50,6 +55,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "fusion_heads": 2, "align": "nicl", "nid": True, "rcl": True, "shuffle": 0, "replace": 0,
     },
 }  # fmt: skip
+SHARED = ("mmsrec", "carca", "ease", "itemknn", "popularity")
 LOOP: dict[str, Any] = {"epochs": 2, "batch_size": 15, "device": "cpu"}
 
 
@@ -156,6 +162,80 @@ def gathered(folder: Path) -> dict[str, Tensor]:
     return {"values": values / world_size()}
 
 
+def shared(folder: Path) -> dict[str, Tensor]:
+    """The metrics of validations in which processes share the users, and how many of them."""
+    features, values = worlds.features(N), {}
+    data = worlds.training_data(worlds.cycles(n_items=N), features)
+    shard = Shard(process_rank=process_rank(), world_size=world_size())
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("ranking", "search"):
+            patch.setattr(f"trainer.evaluation.{module}.SCORED_TOGETHER", 4)
+        for name in SHARED:
+            task = NextItem(worlds.build(name, features), data)
+            task.model.fit_buffers(features, data.train)
+            for users in (60, 13, 5, 1):  # 15, 4, 2 and 1 batches of 4 users
+                config = TrainConfig(monitor_users=users, eval_batch=4, device="cpu")
+
+                def join(
+                    shares: list[RankShare], task: NextItem = task, config: TrainConfig = config
+                ) -> Tensor:
+                    metrics = task.join_measures(config, shares).metrics.values()
+                    return torch.tensor([*map(len_of, shares), *metrics], dtype=torch.float64)
+
+                measure = partial(task.measure, config, shard)
+                values[f"{name}-{users}"] = on_all_ranks(measure, join)
+    return values
+
+
+def len_of(share: RankShare) -> int:
+    """The number of users of a process."""
+    return len(share.rows)
+
+
+class Killed(NextItem):
+    """A task whose training kills one of the processes in the middle of a step of epoch 2."""
+
+    victim = -1  # process number; -1: none
+    _steps_left = 0
+
+    def epoch(
+        self, config: TrainConfig, epoch: int, *, skip: int, shard: Shard
+    ) -> tuple[int, Iterator[Batch]]:
+        """Return the batches of an epoch."""
+        self._steps_left = 2 if epoch == 1 else 0
+        return super().epoch(config, epoch, skip=skip, shard=shard)
+
+    def loss(self, batch: Batch) -> dict[str, Tensor]:
+        """Return the loss."""
+        self._steps_left -= 1
+        if self._steps_left == 0 and process_rank() == self.victim:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().loss(batch)
+
+
+def train_killed(folder: Path, name: str, *, victim: int = -1, resume: bool = False) -> None:
+    """Train with dropout and masks, and write the weights if no process is killed."""
+    features = worlds.features(N)
+    catalogue = Catalogue(n_items=N, n_users=1, widths=features.widths)
+    torch.manual_seed(0)
+    model = MMSRec(MMSRecConfig(**{**SMALL, "dropout": 0.3}), catalogue)
+    task = Killed(model, worlds.training_data(worlds.cycles(n_items=N), features))
+    task.victim = victim
+    (folder / name).mkdir(exist_ok=True)
+    fit(
+        task,
+        TrainConfig(**LOOP),
+        folder / name,
+        {},
+        resume=resume,
+        on_epoch=lambda row: None,
+        on_progress=lambda tick: None,
+    )
+    state = {key: value.detach().contiguous() for key, value in model.state_dict().items()}
+    mode = "resumed" if resume else "whole"
+    save_file(state, folder / f"{mode}-{process_rank()}.safetensors")
+
+
 CASES: dict[str, Callable[[Path], dict[str, Tensor]]] = {
     "sasrec": next_item("sasrec"),
     "mmsrec": next_item("mmsrec"),
@@ -169,14 +249,30 @@ CASES: dict[str, Callable[[Path], dict[str, Tensor]]] = {
     "aligned": aligned,
     "torn": torn,
     "gathered": gathered,
+    "shared": shared,
 }
 
 
-if __name__ == "__main__":
-    where = Path(sys.argv[1])
-    with process_group():
+def main(folder: Path, mode: str) -> None:
+    """Run all cases, or resume the killed training; at the end, a process is killed."""
+    if mode == "cases":
         for case, run in CASES.items():
-            tensors = {key: value.detach().contiguous() for key, value in run(where).items()}
-            save_file(tensors, where / f"{case}-{process_rank()}.safetensors")
+            tensors = {key: value.detach().contiguous() for key, value in run(folder).items()}
+            save_file(tensors, folder / f"{case}-{process_rank()}.safetensors")
+        train_killed(folder, "not-killed")
+        train_killed(folder, "killed", victim=1)
+    else:
+        train_killed(folder, "killed", resume=True)
+        train_killed(folder, "killed-again", victim=0)
+
+
+if __name__ == "__main__":
+    exit_code = 0
+    try:
+        with process_group():
+            main(Path(sys.argv[1]), sys.argv[2])
+    except UserError as error:
+        print(error, file=sys.stderr, flush=True)
+        exit_code = error.exit_code
     # gloo's threads sometimes abort the process while the interpreter shuts down.
-    os._exit(0)
+    os._exit(exit_code)

@@ -1,6 +1,7 @@
 """Two processes that share each batch train what one process trains."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from features.process_watch import LostProcessError
 from tests.trainer import distributed_worker as worker
 from trainer.distributed import (
     all_reduce_mean,
@@ -34,7 +36,10 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder in which two processes have written the tensors of every case."""
+    """The folder in which two processes have written the tensors of every case.
+
+    At the end, the second process is killed in the middle of a step.
+    """
     folder = tmp_path_factory.mktemp("two")
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     with ExitStack() as stack:
@@ -42,7 +47,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for rank in range(2):
             place = {"WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank)}
             process = subprocess.Popen(
-                [sys.executable, "-m", worker.__name__, str(folder)],
+                [sys.executable, "-m", worker.__name__, str(folder), "cases"],
                 cwd=ROOT,
                 env={**os.environ, **address, **place, "OMP_NUM_THREADS": "1"},
                 stderr=subprocess.PIPE,
@@ -51,14 +56,16 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
             stack.enter_context(process)  # closes the pipe and waits
             stack.callback(process.kill)
             processes.append(process)
-        for process in processes:
-            _, errors = process.communicate(timeout=120)
-            assert process.returncode == 0, errors
+        _, errors = processes[1].communicate(timeout=240)
+        assert processes[1].returncode == -signal.SIGKILL, errors
+        _, errors = processes[0].communicate(timeout=30)
+        assert processes[0].returncode == LostProcessError.exit_code, errors
+        (folder / "errors.txt").write_text(errors)
     return folder
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", list(worker.CASES))
+@pytest.mark.parametrize("case", [case for case in worker.CASES if case != "shared"])
 def test_two_processes_are_one_with_the_joined_batch(two: Path, case: str, tmp_path: Path) -> None:
     alone = worker.CASES[case](tmp_path)
     together = load_file(two / f"{case}-0.safetensors")
@@ -69,6 +76,42 @@ def test_two_processes_are_one_with_the_joined_batch(two: Path, case: str, tmp_p
         if name.endswith("qkv.bias"):  # the bias of keys moves no attention: its gradient is noise
             value, together[name] = (x.view(3, -1)[[0, 2]] for x in (value, together[name]))
         torch.testing.assert_close(together[name], value, rtol=1e-3, atol=2e-5, msg=name)
+
+
+@pytest.mark.slow
+def test_a_shared_validation_is_that_of_one_process_to_the_bit(two: Path, tmp_path: Path) -> None:
+    alone = worker.shared(tmp_path)
+    parts = [load_file(two / f"shared-{process}.safetensors") for process in range(2)]
+    users = {60: (32, 28), 13: (8, 5), 5: (4, 1), 1: (1, 0)}  # of each process
+    assert len(alone) == len(worker.SHARED) * len(users)
+    for name, (count, *metrics) in ((name, value.tolist()) for name, value in alone.items()):
+        assert (count, len(metrics)) == (int(name.partition("-")[2]), 18), name
+        for together in parts:
+            assert tuple(together[name][:2].tolist()) == users[count], name
+            assert together[name][2:].tolist() == metrics, name
+
+
+@pytest.mark.heavy
+def test_a_killed_process_ends_the_other_and_the_training_resumes(two: Path) -> None:
+    ended = "process 1 of 2 has ended or does not answer"
+    assert (two / "errors.txt").read_text().startswith(ended)
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1"]
+    command += ["--master-port", str(free_port()), "-m", worker.__name__, str(two), "resume"]
+    done = subprocess.run(
+        [sys.executable, *command],
+        check=False,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=240,
+    )
+    # The training after the resumed one was killed.
+    assert (done.returncode, "(SIGKILL)" in done.stderr) == (1, True), done.stderr
+    for process in range(2):
+        whole = load_file(two / f"whole-{process}.safetensors")
+        resumed = load_file(two / f"resumed-{process}.safetensors")
+        assert all(torch.equal(resumed[name], value) for name, value in whole.items())
 
 
 @pytest.mark.slow

@@ -227,7 +227,7 @@ PLACES = {
     "backward": _in_backward,
     "batches": _in_batches,
     "windows": _after(NextItem, "epoch"),
-    "validation": _after(NextItem, "validate"),
+    "validation": _after(NextItem, "measure"),
     "optimizer": _after(AdamW, "step"),
     "average": _after(ExponentialMovingAverage, "update"),
     "weights": _after(loop, "save_weights"),
@@ -336,7 +336,7 @@ def test_a_loss_that_diverges_between_two_reads_is_named_and_nothing_is_saved(
         return {"loss": value + (math.nan if calls == step else 0.0)}
 
     monkeypatch.setattr(SASRec, "loss", loss)
-    monkeypatch.setattr(NextItem, "validate", lambda *args: validated.append(args))
+    monkeypatch.setattr(NextItem, "measure", lambda *args: validated.append(args))
     with pytest.raises(UserError, match=f"loss .*nan.* epoch 1, step {step};.*lower lr"):
         train("sasrec", tmp_path / "run", interrupt_at=step if interrupted else None)
     assert not validated

@@ -93,7 +93,8 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(StepLosses, "read", read)
     monkeypatch.setattr(step_losses, "_SECONDS_BETWEEN_READS", math.inf)
-    monkeypatch.setattr(NextItem, "validate", lambda *args: VALIDATION)
+    monkeypatch.setattr(NextItem, "measure", lambda *args: None)
+    monkeypatch.setattr(NextItem, "join_measures", lambda *args: VALIDATION)
     monkeypatch.setattr(loop, "save_state", lambda *args: None)
     monkeypatch.setattr(loop, "save_weights", lambda *args: None)
     # The meta device has no fused optimizer and no autocast.
@@ -198,7 +199,8 @@ def test_a_step_of_the_alignment_reads_nothing_back(
         for number, name in enumerate(("validation", "test"))
     }
     task = Alignment(model, features, splits, AlignConfig(duplicates=duplicates))
-    monkeypatch.setattr(Alignment, "validate", lambda *args: VALIDATION)
+    monkeypatch.setattr(Alignment, "measure", lambda *args: None)
+    monkeypatch.setattr(Alignment, "join_measures", lambda *args: VALIDATION)
     model.to(META)
     task.features = features_on_device(features)
     task._present = {side: x.to(META) for side, x in task._present.items()}

@@ -52,6 +52,8 @@ SequenceBatches = Callable[[slice], Sequences]
 """Function that returns the histories of a slice of users."""
 
 _USERS_PER_BLOCK = 2048  # users whose lists are in memory
+SCORED_TOGETHER = 512
+"""Users that a model without vectors scores together, at most; never with users of the next 512."""
 
 
 class CatalogueSearch:
@@ -158,10 +160,10 @@ class CatalogueSearch:
                 count(search, self.listed.seen(histories))
             return joined, counts
         joined = self._rank_scores(users, numbers_E)
-        for rows in blocks:
+        for rows in _blocks(len(users.users), SCORED_TOGETHER):
             block = users.take(rows)
             seen = self.listed.seen(histories_of(self.data.dataset, block))
-            count(self._score_lists(block), seen)
+            count(_score_lists(self, block), seen)
         return joined, counts
 
     def _rank_vectors(self, users: EvalSplit, numbers_E: Ints, queries_ED: Tensor) -> Ranks:
@@ -188,18 +190,17 @@ class CatalogueSearch:
         )
 
     def _rank_scores(self, users: EvalSplit, numbers_E: Ints) -> Ranks:
-        histories, n_items = histories_of(self.data.dataset, users), len(self.listed)
-        seen = self.listed.seen(histories)
+        n_items = len(self.listed)
         if self.model.is_sparse:
+            histories = histories_of(self.data.dataset, users)
             rows_E = np.arange(len(histories))
             return rank_sparse(
                 lambda rows: self._sparse_scores(histories.take(rows_E[rows]), users.users[rows]),
                 numbers_E,
                 n_items,
-                seen,
+                self.listed.seen(histories),
             )
-        with evaluation_mode(self.model):
-            return rank_scores(_scorer(self, self._batches(users)), numbers_E, n_items, seen)
+        return _rank_score_blocks(self, users, numbers_E)
 
     def best_for_users(self, users: EvalSplit, k: int, *, keep_seen: bool) -> TopItems:
         """Return the best items of users of the dataset: (E, K) scores and (E, K) items.
@@ -218,7 +219,7 @@ class CatalogueSearch:
             top = self._search(self._queries(users), histories, users.users, exclude, k)
             return self._restored(top)
         with evaluation_mode(self.model):
-            scorer = _scorer(self, self._batches(users))
+            scorer = _scorer(self, self.batches(users))
             top = top_scores(scorer, len(users.users), len(self.listed), k, exclude)
         return self._restored(top)
 
@@ -226,14 +227,6 @@ class CatalogueSearch:
         def search(rows: Ints, exclude: SeenItems | None, k: int) -> Ints:
             taken = histories.take(rows)
             return self._search(queries_BD[rows], taken, users_B[rows], exclude, k)[1]
-
-        return search
-
-    def _score_lists(self, users: EvalSplit) -> SearchLists:
-        def search(rows: Ints, exclude: SeenItems | None, k: int) -> Ints:
-            with evaluation_mode(self.model):
-                scorer = _scorer(self, self._batches(users.take(rows)))
-                return top_scores(scorer, len(rows), len(self.listed), k, exclude)[1]
 
         return search
 
@@ -298,7 +291,8 @@ class CatalogueSearch:
     def _queries(self, users: EvalSplit) -> Tensor:
         return encode_histories(self.model, self.data, self.items_ND, users, self._batch_size)
 
-    def _batches(self, users: EvalSplit) -> SequenceBatches:
+    def batches(self, users: EvalSplit) -> SequenceBatches:
+        """Return a function that gathers the histories of a slice of some users."""
         return lambda rows: self.data.history_batch(users, rows, length=self.model.history)
 
     def _sparse_scores(self, histories: SeenItems, users_E: Ints) -> SparseScores:
@@ -327,6 +321,27 @@ def _scorer(
     return score
 
 
+def _rank_score_blocks(search: CatalogueSearch, users: EvalSplit, numbers_E: Ints) -> Ranks:
+    """Rank by scores that are not inner products, a fixed number of users at once."""
+    ranks = []
+    with evaluation_mode(search.model):
+        for rows in _blocks(len(numbers_E), SCORED_TOGETHER):
+            block = users.take(rows)
+            scorer = _scorer(search, search.batches(block))
+            seen = search.listed.seen(histories_of(search.data.dataset, block))
+            ranks.append(rank_scores(scorer, numbers_E[rows], len(search.listed), seen))
+    return Ranks.concatenate(ranks)
+
+
+def _score_lists(search: CatalogueSearch, users: EvalSplit) -> SearchLists:
+    def best(rows: Ints, exclude: SeenItems | None, k: int) -> Ints:
+        with evaluation_mode(search.model):
+            scorer = _scorer(search, search.batches(users.take(rows)))
+            return top_scores(scorer, len(rows), len(search.listed), k, exclude)[1]
+
+    return best
+
+
 def _sparse_lists(scores: SparseScores, n_items: int) -> SearchLists:
     def search(rows: Ints, exclude: SeenItems | None, k: int) -> Ints:
         return top_sparse(_part_of(scores.take(rows)), len(rows), n_items, k, exclude)
@@ -339,7 +354,7 @@ def _part_of(scores: SparseScores) -> Callable[[slice], SparseScores]:
     return lambda rows: scores.rows(rows.start, rows.stop)
 
 
-def _blocks(users: int) -> Iterator[slice]:
+def _blocks(users: int, size: int = _USERS_PER_BLOCK) -> Iterator[slice]:
     """Yield the rows of each block of users."""
-    for start in range(0, users, _USERS_PER_BLOCK):
-        yield slice(start, min(start + _USERS_PER_BLOCK, users))
+    for start in range(0, users, size):
+        yield slice(start, min(start + size, users))

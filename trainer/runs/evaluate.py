@@ -6,6 +6,7 @@ models of :data:`trainer.evaluation.protocol.REFERENCES` are ranked in the same 
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,17 @@ from features.warehouse import Warehouse
 from retrieval.listed_ranks import LIST_LENGTH
 from retrieval.ranking import Ranks
 from retrieval.registry import parse_index
+from trainer.data.batches import Shard
 from trainer.data.control import NONE, control_line
+from trainer.distributed import (
+    check_single_process,
+    held_by_rank_zero,
+    on_all_ranks,
+    on_rank_zero,
+    process_rank,
+    world_size,
+)
+from trainer.evaluation.encode import targets_of
 from trainer.evaluation.protocol import (
     HIDDEN,
     OCCURRENCES,
@@ -31,11 +42,18 @@ from trainer.evaluation.protocol import (
     TRAIN,
     protocol_lines,
 )
-from trainer.evaluation.ranking import SplitRanks, build_reference, rank_split
+from trainer.evaluation.ranking import (
+    RankShare,
+    SplitRanks,
+    build_reference,
+    join_shares,
+    rank_split,
+    share_of_users,
+)
 from trainer.evaluation.saved_indexes import INDEXES, SavedIndexes
-from trainer.evaluation.search_facts import SearchFacts
+from trainer.evaluation.search_facts import SearchFacts, unusable_index
 from trainer.models.base import Recommender
-from trainer.runs.evaluation_rows import list_rows, metric_rows, prediction_columns, subsets
+from trainer.runs.evaluation_rows import metric_rows, prediction_columns, split_rows, subsets
 from trainer.runs.folder import replace_metrics, run_lock, stored_metrics
 from trainer.runs.later import load_as_trained
 from trainer.runs.prior import read_prior
@@ -119,6 +137,7 @@ def evaluate(
     metrics change and written after them, so that a killed evaluation leaves no predictions, never
     those of other weights. Training on removes the results of an evaluation. Both hold the run's
     lock. With a sample, only the test targets of these users are ranked, and nothing is written.
+    Several processes share the users; process 0 writes.
 
     Args:
         warehouse: Warehouse with the run's dataset.
@@ -130,18 +149,23 @@ def evaluate(
 
     Raises:
         UserError: The run is a pre-training, its checkpoint is absent or was written for something
-            else, or another process trains or evaluates it.
+            else, or another process trains or evaluates it. Several processes have an approximate
+            index.
         OutOfMemoryError: The ranking does not fit into memory.
         ValueError: The index is not known.
     """
     run.check_recommends()
+    with unusable_index():
+        is_exact = parse_index(index).is_exact
+    if not is_exact:
+        check_single_process(f"--index {index}, which is approximate,")
     batch = f"evaluation of run {run.name} (eval_batch={run.config.eval_batch})"
     remedy = "free memory, or train again with a smaller eval_batch"
-    with run_lock(run.folder), memory_errors(batch, remedy):
+    with held_by_rank_zero(lambda: run_lock(run.folder)), memory_errors(batch, remedy):
         load_as_trained(run)
         stored_metrics(run.folder / "metrics.parquet")  # report a damaged table first
         evaluation = rank_run(run, index, sample, on_stage)
-        if sample is None and parse_index(index).is_exact:
+        if sample is None and is_exact and process_rank() == 0:
             _write(warehouse, run, evaluation)
     report = report_of(run, evaluation, index)
     if sample is not None:
@@ -227,6 +251,8 @@ def rank_run(
 ) -> Evaluation:
     """Rank the held-out targets of a run whose weights are loaded; nothing is written.
 
+    Several processes call it together, and all of them return the same.
+
     Args:
         run: The run.
         index: Kind and parameters.
@@ -251,11 +277,8 @@ def rank_run(
         is_cold = dataset.cold[own.targets_E]
         on_stage(f"intervals of {split}")
         others = {"cold": is_cold, HIDDEN: dataset.hidden[own.targets_E]}
-        for targets, subset in subsets(own.ranks, others).items():
-            for name, split_ranks in by_ranker.items():
-                rows += metric_rows(split, targets, name, split_ranks.ranks, subset)
-                if targets == "all":
-                    rows += list_rows(dataset, split, name, split_ranks)
+        by_subset = subsets(own.ranks, others)
+        rows += on_rank_zero(partial(split_rows, dataset, split, by_ranker, by_subset))
         predictions.append(prediction_columns(dataset, split, own, is_cold))
     if run.config.hold_out_cold:
         on_stage("ranking occurrences of cold items")
@@ -263,7 +286,7 @@ def rank_run(
         if sample is not None:
             occurrences = occurrences.take(np.flatnonzero(np.isin(occurrences.users, users.users)))
         in_train = _rank_by_all(run, rankers, TRAIN, occurrences, index, store)
-        rows += _occurrence_rows(by_ranker, in_train, is_cold)
+        rows += on_rank_zero(partial(_occurrence_rows, by_ranker, in_train, is_cold))
         own = in_train[run.spec.model]
         all_cold = np.ones(len(occurrences.users), bool)
         predictions.append(prediction_columns(dataset, TRAIN, own, all_cold))
@@ -283,20 +306,27 @@ def _rank_by_all(
     count_lists: bool = False,
 ) -> dict[str, SplitRanks]:
     """Rank the same targets with the model and with each reference."""
-    batch_size = run.config.eval_batch
-    return {
-        name: rank_split(
-            model,
-            run.data,
-            split,
-            batch_size,
-            index=index if model is run.model else exact_name(index),
-            users=users,
-            count_lists=count_lists,
-            store=store,
+    batch_size, targets_E = run.config.eval_batch, targets_of(run.data.dataset, users)
+    shard = Shard(process_rank=process_rank(), world_size=world_size())
+
+    def rank_share(model: Recommender) -> RankShare:
+        return RankShare.of(
+            users,
+            share_of_users(model, users, batch_size, shard),
+            lambda part: rank_split(
+                model,
+                run.data,
+                split,
+                batch_size,
+                index=index if model is run.model else exact_name(index),
+                users=part,
+                count_lists=count_lists,
+                store=store,
+            ),
         )
-        for name, model in rankers.items()
-    }
+
+    join = partial(join_shares, users, targets_E)
+    return {name: on_all_ranks(partial(rank_share, model), join) for name, model in rankers.items()}
 
 
 def _occurrence_rows(

@@ -33,6 +33,29 @@ def subsets(
     return {name: subset for name, subset in {**every, **others}.items() if subset.any()}
 
 
+def split_rows(
+    dataset: Dataset,
+    split: str,
+    by_ranker: Mapping[str, SplitRanks],
+    by_subset: Mapping[str, npt.NDArray[np.bool_]],
+) -> list[dict[str, Any]]:
+    """Return the rows of all subsets of the targets of a split.
+
+    Args:
+        dataset: The dataset.
+        split: ``validation`` or ``test``.
+        by_ranker: Ranker -> its ranks.
+        by_subset: Subset of the targets -> (E,) its users.
+    """
+    rows = []
+    for targets, subset in by_subset.items():
+        for name, split_ranks in by_ranker.items():
+            rows += metric_rows(split, targets, name, split_ranks.ranks, subset)
+            if targets == "all":
+                rows += list_rows(dataset, split, name, split_ranks)
+    return rows
+
+
 def metric_rows(
     split: str,
     targets: str,

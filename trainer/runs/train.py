@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 from features.errors import UserError
@@ -11,7 +10,7 @@ from features.store import FeatureStore
 from trainer.checkpoint import load_weights
 from trainer.data.control import NONE
 from trainer.data.feature_tables import choose_tables
-from trainer.distributed import process_rank
+from trainer.distributed import held_by_rank_zero, process_rank
 from trainer.evaluation.transition_prior import PriorChoice, choose_prior
 from trainer.loop import EpochRow, TrainProgress, fit
 from trainer.runs.folder import record, recorded_seconds, run_lock
@@ -80,7 +79,7 @@ def train_run(
     began = time.monotonic()
     if resume:
         began -= recorded_seconds(run.folder / "metrics.parquet")
-    lock = run_lock(run.folder) if process_rank() == 0 else nullcontext()
+    lock = held_by_rank_zero(lambda: run_lock(run.folder))
     with lock, memory_errors(*_out_of_memory(run)):
         state = fit(
             run.task,

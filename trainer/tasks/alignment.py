@@ -24,6 +24,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from features.dataset import Ints
 from features.errors import UserError
 from features.warehouse import Warehouse
 from trainer.config import Choice, NonNegativeFloat, Range, Settings, TrainConfig
@@ -224,10 +225,18 @@ class Alignment(Task[Tensor]):
         pool_K = self.pools["validation"]
         return f"validation: {len(pool_K):,} held-out items, text to vision and back"
 
-    def validate(self, config: TrainConfig) -> Validation:
-        """Retrieve validation items from text to vision and back; monitor the mean of both."""
-        pool_K = self.pools["validation"]
-        ranks = retrieve(self.model, self.features, pool_K)
+    def measure(self, config: TrainConfig, shard: Shard) -> dict[str, Ints] | None:
+        """Rank the validation items from text to vision and back, all of them in process 0."""
+        if shard.process_rank:
+            return None
+        return retrieve(self.model, self.features, self.pools["validation"])
+
+    def join_measures(
+        self, config: TrainConfig, measures: Sequence[dict[str, Ints] | None]
+    ) -> Validation:
+        """Return the metrics of both directions; monitor their mean."""
+        ranks = measures[0]
+        assert ranks is not None
         metrics = {
             (direction, metric): float(values.mean())
             for direction, ranks_K in ranks.items()
@@ -244,7 +253,7 @@ class Alignment(Task[Tensor]):
         }
         return Validation(
             metrics=metrics,
-            users=len(pool_K),
+            users=len(self.pools["validation"]),
             monitored=means[config.monitor],
             shown={name: means[name] for name in ("Recall@1", "Recall@10")},
         )

@@ -89,10 +89,34 @@ class Task(ABC, Generic[B]):
     def split(self, config: TrainConfig) -> str:
         """Return a description of the data that :meth:`validate` uses."""
 
-    @abstractmethod
     def validate(self, config: TrainConfig) -> Validation:
         """Measure the model on validation data: neither training data nor the test split.
 
         Raises:
             UserError: A vector is not finite.
+        """
+        return self.join_measures(config, [self.measure(config, Shard())])
+
+    @abstractmethod
+    def measure(self, config: TrainConfig, shard: Shard) -> Any:
+        """Measure the model on a share of the validation data, without the other processes.
+
+        Args:
+            config: Settings of the loop.
+            shard: The process that measures, and the number of processes.
+
+        Returns:
+            A value that :mod:`pickle` can write.
+
+        Raises:
+            UserError: A vector is not finite.
+        """
+
+    @abstractmethod
+    def join_measures(self, config: TrainConfig, measures: Sequence[Any]) -> Validation:
+        """Return the result of a validation.
+
+        Args:
+            config: Settings of the loop.
+            measures: The result of :meth:`measure` of each process, in their order.
         """

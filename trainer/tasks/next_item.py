@@ -13,7 +13,8 @@ from features.warehouse import Warehouse
 from retrieval.metrics import per_user
 from trainer.config import TrainConfig
 from trainer.data.batches import Batch, Shard, TrainingData
-from trainer.evaluation.ranking import rank_split
+from trainer.evaluation.encode import targets_of
+from trainer.evaluation.ranking import RankShare, join_shares, rank_split, share_of_users
 from trainer.models.base import Recommender
 from trainer.tasks.base import Task, Validation
 
@@ -70,16 +71,23 @@ class NextItem(Task[Batch]):
         """Return ``validation`` and the monitored ranking: seen items filtered or kept."""
         return f"validation, {config.monitor_seen}"
 
-    def validate(self, config: TrainConfig) -> Validation:
-        """Rank the validation targets in the full catalogue, seen items filtered and kept.
+    def measure(self, config: TrainConfig, shard: Shard) -> RankShare:
+        """Rank the validation targets of a share of the users, seen items filtered and kept.
 
-        Of more than ``monitor_users`` users, a sample is ranked: the same one in every epoch and in
-        every run on the dataset.
+        The targets are ranked in the full catalogue. Of more than ``monitor_users`` users, a sample
+        is ranked: the same one in every epoch and in every run on the dataset.
         """
-        users = validation_users(self.data.dataset, config)
-        split_ranks = rank_split(
-            self.model, self.data, "validation", config.eval_batch, users=users
+        users, batch_size = validation_users(self.data.dataset, config), config.eval_batch
+        return RankShare.of(
+            users,
+            share_of_users(self.model, users, batch_size, shard),
+            lambda part: rank_split(self.model, self.data, "validation", batch_size, users=part),
         )
+
+    def join_measures(self, config: TrainConfig, measures: Sequence[RankShare]) -> Validation:
+        """Return the metrics of all users."""
+        users = validation_users(self.data.dataset, config)
+        split_ranks = join_shares(users, targets_of(self.data.dataset, users), measures)
         metrics = {
             (seen, name): float(values.mean())
             for seen, ranks in (

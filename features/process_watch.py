@@ -62,6 +62,7 @@ class ProcessWatch:
     ) -> None:
         self._peers, self._size, self._end_process = peers, size, end_process
         self._ended: int | None = None
+        self._has_lost = False
         self._has_ended, self._is_left = threading.Event(), threading.Event()
         self._wake, self._woken = socket.socketpair()
         self._thread = threading.Thread(target=self._wait, name="process watch", daemon=True)
@@ -77,13 +78,18 @@ class ProcessWatch:
         return self._ended
 
     def leave(self) -> None:
-        """Stop watching, tell the others, and close the connections."""
+        """Stop watching, tell the others, and close the connections.
+
+        After the loss of a process the others are not told, so that this one is lost to them too:
+        only process 0 is connected with all of them.
+        """
         self._is_left.set()
         self._wake.send(_BYE)
         self._thread.join()
         for connection in self._peers.values():
             with suppress(OSError), connection:
-                connection.send(_BYE)
+                if not self._has_lost:
+                    connection.send(_BYE)
         self._wake.close()
         self._woken.close()
 
@@ -96,10 +102,11 @@ class ProcessWatch:
                 for key, _ in selector.select():
                     if key.data is None:
                         return
+                    selector.unregister(key.fileobj)
+                    self._has_lost = _is_lost(self._peers[key.data])
                     self._ended = key.data
                     self._has_ended.set()
-                    selector.unregister(key.fileobj)
-                    if _is_lost(self._peers[key.data]):
+                    if self._has_lost:
                         if not self._is_left.wait(_GRACE_SECONDS):
                             self._end_process(lost_line(key.data, self._size))
                         return

@@ -90,6 +90,21 @@ def test_a_process_that_leaves_in_time_is_not_ended(monkeypatch: pytest.MonkeyPa
     assert not lines
 
 
+@pytest.mark.parametrize(("last_byte", "told"), [(b"", b""), (b".", b".")], ids=["lost", "left"])
+def test_a_process_that_leaves_after_a_loss_is_lost_to_the_third(
+    last_byte: bytes, told: bytes
+) -> None:
+    pairs = {process: socket.socketpair() for process in (1, 2)}
+    watch = ProcessWatch({process: own for process, (own, _) in pairs.items()}, 3, print)
+    with pairs[1][1] as first:
+        first.send(last_byte)
+    assert watch.ended_process(60) == 1
+    watch.leave()
+    with pairs[2][1] as third:
+        third.settimeout(60)
+        assert third.recv(2) == told
+
+
 def test_a_process_that_cannot_connect_works_without_a_watch() -> None:
     with socket.create_server(("127.0.0.1", 0)) as closed:
         port = closed.getsockname()[1]

@@ -39,6 +39,7 @@ from cli import (
 from cli.console import err, notify
 from features.errors import UserError, shorten
 from features.memory import memory_errors
+from features.process_watch import LostProcessError
 from features.signals import exit_code, handle_signals
 
 _UsageError: Any = typer.BadParameter.__base__  # typer does not export its usage error
@@ -92,10 +93,14 @@ class Group(TyperGroup):
         try:
             with memory_errors("mmrec", _MEMORY_REMEDY):
                 return super().invoke(ctx)
+        except LostProcessError as error:
+            err.quiet = False  # processes of torchrun other than the first are quiet
+            notify(f"error: {error}")
+            os._exit(error.exit_code)  # libraries would first report what a failed collective left
         except UserError as error:
             if error.is_reported:
                 raise typer.Exit(error.exit_code) from None
-            err.quiet = False  # processes of torchrun other than the first are quiet
+            err.quiet = False
             _fail(str(error), error.exit_code)
         except _UsageError as error:
             _fail(_usage_message(error))

@@ -68,6 +68,11 @@ class ProcessWatch:
         self._thread = threading.Thread(target=self._wait, name="process watch", daemon=True)
         self._thread.start()
 
+    @property
+    def has_lost(self) -> bool:
+        """True if a process was lost; one that has left is not."""
+        return self._has_lost
+
     def ended_process(self, seconds: float) -> int | None:
         """Return the number of a process that was lost or has left, or None.
 
@@ -197,7 +202,9 @@ def _accept(server: socket.socket, count: int, token: bytes) -> dict[int, socket
         while len(peers) < count:
             connection, _ = server.accept()
             connection.settimeout(_CONNECT_SECONDS)
-            hello = connection.recv(len(token) + _RANK_BYTES, socket.MSG_WAITALL)
+            hello = b""
+            with suppress(OSError):
+                hello = connection.recv(len(token) + _RANK_BYTES, socket.MSG_WAITALL)
             if hmac.compare_digest(hello[: len(token)], token):
                 peers[int.from_bytes(hello[len(token) :], "big")] = _probed(connection)
             else:  # a stranger

@@ -25,7 +25,7 @@ from features.process_watch import (
     lost_line,
     watch_processes,
 )
-from features.signals import Interrupted
+from features.signals import Interrupted, raise_received
 
 P = TypeVar("P")
 T = TypeVar("T")
@@ -101,14 +101,24 @@ def _gathered_flags(flag: bool) -> list[bool]:
 
 @contextmanager
 def _collective_errors(watch: ProcessWatch) -> Iterator[None]:
-    """Turn the error of a collective that lacks a process into one line."""
+    """Turn the error of a collective that lacks a process into one line.
+
+    ``torchrun`` sends a signal to the others if a process was lost: the line tells the loss. After
+    Ctrl-C, a process can leave before another one's collective: that one was interrupted, too.
+    """
     try:
         yield
+        return
+    except Interrupted:
+        if not watch.has_lost:
+            raise
     except RuntimeError as error:
         if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
-        process = watch.ended_process(_SECONDS_TO_NAME)
-        raise LostProcessError(lost_line(process, dist.get_world_size())) from None
+    process = watch.ended_process(_SECONDS_TO_NAME)
+    if not watch.has_lost:
+        raise_received()
+    raise LostProcessError(lost_line(process, dist.get_world_size()))
 
 
 def on_rank_zero(make: Callable[[], T]) -> T:

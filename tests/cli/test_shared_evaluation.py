@@ -12,6 +12,7 @@ from tests.cli.test_signals import two_processes
 from tests.trainer import worlds
 
 SMALL = ("device=cpu", "epochs=1", "dim=8", "heads=2", "hidden=8", "eval_batch=4")
+PRIOR = ("--set", "prior=transitions")
 PAIRS = [word for pair in SMALL for word in ("--set", pair)]
 FILES = ("metrics.parquet", "predictions.parquet")
 
@@ -20,7 +21,7 @@ FILES = ("metrics.parquet", "predictions.parquet")
 def test_an_evaluation_of_two_processes_is_that_of_one(warehouse: Warehouse) -> None:
     worlds.prepare(warehouse, [[(u + k) % 17 for k in range(6)] for u in range(30)], 17)
     root = ("--warehouse", str(warehouse.root))
-    run("train", "--model", "sasrec", "--name", "s", *PAIRS, *root)
+    run("train", "--model", "sasrec", "--name", "s", *PAIRS, *PRIOR, *root)
     alone = run("eval", "s", "--json", *root).stdout
     folder = Path(warehouse.root) / "runs" / "s"
     before = [(folder / name).read_bytes() for name in FILES]

@@ -236,3 +236,13 @@ def test_a_signal_to_one_of_two_processes_stops_both_and_loses_nothing(world: Pa
     resumed = train(warehouses[1], again=True)
     assert [code for code, _ in resumed] == [0, 0], resumed
     assert not kills.difference(*map(kills.contents, warehouses))
+
+
+@pytest.mark.heavy
+def test_a_killed_process_ends_the_other_with_one_line(world: Path) -> None:
+    plant = PLANT.replace("AT", "3").replace("NUMBER", str(int(signal.SIGKILL)))
+    processes = two_processes(words(world, "train", copy(world, "trial-killed")), plant)
+    errors = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [-signal.SIGKILL, 1], errors
+    (line,) = errors[1].splitlines()
+    assert line.startswith("error: process 0 of 2 has ended"), errors

@@ -28,6 +28,7 @@ from trainer.distributed import (
     world_size,
 )
 from trainer.evaluation.ranking import RankShare
+from trainer.evaluation.transition_prior import TransitionPrior
 from trainer.loop import TrainProgress, fit
 from trainer.losses import bce
 from trainer.models.base import Catalogue
@@ -55,7 +56,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "fusion_heads": 2, "align": "nicl", "nid": True, "rcl": True, "shuffle": 0, "replace": 0,
     },
 }  # fmt: skip
-SHARED = ("mmsrec", "carca", "ease", "itemknn", "popularity")
+SHARED = ("mmsrec", "mmsrec with a prior", "carca", "ease", "itemknn", "popularity")
 LOOP: dict[str, Any] = {"epochs": 2, "batch_size": 15, "device": "cpu"}
 
 
@@ -170,9 +171,14 @@ def shared(folder: Path) -> dict[str, Tensor]:
     with pytest.MonkeyPatch.context() as patch:
         for module in ("ranking", "search"):
             patch.setattr(f"trainer.evaluation.{module}.SCORED_TOGETHER", 4)
+        patch.setattr("trainer.evaluation.search._USERS_PER_BLOCK", 3)
         for name in SHARED:
-            task = NextItem(worlds.build(name, features), data)
+            task = NextItem(worlds.build(name.split()[0], features), data)
             task.model.fit_buffers(features, data.train)
+            if name.endswith("prior"):
+                task.model.prior = TransitionPrior.of(
+                    data, weight=1.0, eps=0.01, bias=-2.0, scale=task.model.settings.scale
+                )
             for users in (60, 13, 5, 1):  # 15, 4, 2 and 1 batches of 4 users
                 config = TrainConfig(monitor_users=users, eval_batch=4, device="cpu")
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from features.process_watch import LostProcessError
+from features.process_watch import LostProcessError, ProcessWatch
+from features.signals import Interrupted, handle_signals
 from tests.trainer import distributed_worker as worker
 from trainer.distributed import (
     all_reduce_mean,
@@ -21,6 +22,7 @@ from trainer.distributed import (
     gather_rows,
     global_mean_rows,
     on_rank_zero,
+    process_group,
     rank_offset,
 )
 
@@ -128,3 +130,34 @@ def test_in_one_process_nothing_is_changed() -> None:
     assert all_reduce_mean(x) is x
     assert [any_process(condition) for condition in (True, False)] == [True, False]
     assert on_rank_zero(lambda: 4) == 4
+
+
+@pytest.fixture
+def group_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The environment of a process group of one process."""
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    for name, value in {**address, "WORLD_SIZE": "1", "RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("trainer.distributed.is_distributed", lambda: True)
+    monkeypatch.setattr("trainer.distributed._SECONDS_TO_NAME", 0.0)
+
+
+@pytest.mark.usefixtures("group_of_one")
+def test_a_collective_that_fails_after_a_signal_is_an_interruption() -> None:
+    """After Ctrl-C, the other processes have left."""
+    with pytest.raises(LostProcessError), process_group():
+        raise RuntimeError("gloo: connection closed by peer")
+    with handle_signals(lambda number, frame: None):
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(Interrupted), process_group():
+            raise RuntimeError("gloo: connection closed by peer")
+
+
+@pytest.mark.usefixtures("group_of_one")
+def test_a_signal_after_a_loss_tells_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``torchrun`` sends a signal to the processes that are left."""
+    with pytest.raises(Interrupted), process_group():
+        raise Interrupted
+    monkeypatch.setattr(ProcessWatch, "has_lost", True)
+    with pytest.raises(LostProcessError, match="another process of 1 has ended"), process_group():
+        raise Interrupted

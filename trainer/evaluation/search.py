@@ -141,7 +141,7 @@ class CatalogueSearch:
             for seen, items_BK in search_both(search, histories, n_items).items():
                 counts[seen][self.listed.rows_S] += count_recommended(items_BK, n_items)
 
-        blocks = _blocks(len(users.users))
+        blocks = _blocks(len(users.users), _USERS_PER_BLOCK)
         if self.model.is_sparse:
             ranks = []
             for rows in blocks:
@@ -170,7 +170,7 @@ class CatalogueSearch:
         if self.model.prior is None:
             return self._rank_block(users, numbers_E, queries_ED)
         # The scores of a prior take far more memory than the queries.
-        parts = _blocks(len(users.users))
+        parts = _blocks(len(users.users), _USERS_PER_BLOCK)
         ranks = [self._rank_block(users.take(p), numbers_E[p], queries_ED[p]) for p in parts]
         return Ranks.concatenate(ranks)
 
@@ -354,7 +354,7 @@ def _part_of(scores: SparseScores) -> Callable[[slice], SparseScores]:
     return lambda rows: scores.rows(rows.start, rows.stop)
 
 
-def _blocks(users: int, size: int = _USERS_PER_BLOCK) -> Iterator[slice]:
+def _blocks(users: int, size: int) -> Iterator[slice]:
     """Yield the rows of each block of users."""
     for start in range(0, users, size):
         yield slice(start, min(start + size, users))

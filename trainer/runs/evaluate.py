@@ -291,7 +291,10 @@ def rank_run(
         all_cold = np.ones(len(occurrences.users), bool)
         predictions.append(prediction_columns(dataset, TRAIN, own, all_cold))
     return Evaluation(
-        rows=rows, predictions=pa.concat_tables(predictions), sample=sample, search=facts[0]
+        rows=rows,
+        predictions=pa.concat_tables(predictions),
+        sample=sample,
+        search=facts[0] if facts else SearchFacts(line=""),  # no facts: nobody was ranked for
     )
 
 

@@ -1,5 +1,6 @@
 """What each process of test_distributed does; run by ``python -m``, and by the test itself."""
 
+import importlib
 import os
 import signal
 import sys
@@ -272,7 +273,25 @@ def main(folder: Path, mode: str) -> None:
         train_killed(folder, "killed-again", victim=0)
 
 
+def fork() -> None:
+    """Return in two new processes; in this one, wait for them and print their exit codes.
+
+    The imports, which take most of the time, are done once.
+    """
+    importlib.import_module("torch._dynamo")  # the optimizer imports it
+    children = []
+    for rank in "01":
+        children.append(os.fork())
+        if children[-1] == 0:
+            os.environ.update(RANK=rank, LOCAL_RANK=rank)
+            return
+    print(*(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children))
+    sys.exit()
+
+
 if __name__ == "__main__":
+    if "RANK" not in os.environ:  # not started by torchrun
+        fork()
     exit_code = 0
     try:
         with process_group():

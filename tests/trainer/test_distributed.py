@@ -5,7 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
-from contextlib import ExitStack
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -43,26 +43,23 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     At the end, the second process is killed in the middle of a step.
     """
     folder = tmp_path_factory.mktemp("two")
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    with ExitStack() as stack:
-        processes = []
-        for rank in range(2):
-            place = {"WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            process = subprocess.Popen(
-                [sys.executable, "-m", worker.__name__, str(folder), "cases"],
-                cwd=ROOT,
-                env={**os.environ, **address, **place, "OMP_NUM_THREADS": "1"},
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            stack.enter_context(process)  # closes the pipe and waits
-            stack.callback(process.kill)
-            processes.append(process)
-        _, errors = processes[1].communicate(timeout=240)
-        assert processes[1].returncode == -signal.SIGKILL, errors
-        _, errors = processes[0].communicate(timeout=30)
-        assert processes[0].returncode == LostProcessError.exit_code, errors
-        (folder / "errors.txt").write_text(errors)
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", worker.__name__, str(folder), "cases"],
+        cwd=ROOT,
+        env={**os.environ, **address, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        codes, errors = process.communicate(timeout=240)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # both processes, if they have not ended
+    assert codes.split() == [str(LostProcessError.exit_code), str(-signal.SIGKILL)], errors
+    (folder / "errors.txt").write_text(errors)
     return folder
 
 

@@ -128,10 +128,14 @@ def fit(
     shard = Shard(process_rank=process_rank(), world_size=world_size())
     is_alone = shard.world_size == 1  # the others would wait for a process that abandons its step
 
+    saved: tuple[int, int] | None = None
+
     def save() -> None:
+        nonlocal saved
         step_losses.read()  # raises an error, and nothing is saved, if a loss is not finite
         if is_first:
             save_state(*checkpoint, state, identity, average.values)
+        saved = (state.epoch, state.step)
 
     def train(interruption: Interruption) -> None:
         """Run epochs until the training is finished or ``interruption`` has received a signal.
@@ -200,7 +204,8 @@ def fit(
         try:
             train(interruption)
         except Abandoned:
-            if state.steps:  # without a step, the run starts again
+            # Without a step, the run starts again.
+            if state.steps and saved != (state.epoch, state.step):
                 save()
     return state
 

@@ -186,9 +186,11 @@ def _memory_until(process: subprocess.Popen[bytes], folder: Path, users: int) ->
         lines = (process.stderr.read() or b"").decode().replace("\r", "\n").split("\n")
         held = Path(f"/proc/{process.pid}/status").read_text()
         memory = int(held.split("VmRSS:")[1].split()[0]) / 1e6
-        last = next((line for line in reversed(lines) if line.strip()), "")
-        yield f"{memory:.2f} GB: {last.strip()}"
-        finished = last.split(" of ")[0].replace(",", "").strip()
+        progress = [line.strip() for line in lines if " of " in line]
+        if not progress:
+            continue
+        yield f"{memory:.2f} GB: {progress[-1]}"
+        finished = progress[-1].split(" of ")[0].replace(",", "")
         if finished.isdigit() and int(finished) >= users:
             process.send_signal(signal.SIGINT)
             process.wait()
@@ -261,6 +263,7 @@ def run_command(log: str, words: list[str]) -> None:
 
     if log:
         cut_training(Path(log))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs ignore it
     sys.argv = ["mmrec", *words]
     mmrec()
 

@@ -8,9 +8,10 @@
 `make` plants a world and prepares it. Each item belongs to one of 1,000 groups, and its text vector
 is the vector of the group and noise. Each user has three groups and draws items from them, popular
 ones more often. There are 10 interactions an item, and 2 items a user. `train` trains with the
-defaults of a model for one epoch, which is cut after 50 steps, and prints the time and the losses
-of the steps. `use` evaluates the run for 5,000 users, and lists items for 20,000 of all users.
-`interrupt` sends Ctrl-C at random times to a training, in steps and in the validation.
+defaults of a model for one epoch, which is cut after 50 steps, validates on 1,000 users, and prints
+the time and the losses of the steps. `use` evaluates the run for 5,000 users, and lists items for
+the first 20,000 users. `interrupt` sends Ctrl-C at random times to a training, in steps and in the
+validation.
 
 Each command is a process of its own: CPU seconds and peak memory are those of the whole process.
 """
@@ -43,7 +44,7 @@ sys.path.insert(0, str(ROOT))
 
 GROUPS, GROUPS_PER_USER, WIDTH = 1000, 3, 384
 INTERACTIONS_PER_ITEM, ITEMS_PER_USER = 10, 2
-STEPS, EVALUATED_USERS, LISTED_USERS = 50, 5000, 20_000
+STEPS, VALIDATED_USERS, EVALUATED_USERS, LISTED_USERS = 50, 1000, 5000, 20_000
 MODELS = ("sasrec", "mmsrec", "mmsr", "pmmrec")
 
 
@@ -147,7 +148,8 @@ def training(folder: Path, model: str, name: str, log: Path) -> subprocess.Popen
     """Start a training with the defaults of a model, for one epoch."""
     log.unlink(missing_ok=True)
     shutil.rmtree(folder / "warehouse" / "runs" / name, ignore_errors=True)
-    words = ["train", "--model", model, "--dataset", "scale", "--name", name, "--set", "epochs=1"]
+    words = ["train", "--model", model, "--dataset", "scale", "--name", name]
+    words += ["--set", "epochs=1", "--set", f"monitor_users={VALIDATED_USERS}"]
     return command(folder, *words, log=log)
 
 
@@ -167,17 +169,19 @@ def train(folder: Path, model: str) -> None:
     )
 
 
-def use(folder: Path, model: str) -> None:
-    """Evaluate the run for 5,000 users, and list items for 20,000 users."""
+def use(folder: Path, model: str, users: int) -> None:
+    """Evaluate the run for 5,000 users, and list items for the first users."""
     evaluation = command(folder, "eval", "--run", model, "--users", str(EVALUATED_USERS))
     tell(f"eval {model}", wait(evaluation))
+    if not users:
+        return
     out = folder / f"{model}.parquet"
     lists = command(folder, "recommend", "--run", model, "--all", "--out", str(out))
-    for held in _memory_until(lists, folder, LISTED_USERS):
+    for held in _memory_until(lists, users):
         print(f"  recommend --all, {held}", flush=True)
 
 
-def _memory_until(process: subprocess.Popen[bytes], folder: Path, users: int) -> Iterator[str]:
+def _memory_until(process: subprocess.Popen[bytes], users: int) -> Iterator[str]:
     """Yield the memory of a process every 10 seconds; end it after so many users."""
     assert process.stderr is not None
     os.set_blocking(process.stderr.fileno(), False)
@@ -278,6 +282,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--items", type=int, default=1_000_000)
     parser.add_argument("--model", choices=MODELS, default="sasrec")
+    parser.add_argument("--users", type=int, default=LISTED_USERS, help="users of `use`")
     parser.add_argument("--rounds", type=int, default=10)
     options = parser.parse_args()
     if options.part == "make":
@@ -285,7 +290,7 @@ def main() -> None:
     elif options.part == "train":
         train(options.folder, options.model)
     elif options.part == "use":
-        use(options.folder, options.model)
+        use(options.folder, options.model, options.users)
     else:
         interrupt(options.folder, options.model, options.rounds)
 

@@ -1,7 +1,6 @@
 """The ``mmrec`` command: its subcommands, and one way to report errors for all of them."""
 
 import errno
-import gc
 import io
 import os
 import sys
@@ -206,8 +205,6 @@ def main() -> None:
         except KeyboardInterrupt:  # before the command line is parsed, or after the command
             notify("interrupted")
             raise SystemExit(exit_code()) from None
-        finally:
-            gc.freeze()  # else Python searches all objects for circles again when it exits
 
 
 if __name__ == "__main__":  # torchrun --nproc-per-node 2 -m cli.app train ...

@@ -56,6 +56,7 @@ def test_a_terminal_without_unicode_shows_escapes(tmp_path: Path, form: str, sho
         env=os.environ | {"PYTHONIOENCODING": "ascii"},
     )  # fmt: skip
     assert shown in done.stdout.decode()
+    assert not done.stderr  # DuckDB reports the objects that are left when Python ends
 
 
 @pytest.mark.slow

@@ -58,25 +58,30 @@ DeviceOption = Annotated[
 ]
 
 
-_SIZE = re.compile(r"(?P<number>\d+(\.\d+)?) ?(?P<unit>[KMGT])(?P<binary>i?)B?", re.IGNORECASE)
+_SIZE = re.compile(
+    r"(?P<number>\d{1,12}(\.\d+)?) ?(?P<unit>[KMGT])(?P<binary>i?)B?", re.ASCII | re.IGNORECASE
+)
 
 
 def parse_size(text: str) -> int:
     """Return a size in bytes.
 
     Raises:
-        UserError: The text is no size.
+        UserError: The text is no size, or the size is less than one byte.
 
     Examples:
         >>> parse_size("8GB"), parse_size("512MiB"), parse_size("1.5g")
         (8000000000, 536870912, 1500000000)
     """
     match = _SIZE.fullmatch(text.strip())
-    if match is None:
+    size = 0
+    if match is not None:
+        base = 1024 if match["binary"] else 1000
+        power = 1 + "KMGT".index(match["unit"].upper())
+        size = int(float(match["number"]) * base**power)
+    if not size:
         raise UserError(f"--memory {text!r} is no size; give a number and a unit, such as 8GB")
-    base = 1024 if match["binary"] else 1000
-    power = 1 + "KMGT".index(match["unit"].upper())
-    return int(float(match["number"]) * base**power)
+    return size
 
 
 def choose_run(warehouse: Warehouse, name: str | None, option: str | None = None) -> Path:

@@ -54,6 +54,6 @@ def test_what_does_not_fit_is_refused_before_it_starts(
 
 def test_a_size_needs_a_unit() -> None:
     assert parse_size("1.5 GiB") == 1_610_612_736
-    for text in ("8", "GB", "-1GB", "8XB", ""):
+    for text in ("8", "GB", "-1GB", "8XB", "", "0GB", "0.0001KB", "9" * 400 + "TB"):
         with pytest.raises(UserError, match="8GB"):
             parse_size(text)

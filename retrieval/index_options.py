@@ -22,8 +22,10 @@ class Parameter:
     """Function of the number of items and of the dimensions."""
     builds: bool = True
     """False for a parameter of the search alone: the trained index does not depend on it."""
+    least: int = 1
+    """Smallest value."""
     most: int = 2**24
-    """Largest value; the least is 1."""
+    """Largest value."""
 
 
 def _lists(items: int, dim: int) -> int:
@@ -58,7 +60,8 @@ PARAMETERS: dict[str, dict[str, Parameter]] = {
         "k_factor": Parameter(default=lambda items, dim: 10, builds=False),
     },
     "faiss:hnsw": {
-        "M": Parameter(default=lambda items, dim: 32, most=512),
+        # FAISS divides by log(M) and ends with a segmentation fault for M = 1.
+        "M": Parameter(default=lambda items, dim: 32, least=2, most=512),
         "efConstruction": Parameter(default=lambda items, dim: 80),
         "efSearch": Parameter(default=lambda items, dim: 64, builds=False),
     },
@@ -109,7 +112,7 @@ class IndexOptions:
                 raise IndexNameError(f"index {kind!r}: unknown parameter {key[:80]!r}; {takes}")
             if key in given:
                 raise IndexNameError(f"index {kind!r}: {key} is given twice; give it once")
-            given[key] = _value(kind, key, text, parameters[key].most)
+            given[key] = _value(kind, key, text, parameters[key])
         options = cls(kind=kind, given=given)
         if "nlist" in given and given.get("nprobe", 1) > given["nlist"]:
             raise IndexNameError(
@@ -169,12 +172,13 @@ class IndexOptions:
         )
 
 
-def _value(kind: str, key: str, text: str, most: int) -> int:
+def _value(kind: str, key: str, text: str, parameter: Parameter) -> int:
     """Return the value of a parameter."""
+    least, most = parameter.least, parameter.most
     is_number = text.isascii() and text.isdigit() and len(text) < 12
-    if not is_number or not 1 <= int(text) <= most:
+    if not is_number or not least <= int(text) <= most:
         raise IndexNameError(
-            f"index {kind!r}: {key}={text[:40]!r} is not a whole number from 1 to {most:,};"
+            f"index {kind!r}: {key}={text[:40]!r} is not a whole number from {least} to {most:,};"
             f" give {kind},{key}=NUMBER"
         )
     return int(text)

@@ -138,7 +138,8 @@ def estimate_training(run: Run, budget: int | None = None) -> TrainingEstimate |
     if lasting + of_validation > budget:
         raise OutOfMemoryError(
             f"{place}, and {format_size(of_validation)} to validate on"
-            f" {run.data.features.n_items:,} items; give more by --memory, or set a smaller dim"
+            f" {run.data.features.n_items:,} items; give more than"
+            f" {format_size(lasting + of_validation)} by --memory, or set a smaller dim"
         )
     peak = _step_bytes(run, run.config.batch_size, budget - lasting)
     if peak is None:

@@ -55,6 +55,11 @@ def test_a_model_without_gradients_has_no_estimate(warehouse: Warehouse) -> None
     assert estimate_training(planned(warehouse, "popularity")) is None
 
 
+def test_too_little_memory_names_what_is_needed(warehouse: Warehouse) -> None:
+    with pytest.raises(OutOfMemoryError, match=r"give more than [\d,.]+ .B by --memory"):
+        estimate_training(planned(warehouse, "sasrec"), 1000)
+
+
 def test_the_step_of_a_known_size_is_measured(
     warehouse: Warehouse, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -69,6 +69,14 @@ def _describe(run: "Run", is_dry_run: bool) -> None:
         chosen.append("a step updates the item vectors that it reads (item_updates=auto)")
     if chosen:
         console.notify(f"{run.data.features.n_items:,} items: {'; '.join(chosen)}")
+    is_given = spec.train.item_updates == "rows" and "item_updates" not in spec.automatic
+    if is_given and not run.model.row_tables():
+        console.notify(
+            "item_updates=rows changes nothing: a step reads no part of a table of item vectors"
+        )
+    n_items = run.data.features.n_items
+    if "candidates" not in spec.automatic and candidates >= n_items:
+        console.notify(f"candidates={candidates}: the softmax is over all {n_items:,} items")
     if spec.features:
         counts, bare = run.data.features.coverage()
         have = ", ".join(f"{modality} {count:,}" for modality, count in counts.items())

@@ -156,9 +156,11 @@ def format_size(size: float) -> str:
     """Return a size in bytes for people.
 
     Examples:
-        >>> format_size(8_400_000_000), format_size(23_000_000), format_size(0)
-        ('8.4 GB', '23 MB', '0 MB')
+        >>> format_size(8_400_000_000), format_size(23_000_000), format_size(1000), format_size(0)
+        ('8.4 GB', '23 MB', '1 KB', '0 MB')
     """
+    if 0 < size < 5e5:
+        return f"{max(size / 1e3, 1):,.0f} KB"
     return f"{size / 1e9:,.1f} GB" if size >= 1e8 else f"{size / 1e6:,.0f} MB"
 
 

@@ -128,7 +128,8 @@ def estimate_training(run: Run, budget: int | None = None) -> TrainingEstimate |
     if not any(parameter.requires_grad for parameter in run.model.parameters()):
         return None
     in_use, free = _memory_of(run.data.device)
-    budget = budget or in_use + free
+    more = "free memory" if budget is None else "raise --memory"
+    budget = in_use + free if budget is None else budget
     lasting = in_use + _bytes_besides_steps(run)
     of_validation = _validation_bytes(run)
     place = (
@@ -138,14 +139,14 @@ def estimate_training(run: Run, budget: int | None = None) -> TrainingEstimate |
     if lasting + of_validation > budget:
         raise OutOfMemoryError(
             f"{place}, and {format_size(of_validation)} to validate on"
-            f" {run.data.features.n_items:,} items; give more than"
-            f" {format_size(lasting + of_validation)} by --memory, or set a smaller dim"
+            f" {run.data.features.n_items:,} items; {more}, which must be more than"
+            f" {format_size(lasting + of_validation)}, or set a smaller dim"
         )
     peak = _step_bytes(run, run.config.batch_size, budget - lasting)
     if peak is None:
         raise OutOfMemoryError(
             f"{place}, and the rest for a step of batch_size={run.config.batch_size};"
-            f" {_fitting_setting(run, budget - lasting)}"
+            f" {_fitting_setting(run, budget - lasting, more)}"
         )
     steps, batches = _batches(run, run.config.batch_size)
     with _unchanged(run.model, run.data.device):
@@ -236,12 +237,18 @@ def _unchanged(model: nn.Module, device: torch.device) -> Iterator[None]:
         free_memory()
 
 
-def _fitting_setting(run: Run, budget: float) -> str:
-    """Return the remedy: the largest half, quarter and so on of the batch that fits, if any."""
+def _fitting_setting(run: Run, budget: float, more: str) -> str:
+    """Return the remedy: the largest half, quarter and so on of the batch that fits, if any.
+
+    Args:
+        run: The run.
+        budget: Bytes of a step.
+        more: The remedy if no batch fits.
+    """
     for halvings in range(1, int(math.log2(run.config.batch_size)) + 1):
         batch_size = run.config.batch_size >> halvings
         if _step_bytes(run, batch_size, budget) is not None:
             return f"train again with --set batch_size={batch_size}, which fits"
     if getattr(run.spec.settings, "candidates", None) == 0:
         return f"no batch_size fits; train again with --set candidates={CANDIDATES}"
-    return "no batch_size fits; give more by --memory, or train a smaller model"
+    return f"no batch_size fits; {more}, or train a smaller model"

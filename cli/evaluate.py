@@ -17,6 +17,7 @@ from cli.options import (
     choose_run,
 )
 from features.errors import UserError, unknown
+from features.process_watch import is_later_process
 from features.warehouse import Warehouse
 
 if TYPE_CHECKING:
@@ -59,13 +60,14 @@ def evaluate(
     A pre-training on histories is evaluated on each of its datasets. With --dataset, the targets
     that the run has trained on are left out, and the results are stored apart.
     """
-    from trainer.distributed import is_later_process, process_group
-    from trainer.runs.folder import read_about
-
     _check_options(protocol, users, seed)
     console.err.quiet = is_later_process()
     warehouse = Warehouse(root)
     folder = choose_run(warehouse, name, run)
+
+    from trainer.distributed import process_group
+    from trainer.runs.folder import read_about
+
     if protocol == "retrieval":
         _retrieve(warehouse, folder, dataset, device, json)
         return

@@ -124,6 +124,19 @@ def _is_lost(connection: socket.socket) -> bool:
         return True
 
 
+def is_distributed() -> bool:
+    """Return True if ``torchrun`` started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def is_later_process() -> bool:
+    """Return True if ``torchrun`` started this process, and not as process 0.
+
+    It needs neither torch nor a process group.
+    """
+    return is_distributed() and int(os.environ.get("RANK", "0")) > 0
+
+
 def lost_line(process: int | None, size: int) -> str:
     """Return the error line for a lost process.
 

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_damaged_files_are_refused_or_made_again() -> None:
     command = [sys.executable, "-m", "tests.corruption", "--flips", "8", "--truncations", "3"]
     done = subprocess.run(

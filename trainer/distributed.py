@@ -22,6 +22,7 @@ from features.process_watch import (
     LostProcessError,
     Meeting,
     ProcessWatch,
+    is_distributed,
     lost_line,
     watch_processes,
 )
@@ -31,19 +32,6 @@ P = TypeVar("P")
 T = TypeVar("T")
 
 _SECONDS_TO_NAME = 2.0  # after a collective failed, for the watch to learn which process ended
-
-
-def is_distributed() -> bool:
-    """Return True if ``torchrun`` started this process as one of several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
-
-
-def is_later_process() -> bool:
-    """Return True if ``torchrun`` started this process, and not as process 0.
-
-    Unlike :func:`process_rank`, it needs no process group.
-    """
-    return is_distributed() and int(os.environ.get("RANK", "0")) > 0
 
 
 def world_size() -> int:

@@ -14,6 +14,7 @@ from pipeline.backbones.registry import BACKBONES
 from pipeline.datasets.demo import make_demo
 
 
+@pytest.mark.heavy
 @pytest.mark.slow
 def test_the_demo_uses_the_offline_backbones_if_they_are_installed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -160,6 +160,7 @@ def test_trials_below_the_median_are_pruned_and_their_runs_deleted(
     assert document["best"]["run"] in runs
 
 
+@pytest.mark.heavy
 @pytest.mark.slow
 def test_several_processes_share_a_search(root: str, file: Path) -> None:
     words = [sys.executable, "-m", "cli.app", "tune", str(file), "--warehouse", root, "--json"]

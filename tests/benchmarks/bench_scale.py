@@ -1,9 +1,9 @@
 """Measure the commands on a catalogue of a million items.
 
-    python -m tests.benchmarks.bench_scale make --folder /tmp/scale [--items 1000000]
-    python -m tests.benchmarks.bench_scale train --folder /tmp/scale [--model sasrec]
-    python -m tests.benchmarks.bench_scale use --folder /tmp/scale [--model sasrec]
-    python -m tests.benchmarks.bench_scale interrupt --folder /tmp/scale [--model sasrec]
+    python -m tests.benchmarks.bench_scale make --folder FOLDER [--items 1000000]
+    python -m tests.benchmarks.bench_scale train --folder FOLDER [--model sasrec]
+    python -m tests.benchmarks.bench_scale use --folder FOLDER [--model sasrec]
+    python -m tests.benchmarks.bench_scale interrupt --folder FOLDER [--model sasrec]
 
 `make` plants a world and prepares it. Each item belongs to one of 1,000 groups, and its text vector
 is the vector of the group and noise. Each user has three groups and draws items from them, popular

@@ -339,6 +339,6 @@ def _with_cls(x_KTD: Tensor, mask_KT: Tensor, cls_D: Tensor | None) -> Tokens:
     if cls_D is None:
         return x_KTD, mask_KT
     return (
-        torch.cat([cls_D.expand(len(x_KTD), 1, -1), x_KTD], dim=1),
+        torch.cat([cls_D.expand(x_KTD.shape[0], 1, -1), x_KTD], dim=1),
         functional.pad(mask_KT, (1, 0), value=True),
     )

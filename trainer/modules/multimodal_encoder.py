@@ -286,7 +286,7 @@ class MultimodalEncoder(nn.Module):
             identity_KD: (K, D) learned vectors, if they are already looked up.
         """
         sequences = Sequences(items_BL=item_K[:, None], lengths_B=torch.ones_like(item_K))
-        row_K1 = torch.arange(len(item_K), device=item_K.device)[:, None]
+        row_K1 = torch.arange(item_K.shape[0], device=item_K.device)[:, None]
         items = self.embed_items(item_K, features, identity_KD)
         tokens = self.embed_slots(sequences, row_K1, items, features)
         vectors_KD = self.encode_slots(*tokens, row_K1[:, 0])

@@ -212,7 +212,7 @@ class CausalConvolution(nn.Module):
 
 def last_state(states_BLD: Tensor, sequences: Sequences) -> Tensor:
     """Return the state at the last item of each sequence: (B, D)."""
-    rows_B = torch.arange(len(states_BLD), device=states_BLD.device)
+    rows_B = torch.arange(states_BLD.shape[0], device=states_BLD.device)
     return states_BLD[rows_B, sequences.lengths_B - 1]
 
 

@@ -78,7 +78,7 @@ class ItemGraph(nn.Module, ABC):
         """
         named = dict(zip(self.names, tensors, strict=True))
         features = ItemFeatures(
-            n_items=len(tensors[0]),
+            n_items=tensors[0].shape[0],
             vectors={name: named[name] for name in self.modalities},
             present={name: named[name + PRESENT] for name in self.modalities},
         )

@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
+# The packages are installed without compiled modules: the first import of a module keeps its own.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test lint check heavy gpu clean
 .DEFAULT_GOAL := demo

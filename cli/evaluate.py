@@ -33,7 +33,7 @@ def evaluate(
     protocol: Annotated[
         str,
         typer.Option(
-            "--protocol", help="ranking of held-out targets, or retrieval of vision by text."
+            "--protocol", help="ranking, or retrieval: vision by text, next to ridge regression."
         ),
     ] = "ranking",
     dataset: Annotated[

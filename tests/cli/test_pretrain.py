@@ -44,7 +44,8 @@ def test_from_items_to_recommendations(warehouse: Warehouse) -> None:
     result = run("eval", "--protocol", "retrieval", "--run", "p", "--json", *options)
     rows: list[dict[str, Any]] = json.loads(result.stdout)["rows"]
     assert {row["split"] for row in rows} == {"validation", "test"}
-    assert {row["ranker"] for row in rows} == {"mmsrec", "untrained"}  # widths 6 and 5
+    # The features have widths 6 and 5, so they cannot be compared themselves.
+    assert {row["ranker"] for row in rows} == {"mmsrec", "ridge", "untrained"}
     assert {row["metric"] for row in rows} == {"Recall@1", "Recall@5", "Recall@10", "MRR"}
     path = warehouse.runs_dir / "p" / "metrics.parquet"
     stored = pq.read_table(path).to_pylist()
@@ -53,13 +54,18 @@ def test_from_items_to_recommendations(warehouse: Warehouse) -> None:
     assert trained == {"loss", "v-v", "t-t", "v-t", "vt-vt", "seconds"}
     shown = run("eval", "--protocol", "retrieval", "--run", "p", *options).stdout
     assert "test, text-to-vision:" in shown
+    assert re.search(r"^ *metric +mmsrec +ridge +untrained", shown, re.MULTILINE)
+    assert re.search(r"ridge: ridge regression between the features, fitted on \d+ tr", shown)
 
     command = ["train", "--model", "mmsrec", "--init", "p", "--name", "t", *SETS]
     assert "from run p (full): " in run(*command, *options).stderr
     result = run(
         "eval", "--protocol", "retrieval", "--run", "t", "--dataset", "world", "--json", *options
     )
-    assert {row["split"] for row in json.loads(result.stdout)["rows"]} == {"all items"}
+    rows = json.loads(result.stdout)["rows"]
+    assert {row["split"] for row in rows} == {"all items"}
+    # Nothing is held out from a training on histories: ridge regression has no items of its own.
+    assert {row["ranker"] for row in rows} == {"mmsrec", "untrained"}
 
 
 def three_datasets(warehouse: Warehouse) -> None:

@@ -32,7 +32,7 @@ from trainer.evaluation.protocol import (
 )
 from trainer.runs.read import Record, has_current_protocol, read_metrics
 
-_REFERENCES = (*REFERENCES, "untrained", "features")
+_REFERENCES = (*REFERENCES, "ridge", "untrained", "features")
 """Reference rankers; tables show them after the runs."""
 _CURVES_TEXT = "training loss and validation metric by epoch and by time"
 

@@ -116,9 +116,30 @@ def both_ways(vision_KD: Tensor, text_KD: Tensor, image_K: Tensor | None = None)
         >>> ranks["text-to-vision"].tolist(), ranks["vision-to-text"].tolist()
         ([2, 1, 1], [1, 2])
     """
+    if image_K is None:
+        image_K = torch.arange(len(text_KD))
+    return {
+        TO_VISION: rank_vision(vision_KD, text_KD, image_K),
+        TO_TEXT: rank_text(vision_KD, text_KD, image_K),
+    }
+
+
+def rank_vision(vision_KD: Tensor, text_KD: Tensor, image_K: Tensor) -> Ints:
+    """Return the rank of each text's image among the different images: (K,).
+
+    Arguments are those of :func:`both_ways`.
+    """
+    _, first_G, image_of_K = _different(image_K)
+    return rank(text_KD, vision_KD[torch.from_numpy(first_G)], image_of_K).kept
+
+
+def rank_text(vision_KD: Tensor, text_KD: Tensor, image_K: Tensor) -> Ints:
+    """Return for each different image the rank of its best text among the texts of others: (G,).
+
+    Arguments are those of :func:`both_ways`.
+    """
     items_K = np.arange(len(text_KD))
-    images = items_K if image_K is None else image_K.cpu().numpy()
-    _, first_G, image_of_K = np.unique(images, return_index=True, return_inverse=True)
+    _, _, image_of_K = _different(image_K)
     by_image_K = np.argsort(image_of_K, kind="stable")
     texts_G = np.bincount(image_of_K)
     bounds = np.append(0, texts_G.cumsum())
@@ -129,10 +150,12 @@ def both_ways(vision_KD: Tensor, text_KD: Tensor, image_K: Tensor | None = None)
         items=own.items[is_other], offsets=np.append(0, (texts_G[image_of_K] - 1).cumsum())
     )
     of_text_K = rank(vision_KD, text_KD, items_K, others).filtered
-    return {
-        TO_VISION: rank(text_KD, vision_KD[torch.from_numpy(first_G)], image_of_K).kept,
-        TO_TEXT: np.minimum.reduceat(of_text_K[by_image_K], bounds[:-1]),
-    }
+    return np.minimum.reduceat(of_text_K[by_image_K], bounds[:-1])
+
+
+def _different(image_K: Tensor) -> tuple[Ints, Ints, Ints]:
+    """Return the G different numbers, the first item of each, and the place of each item's."""
+    return np.unique(image_K.cpu().numpy(), return_index=True, return_inverse=True)
 
 
 def same_vision(features: ItemFeatures, pool_K: Tensor) -> Tensor:
@@ -142,12 +165,35 @@ def same_vision(features: ItemFeatures, pool_K: Tensor) -> Tensor:
 
 def copies(features: ItemFeatures, modalities: Sequence[str]) -> Tensor:
     """Return (N,) int64: the first item with the same vectors as an item in these modalities."""
-    hashes = [_hash_rows(features.vectors[name]) for name in modalities]
-    label_N = torch.stack(hashes, dim=1).unique(dim=0, return_inverse=True)[1]
+    label_N = _hashes(features, modalities).unique(dim=0, return_inverse=True)[1]
     item_N = torch.arange(len(label_N), device=label_N.device)
     return torch.full_like(label_N, len(label_N)).scatter_reduce(0, label_N, item_N, "amin")[
         label_N
     ]
+
+
+def without_vision_of(
+    pairs_P: Tensor, features: ItemFeatures, pool_K: Tensor, pool_features: ItemFeatures
+) -> Tensor:
+    """Return the items whose image and video no item of the pool has, maybe in another catalogue.
+
+    Args:
+        pairs_P: (P,) int64 items.
+        features: Features of their catalogue.
+        pool_K: (K,) int64 items of the pool.
+        pool_features: Features of the pool's catalogue, of the same backbones.
+    """
+    vision = Sides.of(features).vision
+    hashes_PC = _hashes(features, vision)[pairs_P]
+    pool_KC = _hashes(pool_features, vision)[pool_K]
+    both = torch.cat([hashes_PC, pool_KC])
+    label = both.unique(dim=0, return_inverse=True)[1]
+    return pairs_P[~torch.isin(label[: len(pairs_P)], label[len(pairs_P) :])]
+
+
+def _hashes(features: ItemFeatures, modalities: Sequence[str]) -> Tensor:
+    """Return (N, number of modalities) int64 hashes of the vectors of each item."""
+    return torch.stack([_hash_rows(features.vectors[name]) for name in modalities], dim=1)
 
 
 def _hash_rows(x_ND: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """The retrieval protocol of a run: from an item's text to its image or video, and back."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,9 @@ from trainer.evaluation.cross_modal import (
     retrieval_rows,
     retrieve,
     same_vision,
+    without_vision_of,
 )
+from trainer.evaluation.ridge import LEAST_PAIRS, RidgeRetrieval
 from trainer.runs.folder import replace_metrics, run_lock
 from trainer.runs.run import Run
 from trainer.tasks.alignment import Aligned
@@ -54,8 +56,9 @@ def evaluate_retrieval(
 ) -> RetrievalReport:
     """Rank a pool of items across modalities by the run's best weights.
 
-    References are the same model with random weights, and the features themselves if both sides
-    have vectors of one width. Results on the run's own items are stored in its metrics.
+    References are ridge regression, fitted on the training items of a pre-training; the model with
+    random weights; and the features themselves if both sides have vectors of one width. Results on
+    the run's own items are stored in its metrics.
 
     Args:
         warehouse: Warehouse with the dataset.
@@ -73,23 +76,22 @@ def evaluate_retrieval(
             f"{run.spec.model} does not encode one modality alone, so nothing can be retrieved"
             " across them; mmsrec does"
         )
-    features, pools = _pools(warehouse, run, dataset)
     rows: list[dict[str, Any]] = []
-    raw = False
+    features, pools = _pools(warehouse, run, dataset)
+    ridge = _fit_ridge(run, features, pools, on_stage)
     with run_lock(run.folder):
         on_stage("ranking by the untrained model")
         drawn = {split: retrieve(run.model, features, pool_K) for split, pool_K in pools.items()}
         load_weights(run.weights, run.model, run.spec.identity())
         for split, pool_K in pools.items():
             on_stage(f"ranking {len(pool_K):,} items of {split} by {run.spec.model}")
-            ranks = retrieve(run.model, features, pool_K)
-            rows += retrieval_rows(split, run.spec.model, ranks)
-            rows += retrieval_rows(split, "untrained", drawn[split])
-            sides = raw_sides(features, pool_K)
-            if sides is not None:
-                raw = True
-                by_features = both_ways(*sides, same_vision(features, pool_K))
-                rows += retrieval_rows(split, "features", by_features)
+            by_ranker = {run.spec.model: retrieve(run.model, features, pool_K)}
+            by_ranker |= {} if ridge is None else {"ridge": ridge.retrieve(features, pool_K)}
+            by_ranker["untrained"] = drawn[split]
+            if (sides := raw_sides(features, pool_K)) is not None:
+                by_ranker["features"] = both_ways(*sides, same_vision(features, pool_K))
+            for ranker, ranks in by_ranker.items():
+                rows += retrieval_rows(split, ranker, ranks)
         if dataset is None:
             replace_metrics(
                 run.folder / "metrics.parquet",
@@ -101,7 +103,7 @@ def evaluate_retrieval(
         dataset=dataset or run.spec.dataset,
         model=run.spec.model,
         features=list(run.spec.features),
-        protocol=_protocol(list(pools), raw, run.config.control),
+        protocol=_protocol(list(pools), ridge, rows, run.config.control),
         rows=rows,
         control=run.config.control,
     )
@@ -133,7 +135,31 @@ def _pools(
     return features, {_ALL: pool_K}
 
 
-def _protocol(splits: list[str], raw: bool, control: str) -> list[str]:
+def _fit_ridge(
+    run: Run,
+    features: ItemFeatures,
+    pools: Mapping[str, Tensor],
+    on_stage: Callable[[str], None],
+) -> RidgeRetrieval | None:
+    """Fit ridge regression on the training items of a pre-training that are in no pool.
+
+    Returns:
+        The regressions; ``None`` if the run aligns no items, or if too few are left.
+    """
+    pairs_P = run.task.training_pairs
+    if pairs_P is None:
+        return None
+    for pool_K in pools.values():
+        pairs_P = without_vision_of(pairs_P, run.data.features, pool_K, features)
+    if len(pairs_P) < LEAST_PAIRS:
+        return None
+    on_stage(f"fitting ridge regression on {len(pairs_P):,} items")
+    return RidgeRetrieval.fit(run.data.features, pairs_P)
+
+
+def _protocol(
+    splits: list[str], ridge: RidgeRetrieval | None, rows: list[dict[str, Any]], control: str
+) -> list[str]:
     if splits == [_ALL]:
         pool = "pool: all items with text and vision"
     else:
@@ -145,8 +171,17 @@ def _protocol(splits: list[str], raw: bool, control: str) -> list[str]:
     lines += [
         f"{pool}; each is a query in both directions",
         "exact ranks, ties against the model; 95% intervals: bootstrap over queries",
+    ]
+    if ridge is not None:
+        strengths = ", ".join(f"{name} {value:.3g}" for name, value in ridge.strengths.items())
+        lines.append(
+            f"ridge: ridge regression between the features, fitted on {ridge.pairs:,} training"
+            " items, of which none is ranked; penalty by generalised cross-validation on these"
+            f" items: {strengths}"
+        )
+    lines += [
         "untrained: the same model with random weights",
     ]
-    if raw:
+    if any(row["ranker"] == "features" for row in rows):
         lines.append("features: cosine of the backbones' own vectors, which have one width")
     return lines

@@ -32,9 +32,9 @@ _RESULT = ("run", "split", "targets", "seen", "metric", "value", "low", "high", 
 _MOST = 10_000
 RETRIEVAL = "retrieval"
 """The protocol that evaluates a pre-training by retrieval across modalities."""
-RANKERS = ("model", "untrained", "features")
-"""Rankers of the protocol ``retrieval``: the pre-trained model, the same model with random weights,
-and the vectors of the backbones."""
+RANKERS = ("model", "ridge", "untrained", "features")
+"""Rankers of the protocol ``retrieval``: the pre-trained model, ridge regression between the
+features, the same model with random weights, and the vectors of the backbones."""
 
 Scalar = str | int | float | bool
 

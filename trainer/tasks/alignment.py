@@ -159,8 +159,9 @@ class Alignment(Task[Tensor]):
         }
         """Split to its items (K,) that have vision and text."""
         self._training_items = ((vision_N | text_N) & is_training_N).nonzero()[:, 0].cpu().numpy()
+        self.training_pairs = (self._present["vt"] & is_training_N).nonzero()[:, 0]
         counts = {name: len(pool_K) for name, pool_K in self.pools.items()}
-        counts = {"training": int((self._present["vt"] & is_training_N).sum()), **counts}
+        counts = {"training": len(self.training_pairs), **counts}
         if min(counts.values()) < 2:
             listed = ", ".join(f"{count} for {name}" for name, count in counts.items())
             raise UserError(

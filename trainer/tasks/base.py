@@ -41,6 +41,8 @@ class Task(ABC, Generic[B]):
     """Dataclass of the settings of the task; ``None`` without settings."""
     pools: Mapping[str, Tensor] = {}
     """Split to its held-out items (K,); empty if the task holds out interactions."""
+    training_pairs: Tensor | None = None
+    """(P,) training items that have vision and text; ``None`` if the task does not align them."""
 
     def __init__(self, model: Recommender) -> None:
         self.model = model

@@ -111,7 +111,7 @@ def test_a_table_is_an_axis_of_variants(tmp_path: Path) -> None:
         (
             "protocol = 'retrieval'\n[pretrain.p]\nmodel = 'x'\n"
             "[runs]\nmodel = 'x'\ninit = 'p'\nranker = 'best'",
-            "unknown ranker 'best'; known: model, untrained, features",
+            "unknown ranker 'best'; known: model, ridge, untrained, features",
         ),
         ("improvement = 'a'\n[runs]\nmodel = 'x'", "improvement='a' must be a table with of"),
         (

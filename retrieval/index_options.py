@@ -157,6 +157,14 @@ class IndexOptions:
                 raise self._misfit("nbits", values, reason, most)
         return values
 
+    def check_items(self, items: int) -> None:
+        """Check the parameters that depend on the number of items, before there are vectors.
+
+        Raises:
+            IndexNameError: A parameter does not fit the catalogue.
+        """
+        self.values(items, self.given.get("M", 1))  # a width that M divides
+
     def build_values(self, items: int, dim: int) -> dict[str, int]:
         """Return the parameters on which the trained index depends."""
         parameters = PARAMETERS.get(self.kind, {})

@@ -82,8 +82,11 @@ class CatalogueSearch:
         listed: ListedItems | None = None,
         store: IndexStore | None = None,
     ) -> None:
+        listed = listed or ListedItems.of(np.ones(data.features.n_items, dtype=bool))
         with unusable_index():
-            self._is_exact = parse_index(index).is_exact
+            options = parse_index(index)
+            options.check_items(len(listed))
+        self._is_exact = options.is_exact
         self._store = store
         self._rank_choice = ""
         self.model = model
@@ -91,7 +94,7 @@ class CatalogueSearch:
         self.items_ND = encode_catalogue(model, data)
         self._index_name = index
         self._batch_size = batch_size
-        self._list(listed or ListedItems.of(np.ones(len(self.items_ND), dtype=bool)))
+        self._list(listed)
 
     def _list(self, listed: ListedItems) -> None:
         self.listed = listed

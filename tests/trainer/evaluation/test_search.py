@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from features.errors import UserError
 from features.warehouse import Warehouse
 from retrieval.list_metrics import count_recommended
 from retrieval.seen_items import SeenItems
@@ -165,3 +166,14 @@ def test_counted_lists_are_those_of_recommendations(
     for seen, counts_N in counts.items():
         lists = search.best_for_users(users, 10, keep_seen=seen == "kept")[1]
         assert (counts_N == count_recommended(lists, N)).all()
+
+
+@pytest.mark.parametrize("index", ["faiss:ivf,nlist=13", "faiss:ivfpq,M=3,nbits=4"])
+def test_an_index_that_does_not_fit_is_refused_before_the_catalogue_is_encoded(
+    index: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = worlds.training_data(WORLD, worlds.features(N))
+    model = worlds.build("sasrec", data.features)
+    monkeypatch.setattr(SASRec, "encode_items", lambda *args: pytest.fail("encoded"))
+    with pytest.raises(UserError, match=f"{N} items"):
+        CatalogueSearch(model, data, index=index, batch_size=4)

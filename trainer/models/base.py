@@ -138,6 +138,14 @@ class Recommender(nn.Module, ABC):
         """Number of chunks in which a step encodes items and sequences, and which its backward pass
         recomputes. The training loop doubles it if a step runs out of memory."""
 
+    def adapted(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return the weights of another run in the form that this model stores them.
+
+        Args:
+            tensors: Name of a parameter or buffer to its values, before matching.
+        """
+        return tensors
+
     def fit_buffers(self, features: ItemFeatures, train: TrainSet) -> None:
         """Compute the buffers that depend on the training data; by default there are none.
 

@@ -13,12 +13,14 @@ Differences from the paper and the released code:
   sequence of the batch.
 - Each epoch draws windows with random ends, instead of one sample for each prefix.
 
-Four options are not in the paper and are off by default:
+Six options are not in the paper. A training has none of them by default, and a pre-training has
+``centre`` and ``feature_dropout``:
 
 - ``objective=next`` trains as SASRec does: each item of a history predicts the item after it, and
   no token attends to a later item.
 - ``ids`` adds a learned vector of the item to its tokens and to its vector.
 - ``whiten`` decorrelates frozen features, as WhitenRec does (Zhang et al., ICDE 2024).
+- ``centre`` centres and scales the features, and ``feature_dropout`` drops some of them.
 - ``candidates`` computes the softmax of a step over a sample of the catalogue.
 
 Legend: B batch, L sequence length, N items, K of them, D width, M predicted positions.
@@ -51,6 +53,7 @@ from trainer.modules.released_weights import (
     InitialisationSettings,
     initialise_attention_released,
 )
+from trainer.modules.whitening import without_centring
 
 # Name to: probability of the mask token; probability of the mask token or a random item; number of
 # items at the end of the catalogue that are never drawn as the random item.
@@ -82,6 +85,9 @@ _PUBLISHED_ALIGNMENT: Mapping[str, Any] = {
     "duplicates": "keep",
     "missing": "mask",
     "initialisation": "released",
+    "centre": False,
+    "feature_dropout": 0.0,
+    "holdout": 0.05,
 }
 """Section 4.1.3 of the paper; training does not stop early. In the released code the negatives of
 an item are the 6,000 items of one device."""
@@ -136,11 +142,11 @@ class MMSRec(MultimodalEncoder, Recommender):
     pretraining = Pretraining(
         task="alignment",
         settings={
-            "lr": 5e-4,
-            "batch_size": 1024,
+            "batch_size": 256,
             "epochs": 50,
-            "schedule": "exponential",
             "monitor": "MRR",
+            "centre": True,
+            "feature_dropout": 0.75,
         },
         presets={
             "published": _PUBLISHED_ALIGNMENT,
@@ -155,15 +161,15 @@ class MMSRec(MultimodalEncoder, Recommender):
     )
     # One encoder encodes items and sequences, so each group contains it.
     transfer_groups: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "items": ("whitening.", "inputs.", "id.", "outputs.", "modality.", *_SHARED),
+        "items": ("whitening.", "centring.", "inputs.", "id.", "outputs.", "modality.", *_SHARED),
         "users": ("position.", "instead.", *_SHARED),
         "text": (
-            *("whitening.text.", "inputs.text.", "outputs.text."),
+            *("whitening.text.", "centring.text.", "inputs.text.", "outputs.text."),
             *("modality.", "position.", "instead.", *_SHARED),
         ),
         "image": (  # images or videos
-            *("whitening.image.", "inputs.image.", "outputs.image."),
-            *("whitening.video.", "inputs.video.", "outputs.video."),
+            *("whitening.image.", "centring.image.", "inputs.image.", "outputs.image."),
+            *("whitening.video.", "centring.video.", "inputs.video.", "outputs.video."),
             *("modality.", "position.", "instead.", *_SHARED),
         ),
     }
@@ -298,6 +304,10 @@ class MMSRec(MultimodalEncoder, Recommender):
         """Names of the parameters that :meth:`encode_views` does not read."""
         mask = ("instead.weight",) if self.settings.missing == "drop" else ()
         return *mask, *(("id.weight",) if self.settings.ids else ())
+
+    def adapted(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return the weights of another run in the form of a model that centres features or not."""
+        return tensors if self.settings.centre else without_centring(tensors)
 
     def encode_views(
         self, items_K: Tensor, views: Sequence[View], features: ItemFeatures

@@ -25,7 +25,7 @@ from trainer.losses.base import SCORES, LossSettings
 from trainer.modules.sequence_encoders import SequenceSettings, take_slots
 from trainer.modules.tokens import all_exist
 from trainer.modules.transformer import initialise, positions_from_end
-from trainer.modules.whitening import Whitening
+from trainer.modules.whitening import Centring, Whitening
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +54,11 @@ class MultimodalSettings(SequenceSettings, LossSettings):
     whiten: bool = False
     """Whiten the features of each modality. The whitening is fitted on the items that have training
     interactions, and keeps at most one direction for every 10 of them."""
+    centre: bool = False
+    """Centre the features of each modality, and scale them to a mean square of 1, both fitted as
+    ``whiten`` is, which centres by itself. A dropped feature is then the mean, not 0."""
+    feature_dropout: Probability = 0.0
+    """Dropout probability on the features themselves, before the first layer."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,6 +102,8 @@ class MultimodalEncoder(nn.Module):
         self.inputs = nn.ModuleDict({name: _Head(widths[name], dim, eps) for name in self.names})
         if settings.whiten:
             self.whitening = nn.ModuleDict({name: Whitening(widths[name]) for name in self.names})
+        elif settings.centre:
+            self.centring = nn.ModuleDict({name: Centring(widths[name]) for name in self.names})
         if settings.ids:
             self.id = nn.Embedding(n_items, dim)
             self.register_buffer("known_N", torch.ones(n_items, dtype=torch.bool))
@@ -127,7 +134,7 @@ class MultimodalEncoder(nn.Module):
         return (f"whiten=true keeps {', '.join(kept)}: at most one for every 10 items",)
 
     def fit_buffers(self, features: ItemFeatures, train: TrainSet) -> None:
-        """Fit the whitening, and store the items that have a learned vector.
+        """Fit the whitening or the centring, and store the items that have a learned vector.
 
         Args:
             features: Features of the whole catalogue.
@@ -136,16 +143,23 @@ class MultimodalEncoder(nn.Module):
         known_N = train.counts_N > 0
         if self.settings.ids:
             self.known_N.copy_(known_N)
+        # A dataset of items without interactions has no others to fit on.
+        fitted_N = known_N | ~known_N.any()
+        for name, part in self._fitted_maps().items():
+            assert isinstance(part, Whitening | Centring)
+            part.fit(features.vectors[name][features.present[name] & fitted_N])
+
+    def _fitted_maps(self) -> nn.ModuleDict:
         if self.settings.whiten:
-            for name, whitening in self.whitening.items():
-                assert isinstance(whitening, Whitening)
-                whitening.fit(features.vectors[name][features.present[name] & known_N])
+            return self.whitening
+        return self.centring if self.settings.centre else nn.ModuleDict()
 
     def embed_modality(self, name: str, item_K: Tensor, features: ItemFeatures) -> Tensor:
         """Return the projected features of one modality: (K, D)."""
         x_KW = features.rows(name, item_K)
-        if self.settings.whiten:
-            x_KW = self.whitening[name](x_KW)
+        if name in (maps := self._fitted_maps()):
+            x_KW = maps[name](x_KW)
+        x_KW = dropout(x_KW, self.settings.feature_dropout, self.training)
         projected_KD: Tensor = self.inputs[name](x_KW)
         return projected_KD
 
@@ -286,7 +300,7 @@ class MultimodalEncoder(nn.Module):
             identity_KD: (K, D) learned vectors, if they are already looked up.
         """
         sequences = Sequences(items_BL=item_K[:, None], lengths_B=torch.ones_like(item_K))
-        row_K1 = torch.arange(item_K.shape[0], device=item_K.device)[:, None]
+        row_K1 = torch.arange(len(item_K), device=item_K.device)[:, None]
         items = self.embed_items(item_K, features, identity_KD)
         tokens = self.embed_slots(sequences, row_K1, items, features)
         vectors_KD = self.encode_slots(*tokens, row_K1[:, 0])

@@ -12,9 +12,13 @@ the leading directions only, at most one for every 10 items, and removes the oth
 Legend: K items, W width of the features.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
+CENTRING = "centring."
+"""Prefix of the buffers of :class:`Centring` in the state of a model."""
 _ITEMS_PER_CHUNK = 2**16  # that are converted to float64 together
 _ITEMS_PER_DIRECTION = 10  # that are needed to estimate its variance
 _LEAST_VARIANCE = 1e-3  # relative to the mean variance; bounds the scale of nearly constant axes
@@ -72,3 +76,61 @@ class Whitening(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Whiten features of shape (..., W)."""
         return (x - self.mean_W) @ self.matrix_WW
+
+
+class Centring(nn.Module):
+    """The map ``(x - mean) / scale``; both are buffers, the identity before :meth:`fit`.
+
+    Args:
+        width: Width W of the features.
+    """
+
+    mean_W: Tensor
+    scale: Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.register_buffer("mean_W", torch.zeros(width))
+        self.register_buffer("scale", torch.ones(()))
+
+    @torch.no_grad()
+    def fit(self, x_KW: Tensor) -> None:
+        """Fit a mean of 0 and a mean square of 1 over all elements of ``x_KW``.
+
+        Without items, or if all items have equal features, the scale stays 1.
+
+        Args:
+            x_KW: (K, W) features of the items to fit, in any precision.
+        """
+        if not len(x_KW):
+            return
+        chunks = x_KW.split(_ITEMS_PER_CHUNK)
+        mean_W = torch.stack([x.double().sum(0) for x in chunks]).sum(0) / len(x_KW)
+        squares = torch.stack([(x.double() - mean_W).square().sum() for x in chunks]).sum()
+        self.mean_W.copy_(mean_W)
+        if squares:
+            self.scale.copy_((squares / x_KW.numel()).sqrt())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Centre and scale features of shape (..., W)."""
+        return (x - self.mean_W) / self.scale
+
+
+def without_centring(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights of the same function for a model that does not centre its features.
+
+    The centring of a modality becomes a part of the linear layer ``inputs.MODALITY.0`` after it.
+
+    Args:
+        tensors: The state of a model with or without :class:`Centring`.
+    """
+    folded = {key: x for key, x in tensors.items() if not key.startswith(CENTRING)}
+    for key, mean_W in tensors.items():
+        prefix, _, last = key.rpartition(".")
+        if not key.startswith(CENTRING) or last != "mean_W":
+            continue
+        layer = f"inputs.{prefix.removeprefix(CENTRING)}.0"
+        weight_DW = tensors[f"{layer}.weight"].double() / tensors[f"{prefix}.scale"].double()
+        bias_D = tensors[f"{layer}.bias"].double() - weight_DW @ mean_W.double()
+        folded[f"{layer}.weight"], folded[f"{layer}.bias"] = weight_DW.float(), bias_D.float()
+    return folded

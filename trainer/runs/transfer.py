@@ -106,6 +106,7 @@ def copy_weights(
     digest = hash_tensors(tensors)
     matching = _Matching(model, source_identity, identity, transfer)
     tensors = {matching.renamed(key): tensor for key, tensor in tensors.items()}
+    tensors = dict(model.adapted(tensors))
     for key in model.fitted_buffers:
         tensors.pop(key, None)
     own = {k: tensor for k, tensor in model.state_dict().items() if k not in model.fitted_buffers}

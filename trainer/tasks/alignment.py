@@ -15,6 +15,7 @@ Differences from the paper and the released code:
 Legend: K items of a batch, M items of a term, N items of the catalogue, D width.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Protocol, Self, runtime_checkable
@@ -22,7 +23,7 @@ from typing import Annotated, Any, Protocol, Self, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from features.dataset import Ints
 from features.errors import UserError
@@ -37,6 +38,8 @@ from trainer.losses.clip import in_batch_symmetric
 from trainer.losses.in_batch import Columns, in_batch
 from trainer.models.base import Recommender
 from trainer.tasks.base import Task, Validation
+
+_LARGEST_LOG_SCALE = math.log(100)  # the bound of CLIP
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,10 +57,12 @@ class AlignConfig(Settings):
     duplicates: Annotated[str, Choice("duplicates", ("mask", "keep"))] = "mask"
     """``mask``: items with equal vectors are not negatives of each other; ``keep``: they are
     negatives, as published."""
+    learn_temperature: bool = False
+    """Learn the divisor of the cosines, from ``temperature`` on; it stays at least 0.01."""
     holdout: Annotated[
         float,
         Range(0, 0.5, "above 0 and below 0.5: two such shares are held out", includes_low=False),
-    ] = 0.05
+    ] = 0.1
     """Share of the items to validate on, and of the items to test on. Training uses neither. A hash
     of the ids chooses the items, so they are the same in each run."""
 
@@ -132,6 +137,12 @@ class Alignment(Task[Tensor]):
         self.aligned: Aligned = model
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name not in model.unaligned)
+        self.log_scale: nn.Parameter | None = None
+        """Learned logarithm of 1 / temperature, a parameter of the model."""
+        if config.learn_temperature:
+            start = next(model.parameters()).new_tensor(-math.log(model.temperature))
+            self.log_scale = nn.Parameter(start)
+            model.register_parameter("alignment_log_scale", self.log_scale)
         self.features = features
         self.config = config
         self.sides = Sides.of(features)
@@ -212,12 +223,15 @@ class Alignment(Task[Tensor]):
             "vt-vt": (config.weight_joint, "vt", vt, vt2),
         }
         items = {"v": batch[rows["v"]], "t": batch[rows["t"]], "vt": batch[rows["vt"]]}
+        scale: float | Tensor = 1 / self.aligned.temperature
+        if self.log_scale is not None:
+            scale = self.log_scale.clamp_max(_LARGEST_LOG_SCALE).exp()
         losses: dict[str, Tensor] = {}
         total = v.new_zeros(())
         for name, (weight, label, x_MD, y_MD) in terms.items():
             item_M = items[label] if label in items else items["vt"]
             label_M = self._labels[label][item_M] if self._labels else None
-            losses[name] = contrast(x_MD, y_MD, 1 / self.aligned.temperature, label_M)
+            losses[name] = contrast(x_MD, y_MD, scale, label_M)
             total = total + weight * losses[name]
         return {"loss": total, **{name: value.detach() for name, value in losses.items()}}
 
@@ -277,17 +291,20 @@ class Alignment(Task[Tensor]):
                 return {**labels, "either": group_N}
 
 
-def contrast(x_MD: Tensor, y_MD: Tensor, scale: float, label_M: Tensor | None) -> Tensor:
+def contrast(x_MD: Tensor, y_MD: Tensor, scale: float | Tensor, label_M: Tensor | None) -> Tensor:
     """Return the loss of Eq. 6, x to y plus y to x, with the items of all processes as negatives.
 
     Args:
         x_MD: (M, D), of unit length.
         y_MD: (M, D), of unit length; row m is the same item as in ``x_MD``.
-        scale: 1 / temperature.
+        scale: 1 / temperature; a tensor gets a gradient.
         label_M: (M,) int64; rows with equal labels are not negatives of each other.
     """
+    are_units = not isinstance(scale, Tensor)
+    if isinstance(scale, Tensor):  # the losses take a number, which has no gradient
+        x_MD, scale = x_MD * scale.to(x_MD.dtype), 1.0
     if world_size() == 1:
-        return 2 * in_batch_symmetric(x_MD, y_MD, scale=scale, label_B=label_M, are_units=True)
+        return 2 * in_batch_symmetric(x_MD, y_MD, scale=scale, label_B=label_M, are_units=are_units)
     rows, device = len(x_MD), x_MD.device
     begin, mean = rank_offset(rows), global_mean_rows(rows) or 1.0
     label_C = None if label_M is None else gather_ids(label_M)

@@ -1,10 +1,12 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
 from tests.trainer import worlds
 from tests.trainer.models.test_recommenders import build
 from trainer.data.batches import TrainSet
-from trainer.modules.whitening import Whitening
+from trainer.modules.whitening import Centring, Whitening
 
 
 def cone(items: int) -> torch.Tensor:
@@ -126,3 +128,53 @@ def test_only_items_seen_in_training_are_looked_at() -> None:
     assert all(torch.equal(value, buffers[1][name]) for name, value in buffers[0].items())
     assert not torch.equal(buffers[0]["whitening.text.matrix_WW"], torch.eye(5))
     assert torch.equal(buffers[0]["known_N"], counts > 0)
+
+
+def test_centring_is_one_shift_and_one_scale() -> None:
+    x = torch.randn(300, 4, generator=torch.Generator().manual_seed(0)) * 3 + 7
+    centring = Centring(4)
+    assert torch.equal(centring(x), x)
+    centring.fit(x.half())
+    y = centring(x)
+    torch.testing.assert_close(y.mean(0), torch.zeros(4), atol=1e-3, rtol=0)
+    assert y.square().mean().item() == pytest.approx(1, abs=1e-3)
+    torch.testing.assert_close((y[1] - y[0]) * centring.scale, x[1] - x[0])
+    centring.fit(torch.ones(5, 4))
+    assert torch.equal(centring(torch.ones(2, 4)), torch.zeros(2, 4))
+
+
+def test_centred_weights_keep_their_function_in_a_model_that_does_not_centre() -> None:
+    features = worlds.features(30)
+    for name, vectors in features.vectors.items():
+        vectors[features.present[name]] += 5
+    centred = build("mmsrec", features, centre=True).eval()
+    centred.fit_buffers(features, worlds.training_data(worlds.cycles(n_items=30), features).train)
+    plain = build("mmsrec", features).eval()
+    state = centred.state_dict()
+    plain.load_state_dict(dict(plain.adapted(state)))
+    torch.testing.assert_close(
+        plain.encode_items(features), centred.encode_items(features), rtol=1e-4, atol=1e-5
+    )
+    assert centred.adapted(state) is state
+    assert plain.adapted(plain.state_dict()).keys() == plain.state_dict().keys()
+
+
+def test_features_without_interactions_are_centred_on_all_items() -> None:
+    features = worlds.features(30, missing=False)
+    model = build("mmsrec", features, centre=True)
+    train = worlds.training_data(worlds.cycles(n_items=30), features).train
+    model.fit_buffers(features, replace(train, counts_N=torch.zeros_like(train.counts_N)))
+    expected = features.vectors["text"].mean(0)
+    torch.testing.assert_close(model.state_dict()["centring.text.mean_W"], expected)
+
+
+def test_dropped_features_are_dropped_in_training_alone() -> None:
+    features = worlds.features(30)
+    model = build("mmsrec", features, feature_dropout=0.5, dropout=0.0, embed_dropout=0.0)
+    with torch.no_grad():
+        model.train()
+        trained = model.encode_items(features)
+        model.eval()
+        first, second = (model.encode_items(features) for _ in range(2))
+    assert torch.equal(first, second)
+    assert not torch.allclose(trained, first)

@@ -60,6 +60,41 @@ def test_a_pair_by_the_formula(labels: list[int] | None) -> None:
     )
 
 
+def test_a_learned_scale_has_the_loss_of_a_fixed_one_and_its_gradient() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, y = (functional.normalize(torch.randn(6, 4, generator=generator)) for _ in range(2))
+    scale = torch.tensor(20.0, requires_grad=True)
+    loss = contrast(x, y, scale, None)
+    torch.testing.assert_close(loss, contrast(x, y, 20.0, None), rtol=1e-5, atol=1e-6)
+    loss.backward()
+    step = 0.01
+    above, below = (contrast(x, y, 20 + sign * step, None) for sign in (1, -1))
+    assert scale.grad is not None
+    assert scale.grad.item() == pytest.approx(float(above - below) / (2 * step), rel=0.02)
+
+
+def test_a_learned_temperature_is_a_bounded_parameter_of_the_model() -> None:
+    features = worlds.features(40)
+    fixed = alignment(features, build(features, dropout=0.0, embed_dropout=0.0))
+    task = alignment(
+        features, build(features, dropout=0.0, embed_dropout=0.0), learn_temperature=True
+    )
+    assert "alignment_log_scale" in task.model.state_dict()
+    assert "alignment_log_scale" not in fixed.model.state_dict()
+    batch = torch.arange(40)
+    losses = [fixed.loss(batch)["loss"], task.loss(batch)["loss"]]
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=1e-4)
+    losses[1].backward()
+    assert task.log_scale is not None
+    assert task.log_scale.grad is not None
+    assert task.log_scale.grad.item() != 0
+    bounded = []
+    for value in (np.log(100), 9.0):
+        task.log_scale.data.fill_(value)
+        bounded.append(task.loss(batch)["loss"].item())
+    assert bounded[0] == pytest.approx(bounded[1])
+
+
 @pytest.mark.parametrize("missing", ["drop", "mask"])
 def test_a_view_of_everything_is_the_item(missing: str) -> None:
     features = worlds.features(12)

@@ -31,8 +31,8 @@ from trainer.evaluation.cross_modal import (
 
 LEAST_PAIRS = 3
 """Items that a regression and the choice of its strength need."""
-_STRENGTHS = tuple(10 ** (power / 4) for power in range(-20, 25))  # times the mean of s^2
-_LEAST_SQUARE = 1e-12  # of s, relative to the largest one; what is below is rounding
+_STRENGTHS = tuple(10 ** (power / 4) for power in range(-12, 25))  # times the mean of s^2
+_LEAST_SQUARE = 1e-6  # of s, relative to the largest one; below is rounding to float16
 _ITEMS_PER_CHUNK = 2**14  # that are in float64 together
 
 
@@ -76,7 +76,7 @@ def fit_ridge(
 
     The weights minimise |Y - X W|^2 + lambda |W|^2. With X = U S V' of P rows and
     h_r = s_r^2 / (s_r^2 + lambda), the strength minimises |Y - X W|^2 / (P - 1 - sum_r h_r)^2; the
-    1 is the intercept of centred data. Candidates are 10^-5 to 10^6 times the mean of s_r^2, four
+    1 is the intercept of centred data. Candidates are 10^-3 to 10^6 times the mean of s_r^2, four
     a decade.
 
     Args:
@@ -93,11 +93,14 @@ def fit_ridge(
         return torch.zeros_like(xy_XY), 0.0
     projected_RY = axes_XR.T @ xy_XY
     explained_R = projected_RY.square().sum(1) / squares_R
+    # With as many axes as rows, differences of large sums would be rounding errors.
+    free = max(0, pairs - 1 - len(squares_R))
+    outside = max(0.0, yy - float(explained_R.sum())) if free else 0.0
 
     def error(candidate: float) -> float:
-        share_R = squares_R / (squares_R + candidate)
-        residual = yy - float(((2 * share_R - share_R.square()) * explained_R).sum())
-        return max(0.0, residual) / (pairs - 1 - float(share_R.sum())) ** 2
+        left_R = candidate / (squares_R + candidate)  # 1 - h_r
+        residual = outside + float((left_R.square() * explained_R).sum())
+        return residual / (free + float(left_R.sum())) ** 2
 
     if strength is None:
         mean = float(squares_R.mean())

@@ -77,6 +77,25 @@ def test_permuted_pairs_are_at_chance() -> None:
     assert all(recall(values) < 2 * CHANCE for values in ranks.values())
 
 
+def test_with_more_features_than_items_noise_is_not_fitted() -> None:
+    """As posters have: the smallest strength fits every pair, and finds no other."""
+    generator = torch.Generator().manual_seed(3)
+    shared = torch.randn(260, 4, generator=generator)
+    vectors = {
+        name: shared @ torch.randn(4, width, generator=generator)
+        + 3 * torch.randn(260, width, generator=generator)
+        for name, width in (("image", 300), ("text", 40))
+    }
+    present = dict.fromkeys(vectors, torch.ones(260, dtype=torch.bool))
+    features = ItemFeatures(n_items=260, vectors=vectors, present=present)
+    pairs, pool = parts()
+    ridge = RidgeRetrieval.fit(features, pairs)
+    image = vectors["image"][pairs].double() - vectors["image"][pairs].double().mean(0)
+    mean_square = float(image.square().sum() / (image.square().sum(1).mean() * 199))
+    assert ridge.strengths[TO_TEXT] > 0.1 * mean_square
+    assert all(recall(values) > 0.7 for values in ridge.retrieve(features, pool).values())
+
+
 def test_the_ranked_items_do_not_change_the_fit() -> None:
     features, other = planted(), planted()
     pairs, pool = parts()

@@ -10,7 +10,12 @@ from tests.trainer import worlds
 from trainer.data.batches import ItemFeatures
 from trainer.evaluation.encode import histories_of
 from trainer.models import transitions
-from trainer.models.transitions import CountedTransitions, Transitions, TransitionsConfig
+from trainer.models.transitions import (
+    CountedTransitions,
+    Transitions,
+    TransitionsConfig,
+    sum_by_key,
+)
 
 N = 6
 histories = st.lists(
@@ -87,3 +92,21 @@ def test_counts_do_not_depend_on_the_size_of_a_block(monkeypatch: pytest.MonkeyP
     np.testing.assert_array_equal(parts.rows.offsets, whole.rows.offsets)
     np.testing.assert_array_equal(parts.rows.values, whole.rows.values)
     np.testing.assert_array_equal(parts.totals_N, whole.totals_N)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 12), st.floats(-9, 9)), max_size=30),
+    st.sampled_from([1, 10**9]),
+    st.integers(0, 10**6),
+)
+def test_sums_of_dense_and_of_spread_keys_have_the_same_bits(
+    pairs: list[tuple[int, float]], stride: int, least: int
+) -> None:
+    sums: dict[int, float] = {}
+    for key, value in pairs:
+        sums[least + stride * key] = sums.get(least + stride * key, 0.0) + value
+    keys = np.array([least + stride * key for key, _ in pairs], dtype=np.int64)
+    found, totals = sum_by_key(keys, np.array([value for _, value in pairs], dtype=np.float64))
+    assert dict(zip(found.tolist(), totals.tolist(), strict=True)) == dict(sorted(sums.items()))
+    assert (np.diff(found) > 0).all()

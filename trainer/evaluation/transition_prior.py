@@ -12,8 +12,9 @@ Legend: E users, N items, P entries of the scores, Q items that the counts are r
 pairs of items.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -40,7 +41,7 @@ EPS = (0.01, 0.001, 0.003, 0.03, 0.1)
 BIASES = (0.0, -1.0, -2.0, -4.0, -8.0, -16.0)
 """Biases on the items of the history that are compared on validation, seen items kept."""
 _ROUNDING = 1e-9  # largest error of a sum of shares
-_USERS_AT_ONCE = 4096  # users whose scores are in memory while the prior is chosen
+_USERS_AT_ONCE = 512  # users whose transitions are in memory while the prior is chosen
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,6 +70,14 @@ class PriorChoice:
             f"prior: bias {self.bias:g} on seen items, {counts} of transitions;"
             f" {self.monitor}: {self.without:.4f} without, {self.best:.4f} with it"
         )
+
+
+class _Choice(NamedTuple):
+    """Values of a prior that are compared."""
+
+    weight: float
+    eps: float
+    bias: float
 
 
 class TransitionPrior:
@@ -195,46 +204,62 @@ def choose_prior(
     items_ND = encode_catalogue(model, data)
     queries_ED = encode_histories(model, data, items_ND, users, batch_size)
     targets_E = targets_of(data.dataset, users)
-    blocks = list(_blocks(data, users, model, prior))
 
-    def measure(weight: float, eps: float, bias: float, ranking: str) -> float:
-        ranks = []
-        for rows, history, own, probabilities in blocks:
-            added = SparseScores.of_seen(history, bias / scale)
-            if weight:
-                added = added + prior.scaled(probabilities, weight, eps)
-            if own is not None:
-                added = added + own
-            given = queries_ED[rows], items_ND, targets_E[rows], history
-            ranks.append(rank(*given, correction=added))
-        return float(per_user(getattr(Ranks.concatenate(ranks), ranking))[metric].mean())
+    def measure(choices: Sequence[_Choice]) -> list[dict[str, float]]:
+        """Return the metric of both rankings for each choice."""
+        ranks: list[list[Ranks]] = [[] for _ in choices]
+        counts = prior if any(choice.weight for choice in choices) else None
+        for rows, history, own, probabilities in _blocks(data, users, model, counts):
+            for choice, of_choice in zip(choices, ranks, strict=True):
+                added = SparseScores.of_seen(history, choice.bias / scale)
+                if choice.weight:
+                    added = added + prior.scaled(probabilities, choice.weight, choice.eps)
+                if own is not None:
+                    added = added + own
+                given = queries_ED[rows], items_ND, targets_E[rows], history
+                of_choice.append(rank(*given, correction=added))
+        joined = [Ranks.concatenate(of_choice) for of_choice in ranks]
+        return [
+            {
+                ranking: float(per_user(getattr(of_choice, ranking))[metric].mean())
+                for ranking in ("filtered", "kept")
+            }
+            for of_choice in joined
+        ]
 
-    without = measure(0.0, EPS[0], 0.0, seen)
-    bias = max(BIASES, key=lambda bias: measure(0.0, EPS[0], bias, "kept"))
-    choices = [(weight, EPS[0]) for weight in (WEIGHTS if with_transitions else (0.0,))]
-    values = {choice: measure(*choice, bias, seen) for choice in choices}
-    weight = max(values, key=lambda choice: values[choice])[0]
+    biases = measure([_Choice(0.0, EPS[0], bias) for bias in BIASES])
+    kept = [values["kept"] for values in biases]
+    bias = BIASES[kept.index(max(kept))]
+    weights = [
+        _Choice(weight, EPS[0], bias) for weight in (WEIGHTS if with_transitions else (0.0,))
+    ]
+    values = dict(zip(weights, (found[seen] for found in measure(weights)), strict=True))
+    weight = max(values, key=lambda choice: values[choice]).weight
     if weight:
-        values |= {(weight, eps): measure(weight, eps, bias, seen) for eps in EPS[1:]}
+        rest = [_Choice(weight, eps, bias) for eps in EPS[1:]]
+        values |= dict(zip(rest, (found[seen] for found in measure(rest)), strict=True))
     best = max(values, key=lambda choice: values[choice])
     return PriorChoice(
-        weight=best[0],
-        eps=best[1],
-        bias=bias,
+        weight=best.weight,
+        eps=best.eps,
+        bias=best.bias,
         monitor=f"{metric} on validation, {seen}",
-        without=without,
+        without=biases[BIASES.index(0.0)][seen],
         best=values[best],
     )
 
 
 def _blocks(
-    data: TrainingData, users: EvalSplit, model: Recommender, prior: TransitionPrior
+    data: TrainingData, users: EvalSplit, model: Recommender, prior: TransitionPrior | None
 ) -> Iterator[tuple[slice, SeenItems, SparseScores | None, SparseScores]]:
-    """Yield rows of users, their histories, the scores that the model adds itself, and P."""
+    """Yield rows of users, their histories, the scores that the model adds itself, and P.
+
+    P has no entries without a prior.
+    """
     for start in range(0, len(users.users), _USERS_AT_ONCE):
         rows = slice(start, min(start + _USERS_AT_ONCE, len(users.users)))
         history = histories_of(data.dataset, users.take(rows))
         probabilities = SparseScores.empty(len(history))
-        if prior.weight:
+        if prior is not None:
             probabilities = prior.probabilities(history, users.users[rows])
         yield rows, history, model.correction(history), probabilities

@@ -72,14 +72,6 @@ class PriorChoice:
         )
 
 
-class _Choice(NamedTuple):
-    """Values of a prior that are compared."""
-
-    weight: float
-    eps: float
-    bias: float
-
-
 class TransitionPrior:
     """Scores by counts of transitions and repeats; see the documentation of this module.
 
@@ -175,6 +167,23 @@ class TransitionPrior:
         return key_X[is_read_X], value_X[is_read_X], place_X[is_read_X]
 
 
+class _Choice(NamedTuple):
+    """Values of a prior that are compared."""
+
+    weight: float
+    eps: float
+    bias: float
+
+    def scores(
+        self, prior: TransitionPrior, history: SeenItems, probabilities: SparseScores
+    ) -> SparseScores:
+        """Return the scores of a prior with these values."""
+        added = SparseScores.of_seen(history, self.bias / prior.scale)
+        if self.weight:
+            added = added + prior.scaled(probabilities, self.weight, self.eps)
+        return added
+
+
 def choose_prior(
     model: Recommender,
     data: TrainingData,
@@ -205,46 +214,34 @@ def choose_prior(
     queries_ED = encode_histories(model, data, items_ND, users, batch_size)
     targets_E = targets_of(data.dataset, users)
 
-    def measure(choices: Sequence[_Choice]) -> list[dict[str, float]]:
-        """Return the metric of both rankings for each choice."""
-        ranks: list[list[Ranks]] = [[] for _ in choices]
+    def measure(choices: Sequence[_Choice], ranking: str) -> dict[_Choice, float]:
+        """Return the metric of one ranking for each choice."""
+        ranks: dict[_Choice, list[Ranks]] = {choice: [] for choice in choices}
         counts = prior if any(choice.weight for choice in choices) else None
         for rows, history, own, probabilities in _blocks(data, users, model, counts):
-            for choice, of_choice in zip(choices, ranks, strict=True):
-                added = SparseScores.of_seen(history, choice.bias / scale)
-                if choice.weight:
-                    added = added + prior.scaled(probabilities, choice.weight, choice.eps)
-                if own is not None:
-                    added = added + own
-                given = queries_ED[rows], items_ND, targets_E[rows], history
-                of_choice.append(rank(*given, correction=added))
-        joined = [Ranks.concatenate(of_choice) for of_choice in ranks]
-        return [
-            {
-                ranking: float(per_user(getattr(of_choice, ranking))[metric].mean())
-                for ranking in ("filtered", "kept")
-            }
-            for of_choice in joined
-        ]
+            given = queries_ED[rows], items_ND, targets_E[rows], history
+            for choice, blocks in ranks.items():
+                added = choice.scores(prior, history, probabilities)
+                blocks.append(rank(*given, correction=added if own is None else added + own))
+        joined = {choice: Ranks.concatenate(blocks) for choice, blocks in ranks.items()}
+        values = {choice: per_user(getattr(r, ranking))[metric] for choice, r in joined.items()}
+        return {choice: float(of_users.mean()) for choice, of_users in values.items()}
 
-    biases = measure([_Choice(0.0, EPS[0], bias) for bias in BIASES])
-    kept = [values["kept"] for values in biases]
-    bias = BIASES[kept.index(max(kept))]
-    weights = [
-        _Choice(weight, EPS[0], bias) for weight in (WEIGHTS if with_transitions else (0.0,))
-    ]
-    values = dict(zip(weights, (found[seen] for found in measure(weights)), strict=True))
-    weight = max(values, key=lambda choice: values[choice]).weight
-    if weight:
-        rest = [_Choice(weight, eps, bias) for eps in EPS[1:]]
-        values |= dict(zip(rest, (found[seen] for found in measure(rest)), strict=True))
+    plain = _Choice(0.0, EPS[0], 0.0)
+    biases = measure([plain._replace(bias=bias) for bias in BIASES], "kept")
+    first = max(biases, key=lambda choice: biases[choice])
+    weights = WEIGHTS if with_transitions else (0.0,)
+    values = measure([first._replace(weight=weight) for weight in weights], seen)
     best = max(values, key=lambda choice: values[choice])
+    if best.weight:
+        values |= measure([best._replace(eps=eps) for eps in EPS[1:]], seen)
+        best = max(values, key=lambda choice: values[choice])
     return PriorChoice(
         weight=best.weight,
         eps=best.eps,
         bias=best.bias,
         monitor=f"{metric} on validation, {seen}",
-        without=biases[BIASES.index(0.0)][seen],
+        without=measure([plain], seen)[plain],
         best=values[best],
     )
 

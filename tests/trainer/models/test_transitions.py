@@ -107,6 +107,6 @@ def test_sums_of_dense_and_of_spread_keys_have_the_same_bits(
     for key, value in pairs:
         sums[least + stride * key] = sums.get(least + stride * key, 0.0) + value
     keys = np.array([least + stride * key for key, _ in pairs], dtype=np.int64)
-    found, totals = sum_by_key(keys, np.array([value for _, value in pairs], dtype=np.float64))
-    assert dict(zip(found.tolist(), totals.tolist(), strict=True)) == dict(sorted(sums.items()))
-    assert (np.diff(found) > 0).all()
+    kept, totals = sum_by_key(keys, np.array([value for _, value in pairs], dtype=np.float64))
+    assert dict(zip(kept.tolist(), totals.tolist(), strict=True)) == dict(sorted(sums.items()))
+    assert (np.diff(kept) > 0).all()

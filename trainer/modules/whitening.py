@@ -12,7 +12,7 @@ the leading directions only, at most one for every 10 items, and removes the oth
 Legend: K items, W width of the features.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +54,7 @@ class Whitening(nn.Module):
         if not len(x_KW):
             return
         chunks = x_KW.split(_ITEMS_PER_CHUNK)
-        mean_W = torch.stack([x.double().sum(0) for x in chunks]).sum(0) / len(x_KW)
+        mean_W = _mean(chunks)
         covariance_WW = x_KW.new_zeros((x_KW.shape[1],) * 2, dtype=torch.float64)
         for x in chunks:
             centred = x.double() - mean_W
@@ -105,7 +105,7 @@ class Centring(nn.Module):
         if not len(x_KW):
             return
         chunks = x_KW.split(_ITEMS_PER_CHUNK)
-        mean_W = torch.stack([x.double().sum(0) for x in chunks]).sum(0) / len(x_KW)
+        mean_W = _mean(chunks)
         squares = torch.stack([(x.double() - mean_W).square().sum() for x in chunks]).sum()
         self.mean_W.copy_(mean_W)
         if squares:
@@ -114,6 +114,12 @@ class Centring(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Centre and scale features of shape (..., W)."""
         return (x - self.mean_W) / self.scale
+
+
+def _mean(chunks: Sequence[Tensor]) -> Tensor:
+    """Return the float64 mean of the rows of all chunks: (W,)."""
+    sums = torch.stack([x.double().sum(0) for x in chunks])
+    return sums.sum(0) / sum(len(x) for x in chunks)
 
 
 def without_centring(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -53,7 +53,8 @@ class MultimodalSettings(SequenceSettings, LossSettings):
     interactions has no learned vector and is encoded from its features alone."""
     whiten: bool = False
     """Whiten the features of each modality. The whitening is fitted on the items that have training
-    interactions, and keeps at most one direction for every 10 of them."""
+    interactions, without the held-out items of a pre-training. It keeps at most one direction for
+    every 10 of them."""
     centre: bool = False
     """Centre the features of each modality, and scale them to a mean square of 1, both fitted as
     ``whiten`` is, which centres by itself. A dropped feature is then the mean, not 0."""

@@ -237,13 +237,13 @@ def _build_run(
     data = TrainingData(
         source.dataset, source.features, device, hold_out_cold=spec.train.hold_out_cold
     )
+    task = TASKS.find(spec.task).build(model, data, warehouse, spec.datasets, spec.task_settings)
     # Saved weights hold the fitted buffers, and loading the weights replaces them.
     if not (is_saved and model.learns_by_gradients and model.fitted_buffers):
-        model.fit_buffers(source.features, data.train)
+        model.fit_buffers(task.features_to_fit(source.features), data.train)
     if not is_saved:
         model.start_history_bias(data.train)
     add_prior(folder, model, data)
-    task = TASKS.find(spec.task).build(model, data, warehouse, spec.datasets, spec.task_settings)
     return Run(
         folder=folder,
         spec=spec,

@@ -17,7 +17,7 @@ Legend: K items of a batch, M items of a term, N items of the catalogue, D width
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Protocol, Self, runtime_checkable
 
 import numpy as np
@@ -164,6 +164,7 @@ class Alignment(Task[Tensor]):
             for name, is_held_N in splits.items()
         }
         is_training_N = ~torch.stack(list(in_split.values())).any(0)
+        self._is_training_N = is_training_N
         self.pools = {
             name: (self._present["vt"] & is_held_N).nonzero()[:, 0]
             for name, is_held_N in in_split.items()
@@ -180,6 +181,11 @@ class Alignment(Task[Tensor]):
                 f" (it is {config.holdout})"
             )
         self._labels = labels if config.duplicates == "mask" else {}
+
+    def features_to_fit(self, features: ItemFeatures) -> ItemFeatures:
+        """Return the features of the items that are not held out."""
+        present = {name: has_N & self._is_training_N for name, has_N in features.present.items()}
+        return replace(features, present=present)
 
     def epoch(
         self, config: TrainConfig, epoch: int, *, skip: int, shard: Shard

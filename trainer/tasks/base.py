@@ -12,7 +12,7 @@ from torch import Tensor
 
 from features.warehouse import Warehouse
 from trainer.config import Settings, TrainConfig
-from trainer.data.batches import Shard, TrainingData
+from trainer.data.batches import ItemFeatures, Shard, TrainingData
 from trainer.models.base import Recommender
 
 B = TypeVar("B")
@@ -62,6 +62,14 @@ class Task(ABC, Generic[B]):
         Raises:
             UserError: There are too few data to learn from or to validate on.
         """
+
+    def features_to_fit(self, features: ItemFeatures) -> ItemFeatures:
+        """Return the features that the buffers of the model are fitted on; by default all features.
+
+        Args:
+            features: Features of the whole catalogue.
+        """
+        return features
 
     @abstractmethod
     def epoch(

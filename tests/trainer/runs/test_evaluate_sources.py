@@ -91,3 +91,25 @@ def test_held_out_items_of_the_sources_are_never_in_pretraining_data(warehouse: 
             assert not held_out & set(sequences.items_BL[sequences.mask_BL].tolist())
     assert not run.data.train.counts_N[6:].any()
     assert not held_out & set((run.data.train.keys_J % 14).tolist())
+
+
+@pytest.mark.parametrize("setting", ["whiten", "centre"])
+def test_held_out_items_of_an_alignment_take_no_part_in_fitted_maps(
+    warehouse: Warehouse, setting: str
+) -> None:
+    """The mean of a map is that of the training items with training interactions."""
+    n_items = 60
+    worlds.prepare(warehouse, [[*range(user, n_items), *range(user)] for user in range(4)], n_items)
+    features = worlds.features(n_items, missing=False)
+    worlds.extract(warehouse, features)
+    run = worlds.begin(
+        warehouse, "mmsrec", settings=[*SMALL, f"{setting}=true"], is_pretraining=True
+    )
+    takes_part_N = run.data.train.counts_N > 0
+    for pool_K in run.task.pools.values():
+        takes_part_N[pool_K] = False
+    attribute = {"whiten": "whitening", "centre": "centring"}[setting]
+    for opened in (run, open_run(warehouse, run.folder)):
+        for name, vectors_ND in features.vectors.items():
+            mean_W = getattr(opened.model, attribute)[name].mean_W
+            torch.testing.assert_close(mean_W, vectors_ND[takes_part_N].mean(0))

@@ -1,5 +1,6 @@
 """The ``mmrec`` command: its subcommands, and one way to report errors for all of them."""
 
+import atexit
 import errno
 import io
 import os
@@ -199,12 +200,26 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal without Unicode shows escapes
             stream.reconfigure(errors="backslashreplace")
+    code = 0
+
+    def skip_teardown() -> None:
+        """End an interrupted process at once: Python would collect torch's objects for a second."""
+        if code == exit_code():
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+
+    atexit.register(skip_teardown)  # runs after the functions that are registered later
     with handle_signals():
         try:
             app()
         except KeyboardInterrupt:  # before the command line is parsed, or after the command
             notify("interrupted")
-            raise SystemExit(exit_code()) from None
+            code = exit_code()
+            raise SystemExit(code) from None
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else 1
+            raise
 
 
 if __name__ == "__main__":  # torchrun --nproc-per-node 2 -m cli.app train ...

@@ -70,6 +70,8 @@ class EpochRow:
     """As in :class:`trainer.tasks.base.Validation`; empty if the epoch was not validated."""
     users: int
     """Number of users, or of queries, that the metrics are means over."""
+    is_last: bool = False
+    """True for the last planned epoch."""
     rates: dict[str, float] = field(default_factory=dict)
     """Learning rates of the last step, see :attr:`trainer.optimizer.Optimizer.rates`."""
     seconds: float = field(default=0.0, compare=False)
@@ -110,6 +112,8 @@ def fit(
     if not any(parameter.requires_grad for parameter in model.parameters()):
         return _fit_without_steps(task, config, folder, identity, on_epoch, on_progress)
     device = next(model.parameters()).device
+    shard = Shard(process_rank=process_rank(), world_size=world_size())
+    config = _with_min_steps(config, task, shard)
     optimizer = Optimizer(model, config)
     average = ExponentialMovingAverage(model, config.average)
     state = TrainState()
@@ -125,7 +129,6 @@ def fit(
     step_losses = StepLosses(state, config.lr)
     forward = _forward(task, config)
     memory = StepMemory(model, is_alone=world_size() == 1)
-    shard = Shard(process_rank=process_rank(), world_size=world_size())
     is_alone = shard.world_size == 1  # the others would wait for a process that abandons its step
 
     saved: tuple[int, int] | None = None
@@ -193,7 +196,7 @@ def fit(
                     save_weights(folder / "model.safetensors", model, identity)
             if is_first:
                 on_progress(_report(state, task, config, pace, step_losses.means, validation))
-            state.finished = state.waited >= config.patience or row.epoch == config.epochs
+            state.finished = state.waited >= config.patience or row.is_last
             state.epoch, state.step, state.losses = state.epoch + 1, 0, {}
             save()
             if any_process(interruption.is_received):
@@ -208,6 +211,14 @@ def fit(
             if state.steps and saved != (state.epoch, state.step):
                 save()
     return state
+
+
+def _with_min_steps(config: TrainConfig, task: Task[Any], shard: Shard) -> TrainConfig:
+    """Return the settings with as many epochs as ``min_steps`` needs."""
+    if not config.min_steps:
+        return config
+    steps, _ = task.epoch(config, 0, skip=0, shard=shard)
+    return replace(config, epochs=max(config.epochs, -(-config.min_steps // steps)))
 
 
 def _fit_without_steps(
@@ -275,13 +286,21 @@ def _validate(
     epoch = state.epoch + 1
     losses = {name: total / pace.steps for name, total in state.losses.items()}
     validation, metrics, users = None, {}, 0
-    if epoch % config.validate_every == 0 or epoch == config.epochs:
+    is_last = epoch == config.epochs
+    if epoch % config.validate_every == 0 or is_last:
         validation = on_all_ranks(measure, join)
         metrics, users = validation.metrics, validation.users
     seconds = 0.0
     if pace.steps_done:
         seconds = pace.seconds * pace.steps / pace.steps_done + time.monotonic() - began
-    row = EpochRow(epoch=epoch, losses=losses, metrics=metrics, users=users, seconds=seconds)
+    row = EpochRow(
+        epoch=epoch,
+        losses=losses,
+        metrics=metrics,
+        users=users,
+        is_last=is_last,
+        seconds=seconds,
+    )
     return row, validation
 
 

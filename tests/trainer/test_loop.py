@@ -503,6 +503,24 @@ def test_every_other_epoch_and_the_last_are_validated(tmp_path: Path) -> None:
     assert [row.users for row in rows] == [0, 60, 0, 60, 60]
 
 
+def test_a_least_number_of_steps_adds_epochs(tmp_path: Path) -> None:
+    """The schedule and the result are those of the larger number of epochs."""
+
+    def run(name: str, **settings: Any) -> tuple[int, list[float], bytes]:
+        settings = {"schedule": "cosine", "lr": 1e-2, **settings}
+        progress, _, rows = train("sasrec", tmp_path / name, **settings)
+        assert [row.is_last for row in rows] == [False] * (len(rows) - 1) + [True]
+        rates = [rate for row in rows for rate in row.rates.values()]
+        return progress.steps, rates, (tmp_path / name / "model.safetensors").read_bytes()
+
+    two = run("two", epochs=2)
+    assert run("enough", epochs=2, min_steps=two[0]) == two
+    assert run("longer", epochs=2, min_steps=two[0] + 1) == run("three", epochs=3)
+    progress, _, rows = train("sasrec", tmp_path / "stops", epochs=1, min_steps=400, patience=2)
+    assert progress.finished
+    assert len(rows) == progress.best_epoch + 2 < 100
+
+
 def test_patience_counts_validations(tmp_path: Path) -> None:
     progress, _, rows = train(
         "sasrec", tmp_path / "run", epochs=99, validate_every=3, patience=2, lr=1e-2

@@ -281,7 +281,7 @@ class Tuner:
             def judge(row: EpochRow) -> None:
                 if key in row.metrics:
                     trial.report(row.metrics[key], row.epoch)
-                    if row.epoch < spec.train.epochs and trial.should_prune():
+                    if not row.is_last and trial.should_prune():
                         raise optuna.TrialPruned
 
             return train_to_end(

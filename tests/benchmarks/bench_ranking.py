@@ -2,11 +2,13 @@
 
     python -m tests.benchmarks.bench_ranking exact [--items 12000 --dim 64]
     python -m tests.benchmarks.bench_ranking approximate [--items 1000000 --kinds ivf hnsw]
+    python -m tests.benchmarks.bench_ranking approximate --run FOLDER
 
 `exact` compares the default index with torch: ranks and lists of 512 users, one of whom has seen
 many items, for a model that ranks most targets near the top and for a random one. `approximate`
-searches for one query at a time. The ways take turns; a ratio is the median of the ratios of the
-rounds. Measurements of the default are made anew in each first round and are part of its time.
+searches for one query at a time, in planted vectors or in those of a run. The ways take turns; a
+ratio is the median of the ratios of the rounds. Measurements of the default are made anew in each
+first round and are part of its time.
 """
 
 from __future__ import annotations
@@ -23,12 +25,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from features.warehouse import Warehouse
 from retrieval import default_index
 from retrieval.approximate_indexes import recall
 from retrieval.index_ranking import rank_with
 from retrieval.indexes import Index
 from retrieval.registry import make_index
 from retrieval.seen_items import SeenItems
+from trainer.evaluation.encode import encode_catalogue, encode_histories
+from trainer.runs.run import open_run
 
 USERS, GROUPS, SEEN, HEAVY = 512, 1000, 10, 50_000
 World = tuple[torch.Tensor, torch.Tensor, torch.Tensor, SeenItems]
@@ -138,13 +143,28 @@ def exact(items: int, dim: int, rounds: int) -> Iterator[str]:
             yield f"| {' | '.join(columns)} |"
 
 
-def approximate(items: int, dim: int, kinds: list[str], queries: int) -> Iterator[str]:
-    """Yield a row of the table for each index: recall and speed of one query at a time."""
+def planted_vectors(items: int, dim: int, queries: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (N, D) items in groups, and (U, D) queries near random items."""
     generator = torch.Generator().manual_seed(1)
     item_ND = clustered_items(items, dim, generator)
     chosen = torch.randint(0, items, (queries,), generator=generator)
     noise_UD = torch.randn(queries, dim, generator=generator)
-    query_UD = torch.nn.functional.normalize(item_ND[chosen] + 0.5 * noise_UD / dim**0.5, dim=1)
+    return item_ND, torch.nn.functional.normalize(
+        item_ND[chosen] + 0.5 * noise_UD / dim**0.5, dim=1
+    )
+
+
+def vectors_of_run(folder: Path, queries: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (N, D) items of a run, and (U, D) queries of random test users."""
+    run = open_run(Warehouse(folder.parents[1]), folder)
+    users = run.data.dataset.eval_split("test").sample(queries, seed=0)
+    item_ND = encode_catalogue(run.model, run.data)
+    return item_ND, encode_histories(run.model, run.data, item_ND, users, queries)
+
+
+def approximate(item_ND: torch.Tensor, query_UD: torch.Tensor, kinds: list[str]) -> Iterator[str]:
+    """Yield a row of the table for each index: recall and speed of one query at a time."""
+    (items, dim), queries = item_ND.shape, len(query_UD)
     flat = make_index("faiss:flat", item_ND)
 
     def one_by_one(index: Index) -> Callable[[], object]:
@@ -177,12 +197,19 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--queries", type=int, default=100)
     parser.add_argument("--kinds", nargs="+", default=["ivf", "ivfpq", "hnsw"])
+    parser.add_argument(
+        "--run", type=Path, help="folder of a run, in the folder runs of a warehouse"
+    )
     given = parser.parse_args()
     torch.set_num_threads(1)
     if given.part == "exact":
         rows = exact(given.items, given.dim, given.rounds)
     else:
-        rows = approximate(given.items, given.dim, given.kinds, given.queries)
+        if given.run is None:
+            vectors = planted_vectors(given.items, given.dim, given.queries)
+        else:
+            vectors = vectors_of_run(given.run, given.queries)
+        rows = approximate(*vectors, given.kinds)
     for row in rows:
         print(row, flush=True)
 

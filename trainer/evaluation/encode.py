@@ -15,6 +15,7 @@ from features.errors import UserError
 from retrieval.seen_items import SeenItems
 from trainer.data.batches import TrainingData
 from trainer.models.base import Recommender
+from trainer.modules.training_mode import dropout_disabled
 
 _ROWS_PER_CHECK = 2**16  # vectors that are checked together, because the check copies them
 
@@ -22,13 +23,8 @@ _ROWS_PER_CHECK = 2**16  # vectors that are checked together, because the check 
 @contextmanager
 def evaluation_mode(model: Recommender) -> Iterator[None]:
     """Set evaluation mode without gradients, and restore the mode at the end of the block."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)
+    with dropout_disabled(model), torch.no_grad():
+        yield
 
 
 def encode_catalogue(model: Recommender, data: TrainingData) -> Tensor:

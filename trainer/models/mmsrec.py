@@ -13,7 +13,7 @@ Differences from the paper and the released code:
   sequence of the batch.
 - Each epoch draws windows with random ends, instead of one sample for each prefix.
 
-Six options are not in the paper. A training has none of them by default, and a pre-training has
+Eight options are not in the paper. A training has none of them by default, and a pre-training has
 ``centre`` and ``feature_dropout``:
 
 - ``objective=next`` trains as SASRec does: each item of a history predicts the item after it, and
@@ -22,6 +22,8 @@ Six options are not in the paper. A training has none of them by default, and a 
 - ``whiten`` decorrelates frozen features, as WhitenRec does (Zhang et al., ICDE 2024).
 - ``centre`` centres and scales the features, and ``feature_dropout`` drops some of them.
 - ``candidates`` computes the softmax of a step over a sample of the catalogue.
+- ``item_dropout=false`` scores items without dropout in the loss, and ``attention_dropout=false``
+  keeps all attention weights.
 
 Legend: B batch, L sequence length, N items, K of them, D width, M predicted positions.
 """

@@ -24,6 +24,7 @@ from trainer.kernels.elementwise import dropout
 from trainer.losses.base import SCORES, LossSettings
 from trainer.modules.sequence_encoders import SequenceSettings, take_slots
 from trainer.modules.tokens import all_exist
+from trainer.modules.training_mode import dropout_disabled
 from trainer.modules.transformer import initialise, positions_from_end
 from trainer.modules.whitening import Centring, Whitening
 
@@ -43,6 +44,12 @@ class MultimodalSettings(SequenceSettings, LossSettings):
     """Dropout probability inside the transformer (0.2 for dense data such as ML-1M)."""
     embed_dropout: Probability = 0.2
     """Dropout probability on the embedded tokens."""
+    attention_dropout: bool = True
+    """Apply ``dropout`` to the attention weights, too (the paper). Without it, attention is faster,
+    and models with ``ids`` are better on MovieLens."""
+    item_dropout: bool = True
+    """Apply dropout to the items that the loss scores, too (the paper). Without it, only histories
+    have dropout, and the logits of a step have no noise of the items."""
     score: Annotated[str, Choice("score", SCORES)] = "cosine"
     temperature: Temperature = 0.05
     """Divisor of the scores in the loss."""
@@ -114,7 +121,9 @@ class MultimodalEncoder(nn.Module):
         self.modality = nn.Embedding(len(self.names), dim)
         self.norm = nn.LayerNorm(dim, eps=eps)
         # Not causal: `encode_slots` makes the causal mask, which is between items.
-        self.transformer = settings.transformer(attention_dropout=settings.dropout, causal=False)
+        self.transformer = settings.transformer(
+            attention_dropout=settings.dropout if settings.attention_dropout else 0.0, causal=False
+        )
         initialise(self)
 
     @property
@@ -302,9 +311,10 @@ class MultimodalEncoder(nn.Module):
         """
         sequences = Sequences(items_BL=item_K[:, None], lengths_B=torch.ones_like(item_K))
         row_K1 = torch.arange(len(item_K), device=item_K.device)[:, None]
-        items = self.embed_items(item_K, features, identity_KD)
-        tokens = self.embed_slots(sequences, row_K1, items, features)
-        vectors_KD = self.encode_slots(*tokens, row_K1[:, 0])
+        with dropout_disabled(self, not self.settings.item_dropout):
+            items = self.embed_items(item_K, features, identity_KD)
+            tokens = self.embed_slots(sequences, row_K1, items, features)
+            vectors_KD = self.encode_slots(*tokens, row_K1[:, 0])
         if items.identity_KD is not None:
             vectors_KD = self.settings.normalise(vectors_KD + items.identity_KD)
         return vectors_KD

@@ -268,6 +268,26 @@ def test_the_same_gradients_every_time(name: str) -> None:
         assert all(torch.equal(a, b) for a, b in zip(first, gradients(), strict=True))
 
 
+@pytest.mark.parametrize("objective", ["masked", "next"])
+def test_without_item_dropout_the_loss_scores_the_items_of_an_evaluation(objective: str) -> None:
+    """The items are those of evaluation mode with gradients; the histories still have dropout."""
+    features = worlds.features(N)
+    settings = {"dropout": 0.5, "objective": objective, "ids": True}
+    batch = worlds.batch(
+        sequences([[0, 1, 2, 3], [4, 5, 6]]), features, torch.Generator().manual_seed(0)
+    )
+    for item_dropout in (True, False):
+        model: Any = build("mmsrec", features, item_dropout=item_dropout, **settings)
+        expected = model.eval().encode_items(features)
+        items = model.train().encode_items(features)
+        assert torch.allclose(items, expected) is not item_dropout
+        assert all(part.training for part in model.modules())
+        losses = [float(model.loss(batch)["loss"].detach()) for _ in range(2)]
+        assert losses[0] != losses[1]
+    items.sum().backward()
+    assert all(weight.grad is not None for weight in model.inputs.parameters())
+
+
 def test_an_item_without_training_interactions_is_known_by_its_features_alone() -> None:
     features = worlds.features(N, missing=False)
     model: Any = build("mmsrec", features, ids=True)

@@ -31,8 +31,8 @@ RENAMED_PARAMETERS: list[tuple[str, str, str]] = [
 ]
 # Constants of modules that bound the size of a block, and where this version has them.
 LIMITS: dict[str, str] = {
-    "trainer.mmsrec._NUMBERS_IN_ALL": "trainer.kernels.activation_checkpoint._LEAST_ELEMENTS",
-    "trainer.mmsrec._NUMBERS_AT_ONCE": "trainer.kernels.activation_checkpoint._CHUNK_ELEMENTS",
+    "trainer.mmsrec._NUMBERS_IN_ALL": "trainer.modules.chunked_encoding._LEAST_ELEMENTS",
+    "trainer.mmsrec._NUMBERS_AT_ONCE": "trainer.modules.chunked_encoding._CHUNK_ELEMENTS",
     "trainer.mmsr._TOKENS_AT_ONCE": "trainer.models.causal._TOKENS_PER_CHUNK",
     "trainer.objectives._BLOCK_BYTES": "trainer.losses.softmax._BLOCK_BYTES",
     "trainer.objectives._FEWEST_ROWS": "trainer.losses.softmax._FEWEST_ROWS",

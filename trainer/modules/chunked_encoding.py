@@ -1,7 +1,8 @@
-"""Encode many items or slots in chunks, to bound the memory of activations.
+"""Encode many items or slots in chunks: for the cache of a CPU, and to save memory.
 
-:func:`trainer.kernels.activation_checkpoint.tokens_per_chunk` decides the size of a chunk. If it
-returns 0, or the encoder is compiled, each function calls the encoder once.
+With many tokens on a CPU, a chunk is small enough for the cache. After a step has run out of
+memory, the backward pass also computes each chunk again, see
+:attr:`trainer.models.base.Recommender.chunks`. Otherwise the encoder is called once.
 
 Legend: B batch, L sequence length, K items to encode, D width, M selected slots.
 """
@@ -17,10 +18,13 @@ from torch.utils.checkpoint import checkpoint
 
 from trainer.data.batches import ItemFeatures, Sequences
 from trainer.data.device_copy import to_device
-from trainer.kernels.activation_checkpoint import checkpoint_elementwise, tokens_per_chunk
+from trainer.kernels.dispatch import use_kernels
 from trainer.modules.multimodal_encoder import MultimodalEncoder
 
 T = TypeVar("T")
+
+_CHUNK_ELEMENTS = 2**21  # tokens times width of a chunk
+_LEAST_ELEMENTS = 2**22  # fewer are one chunk
 
 
 def recomputed(encode: Callable[..., T], chunks: int, *inputs: Tensor) -> list[T]:
@@ -119,8 +123,7 @@ def encode_slots_in_chunks(
         return encode(order_B), order_B
     order_B = lengths_B.argsort(stable=True)
     chunks = order_B.split(max(1, size // width))
-    run = _checkpoint(encoder)
-    return torch.cat([run(encode, chunk_B) for chunk_B in chunks]), order_B
+    return torch.cat([_run(encoder, encode, chunk_B) for chunk_B in chunks]), order_B
 
 
 def encode_items_in_chunks(
@@ -149,9 +152,9 @@ def encode_items_in_chunks(
     identities: Sequence[Tensor | None] = [None] * len(chunks)
     if encoder.settings.ids:
         identities = encoder.embed_identity(item_K[order_K]).split([len(c) for c in chunks])
-    run = _checkpoint(encoder)
     vectors = [
-        run(
+        _run(
+            encoder,
             functools.partial(
                 encoder.encode_single_items, features=features, identity_KD=identity_KD
             ),
@@ -163,15 +166,21 @@ def encode_items_in_chunks(
 
 
 def _tokens_per_chunk(encoder: MultimodalEncoder, tokens: int) -> int:
-    if encoder.chunks > 1 and torch.is_grad_enabled():
-        return math.ceil(tokens / encoder.chunks)
-    if encoder.transformer.compiled:
+    """Return the number of tokens of a chunk; 0: all of them."""
+    token_D = encoder.mask_token_D
+    if not torch.is_grad_enabled():
         return 0
-    return tokens_per_chunk(encoder.mask_token_D, tokens)
-
-
-def _checkpoint(encoder: MultimodalEncoder) -> Callable[..., Tensor]:
-    """Return the function that recomputes a chunk: all of it if memory has run out before."""
     if encoder.chunks > 1:
-        return functools.partial(checkpoint, use_reentrant=False)
-    return checkpoint_elementwise
+        return math.ceil(tokens / encoder.chunks)
+    is_small = tokens * len(token_D) <= _LEAST_ELEMENTS
+    if is_small or encoder.transformer.compiled or not use_kernels(token_D):
+        return 0
+    return max(1, _CHUNK_ELEMENTS // len(token_D))
+
+
+def _run(encoder: MultimodalEncoder, encode: Callable[[Tensor], Tensor], part: Tensor) -> Tensor:
+    """Encode a chunk; the backward pass computes it again if memory has run out before."""
+    if encoder.chunks == 1:
+        return encode(part)
+    encoded: Tensor = checkpoint(encode, part, use_reentrant=False)
+    return encoded

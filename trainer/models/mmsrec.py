@@ -77,6 +77,27 @@ _PUBLISHED: Mapping[str, Any] = {
 }
 """Section 4.2.4 of the paper for the Amazon datasets, with a window for each prefix of a history.
 The preset ``published-dense`` is that for ML-1M."""
+_NEXT_ITEM: Mapping[str, Any] = {
+    "objective": "next",
+    "ids": True,
+    "whiten": True,
+    "item_dropout": False,
+    "attention_dropout": False,
+    "dim": 128,
+    "hidden": 256,
+    "heads": 2,
+    "length": 51,
+    "embed_dropout": 0.3,
+    "temperature": 0.07,
+    "batch_size": 128,
+    "lr": 1e-3,
+    "schedule": "cosine",
+    "epochs": 14,
+    "average": 0.99,
+    "monitor": "NDCG@10",
+}
+"""Not a paper's: next items by contents and learned vectors, chosen on the validation split of
+Amazon Beauty."""
 _PUBLISHED_ALIGNMENT: Mapping[str, Any] = {
     "lr": 5e-5,
     "batch_size": 48_000,
@@ -140,6 +161,7 @@ class MMSRec(MultimodalEncoder, Recommender):
         "published": _PUBLISHED,
         "published-dense": {**_PUBLISHED, "length": 99, "dropout": 0.2},
         "released": {**_PUBLISHED, "missing": "drop", "corruption": "81-9-10"},
+        "next-item": _NEXT_ITEM,
     }
     pretraining = Pretraining(
         task="alignment",

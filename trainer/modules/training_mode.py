@@ -11,8 +11,8 @@ def dropout_disabled(module: nn.Module, disabled: bool = True) -> Iterator[None]
     """Set evaluation mode, in which dropout changes nothing, and restore the mode at the end.
 
     Args:
-        module: The module, with all modules in it.
-        disabled: False: change nothing.
+        module: The module; the modes of its submodules change with it.
+        disabled: If false, nothing changes.
     """
     was_training = module.training
     if not disabled or not was_training:

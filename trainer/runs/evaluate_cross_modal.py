@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from features.dataset import Ints
 from features.errors import UserError
 from features.warehouse import Warehouse
 from trainer.checkpoint import load_weights
@@ -81,7 +82,7 @@ def evaluate_retrieval(
     ridge = _fit_ridge(run, features, pools, on_stage)
     with run_lock(run.folder):
         on_stage("ranking by the untrained model")
-        drawn = {split: retrieve(run.model, features, pool_K) for split, pool_K in pools.items()}
+        drawn = _rank_untrained(run, features, pools)
         load_weights(run.weights, run.model, run.spec.identity())
         for split, pool_K in pools.items():
             on_stage(f"ranking {len(pool_K):,} items of {split} by {run.spec.model}")
@@ -135,6 +136,15 @@ def _pools(
     return features, {_ALL: pool_K}
 
 
+def _rank_untrained(
+    run: Run, features: ItemFeatures, pools: Mapping[str, Tensor]
+) -> dict[str, dict[str, Ints]]:
+    """Rank each pool by the model with its random weights and its fitted buffers."""
+    # A run with saved weights is opened without fitted buffers.
+    run.model.fit_buffers(run.task.features_to_fit(run.data.features), run.data.train)
+    return {split: retrieve(run.model, features, pool_K) for split, pool_K in pools.items()}
+
+
 def _fit_ridge(
     run: Run,
     features: ItemFeatures,
@@ -179,9 +189,7 @@ def _protocol(
             " items, of which none is ranked; penalty by generalised cross-validation on these"
             f" items: {strengths}"
         )
-    lines += [
-        "untrained: the same model with random weights",
-    ]
+    lines.append("untrained: the same model with random weights")
     if any(row["ranker"] == "features" for row in rows):
         lines.append("features: cosine of the backbones' own vectors, which have one width")
     return lines

@@ -5,6 +5,7 @@ import errno
 import io
 import os
 import sys
+from contextlib import suppress
 from importlib import metadata
 from typing import Annotated, Any, NoReturn
 
@@ -205,8 +206,9 @@ def main() -> None:
     def skip_teardown() -> None:
         """End an interrupted process at once: Python would collect torch's objects for a second."""
         if code == exit_code():
-            sys.stdout.flush()
-            sys.stderr.flush()
+            for stream in (sys.stdout, sys.stderr):
+                with suppress(OSError, ValueError):  # the reader of the output has closed it
+                    stream.flush()
             os._exit(code)
 
     atexit.register(skip_teardown)  # runs after the functions that are registered later

@@ -185,8 +185,9 @@ class TrainConfig(Settings):
     epochs: PositiveInt = 200
     """Largest number of epochs; early stopping usually ends training before."""
     min_steps: NonNegativeInt = 0
-    """Least number of steps that the training plans: ``epochs`` becomes larger if its epochs have
-    fewer steps. Early stopping can still end training before."""
+    """Least number of steps that the training plans: ``epochs`` is raised until they have this many
+    steps, counted by the steps of the first epoch. Schedules span all of these epochs. Early
+    stopping can still end training before."""
     batch_size: PositiveInt = 64
     """Windows in a step."""
     lr: LearningRate = 1e-3

@@ -27,6 +27,7 @@ from retrieval.ranking import rank
 from retrieval.seen_items import SeenItems
 from retrieval.significance import bootstrap
 from trainer.data.batches import ItemFeatures
+from trainer.modules.training_mode import dropout_disabled
 
 CUTOFFS = (1, 5, 10)
 """The k of Recall@k."""
@@ -82,14 +83,12 @@ def encode_sides(model: Any, features: ItemFeatures, pool_K: Tensor) -> tuple[Te
         UserError: A vector is not finite.
     """
     sides = Sides.of(features)
-    was_training = model.training
-    model.eval()
     encoded = []
-    for items in pool_K.split(_ITEMS_PER_BLOCK):
-        all_rows = torch.arange(len(items), device=items.device)
-        views = [(sides.vision, all_rows), (sides.text, all_rows)]
-        encoded.append(model.encode_views(items, views, features))
-    model.train(was_training)
+    with dropout_disabled(model):
+        for items in pool_K.split(_ITEMS_PER_BLOCK):
+            all_rows = torch.arange(len(items), device=items.device)
+            views = [(sides.vision, all_rows), (sides.text, all_rows)]
+            encoded.append(model.encode_views(items, views, features))
     vision_KD, text_KD = (torch.cat(parts).float() for parts in zip(*encoded, strict=True))
     if not (vision_KD.isfinite().all() and text_KD.isfinite().all()):
         raise UserError(

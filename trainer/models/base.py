@@ -142,7 +142,10 @@ class Recommender(nn.Module, ABC):
         """Return the weights of another run in the form that this model stores them.
 
         Args:
-            tensors: Name of a parameter or buffer to its values, before matching.
+            tensors: Name of a parameter or buffer to its values, of those that are to be copied.
+
+        Raises:
+            UserError: The weights cannot be used in this model.
         """
         return tensors
 

@@ -55,7 +55,7 @@ from trainer.modules.released_weights import (
     InitialisationSettings,
     initialise_attention_released,
 )
-from trainer.modules.whitening import without_centring
+from trainer.modules.whitening import input_map, without_centring
 
 # Name to: probability of the mask token; probability of the mask token or a random item; number of
 # items at the end of the catalogue that are never drawn as the random item.
@@ -330,8 +330,24 @@ class MMSRec(MultimodalEncoder, Recommender):
         return *mask, *(("id.weight",) if self.settings.ids else ())
 
     def adapted(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Return the weights of another run in the form of a model that centres features or not."""
-        return tensors if self.settings.centre else without_centring(tensors)
+        """Return the weights of another run, for features that are mapped as in this model.
+
+        Raises:
+            UserError: The other run has whitened its features and this model does not, or the
+                other way round, or only this model centres its features.
+        """
+        other = input_map(tensors)
+        own = "whiten" if self.settings.whiten else "centre" if self.settings.centre else ""
+        if own == other or not any(key.startswith("inputs.") for key in tensors):
+            return tensors
+        if own or other != "centre":
+            has, wants = (f"{name}=true" if name else "neither" for name in (other, own))
+            raise UserError(
+                "of whiten=true and centre=true, the run to start from has"
+                f" {has} and this model {wants}, so its first layers read other features; set"
+                f" {f'{other}=true' if other else f'{own}=false'}, or give --transfer users"
+            )
+        return without_centring(tensors)
 
     def encode_views(
         self, items_K: Tensor, views: Sequence[View], features: ItemFeatures

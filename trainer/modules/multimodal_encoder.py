@@ -45,11 +45,10 @@ class MultimodalSettings(SequenceSettings, LossSettings):
     embed_dropout: Probability = 0.2
     """Dropout probability on the embedded tokens."""
     attention_dropout: bool = True
-    """Apply ``dropout`` to the attention weights, too (the paper). Without it, attention is faster,
-    and models with ``ids`` are better on MovieLens."""
+    """Apply ``dropout`` to the attention weights, too (the paper). Attention is faster without."""
     item_dropout: bool = True
-    """Apply dropout to the items that the loss scores, too (the paper). Without it, only histories
-    have dropout, and the logits of a step have no noise of the items."""
+    """Apply dropout to the items that the loss scores, too (the paper). If false, only histories
+    have dropout. A pre-training does not read this setting."""
     score: Annotated[str, Choice("score", SCORES)] = "cosine"
     temperature: Temperature = 0.05
     """Divisor of the scores in the loss."""
@@ -63,8 +62,8 @@ class MultimodalSettings(SequenceSettings, LossSettings):
     interactions, without the held-out items of a pre-training. It keeps at most one direction for
     every 10 of them."""
     centre: bool = False
-    """Centre the features of each modality, and scale them to a mean square of 1, both fitted as
-    ``whiten`` is, which centres by itself. A dropped feature is then the mean, not 0."""
+    """Centre the features of each modality, and scale them to a mean square of 1. Both are fitted
+    on the items of ``whiten``, which also centres. A dropped feature is then the mean, not 0."""
     feature_dropout: Probability = 0.0
     """Dropout probability on the features themselves, before the first layer."""
 

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 CENTRING = "centring."
 """Prefix of the buffers of :class:`Centring` in the state of a model."""
+WHITENING = "whitening."
+"""Prefix of the buffers of :class:`Whitening` in the state of a model."""
 _ITEMS_PER_CHUNK = 2**16  # that are converted to float64 together
 _ITEMS_PER_DIRECTION = 10  # that are needed to estimate its variance
 _LEAST_VARIANCE = 1e-3  # relative to the mean variance; bounds the scale of nearly constant axes
@@ -120,6 +122,17 @@ def _mean(chunks: Sequence[Tensor]) -> Tensor:
     """Return the float64 mean of the rows of all chunks: (W,)."""
     sums = torch.stack([x.double().sum(0) for x in chunks])
     return sums.sum(0) / sum(len(x) for x in chunks)
+
+
+def input_map(tensors: Mapping[str, Tensor]) -> str:
+    """Return ``whiten``, ``centre`` or an empty text: the map of the features of a saved model.
+
+    Args:
+        tensors: The state of the model.
+    """
+    prefixes = {"whiten": WHITENING, "centre": CENTRING}
+    maps = [name for name, prefix in prefixes.items() if any(k.startswith(prefix) for k in tensors)]
+    return maps[0] if maps else ""
 
 
 def without_centring(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -106,7 +106,8 @@ def copy_weights(
     digest = hash_tensors(tensors)
     matching = _Matching(model, source_identity, identity, transfer)
     tensors = {matching.renamed(key): tensor for key, tensor in tensors.items()}
-    tensors = dict(model.adapted(tensors))
+    fitting = {key: tensor for key, tensor in tensors.items() if not matching.refusal(key)}
+    tensors = {k: x for k, x in tensors.items() if k not in fitting} | dict(model.adapted(fitting))
     for key in model.fitted_buffers:
         tensors.pop(key, None)
     own = {k: tensor for k, tensor in model.state_dict().items() if k not in model.fitted_buffers}

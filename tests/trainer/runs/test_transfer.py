@@ -210,3 +210,25 @@ def test_a_run_of_another_version_is_refused(warehouse: Warehouse) -> None:
     with pytest.raises(UserError, match=r"'old' .* train again"):
         begin(warehouse, "sasrec", "new", init="old")
     assert not (warehouse.runs_dir / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "remedy"),
+    [
+        ("whiten=true", "whiten=false", "set whiten=true"),
+        ("whiten=true", "centre=true", "set whiten=true"),
+        ("whiten=false", "whiten=true", "set whiten=false"),
+        ("centre=true", "whiten=true", "set centre=true"),
+        ("whiten=false", "centre=true", "set centre=false"),
+    ],
+)
+def test_first_layers_of_other_features_are_refused(
+    warehouse: Warehouse, before: str, after: str, remedy: str
+) -> None:
+    """The layers after the features are still copied by the transfer of users."""
+    train_run(begin(warehouse, "mmsrec", "before", before))
+    with pytest.raises(UserError, match=remedy):
+        begin(warehouse, "mmsrec", "refused", after, init="before")
+    assert not (warehouse.runs_dir / "refused").exists()
+    assert begin(warehouse, "mmsrec", "users", after, init="before", transfer="users")
+    assert begin(warehouse, "mmsrec", "same", before, init="before")

@@ -96,8 +96,8 @@ _NEXT_ITEM: Mapping[str, Any] = {
     "average": 0.99,
     "monitor": "NDCG@10",
 }
-"""Not a paper's: next items by contents and learned vectors, chosen on the validation split of
-Amazon Beauty."""
+"""Settings that do not follow a paper: predict next items from features and learned vectors. They
+were chosen on the validation split of Amazon Beauty."""
 _PUBLISHED_ALIGNMENT: Mapping[str, Any] = {
     "lr": 5e-5,
     "batch_size": 48_000,

@@ -76,6 +76,28 @@ def test_chunks_equal_the_whole_step(name: str, settings: dict[str, Any], chunks
     assert (joined - expected).norm() <= 1e-5 * expected.norm()
 
 
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("sasrec", {}),
+        ("mmsrec", {}),
+        ("mmsrec", {"objective": "next", "item_dropout": False, "attention_dropout": False}),
+    ],
+)
+def test_chunks_are_recomputed_with_the_same_dropout(name: str, settings: dict[str, Any]) -> None:
+    """The change of the loss along its gradient is the squared norm of the gradient."""
+    model = worlds.build(name, worlds.features(N), dropout=0.5, **settings).double()
+    _, direction = gradients(model, 5)
+    squared = sum(float(g.square().sum()) for g in direction.values())
+    parameters, step, changed = dict(model.named_parameters()), 1e-4 / squared**0.5, []
+    for sign in (1, -2):
+        with torch.no_grad():
+            for key, g in direction.items():
+                parameters[key].add_(g, alpha=sign * step)
+        changed.append(gradients(model, 5)[0])
+    assert (changed[0] - changed[1]) / (2 * step) == pytest.approx(squared, rel=5e-2)
+
+
 def train(
     folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, needed: int
 ) -> tuple[Recommender, list[TrainProgress]]:

@@ -231,7 +231,8 @@ def choose_prior(
     biases = measure([plain._replace(bias=bias) for bias in BIASES], "kept")
     first = max(biases, key=lambda choice: biases[choice])
     weights = WEIGHTS if with_transitions else (0.0,)
-    values = measure([first._replace(weight=weight) for weight in weights], seen)
+    values = measure([*(first._replace(weight=weight) for weight in weights), plain], seen)
+    without = values[plain]
     best = max(values, key=lambda choice: values[choice])
     if best.weight:
         values |= measure([best._replace(eps=eps) for eps in EPS[1:]], seen)
@@ -241,7 +242,7 @@ def choose_prior(
         eps=best.eps,
         bias=best.bias,
         monitor=f"{metric} on validation, {seen}",
-        without=measure([plain], seen)[plain],
+        without=without,
         best=values[best],
     )
 

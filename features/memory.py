@@ -4,6 +4,7 @@ Libraries report the same fault in many ways, and some end with a segmentation f
 system refuses address space to their threads.
 """
 
+import ctypes
 import errno
 import gc
 import os
@@ -83,9 +84,23 @@ def memory_reason(error: BaseException) -> str:
     return " ".join(str(error).split())[:_MOST_REASON] or type(error).__name__
 
 
+def trim_heap() -> None:
+    """Return the free memory of the C library to the system.
+
+    glibc keeps freed blocks that lie between blocks in use. With blocks of many sizes, such as the
+    tensors of batches of different lengths, a process grows to several times what it uses. Other C
+    libraries have no such function: then nothing is done.
+    """
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
+
+
 def free_memory() -> None:
     """Release memory that nothing uses. torch is used only if it is imported already."""
     gc.collect()
+    trim_heap()
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         torch.cuda.empty_cache()

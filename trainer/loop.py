@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from features.errors import UserError
+from features.memory import trim_heap
 from trainer.checkpoint import TrainState, load_state, save_state, save_weights
 from trainer.config import TrainConfig
 from trainer.data.batches import Shard, combine_seeds
@@ -25,6 +26,7 @@ from trainer.step_memory import StepMemory
 from trainer.tasks.base import Task, Validation
 
 _SECONDS_BETWEEN_SAVES = 300.0  # a killed run loses at most this much training
+_SECONDS_BETWEEN_TRIMS = 10.0  # free memory can grow for this long
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -150,7 +152,7 @@ def fit(
             with interruption.abandoned_on_signal(is_alone):
                 total, batches = task.epoch(config, state.epoch, skip=state.step, shard=shard)
             assert total
-            epoch_start = last_save = now = time.monotonic()
+            epoch_start = last_save = last_trim = now = time.monotonic()
             units = steps_done = 0
             while True:
                 with interruption.abandoned_on_signal(is_alone):
@@ -178,11 +180,15 @@ def fit(
                 if any_process(interruption.is_received):
                     save()
                     return
+                if is_read and now - last_trim > _SECONDS_BETWEEN_TRIMS:
+                    trim_heap()
+                    last_trim = now
                 if is_read and now - last_save > _SECONDS_BETWEEN_SAVES:
                     save()
                     last_save = now
 
             step_losses.read()
+            trim_heap()
             now = time.monotonic()
             if not checkpoint[0].exists():  # best weights without a state could not be resumed
                 save()

@@ -1,6 +1,7 @@
 """Errors about memory of every library are one line, and a small address space is refused early."""
 
 import errno
+import platform
 import subprocess
 import sys
 import tracemalloc
@@ -14,7 +15,12 @@ import pytest
 import torch
 
 from features.errors import OutOfMemoryError, UserError
-from features.memory import available_memory, check_memory, is_out_of_memory, memory_errors
+from features.memory import (
+    available_memory,
+    check_memory,
+    is_out_of_memory,
+    memory_errors,
+)
 
 
 def _torch() -> None:
@@ -162,3 +168,20 @@ def test_without_a_limit_nothing_is_refused(limit: str, tmp_path: Path) -> None:
     kind = "version 2" if limit == "max" else "version 1"
     check_memory("reading x", 2**50, group(tmp_path, kind, limit, 990 * MIB))
     check_memory("reading x", 2**50, tmp_path / "no system files")
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc keeps free memory")
+def test_free_memory_goes_back_to_the_system() -> None:
+    """In another process, whose memory nothing else uses: 300 MB in blocks, every 20th stays."""
+    code = (
+        "from features.memory import trim_heap\n"
+        "def used(): return int(open('/proc/self/statm').read().split()[1]) * 4096\n"
+        "blocks = [bytearray(100_000) for _ in range(3000)]\n"
+        "kept = blocks[::20]\n"
+        "del blocks\n"
+        "before = used()\n"
+        "trim_heap()\n"
+        "print(before - used(), len(kept))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
+    assert int(done.stdout.split()[0]) > 100e6

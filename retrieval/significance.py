@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 Values = npt.NDArray[np.float64]
 
+_RESAMPLED_TOGETHER = 2**14  # users, of several resamples if there are few
 _BYTES_PER_DRAW = 2**18  # bytes of random signs drawn together; each byte needs 16 more of memory
 
 
@@ -31,7 +32,7 @@ def bootstrap(
     """Return the percentile bootstrap interval of the mean over users (Efron 1979).
 
     Each resample draws U users with replacement and is shared by all metrics. Memory is a few
-    arrays of length U and the (samples, M) means.
+    arrays of length U, or of 16,384 if U is smaller, and the (samples, M) means.
 
     Args:
         values: (U, M) per-user values of M metrics; with ``groups``, several rows can be of one
@@ -55,16 +56,21 @@ def bootstrap(
     # Differences from the first user: the mean of constant values is then exact.
     origin = values[0].astype(np.float64)
     centred = values - origin
-    sizes = None
+    sizes = np.ones(len(centred))
     if groups is not None:
         sizes, centred = _group_sums(groups, centred)
     users = len(centred)
+    summed = np.column_stack([centred, sizes])
     rng = np.random.default_rng(seed)
     means = np.empty((samples, values.shape[1]))
-    for sample in range(samples):
-        drawn = rng.integers(0, users, size=users, dtype=np.int32)
-        counts = np.bincount(drawn, minlength=users)
-        means[sample] = (counts @ centred) / (users if sizes is None else counts @ sizes)
+    at_once = max(1, _RESAMPLED_TOGETHER // users)
+    for first in range(0, samples, at_once):
+        size = min(at_once, samples - first)
+        drawn_SU = rng.integers(0, users, size=(size, users), dtype=np.int32)
+        drawn_SU += np.arange(size, dtype=np.int32)[:, None] * users
+        counts_SU = np.bincount(drawn_SU.ravel(), minlength=size * users).reshape(size, users)
+        sums_SM = counts_SU @ summed
+        means[first : first + size] = sums_SM[:, :-1] / sums_SM[:, -1:]
     tail = (1 - confidence) / 2
     low, high = np.quantile(means, [tail, 1 - tail], axis=0)
     return origin + low, origin + high

@@ -4,10 +4,13 @@ import sys
 
 import pytest
 
+from tests.marks import heavy_after
+
 
 @pytest.mark.slow
-def test_killed_commands_that_continue_give_the_results_of_uninterrupted_ones() -> None:
-    command = [sys.executable, "-m", "tests.kills", "--kills", "6"]
+@pytest.mark.parametrize("kills", heavy_after(1, [2, 6]))
+def test_killed_commands_that_continue_give_the_results_of_uninterrupted_ones(kills: int) -> None:
+    command = [sys.executable, "-m", "tests.kills", "--kills", str(kills)]
     done = subprocess.run(
         [*command, "--only", "images|tokens|train sasrec"],
         env={**os.environ, "OMP_NUM_THREADS": "1"},

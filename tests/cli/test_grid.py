@@ -23,6 +23,7 @@ from features.errors import UserError
 from features.warehouse import Warehouse
 from retrieval.metrics import METRIC_NAMES
 from tests.cli.invoke import run
+from tests.marks import heavy_after
 from tests.trainer import worlds
 from trainer.checkpoint import read_tensors
 from trainer.models.registry import MODELS, Model
@@ -489,12 +490,15 @@ def test_a_model_without_pre_training_is_trained_on_one_source(root: str, tmp_pa
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("recipe", "shown"),
-    [
-        ("pmmrec/figure-3", ["epoch", "training time", "w. PT-I", "validation HR@10"]),
-        ("mmsrec/figure-3", ["Recall@10", "NDCG@50", "w/o P+V", "world"]),
-        ("mmsrec/figure-2", ["Recall@10", "k-core", "SASRec", "Ours"]),
-        ("mmsr/table-12", ["HR@10", "NDCG@10", "top 5e-5, downstream 1e-4"]),
-    ],
+    heavy_after(
+        2,
+        [
+            ("pmmrec/figure-3", ["epoch", "training time", "w. PT-I", "validation HR@10"]),
+            ("mmsrec/figure-3", ["Recall@10", "NDCG@50", "w/o P+V", "world"]),
+            ("mmsrec/figure-2", ["Recall@10", "k-core", "SASRec", "Ours"]),
+            ("mmsr/table-12", ["HR@10", "NDCG@10", "top 5e-5, downstream 1e-4"]),
+        ],
+    ),
 )
 def test_a_recipe_draws_its_figure(
     recipe: str, shown: list[str], large: str, tmp_path: Path

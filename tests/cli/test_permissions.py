@@ -10,6 +10,7 @@ import pytest
 
 from features.warehouse import Warehouse
 from tests.cli.invoke import run
+from tests.marks import heavy_after
 from tests.trainer import worlds
 
 SETTINGS = ("dim=4", "hidden=4", "heads=1", "length=4", "epochs=1", "device=cpu")
@@ -43,18 +44,29 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     ("name", "command", "code"),
-    [
-        ("warehouse/world/items/part-00000.parquet", "train --dataset world --model sasrec", 2),
-        ("warehouse/world/items/part-00000.parquet", "extract --dataset world --text hashed", 2),
-        ("warehouse/world/dataset.json", "train --dataset world --model sasrec", 2),
-        ("warehouse/world/interactions/part-00000.parquet", "eval --run a", 2),
-        ("warehouse/runs/a/config.toml", "eval --run a", 2),
-        ("warehouse/runs/a/model.safetensors", "recommend --run a --user u1", 2),
-        ("warehouse/world/items/part-00000.parquet", "sql FROM(items)", 1),
-        ("warehouse/runs/a/metrics.parquet", "sql FROM'{root}/runs/a/metrics.parquet'", 2),
-        ("raw/items.csv", "prepare --dataset mine --format table --raw {root}/../raw", 2),
-        ("raw/interactions.csv", "prepare --dataset mine --format table --raw {root}/../raw", 2),
-    ],
+    heavy_after(
+        4,
+        [
+            ("warehouse/world/items/part-00000.parquet", "train --dataset world --model sasrec", 2),
+            (
+                "warehouse/world/items/part-00000.parquet",
+                "extract --dataset world --text hashed",
+                2,
+            ),
+            ("warehouse/world/dataset.json", "train --dataset world --model sasrec", 2),
+            ("warehouse/world/interactions/part-00000.parquet", "eval --run a", 2),
+            ("warehouse/runs/a/config.toml", "eval --run a", 2),
+            ("warehouse/runs/a/model.safetensors", "recommend --run a --user u1", 2),
+            ("warehouse/world/items/part-00000.parquet", "sql FROM(items)", 1),
+            ("warehouse/runs/a/metrics.parquet", "sql FROM'{root}/runs/a/metrics.parquet'", 2),
+            ("raw/items.csv", "prepare --dataset mine --format table --raw {root}/../raw", 2),
+            (
+                "raw/interactions.csv",
+                "prepare --dataset mine --format table --raw {root}/../raw",
+                2,
+            ),
+        ],
+    ),
 )
 def test_a_file_that_may_not_be_read_is_named(
     root: Path, name: str, command: str, code: int

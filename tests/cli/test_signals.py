@@ -17,6 +17,7 @@ from features.signals import SIGNALS, handle_signals
 from pipeline.datasets.demo import make_demo
 from tests import kills
 from tests.cli.invoke import run
+from tests.marks import heavy_after
 from tests.trainer.test_distributed import free_port
 
 NAME = "killed"
@@ -85,7 +86,7 @@ CASES = [
     for index, number in enumerate(SIGNALS)
     for at in (1, 4)
     if at == 1 or (index % 2 and job != "pretrain")
-    for marks in [pytest.mark.slow if job == "prepare" or index == 1 else pytest.mark.heavy]
+    for marks in [pytest.mark.slow if index == 1 and at == 1 else pytest.mark.heavy]
 ]
 
 
@@ -125,7 +126,7 @@ def signal_at_sync(at: int, number: signal.Signals) -> Iterator[list[int]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("job", ["train", "pretrain"])
-@pytest.mark.parametrize("first", range(1, STRIDE + 1))
+@pytest.mark.parametrize("first", heavy_after(2, range(1, STRIDE + 1)))
 def test_a_signal_at_any_sync_loses_nothing(world: Path, job: str, first: int) -> None:
     whole, faults = expected(world, job), {}
     at, is_signalled = first - STRIDE, True

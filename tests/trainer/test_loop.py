@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import AdamW
 
 from features.errors import UserError
+from tests.marks import heavy_after
 from tests.trainer import worlds
 from trainer import interruption, loop
 from trainer.checkpoint import TrainState, load_weights
@@ -91,7 +92,7 @@ def whole_runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Whol
 
 
 @pytest.mark.parametrize("name", worlds.trained_models())
-@pytest.mark.parametrize("interrupt_at", [1, 7, 11])
+@pytest.mark.parametrize("interrupt_at", heavy_after(1, [7, 1, 11]))
 def test_a_resumed_run_ends_where_the_whole_one_does_to_the_bit(
     name: str, interrupt_at: int, tmp_path: Path, whole_runs: Callable[[str], WholeRun]
 ) -> None:

@@ -20,6 +20,7 @@ from torch.optim import AdamW
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from tests.marks import heavy_after
 from tests.trainer import worlds
 from trainer import loop, optimizer, step_losses
 from trainer.checkpoint import TrainState
@@ -187,7 +188,9 @@ def test_a_step_with_attributes_and_times_reads_nothing_back(
     train(name, tmp_path, has_more=True, **settings)
 
 
-@pytest.mark.parametrize("settings", [{}, {"missing": "mask"}, {"ids": True}], ids=str)
+@pytest.mark.parametrize(
+    "settings", heavy_after(1, [{"ids": True}, {"missing": "mask"}, {}]), ids=str
+)
 @pytest.mark.parametrize("duplicates", ["mask", "keep"])
 def test_a_step_of_the_alignment_reads_nothing_back(
     settings: dict[str, Any], duplicates: str, tmp_path: Path, reads: list[int],

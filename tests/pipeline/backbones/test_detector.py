@@ -14,6 +14,7 @@ from features.errors import UserError
 from pipeline.backbones import detector as detector_module
 from pipeline.backbones.detector import MAX_REGIONS, RegionEncoder
 from pipeline.backbones.loading import load_backbone
+from tests.marks import heavy_after
 from tests.pipeline.backbones.checkpoints import (
     visualbert_folder,
 )
@@ -33,7 +34,7 @@ def detector(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("regions", [MAX_REGIONS, 49, 2])
+@pytest.mark.parametrize("regions", heavy_after(1, [MAX_REGIONS, 49, 2]))
 def test_regions_are_what_the_detector_makes_of_its_boxes(
     detector: Path, regions: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

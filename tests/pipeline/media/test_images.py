@@ -397,7 +397,7 @@ def peak(folder: Path) -> int:
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_the_largest_images_stay_within_bounds(tmp_path: Path) -> None:
     side = math.isqrt(images.MAX_IMAGE_PIXELS)
     Image.new("RGBA", (side, side), (9, 9, 9, 9)).save(tmp_path / "a.png", compress_level=1)

@@ -245,6 +245,7 @@ def genres_in_turn() -> tuple[Dataset, ItemFeatures]:
     return worlds.dataset(rows, GENRES * SIZE), features
 
 
+@pytest.mark.heavy
 def test_pretraining_over_attributes_helps_where_interactions_are_few() -> None:
     world, item_features = genres_in_turn()
     data = worlds.training_data(world, item_features)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from features.dataset import Dataset
+from tests.marks import heavy_after
 from tests.trainer import worlds
 from trainer.checkpoint import load_weights
 from trainer.config import TrainConfig
@@ -57,15 +58,18 @@ def cold_ranks(name: str, folder: Path, **settings: Any) -> tuple[float, float]:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "settings"),
-    [
-        ("mmsrec", {}),
-        ("unisrec", {}),
-        ("unisrec", {"objective": "contrast"}),
-        ("vqrec", {}),
-        ("vqrec", {"objective": "contrast"}),
-        ("morec", {}),
-        ("fmrlrec", {}),
-    ],
+    heavy_after(
+        4,
+        [
+            ("mmsrec", {}),
+            ("unisrec", {}),
+            ("unisrec", {"objective": "contrast"}),
+            ("vqrec", {}),
+            ("vqrec", {"objective": "contrast"}),
+            ("morec", {}),
+            ("fmrlrec", {}),
+        ],
+    ),
 )
 def test_an_item_that_nobody_has_clicked_is_found_by_its_text(
     name: str, settings: dict[str, Any], tmp_path: Path

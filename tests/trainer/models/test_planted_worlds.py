@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from features.dataset import Dataset
+from tests.marks import heavy_after
 from tests.trainer import worlds
 from tests.trainer.models import test_planted as planted
 from trainer.data.batches import ItemFeatures
@@ -104,16 +105,19 @@ def order() -> tuple[Dataset, ItemFeatures]:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "settings"),
-    [
-        ("mmsr", {"sequence_encoder": "gru"}),
-        ("pmmrec", {}),
-        ("unisrec", {}),
-        ("vqrec", {}),
-        ("morec", {}),
-        ("tedrec", {}),
-        ("tedrec", {"rows": "prefixes"}),
-        ("fmrlrec", {}),
-    ],
+    heavy_after(
+        4,
+        [
+            ("mmsr", {"sequence_encoder": "gru"}),
+            ("pmmrec", {}),
+            ("unisrec", {}),
+            ("vqrec", {}),
+            ("morec", {}),
+            ("tedrec", {}),
+            ("tedrec", {"rows": "prefixes"}),
+            ("fmrlrec", {}),
+        ],
+    ),
 )
 def test_order_is_learned_from_features_that_mean_nothing(
     name: str, settings: dict[str, Any]

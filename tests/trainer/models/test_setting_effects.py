@@ -41,6 +41,8 @@ CONTEXTS: tuple[dict[str, Any], ...] = (
     {"sequence_encoder": "nextitnet"},
 )
 """Other settings with which a setting may have its effect; each model takes those that it has."""
+EFFECTIVE: dict[str, dict[str, Any]] = {}
+"""Setting to the other settings with which it had its effect in the model before: tried first."""
 OF_THE_DATA = ("attributes", "attribute_least")
 """Settings that choose what is read from the table of items, before a model is built."""
 
@@ -136,7 +138,7 @@ def has_effect(model: str, name: str) -> bool:
     kind = MODELS.find(model).load()
     names = {entry.name for entry in fields(kind.settings_class)}
     for has_tokens in (False, True)[: 1 + kind.reads_tokens]:
-        for context in CONTEXTS:
+        for context in (*filter(None, [EFFECTIVE.get(name)]), *CONTEXTS):
             if name in context or not context.keys() <= names:
                 continue
             with contextlib.suppress(UserError, ValueError):
@@ -144,6 +146,7 @@ def has_effect(model: str, name: str) -> bool:
                 for value in other_values(worlds.small_settings(model, **context), name):
                     with contextlib.suppress(UserError, ValueError):
                         if not is_equal(base, outcome(model, {**context, name: value}, has_tokens)):
+                            EFFECTIVE[name] = context
                             return True
     return False
 

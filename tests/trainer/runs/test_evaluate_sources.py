@@ -9,6 +9,7 @@ import torch
 from features.dataset import load_dataset
 from features.warehouse import Warehouse
 from tests.cli.test_pretrain import three_datasets
+from tests.marks import heavy_after
 from tests.trainer import worlds
 from trainer.data.batches import Sequences, Shard
 from trainer.runs.evaluate import Sample
@@ -34,7 +35,7 @@ def pretrained(warehouse: Warehouse, model: str) -> Run:
     return open_run(warehouse, run.folder)
 
 
-@pytest.mark.parametrize("model", OWN)
+@pytest.mark.parametrize("model", heavy_after(2, OWN))
 def test_each_source_is_ranked_in_its_own_catalogue(warehouse: Warehouse, model: str) -> None:
     run = pretrained(warehouse, model)
     before = sorted(path.name for path in run.folder.iterdir())

@@ -15,6 +15,7 @@ import torch
 
 from features.errors import UserError
 from features.warehouse import Warehouse
+from tests.marks import heavy_after
 from tests.trainer import worlds
 from tests.trainer.runs.test_later import LATER, begin, histories, prepare
 from trainer.data.batches import Sequences
@@ -95,7 +96,7 @@ def run_program(folder: Path, history: list[str]) -> list[list[str]]:
     return [line.split() for line in printed.splitlines()]
 
 
-@pytest.mark.parametrize("model", ["mmsrec", "mmsr", "pmmrec", "unisrec", "sasrec"])
+@pytest.mark.parametrize("model", heavy_after(2, ["mmsrec", "sasrec", "mmsr", "pmmrec", "unisrec"]))
 def test_the_files_equal_the_run(warehouse: Warehouse, tmp_path: Path, model: str) -> None:
     """The run is opened on a later catalogue, without i3 and with two new items."""
     folder = begin(warehouse, model)

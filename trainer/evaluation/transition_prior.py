@@ -232,7 +232,6 @@ def choose_prior(
     first = max(biases, key=lambda choice: biases[choice])
     weights = WEIGHTS if with_transitions else (0.0,)
     values = measure([*(first._replace(weight=weight) for weight in weights), plain], seen)
-    without = values[plain]
     best = max(values, key=lambda choice: values[choice])
     if best.weight:
         values |= measure([best._replace(eps=eps) for eps in EPS[1:]], seen)
@@ -242,7 +241,7 @@ def choose_prior(
         eps=best.eps,
         bias=best.bias,
         monitor=f"{metric} on validation, {seen}",
-        without=without,
+        without=values[plain],
         best=values[best],
     )
 

@@ -92,7 +92,7 @@ _NEXT_ITEM: Mapping[str, Any] = {
     "batch_size": 128,
     "lr": 1e-3,
     "schedule": "cosine",
-    "epochs": 14,
+    "epochs": 7,
     "average": 0.99,
     "monitor": "NDCG@10",
 }

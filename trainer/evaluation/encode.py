@@ -12,7 +12,6 @@ from torch import Tensor
 
 from features.dataset import Dataset, EvalSplit, Ints
 from features.errors import UserError
-from features.memory import trim_heap
 from retrieval.seen_items import SeenItems
 from trainer.data.batches import TrainingData
 from trainer.models.base import Recommender
@@ -37,7 +36,6 @@ def encode_catalogue(model: Recommender, data: TrainingData) -> Tensor:
     with evaluation_mode(model):
         # Detached, because the result can be a parameter of the model.
         items_ND = model.encode_items(data.features).detach().float()
-    trim_heap()
     return _check_finite(items_ND, "items")
 
 

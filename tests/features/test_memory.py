@@ -15,12 +15,7 @@ import pytest
 import torch
 
 from features.errors import OutOfMemoryError, UserError
-from features.memory import (
-    available_memory,
-    check_memory,
-    is_out_of_memory,
-    memory_errors,
-)
+from features.memory import available_memory, check_memory, is_out_of_memory, memory_errors
 
 
 def _torch() -> None:

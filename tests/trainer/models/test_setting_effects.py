@@ -42,7 +42,7 @@ CONTEXTS: tuple[dict[str, Any], ...] = (
 )
 """Other settings with which a setting may have its effect; each model takes those that it has."""
 EFFECTIVE: dict[str, dict[str, Any]] = {}
-"""Setting to the other settings with which it had its effect in the model before: tried first."""
+"""Setting to the context in which another model had its effect. It is tried first."""
 OF_THE_DATA = ("attributes", "attribute_least")
 """Settings that choose what is read from the table of items, before a model is built."""
 

@@ -44,6 +44,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     *((name, {}) for name in worlds.trained_models()),
     *(("sasrec", {"loss": loss}) for loss in ("in-batch", "bce", "bpr", "top1-max")),
     ("sasrec", {"loss": "in-batch", "exclude": "window"}),
+    ("sasrec", {"loss": "in-batch", "negatives": 4, "negatives_power": 0.5}),
     ("sasrec", {"loss": "bpr-max", "negatives": 4, "negatives_power": 0.5}),
     ("sasrec", {"candidates": 4}),
     ("sasrec", {"rows": "prefixes", "score": "cosine"}),

@@ -1,6 +1,7 @@
 """Sampled items.
 
-Legend: M rows (predicted positions), N items, K taken items, J training pairs of user and item.
+Legend: M rows (predicted positions), N items, K given items, X drawn items, J training pairs of
+user and item.
 """
 
 import numpy as np
@@ -76,3 +77,40 @@ def draw_others(taken_K: Tensor, n_items: int, count: int, generator: torch.Gene
         pool = np.concatenate([drawn, new])
         drawn = pool[np.sort(np.unique(pool, return_index=True)[1])]  # the first of equal draws
     return torch.from_numpy(drawn[:count])
+
+
+class ItemSampler:
+    """Draw items with a probability proportional to a power of their training interactions.
+
+    Args:
+        power: The power, at least 0; 0: all items that are not hidden are equally likely.
+    """
+
+    def __init__(self, power: float) -> None:
+        self.power = power
+        self._train: TrainSet | None = None
+        self._cumulated_N = torch.empty(0)
+        self._total = 1.0
+
+    def draw(self, train: TrainSet, count: int, generator: torch.Generator) -> Tensor:
+        """Draw items with repetition: (count,) int64, on the CPU."""
+        share_X = torch.rand(count, dtype=torch.float64, generator=generator)
+        if self.power == 0:
+            return (share_X * train.n_items).long()
+        self._accumulate(train)
+        drawn_X = torch.searchsorted(self._cumulated_N, share_X * self._total, right=True)
+        return drawn_X.clamp_max(train.n_items - 1)
+
+    def probability(self, train: TrainSet, item_K: Tensor) -> Tensor:
+        """Return the probability that a draw is the item: (K,) float32."""
+        if self.power == 0:
+            return torch.full(item_K.shape, 1 / train.n_items, device=item_K.device)
+        self._accumulate(train)
+        return train.counts_N[item_K].float().pow(self.power) / self._total
+
+    def _accumulate(self, train: TrainSet) -> None:
+        """Accumulate the powers of the counts of the items, once for a training set."""
+        if self._train is not train:
+            powers_N = train.on_host.counts_N.double().pow(self.power)
+            self._train, self._cumulated_N = train, powers_N.cumsum(0)
+            self._total = float(self._cumulated_N[-1])

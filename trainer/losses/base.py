@@ -50,16 +50,20 @@ class LossSettings(WidthSettings):
     uniformly drawn items, weighted to represent the rest of the catalogue. 0: all items. ``auto``:
     all items up to 50,000, and 4,096 candidates above."""
     debias: bool = True
-    """With ``loss=in-batch``: subtract the log popularity of an item from its score, because
-    popular items are more often in a batch."""
+    """With ``loss=in-batch``: subtract the log of the expected count of an item in a batch from its
+    score, because popular items are more often in a batch."""
+    debias_target: bool = True
+    """With ``debias``: correct the score of the target like those of negatives; false: correct the
+    negatives only, so that the gradient estimates that of the softmax over the catalogue
+    (Khrylchenko et al., RecSys 2025, arXiv:2507.09331)."""
     exclude: Annotated[str, Choice("exclude", EXCLUDED)] = "history"
     """Items of the batch that are no negatives of a user: with ``history`` all training items of
     the user; with ``window`` those of the row's window, so that other items that the user has are
     negatives (PMMRec, Eq. 5, as released). Read by ``loss=in-batch``, by the pairwise losses and by
     ``align``."""
     negatives: NonNegativeInt = 0
-    """With a pairwise loss: number of items drawn in each step, which are negatives of all rows
-    besides the items of the batch (``n_sample`` of GRU4Rec)."""
+    """With ``loss=in-batch`` or a pairwise loss: number of items drawn in each step, which are
+    negatives of all rows besides the items of the batch (``n_sample`` of GRU4Rec)."""
     negatives_power: Annotated[float, Range(0, 1, "in [0, 1]", includes_high=True)] = 0.0
     """An item is drawn with a probability proportional to this power of its training interactions;
     0: all items are equally likely (``sample_alpha`` of GRU4Rec)."""

@@ -5,8 +5,8 @@ the gradient of the block is computed from the buffer. Scores of positives are c
 precision, outside the matrix products, and their gradient is minus the share of the negatives, so
 no digits cancel where the model is confident. No sum depends on the order of threads.
 
-Legend: M rows (queries), C columns (keys), D width, P positives of a row, U owners (users), J
-labels of an owner, R rows of a block.
+Legend: M rows (queries), C columns (keys), X drawn items, D width, P positives of a row, U owners
+(users), J labels of an owner, R rows of a block.
 """
 
 from dataclasses import dataclass
@@ -18,8 +18,15 @@ from torch.nn import functional
 
 from trainer.data.batches import Batch
 from trainer.data.device_copy import to_device
-from trainer.distributed import gather_ids, gather_rows, rank_offset, scale_to_global_mean
-from trainer.losses.base import DrawnItems, ItemVectors, Loss, Targets
+from trainer.data.negative_sampling import ItemSampler
+from trainer.distributed import (
+    gather_ids,
+    gather_rows,
+    rank_offset,
+    scale_to_global_mean,
+    world_size,
+)
+from trainer.losses.base import DrawnItems, ItemVectors, Loss, LossSettings, Targets
 from trainer.losses.chunked_scores import (
     ScoreBlocks,
     accumulate_dtype,
@@ -38,7 +45,10 @@ class Columns:
     label_C: Tensor | None = None
     """(C,) int64, at least 0: the item, or other label, of each column."""
     correction_C: Tensor | None = None
-    """(C,) subtracted from scores: the log of the probability that the column is in a batch."""
+    """(C,) subtracted from scores: the log of the number of times that the column is expected in a
+    batch, or of a multiple of this number."""
+    corrects_positives: bool = True
+    """If false, ``correction_C`` is subtracted from the scores of negatives only."""
     count_C: Tensor | None = None
     """(C,) the number of negatives that a column counts as: duplicate items are one column. A
     column of count 0 is not a negative."""
@@ -66,7 +76,8 @@ def in_batch(
 ) -> Tensor:
     """Return the mean over rows of -log(positives / (positives + negatives)).
 
-    With s_mc = scale q_m . k_c - correction_c, the loss of row m is
+    With s_mc = scale q_m . k_c - correction_c, where a positive has no correction without
+    ``columns.corrects_positives``, the loss of row m is
     -log( sum_{p in P(m)} e^s_mp / (sum_{p in P(m)} e^s_mp + sum_{c in N(m)} count_c e^s_mc) ).
     N(m) contains every column that is not a positive of the row and whose label is not excluded. A
     positive that is listed twice counts twice.
@@ -93,6 +104,7 @@ def in_batch(
     positive_MP = torch.where(exists_MP, positive_MP, positive_MP[:, :1])
     dtype = accumulate_dtype(query_MD)
     offset_C = None if columns.correction_C is None else -columns.correction_C.to(dtype)
+    positive_offset_C = offset_C if columns.corrects_positives else None
     negative_offset_C = offset_C
     if columns.count_C is not None:
         log_count_C = columns.count_C.to(dtype).log()
@@ -100,7 +112,7 @@ def in_batch(
     softmax = _InBatchSoftmax(
         positive_MP=positive_MP,
         exists_MP=exists_MP,
-        offset_C=offset_C,
+        positive_offset_C=positive_offset_C,
         negative_offset_C=negative_offset_C,
         excluded=excluded_columns(columns.label_C, positive_MP, excluded),
         scale=scale,
@@ -114,14 +126,14 @@ def in_batch(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BatchColumns:
-    """The distinct items of the batches of all processes, as columns of scores."""
+    """The distinct items of the batches of all processes and drawn items, as columns of scores."""
 
     key_CD: Tensor
     """(C, D) item vectors."""
     item_C: Tensor
     """(C,) int64 item ids."""
     count_C: Tensor
-    """(C,) int64, the number of times that the item occurs in its batch."""
+    """(C,) int64, the number of times that the item occurs in its batch and is drawn for it."""
     own_K: Tensor
     """(K,) int64 ascending, the items of the columns of this process."""
     begin: int
@@ -132,15 +144,23 @@ class BatchColumns:
         return self.begin + torch.searchsorted(self.own_K, item_M)
 
 
-def batch_columns(items: ItemVectors, batch: Batch) -> BatchColumns:
-    """Return the items of the batch as columns.
+def batch_columns(
+    items: ItemVectors, batch: Batch, drawn: DrawnItems | None = None
+) -> BatchColumns:
+    """Return the items of the batch and drawn items as columns.
 
     Args:
-        items: Vectors that include all items of the batch.
+        items: Vectors that include all items of the batch and the drawn items.
         batch: The batch.
+        drawn: The drawn items, if any.
     """
-    item_K = batch.distinct_items() if items.ids_K is None else items.ids_K
+    item_K = items.ids_K
+    if item_K is None:
+        item_K = batch.distinct_items(None if drawn is None else drawn.on_host.items_X)
     counts_K = count_items(item_K, batch)
+    if drawn is not None:
+        row_X = torch.searchsorted(item_K, drawn.items_X)
+        counts_K = counts_K.scatter_add(0, row_X, torch.ones_like(row_X))
     return BatchColumns(
         key_CD=gather_rows(items.gather(item_K)),
         item_C=gather_ids(item_K),
@@ -241,7 +261,7 @@ class _InBatchSoftmax:
 
     positive_MP: Tensor
     exists_MP: Tensor
-    offset_C: Tensor | None
+    positive_offset_C: Tensor | None
     negative_offset_C: Tensor | None
     excluded: ExcludedColumns | None
     scale: float
@@ -250,8 +270,8 @@ class _InBatchSoftmax:
     def positive_scores(self, rows: slice, query_RD: Tensor, key_RPD: Tensor) -> Tensor:
         """Return (R, P) scores of the positives; -inf where there is none."""
         score_RP = torch.einsum("rd,rpd->rp", query_RD, key_RPD)
-        if self.offset_C is not None:
-            score_RP += self.offset_C[self.positive_MP[rows]]
+        if self.positive_offset_C is not None:
+            score_RP += self.positive_offset_C[self.positive_MP[rows]]
         return score_RP.masked_fill_(~self.exists_MP[rows], -torch.inf)
 
     def negative_weights(
@@ -346,12 +366,33 @@ class _InBatch(torch.autograd.Function):
         return *scale_gradients(ctx.saved_tensors, grad), None, None
 
 
-class InBatch(Loss):
-    """``loss=in-batch``: softmax over the items of the batch, without those of the user.
+class BatchLoss(Loss):
+    """Base class of losses over the items of the batch and ``negatives`` drawn items.
 
-    The items of the user are its training items, or those of the row (``exclude=window``).
-    The items of all processes' batches are the candidates. An item counts as often as it occurs in
-    the batch. This is DAP of PMMRec (Eq. 5) and the in-batch loss of MMSR.
+    The items of the user are no negatives: its training items, or those of the row
+    (``exclude=window``). The items of all processes' batches are the candidates. An item counts as
+    often as it occurs in the batch and among the drawn items.
+    """
+
+    def __init__(self, settings: LossSettings) -> None:
+        super().__init__(settings)
+        self.sampler = ItemSampler(settings.negatives_power)
+
+    def draw(self, targets: Targets, batch: Batch) -> DrawnItems | None:
+        """Draw ``negatives`` items, with repetition; ``None`` if it is 0."""
+        if not self.settings.negatives:
+            return None
+        items_X = self.sampler.draw(batch.train, self.settings.negatives, batch.generator)
+        return DrawnItems(items_X=items_X).to(batch.device)
+
+
+class InBatch(BatchLoss):
+    """``loss=in-batch``: softmax over the items of the batch and drawn items.
+
+    Without drawn items, this is DAP of PMMRec (Eq. 5) and the in-batch loss of MMSR. With them, the
+    negatives are mixed (Yang et al., WWW 2020, section 3.3). The correction is the log of the
+    expected count of an item: its share of the training interactions, times the size of the batch,
+    and its probability of a draw, times the number of draws.
     """
 
     def forward(
@@ -363,8 +404,7 @@ class InBatch(Loss):
         drawn: DrawnItems | None,
     ) -> Tensor:
         """Return the loss; see :func:`in_batch`."""
-        columns = batch_columns(items, batch)
-        popularity_N = batch.train.log_popularity_N if self.settings.debias else None
+        columns = batch_columns(items, batch, drawn)
         own_UJ = own_items(batch, self.settings.exclude)
         loss = in_batch(
             query_MD,
@@ -373,9 +413,20 @@ class InBatch(Loss):
             scale=self.settings.scale,
             columns=Columns(
                 label_C=columns.item_C,
-                correction_C=None if popularity_N is None else popularity_N[columns.item_C],
+                correction_C=self._log_expected(columns, batch) if self.settings.debias else None,
+                corrects_positives=self.settings.debias_target,
                 count_C=columns.count_C,
             ),
             excluded=ExcludedLabels(own_UJ=own_UJ, owner_M=targets.on_host.row_M),
         )
         return scale_to_global_mean(loss, query_MD)
+
+    def _log_expected(self, columns: BatchColumns, batch: Batch) -> Tensor:
+        """Return the log of the expected count of each column: (C,)."""
+        n_drawn = self.settings.negatives * world_size()
+        n_batch = columns.count_C.sum() - n_drawn
+        log_expected_C = batch.train.log_popularity_N[columns.item_C] + n_batch.log()
+        if n_drawn:
+            probability_C = self.sampler.probability(batch.train, columns.item_C)
+            log_expected_C = torch.logaddexp(log_expected_C, (n_drawn * probability_C).log())
+        return log_expected_C

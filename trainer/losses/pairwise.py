@@ -5,7 +5,7 @@ BPR and TOP1 (Hidasi et al., ICLR 2016) average over the negatives of a row. BPR
 negative with the highest score decides. The scores of a block of rows are in memory, and the
 gradient of the block is computed from them.
 
-Legend: M rows (queries), C columns (keys), X drawn items, D width, R rows of a block.
+Legend: M rows (queries), C columns (keys), D width, R rows of a block.
 """
 
 from abc import abstractmethod
@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from trainer.data.batches import Batch, TrainSet
-from trainer.distributed import gather_ids, gather_rows, scale_to_global_mean
-from trainer.losses.base import DrawnItems, ItemVectors, Loss, LossSettings, Targets
+from trainer.data.batches import Batch
+from trainer.distributed import scale_to_global_mean
+from trainer.losses.base import DrawnItems, ItemVectors, Targets
 from trainer.losses.chunked_scores import (
     ScoreBlocks,
     accumulate_dtype,
@@ -29,6 +29,7 @@ from trainer.losses.chunked_scores import (
     scale_gradients,
 )
 from trainer.losses.in_batch import (
+    BatchLoss,
     ExcludedColumns,
     ExcludedLabels,
     batch_columns,
@@ -186,37 +187,13 @@ class _Pairwise(torch.autograd.Function):
         return *scale_gradients(ctx.saved_tensors, grad), None, None
 
 
-class PairwiseLoss(Loss):
+class PairwiseLoss(BatchLoss):
     """Base class of the pairwise losses over the items of the batch and ``negatives`` drawn items.
 
     The items of a row's user are no negatives: its training items, or those of the row
     (``exclude=window``). The items of all processes' batches are the candidates. An item counts as
     often as it occurs in the batch.
     """
-
-    def __init__(self, settings: LossSettings) -> None:
-        super().__init__(settings)
-        self._train: TrainSet | None = None
-        self._total_N = torch.empty(0)
-
-    def draw(self, targets: Targets, batch: Batch) -> DrawnItems | None:
-        """Draw ``negatives`` items, with repetition; ``None`` if it is 0."""
-        if not self.settings.negatives:
-            return None
-        size, n_items = self.settings.negatives, batch.train.n_items
-        share_X = torch.rand(size, dtype=torch.float64, generator=batch.generator)
-        if self.settings.negatives_power == 0:
-            return DrawnItems(items_X=(share_X * n_items).long()).to(batch.device)
-        total_N = self._cumulated(batch.train)
-        items_X = torch.searchsorted(total_N, share_X * total_N[-1], right=True)
-        return DrawnItems(items_X=items_X.clamp_max(n_items - 1)).to(batch.device)
-
-    def _cumulated(self, train: TrainSet) -> Tensor:
-        """Return the cumulated powers of the counts of the items (N,), computed once."""
-        if self._train is not train:
-            powers_N = train.on_host.counts_N.double().pow(self.settings.negatives_power)
-            self._train, self._total_N = train, powers_N.cumsum(0)
-        return self._total_N
 
     def forward(
         self,
@@ -227,21 +204,15 @@ class PairwiseLoss(Loss):
         drawn: DrawnItems | None,
     ) -> Tensor:
         """Return the loss; see :func:`pairwise`."""
-        columns = batch_columns(items, batch)
-        key_CD, item_C, count_C = columns.key_CD, columns.item_C, columns.count_C
-        if drawn is not None:
-            drawn_C = gather_ids(drawn.items_X)
-            key_CD = torch.cat([key_CD, gather_rows(items.gather(drawn.items_X))])
-            item_C = torch.cat([item_C, drawn_C])
-            count_C = torch.cat([count_C, torch.ones_like(drawn_C)])
+        columns = batch_columns(items, batch, drawn)
         loss = pairwise(
             query_MD,
-            key_CD,
+            columns.key_CD,
             columns.of(targets.item_M),
             self.row_loss,
             scale=self.settings.scale,
-            count_C=count_C,
-            label_C=item_C,
+            count_C=columns.count_C,
+            label_C=columns.item_C,
             excluded=ExcludedLabels(
                 own_UJ=own_items(batch, self.settings.exclude), owner_M=targets.on_host.row_M
             ),

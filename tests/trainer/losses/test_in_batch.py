@@ -378,6 +378,68 @@ def test_the_window_or_the_history_is_no_negative(debias: bool) -> None:
     assert losses[1] > losses[0]  # a negative more
 
 
+@pytest.mark.parametrize("debias_target", [True, False])
+@pytest.mark.parametrize("power", [0.0, 0.5])
+@pytest.mark.parametrize("drawn", [0, 7])
+def test_drawn_items_are_negatives_and_change_the_expected_counts(
+    drawn: int, power: float, debias_target: bool
+) -> None:
+    """Column by column in float64, with the expected count of each item in a batch."""
+    rows = [[3, 1, 3], [0, 2, 5]]
+    sequences = Sequences(items_BL=torch.tensor(rows), lengths_B=torch.tensor([3, 3]))
+    batch = worlds.batch(sequences, worlds.features(8), torch.Generator().manual_seed(0))
+    counts_N = torch.tensor([4, 9, 1, 25, 16, 1, 0, 4])
+    batch = replace(batch, train=replace(batch.train, counts_N=counts_N))
+    settings = LossSettings(
+        dim=4, negatives=drawn, negatives_power=power, debias_target=debias_target, temperature=0.5
+    )
+    loss = InBatch(settings)
+    generator = torch.Generator().manual_seed(0)
+    item_ND = torch.randn(8, 4, generator=generator, dtype=torch.float64)
+    query_MD = torch.randn(4, 4, generator=generator, dtype=torch.float64)
+    targets = Targets(item_M=torch.tensor([1, 3, 2, 5]), row_M=torch.tensor([0, 0, 1, 1]))
+    items = loss.draw(targets, batch)
+    others = [] if items is None else items.items_X.tolist()
+    assert len(others) == drawn
+
+    shares_N = counts_N.clamp_min(0.5).double() / 60
+    draws_N = counts_N.double() ** power
+    log_expected_N = (6 * shares_N + drawn * draws_N / draws_N.sum()).log()
+    terms = []
+    for query_D, target, row in zip(
+        query_MD, targets.item_M.tolist(), targets.row_M.tolist(), strict=True
+    ):
+        negatives = [i for i in [*rows[0], *rows[1], *others] if i not in rows[row]]
+        target_score = 2 * item_ND[target] @ query_D
+        if debias_target:
+            target_score = target_score - log_expected_N[target]
+        negative_scores = 2 * item_ND[negatives] @ query_D - log_expected_N[negatives]
+        terms.append(torch.cat([target_score[None], negative_scores]).logsumexp(0) - target_score)
+    mine = loss(query_MD, ItemVectors(vectors_KD=item_ND), targets, batch, items)
+    torch.testing.assert_close(mine, torch.stack(terms).mean(), rtol=0, atol=1e-6)  # float32 counts
+
+
+@pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
+def test_without_the_correction_of_the_target_the_loss_estimates_the_softmax(power: float) -> None:
+    rows = [[0, 1], [2, 3]]
+    sequences = Sequences(items_BL=torch.tensor(rows), lengths_B=torch.tensor([2, 2]))
+    batch = worlds.batch(sequences, worlds.features(9), torch.Generator().manual_seed(0))
+    counts_N = torch.tensor([1, 2, 3, 4, 5, 6, 7, 8, 64])
+    batch = replace(batch, train=replace(batch.train, counts_N=counts_N))
+    loss = InBatch(
+        LossSettings(dim=3, negatives=400_000, negatives_power=power, debias_target=False)
+    )
+    generator = torch.Generator().manual_seed(1)
+    item_ND = torch.randn(9, 3, generator=generator, dtype=torch.float64)
+    query_MD = torch.randn(1, 3, generator=generator, dtype=torch.float64)
+    targets = Targets(item_M=torch.tensor([1]), row_M=torch.tensor([0]))
+    items = loss.draw(targets, batch)
+    mine = loss(query_MD, ItemVectors(vectors_KD=item_ND), targets, batch, items)
+    others = [1, *range(2, 9)]  # the catalogue without the other item of the user
+    exact = -(item_ND[others] @ query_MD[0]).log_softmax(0)[0]
+    torch.testing.assert_close(mine, exact, rtol=0.01, atol=0)
+
+
 class Largest(TorchDispatchMode):
     """The most numbers that the result of one operation has, forward and backward."""
 

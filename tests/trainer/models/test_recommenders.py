@@ -32,6 +32,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "mmsrec, whiten, candidates": {"whiten": True, "candidates": 8},
     "mmsrec, ids, mask": {"ids": True, "missing": "mask"},
     "mmsrec, next": {"objective": "next"},
+    "mmsrec, mixed negatives": {"loss": "in-batch", "negatives": 3, "debias_target": False},
     "mmsrec, next, ids, mask": {"objective": "next", "ids": True, "missing": "mask"},
 }
 

@@ -20,6 +20,7 @@ from torch.nn import functional
 from trainer.data.batches import Batch
 from trainer.distributed import scale_to_global_mean
 from trainer.losses.base import DrawnItems, ItemVectors, Targets
+from trainer.losses.batch_columns import BatchLoss, batch_columns, own_items
 from trainer.losses.chunked_scores import (
     ScoreBlocks,
     accumulate_dtype,
@@ -28,14 +29,7 @@ from trainer.losses.chunked_scores import (
     matmul_dtype,
     scale_gradients,
 )
-from trainer.losses.in_batch import (
-    BatchLoss,
-    ExcludedColumns,
-    ExcludedLabels,
-    batch_columns,
-    excluded_columns,
-    own_items,
-)
+from trainer.losses.in_batch import ExcludedColumns, ExcludedLabels, excluded_columns
 
 PairLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Loss of each row (R,), from (R, 1) scores of the targets, (R, C) scores, and (R, C) counts of the

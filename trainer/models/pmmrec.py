@@ -29,7 +29,7 @@ from trainer.data.device_copy import to_device
 from trainer.distributed import gather_ids, gather_rows, rank_offset
 from trainer.finetune.upper_blocks import item_tokens
 from trainer.losses.base import ItemVectors, targets_at
-from trainer.losses.in_batch import count_items, own_items
+from trainer.losses.batch_columns import count_items, own_items
 from trainer.losses.pmmrec import (
     ALIGNMENTS,
     Positions,

@@ -15,13 +15,13 @@ from tests.trainer.losses import in_batch_reference as reference
 from trainer.data.batches import Sequences, log_popularity
 from trainer.losses import chunked_scores, clip
 from trainer.losses.base import ItemVectors, LossSettings, Targets
+from trainer.losses.batch_columns import own_items
 from trainer.losses.clip import in_batch_symmetric
 from trainer.losses.in_batch import (
     Columns,
     ExcludedLabels,
     InBatch,
     in_batch,
-    own_items,
 )
 
 EXACT = {torch.float32: 1e-5, torch.float64: 1e-10}

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from features.errors import UserError
 from trainer.config import Choice, PositiveInt, Temperature
-from trainer.data.batches import ItemFeatures
+from trainer.data.batches import ItemFeatures, TrainSet
 from trainer.finetune.upper_blocks import item_tokens
 from trainer.losses.base import SCORES
 from trainer.losses.registry import LOSSES
@@ -180,6 +180,11 @@ class MMSR(IDSR):
                 "mmsr needs features; run mmrec extract for this dataset, or train idsr"
             )
         return ItemEncoder(self.settings.fusion, self.settings, catalogue.widths)
+
+    def fit_buffers(self, features: ItemFeatures, train: TrainSet) -> None:
+        """Fit the centring of the features, with ``centre``."""
+        assert isinstance(self.item_encoder, ItemEncoder)
+        self.item_encoder.fit(features, train)
 
     def encode_some(self, items_K: Tensor, features: ItemFeatures) -> Tensor:
         """Encode the given items from their features: (K, D)."""

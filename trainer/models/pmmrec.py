@@ -24,7 +24,7 @@ from torch.nn import functional
 
 from features.errors import UserError
 from trainer.config import Choice, PositiveInt, Probability, Temperature
-from trainer.data.batches import Batch, ItemFeatures, Sequences
+from trainer.data.batches import Batch, ItemFeatures, Sequences, TrainSet
 from trainer.data.device_copy import to_device
 from trainer.distributed import gather_ids, gather_rows, rank_offset
 from trainer.finetune.upper_blocks import item_tokens
@@ -187,6 +187,10 @@ class PMMRec(CausalRecommender):
             self.item_encoder.fusion.requires_grad_(False)
         # Added after the initialisation, so that the backbones keep their pre-trained weights.
         self.backbones = nn.ModuleDict(dict(catalogue.backbones))
+
+    def fit_buffers(self, features: ItemFeatures, train: TrainSet) -> None:
+        """Fit the centring of the features, with ``centre``."""
+        self.item_encoder.fit(features, train)
 
     def encode_some(self, items_K: Tensor, features: ItemFeatures) -> Tensor:
         """Encode the given items from their features: (K, D)."""

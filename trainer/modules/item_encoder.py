@@ -1,6 +1,6 @@
 """The item encoder: project and fuse the features of an item's modalities into one vector.
 
-Legend: K items, T tokens of a modality, D width, D_m width of modality m.
+Legend: N items of the catalogue, K items, T tokens of a modality, D width, D_m width of modality m.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from features.errors import UserError
+from trainer.data.batches import ItemFeatures, TrainSet
 from trainer.modules.fusion import DNN, FusionSettings, Pooled, learned
 from trainer.modules.registry import FUSIONS
 from trainer.modules.tokens import Tokens, averaged, fill, first_token, masked_mean
+from trainer.modules.whitening import Centring, fit_maps
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,7 +91,12 @@ class ItemEncoder(nn.Module):
         self.modality_pool = modality_pool
         names = list(widths)
         self.is_single = len(names) == 1
-        self.inputs = nn.ModuleDict({name: nn.Linear(widths[name], settings.dim) for name in names})
+        inputs: dict[str, nn.Module] = {
+            name: nn.Linear(width, settings.dim) for name, width in widths.items()
+        }
+        if settings.centre:
+            inputs = {name: nn.Sequential(Centring(widths[name]), inputs[name]) for name in names}
+        self.inputs = nn.ModuleDict(inputs)
         self.absent = learned(len(names), settings.dim)
         fusion_class = FUSIONS.find(fusion) if len(names) > 1 else Pooled
         if len(names) > 2 and not fusion_class.takes_any_number:
@@ -100,6 +107,16 @@ class ItemEncoder(nn.Module):
             )
         self.fusion = fusion_class(settings, names)
         self.dnn = DNN(settings) if settings.dnn else None
+
+    def fit(self, features: ItemFeatures, train: TrainSet) -> None:
+        """Fit the centring of the pooled vectors, if there is one, on the items of the training.
+
+        Args:
+            features: Features of the whole catalogue.
+            train: The training interactions.
+        """
+        parts = [(k, m) for k, x in self.inputs.items() for m in x.children()]
+        fit_maps({name: m for name, m in parts if isinstance(m, Centring)}, features, train)
 
     def forward(self, features: Mapping[str, Tokens]) -> EncodedItems:
         """Encode K items.

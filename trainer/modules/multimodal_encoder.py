@@ -26,7 +26,7 @@ from trainer.modules.sequence_encoders import SequenceSettings, take_slots
 from trainer.modules.tokens import all_exist
 from trainer.modules.training_mode import dropout_disabled
 from trainer.modules.transformer import initialise, positions_from_end
-from trainer.modules.whitening import Centring, Whitening
+from trainer.modules.whitening import Centring, Whitening, fit_maps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,14 +149,10 @@ class MultimodalEncoder(nn.Module):
             features: Features of the whole catalogue.
             train: The training interactions.
         """
-        known_N = train.counts_N > 0
         if self.settings.ids:
-            self.known_N.copy_(known_N)
-        # A dataset of items without interactions has no others to fit on.
-        fitted_N = known_N | ~known_N.any()
-        for name, part in self._fitted_maps().items():
-            assert isinstance(part, Whitening | Centring)
-            part.fit(features.vectors[name][features.present[name] & fitted_N])
+            self.known_N.copy_(train.counts_N > 0)
+        maps = self._fitted_maps().items()
+        fit_maps({k: x for k, x in maps if isinstance(x, Whitening | Centring)}, features, train)
 
     def _fitted_maps(self) -> nn.ModuleDict:
         if self.settings.whiten:

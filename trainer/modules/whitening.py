@@ -17,6 +17,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from trainer.data.batches import ItemFeatures, TrainSet
+
 CENTRING = "centring."
 """Prefix of the buffers of :class:`Centring` in the state of a model."""
 WHITENING = "whitening."
@@ -116,6 +118,22 @@ class Centring(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Centre and scale features of shape (..., W)."""
         return (x - self.mean_W) / self.scale
+
+
+def fit_maps(
+    maps: Mapping[str, Whitening | Centring], features: ItemFeatures, train: TrainSet
+) -> None:
+    """Fit maps of features on the items that have training interactions.
+
+    Args:
+        maps: Modality to its map; modalities with a table of tokens are left out.
+        features: Features of the whole catalogue.
+        train: The training interactions; if there are none, the maps are fitted on all items.
+    """
+    known_N = train.counts_N > 0
+    fitted_N = known_N | ~known_N.any()
+    for name in maps.keys() & features.vectors.keys():
+        maps[name].fit(features.vectors[name][features.present[name] & fitted_N])
 
 
 def _mean(chunks: Sequence[Tensor]) -> Tensor:

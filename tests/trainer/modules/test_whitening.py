@@ -178,3 +178,59 @@ def test_dropped_features_are_dropped_in_training_alone() -> None:
         first, second = (model.encode_items(features) for _ in range(2))
     assert torch.equal(first, second)
     assert not torch.allclose(trained, first)
+
+
+@pytest.mark.parametrize("name", ["mmsr", "pmmrec"])
+def test_centred_item_encoders_read_features_of_any_scale_alike(name: str) -> None:
+    features = worlds.features(30)
+    train = worlds.training_data(worlds.cycles(n_items=30), features).train
+    larger = replace(
+        features,
+        vectors={
+            "image": (20 * features.vectors["image"] + 3) * features.present["image"][:, None],
+            "text": features.vectors["text"],
+        },
+    )
+    vectors = {}
+    for centre in (True, False):
+        for kind, world in (("as they are", features), ("larger", larger)):
+            model = build(name, world, centre=centre).eval()
+            model.fit_buffers(world, train)
+            with torch.no_grad():
+                vectors[centre, kind] = model.encode_items(world)
+    torch.testing.assert_close(
+        vectors[True, "larger"], vectors[True, "as they are"], rtol=1e-4, atol=1e-5
+    )
+    assert not torch.allclose(vectors[False, "larger"], vectors[False, "as they are"], atol=1e-2)
+
+
+def test_an_item_encoder_is_centred_on_items_of_the_training_alone() -> None:
+    features = worlds.features(30, missing=False)
+    train = worlds.training_data(worlds.cycles(n_items=30), features).train
+    train = replace(train, counts_N=train.counts_N.clone())
+    train.counts_N[7] = 0
+    other = replace(
+        features, vectors={name: x_NW.clone() for name, x_NW in features.vectors.items()}
+    )
+    for x_NW in other.vectors.values():
+        x_NW[7] = 100
+    vectors = []
+    for world in (features, other):
+        model = build("mmsr", world, centre=True).eval()
+        model.fit_buffers(world, train)
+        with torch.no_grad():
+            vectors.append(model.encode_items(world))
+    is_known_N = torch.arange(30) != 7
+    assert torch.equal(vectors[0][is_known_N], vectors[1][is_known_N])
+    assert not torch.equal(vectors[0][7], vectors[1][7])
+
+
+def test_tables_of_tokens_are_not_centred() -> None:
+    features = worlds.token_features(30)
+    model = build("mmsr", features, centre=True)
+    train = worlds.training_data(worlds.cycles(n_items=30), features).train
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.fit_buffers(features, train)
+    fitted = {name for name, x in model.state_dict().items() if not torch.equal(x, before[name])}
+    assert fitted
+    assert all(".image." in name for name in fitted)

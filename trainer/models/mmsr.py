@@ -74,7 +74,7 @@ class IDSRConfig(CausalSettings, InitialisationSettings):
     score: Annotated[str, Choice("score", SCORES)] = "cosine"
     """``dot``: inner product (the paper); ``scaled``: inner product / sqrt(``dim``) in the loss, so
     that initial scores are of equal size at any width; ``cosine``: vectors of length 1. The first
-    two learn slowly from the small initial weights."""
+    two learn slowly."""
     temperature: Temperature = 0.07
     """Divisor of the scores in the loss (the paper: 1)."""
 
@@ -121,12 +121,6 @@ class MMSRConfig(IDSRConfig, FusionSettings):
     fusion: Annotated[str, Choice("fusion", FUSIONS)] = "merge-attention"
     """``sum``, ``concat``, ``gate``, ``film``, ``co-attention`` or ``merge-attention``; ignored
     with a single modality."""
-    score: Annotated[str, Choice("score", SCORES)] = "dot"
-    """``dot``: inner product (the paper); ``scaled``: inner product / sqrt(``dim``) in the loss, so
-    that initial scores are of equal size at any width; ``cosine``: vectors of length 1. Cosines
-    with a temperature of 0.07 learn faster, but rank items without training interactions worse."""
-    temperature: Temperature = 1.0
-    """Divisor of the scores in the loss (the paper: 1)."""
 
 
 class MMSR(IDSR):

@@ -17,11 +17,16 @@ RELEASED_ENCODER: Mapping[str, Any] = {
     "initialisation": "released",
 }
 """The sequence encoder, with 2 layers, 2 heads and 20 items, and the initial weights."""
-RELEASED_ATTENTION: Mapping[str, Any] = {"fusion_heads": 12, "fusion_norm_eps": 1e-12}
+RELEASED_ATTENTION: Mapping[str, Any] = {
+    "fusion_heads": 12,
+    "fusion_norm_eps": 1e-12,
+    "centre": False,
+}
 """The attention fusions, with one layer."""
 RELEASED_COARSE: Mapping[str, Any] = {
     "shared_norm": True,
     "dnn_relu": True,
     "fusion_norm_eps": 1e-6,
+    "centre": False,
 }
 """The coarse fusions, with and without ``dnn=true``."""

@@ -55,7 +55,7 @@ class FusionSettings(NetworkSettings):
     fusion_norm_eps: NormEpsilon = 1e-5
     """Epsilon of the LayerNorms of the fusion. As published: 1e-12 with an attention fusion, 1e-6
     with a coarse fusion."""
-    centre: bool = False
+    centre: bool = True
     """Centre the pooled vectors of each modality, and scale them to a mean square of 1, so that no
     modality has larger inputs than another. Both are fitted on the items that have training
     interactions. Tables of tokens are read as they are. As published: false."""

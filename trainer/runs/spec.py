@@ -43,7 +43,7 @@ from trainer.runs.transfer import FULL, check_source, check_transfer, hash_tenso
 from trainer.setting_sources import SettingSources, settings_tables
 from trainer.tasks.registry import NEXT_ITEM
 
-OF_EARLIER_RUNS = {"monitor_users": 0, "item_updates": "all"}
+OF_EARLIER_RUNS = {"monitor_users": 0, "item_updates": "all", "centre": False}
 """Values of settings that a run's ``config.toml`` does not name, where the default is not what the
 version did that wrote it."""
 

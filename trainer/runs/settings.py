@@ -113,8 +113,16 @@ def stage_defaults(
     is_pretraining: bool,
     changed_defaults: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, Any]:
-    """Return the defaults of the model and of its stage that are not those of the classes."""
-    defaults = {**recommender.train_defaults, **changed_defaults}
+    """Return the defaults of the model and of its stage that are not those of the classes.
+
+    Args:
+        recommender: The model.
+        is_pretraining: The stage.
+        changed_defaults: Further defaults, of any model; those of other models are left out.
+    """
+    names = {x.name for kind in settings_classes(recommender, is_pretraining) for x in fields(kind)}
+    own = {name: value for name, value in changed_defaults.items() if name in names}
+    defaults = {**recommender.train_defaults, **own}
     if is_pretraining:
         assert recommender.pretraining is not None
         defaults |= recommender.pretraining.settings

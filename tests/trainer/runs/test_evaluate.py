@@ -108,6 +108,25 @@ def test_a_run_without_the_setting_validates_on_all_users(warehouse: Warehouse) 
     assert older.task.validate(older.config).users == 30
 
 
+@pytest.mark.parametrize("model", ["sasrec", "mmsr", "pmmrec"])
+def test_a_run_of_an_earlier_version_reads_features_as_they_are(
+    warehouse: Warehouse, model: str
+) -> None:
+    """Its ``config.toml`` does not name ``centre``, which other models do not have at all."""
+    worlds.prepare(warehouse, SEQUENCES, 17)
+    worlds.extract(warehouse, worlds.features(17))
+    small = ["device=cpu", "dim=8", "heads=2", "hidden=8", "length=5"]
+    extra = [] if model == "sasrec" else ["centre=false", "fusion_heads=2"]
+    run = worlds.begin(warehouse, model, settings=[*small, *extra], name="earlier")
+    config = run.folder / "config.toml"
+    document = read_toml(config, "")
+    document["model"].pop("centre", None)
+    write_toml(config, document)
+    older = open_run(warehouse, run.folder)
+    assert older.model.state_dict().keys() == run.model.state_dict().keys()
+    assert getattr(older.spec.settings, "centre", False) is False
+
+
 def without_protocol(run: Run) -> None:
     """Leave the files that an earlier version wrote: no version, no rows of recommended items."""
     table = read_table(run.folder / "predictions.parquet").replace_schema_metadata(None)

@@ -28,7 +28,7 @@ from trainer.data.batches import Batch, ItemFeatures, Sequences, TrainSet
 from trainer.data.device_copy import to_device
 from trainer.distributed import gather_ids, gather_rows, rank_offset
 from trainer.finetune.upper_blocks import item_tokens
-from trainer.losses.base import ItemVectors, targets_at
+from trainer.losses.base import SCORES, ItemVectors, targets_at
 from trainer.losses.batch_columns import count_items, own_items
 from trainer.losses.pmmrec import (
     ALIGNMENTS,
@@ -58,6 +58,8 @@ _PUBLISHED: Mapping[str, Any] = {
     "token_types": False,
     "pool": "cls",
     "align_pool": "cls",
+    "score": "dot",
+    "temperature": 1.0,
     "exclude": "window",
     "debias": False,
     "align_temperature": 1.0,
@@ -87,6 +89,12 @@ class PMMRecConfig(CausalSettings, FusionSettings, InitialisationSettings):
     """Train on next-item prediction with ``loss``."""
     loss: Annotated[str, Choice("loss", LOSSES)] = "in-batch"
     """Loss of the next item; ``in-batch`` is DAP (Eq. 5)."""
+    score: Annotated[str, Choice("score", SCORES)] = "cosine"
+    """``dot``: inner product (the paper); ``scaled``: inner product / sqrt(``dim``) in the loss, so
+    that initial scores are of equal size at any width; ``cosine``: vectors of length 1. The first
+    two learn slowly."""
+    temperature: Temperature = 0.07
+    """Divisor of the scores in the loss (the paper: 1)."""
     align: Annotated[str, Choice("align", ("none", *ALIGNMENTS))] = "none"
     """Contrastive loss of the modalities: ``none``, ``vcl``, ``icl``, ``ncl`` or ``nicl``."""
     align_pool: Annotated[str, Choice("align_pool", ("mean", "cls"))] = "mean"

@@ -65,7 +65,7 @@ LITERAL: dict[str, Any] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("settings", [{}, LITERAL], ids=["sound", "literal"])
+@pytest.mark.parametrize("settings", [{"score": "dot"}, LITERAL], ids=["sound", "literal"])
 def test_the_whole_loss_by_its_formulas(settings: dict[str, Any]) -> None:
     """Position by position; two rows are windows of one user."""
     features = worlds.features(N)
@@ -237,7 +237,7 @@ def test_a_missing_modality_is_not_read(settings: dict[str, Any]) -> None:
 def test_one_modality_has_nothing_to_fuse() -> None:
     """Its item is the projected vector, so that weights of two modalities fit a model of one."""
     features = only("text")
-    model = build(features)
+    model = build(features, score="dot")
     keys = set(model.state_dict())
     assert not {key for key in keys if "fusion" in key or "image" in key}
     assert keys <= set(build(worlds.features(N)).state_dict())
@@ -253,7 +253,7 @@ def test_cls_takes_the_first_token_of_a_modality() -> None:
     """With one modality it is the item's vector, and in the alignment it is the modality's."""
     texts = worlds.token_features(N)
     alone = replace(texts, vectors={}, present={"text": texts.present["text"]})
-    model = build(alone, align_pool="cls")
+    model = build(alone, align_pool="cls", score="dot")
     assert texts.tokens["text"].present_N.any()
     for item in range(N):
         x_KTD, _ = texts.tokens["text"].gather(torch.tensor([item]))

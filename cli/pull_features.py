@@ -32,7 +32,8 @@ def pull_features(
     warehouse = Warehouse(root)
     name, _ = warehouse.choose_dataset(dataset)
     stored = stored_tables(FeatureStore(warehouse), name, folder)
-    tables = choose_tables(stored, features or [], f"{folder.url}/{name}")
+    remedy = "correct the URL, or run mmrec push-features where the tables are"
+    tables = choose_tables(stored, features or [], f"{folder.url}/{name}", remedy)
     info = warehouse.info(name)
     copies = [pull_table(table, info, folder, overwrite=overwrite) for table in tables]
     show_copies(copies, name, json=json)

@@ -177,7 +177,7 @@ def _open(
 
     items = Choice(**choice)
     run = open_current(warehouse, folder, dataset, device=device)
-    predictor = Predictor(warehouse, run, index=index, choice=items)
+    predictor = Predictor(warehouse, run, index=index, choice=items, on_stage=console.notify)
     for text in run.catalogue_lines():
         console.notify(text)
     if run.config.control != NONE:

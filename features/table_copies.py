@@ -131,19 +131,25 @@ def stored_tables(store: FeatureStore, dataset: str, folder: StorageFolder) -> l
     ]
 
 
-def choose_tables(tables: list[FeatureTable], names: list[str], place: str) -> list[FeatureTable]:
+def choose_tables(
+    tables: list[FeatureTable],
+    names: list[str],
+    place: str,
+    remedy: str = "run mmrec extract first",
+) -> list[FeatureTable]:
     """Return the tables of the given names, or all of them if no name is given.
 
     Args:
         tables: The tables that exist.
         names: Names such as ``image=clip-vit-b-32`` or ``text=bert:tokens``.
         place: Place of the tables, for messages.
+        remedy: What the user can do if there is no table.
 
     Raises:
         UserError: There is no table, or none of a given name.
     """
     if not tables:
-        raise UserError(f"{place} has no finished feature table; run mmrec extract first")
+        raise UserError(f"{place} has no finished feature table; {remedy}")
     by_label = {table.label: table for table in tables}
     chosen = []
     for name in names:

@@ -55,11 +55,13 @@ def test_results_of_an_approximate_index_show_its_recall_and_are_not_stored(
     assert 0 < document["search"]["recall"]["recall@10"] <= 1
     assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
     assert len(list((folder / "indexes").iterdir())) == 1
-    listed = json.loads(
-        run("recommend", "s", "--user", "u1", "--index", index, "--json", "--warehouse", small)
-        .stdout
-    )  # fmt: skip
-    assert listed["recall"].keys() == {"recall@10"}
+    words = ("recommend", "s", "--user", "u1", "--index", index, "--json", "--warehouse", small)
+    again = run(*words)
+    assert json.loads(again.stdout)["recall"].keys() == {"recall@10"}
+    assert "training the index" not in again.stderr
+    (saved,) = (folder / "indexes").iterdir()
+    saved.unlink()
+    assert "training the index" in run(*words).stderr
 
 
 def test_an_evaluation_on_a_later_preparation_is_marked(

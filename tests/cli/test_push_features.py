@@ -26,7 +26,7 @@ def test_tables_go_to_object_storage_and_come_back(root: str, storage: LocalStor
     table = run("pull-features", "--from", url, "--warehouse", root).stdout
     assert "image=toy" in table
     line = run("pull-features", "--from", f"{url}/x", "--warehouse", root, code=2).stderr
-    assert f"{url}/x/world has no finished feature table" in line
+    assert f"{url}/x/world has no finished feature table; correct the URL" in line
 
 
 def test_a_place_that_is_no_object_storage_is_one_line(root: str, tmp_path: Path) -> None:

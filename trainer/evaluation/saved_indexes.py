@@ -7,6 +7,7 @@ from typing import Any, BinaryIO
 
 from features.atomic_files import atomic_write
 from features.checksums import EMPTY_CHECKSUM, ChangedBytesError, seal, verify
+from features.errors import UserError
 
 INDEXES = "indexes"
 """Folder of the trained indexes, in a run's folder."""
@@ -57,7 +58,7 @@ class SavedIndexes:
             files = sorted(self.folder.glob("*.faiss"), key=lambda path: path.stat().st_mtime_ns)
             for path in files[:-_MOST]:
                 path.unlink(missing_ok=True)
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, UserError) as error:
             self._on_stage(f"the index is not saved in {self.folder} ({error})")
 
     def _path(self, name: str, fingerprint: str) -> Path:

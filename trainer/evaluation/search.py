@@ -92,6 +92,9 @@ class CatalogueSearch:
         self.model = model
         self.data = data
         self.items_ND = encode_catalogue(model, data)
+        if model.has_vectors and not model.is_sparse:
+            with unusable_index():  # before the histories are encoded
+                options.values(len(listed), self.items_ND.shape[1])
         self._index_name = index
         self._batch_size = batch_size
         self._list(listed)

@@ -31,6 +31,7 @@ from trainer.runs.settings import CANDIDATES
 
 _BATCHES = 8  # the longest of these is measured
 _BYTES = 4  # of a float32
+_SHOWN = 10**8  # bytes of the last digit that `format_size` shows
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -137,10 +138,11 @@ def estimate_training(run: Run, budget: int | None = None) -> TrainingEstimate |
         f" {format_size(budget)}: {format_size(lasting)} for data, weights and optimizer"
     )
     if lasting + of_validation > budget:
+        needed = math.ceil((lasting + of_validation) / _SHOWN) * _SHOWN
         raise OutOfMemoryError(
             f"{place}, and {format_size(of_validation)} to validate on"
-            f" {run.data.features.n_items:,} items; {more}, which must be more than"
-            f" {format_size(lasting + of_validation)}, or set a smaller dim"
+            f" {run.data.features.n_items:,} items; {more}, which must be at least"
+            f" {format_size(needed)}, or set a smaller dim"
         )
     peak = _step_bytes(run, run.config.batch_size, budget - lasting)
     if peak is None:

@@ -78,13 +78,21 @@ class Predictor:
         index: Kind and parameters, see :func:`retrieval.registry.make_index`. Trained approximate
             indexes are kept in the run's folder.
         choice: The items that can be recommended; by default all that the run can rank.
+        on_stage: Called with one line before an approximate index is trained, and if it cannot be
+            saved.
 
     Raises:
         UserError: The run is a pre-training, its checkpoint cannot be used, or no item is left.
     """
 
     def __init__(
-        self, warehouse: Warehouse, run: Run, *, index: str, choice: Choice | None = None
+        self,
+        warehouse: Warehouse,
+        run: Run,
+        *,
+        index: str,
+        choice: Choice | None = None,
+        on_stage: Callable[[str], object] = lambda stage: None,
     ) -> None:
         run.check_recommends()
         if run.joint is None:
@@ -94,7 +102,7 @@ class Predictor:
         self.run = run
         self.dataset = run.data.dataset
         self.index = index
-        self._store = SavedIndexes(run.folder / INDEXES)
+        self._store = SavedIndexes(run.folder / INDEXES, on_stage)
         self._similar_index: Index | None = None
         table = load_items(warehouse, run.spec.dataset, ["item_id", "text"])
         self.item_ids = table.column("item_id").combine_chunks()

@@ -69,3 +69,15 @@ def test_a_folder_that_cannot_be_written_is_left_as_it_is(tmp_path: Path) -> Non
     index = build("faiss:ivf", tmp_path / "indexes", stages)
     assert index.search(ITEMS, 3)[1].shape == (300, 3)
     assert any("not saved" in stage for stage in stages)
+
+
+def test_a_folder_with_the_name_of_an_index_is_left_as_it_is(tmp_path: Path) -> None:
+    expected = build("faiss:ivf", tmp_path).search(ITEMS, 3)
+    (path,) = tmp_path.iterdir()
+    path.unlink()
+    path.mkdir()
+    stages: list[str] = []
+    index = build("faiss:ivf", tmp_path, stages)
+    np.testing.assert_array_equal(index.search(ITEMS, 3)[1], expected[1])
+    assert any("not saved" in stage for stage in stages)
+    assert path.is_dir()

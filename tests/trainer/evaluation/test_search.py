@@ -177,3 +177,13 @@ def test_an_index_that_does_not_fit_is_refused_before_the_catalogue_is_encoded(
     monkeypatch.setattr(SASRec, "encode_items", lambda *args: pytest.fail("encoded"))
     with pytest.raises(UserError, match=f"{N} items"):
         CatalogueSearch(model, data, index=index, batch_size=4)
+
+
+def test_a_width_that_an_index_cannot_have_is_refused_before_histories_are_encoded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    data = worlds.training_data(WORLD, worlds.features(N))
+    model = worlds.build("sasrec", data.features)
+    monkeypatch.setattr(SASRec, "encode_sequences", lambda *args: pytest.fail("encoded"))
+    with pytest.raises(UserError, match="M=3 does not divide"):
+        CatalogueSearch(model, data, index="faiss:ivfpq,M=3,nbits=2", batch_size=4)

@@ -60,6 +60,18 @@ def test_too_little_memory_names_what_is_needed(warehouse: Warehouse) -> None:
         estimate_training(planned(warehouse, "sasrec"), 1000)
 
 
+def test_the_memory_that_is_named_is_enough(
+    warehouse: Warehouse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = planned(warehouse, "sasrec")
+    monkeypatch.setattr("trainer.runs.estimate.resident_memory", lambda: 1_210_000_000)
+    with pytest.raises(OutOfMemoryError, match="--memory") as refused:
+        estimate_training(run, 1_200_000_000)
+    named = re.search(r"at least ([\d.]+) GB", str(refused.value))
+    assert named is not None
+    assert estimate_training(run, round(float(named[1]) * 1e9)) is not None
+
+
 def test_the_step_of_a_known_size_is_measured(
     warehouse: Warehouse, monkeypatch: pytest.MonkeyPatch
 ) -> None:

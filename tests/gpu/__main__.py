@@ -87,13 +87,20 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--small", action="store_true", help="tiny sizes")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.seconds <= 0:
+        parser.error(f"--seconds {options.seconds:g} is no time; give more than 0, such as 520")
+    if not options.out.parent.is_dir():
+        parser.error(f"--out {options.out}: {options.out.parent} is no folder; create it")
+    return options
 
 
 def _short(value: Any) -> str:
     """Return a figure in one line."""
+    if value is None:
+        return "not measured"
     if isinstance(value, Mapping):
-        return ", ".join(f"{name} {_short(part)}" for name, part in value.items())
+        return ", ".join(f"{name} {_short(part)}" for name, part in value.items()) or "none"
     if isinstance(value, float):
         return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
@@ -108,7 +115,7 @@ def _print_table(results: Mapping[str, Any]) -> None:
         if isinstance(figures, dict):
             print(f"| {name} | {figures['outcome']} | {figures['seconds']:.1f} |")
     if stand_ins.missing():
-        print(f"not installed: {', '.join(stand_ins.missing())}")
+        print(f"replaced by stand-ins: {', '.join(stand_ins.missing())}")
 
 
 if __name__ == "__main__":

@@ -58,7 +58,9 @@ def run(setup: Setup, report: Report) -> None:
             for compute in COMPUTE[: setup.size(2, 1)]:
                 key = f"{name}, random weights, {compute}"
                 backbone: Any = load_backbone(str(weights), device=setup.device, compute=compute)
-                report(f"{key}: stages alone", _stages(setup, backbone, photos))
+                report(
+                    f"{key}: images a second of each stage alone", _stages(setup, backbone, photos)
+                )
                 for decode in DECODE:
                     if setup.seconds_left:
                         figures = _extraction(warehouse, backbone, decode, count)

@@ -3,6 +3,7 @@
 import os
 import platform
 from importlib import metadata
+from importlib.util import find_spec
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ import torch
 from tests.gpu import stand_ins
 from tests.gpu.parts import Report, Setup
 
+_WITHOUT_STAND_INS = ("PIL", "faiss", "hypothesis", "pytest", "transformers")
 _LIBRARIES = ("pytest", "triton", "transformers", "torchvision", "liger-kernel", "inf-cl")
 
 
@@ -29,7 +31,8 @@ def run(setup: Setup, report: Report) -> None:
             __import__(package)
         except ImportError:
             continue
-    report("not installed", ", ".join(stand_ins.missing()) or "nothing that mmrec needs")
+    missing = [*stand_ins.missing(), *(name for name in _WITHOUT_STAND_INS if not find_spec(name))]
+    report("not installed", ", ".join(missing) or "nothing that the parts need")
     if setup.device == "cuda":
         card = torch.cuda.get_device_properties(0)
         report("card", card.name)

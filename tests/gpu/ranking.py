@@ -44,6 +44,8 @@ def run(setup: Setup, report: Report) -> None:
             indexes["faiss:gpu"] = make_index("faiss:gpu", item_ND)
         except (ImportError, ValueError) as error:
             report("faiss:gpu", f"not measured: {error}")
+    else:
+        report("faiss:gpu", "not measured: no GPU")
     for what, query_UD in (("random", normal(users, dim)), ("nearly perfect", near_UD)):
         ways = {"rank": partial(rank, query_UD, item_ND, target_U, seen)} | {
             f"best {_BEST}, {name}": partial(index.search, query_UD, _BEST, seen)

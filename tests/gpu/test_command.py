@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests.gpu.__main__ import main
 from tests.gpu.child import outcome_of, run_part
 from tests.gpu.parts import PARTS, Part, Setup, Skip
 
@@ -62,7 +63,8 @@ def test_torch_and_numpy_are_enough(tmp_path: Path) -> None:
     assert outcomes.pop("extraction") == "skipped: transformers is not installed"
     assert outcomes.pop("syncs").startswith("skipped: no GPU")
     assert set(outcomes.values()) == {"done"}
-    assert "pyarrow" in results["machine"]["not installed"]
+    assert {"pyarrow", "faiss"} <= set(results["machine"]["not installed"].split(", "))
+    assert results["ranking"]["faiss:gpu"] == "not measured: no GPU"
     assert {"date", "device", "small"} <= results.keys()
     assert results["machine"]["torch"]
     assert results["agreement"]["mmsrec"]["gradients"] < 1e-3
@@ -85,6 +87,15 @@ def test_images_are_extracted_without_a_database(tmp_path: Path) -> None:
     assert {"decode", "resize", "copy and forward", "write"} == {
         name.removeprefix("seconds of ") for name in figures if name.startswith("seconds of ")
     }
+
+
+@pytest.mark.parametrize("words", [("--seconds", "0"), ("--out", "no-such-folder/results.json")])
+def test_options_that_cannot_be_used_are_one_line(
+    words: tuple[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["--device", "cpu", "--small", *words])
+    assert f"error: {words[0]} {words[1]}" in capsys.readouterr().err
 
 
 def _raise() -> None:

@@ -4,7 +4,7 @@ Legend: B batch, L sequence length, N items, K distinct items, M predicted posit
 """
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
@@ -27,6 +27,7 @@ from trainer.losses.base import (
 from trainer.losses.registry import LOSSES
 from trainer.models.base import Catalogue, Recommender
 from trainer.modules.chunked_encoding import encode_blocks, encode_in_chunks
+from trainer.modules.item_encoder import ItemEncoder
 from trainer.modules.sequence_encoders import (
     SequenceEncoder,
     SequenceSettings,
@@ -109,6 +110,15 @@ class CausalRecommender(Recommender):
         """Return the state at each history's last item: (B, D)."""
         states_BLD = self.states(ItemVectors(vectors_KD=item_vectors_ND), sequences)
         return self.settings.normalise(last_state(states_BLD, sequences))
+
+    def adapted(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return the weights of another run, for features that are centred as in this model."""
+        encoder = self.item_encoder
+        return (
+            encoder.adapted(tensors, "item_encoder.")
+            if isinstance(encoder, ItemEncoder)
+            else tensors
+        )
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """Return the next-item loss over the predicted positions."""

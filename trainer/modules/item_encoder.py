@@ -15,7 +15,7 @@ from trainer.data.batches import ItemFeatures, TrainSet
 from trainer.modules.fusion import DNN, FusionSettings, Pooled, learned
 from trainer.modules.registry import FUSIONS
 from trainer.modules.tokens import Tokens, averaged, fill, first_token, masked_mean
-from trainer.modules.whitening import Centring, fit_maps
+from trainer.modules.whitening import Centring, fit_maps, fold_centring
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,6 +94,7 @@ class ItemEncoder(nn.Module):
         inputs: dict[str, nn.Module] = {
             name: nn.Linear(width, settings.dim) for name, width in widths.items()
         }
+        self.is_centred = settings.centre
         if settings.centre:
             inputs = {name: nn.Sequential(Centring(widths[name]), inputs[name]) for name in names}
         self.inputs = nn.ModuleDict(inputs)
@@ -117,6 +118,38 @@ class ItemEncoder(nn.Module):
         """
         parts = [(k, m) for k, x in self.inputs.items() for m in x.children()]
         fit_maps({name: m for name, m in parts if isinstance(m, Centring)}, features, train)
+
+    def adapted(self, tensors: Mapping[str, Tensor], prefix: str) -> Mapping[str, Tensor]:
+        """Return the weights of another run, for inputs that are centred as in this encoder.
+
+        The centring of the other run becomes a part of its linear layers if this encoder has none.
+
+        Args:
+            tensors: Name of a parameter or buffer of the other run to its values.
+            prefix: Prefix of the names of this encoder, such as ``item_encoder.``.
+
+        Raises:
+            UserError: This encoder centres its inputs, and the other run does not.
+        """
+        start, end = f"{prefix}inputs.", ".0.mean_W"
+        layers = [key.removesuffix(end) for key in tensors if key.endswith(end)]
+        if self.is_centred:
+            if not layers and any(key.startswith(start) for key in tensors):
+                raise UserError(
+                    "the run to start from has centre=false and this model centre=true, so its"
+                    " first layers read other features; set centre=false, or give --transfer users"
+                )
+            return tensors
+        adapted = {
+            k: x
+            for k, x in tensors.items()
+            if not k.startswith(tuple(f"{layer}." for layer in layers))
+        }
+        for layer in layers:
+            names = ("1.weight", "1.bias", "0.mean_W", "0.scale")
+            folded = fold_centring(*(tensors[f"{layer}.{name}"] for name in names))
+            adapted[f"{layer}.weight"], adapted[f"{layer}.bias"] = folded
+        return adapted
 
     def forward(self, features: Mapping[str, Tokens]) -> EncodedItems:
         """Encode K items.

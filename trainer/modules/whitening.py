@@ -167,7 +167,22 @@ def without_centring(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if not key.startswith(CENTRING) or last != "mean_W":
             continue
         layer = f"inputs.{prefix.removeprefix(CENTRING)}.0"
-        weight_DW = tensors[f"{layer}.weight"].double() / tensors[f"{prefix}.scale"].double()
-        bias_D = tensors[f"{layer}.bias"].double() - weight_DW @ mean_W.double()
-        folded[f"{layer}.weight"], folded[f"{layer}.bias"] = weight_DW.float(), bias_D.float()
+        folded[f"{layer}.weight"], folded[f"{layer}.bias"] = fold_centring(
+            tensors[f"{layer}.weight"], tensors[f"{layer}.bias"], mean_W, tensors[f"{prefix}.scale"]
+        )
     return folded
+
+
+def fold_centring(
+    weight_DW: Tensor, bias_D: Tensor, mean_W: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return weight and bias of a linear layer that also centres and scales its inputs.
+
+    Args:
+        weight_DW: Weight of the layer after the centring.
+        bias_D: Its bias.
+        mean_W: Mean of the centring.
+        scale: Scale of the centring, a scalar.
+    """
+    folded_DW = weight_DW.double() / scale.double()
+    return folded_DW.float(), (bias_D.double() - folded_DW @ mean_W.double()).float()

@@ -10,7 +10,7 @@ from features.documents import read_json, write_json
 from features.errors import UserError
 from features.warehouse import Warehouse
 from tests.trainer import worlds
-from trainer.checkpoint import read_tensors
+from trainer.checkpoint import load_weights, read_tensors
 from trainer.data.batches import ItemFeatures
 from trainer.runs.run import Run, open_run
 from trainer.runs.train import train_run
@@ -232,3 +232,29 @@ def test_first_layers_of_other_features_are_refused(
     assert not (warehouse.runs_dir / "refused").exists()
     assert begin(warehouse, "mmsrec", "users", after, init="before", transfer="users")
     assert begin(warehouse, "mmsrec", "same", before, init="before")
+
+
+@pytest.mark.parametrize("model", ["mmsr", "pmmrec"])
+def test_a_model_without_centring_takes_the_function_of_a_centred_run(
+    warehouse: Warehouse, model: str
+) -> None:
+    source = begin(warehouse, model, "centred", "centre=true", "fusion_heads=2")
+    train_run(source)
+    run = begin(warehouse, model, "plain", "centre=false", "fusion_heads=2", init="centred")
+    load_weights(source.weights, source.model, source.spec.identity())
+    vectors = []
+    for opened in (source, run):
+        with torch.no_grad():
+            vectors.append(opened.model.eval().encode_items(opened.data.features))
+    torch.testing.assert_close(vectors[1], vectors[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("model", ["mmsr", "pmmrec"])
+def test_a_centred_model_refuses_the_layers_of_raw_features(
+    warehouse: Warehouse, model: str
+) -> None:
+    train_run(begin(warehouse, model, "source", "centre=false", "fusion_heads=2"))
+    for transfer in ("full", "text"):
+        with pytest.raises(UserError, match="set centre=false"):
+            begin(warehouse, model, "refused", "fusion_heads=2", init="source", transfer=transfer)
+    assert begin(warehouse, model, "users", "fusion_heads=2", init="source", transfer="users")

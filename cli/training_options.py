@@ -34,7 +34,7 @@ ConfigOption = Annotated[
 ]
 PresetOption = Annotated[
     str | None,
-    typer.Option("--preset", help="Preset of the model: published or released; --config wins."),
+    typer.Option("--preset", help="Preset of the model, see mmrec models MODEL; --config wins."),
 ]
 NameOption = Annotated[str | None, typer.Option("--name", help="Name of the new run.")]
 InitOption = Annotated[

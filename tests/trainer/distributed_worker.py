@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from features.errors import UserError
 from tests.trainer import worlds
 from trainer.config import TrainConfig
 from trainer.data.batches import Batch, Shard, TrainSet
+from trainer.data.negative_sampling import ItemSampler
 from trainer.distributed import (
     gather_rows,
     global_mean_rows,
@@ -42,6 +44,7 @@ SMALL: dict[str, Any] = {"dim": 8, "heads": 2, "hidden": 16, "length": 5, "dropo
 # Without masks and dropout nothing is drawn: what is left depends on the rows alone.
 SETTINGS: dict[str, dict[str, Any]] = {
     "sasrec": {},
+    "sasrec-mixed": {"loss": "in-batch", "negatives": 6, "debias_target": False},
     # At length 5 an epoch has a last batch of one window, which two processes join to another.
     "mmsrec": {"mask_ratio": 0, "embed_dropout": 0, "length": 4},
     "mmsrec-next": {"embed_dropout": 0, "objective": "next", "ids": True},
@@ -66,27 +69,39 @@ def unseen(train: TrainSet, users_M: Tensor, generator: torch.Generator) -> tupl
     return (users_M * 5) % N, users_M % 3 > 0
 
 
+def draw(
+    sampler: ItemSampler, train: TrainSet, count: int, generator: torch.Generator
+) -> torch.Tensor:
+    """The same items of all processes together, however many processes there are."""
+    return torch.arange(count) + count * process_rank()
+
+
 def next_item(name: str) -> Callable[[Path], dict[str, Tensor]]:
     """Train a recommender; one process takes all rows of a batch, two take half each."""
 
     def train(folder: Path) -> dict[str, Tensor]:
         features = worlds.features(N)
-        bce.sample_unseen = unseen  # type: ignore[attr-defined]
         # The first process's weights are everybody's.
         settings = SMALL | SETTINGS[name]
+        if "negatives" in settings:
+            settings["negatives"] //= world_size()
         model = worlds.build(name.partition("-")[0], features, seed=process_rank(), **settings)
         task = NextItem(model, worlds.training_data(worlds.cycles(n_items=N), features))
         mine = folder / (name if process_rank() == 0 else f"{name}-of-{process_rank()}")
         if process_rank() == 0:
             mine.mkdir()
-        ended = fit(
-            task,
-            TrainConfig(**LOOP),
-            mine,
-            {},
-            on_epoch=lambda row: None,
-            on_progress=lambda tick: None,
-        )
+        with (
+            mock.patch.object(bce, "sample_unseen", unseen),
+            mock.patch.object(ItemSampler, "draw", draw),
+        ):
+            ended = fit(
+                task,
+                TrainConfig(**LOOP),
+                mine,
+                {},
+                on_epoch=lambda row: None,
+                on_progress=lambda tick: None,
+            )
         figures = torch.tensor([ended.best, float(ended.best_epoch), float(ended.steps)])
         return {**model.state_dict(), "progress": figures}
 
@@ -245,6 +260,7 @@ def train_killed(folder: Path, name: str, *, victim: int = -1, resume: bool = Fa
 
 CASES: dict[str, Callable[[Path], dict[str, Tensor]]] = {
     "sasrec": next_item("sasrec"),
+    "sasrec-mixed": next_item("sasrec-mixed"),
     "mmsrec": next_item("mmsrec"),
     "mmsrec-next": next_item("mmsrec-next"),
     "mmsr": next_item("mmsr"),

@@ -182,12 +182,7 @@ class _Pairwise(torch.autograd.Function):
 
 
 class PairwiseLoss(BatchLoss):
-    """Base class of the pairwise losses over the items of the batch and ``negatives`` drawn items.
-
-    The items of a row's user are no negatives: its training items, or those of the row
-    (``exclude=window``). The items of all processes' batches are the candidates. An item counts as
-    often as it occurs in the batch.
-    """
+    """Base class of the pairwise losses; a subclass sets ``row_loss``."""
 
     def forward(
         self,

@@ -63,7 +63,8 @@ class MultimodalSettings(SequenceSettings, LossSettings):
     every 10 of them."""
     centre: bool = False
     """Centre the features of each modality, and scale them to a mean square of 1. Both are fitted
-    on the items of ``whiten``, which also centres. A dropped feature is then the mean, not 0."""
+    on the same items as the whitening, which also centres. A dropped feature is then the mean, not
+    0."""
     feature_dropout: Probability = 0.0
     """Dropout probability on the features themselves, before the first layer."""
 

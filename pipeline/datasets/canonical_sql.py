@@ -265,8 +265,8 @@ def data_notes(db: duckdb.DuckDBPyConnection, info: DatasetInfo, copies: int = 0
         " JOIN raw_items USING (item_id)",
     )
     yield (
-        f"of {plural(info.items, 'item')}, {texts} with text, {images} with an image,"
-        f" {videos} with a video"
+        f"of {plural(info.items, 'item')}, {texts:,} with text, {images:,} with an image,"
+        f" {videos:,} with a video"
     )
     if not info.interactions:
         yield "no interactions: a dataset of items for alignment and retrieval"

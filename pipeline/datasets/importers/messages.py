@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 
 def plural(count: int, noun: str) -> str:
-    """Return the count with its noun: ``1 item``, ``2 items``."""
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+    """Return the count with its noun: ``1 item``, ``2,000 items``."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 def quote_all(values: list[str]) -> str:

@@ -32,7 +32,7 @@ def bootstrap(
     """Return the percentile bootstrap interval of the mean over users (Efron 1979).
 
     Each resample draws U users with replacement and is shared by all metrics. Memory is a few
-    arrays of length U, or of 16,384 if U is smaller, and the (samples, M) means.
+    arrays of length max(U, 16,384), and the (samples, M) means.
 
     Args:
         values: (U, M) per-user values of M metrics; with ``groups``, several rows can be of one

@@ -167,8 +167,8 @@ class TransitionPrior:
         return key_X[is_read_X], value_X[is_read_X], place_X[is_read_X]
 
 
-class _Choice(NamedTuple):
-    """Values of a prior that are compared."""
+class _PriorValues(NamedTuple):
+    """One combination of the values of a prior, to be compared with others."""
 
     weight: float
     eps: float
@@ -214,9 +214,9 @@ def choose_prior(
     queries_ED = encode_histories(model, data, items_ND, users, batch_size)
     targets_E = targets_of(data.dataset, users)
 
-    def measure(choices: Sequence[_Choice], ranking: str) -> dict[_Choice, float]:
+    def measure(choices: Sequence[_PriorValues], ranking: str) -> dict[_PriorValues, float]:
         """Return the metric of one ranking for each choice."""
-        ranks: dict[_Choice, list[Ranks]] = {choice: [] for choice in choices}
+        ranks: dict[_PriorValues, list[Ranks]] = {choice: [] for choice in choices}
         counts = prior if any(choice.weight for choice in choices) else None
         for rows, history, own, probabilities in _blocks(data, users, model, counts):
             given = queries_ED[rows], items_ND, targets_E[rows], history
@@ -227,7 +227,7 @@ def choose_prior(
         values = {choice: per_user(getattr(r, ranking))[metric] for choice, r in joined.items()}
         return {choice: float(of_users.mean()) for choice, of_users in values.items()}
 
-    plain = _Choice(0.0, EPS[0], 0.0)
+    plain = _PriorValues(0.0, EPS[0], 0.0)
     biases = measure([plain._replace(bias=bias) for bias in BIASES], "kept")
     first = max(biases, key=lambda choice: biases[choice])
     weights = WEIGHTS if with_transitions else (0.0,)

@@ -54,8 +54,8 @@ class LossSettings(WidthSettings):
     score, because popular items are more often in a batch."""
     debias_target: bool = True
     """With ``debias``: correct the score of the target like those of negatives; false: correct the
-    negatives only, so that the gradient estimates that of the softmax over the catalogue
-    (Khrylchenko et al., RecSys 2025, arXiv:2507.09331)."""
+    negatives only, so that the gradient estimates that of the softmax over the catalogue, without
+    the other items of the user (Khrylchenko et al., RecSys 2025, arXiv:2507.09331)."""
     exclude: Annotated[str, Choice("exclude", EXCLUDED)] = "history"
     """Items of the batch that are no negatives of a user: with ``history`` all training items of
     the user; with ``window`` those of the row's window, so that other items that the user has are
@@ -66,7 +66,8 @@ class LossSettings(WidthSettings):
     negatives of all rows besides the items of the batch (``n_sample`` of GRU4Rec)."""
     negatives_power: Annotated[float, Range(0, 1, "in [0, 1]", includes_high=True)] = 0.0
     """An item is drawn with a probability proportional to this power of its training interactions;
-    0: all items are equally likely (``sample_alpha`` of GRU4Rec)."""
+    0: all items are equally likely, those without training interactions too (``sample_alpha`` of
+    GRU4Rec)."""
     score_penalty: NonNegativeFloat = 1.0
     """With ``loss=bpr-max``: weight of the squared scores of the negatives (``bpreg`` of
     GRU4Rec)."""

@@ -176,7 +176,7 @@ class MMSR(IDSR):
         return ItemEncoder(self.settings.fusion, self.settings, catalogue.widths)
 
     def fit_buffers(self, features: ItemFeatures, train: TrainSet) -> None:
-        """Fit the centring of the features, with ``centre``."""
+        """With ``centre``, fit the centring of pooled features on the items of the training."""
         assert isinstance(self.item_encoder, ItemEncoder)
         self.item_encoder.fit(features, train)
 

@@ -99,8 +99,8 @@ _NEXT_ITEM: Mapping[str, Any] = {
     "average": 0.99,
     "monitor": "NDCG@10",
 }
-"""Settings that do not follow a paper: predict next items from features and learned vectors. They
-were chosen on the validation split of Amazon Beauty."""
+"""A training that does not follow a paper: it predicts next items from features and learned
+vectors. Its settings were chosen on the validation split of Amazon Beauty."""
 _PUBLISHED_ALIGNMENT: Mapping[str, Any] = {
     "lr": 5e-5,
     "batch_size": 48_000,

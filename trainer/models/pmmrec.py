@@ -197,7 +197,7 @@ class PMMRec(CausalRecommender):
         self.backbones = nn.ModuleDict(dict(catalogue.backbones))
 
     def fit_buffers(self, features: ItemFeatures, train: TrainSet) -> None:
-        """Fit the centring of the features, with ``centre``."""
+        """With ``centre``, fit the centring of pooled features on the items of the training."""
         self.item_encoder.fit(features, train)
 
     def encode_some(self, items_K: Tensor, features: ItemFeatures) -> Tensor:

@@ -1,5 +1,6 @@
 """Tests of checksums: a changed byte is refused, or a copy is made again."""
 
+import errno
 import os
 import shutil
 from collections.abc import Callable
@@ -126,3 +127,25 @@ def test_a_file_without_a_place_for_the_checksum_is_an_error(tmp_path: Path) -> 
     path.write_bytes(bytes(1000))
     with pytest.raises(ValueError, match="no place"):
         seal(path)
+
+
+def test_a_large_file_that_the_disk_refuses_is_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checksums, "_LARGE_FILE", 1)
+    path = tmp_path / "a.parquet"
+    write_parquet(path)
+    assert verify(path)
+    before = path.read_bytes()
+
+    errors = [OSError(errno.ENOSPC, "No space left on device")]
+
+    def refuse_once(_handle: int) -> None:
+        if errors:  # Linux reports an error once
+            raise errors.pop()
+
+    monkeypatch.setattr(os, "fsync", refuse_once)
+    with pytest.raises(OSError, match="No space left"):
+        write_table(path, pa.table({"a": np.arange(30_000)}), compression="none")
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]

@@ -37,7 +37,7 @@ class SavedIndexes:
 
         path = self._path(name, fingerprint)
         with suppress(ChangedBytesError, OSError, RuntimeError):
-            if verify(path) is not None:
+            if path.is_file() and verify(path) is not None:
                 with path.open("rb") as stream:
                     if stream.readline().startswith(_header(fingerprint)):
                         path.touch()

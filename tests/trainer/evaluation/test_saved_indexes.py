@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import numpy as np
@@ -81,3 +82,14 @@ def test_a_folder_with_the_name_of_an_index_is_left_as_it_is(tmp_path: Path) -> 
     np.testing.assert_array_equal(index.search(ITEMS, 3)[1], expected[1])
     assert any("not saved" in stage for stage in stages)
     assert path.is_dir()
+
+
+@pytest.mark.timeout(60)
+def test_a_pipe_with_the_name_of_an_index_is_not_read(tmp_path: Path) -> None:
+    expected = build("faiss:ivf", tmp_path).search(ITEMS, 3)
+    (path,) = tmp_path.iterdir()
+    path.unlink()
+    os.mkfifo(path)
+    index = build("faiss:ivf", tmp_path)
+    np.testing.assert_array_equal(index.search(ITEMS, 3)[1], expected[1])
+    assert not index.is_reused

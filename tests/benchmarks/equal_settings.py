@@ -19,6 +19,12 @@ RENAMED_SETTINGS: dict[str, str | None] = {
     "pmmrec:cosine=true": "score=cosine",
     "pmmrec:cosine=false": "score=dot",
 }
+# Settings of this version whose defaults are not what the version before did; given values win.
+FORMER_DEFAULTS: dict[str, dict[str, str]] = {
+    "idsr": {"score": "scaled", "temperature": "1"},
+    "mmsr": {"score": "scaled", "temperature": "1", "centre": "false"},
+    "pmmrec": {"score": "dot", "temperature": "1", "centre": "false"},
+}
 # What this version calls a parameter or buffer of the version before: model, pattern, replacement.
 RENAMED_PARAMETERS: list[tuple[str, str, str]] = [
     ("sasrec", r"^item\.", "item_encoder."),
@@ -46,6 +52,8 @@ LIMITS: dict[str, str] = {
 ROUNDED: list[tuple[str, float]] = [
     # The gradients of the chunks are summed from the last chunk to the first, by autograd.
     ("^mmsrec .*in small blocks of mmsrec", 1e-5),
+    # The in-batch loss counts equal items as one column, and sums in another order.
+    ("^pmmrec", 1e-5),
 ]
 
 SMALL = ("dim=32", "hidden=64", "heads=2", "length=8", "batch_size=32", "device=cpu")
@@ -212,8 +220,11 @@ def _pmmrec() -> Iterator[Setting]:
 
 
 def rename_settings(model: str, settings: Sequence[str]) -> list[str]:
-    """Return ``key=value`` pairs in the words of this version, see ``RENAMED_SETTINGS``."""
-    renamed = []
+    """Return ``key=value`` pairs in the words of this version.
+
+    See ``RENAMED_SETTINGS`` and ``FORMER_DEFAULTS``.
+    """
+    renamed: list[str] = []
     for pair in settings:
         key, _, value = pair.partition("=")
         for name in (f"{model}:{pair}", pair, f"{model}:{key}", key):
@@ -224,4 +235,6 @@ def rename_settings(model: str, settings: Sequence[str]) -> list[str]:
                 break
         else:
             renamed.append(pair)
-    return renamed
+    given = {pair.partition("=")[0] for pair in renamed}
+    former = FORMER_DEFAULTS.get(model, {}).items()
+    return [*renamed, *(f"{key}={value}" for key, value in former if key not in given)]

@@ -101,6 +101,19 @@ _NEXT_ITEM: Mapping[str, Any] = {
 }
 """A training that does not follow a paper: it predicts next items from features and learned
 vectors. Its settings were chosen on the validation split of Amazon Beauty."""
+_NEXT_ITEM_DENSE: Mapping[str, Any] = {
+    **_NEXT_ITEM,
+    "loss": "softmax",
+    "negatives": 0,
+    "dim": 128,
+    "hidden": 256,
+    "dropout": 0.5,
+    "embed_dropout": 0.3,
+    "epochs": 14,
+    "min_steps": 2600,
+}
+"""The same for few items with many interactions, such as ML-1M, where it was better on validation:
+longer, with the whole catalogue in the loss."""
 _PUBLISHED_ALIGNMENT: Mapping[str, Any] = {
     "lr": 5e-5,
     "batch_size": 48_000,
@@ -165,6 +178,7 @@ class MMSRec(MultimodalEncoder, Recommender):
         "published-dense": {**_PUBLISHED, "length": 99, "dropout": 0.2},
         "released": {**_PUBLISHED, "missing": "drop", "corruption": "81-9-10"},
         "next-item": _NEXT_ITEM,
+        "next-item-dense": _NEXT_ITEM_DENSE,
     }
     pretraining = Pretraining(
         task="alignment",

@@ -8,11 +8,15 @@ from features.errors import UserError
 from pipeline.backbones.registry import BACKBONES
 from trainer.models.registry import MODELS
 from trainer.runs.grid_axes import Combination
+from trainer.runs.grid_file import read_grid
 from trainer.runs.recipes import fill_recipe, read_recipe, recipe_names
+from trainer.runs.settings import resolve_settings
+from trainer.setting_sources import SettingSources
 
 GRIDS = [name for name in recipe_names() if not read_recipe(name).is_statistics]
 LIMITED = [name for name in GRIDS if not name.startswith("mmsrec/") and name != "mmsr/table-13"]
 """Recipes of the papers that read at most 50 words of a text."""
+REDUCED = Path(__file__).parents[2] / "benchmarks" / "reduced"
 
 
 def combinations(name: str) -> list[Combination]:
@@ -184,3 +188,11 @@ def test_an_improvement_is_over_the_form_that_the_paper_divides_by(
     improvement = fill_recipe(read_recipe(name), ["a"], ["s"]).improvement
     assert improvement is not None
     assert (improvement.of, improvement.over) == (of, over)
+
+
+@pytest.mark.parametrize("path", sorted(REDUCED.glob("*.toml")), ids=lambda path: path.stem)
+def test_the_reduced_grids_of_the_results_have_settings_of_their_models(path: Path) -> None:
+    for combination in read_grid(path).combinations:
+        recommender = MODELS.find(combination.model).load()
+        pairs = [f"{name}={value}" for name, value in combination.settings.items()]
+        resolve_settings(recommender, False, SettingSources(pairs=pairs))

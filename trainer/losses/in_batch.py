@@ -286,8 +286,6 @@ class InBatch(BatchLoss):
     and its probability of a draw, times the number of draws.
     """
 
-    reads = BatchLoss.reads | {"debias", "debias_target"}
-
     def forward(
         self,
         query_MD: Tensor,

@@ -13,7 +13,6 @@ from trainer.data.control import NONE, Control
 from trainer.data.multi_dataset import AttributeColumns
 from trainer.evaluation.encode import repeated_share
 from trainer.losses.base import LossSettings
-from trainer.losses.registry import LOSSES
 from trainer.models.base import Recommender
 from trainer.models.registry import names_of
 from trainer.modules.attributes import AttributeSettings
@@ -90,7 +89,7 @@ def resolve_settings(
 
     Raises:
         UserError: A setting is unknown, has a wrong value, or is given by a pair although the model
-            or its loss does not read it.
+            does not read it.
     """
     for name in recommender.unread:
         if name in sources.parsed_pairs():
@@ -99,23 +98,7 @@ def resolve_settings(
             )
     defaults = stage_defaults(recommender, is_pretraining, changed_defaults)
     defaults |= preset_settings(recommender, sources.preset, is_pretraining)
-    resolved = build_settings(settings_classes(recommender, is_pretraining), sources, defaults)
-    loss = getattr(resolved[1], "loss", None)
-    if loss is not None:
-        _check_read_by_loss(loss, sources.parsed_pairs().keys())
-    return resolved
-
-
-def _check_read_by_loss(loss: str, given: Set[str]) -> None:
-    """Raise a UserError if a given setting is one that other losses read and this loss does not."""
-    read_by = {name: LOSSES.find(name).reads for name in LOSSES}
-    for setting in given:
-        readers = [name for name, reads in read_by.items() if setting in reads]
-        if readers and loss not in readers:
-            raise UserError(
-                f"loss={loss} does not read {setting!r}; leave --set {setting} out, or take"
-                f" --set loss={'|'.join(readers)}"
-            )
+    return build_settings(settings_classes(recommender, is_pretraining), sources, defaults)
 
 
 def settings_classes(recommender: type[Recommender], is_pretraining: bool) -> list[type[Any]]:

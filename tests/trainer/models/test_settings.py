@@ -56,31 +56,3 @@ def test_a_setting_that_is_not_read_cannot_be_given() -> None:
     with pytest.raises(UserError, match="heads"):
         resolve_settings(recommender, False, SettingSources(pairs=["heads=4"]))
     resolve_settings(recommender, False, SettingSources(pairs=["hidden=32"]))
-
-
-@pytest.mark.parametrize(
-    ("loss", "setting"),
-    [
-        ("softmax", "negatives=8"),
-        ("bce", "negatives_power=0.5"),
-        ("bpr", "debias=false"),
-        ("bpr", "score_penalty=2"),
-        ("in-batch", "candidates=8"),
-    ],
-)
-def test_a_setting_that_the_loss_does_not_read_cannot_be_given(loss: str, setting: str) -> None:
-    recommender = MODELS.find("sasrec").load()
-    with pytest.raises(UserError, match=setting.partition("=")[0]):
-        resolve_settings(recommender, False, SettingSources(pairs=[f"loss={loss}", setting]))
-
-
-def test_settings_that_the_loss_reads_can_be_given() -> None:
-    recommender = MODELS.find("sasrec").load()
-    for loss, setting in [
-        ("softmax", "candidates=8"),
-        ("in-batch", "negatives=8"),
-        ("in-batch", "debias=false"),
-        ("bpr-max", "score_penalty=2"),
-        ("bpr-max", "negatives_power=0.5"),
-    ]:
-        resolve_settings(recommender, False, SettingSources(pairs=[f"loss={loss}", setting]))

@@ -13,7 +13,7 @@ Differences from the paper and the released code:
   sequence of the batch.
 - Each epoch draws windows with random ends, instead of one sample for each prefix.
 
-Eight options are not in the paper. A training has none of them by default, and a pre-training has
+Some options are not in the paper. A training has none of them by default, and a pre-training has
 ``centre`` and ``feature_dropout``:
 
 - ``objective=next`` trains as SASRec does: each item of a history predicts the item after it, and
@@ -21,7 +21,8 @@ Eight options are not in the paper. A training has none of them by default, and 
 - ``ids`` adds a learned vector of the item to its tokens and to its vector.
 - ``whiten`` decorrelates frozen features, as WhitenRec does (Zhang et al., ICDE 2024).
 - ``centre`` centres and scales the features, and ``feature_dropout`` drops some of them.
-- ``candidates`` computes the softmax of a step over a sample of the catalogue.
+- ``candidates`` computes the softmax of a step over a sample of the catalogue, and
+  ``loss=in-batch`` with ``negatives`` over the items of the batch and drawn ones.
 - ``item_dropout=false`` scores items without dropout in the loss, and ``attention_dropout=false``
   keeps all attention weights.
 
@@ -112,8 +113,8 @@ _NEXT_ITEM_DENSE: Mapping[str, Any] = {
     "epochs": 14,
     "min_steps": 2600,
 }
-"""The same for few items with many interactions, such as ML-1M, where it was better on validation:
-longer, with the whole catalogue in the loss."""
+"""For few items with many interactions, such as ML-1M, where it was better on validation: more steps,
+and a softmax over the catalogue."""
 _PUBLISHED_ALIGNMENT: Mapping[str, Any] = {
     "lr": 5e-5,
     "batch_size": 48_000,

@@ -7,9 +7,13 @@
 
 This prepares two datasets and imports the vectors of plots and posters: ``ml-100k-films``, and
 ``ml-small-films``, which has the films with a plot and a poster in ML-1M only. ``$MMREC_TEST_DATA``
-is the folder of the data. The pre-training of ``reduced/pmmrec-transfer.toml`` is on a sample of
-ML-1M: ``mmrec prepare --dataset ml-1m --users 2000 --seed 1 --name ml-1m-2000``. DIR holds the files that are imported. MovieLens-100K has 18 films under
+is the folder of the data. DIR holds the files that are imported. MovieLens-100K has 18 films under
 two ids, and the second id gets the vectors.
+
+The pre-training of ``reduced/pmmrec-transfer.toml`` is on a sample of ML-1M::
+
+    mmrec prepare --dataset ml-1m --users 2000 --seed 1 --name ml-1m-2000
+    mmrec extract --dataset ml-1m-2000 --text all-minilm-l6-v2 --image efficientnet-lite0
 """
 
 import argparse

@@ -113,8 +113,8 @@ _NEXT_ITEM_DENSE: Mapping[str, Any] = {
     "epochs": 14,
     "min_steps": 2600,
 }
-"""For few items with many interactions, such as ML-1M, where it was better on validation: more steps,
-and a softmax over the catalogue."""
+"""For few items with many interactions, such as ML-1M, where it was better on validation: more
+steps, and a softmax over the catalogue."""
 _PUBLISHED_ALIGNMENT: Mapping[str, Any] = {
     "lr": 5e-5,
     "batch_size": 48_000,

@@ -64,6 +64,7 @@ def storage() -> Iterator[LocalStorage]:
 hypothesis.settings.register_profile("shared", deadline=None)
 hypothesis.settings.load_profile("shared")
 
-# A shell starts background jobs with SIGINT ignored, and `make test &` is one. Tests that send the
-# signal need Python's handler; child processes then start with the default one.
+# A shell starts background jobs with SIGINT ignored, and `make test &` is one; `nohup` ignores
+# SIGHUP. Tests that send the signals need handlers; child processes then start with the default.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)

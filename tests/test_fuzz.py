@@ -8,7 +8,7 @@ from tests.marks import heavy_after
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("inputs", "commands"), heavy_after(1, [(5, 1), (18, 3)]))
+@pytest.mark.parametrize(("inputs", "commands"), heavy_after(1, [(2, 1), (18, 3)]))
 def test_random_inputs_end_with_success_or_one_line_of_error(inputs: int, commands: int) -> None:
     sizes = ["--inputs", str(inputs), "--commands", str(commands)]
     command = [sys.executable, "-m", "tests.fuzz", *sizes]

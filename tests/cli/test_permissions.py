@@ -45,7 +45,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("name", "command", "code"),
     heavy_after(
-        4,
+        2,
         [
             ("warehouse/world/items/part-00000.parquet", "train --dataset world --model sasrec", 2),
             (

@@ -126,7 +126,7 @@ def signal_at_sync(at: int, number: signal.Signals) -> Iterator[list[int]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("job", ["train", "pretrain"])
-@pytest.mark.parametrize("first", heavy_after(2, range(1, STRIDE + 1)))
+@pytest.mark.parametrize("first", heavy_after(1, range(1, STRIDE + 1)))
 def test_a_signal_at_any_sync_loses_nothing(world: Path, job: str, first: int) -> None:
     whole, faults = expected(world, job), {}
     at, is_signalled = first - STRIDE, True

@@ -50,6 +50,7 @@ def _describe(run: "Run", is_dry_run: bool) -> None:
     """Print what is trained on what, how many items have no features, and the initial weights."""
     from trainer.data.control import NONE, control_line, marked
     from trainer.evaluation.encode import repeated_share
+    from trainer.losses.registry import unread_settings
 
     spec, control = run.spec, run.config.control
     reads = f" with {', '.join(spec.features)}" if spec.features else ""
@@ -78,6 +79,10 @@ def _describe(run: "Run", is_dry_run: bool) -> None:
     is_softmax = getattr(spec.settings, "loss", "softmax") == "softmax"
     if is_softmax and "candidates" not in spec.automatic and candidates >= n_items:
         console.notify(f"candidates={candidates}: the softmax is over all {n_items:,} items")
+    unread = [] if spec.is_pretraining else unread_settings(spec.settings)
+    names = ", ".join(name for name in unread if name not in spec.automatic)
+    if names:
+        console.notify(f"loss={getattr(spec.settings, 'loss', '')} does not read {names}")
     if spec.features:
         counts, bare = run.data.features.coverage()
         have = ", ".join(f"{modality} {count:,}" for modality, count in counts.items())

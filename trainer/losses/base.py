@@ -205,6 +205,9 @@ class Loss(nn.Module, ABC):
         settings: Settings of the loss; ``settings.scale`` is the factor on inner products.
     """
 
+    reads: ClassVar[frozenset[str] | None] = None
+    """Names of the settings that this loss reads and some other losses do not; ``None`` if the
+    class does not say which."""
     learns_history_bias: ClassVar[bool] = False
     """True if the loss scores items of the history, so that its gradients change their bias."""
     history_bias: Tensor | None

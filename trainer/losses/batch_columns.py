@@ -107,6 +107,8 @@ class BatchLoss(Loss):
     often as it occurs in the batch and among the drawn items.
     """
 
+    reads = frozenset({"negatives", "negatives_power"})
+
     def __init__(self, settings: LossSettings) -> None:
         super().__init__(settings)
         self.sampler = ItemSampler(settings.negatives_power)

@@ -75,6 +75,8 @@ class SampledNegatives(DrawnItems):
 class SampledBCE(Loss):
     """``loss=bce``: binary cross-entropy with one unseen item for each target (MMSR, Eq. 6)."""
 
+    reads = frozenset[str]()
+
     def draw(self, targets: Targets, batch: Batch) -> SampledNegatives:
         """Draw one item for each target, uniformly over those that its user has not seen."""
         users_M = batch.users_on_host[targets.on_host.row_M]

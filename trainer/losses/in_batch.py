@@ -286,6 +286,8 @@ class InBatch(BatchLoss):
     and its probability of a draw, times the number of draws.
     """
 
+    reads = frozenset({"negatives", "negatives_power", "debias", "debias_target"})
+
     def forward(
         self,
         query_MD: Tensor,

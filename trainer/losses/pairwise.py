@@ -232,6 +232,8 @@ class TOP1(PairwiseLoss):
 class BPRMax(PairwiseLoss):
     """``loss=bpr-max``: see :func:`bpr_max`; ``score_penalty`` is its penalty."""
 
+    reads = frozenset({"negatives", "negatives_power", "score_penalty"})
+
     def row_loss(self, target_R1: Tensor, score_RC: Tensor, count_RC: Tensor) -> Tensor:
         """Return :func:`bpr_max` with the penalty of the settings."""
         return bpr_max(target_R1, score_RC, count_RC, penalty=self.settings.score_penalty)

@@ -1,6 +1,9 @@
 """Registry of the next-item losses: a new loss is one file and one line."""
 
+from dataclasses import fields
+
 from features.registry import Registry
+from trainer.config import Settings
 from trainer.losses.base import Loss
 from trainer.losses.bce import SampledBCE
 from trainer.losses.in_batch import InBatch
@@ -21,3 +24,22 @@ LOSSES: Registry[type[Loss]] = Registry(
     group="mmrec.losses",
     base=Loss,
 )
+
+
+def unread_settings(settings: Settings) -> list[str]:
+    """Return the settings that have other values than their defaults and that the loss ignores.
+
+    Args:
+        settings: Settings of a model. Without a setting ``loss``, none is returned.
+
+    Returns:
+        Names, in the order of the settings. There are none if the class of the loss does not say
+        which settings it reads.
+    """
+    loss = getattr(settings, "loss", None)
+    own = None if loss is None else LOSSES.find(loss).reads
+    if own is None:
+        return []
+    of_others = {name for key in LOSSES for name in LOSSES.find(key).reads or ()} - own
+    changed = (x.name for x in fields(settings) if getattr(settings, x.name) != x.default)
+    return [name for name in changed if name in of_others]

@@ -224,6 +224,7 @@ class _FullSoftmax(torch.autograd.Function):
 class Softmax(Loss):
     """``loss=softmax``: cross-entropy over the catalogue, or over ``candidates`` of it."""
 
+    reads = frozenset({"candidates"})
     learns_history_bias = True
 
     @property

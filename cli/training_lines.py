@@ -80,9 +80,9 @@ def _describe(run: "Run", is_dry_run: bool) -> None:
     if is_softmax and "candidates" not in spec.automatic and candidates >= n_items:
         console.notify(f"candidates={candidates}: the softmax is over all {n_items:,} items")
     unread = [] if spec.is_pretraining else unread_settings(spec.settings)
-    names = ", ".join(name for name in unread if name not in spec.automatic)
-    if names:
-        console.notify(f"loss={getattr(spec.settings, 'loss', '')} does not read {names}")
+    if unread:
+        loss = getattr(spec.settings, "loss", "")
+        console.notify(f"loss={loss} does not read {', '.join(unread)}")
     if spec.features:
         counts, bare = run.data.features.coverage()
         have = ", ".join(f"{modality} {count:,}" for modality, count in counts.items())

@@ -29,6 +29,8 @@ LOSSES: Registry[type[Loss]] = Registry(
 def unread_settings(settings: Settings) -> list[str]:
     """Return the settings that have other values than their defaults and that the loss ignores.
 
+    A setting that the loss ignores because of another of its settings is not among them.
+
     Args:
         settings: Settings of a model. Without a setting ``loss``, none is returned.
 
@@ -41,5 +43,7 @@ def unread_settings(settings: Settings) -> list[str]:
     if own is None:
         return []
     of_others = {name for key in LOSSES for name in LOSSES.find(key).reads or ()} - own
-    changed = (x.name for x in fields(settings) if getattr(settings, x.name) != x.default)
+    changed = [x.name for x in fields(settings) if getattr(settings, x.name) != x.default]
+    if getattr(settings, "candidates", None) == 0 and "candidates" in changed:
+        changed.remove("candidates")  # a run replaces auto by 0
     return [name for name in changed if name in of_others]

@@ -25,6 +25,10 @@ OTHER: dict[str, Any] = {
     "inner_dropout": False,
 }
 
+ROWS = [[0, 1, 2, 3, 4, 11], [5, 6], [7, 8, 9, 10]]
+"""Each item occurs once."""
+SKEWED = [[0, 1, 0, 2, 0], [0, 1], [3, 0, 2]]
+"""Some items occur more often than others, and others never."""
 OTHER_OF_LOSSES: dict[str, Any] = {
     "candidates": 10,
     "negatives": 4,
@@ -42,12 +46,6 @@ def pairs() -> list[tuple[str, str]]:
         for setting in OTHER
         if setting in {field.name for field in fields(entry.load().settings_class)}
     ]
-
-
-ROWS = [[0, 1, 2, 3, 4, 11], [5, 6], [7, 8, 9, 10]]
-"""Each item occurs once."""
-SKEWED = [[0, 1, 0, 2, 0], [0, 1], [3, 0, 2]]
-"""Some items occur more often than others, and others never."""
 
 
 def outcome(model: str, histories: list[list[int]] = ROWS, **settings: Any) -> list[torch.Tensor]:
@@ -83,6 +81,7 @@ def test_a_setting_that_is_not_read_cannot_be_given() -> None:
         ({"loss": "bpr-max", "negatives": 9, "score_penalty": 0.5}, []),
         ({"loss": "bpr", "score_penalty": 0.5}, ["score_penalty"]),
         ({"loss": "bce"}, []),
+        ({"loss": "bce", "candidates": 0}, []),
     ],
 )
 def test_settings_that_the_loss_ignores_are_named(

@@ -76,12 +76,11 @@ def _describe(run: "Run", is_dry_run: bool) -> None:
             "item_updates=rows changes nothing: a step reads no part of a table of item vectors"
         )
     n_items = run.data.features.n_items
-    is_softmax = getattr(spec.settings, "loss", "softmax") == "softmax"
-    if is_softmax and "candidates" not in spec.automatic and candidates >= n_items:
+    loss = getattr(spec.settings, "loss", "softmax")
+    if loss == "softmax" and "candidates" not in spec.automatic and candidates >= n_items:
         console.notify(f"candidates={candidates}: the softmax is over all {n_items:,} items")
     unread = [] if spec.is_pretraining else unread_settings(spec.settings)
     if unread:
-        loss = getattr(spec.settings, "loss", "")
         console.notify(f"loss={loss} does not read {', '.join(unread)}")
     if spec.features:
         counts, bare = run.data.features.coverage()
